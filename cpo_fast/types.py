@@ -1,0 +1,246 @@
+"""The nouns that all stages share; the road from files to a loss, read from top to bottom.
+
+Nothing here computes: a stage makes a noun, the next stage reads it. Letters that stand for sizes
+everywhere: T tokens in a pack, R scored rows, V vocabulary, D hidden size, S segments (scored
+sequences), P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import networkx
+    import torch
+
+FINDINGS: tuple[str, ...] = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
+)
+"""The 14 CheXpert label names, as the columns of mimic-cxr-2.0.0-chexpert.csv are called."""
+
+Labels = Mapping[str, int | None]
+"""Finding name -> 1 present, 0 absent, -1 uncertain, None (or missing) not mentioned."""
+
+
+# --- files -> Study ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an image lies: `path` relative to `root`, which it may not leave, or bytes in hand."""
+
+    path: str
+    root: str = ""
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The two sections of a radiology report that are learned from; one of them may be empty."""
+
+    findings: str = ""
+    impression: str = ""
+
+    @property
+    def text(self) -> str:
+        """`FINDINGS: ...\\n\\nIMPRESSION: ...` as it was written, without an empty section."""
+        parts = (("FINDINGS", self.findings), ("IMPRESSION", self.impression))
+        return "\n\n".join(f"{name}: {text}" for name, text in parts if text)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One examination: frontal images, report, labels; `date` is YYYYMMDD, ordered per patient."""
+
+    study_id: str
+    patient_id: str
+    report: Report
+    images: tuple[ImageRef, ...] = ()
+    labels: Labels = field(default_factory=dict)
+    split: str = "train"  # "train" | "validate" | "test"
+    date: str = ""
+    indication: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRecord:
+    """A record that was set aside: one line of rejected_records.jsonl. Never holds patient text."""
+
+    file: str
+    line: int | None
+    id: str
+    reason: str  # a short constant such as "no-findings-or-impression"; what summary.json counts
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# --- concepts ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """An imaging feature of the concept graph, e.g. D4 "air bronchograms" of category "density"."""
+
+    id: str
+    category: str  # "morphological" | "density" | "anatomical" | "functional_dynamic"
+    name: str
+    phrases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Disease:
+    """A disease of the concept graph with its attribute ids: hallmarks are associations, too."""
+
+    name: str
+    hallmarks: tuple[str, ...]
+    associations: tuple[str, ...]
+    exclusions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptGraph:
+    """Diseases and attributes joined by association, exclusion or (neither) irrelevance.
+
+    `network` is the same graph in networkx (nodes carry `kind`, edges `relation`); `contradictions`
+    are pairs of attribute ids that cannot stand together; `excluded` maps a disease to the diseases
+    that it rules out.
+    """
+
+    attributes: Mapping[str, Attribute]
+    diseases: Mapping[str, Disease]
+    contradictions: frozenset[frozenset[str]]
+    excluded: Mapping[str, frozenset[str]]
+    network: networkx.Graph
+
+
+# --- counterfactual ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Counterfactual:
+    """A report as it would read with another disease; one line of counterfactuals.jsonl."""
+
+    id: str  # "study/target"
+    study_id: str
+    patient_id: str
+    images: tuple[str, ...]
+    report: str
+    labels: tuple[str, ...]
+    target: str
+    counterfactual: str
+    counterfactual_labels: tuple[str, ...]
+    kind: str = "thinking"  # "thinking" | "perception"
+    generator: str = "graph"
+    seed: int = 42
+    checks: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(self.checks.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(replace(self, checks=dict(self.checks)))
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Text of one chosen answer against K rejected (K = 0 for SFT); what preference files hold.
+
+    `prompt` is a list of messages {"role", "content"} without the answer; an image stands in a
+    content list as {"type": "image"}, one for each of `images`. `rejected_images[k]`, where not
+    None, replaces the images for the k-th rejected answer (a perception counterfactual).
+    """
+
+    id: str
+    prompt: tuple[Mapping[str, Any], ...]
+    chosen: str
+    rejected: tuple[str, ...] = ()
+    images: tuple[ImageRef, ...] = ()
+    rejected_images: tuple[tuple[ImageRef, ...] | None, ...] = ()
+    source: str = "thinking"
+    weight: float = 1.0
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of a prompt, image placeholders already expanded to one id per visual token."""
+
+    input_ids: tuple[int, ...]
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceGroup:
+    """A tokenised `Preference`: one prompt, its chosen response and K rejected ones.
+
+    `rejected_prompts[k]` is None where the k-th rejected response follows the shared prompt (always
+    so for thinking counterfactuals; the tuple may be empty then).
+    """
+
+    id: str
+    prompt: Prompt
+    chosen: tuple[int, ...]
+    rejected: tuple[tuple[int, ...], ...] = ()
+    rejected_prompts: tuple[Prompt | None, ...] = ()
+    source: str = "thinking"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Several groups in one row: [prompt | chosen | rejected_1 .. rejected_K | prompt | ...].
+
+    A token sees its own study's prompt and its own branch, causally. `study_index` numbers prompts
+    (a perception pair has two), `branch_index` is 0 on prompts and numbers the branches of a study
+    from 1. Row r of the scored hidden states is `hidden[score_rows[r]]` and predicts `labels[r]`;
+    the first token of every branch is scored from the last state of its prompt.
+    """
+
+    input_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [3, T] int64, mRoPE (temporal, height, width)
+    study_index: torch.Tensor  # [T] int64
+    branch_index: torch.Tensor  # [T] int64
+    score_rows: torch.Tensor  # [R] int64 into T
+    labels: torch.Tensor  # [R] int64
+    segment_ids: torch.Tensor  # [R] int64 into S
+    pairs: torch.Tensor  # [P, 2] int64 (chosen segment, rejected segment); P = 0 for SFT
+    pair_weights: torch.Tensor  # [P] float32
+    pair_sources: tuple[str, ...]  # P names, "thinking" or "perception"
+    segment_names: tuple[str, ...]  # S names, "group id/chosen" or "group id/rejected_k"
+    num_segments: int
+    logical_tokens: (
+        int  # tokens that P unshared (prompt + chosen, prompt + rejected) pairs would need
+    )
+    pixel_values: torch.Tensor | None = (
+        None  # [patches, channels x patch volume] of all images, in order
+    )
+    image_grid_thw: torch.Tensor | None = None  # [images, 3] int64
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if hasattr(value := getattr(self, name), "device")
+        }
+        return replace(self, **moved)

@@ -1,0 +1,98 @@
+"""Builds what pyproject.toml cannot say: the native kernels of csrc/ and the home of kernels/.
+
+Neither part includes torch, so both build in seconds and serve every torch version. The CPU part
+is built wherever a C++ compiler is, the CUDA part wherever nvcc is (no device is needed). Both
+are optional: without them the package installs and runs on its reference implementation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--compiler-options=-fPIC,-fvisibility=hidden",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+]
+
+
+def cuda_home() -> Path | None:
+    """The toolkit's folder: CUDA_HOME, or where nvcc on the PATH really lies."""
+    if named := os.environ.get("CUDA_HOME"):
+        return Path(named)
+    if shutil.which("nvcc") is None:
+        return None
+    dry = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    tops = [line.split("TOP=", 1)[1] for line in dry.stderr.splitlines() if "TOP=" in line]
+    return Path(tops[0]).resolve() if tops else None
+
+
+def sources(folder: str, *suffixes: str) -> list[str]:
+    return sorted(
+        str(p.relative_to(ROOT)) for p in (ROOT / folder).glob("*") if p.suffix in suffixes
+    )
+
+
+class BuildNative(build_ext):
+    """Hands .cu files to nvcc; an extension that fails to build does not fail the install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        kernels = [source for source in ext.sources if source.endswith(".cu")]
+        try:
+            ext.extra_objects = [self.compile_cuda(source) for source in kernels]
+            ext.sources = [source for source in ext.sources if source not in kernels]
+            super().build_extension(ext)
+        except Exception as error:  # whatever a compiler does wrong costs this implementation only
+            self.warn(f"{ext.name} was not built ({error}); the package works without it")
+
+    def compile_cuda(self, source: str) -> str:
+        target = Path(self.build_temp) / f"{source}.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        print(f"nvcc {source}", file=sys.stderr)
+        subprocess.run(["nvcc", *NVCC_FLAGS, "-c", source, "-o", str(target)], check=True)
+        return str(target)
+
+
+extensions = [
+    Extension(
+        "cpo_fast._cpu",
+        sources("csrc/cpu", ".cpp"),
+        depends=sources("csrc/cpu", ".h"),
+        include_dirs=[pybind11.get_include(), "csrc/cpu"],
+        extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden"],
+        extra_link_args=["-fopenmp"],
+        language="c++",
+    )
+]
+if (toolkit := cuda_home()) is not None and sources("csrc/cuda", ".cu"):
+    extensions.append(
+        Extension(
+            "cpo_fast._cuda",
+            sources("csrc/cuda", ".cpp", ".cu"),
+            depends=sources("csrc/cuda", ".h"),
+            include_dirs=[pybind11.get_include(), "csrc/cuda", str(toolkit / "include")],
+            library_dirs=[str(toolkit / "lib64"), str(toolkit / "lib")],
+            libraries=["cudart_static", "rt", "pthread", "dl"],
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
+            language="c++",
+        )
+    )
+
+setup(
+    packages=[*find_packages(include=["cpo_fast", "cpo_fast.*"]), "cpo_fast.kernels"],
+    package_dir={"cpo_fast.kernels": "kernels"},
+    package_data={"cpo_fast": ["py.typed", "**/*.json", "**/*.html", "**/*.css", "**/*.js"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildNative},
+)
