@@ -1,0 +1,146 @@
+"""Batched greedy generation with left padding and a KV cache, for Qwen2.5-VL and text-only models.
+
+Works on `types.Prompt` (token ids with the image placeholders already expanded), so that the model
+is asked with exactly the tokens that it was trained on; no AutoProcessor and no torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.errors import UsageError
+from cpo_fast.types import ImageRef, Prompt
+
+if TYPE_CHECKING:
+    import torch
+
+END_OF_TURN = "<|im_end|>"
+
+Pixels = Callable[[ImageRef], "tuple[torch.Tensor, torch.Tensor]"]
+"""Image -> (pixel_values [patches, channels x patch volume], grid_thw [3] int64)."""
+
+
+def diagnose(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    pixels: Pixels | None = None,
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    description: str = "generating",
+) -> list[str]:
+    """What `model` answers to every prompt, greedily, in the order of `prompts`.
+
+    An answer ends before the first end-of-turn token or after `max_new_tokens`; special tokens are
+    left out of the text. Prompts of like length share a batch, so little is padding. The sampling
+    defaults that a model brings (temperature, repetition penalty) do not apply; nor does dropout.
+
+    Raises UsageError for prompts that hold ids outside the model's embedding (tokenizer and model
+    do not belong together), an empty prompt, or images without `pixels`.
+    """
+    import torch
+    from tqdm import tqdm
+
+    if batch_size < 1 or max_new_tokens < 1:
+        raise UsageError("batch_size and max_new_tokens must be at least 1")
+    _check(model, tokenizer, prompts, pixels)
+    stops = stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    answers = [""] * len(prompts)
+    with (
+        _evaluating(model),
+        torch.inference_mode(),
+        tqdm(total=len(prompts), desc=description, unit="study", disable=None) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = _left_padded(model, [prompts[i] for i in chosen], pixels, pad)
+            tokens = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=sorted(stops),
+                pad_token_id=pad,
+                use_cache=True,
+            )
+            new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+            for index, row in zip(chosen, new, strict=True):
+                answers[index] = tokenizer.decode(_until(row, stops), skip_special_tokens=True)
+            bar.update(len(chosen))
+    return answers
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the tokenizer's end token, end of turn, those of the model."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids: set[int | None] = {tokenizer.eos_token_id}
+    ids.update(configured if isinstance(configured, Iterable) else [configured])
+    ids.add(tokenizer.get_vocab().get(END_OF_TURN))
+    found = frozenset(i for i in ids if i is not None)
+    if not found:
+        raise UsageError(
+            "the tokenizer has neither an end-of-sequence token nor <|im_end|>: no answer could end"
+        )
+    return found
+
+
+def _until(row: list[int], stops: frozenset[int]) -> list[int]:
+    end = next((i for i, token in enumerate(row) if token in stops), len(row))
+    return row[:end]
+
+
+def _check(model: Any, tokenizer: Any, prompts: Sequence[Prompt], pixels: Pixels | None) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    for number, prompt in enumerate(prompts):
+        if not prompt.input_ids:
+            raise UsageError(f"prompt {number} is empty")
+        if max(prompt.input_ids) >= rows:
+            raise UsageError(
+                f"prompt {number} holds token id {max(prompt.input_ids)}, but the model embeds "
+                f"only {rows} tokens: use the tokenizer that belongs to the model"
+            )
+        if prompt.images and pixels is None:
+            raise UsageError(f"prompt {number} has images, but no `pixels` function was given")
+
+
+def _left_padded(
+    model: Any, prompts: Sequence[Prompt], pixels: Pixels | None, pad: int
+) -> dict[str, torch.Tensor]:
+    """Inputs of `generate`: ids, mask [B, L]; with images also pixels, grids and modalities."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    length = max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        mask[row, length - len(prompt.input_ids) :] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    images = [image for prompt in prompts for image in prompt.images]
+    if images and pixels is not None:
+        arrays, grids = zip(*(pixels(image) for image in images), strict=True)
+        inputs["pixel_values"] = torch.cat([torch.as_tensor(array) for array in arrays])
+        inputs["image_grid_thw"] = torch.stack([torch.as_tensor(grid).view(3) for grid in grids])
+        # mRoPE positions follow the modality of each token; padding is masked and counts as text.
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long() * mask
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+@contextmanager
+def _evaluating(model: Any) -> Any:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

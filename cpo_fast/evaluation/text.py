@@ -1,0 +1,96 @@
+"""How close the generated thought is to the radiologist's report: BLEU-1..4, ROUGE-L, CIDEr.
+
+Words are compared in lower case without punctuation. BLEU is nltk's corpus BLEU (equal to
+pycocoevalcap's on the same words). ROUGE-L is the COCO variant: the F-measure with beta 1.2, from
+the longest common subsequence of the whole texts, averaged over studies; the `rouge-score` package
+computes another one (beta 1). CIDEr is the CIDEr-D of pycocoevalcap, where that is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from cpo_fast.errors import UsageError
+
+VARIANTS = (
+    "lower-case words without punctuation; BLEU: nltk corpus BLEU, no smoothing; "
+    "ROUGE-L: COCO variant (beta 1.2)"
+)
+ROUGE_BETA = 1.2
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers (1.5 and 9-mm stay whole), without punctuation."""
+    return re.findall(r"\w+(?:[.'/-]\w+)*", text.lower())
+
+
+def text_metrics(references: Sequence[str], candidates: Sequence[str]) -> dict[str, Any]:
+    """{"bleu_1".."bleu_4", "rouge_l", "cider" where installed, "studies", "variants"} of N pairs.
+
+    Raises UsageError for unequal lengths or no text.
+    """
+    if len(references) != len(candidates):
+        raise UsageError(f"{len(references)} reference reports, but {len(candidates)} texts")
+    if not references:
+        raise UsageError("no report to compare with")
+    wanted = [words(text) for text in references]
+    given = [words(text) for text in candidates]
+    result: dict[str, Any] = {"studies": len(references), "variants": VARIANTS}
+    result.update({f"bleu_{n}": value for n, value in enumerate(bleu(wanted, given), start=1)})
+    scores = [rouge_l(want, got) for want, got in zip(wanted, given, strict=True)]
+    result["rouge_l"] = sum(scores) / len(scores)
+    if importlib.util.find_spec("pycocoevalcap"):
+        result["cider"] = cider(wanted, given)
+    return result
+
+
+def bleu(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> list[float]:
+    """Corpus BLEU-1..4, uniform weights (Papineni et al. 2002); 0 where an order never matches."""
+    import warnings
+
+    from nltk.translate.bleu_score import corpus_bleu
+
+    weights = [tuple([1.0 / n] * n) for n in range(1, 5)]
+    with warnings.catch_warnings():
+        # nltk warns when an n-gram order has no match and then returns about 1e-155: that is 0.
+        warnings.simplefilter("ignore")
+        scores = corpus_bleu([[words] for words in references], list(candidates), weights=weights)
+    return [float(score) if score > 1e-100 else 0.0 for score in scores]
+
+
+def rouge_l(reference: Sequence[str], candidate: Sequence[str]) -> float:
+    """F-measure (beta 1.2) of the longest common subsequence (Lin 2004); 0 when it is empty."""
+    common = common_subsequence(reference, candidate)
+    if not common:
+        return 0.0
+    precision, recall = common / len(candidate), common / len(reference)
+    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, bit-parallel over the words of `first`.
+
+    Bit i of `column` is 0 where the table's row i exceeds row i - 1 (Hyyro 2004); an addition
+    carries along each run of ones, so a column costs a few big-integer operations.
+    """
+    where: dict[str, int] = {}
+    for position, word in enumerate(first):
+        where[word] = where.get(word, 0) | 1 << position
+    full = (1 << len(first)) - 1
+    column = full
+    for word in second:
+        matched = column & where.get(word, 0)
+        column = (column + matched | column - matched) & full
+    return len(first) - column.bit_count()
+
+
+def cider(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> float:
+    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, document frequencies from `references`."""
+    from pycocoevalcap.cider.cider import Cider
+
+    wanted = {i: [" ".join(words)] for i, words in enumerate(references)}
+    given = {i: [" ".join(words)] for i, words in enumerate(candidates)}
+    return float(Cider().compute_score(wanted, given)[0])
