@@ -228,12 +228,8 @@ class PackedBatch:
     pair_sources: tuple[str, ...]  # P names, "thinking" or "perception"
     segment_names: tuple[str, ...]  # S names, "group id/chosen" or "group id/rejected_k"
     num_segments: int
-    logical_tokens: (
-        int  # tokens that P unshared (prompt + chosen, prompt + rejected) pairs would need
-    )
-    pixel_values: torch.Tensor | None = (
-        None  # [patches, channels x patch volume] of all images, in order
-    )
+    logical_tokens: int  # of the same pairs unshared: prompt + chosen and prompt + rejected
+    pixel_values: torch.Tensor | None = None  # [patches, patch volume] of all images, in order
     image_grid_thw: torch.Tensor | None = None  # [images, 3] int64
 
     def to(self, device: torch.device | str) -> PackedBatch:
