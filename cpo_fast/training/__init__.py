@@ -1,0 +1,1 @@
+"""Training: arguments, feed of packed batches, objectives, the loop, checkpoints, metrics."""

@@ -1,0 +1,194 @@
+"""The flags of `python -m cpo_fast.train`, under the names that users of trl and transformers know.
+
+Fields with the prefix `sft_` are those of the SFT stage; without it they belong to CPO or to both.
+The defaults are the paper's hyper-parameters (arXiv 2505.13081, its table of settings and its
+script); the embedded default (phantom.yaml beside this file) replaces some for a tiny random model.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.errors import UsageError
+
+STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
+POSITIVE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "packing_length",
+    "num_targets",
+    "logging_steps",
+    "lora_r",
+    "max_length",
+    "num_studies",
+)
+EMBEDDED = Path(__file__).with_name("phantom.yaml")
+
+
+def _flag(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class TrainArguments:
+    """One run: data, model, both training stages, evaluation and report."""
+
+    # --- the run
+    output_dir: str = _flag("runs/cpo", "where everything is written (mode 0700)")
+    stages: str = _flag(
+        ",".join(STAGES), "comma-separated stages; the rest is taken from output_dir"
+    )
+    seed: int = _flag(42, "seed of everything that is random")
+
+    # --- data
+    dataset: str = _flag("phantom", "MIMIC-CXR folder, 'open-i', a preference file, or 'phantom'")
+    dataset_format: str = _flag("auto", "forces the kind of data set (default: told by itself)")
+    image_root: str | None = _flag(None, "folder of the images where the data set has none")
+    sections: str = _flag("careful", "report sections: 'careful' parse or the 'authors' rule")
+    uncertain_labels: str = _flag("negative", "uncertain labels count as 'negative' or 'positive'")
+    num_studies: int = _flag(2000, "size of the phantom data set")
+    max_train_samples: int | None = _flag(None, "use at most this many training studies")
+    max_eval_samples: int | None = _flag(None, "use at most this many studies of each other split")
+    max_bad_fraction: float = _flag(0.05, "stop when more than this share of records is set aside")
+    max_length: int = _flag(4096, "longest prompt + response in tokens")
+    truncation: str = _flag("drop", "over-long samples: 'drop', 'truncate_response' or 'error'")
+    max_pixels: int = _flag(1003520, "largest image area after resizing, in pixels")
+    min_pixels: int = _flag(3136, "smallest image area after resizing, in pixels")
+    dataloader_num_workers: int = _flag(2, "processes that decode images and build packs ahead")
+
+    # --- counterfactuals
+    concept_graph: str | None = _flag(None, "JSON file of a concept graph instead of the package's")
+    counterfactuals: str | None = _flag(None, "counterfactuals.jsonl of an earlier run")
+    num_targets: int = _flag(2, "target diseases per study")
+    rejected_answer: str = _flag("target", "rejected answers name the 'target' or 'all' findings")
+
+    # --- model
+    model_name_or_path: str = _flag("tiny", "folder of a Qwen2.5-VL or causal LM, or 'tiny'")
+    sft_checkpoint: str | None = _flag(None, "model folder that CPO starts from (no SFT then)")
+    attn_implementation: str = _flag("gathered", "attention over packs: 'gathered' or 'sdpa'")
+    use_peft: bool = _flag(True, "CPO trains LoRA adapters (else all weights, with a frozen copy)")
+    sft_use_peft: bool = _flag(True, "SFT trains LoRA adapters (else all weights)")
+    lora_r: int = _flag(8, "LoRA rank")
+    lora_alpha: int = _flag(32, "LoRA alpha")
+    lora_dropout: float = _flag(0.1, "LoRA dropout")
+    lora_target_modules: str = _flag("all-linear", "'all-linear' or comma-separated module names")
+    freeze_vit: bool = _flag(True, "the vision tower is frozen in CPO")
+    sft_freeze_vit: bool = _flag(False, "the vision tower is frozen in SFT")
+    bf16: bool = _flag(False, "bfloat16 weights and autocast")
+    gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass")
+
+    # --- loss
+    beta: float = _flag(0.1, "strength of the pull towards the reference")
+    loss_type: str = _flag("sigmoid", "any loss type of cpo_fast.cpo_loss")
+    label_smoothing: float = _flag(0.0, "for the losses that know it")
+    rpo_alpha: float = _flag(0.0, "weight of the chosen answers' NLL added to each pair's loss")
+    loss_impl: str | None = _flag(None, "implementation of the loss op (default: the best)")
+
+    # --- packing
+    packing: bool = _flag(True, "several studies per forward pass (else one)")
+    packing_length: int = _flag(4096, "tokens per pack")
+    expand_pairs: bool = _flag(False, "each pair is a sample of its own, in the paper's order")
+
+    # --- optimisation
+    per_device_train_batch_size: int = _flag(4, "pairs (never packs) per device")
+    sft_per_device_train_batch_size: int = _flag(15, "samples per device")
+    gradient_accumulation_steps: int = _flag(8, "batches per optimiser step")
+    sft_gradient_accumulation_steps: int = _flag(16, "batches per optimiser step of SFT")
+    num_train_epochs: float = _flag(1.0, "epochs of CPO")
+    sft_num_train_epochs: float = _flag(1.0, "epochs of SFT")
+    max_steps: int = _flag(-1, "optimiser steps of CPO; replaces num_train_epochs when positive")
+    sft_max_steps: int = _flag(-1, "optimiser steps of SFT; replaces sft_num_train_epochs")
+    learning_rate: float = _flag(2e-5, "peak learning rate of CPO")
+    sft_learning_rate: float = _flag(1e-4, "peak learning rate of SFT")
+    lr_scheduler_type: str = _flag("cosine", "a schedule of transformers.get_scheduler")
+    warmup_ratio: float = _flag(0.0, "share of the CPO steps that warm up")
+    sft_warmup_ratio: float = _flag(0.05, "share of the SFT steps that warm up")
+    weight_decay: float = _flag(0.05, "AdamW weight decay")
+    adam_beta1: float = _flag(0.9, "AdamW beta 1")
+    adam_beta2: float = _flag(0.98, "AdamW beta 2")
+    max_grad_norm: float = _flag(1.0, "gradient norm clip; 0 turns it off")
+
+    # --- keeping track
+    logging_steps: int = _flag(1, "a row of metrics.jsonl every so many steps")
+    eval_steps: int = _flag(0, "held-out loss and rewards every so many steps (0: at the end)")
+    save_steps: int = _flag(0, "a checkpoint every so many steps (0: at the end)")
+    save_total_limit: int | None = _flag(None, "keep this many checkpoints per stage")
+    max_new_tokens: int = _flag(256, "longest generated answer in the evaluation")
+    eval_batch_size: int = _flag(64, "studies per generation batch in the evaluation")
+    num_examples: int = _flag(4, "example studies in the report")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.stage_names if name not in STAGES]
+        if unknown or not self.stage_names:
+            raise UsageError(f"--stages {self.stages}: choose from {','.join(STAGES)}")
+        self._one_of("sections", ("careful", "authors"))
+        self._one_of("uncertain_labels", ("negative", "positive"))
+        self._one_of("truncation", ("drop", "truncate_response", "error"))
+        self._one_of("rejected_answer", ("target", "all"))
+        self._one_of("attn_implementation", ("gathered", "sdpa"))
+        for name in POSITIVE:
+            for prefixed in (name, f"sft_{name}"):
+                if getattr(self, prefixed, 1) < 1:
+                    raise UsageError(f"--{prefixed} must be at least 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UsageError("--max_bad_fraction is a share between 0 and 1")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.stages.split(",") if name.strip())
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """The optimisation settings of "sft" or "cpo" under their plain names."""
+        own = {f.name.removeprefix("sft_") for f in fields(self) if f.name.startswith("sft_")}
+        prefix = "sft_" if stage == "sft" else ""
+        return {name: getattr(self, prefix + name) for name in own if hasattr(self, name)}
+
+
+def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
+    """Read `[--config run.yaml] [--flag value ...]`; flags win over the file.
+
+    Without `--config`, `--dataset` and `--model_name_or_path` the embedded default is the file. A
+    wrong flag ends the program with argparse's message and status 2; UsageError names what is wrong
+    in a file.
+    """
+    from transformers import HfArgumentParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        TrainArguments, prog="python -m cpo_fast.train", allow_abbrev=False, description=__doc__
+    )
+    parser.add_argument("--config", default=None, help="YAML file of flags (without the dashes)")
+    given = {word.split("=", 1)[0] for word in argv if word.startswith("--")}
+    known, _ = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
+    if known.config is not None:
+        parser.set_defaults(**read_config(Path(known.config)))
+    elif not given & {"--dataset", "--model_name_or_path"}:
+        parser.set_defaults(**read_config(EMBEDDED))
+    arguments, rest = parser.parse_args_into_dataclasses(argv)
+    del rest  # the namespace that holds --config
+    return arguments
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The flags that a YAML file sets; UsageError for a missing file or an unknown flag."""
+    import yaml
+
+    if not path.is_file():
+        raise UsageError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: expected lines of the form `flag: value`")
+    names = {f.name for f in fields(TrainArguments)}
+    if unknown := sorted(set(values) - names):
+        raise UsageError(f"--config {path}: unknown flags {', '.join(map(str, unknown))}")
+    return values

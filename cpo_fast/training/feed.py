@@ -1,0 +1,77 @@
+"""The feed: optimiser steps made of packed batches, built ahead of the step by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cpo_fast.errors import RecordError
+from cpo_fast.packing import Pack, collate
+from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt, RejectedRecord
+
+Pixels = Callable[[ImageRef], tuple[torch.Tensor, tuple[int, int, int]]]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The micro-batches of one optimiser step and the records whose images did not decode."""
+
+    batches: tuple[PackedBatch, ...]
+    rejected: tuple[RejectedRecord, ...] = ()
+
+
+class StepFeed(Dataset):
+    """Item i is optimiser step i of the plan. A group whose image fails is left out and listed."""
+
+    def __init__(
+        self, groups: Sequence[PreferenceGroup], steps: Sequence[Sequence[Pack]], pixels: Pixels
+    ) -> None:
+        self.groups = groups
+        self.steps = steps
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> StepBatch:
+        batches, rejected = [], []
+        for pack in self.steps[index]:
+            decoded: dict[ImageRef, tuple[torch.Tensor, tuple[int, int, int]]] = {}
+            usable = []
+            for group_index, kept in pack:
+                group = self.groups[group_index]
+                image = ImageRef("")
+                try:
+                    for image in _images(group):
+                        if image not in decoded:
+                            decoded[image] = self.pixels(image)
+                    usable.append((group_index, kept))
+                except RecordError as error:
+                    rejected.append(
+                        RejectedRecord(image.path, None, group.id, error.reason, error.detail)
+                    )
+            if usable:
+                batches.append(collate(self.groups, tuple(usable), pixels=decoded.__getitem__))
+        return StepBatch(tuple(batches), tuple(rejected))
+
+
+def _images(group: PreferenceGroup) -> Iterator[ImageRef]:
+    prompts: list[Prompt | None] = [group.prompt, *group.rejected_prompts]
+    return (image for prompt in prompts if prompt is not None for image in prompt.images)
+
+
+def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator[StepBatch]:
+    """Yield the steps from `start` on, in order, whatever the number of workers."""
+    return iter(
+        DataLoader(
+            feed,
+            batch_size=None,
+            sampler=range(start, len(feed)),
+            num_workers=num_workers,
+            prefetch_factor=2 if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )

@@ -1,0 +1,132 @@
+"""What a packed batch costs: the SFT and the CPO objective, as sums that a step divides once.
+
+Both score hidden states through the loss op and never make logits. An optimiser step may be
+computed in any number of packs: `weigh` says how much a pack counts, the loop divides by the step's
+total, so that the packing does not change the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cpo_fast.loss import cpo_loss, linear_logprobs
+from cpo_fast.model import PackedModel
+from cpo_fast.types import PackedBatch
+
+Values = dict[str, torch.Tensor | float]
+
+
+class Objective(Protocol):
+    """`weigh` and `summed` of a packed batch; `row` makes metrics of the sums of an interval."""
+
+    def weigh(self, batch: PackedBatch) -> float: ...
+
+    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]: ...
+
+    def row(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+
+@dataclass
+class SFTObjective:
+    """Negative log-likelihood of the responses: the mean over all response tokens of a step."""
+
+    model: PackedModel
+    impl: str | None = None
+
+    def weigh(self, batch: PackedBatch) -> float:
+        return float(batch.labels.numel())
+
+    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
+        weight, bias = self.model.head()
+        hidden = self.model.hidden(batch)
+        logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=self.impl)
+        loss = -logps.sum()
+        return loss, {"loss": loss, "weight": self.weigh(batch), "samples": batch.num_segments}
+
+    def row(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["loss"] / sums["weight"]}
+
+
+@dataclass
+class CPOObjective:
+    """The preference loss over the pairs of a step (arXiv 2505.13081, its CPO objective).
+
+    `reference` is the frozen copy for full tuning; None means the model with its adapters off.
+    """
+
+    model: PackedModel
+    reference: PackedModel | None = None
+    beta: float = 0.1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    rpo_alpha: float = 0.0
+    impl: str | None = None
+
+    def weigh(self, batch: PackedBatch) -> float:
+        return float(self._weights(batch).sum())
+
+    def _weights(self, batch: PackedBatch) -> torch.Tensor:
+        """Each pair's weight; plackett_luce counts a group once, whatever its number of pairs."""
+        if self.loss_type != "plackett_luce":
+            return batch.pair_weights
+        chosen = batch.pairs[:, 0]
+        return batch.pair_weights / torch.bincount(chosen, minlength=batch.num_segments)[chosen]
+
+    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
+        weight, bias = self.model.head()
+        hidden = self.model.hidden(batch)
+        reference = {}
+        if self.reference is not None:
+            ref_weight, ref_bias = self.reference.head()
+            with torch.no_grad():
+                reference["ref_hidden"] = self.reference.hidden(batch)
+            reference |= {"ref_weight": ref_weight.detach(), "ref_bias": ref_bias}
+        elif self.loss_type not in ("simpo", "orpo"):
+            reference["ref_hidden"] = self.model.hidden(batch, reference=True)
+        out = cpo_loss(
+            hidden,
+            weight,
+            batch.labels,
+            batch.segment_ids,
+            batch.pairs,
+            bias=bias,
+            beta=self.beta,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            rpo_alpha=self.rpo_alpha,
+            num_segments=batch.num_segments,
+            impl=self.impl,
+            **reference,
+        )
+        weights = self._weights(batch)
+        loss = (out.losses * weights).sum()
+        chosen, rejected = batch.pairs.unbind(1)
+        tokens = torch.bincount(batch.segment_ids, minlength=batch.num_segments)
+        return loss, {
+            "loss": loss,
+            "weight": weights.sum(),
+            "samples": len(batch.pairs),
+            "rewards/chosen": out.chosen_rewards.sum(),
+            "rewards/rejected": out.rejected_rewards.sum(),
+            "rewards/accuracies": _wins(out.chosen_rewards, out.rejected_rewards).sum(),
+            "logps/chosen": out.logps[chosen].sum(),
+            "logps/rejected": out.logps[rejected].sum(),
+            "nll_loss": -(out.logps[chosen] / tokens[chosen]).sum(),
+        }
+
+    def row(self, sums: dict[str, float]) -> dict[str, float]:
+        pairs = sums["samples"]
+        row = {name: value / pairs for name, value in sums.items() if "/" in name}
+        row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
+        return {"loss": sums["loss"] / sums["weight"], **row, "nll_loss": sums["nll_loss"] / pairs}
+
+
+def _wins(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    return (chosen > rejected).double()
+
+
+MakeObjective = Callable[[PackedModel], Objective]
