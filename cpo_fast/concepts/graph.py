@@ -1,0 +1,263 @@
+"""The concept graph: read from JSON, checked, and held in networkx.
+
+The file lists 53 imaging attributes in four categories and 12 diseases with their hallmarks,
+associations and exclusions (the relations of CPO, arXiv 2505.13081); what is neither associated nor
+excluded is irrelevant. In a phrase, `...` stands for up to five words of the same clause. Exclusions in
+`same_region_exclusions`, and contradictions of scope "region", hold within one hemithorax only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import networkx
+
+from cpo_fast.errors import DataError
+from cpo_fast.types import FINDINGS, Attribute, ConceptGraph, Disease
+
+DEFAULT_GRAPH = Path(__file__).with_name("graph.json")
+CATEGORIES = ("morphological", "density", "anatomical", "functional_dynamic")
+COURSES = ("acute", "chronic", "either")
+SCOPES = ("patient", "region")
+_KNOWN_DISEASES = frozenset(FINDINGS) - {"No Finding"} | {"Emphysema"}
+_MAX_BYTES = 32 << 20
+
+
+def load_graph(path: str | Path | None = None) -> ConceptGraph:
+    """The concept graph of the package, or the one in the JSON file `path`, checked for consistency.
+
+    Raises DataError naming the file, the entry and what to change: unreadable or not JSON, missing
+    keys, unknown category, undefined attribute or disease, a hallmark that is no association, an
+    attribute both associated and excluded, a contradiction of an attribute with itself or between two
+    hallmarks of one disease, an exclusion between diseases that stands on one side only or that the
+    attributes do not bear out, and a cycle of such one-sided exclusions or of implications.
+    """
+    file = DEFAULT_GRAPH if path is None else Path(path)
+    return graph_from_json(_read(file), str(file))
+
+
+def _read(file: Path) -> Any:
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise DataError(
+                f"{file}: a concept graph of more than 32 MiB is not read; is it the right file?"
+            )
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file}: the concept graph can't be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: the concept graph is not valid JSON ({error}).") from error
+
+
+def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
+    """The graph that a parsed graph file holds; raises DataError as `load_graph` does."""
+    check = _Checks(file)
+    attributes = _attributes(check.mapping(data, "attributes", "the file"), check)
+    rows = check.mapping(data, "diseases", "the file")
+    diseases = {name: _disease(name, row, attributes, check) for name, row in rows.items()}
+    contradictions = _contradictions(
+        check.sequence(data, "contradictions", "the file"), attributes, check
+    )
+    _check_hallmarks_agree(diseases, contradictions, check)
+    excluded = _excluded(rows, diseases, check)
+    implied = _implied(rows, check)
+
+    network = networkx.Graph(name="cpo_fast concept graph")
+    for attribute in attributes.values():
+        network.add_node(
+            attribute.id, kind="attribute", category=attribute.category, label=attribute.name
+        )
+    for name, disease in diseases.items():
+        row = rows[name]
+        network.add_node(
+            name,
+            kind="disease",
+            label=name,
+            synonyms=check.strings(row, "synonyms", name, required=False),
+            course=check.choice(row, "course", COURSES, name, default="either"),
+            implies=implied[name],
+        )
+        for attribute in disease.associations:
+            network.add_edge(
+                name, attribute, relation="association", hallmark=attribute in disease.hallmarks
+            )
+        regional = check.strings(row, "same_region_exclusions", name, required=False)
+        for attribute in set(regional) - set(disease.exclusions):
+            check.fail(
+                f'{name}: "same_region_exclusions" has {attribute}, which is not in "exclusions"; add it there.'
+            )
+        for attribute in disease.exclusions:
+            scope = "region" if attribute in regional else "patient"
+            network.add_edge(name, attribute, relation="exclusion", scope=scope)
+        for other in excluded[name]:
+            network.add_edge(name, other, relation="exclusion", scope="patient")
+    for pair, scope in contradictions.items():
+        left, right = sorted(pair)
+        network.add_edge(left, right, relation="contradiction", scope=scope)
+    return ConceptGraph(attributes, diseases, frozenset(contradictions), excluded, network)
+
+
+def phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+    """One expression that finds any of `phrases` (`...`: up to five words) in lower-case text."""
+    parts = []
+    for phrase in sorted(phrases, key=len, reverse=True):
+        words = [
+            re.escape(part.strip()).replace(r"\ ", r"[ ]") for part in phrase.lower().split("...")
+        ]
+        parts.append(r"(?:[ ][\w'-]+){0,5}?[ ]".join(words))
+    return re.compile(r"\b(?:" + "|".join(parts) + r")\b")
+
+
+def relevance(graph: ConceptGraph, disease: str, attribute: str) -> str:
+    """ "association", "exclusion" or "irrelevance" of an attribute for a disease."""
+    edge = graph.network.get_edge_data(disease, attribute)
+    return "irrelevance" if edge is None else edge["relation"]
+
+
+class _Checks:
+    """Reads of parsed JSON that fail with the file's name."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def fail(self, message: str) -> None:
+        raise DataError(f"{self.file}: {message}")
+
+    def mapping(self, data: Any, key: str, where: str) -> Mapping[str, Any]:
+        value = data.get(key) if isinstance(data, Mapping) else None
+        if not isinstance(value, Mapping) or not value:
+            self.fail(f'{where} needs "{key}", a JSON object that is not empty.')
+        return value  # type: ignore[return-value]
+
+    def sequence(self, data: Any, key: str, where: str) -> Sequence[Any]:
+        value = data.get(key) if isinstance(data, Mapping) else None
+        if not isinstance(value, list):
+            self.fail(f'{where} needs "{key}", a JSON list.')
+        return value  # type: ignore[return-value]
+
+    def strings(self, data: Any, key: str, where: str, *, required: bool = True) -> tuple[str, ...]:
+        value = data.get(key, None if required else []) if isinstance(data, Mapping) else None
+        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+            self.fail(f'{where}: "{key}" must be a list of strings that are not empty.')
+        return tuple(value)  # type: ignore[arg-type]
+
+    def choice(
+        self, data: Any, key: str, allowed: Sequence[str], where: str, *, default: str = ""
+    ) -> str:
+        value = data.get(key, default) if isinstance(data, Mapping) else None
+        if value not in allowed:
+            self.fail(f'{where}: {key} "{value}" is unknown; one of {", ".join(allowed)}.')
+        return str(value)
+
+
+def _attributes(rows: Mapping[str, Any], check: _Checks) -> dict[str, Attribute]:
+    found = {}
+    for key, row in rows.items():
+        category = check.choice(row, "category", CATEGORIES, f"attribute {key}")
+        name = row.get("name")
+        if not isinstance(name, str) or not name:
+            check.fail(f'attribute {key}: "name" is missing.')
+        phrases = check.strings(row, "phrases", f"attribute {key}")
+        synonyms = check.strings(row, "synonyms", f"attribute {key}", required=False)
+        found[key] = Attribute(key, category, name, (*phrases, *synonyms))
+    return found
+
+
+def _disease(name: str, row: Any, attributes: Mapping[str, Attribute], check: _Checks) -> Disease:
+    if name not in _KNOWN_DISEASES:
+        check.fail(f'disease "{name}" is none of {", ".join(sorted(_KNOWN_DISEASES))}.')
+    kinds = {k: check.strings(row, k, name) for k in ("hallmarks", "associations", "exclusions")}
+    for kind, ids in kinds.items():
+        for key in ids:
+            if key not in attributes:
+                check.fail(f'{name}: "{kind}" names the undefined attribute {key}.')
+    if not kinds["hallmarks"]:
+        check.fail(f"{name}: needs at least one hallmark.")
+    for key in kinds["hallmarks"]:
+        if key not in kinds["associations"]:
+            check.fail(f"{name}: the hallmark {key} is not among its associations; add it there.")
+    for key in kinds["associations"]:
+        if key in kinds["exclusions"]:
+            check.fail(f"{name}: the attribute {key} is both associated and excluded; drop one.")
+    return Disease(name, kinds["hallmarks"], kinds["associations"], kinds["exclusions"])
+
+
+def _contradictions(
+    rows: Sequence[Any], attributes: Mapping[str, Attribute], check: _Checks
+) -> dict[frozenset[str], str]:
+    found: dict[frozenset[str], str] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"contradiction {number}"
+        pair = check.strings(row, "pair", where)
+        if len(pair) != 2 or pair[0] == pair[1]:
+            check.fail(f'{where}: "pair" must hold two different attributes.')
+        for key in pair:
+            if key not in attributes:
+                check.fail(f"{where} names the undefined attribute {key}.")
+        found[frozenset(pair)] = check.choice(row, "scope", SCOPES, where, default="region")
+    return found
+
+
+def _check_hallmarks_agree(
+    diseases: Mapping[str, Disease], contradictions: Mapping[frozenset[str], str], check: _Checks
+) -> None:
+    for name, disease in diseases.items():
+        for pair in contradictions:
+            if pair <= set(disease.hallmarks):
+                check.fail(
+                    f"{name}: its hallmarks {' and '.join(sorted(pair))} contradict each other."
+                )
+
+
+def _excluded(
+    rows: Mapping[str, Any], diseases: Mapping[str, Disease], check: _Checks
+) -> dict[str, frozenset[str]]:
+    """Disease -> those it rules out: listed on both sides, and borne out by the hallmarks of both."""
+    listed = {
+        name: set(check.strings(rows[name], "excludes", name, required=False)) for name in diseases
+    }
+    one_sided = networkx.DiGraph()
+    for name, others in listed.items():
+        for other in others:
+            if other not in diseases:
+                check.fail(f'{name}: "excludes" names the unknown disease "{other}".')
+            if other == name:
+                check.fail(f'{name}: "excludes" names the disease itself.')
+            if name not in listed[other]:
+                one_sided.add_edge(name, other)
+    try:
+        cycle = [edge[0] for edge in networkx.find_cycle(one_sided)]
+        check.fail(
+            f"exclusions form a cycle: {' -> '.join([*cycle, cycle[0]])}; an exclusion holds both ways, "
+            f"so list each on both diseases or drop it."
+        )
+    except networkx.NetworkXNoCycle:
+        pass
+    for name, other in one_sided.edges:
+        check.fail(
+            f"{name} excludes {other}, but {other} does not exclude {name}; list it on both or drop it."
+        )
+    for name, others in listed.items():
+        for other in others:
+            if not set(diseases[name].hallmarks) & set(diseases[other].exclusions):
+                check.fail(
+                    f"{name} and {other} exclude each other, but no hallmark of {name} is excluded by {other}."
+                )
+    return {name: frozenset(others) for name, others in listed.items()}
+
+
+def _implied(rows: Mapping[str, Any], check: _Checks) -> dict[str, tuple[str, ...]]:
+    implied = {
+        name: check.strings(row, "implies", name, required=False) for name, row in rows.items()
+    }
+    arrows = networkx.DiGraph((name, other) for name, others in implied.items() for other in others)
+    for name, other in arrows.edges:
+        if other not in rows:
+            check.fail(f'{name}: "implies" names the unknown disease "{other}".')
+    if not networkx.is_directed_acyclic_graph(arrows):
+        check.fail("implications between diseases form a cycle; drop one of them.")
+    return implied

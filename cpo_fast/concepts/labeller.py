@@ -1,0 +1,119 @@
+"""A rule-based finding labeller: the 14 CheXpert labels and emphysema, from a report's own words.
+
+A report is cut into sentences, sentences into mentions; each mention is asserted (1), denied (0) or
+uncertain (-1) by the cues around it, and for the report positive beats uncertain beats negative. Made
+to check counterfactuals and to label reports that come without labels; it shares no phrase with the
+generator. Sentences are remembered, because reports repeat them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from cpo_fast.concepts.labeller_phrases import (
+    MENTIONS,
+    NEGATION_AFTER,
+    NEGATION_BEFORE,
+    NORMALITY,
+    PSEUDO_NEGATION,
+    SCOPE_BREAK,
+    UNCERTAIN_AFTER,
+    UNCERTAIN_BEFORE,
+)
+from cpo_fast.types import FINDINGS
+
+LABELLED: tuple[str, ...] = (*FINDINGS, "Emphysema")
+"""What `label_report` answers for."""
+
+_MENTIONS = {
+    name: re.compile("|".join(f"(?:{p})" for p in table)) for name, table in MENTIONS.items()
+}
+_NORMALITY = tuple((re.compile(p), frozenset(f or MENTIONS)) for p, f in NORMALITY)
+_PRE_NEG = re.compile(NEGATION_BEFORE)
+_POST_NEG = re.compile(NEGATION_AFTER)
+_PRE_UNC = re.compile(UNCERTAIN_BEFORE)
+_POST_UNC = re.compile(UNCERTAIN_AFTER)
+_BREAK = re.compile(SCOPE_BREAK)
+_PSEUDO = re.compile(PSEUDO_NEGATION)
+_SENTENCE = re.compile(r"(?<=[.?!])\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|\s(?=\d{1,2}\. +[A-Za-z])")
+_SECTION = re.compile(r"^\s*(?:FINDINGS|IMPRESSION):", re.M)
+_ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)]|-)\s*")
+_SPACE = re.compile(r"\s+")
+
+
+def sentences(text: str) -> list[str]:
+    """`text` cut at full stops, blank lines and list marks; lower case, white space made single."""
+    plain = (_SPACE.sub(" ", part).strip().lower() for part in _SENTENCE.split(text))
+    return [s for s in (_ENUMERATOR.sub("", part) for part in plain) if s]
+
+
+@lru_cache(maxsize=1 << 17)
+def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
+    """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of `LABELLED`."""
+    found: list[tuple[str, int]] = []
+    calm = _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
+    for name, pattern in _MENTIONS.items():
+        for match in pattern.finditer(sentence):
+            found.append((name, _polarity(calm, match.start(), match.end())))
+    return tuple(found)
+
+
+def _polarity(sentence: str, start: int, end: int) -> int:
+    before, after = sentence[:start], sentence[end:]
+    negated = _reaches(_PRE_NEG, before) or _POST_NEG.search(after) is not None
+    if _POST_UNC.search(after) or _reaches_uncertain(before, negated):
+        return -1
+    return 0 if negated else 1
+
+
+def _reaches(cue: re.Pattern[str], before: str) -> bool:
+    """Whether some cue in `before` is followed by no word that ends its reach."""
+    last = None
+    for last in cue.finditer(before):
+        pass
+    return last is not None and _BREAK.search(before, last.end()) is None
+
+
+def _reaches_uncertain(before: str, negated: bool) -> bool:
+    last = None
+    for last in _PRE_UNC.finditer(before):
+        pass
+    if last is None or _BREAK.search(before, last.end()) is not None:
+        return False
+    return not (negated and last.group() in ("or", "and/or"))
+
+
+@lru_cache(maxsize=1 << 17)
+def ruled_out(sentence: str) -> frozenset[str]:
+    """Findings that a lower-case sentence denies: by name, or by a statement that all is normal there."""
+    out = {name for name, polarity in sentence_mentions(sentence) if polarity == 0}
+    for pattern, findings in _NORMALITY:
+        if pattern.search(sentence):
+            out |= findings
+    return frozenset(out)
+
+
+def label_report(text: str) -> dict[str, int | None]:
+    """Labels of a report: name -> 1 present, 0 absent, -1 uncertain, None not mentioned.
+
+    Positive beats uncertain beats negative. "No Finding" is 1 where nothing but support devices is
+    present or uncertain, else None. Source of the scheme: Irvin et al. 2019, arXiv 1901.07031.
+    """
+    return merge_labels(sentence_mentions(sentence) for sentence in sentences(text))
+
+
+def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, int | None]:
+    """Labels of a report from the mentions of its sentences."""
+    labels: dict[str, int | None] = dict.fromkeys(LABELLED)
+    rank = {None: 0, 0: 1, -1: 2, 1: 3}
+    for sentence in mentions:
+        for name, polarity in sentence:
+            if rank[polarity] > rank[labels[name]]:
+                labels[name] = polarity
+    quiet = all(
+        labels[n] not in (1, -1) for n in LABELLED if n not in ("No Finding", "Support Devices")
+    )
+    labels["No Finding"] = 1 if quiet else None
+    return labels

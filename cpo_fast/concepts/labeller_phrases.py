@@ -1,0 +1,227 @@
+"""Phrase and rule tables of the finding labeller; regular expressions over lower-case sentences.
+
+They were written apart from the generator's tables (graph.json, counterfactual/wording.py) on purpose,
+so that a fault in one is seen by the other. The set-up (mentions, then cues of negation and doubt in
+the same clause) follows the CheXpert labeller of Irvin et al. 2019 (arXiv 1901.07031, appendix B); the
+expressions are our own and were tuned on the odd-numbered reports of Open-I.
+"""
+
+from __future__ import annotations
+
+_SIDE = r"(?:right|left|bilateral|both)"
+
+MENTIONS: dict[str, tuple[str, ...]] = {
+    "Atelectasis": (
+        r"atelecta\w+",
+        r"collapsed? (?:of the )?(?:\w+ ){0,3}(?:lobe|lung)",
+        r"(?:lobe|lobar|lung|lingular|segmental) collapse",
+    ),
+    "Cardiomegaly": (
+        r"cardiomegaly",
+        r"cardiac (?:\w+ )?enlargement",
+        r"enlarged? (?:\w+ ){0,2}(?:heart|cardiac)",
+        r"enlargement of (?:the )?(?:heart|cardiac|cardiopericardial)",
+        r"(?:heart|cardiac silhouette|cardiac shadow|cardiac size|cardiopericardial silhouette|"
+        r"cardiac contours?|cardiomediastinal silhouette|heart silhouette|cardiac and mediastinal silhouettes?)"
+        r"(?: size| shadow| silhouette| contour)?(?:(?! and| with|,|;| not| normal| pulmonary).){0,35}?"
+        r"\b(?:enlarge[dment]*|large|big)\b",
+        r"large heart",
+        r"increase in heart size",
+    ),
+    "Consolidation": (r"consolidat\w+",),
+    "Edema": (
+        r"(?:pulmonary |interstitial |alveolar |vascular |lung |airspace )?(?:o?edema)(?! of the (?:soft|arm|neck))",
+        r"(?:vascular|venous|pulmonary|hilar|interstitial|central|perihilar) congesti\w+",
+        r"congesti(?:on|ve)\b",
+        r"vascular(?:ity)? (?:\w+ ){0,3}(?:engorge\w+|prominen\w+|congest\w+|redistribution|enlarged?)",
+        r"(?:engorge\w+|prominen\w+|congest\w+|redistribution|cephalization|enlarged?) (?:of )?(?:the )?"
+        r"(?:\w+ ){0,3}(?:pulmonary |central )?(?:vascula\w+|vessels)",
+        r"cephaliz\w+",
+        r"kerley",
+        r"heart failure",
+        r"\bchf\b",
+        r"fluid overload",
+        r"volume overload",
+        r"vascular engorgement",
+    ),
+    "Emphysema": (
+        r"emphysema\w*",
+        r"bullous",
+        r"\bbulla[e]?\b",
+        r"\bblebs?\b",
+    ),
+    "Enlarged Cardiomediastinum": (
+        r"(?:widen(?:ed|ing)|enlarge[dment]*|prominen(?:t|ce)) (?:of )?(?:the )?(?:\w+ ){0,2}(?:cardio ?)?mediastin\w+",
+        r"mediastin(?:um|al)(?! (?:is |are )?(?:normal|unremarkable|stable))(?: \w+){0,4}? (?:widen(?:ed|ing)|"
+        r"enlarge[dment]*|prominen(?:t|ce)|wide|fullness)",
+        r"cardiomediastinal silhouette (?:\w+ ){0,4}enlarged",
+    ),
+    "Fracture": (r"fractur\w*", r"compression deformit\w+", r"rib deformit\w+"),
+    "Lung Lesion": (
+        r"nodul(?:e|es|ar|arity)\b(?! (?:goiter|thyroid))",
+        r"\bmass(?:es)?\b(?! effect)",
+        r"lung lesions?",
+        r"pulmonary lesions?",
+        r"\blesions?\b",
+        r"metasta\w+",
+        r"neoplas\w+",
+        r"carcinoma",
+        r"\btumou?r",
+        r"malignan\w+",
+        r"cavit\w+",
+        r"granuloma(?:s|ta)?\b",
+    ),
+    "Lung Opacity": (
+        r"opaci\w+",
+        r"opacif\w+",
+        r"air[ -]?space (?:\w+ )?(?:disease|process|change)s?",
+        r"alveolar (?:disease|process)",
+        r"infiltrat\w+",
+        r"airspace (?:consolidation|filling)",
+        r"hazy|haziness",
+    ),
+    "Pleural Effusion": (
+        r"(?<!pericardial )effusions?",
+        r"pleural fluid",
+        r"fluid (?:\w+ ){0,3}(?:pleural|fissure)",
+        r"(?:hydro|hemo|haemo|pyo)(?:pneumo)?thora\w+",
+        r"empyema",
+        r"fissural fluid",
+    ),
+    "Pleural Other": (
+        r"pleural (?:\w+ ){0,3}(?:thicken\w+|plaques?|scar\w*|calcification\w*|fibrosis|reaction|tag|rind|abnormalit\w+)",
+        r"(?:thickened|calcified|scarred) (?:\w+ )?pleura\w*",
+        r"thickening of (?:the )?(?:\w+ ){0,3}pleura\w*",
+        r"pleur(?:o|al)[- ]?parenchymal (?:\w+ ){0,2}(?:scar\w*|thicken\w+|disease|change\w*)",
+        r"fibrothorax",
+        r"apical (?:cap|thickening)\w*",
+        r"apical capping",
+    ),
+    "Pneumonia": (
+        r"(?<!history of )(?:broncho)?pneumonias?",
+        r"\bpneumonitis",
+        r"pneumonic",
+        r"infectio\w+(?! control)",
+    ),
+    "Pneumothorax": (r"(?:hydro|hemo)?pneumo ?thora\w+",),
+    "Support Devices": (
+        r"catheter\w*",
+        r"\blines?\b(?= (?:tip|terminat|in place|is|with|overl|project))",
+        r"(?:central venous|picc|subclavian|jugular|midline|dialysis) (?:venous )?(?:line|catheter)",
+        r"picc",
+        r"pacemaker|pacer\b|pacing|\baicd\b|\bicd\b|defibrillator|generator",
+        r"(?:endotracheal|enteric|nasogastric|orogastric|feeding|tracheostomy|chest|ng|et|drainage|gastrostomy|"
+        r"dobhoff|thoracostomy|shunt|pleural) tub\w+",
+        r"tracheostomy",
+        r"port-?a-?cath\w*|mediport|chest port|\bport\b",
+        r"sternotomy|sternal wires?|cabg|bypass|valve (?:replacement|prosthe\w+)|prosthetic (?:\w+ )?valve",
+        r"surgical (?:clips?|hardware)|(?:fixation|fusion|orthopedic|spinal) (?:hardware|rods?|device)",
+        r"\bstents?\b|\bhardware\b|stimulator|\bleads?\b|electrodes?|prosthes[ie]s|arthroplasty",
+        r"\bdevice\b|\btubing\b|swan|\bfilter\b",
+    ),
+}
+"""Finding -> expressions of which each match is a mention."""
+
+NEGATION_BEFORE = (
+    r"\b(?:no|not|without|absent|absence of|negative|free of|clear of|never|nor|neither|non|"
+    r"lack of|denies|rather than|resolution of|clearing of|clearance of|resolved|resolving|excludes?|"
+    r"instead of|removal of|"
+    r"exclude[sd]|fail(?:s|ed)? to|nothing|un(?:likely|remarkable) for)\b"
+)
+NEGATION_AFTER = (
+    r"^[^,;]{0,40}?\b(?:(?:is|are|was|were|has been|have been|has|have) (?:now |since |completely |\w+ly )?"
+    r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)|"
+    r"(?:resolved|cleared|unlikely|absent)\b|no longer|not (?:seen|identified|present|visualized|enlarged))"
+)
+UNCERTAIN_BEFORE = (
+    r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|suspicio\w+|suspected|"
+    r"suspect|concern\w*|worrisome|versus|vs|or|and/or|difficult to exclude|exclude|consider\w*|"
+    r"differential|indeterminate|query|evaluate|rule out|if|doubt\w*|uncertain|unclear|borderline|"
+    r"perhaps|less likely|not excluded|correlate|conceivable|conceivably|presum\w+|whether|potential\w*|"
+    r"risk|predispos\w+|upper limits|top normal|history|prior|previous\w*|preclude)\b"
+)
+UNCERTAIN_AFTER = (
+    r"^[^;]{0,60}?\b(?:(?:is|are) (?:possible|suspected|questioned|(?:not )?excluded|considered|difficult to exclude)|"
+    r"(?:can ?not|can't|could not|may not|not|difficult to) (?:\w+ )?(?:be )?(?:\w+ )?(?:exclude\w*|ruled out)|"
+    r"(?:would|could|may|might|should) (?:also )?(?:be|have|look)|possible\b|suspected|versus|vs\b|in the differential|"
+    r"(?:not|n't) (?:completely |entirely )?excluded)"
+)
+SCOPE_BREAK = (
+    r"\b(?:but|however|although|though|except|aside from|other than|apart from|which|causing|caused by|"
+    r"secondary to|due to|there is|there are|with (?:stable|mild|moderate|small|large|persistent|a|the|"
+    r"interval|minimal|bilateral|right|left|chronic|some|associated)|is|are|was|were|has|have|appears?|remains?|"
+    r"shows?|demonstrates?|represents?|consistent with|compatible with|reflects?|seen|noted|present|identified|"
+    r"since|because|given|from|than)\b|[;:]"
+)
+"""Between a cue before a mention and the mention: ends the reach of the cue."""
+
+PSEUDO_NEGATION = (
+    r"\b(?:no (?:significant |definite |appreciable |interval |substantial |gross |acute )*"
+    r"(?:change|changes|increase|decrease|interval change|longer)\b(?: (?:in|of))?|not (?:significantly |only )?(?:changed|only)|"
+    r"without (?:significant |interval )*change|not necessarily|no change|not excluded|non[- ]?specific|"
+    r"non[- ]?calcified|no prior|no previous|no comparison)\b"
+)
+"""Words that look like a negation of the finding and are none; blanked before cues are sought."""
+
+# --- what a statement of normality rules out: for the checks on counterfactuals, not for labels --------
+
+_BE = r"(?:\s(?:is|are|was|were|appears?|remains?|both|again|grossly|also|well|expanded|hyperinflated|symmetrically|normally|inflated|otherwise|,|and|stable|size|XXXX|xxxx))*"
+_NORMAL = (
+    r"\s(?:normal|within (?:the )?(?:\w+ )?(?:normal limits|limits of normal)|unremarkable|"
+    r"of normal size|not (?:\w+ )?enlarged|normal-sized)\b"
+)
+_AIRSPACE = ("Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Lung Opacity", "Pneumonia")
+
+NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        r"\blungs?(?: fields?| parenchyma)?(?:(?!otherwise)[^,;.]){0,40}?\bclear\b(?! (?:of|from))",
+        _AIRSPACE,
+    ),
+    (r"^(?:well[- ]expanded and )?clear lungs\b|\band clear lungs\b|^lungs clear", _AIRSPACE),
+    (
+        r"\bheart(?: size| silhouette| shadow| contours?)?(?:(?!enlarged|,| with)[^;.]){0,60}?"
+        + _NORMAL[2:],
+        ("Cardiomegaly",),
+    ),
+    (
+        r"\bnormal (?:in )?(?:heart|cardiac|size heart|sized heart|cardiomediastinal|cardio)\b",
+        ("Cardiomegaly",),
+    ),
+    (
+        r"\b(?:cardiac|cardio ?mediastinal)(?: and mediastinal)? (?:silhouettes?|contours?|size|shadow|structures)"
+        r"(?:(?!enlarged| with)[^;.]){0,60}?" + _NORMAL[2:],
+        ("Cardiomegaly",),
+    ),
+    (
+        r"\b(?:cardio ?)?mediastin(?:um|al)(?: (?:silhouettes?|contours?|structures|width))?(?:(?!enlarged|widened| with)[^;.]){0,50}?"
+        + _NORMAL[2:],
+        ("Enlarged Cardiomediastinum",),
+    ),
+    (r"\bnormal (?:cardio ?)?mediastin", ("Enlarged Cardiomediastinum",)),
+    (r"\bnormal heart size and mediastin", ("Enlarged Cardiomediastinum",)),
+    (
+        r"\bvascul(?:arity|ature|ar (?:pattern|markings|engorgement))(?:(?!congest|prominent)[^;.]){0,50}?"
+        + _NORMAL[2:],
+        ("Edema",),
+    ),
+    (r"\bnormal (?:pulmonary )?vascul", ("Edema",)),
+    (
+        r"\b(?:pleural spaces?|costophrenic (?:angles?|sulci|recesses)|pleura)(?:[^,;.]){0,30}?\b(?:clear|sharp|normal|unremarkable)\b",
+        ("Pleural Effusion",),
+    ),
+    (
+        r"\b(?:lungs|lung volumes) (?:are |appear )?(?:\w+ )?(?:normally inflated|normal in (?:volume|inflation)|normal)\b",
+        ("Emphysema", *_AIRSPACE),
+    ),
+    (
+        r"^normal chest|chest (?:x-?\w+ |radiograph )?is normal|negative chest|normal (?:chest )?(?:exam|x-?\w+|radiograph)",
+        (),
+    ),
+    (
+        r"\b(?:no|negative for|without)\b(?:(?!\bbony\b|osse|\bbone|skelet|fracture|displaced|spine|abdom|rib)[^.;,]){0,60}?\b(?:acute|active)\b"
+        r"(?: (?:or|and) (?:acute|active|chronic))?(?:(?!\bbony\b|osse|\bbone|skelet|fracture|displaced|spine|abdom|\brib)[^.;]){0,50}?"
+        r"\b(?:abnormalit\w+|disease|process\w*|findings?|patholog\w+|changes?)\b",
+        ("Consolidation", "Edema", "Pneumonia", "Pneumothorax", "Pleural Effusion"),
+    ),
+)
+"""(expression, findings that the statement rules out); an empty tuple rules out every finding."""
