@@ -1,0 +1,36 @@
+"""The loss op: per-token log-probs of a linear head, and preference losses on their sums.
+
+Stands on its own (torch only). Letters: T tokens, V vocabulary, D hidden size, S segments, P pairs.
+
+    api.py        checks its arguments, chooses an implementation, sums tokens to segments
+    losses.py     each preference loss once, on vectors over pairs
+    checks.py     what an argument must be, said before any work is done
+    reference.py  eager PyTorch: the specification
+    cpu.py        the native CPU implementation (csrc/cpu)
+    triton.py     the Triton implementation (kernels/)
+
+An implementation is a module with three functions:
+
+    available(device) -> bool           can it run on this device, in this process?
+    supports(dtype) -> bool             does it take this dtype?
+    token_logps(hidden, weight, labels, bias, ref_hidden, *, softcap, temperature, ignore_index)
+        -> (logps [T], ref_logps [T] or None)
+
+`token_logps` gets arguments that are already checked, and gives float32 (float64 for float64)
+log-probs, 0 where a label is `ignore_index`. `logps` is differentiable in hidden, weight and
+bias. `ref_hidden` [T, D], when given, is scored with the same weight and labels by the same
+arithmetic without gradients, so that equal hidden states give bitwise equal log-probs.
+Implementations never import one another.
+"""
+
+from __future__ import annotations
+
+from cpo_fast.loss.api import (
+    CPOLoss,
+    CPOOutput,
+    available_impls,
+    cpo_loss,
+    linear_logprobs,
+)
+
+__all__ = ["CPOLoss", "CPOOutput", "available_impls", "cpo_loss", "linear_logprobs"]

@@ -1,0 +1,388 @@
+"""The public face: `linear_logprobs`, `cpo_loss`, `CPOLoss`, `available_impls`.
+
+One primitive, the log-prob of every token, is implemented several times (see the package
+docstring); what is built on it here is plain PyTorch on T, S or P numbers, so that gradients
+through any returned tensor are right by construction. Sums and losses are formed in float64: that
+costs nothing at these sizes, and the difference of two long sums keeps its digits.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cpo_fast.loss import checks
+from cpo_fast.loss.losses import LOSS_TYPES, plackett_luce
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+_IMPLS = ("reference", "triton", "cpu", "cuda")  # from the plainest to the preferred
+
+
+class CPOOutput(NamedTuple):
+    """What `cpo_loss` returns; float32 (float64 for float64 inputs). Log-probs are sums over
+    tokens."""
+
+    loss: Tensor  # [] weighted mean of `losses`, differentiable
+    losses: Tensor  # [P] unweighted, differentiable
+    logps: Tensor  # [S] differentiable
+    ref_logps: Tensor  # [S] zeros for the losses without a reference
+    chosen_rewards: Tensor  # [P] beta * (logp - ref_logp) of the chosen side, detached
+    rejected_rewards: Tensor  # [P]
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"cpo_fast.loss.{name}")
+    except ImportError:
+        return None
+
+
+def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names that `impl=` accepts for tensors on `device`, the preferred one last."""
+    device = torch.device(device)
+    modules = ((name, _load(name)) for name in _IMPLS)
+    return tuple(name for name, module in modules if module and module.available(device))
+
+
+@functools.cache
+def _warn_no_native() -> None:
+    warnings.warn(
+        "cpo_fast._cpu is not built (no C++ compiler at install time?): CPU tensors use the slower "
+        "'reference' implementation. Reinstall with a compiler to change this.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _resolve(impl: str | None, hidden: Tensor) -> ModuleType:
+    """The implementation to use; an explicit one is used or refused, never replaced."""
+    names = available_impls(hidden.device)
+    if impl is None:
+        if hidden.device.type == "cpu" and hidden.dtype != torch.float64 and "cpu" not in names:
+            _warn_no_native()
+        fitting = [
+            module for name in names if (module := _load(name)) and module.supports(hidden.dtype)
+        ]
+        return fitting[-1]
+    if impl not in names:
+        raise ValueError(
+            f"impl must be None or one of {', '.join(names)} on {hidden.device.type}, got {impl!r}"
+        )
+    module = _load(impl)
+    assert module is not None
+    if not module.supports(hidden.dtype):
+        raise TypeError(f"impl {impl!r} does not take hidden of {hidden.dtype}; use 'reference'")
+    return module
+
+
+def _autocast(tensor: MaybeTensor) -> MaybeTensor:
+    """As the head's linear layer would cast it under autocast (which leaves float64 alone)."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> Tensor:
+    """Log-probability of every label under a linear head, without keeping the logits.
+
+    `hidden` [T, D] and `weight` [V, D] in bfloat16, float16 or float32 (float64: reference only),
+    `labels` [T] int64 where `hidden[t]` predicts `labels[t]`, `bias` [V]. Logits are `hidden @
+    weight.T + bias`, then `softcap * tanh(z / softcap)`, then `z / temperature`. Returns [T]
+    float32, 0 where the label is `ignore_index`; differentiable in hidden, weight and bias.
+
+    Raises ValueError or TypeError naming the argument before any work is done.
+    """
+    checks.head(hidden, weight, bias)
+    checks.scoring_options(softcap, temperature, ignore_index)
+    checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
+    checks.index_range("labels", labels, 0, weight.shape[0], also=ignore_index)
+    hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
+    logps, _ = _resolve(impl, hidden).token_logps(
+        hidden,
+        weight,
+        labels,
+        bias,
+        None,
+        softcap=softcap,
+        temperature=float(temperature),
+        ignore_index=ignore_index,
+    )
+    return logps
+
+
+def cpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    segment_ids: Tensor,
+    pairs: Tensor,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    simpo_gamma: float = 0.5,
+    rpo_alpha: float = 0.0,
+    pair_weights: Tensor | None = None,
+    num_segments: int | None = None,
+    ignore_index: int = -100,
+    impl: str | None = None,
+) -> CPOOutput:
+    """Preference loss of pairs of sequences, from the hidden states before the head.
+
+    `hidden` [T, D], `weight` [V, D], `labels` [T], `bias`, `softcap` as in `linear_logprobs`.
+    `segment_ids` [T] int64: the sequence 0..S-1 that a token scores for, -1 for none, in any order.
+    `pairs` [P, 2] int64: (chosen, rejected) segments. `num_segments` S: default max(segment_ids)
+    + 1.
+
+    The reference is `ref_hidden` [T, D] under `ref_weight`, `ref_bias` (default: the policy's,
+    detached), or `ref_logps` [S] float32 from a cache; simpo and orpo take none. `loss_type` is
+    one of `cpo_fast.loss.losses.LOSS_TYPES`, where each names its source; an option that it does
+    not use is an error. `rpo_alpha` adds that many times the chosen side's mean NLL per token.
+    orpo adds the NLL per chosen token of the batch. `pair_weights` [P] >= 0 make `loss` a
+    weighted mean. For plackett_luce, pairs that share their chosen segment form one group, and
+    `loss` is the mean over groups, each weighing the mean of its pairs. A pair without a scored
+    token on either side is left out; with no pair left the loss is 0.
+
+    Raises ValueError or TypeError naming the argument before any work is done.
+    """
+    checks.head(hidden, weight, bias)
+    checks.scoring_options(softcap, 1.0, ignore_index)
+    checks.loss_options(loss_type, beta, label_smoothing, average_log_prob, simpo_gamma, rpo_alpha)
+    checks.references(loss_type, ref_hidden, ref_logps, ref_weight, ref_bias)
+    T, V, device = hidden.shape[0], weight.shape[0], hidden.device
+    wide = (torch.float32, torch.float64)
+    checks.indices("labels", labels, (T,), device)
+    checks.indices("segment_ids", segment_ids, (T,), device)
+    checks.indices("pairs", pairs, ("P", 2), device)
+    if pair_weights is not None:
+        checks.tensor("pair_weights", pair_weights, (pairs.shape[0],), wide, device)
+        if (
+            checks.looks_at_values(pair_weights)
+            and not (pair_weights.isfinite() & (pair_weights >= 0)).all()
+        ):
+            raise ValueError("pair_weights must be finite and >= 0")
+    if num_segments is None:
+        S = int(segment_ids.max()) + 1 if T else 0
+    else:
+        checks.integer("num_segments", num_segments, at_least=0)
+        S = num_segments
+    if ref_logps is not None:
+        checks.tensor("ref_logps", ref_logps, (S,), wide, device)
+        if checks.looks_at_values(ref_logps) and not ref_logps.isfinite().all():
+            raise ValueError("ref_logps must be finite")
+    if ref_hidden is not None:
+        ref_head = weight if ref_weight is None else ref_weight
+        shift = bias if ref_bias is None else ref_bias
+        checks.head(ref_hidden, ref_head, shift, prefix="ref_", rows=T, vocabulary=V, device=device)
+    checks.index_range("labels", labels, 0, V, also=ignore_index)
+    checks.index_range("segment_ids", segment_ids, 0, S, also=-1)
+    checks.index_range("pairs", pairs, 0, S)
+
+    # Per-token log-probs: tokens of no segment are not worth scoring.
+    labels = labels.where(segment_ids >= 0, ignore_index)
+    hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
+    options = {"softcap": softcap, "temperature": 1.0, "ignore_index": ignore_index}
+    same_head = ref_weight is None and ref_bias is None
+    token_logps = _resolve(impl, hidden).token_logps
+    tokens, ref_tokens = token_logps(
+        hidden,
+        weight,
+        labels,
+        bias,
+        _autocast(ref_hidden.detach()) if ref_hidden is not None and same_head else None,
+        **options,
+    )
+    if ref_hidden is not None and not same_head:
+        with torch.no_grad():
+            ref_tokens, _ = token_logps(
+                _autocast(ref_hidden),
+                _autocast(ref_head),
+                labels,
+                _autocast(shift),
+                None,
+                **options,
+            )
+
+    # Sums over segments.
+    segment = segment_ids.clamp(min=0)
+    zeros = torch.zeros(S, dtype=torch.float64, device=device)
+    logps = zeros.index_add(0, segment, tokens.double())  # [S]
+    counts = zeros.index_add(0, segment, (labels != ignore_index).double())  # [S]
+    if ref_tokens is not None:
+        ref = zeros.index_add(0, segment, ref_tokens.double())
+    else:
+        ref = zeros if ref_logps is None else ref_logps.detach().double()
+
+    loss, losses = _pair_losses(
+        logps,
+        ref,
+        counts,
+        pairs,
+        pair_weights,
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        average_log_prob=average_log_prob,
+        simpo_gamma=simpo_gamma,
+        rpo_alpha=rpo_alpha,
+    )
+    rewards = (beta * (logps - ref)).detach()[pairs]  # [P, 2]
+    dtype = tokens.dtype
+    return CPOOutput(
+        loss.to(dtype),
+        losses.to(dtype),
+        logps.to(dtype),
+        ref.to(dtype),
+        rewards[:, 0].to(dtype),
+        rewards[:, 1].to(dtype),
+    )
+
+
+def _pair_losses(
+    logps: Tensor,  # [S]
+    ref: Tensor,  # [S]
+    counts: Tensor,  # [S] scored tokens
+    pairs: Tensor,  # [P, 2]
+    pair_weights: Tensor | None,  # [P]
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    average_log_prob: bool,
+    simpo_gamma: float,
+    rpo_alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the losses [P] of pairs, from sums over segments, all float64."""
+    kind = LOSS_TYPES[loss_type]
+    chosen, rejected = pairs.unbind(1)
+    lengths = counts.clamp(min=1)
+    ratios = logps - ref
+    if average_log_prob or kind.averages:
+        ratios = ratios / lengths
+    counted = counts[pairs].sum(1) > 0  # [P]
+    weights = counted.double()
+    nll = -logps / lengths  # [S] per token
+
+    if loss_type == "plackett_luce":
+        S = logps.shape[0]
+        losses = plackett_luce(ratios[chosen], ratios[rejected], beta, chosen, S, counted)
+        group_size = logps.new_zeros(S).index_add(0, chosen, weights).clamp(min=1)
+        weights = weights / group_size[chosen]
+    else:
+        won = ratios[chosen]
+        if loss_type == "simpo":
+            won = won - simpo_gamma / beta
+        losses = kind.function(won, ratios[rejected], beta, label_smoothing)
+        if loss_type == "orpo":
+            # The peers' mean over the chosen tokens of the batch, written as a mean over pairs.
+            mean_length = (weights * counts[chosen]).sum() / weights.sum().clamp(min=1)
+            losses = losses - logps[chosen] / mean_length.clamp(min=1)
+    if rpo_alpha:
+        losses = losses + rpo_alpha * nll[chosen]
+
+    if pair_weights is not None:
+        weights = weights * pair_weights.double()
+    total = weights.sum()
+    return (weights * losses).sum() / total.where(total > 0, 1), losses
+
+
+class CPOLoss(nn.Module):
+    """`cpo_loss` with its options held by a module; the tensors are passed to `forward`."""
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        *,
+        label_smoothing: float = 0.0,
+        average_log_prob: bool = False,
+        simpo_gamma: float = 0.5,
+        rpo_alpha: float = 0.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.scoring_options(softcap, 1.0, ignore_index)
+        checks.loss_options(
+            loss_type, beta, label_smoothing, average_log_prob, simpo_gamma, rpo_alpha
+        )
+        self.beta = beta
+        self.loss_type = loss_type
+        self.label_smoothing = label_smoothing
+        self.average_log_prob = average_log_prob
+        self.simpo_gamma = simpo_gamma
+        self.rpo_alpha = rpo_alpha
+        self.softcap = softcap
+        self.ignore_index = ignore_index
+        self.impl = impl
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, loss_type={self.loss_type!r}, impl={self.impl!r}"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        segment_ids: Tensor,
+        pairs: Tensor,
+        *,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        bias: Tensor | None = None,
+        pair_weights: Tensor | None = None,
+        num_segments: int | None = None,
+    ) -> CPOOutput:
+        """See `cpo_loss`."""
+        return cpo_loss(
+            hidden,
+            weight,
+            labels,
+            segment_ids,
+            pairs,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            ref_logps=ref_logps,
+            bias=bias,
+            softcap=self.softcap,
+            beta=self.beta,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            average_log_prob=self.average_log_prob,
+            simpo_gamma=self.simpo_gamma,
+            rpo_alpha=self.rpo_alpha,
+            pair_weights=pair_weights,
+            num_segments=num_segments,
+            ignore_index=self.ignore_index,
+            impl=self.impl,
+        )

@@ -1,0 +1,170 @@
+"""Bad input: an error that names the argument and what it should be, before any work is done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cpo_fast.loss import CPOLoss, available_impls, cpo_loss, linear_logprobs
+
+V, D, T = 11, 6, 8
+
+
+def good() -> dict[str, object]:
+    return {
+        "hidden": torch.randn(T, D),
+        "weight": torch.randn(V, D),
+        "labels": torch.randint(0, V, (T,)),
+        "segment_ids": torch.tensor([0, 0, 0, 0, 1, 1, 1, -1]),
+        "pairs": torch.tensor([[0, 1]]),
+        "ref_hidden": torch.randn(T, D),
+    }
+
+
+BAD = {
+    "hidden-list": ("hidden", [[1.0]], TypeError, "torch.Tensor"),
+    "hidden-3d": ("hidden", torch.randn(1, T, D), ValueError, r"\[T, D\]"),
+    "hidden-int": ("hidden", torch.ones(T, D, dtype=torch.int32), TypeError, "bfloat16"),
+    "weight-dtype": ("weight", torch.randn(V, D).bfloat16(), TypeError, "float32"),
+    "weight-shape": ("weight", torch.randn(V, D + 1), ValueError, r"\[V, 6\]"),
+    "weight-device": ("weight", torch.randn(V, D, device="meta"), ValueError, "cpu"),
+    "weight-strides": ("weight", torch.randn(D, V).T, ValueError, "contiguous"),
+    "labels-dtype": ("labels", torch.zeros(T, dtype=torch.int32), TypeError, "int64"),
+    "labels-shape": ("labels", torch.zeros(T + 1, dtype=torch.long), ValueError, r"\[8\]"),
+    "labels-high": ("labels", torch.full((T,), V), ValueError, r"\[0, 11\) or -100, got 11"),
+    "labels-negative": ("labels", torch.full((T,), -1), ValueError, "-100, got -1"),
+    "segments-shape": ("segment_ids", torch.zeros(T, 1).long(), ValueError, r"\[8\]"),
+    "segments-low": ("segment_ids", torch.full((T,), -2), ValueError, "-1, got -2"),
+    "pairs-shape": ("pairs", torch.zeros(3, 3).long(), ValueError, r"\[P, 2\]"),
+    "pairs-high": ("pairs", torch.tensor([[0, 2]]), ValueError, r"\[0, 2\), got 2"),
+    "pairs-dtype": ("pairs", torch.tensor([[0.0, 1.0]]), TypeError, "int64"),
+    "ref-shape": ("ref_hidden", torch.randn(T - 1, D), ValueError, r"\[8, D\]"),
+    "ref-missing": ("ref_hidden", None, ValueError, "exactly one of ref_hidden and ref_logps"),
+    "ref-both": ("ref_logps", torch.zeros(2), ValueError, "ref_hidden and ref_logps"),
+    "ref-weight-V": ("ref_weight", torch.randn(V + 1, D), ValueError, r"\[11, 6\]"),
+    "ref-bias": ("ref_bias", torch.randn(V + 1), ValueError, r"\[11\]"),
+    "bias-shape": ("bias", torch.randn(1, V), ValueError, r"\[11\]"),
+    "softcap": ("softcap", 0.0, ValueError, "> 0"),
+    "softcap-type": ("softcap", "30", TypeError, "number"),
+    "beta": ("beta", 0.0, ValueError, "> 0"),
+    "beta-nan": ("beta", float("nan"), ValueError, "finite"),
+    "loss-type": ("loss_type", "dpo", ValueError, "sigmoid, hinge"),
+    "smoothing-high": ("label_smoothing", 1.0, ValueError, "< 1"),
+    "average-type": ("average_log_prob", 1, TypeError, "bool"),
+    "simpo-gamma": ("simpo_gamma", 0.7, ValueError, "does not use it"),
+    "rpo": ("rpo_alpha", -0.1, ValueError, ">= 0"),
+    "weights-shape": ("pair_weights", torch.ones(2), ValueError, r"\[1\]"),
+    "weights-negative": ("pair_weights", -torch.ones(1), ValueError, ">= 0"),
+    "num-segments": ("num_segments", 1, ValueError, r"\[0, 1\) or -1, got 1"),
+    "num-segments-type": ("num_segments", 2.0, TypeError, "int"),
+    "ignore-index": ("ignore_index", None, TypeError, "int"),
+    "impl": ("impl", "fastest", ValueError, "reference"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_argument_is_named(case: str) -> None:
+    name, value, error, expected = BAD[case]
+    arguments = good() | {name: value}
+    shown = {"num_segments": "segment_ids"}.get(name, name) if case == "num-segments" else name
+    with pytest.raises(error, match=expected) as raised:
+        cpo_loss(**arguments)
+    assert shown in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "expected"),
+    [
+        ("hinge", {"label_smoothing": 0.1}, "label_smoothing"),
+        ("robust", {"label_smoothing": 0.5}, "< 0.5"),
+        ("exo_pair", {}, "> 0"),
+        ("ipo", {"average_log_prob": True}, "average_log_prob"),
+        ("simpo", {}, "ref_hidden"),
+        ("orpo", {}, "ref_hidden"),
+        ("orpo", {"ref_hidden": None, "ref_logps": torch.zeros(2)}, "ref_logps"),
+        ("sigmoid", {"ref_hidden": None, "ref_logps": torch.zeros(3)}, "ref_logps"),
+        ("sigmoid", {"ref_hidden": None, "ref_logps": torch.full((2,), torch.nan)}, "ref_logps"),
+        (
+            "sigmoid",
+            {"ref_hidden": None, "ref_logps": torch.zeros(2), "ref_weight": torch.zeros(V, D)},
+            "ref_weight",
+        ),
+    ],
+)
+def test_option_that_the_loss_does_not_use(
+    loss_type: str, options: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        cpo_loss(**(good() | {"loss_type": loss_type} | options))
+
+
+def test_module_checks_its_options_at_once() -> None:
+    with pytest.raises(ValueError, match="label_smoothing"):
+        CPOLoss(loss_type="hinge", label_smoothing=0.1)
+
+
+def test_temperature() -> None:
+    g = good()
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        linear_logprobs(g["hidden"], g["weight"], g["labels"], temperature=0.0)
+
+
+def test_float64_is_for_the_reference() -> None:
+    g = good()
+    args = (g["hidden"].double(), g["weight"].double(), g["labels"])
+    assert linear_logprobs(*args).dtype == torch.float64
+    for impl in available_impls("cpu"):
+        if impl == "reference":
+            continue
+        with pytest.raises(TypeError, match="float64"):
+            linear_logprobs(*args, impl=impl)
+
+
+def test_sharded_weight_is_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        g = good()
+        weight = distribute_tensor(g["weight"], mesh, [Replicate()])
+        with pytest.raises(ValueError, match=r"weight .*full_tensor"):
+            linear_logprobs(g["hidden"], weight, g["labels"])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys; from cpo_fast.loss import cpo_loss, available_impls; available_impls('cpu');"
+        "print([m for m in ('transformers', 'peft', 'numpy.testing', 'trl') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_without_the_native_module_the_reference_serves_and_says_so_once() -> None:
+    code = """
+import sys, warnings
+sys.modules["cpo_fast._cpu"] = None
+import torch
+from cpo_fast.loss import available_impls, linear_logprobs
+assert available_impls("cpu") == ("reference",), available_impls("cpu")
+args = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    linear_logprobs(*args)
+    linear_logprobs(*args)
+assert len(seen) == 1 and "_cpu" in str(seen[0].message), seen
+try:
+    linear_logprobs(*args, impl="cpu")
+except ValueError as error:
+    assert "impl" in str(error)
+else:
+    raise AssertionError("an explicit impl must not fall back")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
