@@ -1,0 +1,1 @@
+"""Tokenizer, images, checkpoints, LoRA, and the forward over a pack. Import the module you need."""

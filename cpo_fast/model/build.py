@@ -1,0 +1,283 @@
+"""Models: tiny random ones, checkpoints in and out, LoRA; all of them transformers' and peft's own
+classes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cpo_fast.errors import UsageError
+from cpo_fast.model.images import ImageProcessor
+from cpo_fast.model.tokenizer import SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2ForCausalLM,
+    )
+
+VISION_TOWER = "visual"
+
+
+def tiny_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    intermediate_size: int = 384,
+    vision_hidden_size: int = 64,
+    vision_layers: int = 2,
+    vision_heads: int = 4,
+    vision_intermediate_size: int = 128,
+    tie_word_embeddings: bool = False,
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A small Qwen2.5-VL, float32; its random weights depend on `seed` and the sizes alone.
+
+    The vision tower's last block attends to the whole image, the others to windows of 112 x 112
+    pixels.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = _text_config(
+        tokenizer,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        intermediate_size=intermediate_size,
+    )
+    # Half of a head's dimensions, shared out over time, height and width as in the published sizes
+    # (2:3:3).
+    half = hidden_size // num_attention_heads // 2
+    side = half * 3 // 8
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1000000.0,
+        "mrope_section": [half - 2 * side, side, side],
+    }
+    ids = dict(
+        zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True)
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": vision_hidden_size,
+            "num_heads": vision_heads,
+            "intermediate_size": vision_intermediate_size,
+            "out_hidden_size": hidden_size,
+            "fullatt_block_indexes": [vision_layers - 1],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    return _random(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+
+
+def tiny_text_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    intermediate_size: int = 384,
+    tie_word_embeddings: bool = False,
+) -> Qwen2ForCausalLM:
+    """A small text-only Qwen2, float32, with random weights that depend on `seed` and the sizes
+    alone.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        **_text_config(
+            tokenizer,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            intermediate_size=intermediate_size,
+        ),
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    return _random(Qwen2ForCausalLM, config, tokenizer, seed)
+
+
+def _text_config(tokenizer: PreTrainedTokenizerBase, **sizes: int) -> dict[str, Any]:
+    heads = sizes["num_attention_heads"]
+    if sizes["hidden_size"] % (2 * heads) or heads % sizes["num_key_value_heads"]:
+        raise UsageError(
+            f"hidden_size={sizes['hidden_size']} must be a multiple of twice the {heads} heads, "
+            f"and the heads a multiple of num_key_value_heads={sizes['num_key_value_heads']}"
+        )
+    return {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _random(kind: Any, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.float()
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel | PeftModel:
+    """A Qwen2.5-VL or text-only causal LM from a folder (or a hub name, if transformers may go
+    there).
+
+    A folder with an adapter gives the peft model over its base, the adapter not trainable. Weights
+    come from safetensors only and no code from the checkpoint runs. `dtype` is a torch dtype or
+    "auto" (the checkpoint's). Raises UsageError when there is nothing of that kind.
+    """
+    folder = Path(path)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        if not base:
+            raise UsageError(f"{adapter} names no base model; set base_model_name_or_path in it")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UsageError(f"{folder} has no adapter_model.safetensors; pickles are not read")
+        return PeftModel.from_pretrained(load_model(base, dtype=dtype), str(folder))
+
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json; name a folder that save_pretrained wrote")
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        kind: Any = AutoModelForCausalLM
+        if config.model_type == "qwen2_5_vl":
+            kind = Qwen2_5_VLForConditionalGeneration
+        return kind.from_pretrained(
+            str(path), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no model could be loaded from {path}: {_first_line(error)}; a folder with "
+            "config.json and *.safetensors of a Qwen2.5-VL or text-only causal LM is needed"
+        ) from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; raises UsageError where there is none or it has no chat
+    template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no tokenizer in {path}: {_first_line(error)}; copy its files beside the weights"
+        ) from error
+    if not tokenizer.chat_template:
+        raise UsageError(f"the tokenizer of {path} has no chat template; put one beside it")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    images: ImageProcessor | None = None,
+) -> None:
+    """Write a checkpoint that transformers (a whole model) or peft (an adapter) loads as it stands.
+
+    A whole model remembers `folder` as its name, so that an adapter trained on it later says where
+    its base lies. The folder is made with mode 0700.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub whether the vocabulary was resized.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
+        model.name_or_path = model.config._name_or_path = str(folder.resolve())
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    if images is not None:
+        images.save(folder)
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """No gradient for the vision tower, merger included; for full tuning with a frozen tower."""
+    for name, parameter in model.named_parameters():
+        if VISION_TOWER in name.split("."):
+            parameter.requires_grad_(False)
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    target_modules: str | list[str] = "all-linear",
+    freeze_vit: bool = True,
+    seed: int = 0,
+) -> PeftModel:
+    """LoRA adapters (arXiv 2106.09685) through peft; the weights below them are frozen.
+
+    "all-linear" is every linear layer but the output head; with `freeze_vit` the vision tower's are
+    left out. `target_modules` is otherwise peft's: a list of name endings or a regular expression.
+    The random A matrices depend on `seed` alone, B is zero: the policy starts as its reference.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if r < 1:
+        raise UsageError(f"lora_r={r} must be at least 1")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        exclude_modules=rf"(.*\.)?{VISION_TOWER}\..*" if freeze_vit else None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise UsageError(
+                f"lora_target_modules={target_modules!r} does not fit: {_first_line(error)}"
+            ) from error
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with its adapter added into the weights; the adapter is gone afterwards."""
+    return model.merge_and_unload()

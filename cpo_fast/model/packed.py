@@ -1,0 +1,122 @@
+"""The forward over a pack: hidden states of the scored rows, logits never made.
+
+Works on Qwen2.5-VL and on text-only causal LMs of transformers, as they are or wrapped by peft. The
+image features of a pack are computed once and scattered into the embeddings; with a frozen vision
+tower they serve policy and reference.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cpo_fast.errors import UsageError
+from cpo_fast.types import PackedBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ATTENTIONS = ("gathered", "sdpa")
+
+
+class PackedModel:
+    """Runs `model` over PackedBatches.
+
+    `attention` is "gathered" (K/V per branch) or "sdpa" (one dense T x T mask); both give the same
+    numbers. Raises UsageError for an unknown one and for models with sliding-window layers.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str = "gathered") -> None:
+        from peft import PeftModel
+
+        if attention not in ATTENTIONS:
+            raise UsageError(f"attention={attention!r} is not known: use {' or '.join(ATTENTIONS)}")
+        self.model = model
+        self.attention = attention
+        self._peft = model if isinstance(model, PeftModel) else None
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._inner = self._base.model
+        self._vision: nn.Module | None = getattr(self._inner, "visual", None)
+        self._trunk = self._inner if self._vision is None else self._inner.language_model
+        if "sliding_attention" in (getattr(self._trunk.config, "layer_types", None) or ()):
+            raise UsageError(
+                "the model has sliding-window layers, which packs do not support; "
+                "set use_sliding_window to false in its config.json"
+            )
+        from cpo_fast.model.attention import GATHERED
+
+        implementation = GATHERED if attention == "gathered" else "sdpa"
+        self._base.set_attn_implementation(
+            implementation if self._vision is None else {"text_config": implementation}
+        )
+        self._shared: tuple[PackedBatch, torch.Tensor] | None = None
+
+    def hidden(self, batch: PackedBatch, *, reference: bool = False) -> torch.Tensor:
+        """Hidden states [R, D] of the batch's scored rows, after the final norm.
+
+        With `reference` the adapters are off and nothing is recorded for a backward. `batch` is on
+        the model's device. Raises UsageError for `reference` on a model without adapters.
+        """
+        if not reference:
+            return self._forward(batch)
+        if self._peft is None:
+            raise UsageError(
+                "the reference is the model with its adapters off, and this model has none; "
+                "add LoRA or use cached reference log-probabilities"
+            )
+        with torch.no_grad(), self._peft.disable_adapter():
+            return self._forward(batch)
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight [V, D], bias [V] or None) of the output layer."""
+        layer = self._base.get_output_embeddings()
+        return layer.weight, layer.bias
+
+    def _forward(self, batch: PackedBatch) -> torch.Tensor:
+        embeddings = self._trunk.get_input_embeddings()(batch.input_ids)  # [T, D]
+        if batch.pixel_values is not None:
+            is_image = batch.input_ids == self._base.config.image_token_id
+            features = self._image_features(batch).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(is_image[:, None], features)
+        if self._vision is None:
+            positions = batch.position_ids[:1]  # [1, T]
+        else:
+            positions = batch.position_ids[:, None]  # [3, 1, T]
+        out = self._trunk(
+            inputs_embeds=embeddings[None],
+            position_ids=positions,
+            use_cache=False,
+            **self._attention_inputs(batch),
+        )
+        return out.last_hidden_state[0].index_select(0, batch.score_rows)
+
+    def _attention_inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        from cpo_fast.model.attention import BranchLayout, dense_mask
+
+        if self.attention == "sdpa":
+            return {"attention_mask": dense_mask(batch)}
+        # A mask of four dimensions is passed on as it is, so that the library never guesses at one.
+        return {
+            "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1),
+            "branch_layout": BranchLayout(batch),
+        }
+
+    def _image_features(self, batch: PackedBatch) -> torch.Tensor:
+        """[visual tokens, D] of all images of the batch, in row order."""
+        if self._vision is None:
+            raise UsageError("the batch has images, but the model is text-only")
+        frozen = not any(p.requires_grad for p in self._vision.parameters())
+        if frozen and self._shared is not None and self._shared[0] is batch:
+            return self._shared[1]
+        with torch.no_grad() if frozen else nullcontext():
+            out = self._inner.get_image_features(
+                batch.pixel_values, batch.image_grid_thw, return_dict=True
+            )
+            features = torch.cat(out.pooler_output)
+        if frozen:
+            self._shared = (batch, features)
+        return features

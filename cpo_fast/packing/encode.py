@@ -1,0 +1,245 @@
+"""Preference (text) -> PreferenceGroup (token ids): chat template, image placeholders, over-long
+policy.
+
+A prompt is rendered with the tokenizer's own chat template and its generation prompt; a response is
+what the template appends to that for an assistant turn, its end-of-turn included, and is tokenised
+on its own, as it is when a model generates it. These are the ids that trl 1.16 makes of the same
+conversation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_TOKEN = "<|image_pad|>"
+MERGE_SIZE = 2
+"""Qwen2.5-VL merges 2 x 2 patches into one visual token."""
+
+Grid = tuple[int, int, int]
+"""(t, h, w) of an image in patches; it takes t * h * w / MERGE_SIZE**2 visual tokens."""
+
+OverLong = Literal["drop", "truncate_response", "error"]
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the image placeholder, or None for a tokenizer without one (a text-only
+    model's).
+    """
+    token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return None if token_id in (None, tokenizer.unk_token_id) else token_id
+
+
+def encode(
+    preference: Preference,
+    tokenizer: PreTrainedTokenizerBase,
+    image_tokens: Callable[[ImageRef], Grid] | None = None,
+    *,
+    max_length: int,
+    over_long: OverLong = "drop",
+) -> PreferenceGroup:
+    """Tokenise one preference.
+
+    `image_tokens(ref)` gives the grid of an image without decoding it. A prompt with any one of its
+    responses may take `max_length` tokens. What exceeds it is, by `over_long`: "drop" the record,
+    "truncate_response" (its end is cut, end-of-turn included; a prompt is never cut, so neither are
+    image tokens), or "error".
+
+    Raises RecordError("empty-response" | "chosen-equals-rejected" | "image-placeholder-mismatch" |
+    "image-token-in-response" | "rejected-images-mismatch" | "over-long") for a record to set aside,
+    DataError for an over-long one under "error", and whatever `image_tokens` raises.
+    """
+    return _encode(preference, tokenizer, image_tokens, max_length, over_long)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What `encode_all` made: the groups, the records set aside, and how many groups were cut
+    short.
+    """
+
+    groups: list[PreferenceGroup]
+    rejected: list[RejectedRecord]
+    truncated: int
+
+
+def encode_all(
+    preferences: Iterable[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    image_tokens: Callable[[ImageRef], Grid] | None = None,
+    *,
+    max_length: int,
+    over_long: OverLong = "drop",
+    file: str = "",
+) -> Encoded:
+    """Tokenise all preferences with a progress bar; a RecordError becomes a line of `rejected`.
+
+    `file` is what the rejected records name as their origin. Raises DataError when nothing is left,
+    with the reasons counted.
+    """
+    from tqdm import tqdm
+
+    groups: list[PreferenceGroup] = []
+    rejected: list[RejectedRecord] = []
+    truncated = 0
+    for preference in tqdm(preferences, desc="tokenise", unit="sample", disable=None):
+        try:
+            group, cut = _encode(preference, tokenizer, image_tokens, max_length, over_long)
+        except RecordError as error:
+            rejected.append(
+                RejectedRecord(file, None, preference.id, error.reason, detail=error.detail)
+            )
+            continue
+        groups.append(group)
+        truncated += cut
+    if not groups:
+        reasons = Counter(record.reason for record in rejected)
+        counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
+        raise DataError(
+            f"no sample is left after tokenising {file or 'the data'} "
+            f"({counted or 'it held none'}); with over-long samples raise --max_length or set "
+            "--over_long truncate_response"
+        )
+    return Encoded(groups, rejected, truncated)
+
+
+def _encode(
+    preference: Preference,
+    tokenizer: PreTrainedTokenizerBase,
+    image_tokens: Callable[[ImageRef], Grid] | None,
+    max_length: int,
+    over_long: OverLong,
+) -> tuple[PreferenceGroup, bool]:
+    """The group and whether a response was cut."""
+    if over_long not in ("drop", "truncate_response", "error"):
+        raise UsageError(
+            f"over_long={over_long!r} is not known: use drop, truncate_response or error"
+        )
+    replaced = preference.rejected_images or (None,) * len(preference.rejected)
+    if len(replaced) != len(preference.rejected):
+        raise RecordError(
+            "rejected-images-mismatch",
+            f"{len(replaced)} image lists for {len(preference.rejected)} rejected responses",
+        )
+    _check_responses(preference, replaced)
+
+    messages = [_flatten(message) for message in preference.prompt]
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pad_id = image_token_id(tokenizer)
+
+    def prompt_of(images: tuple[ImageRef, ...]) -> Prompt:
+        return Prompt(_expand(text_ids, images, pad_id, image_tokens), images)
+
+    cuts: list[bool] = []
+
+    def respond(answer: str, prompt: Prompt) -> tuple[int, ...]:
+        whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+        if not whole.startswith(text):
+            raise UsageError(
+                "the chat template renders the prompt differently once an answer follows; "
+                "give the tokenizer a template that only appends"
+            )
+        ids = tokenizer(whole[len(text) :], add_special_tokens=False)["input_ids"]
+        if pad_id in ids:
+            raise RecordError("image-token-in-response", "a response holds an image placeholder")
+        room = _room(len(ids), prompt, max_length, over_long, preference.id)
+        cuts.append(room < len(ids))
+        return tuple(ids[:room])
+
+    prompt = prompt_of(preference.images)
+    prompts = tuple(None if images is None else prompt_of(images) for images in replaced)
+    chosen = respond(preference.chosen, prompt)
+    rejected = tuple(
+        respond(answer, own or prompt)
+        for answer, own in zip(preference.rejected, prompts, strict=True)
+    )
+    if any(ids == chosen and own is None for ids, own in zip(rejected, prompts, strict=True)):
+        raise RecordError("chosen-equals-rejected", f"equal in the first {len(chosen)} tokens")
+    group = PreferenceGroup(
+        id=preference.id,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        rejected_prompts=prompts if any(prompts) else (),
+        source=preference.source,
+        weight=preference.weight,
+    )
+    return group, any(cuts)
+
+
+def _check_responses(
+    preference: Preference, replaced: Sequence[tuple[ImageRef, ...] | None]
+) -> None:
+    for answer in (preference.chosen, *preference.rejected):
+        if not answer.strip():
+            raise RecordError("empty-response", "chosen or rejected is empty")
+    for answer, images in zip(preference.rejected, replaced, strict=True):
+        same_images = images is None or images == preference.images
+        if same_images and answer.strip() == preference.chosen.strip():
+            raise RecordError("chosen-equals-rejected", "the two texts are the same")
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: bool
+) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert isinstance(text, str)  # one conversation, not a batch of them
+    return text
+
+
+def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content parts are all text gets a plain string: text-only templates want
+    that.
+    """
+    content = message["content"]
+    if not isinstance(content, str):
+        if any(part["type"] != "text" for part in content):
+            content = [dict(part) for part in content]
+        else:
+            content = "".join(part["text"] for part in content)
+    return {**message, "content": content}
+
+
+def _expand(
+    ids: Sequence[int],
+    images: Sequence[ImageRef],
+    pad_id: int | None,
+    image_tokens: Callable[[ImageRef], Grid] | None,
+) -> tuple[int, ...]:
+    """Repeat the placeholder of every image once per visual token."""
+    found = 0 if pad_id is None else ids.count(pad_id)
+    if found != len(images):
+        raise RecordError(
+            "image-placeholder-mismatch", f"{found} placeholders for {len(images)} images"
+        )
+    if not images:
+        return tuple(ids)
+    if image_tokens is None:
+        raise UsageError("the data has images, but no image_tokens function was given to encode")
+    counts = iter([t * h * w // MERGE_SIZE**2 for t, h, w in map(image_tokens, images)])
+    expanded: list[int] = []
+    for token in ids:
+        expanded.extend([token] * next(counts) if token == pad_id else [token])
+    return tuple(expanded)
+
+
+def _room(length: int, prompt: Prompt, max_length: int, over_long: OverLong, name: str) -> int:
+    """How many of a response's `length` tokens are kept."""
+    room = max_length - len(prompt.input_ids)
+    if length <= room:
+        return length
+    detail = f"prompt {len(prompt.input_ids)} + response {length} tokens, max_length {max_length}"
+    if over_long == "error":
+        raise DataError(f"{name} is over-long: {detail}; raise --max_length or change --over_long")
+    if over_long == "drop" or room < 1:
+        raise RecordError("over-long", detail)
+    return room

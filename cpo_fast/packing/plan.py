@@ -1,0 +1,196 @@
+"""Which groups are computed together: groups -> optimiser steps -> packs, a pure function of the
+data.
+
+An optimiser step is exactly `pairs_per_step` pairs (samples for SFT); the packs only say how they
+are computed. So the mathematics of a run does not depend on the packing length or the number of
+ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cpo_fast.errors import UsageError
+from cpo_fast.types import PreferenceGroup
+
+Part = tuple[int, tuple[int, ...]]
+"""(index of the group, indices of its rejected responses that are computed here; () for SFT)."""
+
+Pack = tuple[Part, ...]
+"""What one forward computes; () is a pack without work, which only keeps ranks in step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step of one rank: iterate over it for its packs.
+
+    `num_pairs` counts the pairs (SFT: samples) of the step over *all* ranks: what its loss is the
+    mean of.
+    """
+
+    packs: tuple[Pack, ...]
+    num_pairs: int
+
+    def __iter__(self) -> Iterator[Pack]:
+        return iter(self.packs)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+
+def part_tokens(groups: Sequence[PreferenceGroup], part: Part) -> int:
+    """Tokens that a part takes in a pack: its prompt(s), chosen and rejected responses, each
+    once.
+    """
+    index, which = part
+    group = groups[index]
+    tokens = len(group.prompt.input_ids) + len(group.chosen)
+    for k in which:
+        own = group.rejected_prompts[k] if group.rejected_prompts else None
+        tokens += len(group.rejected[k]) + (len(own.input_ids) if own else 0)
+    return tokens
+
+
+def plan_epoch(
+    groups: Sequence[PreferenceGroup],
+    *,
+    pairs_per_step: int,
+    packing_length: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    expand_pairs: bool = False,
+    shuffle: bool = True,
+) -> list[Step]:
+    """The optimiser steps of one epoch for one rank.
+
+    Groups are taken in an order that depends on (their number, seed, epoch) alone and fill steps of
+    exactly `pairs_per_step` pairs; the last step keeps what is left and may be smaller. A group is
+    split only where a step is full (its chosen is then computed in both steps) or where it alone
+    exceeds `packing_length`; a single pair that exceeds it gets a pack of its own. `expand_pairs`
+    shuffles and places every pair by itself, the sample order of trainers without groups. Within a
+    step the parts are packed first-fit-decreasing, and all ranks get the same number of packs, by
+    splitting packs and then by empty ones.
+
+    Raises UsageError for sizes below 1 and for SFT samples mixed with preference groups.
+    """
+    for name, value in (
+        ("pairs_per_step", pairs_per_step),
+        ("packing_length", packing_length),
+        ("world_size", world_size),
+    ):
+        if value < 1:
+            raise UsageError(f"{name}={value} must be at least 1")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank={rank} is not one of {world_size} ranks")
+    sft = [not group.rejected for group in groups]
+    if any(sft) and not all(sft):
+        raise UsageError(
+            "SFT samples (without rejected) and preference pairs cannot share an epoch"
+        )
+
+    units = _units(groups, expand_pairs)
+    if shuffle:
+        random.Random(f"{seed}/{epoch}").shuffle(units)
+    steps = []
+    for parts in _fill_steps(units, pairs_per_step):
+        pieces = [piece for part in parts for piece in _split(groups, part, packing_length)]
+        packs = _level(groups, _first_fit_decreasing(groups, pieces, packing_length), world_size)
+        steps.append(Step(tuple(packs[rank::world_size]), sum(map(_pairs, parts))))
+    return steps
+
+
+def packing_efficiency(
+    groups: Sequence[PreferenceGroup], steps: Sequence[Step], packing_length: int
+) -> float:
+    """Tokens in the packs / (number of packs x packing_length), empty packs left out."""
+    packs = [pack for step in steps for pack in step if pack]
+    tokens = sum(part_tokens(groups, part) for pack in packs for part in pack)
+    return tokens / (len(packs) * packing_length) if packs else 0.0
+
+
+def _pairs(part: Part) -> int:
+    return len(part[1]) or 1  # an SFT sample counts as one
+
+
+def _units(groups: Sequence[PreferenceGroup], expand_pairs: bool) -> list[Part]:
+    if expand_pairs:
+        return [
+            (i, (k,) if group.rejected else ())
+            for i, group in enumerate(groups)
+            for k in range(max(1, len(group.rejected)))
+        ]
+    return [(i, tuple(range(len(group.rejected)))) for i, group in enumerate(groups)]
+
+
+def _fill_steps(units: Sequence[Part], pairs_per_step: int) -> Iterator[list[Part]]:
+    parts: list[Part] = []
+    room = pairs_per_step
+    for index, which in units:
+        while True:
+            now, which = which[:room], which[room:]
+            parts.append((index, now))
+            room -= _pairs((index, now))
+            if room == 0:
+                yield parts
+                parts, room = [], pairs_per_step
+            if not which:
+                break
+    if parts:
+        yield parts
+
+
+def _split(groups: Sequence[PreferenceGroup], part: Part, packing_length: int) -> Iterator[Part]:
+    """The part, or, if it exceeds the budget, pieces that do not (single pairs excepted)."""
+    index, which = part
+    start = 0
+    for end in range(1, len(which) + 1):
+        over = part_tokens(groups, (index, which[start:end])) > packing_length
+        if over and end - start > 1:
+            yield index, which[start : end - 1]
+            start = end - 1
+    yield index, which[start:]
+
+
+def _first_fit_decreasing(
+    groups: Sequence[PreferenceGroup], parts: Sequence[Part], packing_length: int
+) -> list[list[Part]]:
+    sized = sorted(((part_tokens(groups, part), part) for part in parts), key=lambda s: -s[0])
+    packs: list[list[Part]] = []
+    rooms: list[int] = []
+    for tokens, part in sized:
+        for slot, room in enumerate(rooms):
+            if tokens <= room:
+                packs[slot].append(part)
+                rooms[slot] -= tokens
+                break
+        else:
+            packs.append([part])
+            rooms.append(packing_length - tokens)
+    return packs
+
+
+def _level(
+    groups: Sequence[PreferenceGroup], packs: list[list[Part]], world_size: int
+) -> list[Pack]:
+    """A multiple of `world_size` packs, ordered so that every world_size-th makes an even load."""
+
+    def tokens(pack: Sequence[Part]) -> int:
+        return sum(part_tokens(groups, part) for part in pack)
+
+    while len(packs) % world_size:
+        largest = max((p for p in packs if len(p) > 1), key=tokens, default=None)
+        if largest is None:
+            packs.append([])
+            continue
+        packs.remove(largest)
+        # Decreasing order alternately to either side halves the tokens closely enough.
+        packs += [largest[0::2], largest[1::2]]
+    if world_size == 1:
+        return [tuple(pack) for pack in packs]
+    ordered = sorted(packs, key=lambda p: -tokens(p))
+    rows = [ordered[i : i + world_size] for i in range(0, len(ordered), world_size)]
+    return [tuple(pack) for i, row in enumerate(rows) for pack in (row[::-1] if i % 2 else row)]
