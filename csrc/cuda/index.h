@@ -1,0 +1,135 @@
+// Index arithmetic of the CUDA kernels: plain integers, shared by device code, launchers and the CPU tests.
+// Everything that may pass 2^31 (rows x columns) is int64; single coordinates are int.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define CPO_HD __host__ __device__ __forceinline__
+#else
+#define CPO_HD inline
+#endif
+
+namespace cpo {
+
+CPO_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+CPO_HD constexpr int64_t offset_2d(int64_t row, int64_t stride, int64_t column) {
+  return row * stride + column;
+}
+
+// --- row kernel: one row as 16-byte vectors of 8 values, shared by the two CTAs of a cluster --------------
+
+constexpr int kVec = 8;               // 16-bit values in a vector
+constexpr int kRowThreads = 1024;     // one vector per thread and piece
+constexpr int kPieceVecs = kRowThreads;
+constexpr int kMaxPieces = 14;        // 14 x 16 KiB of the 227 KiB that a CTA may have
+
+CPO_HD constexpr int row_vecs(int vocab) { return static_cast<int>(ceil_div(vocab, kVec)); }
+
+struct RowShare {
+  int first_vec;  // of the row
+  int vecs;       // of this CTA
+  int pieces;     // of kPieceVecs vectors, the last one shorter
+};
+
+// CTA 0 takes the first half of the vectors, rounded up; CTA 1 the rest (none when there is one vector).
+CPO_HD constexpr RowShare row_share(int vocab, int rank) {
+  const int all = row_vecs(vocab);
+  const int half = (all + 1) / 2;
+  const int vecs = rank == 0 ? half : all - half;
+  return {rank == 0 ? 0 : half, vecs, static_cast<int>(ceil_div(vecs, kPieceVecs))};
+}
+
+CPO_HD constexpr int piece_vecs(const RowShare& share, int piece) {
+  const int left = share.vecs - piece * kPieceVecs;
+  return left < kPieceVecs ? left : kPieceVecs;
+}
+
+// --- linear kernel: logits tile [128 rows, 256 columns] = H tile [128, D] x (W tile [256, D])^T -----------
+
+constexpr int kTileM = 128;                 // rows of a CTA: two warpgroups of 64
+constexpr int kTileN = 256;                 // vocabulary columns, one wgmma wide
+constexpr int kTileK = 64;                  // 128 bytes of bf16: one row of the 128-byte swizzle
+constexpr int kCluster = 2;                 // CTAs that share a W tile, each loading half of it
+constexpr int kPairRows = kCluster * kTileM;  // a cluster's "row pair": two row tiles
+constexpr int kHalfN = kTileN / kCluster;
+constexpr int kStages = 4;
+constexpr int kBytesH = kTileM * kTileK * 2;
+constexpr int kBytesW = kTileN * kTileK * 2;
+constexpr int kStageBytes = kBytesH + kBytesW;
+constexpr int kBand = 8;  // row pairs that run side by side: 2048 rows of H stay in L2 while W streams by
+
+// Work is cut into units: a row pair x a split of `tiles_per_split` consecutive vocabulary tiles.
+struct LinearPlan {
+  int row_pairs;
+  int vocab_tiles;
+  int tiles_per_split;
+  int splits;
+  int64_t units;
+};
+
+CPO_HD constexpr LinearPlan linear_plan_of(int rows, int vocab, int tiles_per_split) {
+  const int row_pairs = static_cast<int>(ceil_div(rows, kPairRows));
+  const int vocab_tiles = static_cast<int>(ceil_div(vocab, kTileN));
+  const int splits = static_cast<int>(ceil_div(vocab_tiles, tiles_per_split));
+  return {row_pairs, vocab_tiles, tiles_per_split, splits, static_cast<int64_t>(row_pairs) * splits};
+}
+
+// Long splits need fewer partial sums, short ones fill the last wave: the longest of 8, 4, 2, 1 that keeps
+// 98 % of the clusters busy, else 1.
+inline LinearPlan linear_plan(int rows, int vocab, int clusters) {
+  for (int length = 8; length > 1; length /= 2) {
+    const LinearPlan plan = linear_plan_of(rows, vocab, length);
+    const int64_t rounds = ceil_div(plan.units, clusters);
+    const int64_t tiles = static_cast<int64_t>(plan.row_pairs) * plan.vocab_tiles;
+    if (tiles * 100 >= rounds * length * clusters * 98) return plan;
+  }
+  return linear_plan_of(rows, vocab, 1);
+}
+
+struct LinearUnit {
+  int row_pair;
+  int split;
+  int first_tile;  // vocabulary tiles first_tile .. end_tile - 1
+  int end_tile;
+};
+
+// Inside a band of kBand row pairs the row pair runs fastest, so that clusters that run together read the
+// same W tiles; bands follow one another.
+CPO_HD constexpr LinearUnit linear_unit(const LinearPlan& plan, int64_t unit) {
+  const int64_t band_units = static_cast<int64_t>(kBand) * plan.splits;
+  const int band = static_cast<int>(unit / band_units);
+  const int within = static_cast<int>(unit - band * band_units);
+  const int left = plan.row_pairs - band * kBand;
+  const int height = left < kBand ? left : kBand;
+  const int split = within / height;
+  const int first = split * plan.tiles_per_split;
+  const int end = first + plan.tiles_per_split;
+  return {band * kBand + within % height, split, first,
+          end < plan.vocab_tiles ? end : plan.vocab_tiles};
+}
+
+// First row of the box that the copy engine reads. A box that lies wholly outside reads row 0 instead:
+// its results are never used, and only boxes that are partly outside rely on zero fill.
+CPO_HD constexpr int box_row(int64_t row, int rows) { return row < rows ? static_cast<int>(row) : 0; }
+
+// Accumulators of wgmma m64nNk16: the place of register `i` of thread `thread` (0..127) in the 64 x N tile.
+CPO_HD constexpr int acc_row(int thread, int i) {
+  return thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2);
+}
+CPO_HD constexpr int acc_column(int thread, int i) { return thread % 4 * 2 + i % 2 + 8 * (i / 4); }
+
+// Where the copy engine's 128-byte swizzle puts byte `byte` (0..127) of row `row`: the 16-byte chunk number is
+// xored with the row modulo 8. Tiles start at multiples of 1024 bytes.
+CPO_HD constexpr int swizzled(int row, int byte) { return row * 128 + (byte ^ (row % 8 * 16)); }
+
+// wgmma's description of a K-major operand in shared memory with that swizzle. Rows are 128 bytes, groups of
+// eight rows follow each other at 1024 bytes; the leading offset is not used with a swizzle. `k` steps of
+// 16 values move the start by 32 bytes inside the swizzled row.
+CPO_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
+  return (static_cast<uint64_t>(address + 32 * k) & 0x3FFFF) >> 4 | uint64_t{1} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+}  // namespace cpo

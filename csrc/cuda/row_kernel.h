@@ -1,0 +1,32 @@
+// Row kernel: log-prob of the label, LSE, and in place d logp / d logits over a chunk of logits.
+//
+// Replaces log_softmax + gather and their backward around a vendor GEMM. Each row is read once by a
+// cluster of two CTAs that keeps it in shared memory (compute capability 9.0), or twice by one CTA.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace cpo {
+
+enum class Half { bfloat16, float16 };  // the 16-bit float types
+
+struct RowArgs {
+  void* logits;           // [rows, stride] 16-bit; columns vocab..stride-1 are scratch
+  int64_t stride;         // in values; a multiple of 8, at least vocab rounded up to 8
+  int rows;               // C
+  int vocab;              // V
+  int grad_rows;          // rows 0..grad_rows-1 are replaced by d logp / d logits, the others left alone
+  const int64_t* labels;  // [rows]; anything outside 0..vocab-1 is ignored: logp 0, gradient 0
+  const float* bias;      // [vocab] or null
+  float softcap;          // 0: none
+  float temperature;
+  float* logps;           // [rows]
+  float* lse;             // [rows] or null
+};
+
+// Logits are softcap * tanh((x + bias) / softcap) / temperature. Throws std::runtime_error on a CUDA error.
+void launch_row_kernel(const RowArgs& args, Half type, int device, cudaStream_t stream);
+
+}  // namespace cpo
