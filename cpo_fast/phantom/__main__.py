@@ -1,0 +1,40 @@
+"""`python -m cpo_fast.phantom --output_dir D --num_studies N [--seed 42] [--image_size 256]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cpo_fast.errors import CpoFastError
+from cpo_fast.phantom.dataset import write_phantom
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the data set and says where; the exit code is 2 where the settings cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cpo_fast.phantom",
+        description="Write a drawn test data set in the layout of MIMIC-CXR-JPG (not medicine).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output_dir", required=True, help="a new or empty folder")
+    parser.add_argument("--num_studies", required=True, type=int)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--image_size", type=int, default=256, help="pixels per side")
+    flags = parser.parse_args(arguments)
+    try:
+        root = write_phantom(
+            flags.output_dir,
+            num_studies=flags.num_studies,
+            seed=flags.seed,
+            image_size=flags.image_size,
+        )
+    except (CpoFastError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{flags.num_studies} studies in {root}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

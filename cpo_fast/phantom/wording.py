@@ -1,0 +1,233 @@
+"""Writes a study's report: what it says is what its labels are.
+
+Every sentence carries the labels that it gives, so the label table cannot disagree with the text.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpo_fast.phantom import phrases
+from cpo_fast.phantom.cases import Exam, Sign
+
+Labels = dict[str, int]
+LINE_WIDTH = 79
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A pair of near-synonyms and the two findings that they change places between.
+
+    A study that asserts exactly one of `findings` (for "opacity": beside Lung Opacity) is worded
+    with one of `words` with chance `rate`. It is words[0] for findings[0] (and words[1] for
+    findings[1]) with the chance `lean(years)`, which falls from `before` to `after`.
+    """
+
+    name: str
+    words: tuple[str, str]
+    findings: tuple[str, str]
+    rate: float
+    before: float = 0.90
+    after: float = 0.10
+    middle: float = 7.0  # years after the first day
+    width: float = 0.30
+
+    def lean(self, years: float) -> float:
+        late = 1 / (1 + np.exp(-(years - self.middle) / self.width))
+        return float(self.before + (self.after - self.before) * late)
+
+
+DRIFTS = (
+    Drift("density", ("basilar density", "basal density"), ("Atelectasis", "Pneumonia"), rate=0.6),
+    Drift("opacity", ("lung opacity", "opacity"), ("Pneumonia", "Edema"), rate=0.9),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftedWord:
+    """One use of a drifting word: which pair, which word, for which of its findings."""
+
+    pair: str
+    word: str
+    finding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A report as parts and as the text of its file, its CheXpert labels, the drifting words in
+    it."""
+
+    findings: str
+    impression: str
+    text: str
+    labels: Labels  # 1, 0 or -1; a finding that is not mentioned is missing
+    drifted: tuple[DriftedWord, ...]
+
+
+def write_report(exam: Exam, rng: np.random.Generator) -> Written:
+    """The report of `exam`; FINDINGS of 3 to 6 sentences, IMPRESSION of 1 or 2."""
+    labels: Labels = {}
+    drifted = _drifted_words(exam, rng)
+    sentences = [_sentence(sign, drifted, rng) for sign in exam.signs]
+    for sign in exam.signs:
+        if sign.finding != "Emphysema":
+            labels[sign.finding] = 1 if sign.certain else -1
+    if not set(labels) - {"Support Devices"}:
+        labels["No Finding"] = 1
+
+    normal, denied = _normal(exam, labels, rng, room=6 - len(sentences))
+    heart_first = [s for s in normal if "eart" in s or "ediastin" in s]
+    rest = [s for s in normal if s not in heart_first]
+    findings = " ".join(heart_first + sentences + rest)
+    labels |= denied
+    impression = _impression(exam, denied, rng)
+    text = _file(exam, findings, impression, rng)
+    return Written(findings, impression, text, labels, tuple(drifted.values()))
+
+
+def _one_of(options: tuple[str, ...], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _fill(phrase: str, sign: Sign) -> str:
+    level = 0 if sign.strength < 0.77 else 1 if sign.strength < 0.89 else 2
+    adverb = phrase.find("{degree} enlarged") >= 0 or phrase.find("{degree} widened") >= 0
+    degrees = ("mildly", "moderately", "markedly") if adverb else ("mild", "moderate", "severe")
+    filled = phrase.format(
+        side=sign.side,
+        place=sign.place,
+        size=("small", "moderate", "large")[level],
+        degree=degrees[level],
+    )
+    return filled[0].upper() + filled[1:] if phrase.endswith(".") else filled
+
+
+def _sentence(sign: Sign, drifted: dict[str, DriftedWord], rng: np.random.Generator) -> str:
+    if sign.finding == "Support Devices":
+        return _fill(_one_of(phrases.DEVICES[sign.place], rng), sign)
+    both = sign.side == "bilateral"
+    if word := drifted.get(sign.finding):
+        single, double = (
+            (phrases.OPACITY, phrases.OPACITY_BOTH)
+            if sign.finding == "Lung Opacity"
+            else (phrases.DENSITY, phrases.DENSITY_BOTH)
+        )
+        phrase = _one_of(double if both else single, rng).replace("{word}", word.word)
+        return _fill(phrase, sign)
+    wording = phrases.WORDINGS[sign.finding]
+    if sign.certain:
+        return _fill(_one_of(wording.both if both else wording.one, rng), sign)
+    return _fill(_one_of(wording.hedged_both if both else wording.hedged, rng), sign)
+
+
+def _drifted_words(exam: Exam, rng: np.random.Generator) -> dict[str, DriftedWord]:
+    """The finding whose sentence carries a drifting word -> that word."""
+    asserted = {sign.finding for sign in exam.signs if sign.certain}
+    chosen: dict[str, DriftedWord] = {}
+    for drift in DRIFTS:
+        chance, lean = rng.random(), rng.random()
+        here = [name for name in drift.findings if name in asserted]
+        carrier = "Lung Opacity" if drift.name == "opacity" else "".join(here)
+        if len(here) != 1 or carrier not in asserted or chance >= drift.rate:
+            continue
+        position = drift.findings.index(here[0])
+        if lean >= drift.lean(exam.years):
+            position = 1 - position
+        chosen[carrier] = DriftedWord(drift.name, drift.words[position], here[0])
+    return chosen
+
+
+def _normal(
+    exam: Exam, labels: Labels, rng: np.random.Generator, *, room: int
+) -> tuple[list[str], Labels]:
+    """Up to `room` sentences on what is not there, and the labels 0 that they give."""
+    denied: Labels = {}
+    said: list[str] = []
+    heart = "Cardiomegaly" not in labels
+    mediastinum = "Enlarged Cardiomediastinum" not in labels
+    if room > 1 and (heart or mediastinum) and rng.random() < 0.75:
+        if heart and mediastinum and rng.random() < 0.5:
+            said.append(_one_of(phrases.HEART_AND_MEDIASTINUM_NORMAL, rng))
+            denied |= {"Cardiomegaly": 0, "Enlarged Cardiomediastinum": 0}
+        elif heart:
+            said.append(_one_of(phrases.HEART_NORMAL, rng))
+            denied["Cardiomegaly"] = 0
+        else:
+            said.append(_one_of(phrases.MEDIASTINUM_NORMAL, rng))
+            denied["Enlarged Cardiomediastinum"] = 0
+    present = {sign.finding for sign in exam.signs} - {"Support Devices"}
+    if not present:
+        said.append(_one_of(phrases.LUNGS_CLEAR, rng))
+
+    absent = [name for name in phrases.DENIED if name not in labels]
+    if {"Consolidation", "Lung Opacity"} & present and "Pneumonia" in absent:
+        absent.remove("Pneumonia")  # nobody would rule it out beside these
+    if len(said) < room:
+        weights = np.array([phrases.DENIED[name][1] for name in absent])
+        count = min(len(absent), int(rng.integers(2, 5)))
+        picked = rng.choice(len(absent), count, replace=False, p=weights / weights.sum())
+        names = [absent[i] for i in sorted(picked)]
+        terms = [phrases.DENIED[name][0] for name in names]
+        said.append(_one_of(("There is no ", "No "), rng) + _join(terms, "or") + ".")
+        denied |= dict.fromkeys(names, 0)
+
+    wanted = int(rng.choice([4, 5, 6], p=[0.2, 0.35, 0.45])) - len(exam.signs) - len(said)
+    true = [text for text, absent_here in phrases.ALSO_NORMAL.items() if not absent_here & present]
+    for index in rng.permutation(len(true))[: max(0, wanted)]:
+        said.append(true[index])
+    return said, denied
+
+
+def _join(names: list[str], last: str) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def _named(sign: Sign, rng: np.random.Generator) -> str:
+    wording = phrases.WORDINGS[sign.finding]
+    both = sign.side == "bilateral"
+    return _fill(_one_of(wording.name_both if both else wording.name, rng), sign)
+
+
+def _impression(exam: Exam, denied: Labels, rng: np.random.Generator) -> str:
+    named = [sign for sign in exam.signs if sign.finding != "Support Devices"]
+    sure = [_named(sign, rng) for sign in named if sign.certain]
+    unsure = [_named(sign, rng) for sign in named if not sign.certain]
+    if not named:
+        return _one_of(phrases.NOTHING, rng)
+    said = []
+    if sure:
+        said.append(_join(sure, "and") + ".")
+    if unsure:
+        said.append("possible " + _join(unsure, "and possible") + ".")
+    elif "Pneumothorax" in denied and rng.random() < 0.3:
+        said.append("no pneumothorax.")
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
+
+
+def _file(exam: Exam, findings: str, impression: str, rng: np.random.Generator) -> str:
+    """The report in the format of MIMIC-CXR's files: lines indented by one space, at most 79 wide.
+
+    The indication is drawn without regard to the findings, so that only the picture tells them.
+    """
+    complaint = _one_of(phrases.INDICATIONS, rng)
+    sections = (
+        ("EXAMINATION", exam.procedure),
+        ("INDICATION", f"___-year-old {exam.body.sex} with {complaint}."),
+        ("COMPARISON", "Chest radiograph from ___." if exam.follow_up else "None."),
+        ("FINDINGS", findings),
+        ("IMPRESSION", impression),
+    )
+    lines = [" " * 33 + "FINAL REPORT"]
+    for name, body in sections:
+        if name in ("FINDINGS", "IMPRESSION"):
+            lines += [f" {name}:", " "]
+            lines += textwrap.wrap(body, LINE_WIDTH, initial_indent=" ", subsequent_indent=" ")
+        else:
+            lines += textwrap.wrap(
+                f"{name}:  {body}", LINE_WIDTH, initial_indent=" ", subsequent_indent=" "
+            )
+        lines.append(" ")
+    return "\n".join(lines[:-1]) + "\n"
