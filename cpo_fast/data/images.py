@@ -1,0 +1,176 @@
+"""Radiographs from disk or memory as 8-bit RGB, without trusting the file.
+
+JPEG and PNG, 8 and 16 bit, grey and colour, turned as their EXIF tag says. Grey of more than 8 bits
+is stretched from its own minimum and maximum to 0..255, for 12-bit radiographs come in 16-bit files
+and would be black otherwise. Every way in which an image can fail is a RecordError with a constant
+reason; an image is never replaced by another.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpo_fast.data.files import NotAFile, open_regular
+from cpo_fast.errors import RecordError
+from cpo_fast.types import ImageRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import BinaryIO
+
+    from PIL import Image
+
+MAX_PIXELS = 64_000_000
+"""Width x height above which an image is refused before it is decoded; a large radiograph has 16
+million."""
+
+MAX_FILE_BYTES = 256_000_000
+
+_FORMATS = ("JPEG", "PNG")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
+
+
+def resolve(ref: ImageRef) -> str:
+    """The absolute path of `ref`, links followed.
+
+    Raises RecordError "image-missing" (no path), "image-remote" (a URL) or "path-outside-root".
+    """
+    if not ref.path or "\0" in ref.path:
+        raise RecordError("image-missing", "the record names no usable path")
+    if _URL.match(ref.path):
+        raise RecordError(
+            "image-remote", "images are read from disk: download them, name the files"
+        )
+    if not ref.root:
+        return str(Path(ref.path).resolve())
+    root = Path(ref.root).resolve()
+    path = (root / ref.path).resolve()
+    if not path.is_relative_to(root):
+        raise RecordError(
+            "path-outside-root", f"{ref.path} leaves {ref.root}; set image_root to what holds both"
+        )
+    return str(path)
+
+
+@contextmanager
+def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
+    """The bytes of `ref` as a file, and its name for messages."""
+    if ref.data is not None:
+        name = ref.path or "image in the record"
+        if not ref.data:
+            raise RecordError("image-empty", name)
+        yield io.BytesIO(ref.data), name
+        return
+    path = resolve(ref)
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise RecordError(
+            "image-missing", f"{ref.path} is not in {ref.root or 'the current folder'}"
+        ) from None
+    except NotAFile as error:
+        raise RecordError("image-not-a-file", f"{ref.path} {error.strerror}") from None
+    except OSError as error:
+        raise RecordError("image-unreadable", f"{ref.path}: {error.strerror}") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise RecordError("image-empty", ref.path)
+        if size > MAX_FILE_BYTES:
+            raise RecordError(
+                "image-too-large", f"{ref.path}: {size} bytes, at most {MAX_FILE_BYTES}"
+            )
+        yield file, ref.path
+
+
+@contextmanager
+def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
+    """`ref` opened by its header and checked for size; decoder errors become RecordErrors."""
+    from PIL import Image
+
+    with _opened(ref) as (file, name):
+        try:
+            with Image.open(file, formats=_FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise RecordError(
+                        "image-too-large",
+                        f"{name}: {width} x {height}, at most {max_pixels} pixels",
+                    )
+                yield image
+        except (RecordError, MemoryError):
+            raise
+        except Image.DecompressionBombError:
+            raise RecordError("image-too-large", f"{name}: more than {max_pixels} pixels") from None
+        except Exception as error:  # decoders fail on hostile bytes in any way they like
+            raise RecordError(
+                "image-unreadable", f"{name}: {type(error).__name__} while decoding"
+            ) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8, as far as it stands before the pixels, where `image_size` sees it,
+    too."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged tag turns nothing; the pixels are still good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits -> 8-bit "L", minimum to 0 and maximum to 255."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float32)  # [height, width]
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise ValueError("not finite")
+    scale = 255.0 / (high - low) if high > low else 0.0
+    return Image.fromarray(((values - low) * scale + 0.5).astype(np.uint8))
+
+
+def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels of what `load_image` returns, read from the header only.
+
+    Raises the RecordErrors of `load_image`, except those that only decoding finds (truncated data).
+    """
+    with _decoding(ref, max_pixels) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`ref` as a PIL image in mode RGB, 8 bits, upright.
+
+    Raises RecordError: "image-missing", "image-empty", "image-unreadable" (not an image, truncated,
+    another format), "image-too-large" (pixels or bytes), "image-not-a-file" (folder, device, pipe),
+    "image-remote", "path-outside-root".
+    """
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    with _decoding(ref, max_pixels) as image:
+        turn = turns.get(_orientation(image))
+        image.load()
+        upright = image.transpose(turn) if turn is not None else image
+        if upright.mode.startswith(("I", "F")):
+            upright = _stretched(upright)
+        return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()

@@ -1,0 +1,63 @@
+"""What every reader of studies is: an iterable that counts what it read and keeps what it set
+aside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from cpo_fast.errors import DataError
+from cpo_fast.types import Preference, RejectedRecord, Study
+
+Record = TypeVar("Record")
+
+
+class Source(ABC, Generic[Record]):
+    """An iterable of records in file order; may be iterated again, always with the same outcome.
+
+    `kind` names the format and `path` where it lies. While iterating, `read` counts records so far
+    and `rejected` lists those set aside: at the end `read == yielded + len(rejected)`. Raises
+    DataError at the end when there was no record at all.
+    """
+
+    noun = "record"
+
+    def __init__(self, kind: str, path: str) -> None:
+        self.kind = kind
+        self.path = path
+        self.read = 0
+        self.rejected: list[RejectedRecord] = []
+
+    def __iter__(self) -> Iterator[Record]:
+        self.read = 0
+        self.rejected = []
+        yield from self._records()
+        if self.read == 0:
+            raise DataError(
+                f"{self.path}: holds no {self.noun}; point --dataset at data of kind {self.kind}"
+            )
+
+    @abstractmethod
+    def _records(self) -> Iterator[Record]:
+        """Yield records, counting each in `read` and calling `_reject` for those set aside."""
+
+    def _reject(self, file: str, line: int | None, id: str, reason: str, detail: str = "") -> None:
+        self.rejected.append(RejectedRecord(file, line, id, reason, detail))
+
+    def reasons(self) -> dict[str, int]:
+        """{reason: number of records set aside for it}, most frequent first."""
+        return dict(Counter(record.reason for record in self.rejected).most_common())
+
+
+class StudySource(Source[Study]):
+    """Studies of MIMIC-CXR or Open-I."""
+
+    noun = "study"
+
+
+class PreferenceSource(Source[Preference]):
+    """Preferences of a file; `kind` is the format that its fields tell."""
+
+    noun = "preference"
