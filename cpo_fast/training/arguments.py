@@ -24,6 +24,7 @@ POSITIVE = (
     "lora_r",
     "max_length",
     "num_studies",
+    "max_images",
 )
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
 
@@ -38,6 +39,7 @@ class TrainArguments:
 
     # --- the run
     output_dir: str = _flag("runs/cpo", "where everything is written (mode 0700)")
+    overwrite_output_dir: bool = _flag(False, "checkpoints of an earlier run there may go")
     stages: str = _flag(
         ",".join(STAGES), "comma-separated stages; the rest is taken from output_dir"
     )
@@ -49,6 +51,8 @@ class TrainArguments:
     image_root: str | None = _flag(None, "folder of the images where the data set has none")
     sections: str = _flag("careful", "report sections: 'careful' parse or the 'authors' rule")
     uncertain_labels: str = _flag("negative", "uncertain labels count as 'negative' or 'positive'")
+    max_images: int = _flag(1, "images per study that the model sees, frontal views first")
+    eval_fraction: float = _flag(0.05, "share held out of a preference file, which has no splits")
     num_studies: int = _flag(2000, "size of the phantom data set")
     max_train_samples: int | None = _flag(None, "use at most this many training studies")
     max_eval_samples: int | None = _flag(None, "use at most this many studies of each other split")
@@ -124,6 +128,8 @@ class TrainArguments:
         unknown = [name for name in self.stage_names if name not in STAGES]
         if unknown or not self.stage_names:
             raise UsageError(f"--stages {self.stages}: choose from {','.join(STAGES)}")
+        if self.sft_checkpoint is not None and "sft" in self.stage_names:
+            raise UsageError("--sft_checkpoint replaces SFT: leave sft out of --stages")
         self._one_of("sections", ("careful", "authors"))
         self._one_of("uncertain_labels", ("negative", "positive"))
         self._one_of("truncation", ("drop", "truncate_response", "error"))

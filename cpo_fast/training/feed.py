@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cpo_fast.errors import RecordError
-from cpo_fast.packing import Pack, collate
+from cpo_fast.packing import Step, collate
 from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt, RejectedRecord
 
-Pixels = Callable[[ImageRef], tuple[torch.Tensor, tuple[int, int, int]]]
+Pixels = Callable[[ImageRef], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class StepFeed(Dataset):
     """Item i is optimiser step i of the plan. A group whose image fails is left out and listed."""
 
     def __init__(
-        self, groups: Sequence[PreferenceGroup], steps: Sequence[Sequence[Pack]], pixels: Pixels
+        self,
+        groups: Sequence[PreferenceGroup],
+        steps: Sequence[Step],
+        pixels: Pixels | None,
+        image_token_id: int | None,
     ) -> None:
         self.groups = groups
         self.steps = steps
         self.pixels = pixels
+        self.image_token_id = image_token_id
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -39,14 +44,14 @@ class StepFeed(Dataset):
     def __getitem__(self, index: int) -> StepBatch:
         batches, rejected = [], []
         for pack in self.steps[index]:
-            decoded: dict[ImageRef, tuple[torch.Tensor, tuple[int, int, int]]] = {}
+            decoded: dict[ImageRef, tuple[torch.Tensor, torch.Tensor]] = {}
             usable = []
             for group_index, kept in pack:
                 group = self.groups[group_index]
                 image = ImageRef("")
                 try:
                     for image in _images(group):
-                        if image not in decoded:
+                        if image not in decoded and self.pixels is not None:
                             decoded[image] = self.pixels(image)
                     usable.append((group_index, kept))
                 except RecordError as error:
@@ -54,7 +59,13 @@ class StepFeed(Dataset):
                         RejectedRecord(image.path, None, group.id, error.reason, error.detail)
                     )
             if usable:
-                batches.append(collate(self.groups, tuple(usable), pixels=decoded.__getitem__))
+                batch = collate(
+                    self.groups,
+                    tuple(usable),
+                    pixels=decoded.__getitem__,
+                    image_token_id=self.image_token_id,
+                )
+                batches.append(batch)
         return StepBatch(tuple(batches), tuple(rejected))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from cpo_fast.errors import CpoFastError, DataError
-from cpo_fast.model import PackedModel
+from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import write_checkpoint
@@ -49,7 +49,8 @@ class Trainer:
     objective: Objective
     groups: Sequence[PreferenceGroup]
     eval_groups: Sequence[PreferenceGroup]
-    pixels: Pixels
+    pixels: Pixels | None
+    image_token_id: int | None
     args: TrainArguments
     log: MetricsLog
     stage_dir: Path
@@ -83,8 +84,8 @@ class Trainer:
         torch.manual_seed(self.args.seed)
         begun = time.perf_counter()
         sums, clock = Sums(), Clock()
-        feed = StepFeed(self.groups, steps, self.pixels)
-        loader = step_loader(feed, num_workers=self.args.dataloader_num_workers)
+        workers = self.args.dataloader_num_workers
+        loader = step_loader(self._feed(self.groups, steps), num_workers=workers)
         bar = tqdm(total=len(steps), desc=self.stage, unit="step", disable=None)
         self.model.model.train()
         for number, batch in enumerate(clock.waiting(loader), start=1):
@@ -130,11 +131,14 @@ class Trainer:
         steps = self._plan_epoch(self.eval_groups, size * 4, epoch=0, shuffle=False)
         sums = Sums()
         self.model.model.eval()
-        for step in step_loader(StepFeed(self.eval_groups, steps, self.pixels), num_workers=0):
+        for step in step_loader(self._feed(self.eval_groups, steps), num_workers=0):
             for batch in step.batches:
                 sums.add(self.objective.summed(batch.to(self.device))[1])
         self.model.model.train()
         return {f"eval_{name}": value for name, value in self.objective.row(sums.take()).items()}
+
+    def _feed(self, groups: Sequence[PreferenceGroup], steps: Sequence[Step]) -> StepFeed:
+        return StepFeed(groups, steps, self.pixels, self.image_token_id)
 
     def _step(
         self,
@@ -191,15 +195,18 @@ class Trainer:
         epoch: int,
         shuffle: bool = True,
     ) -> list[Step]:
-        return plan_epoch(
+        steps = plan_epoch(
             groups,
             pairs_per_step=pairs_per_step,
-            packing_length=self.args.packing_length if self.args.packing else 0,
+            packing_length=self.args.packing_length,
             seed=self.args.seed,
             epoch=epoch,
             expand_pairs=self.args.expand_pairs,
             shuffle=shuffle,
         )
+        if self.args.packing:
+            return steps
+        return [replace(s, packs=tuple((part,) for pack in s for part in pack)) for s in steps]
 
     def _save(self, step: int, max_steps: int, epoch: float) -> Path:
         state = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ TIMING_FIELDS = ("pairs_per_second", "samples_per_second", "tokens_per_second_pe
 class MetricsLog:
     """Appends rows to metrics.jsonl and keeps them (they are the log_history of a checkpoint)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: Iterable[str] = ("sft", "cpo")) -> None:
+        """Open `path`; rows of an earlier run stay, but for those of the stages in `fresh`."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        if path.is_file():
+            earlier = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.rows = [row for row in earlier if row["stage"] not in tuple(fresh)]
+        lines = (json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+        path.write_text("".join(lines), encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         clean = {key: _plain(value) for key, value in row.items()}

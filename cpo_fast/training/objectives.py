@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from cpo_fast.loss import cpo_loss, linear_logprobs
-from cpo_fast.model import PackedModel
+from cpo_fast.loss import CPOOutput, cpo_loss, linear_logprobs
+from cpo_fast.model.packed import PackedModel
 from cpo_fast.types import PackedBatch
 
 Values = dict[str, torch.Tensor | float]
@@ -76,10 +76,11 @@ class CPOObjective:
         chosen = batch.pairs[:, 0]
         return batch.pair_weights / torch.bincount(chosen, minlength=batch.num_segments)[chosen]
 
-    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
+    def score(self, batch: PackedBatch) -> CPOOutput:
+        """The loss op on the batch; `loss` in it is that of this pack alone."""
         weight, bias = self.model.head()
         hidden = self.model.hidden(batch)
-        reference = {}
+        reference: dict[str, torch.Tensor | None] = {}
         if self.reference is not None:
             ref_weight, ref_bias = self.reference.head()
             with torch.no_grad():
@@ -87,7 +88,7 @@ class CPOObjective:
             reference |= {"ref_weight": ref_weight.detach(), "ref_bias": ref_bias}
         elif self.loss_type not in ("simpo", "orpo"):
             reference["ref_hidden"] = self.model.hidden(batch, reference=True)
-        out = cpo_loss(
+        return cpo_loss(
             hidden,
             weight,
             batch.labels,
@@ -102,6 +103,9 @@ class CPOObjective:
             impl=self.impl,
             **reference,
         )
+
+    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
+        out = self.score(batch)
         weights = self._weights(batch)
         loss = (out.losses * weights).sum()
         chosen, rejected = batch.pairs.unbind(1)

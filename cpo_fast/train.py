@@ -1,0 +1,148 @@
+"""`python -m cpo_fast.train`: the whole road, from files to a report, in one readable pass.
+
+With no arguments it runs the embedded default: phantom data, a tiny random Qwen2.5-VL, SFT, CPO,
+evaluation and report in runs/phantom. Every other use is the same road with other flags.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.training.arguments import TrainArguments, parse_arguments
+from cpo_fast.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from cpo_fast.training.base import Base
+    from cpo_fast.training.corpus import Corpus, Samples, Texts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 for a finished run, 1 for data or numbers that stop it, 2 for wrong usage."""
+    try:
+        run(parse_arguments(argv))
+    except CpoFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def run(args: TrainArguments) -> dict[str, Any]:
+    """Run the stages that `args` names; returns what summary.json holds."""
+    from cpo_fast.report import write_report
+    from cpo_fast.training.base import base_model
+    from cpo_fast.training.corpus import read_corpus, tokenise, write_preferences
+    from cpo_fast.training.stages import train_cpo, train_sft
+
+    os.umask(0o077)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
+    folder = RunFolder(args)
+    corpus = read_corpus(args, folder)
+    texts = write_preferences(args, folder, corpus)
+    base = base_model(args, folder, texts)
+    samples = tokenise(args, folder, texts, base)
+    if "sft" in args.stage_names:
+        train_sft(args, folder, samples, base)
+    if "cpo" in args.stage_names:
+        train_cpo(args, folder, samples, base)
+    if "evaluate" in args.stage_names:
+        evaluate(args, folder, corpus, samples, texts, base)
+    folder.finish(versions())
+    print(f"report: {write_report(folder.path)}")
+    return folder.summary
+
+
+def evaluate(
+    args: TrainArguments,
+    folder: RunFolder,
+    corpus: Corpus,
+    samples: Samples,
+    texts: Texts,
+    base: Base,
+) -> None:
+    """Diagnoses of the untrained, SFT and CPO models on the test split; rewards on held-out pairs.
+
+    Every model is loaded from its files, as a user would load it.
+    """
+    from cpo_fast.data.labels import diagnosis
+    from cpo_fast.evaluation.generate import diagnose
+    from cpo_fast.evaluation.preference import preference
+    from cpo_fast.evaluation.summary import (
+        evaluation_examples,
+        evaluation_summary,
+        write_examples,
+    )
+    from cpo_fast.training.checkpoint import checkpoints, latest_checkpoint
+    from cpo_fast.training.stages import load, pair_logps, sft_model
+
+    models: dict[str, Path] = {"untrained": base.path}
+    if (sft := sft_model(args, folder, base)) != base.path:
+        models["sft"] = sft
+    if checkpoints(folder.path / "cpo"):
+        models["cpo"] = latest_checkpoint(folder.path / "cpo")
+    tested = {group.id: group for group in samples.sft["test"]}
+    studies = [study for study in corpus.studies["test"] if study.study_id in tested]
+    answers: dict[str, list[str]] = {}
+    rewards: dict[str, dict[str, Any]] = {}
+    held_out = samples.cpo["test"] or samples.cpo["validate"]
+    for name, path in models.items():
+        model = load(args, path)
+        if studies:
+            answers[name] = diagnose(
+                model,
+                base.tokenizer,
+                [tested[study.study_id].prompt for study in studies],
+                base.pixels,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.eval_batch_size,
+                description=f"answers of {name}",
+            )
+        if name == "cpo" and held_out:
+            scored = pair_logps(args, folder, base, model, held_out)
+            rewards[name] = preference(**scored, beta=args.beta, seed=args.seed)
+        del model
+        gc.collect()
+    if studies:
+        truth, training_truth = (
+            [diagnosis(study.labels, uncertain=args.uncertain_labels) for study in part]
+            for part in (studies, corpus.studies["train"])
+        )
+        folder.summary["evaluation"] = evaluation_summary(
+            truth=truth,
+            training_truth=training_truth,
+            answers=answers,
+            reports=[study.report.text for study in studies],
+            preference=rewards,
+            seed=args.seed,
+        )
+        examples = evaluation_examples(
+            studies,
+            answers,
+            texts.counterfactuals,
+            count=args.num_examples,
+            uncertain=args.uncertain_labels,
+        )
+        write_examples(folder.path, examples)
+    else:
+        folder.summary["evaluation"] = {"preference": rewards}
+
+
+def versions() -> dict[str, str]:
+    """What this run was computed with."""
+    names = ("cpo_fast", "torch", "triton", "transformers", "peft", "tokenizers", "numpy")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

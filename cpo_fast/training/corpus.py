@@ -1,0 +1,219 @@
+"""From a data set to tokenised samples: what is read, set aside, and given to each stage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from cpo_fast.errors import DataError, UsageError
+from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.run_folder import RunFolder, write_private
+from cpo_fast.types import (
+    Counterfactual,
+    Labels,
+    Preference,
+    PreferenceGroup,
+    RejectedRecord,
+    Study,
+)
+
+if TYPE_CHECKING:
+    from cpo_fast.training.base import Base
+
+SPLITS = ("train", "validate", "test")
+
+
+# --- files -> studies ----------------------------------------------------------------------------
+
+
+@dataclass
+class Corpus:
+    """What was read: studies by split, or the preferences of a file that has no studies."""
+
+    kind: str
+    studies: dict[str, list[Study]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    preferences: list[Preference] = field(default_factory=list)
+
+
+def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
+    """Read the data set; what cannot be used is set aside, and too much of it stops the run."""
+    from cpo_fast.data import is_preference_file, open_preferences, open_studies
+
+    dataset = args.dataset
+    if dataset == "phantom":
+        from cpo_fast.phantom import write_phantom
+
+        size, seed = args.num_studies, args.seed
+        dataset = str(write_phantom(folder.path / "data", num_studies=size, seed=seed))
+    if is_preference_file(dataset, args.dataset_format):
+        source: Any = open_preferences(
+            dataset, dataset_format=args.dataset_format, image_root=args.image_root
+        )
+        corpus = Corpus(source.kind)
+        corpus.preferences = list(tqdm(source, desc="read", unit="record", disable=None))
+        used = len(corpus.preferences)
+    else:
+        source = open_studies(
+            dataset,
+            dataset_format=args.dataset_format,
+            sections=args.sections,
+            image_root=args.image_root,
+        )
+        corpus = Corpus(source.kind)
+        for study in tqdm(source, desc="read", unit="study", disable=None):
+            corpus.studies[study.split].append(
+                replace(study, images=study.images[: args.max_images])
+            )
+        limits = {
+            "train": args.max_train_samples,
+            **dict.fromkeys(SPLITS[1:], args.max_eval_samples),
+        }
+        for split, limit in limits.items():
+            corpus.studies[split] = corpus.studies[split][:limit]
+        used = sum(map(len, corpus.studies.values()))
+    folder.reject(source.rejected)
+    folder.data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
+    print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
+    for reason, count in source.reasons().items():
+        print(f"data: {count} set aside: {reason}")
+    stop_if_too_bad(args, folder, source.read)
+    return corpus
+
+
+def stop_if_too_bad(args: TrainArguments, folder: RunFolder, read: int) -> None:
+    """DataError when more than `max_bad_fraction` of what was read is set aside."""
+    bad = len({(record.file, record.id) for record in folder.rejected})
+    if read and bad / read > args.max_bad_fraction:
+        raise DataError(
+            f"{bad} of {read} records are set aside, more than --max_bad_fraction "
+            f"{args.max_bad_fraction}; see {folder.path / 'rejected_records.jsonl'}"
+        )
+
+
+# --- studies -> counterfactuals -> preferences ---------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """The text of both stages by split, and the counterfactuals behind the CPO part."""
+
+    sft: dict[str, list[Preference]]
+    cpo: dict[str, list[Preference]]
+    counterfactuals: list[Counterfactual] = field(default_factory=list)
+
+    def has_images(self) -> bool:
+        return any(p.images for split in self.sft.values() for p in split)
+
+
+def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -> Texts:
+    """The graph and counterfactual stages; a preference file needs neither."""
+    from cpo_fast.counterfactual import preference, sft_preference
+
+    if corpus.preferences:
+        return split_preferences(corpus.preferences, args.eval_fraction, args.seed)
+    counterfactuals = make_counterfactuals(args, folder, corpus)
+    of_study: dict[str, list[Counterfactual]] = {}
+    for one in counterfactuals:
+        of_study.setdefault(one.study_id, []).append(one)
+    texts = Texts({}, {}, counterfactuals)
+    for split, studies in corpus.studies.items():
+        texts.sft[split] = [sft_preference(s, uncertain=args.uncertain_labels) for s in studies]
+        texts.cpo[split] = [
+            preference(
+                study,
+                of_study[study.study_id],
+                rejected_answer=args.rejected_answer,
+                uncertain=args.uncertain_labels,
+            )
+            for study in studies
+            if study.study_id in of_study
+        ]
+    return texts
+
+
+def make_counterfactuals(
+    args: TrainArguments, folder: RunFolder, corpus: Corpus
+) -> list[Counterfactual]:
+    """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
+    from cpo_fast.concepts import load_graph, write_graph
+    from cpo_fast.counterfactual import counterfactuals, read_counterfactuals
+
+    path = folder.path / "counterfactuals.jsonl"
+    graph = load_graph(args.concept_graph)
+    if "graph" in args.stage_names:
+        write_graph(graph, folder.path / "concept_graph.json")
+    if args.counterfactuals is not None or "counterfactual" not in args.stage_names:
+        given = Path(args.counterfactuals or path)
+        if not given.is_file():
+            raise UsageError(f"{given}: no such file; add counterfactual to --stages")
+        return list(read_counterfactuals(given))
+    studies = [study for split in SPLITS for study in corpus.studies[split]]
+    made = counterfactuals(studies, graph, num_targets=args.num_targets, seed=args.seed)
+    bar = tqdm(made, desc="counterfactuals", unit="report", disable=None,
+               total=len(studies) * args.num_targets)  # fmt: skip
+    passed = []
+    for one in bar:
+        if one.passed:
+            passed.append(one)
+        else:
+            failed = ",".join(name for name, good in one.checks.items() if not good)
+            folder.reject(
+                [RejectedRecord(str(path), None, one.id, "counterfactual-checks", failed)]
+            )
+    write_private(path, (one.to_json() for one in passed))
+    folder.summary["data"]["counterfactuals"] = len(passed)
+    print(f"counterfactuals: {len(passed)} of {len(studies) * args.num_targets} pass all checks")
+    return passed
+
+
+def split_preferences(preferences: Sequence[Preference], share: float, seed: int) -> Texts:
+    """Hold out a share by a hash of the ids, so that the order of the file does not matter."""
+    texts = Texts({s: [] for s in SPLITS}, {s: [] for s in SPLITS})
+    for one in preferences:
+        digest = hashlib.sha256(f"{seed}/{one.id}".encode()).digest()
+        split = "validate" if int.from_bytes(digest[:4], "big") < share * 2**32 else "train"
+        texts.sft[split].append(replace(one, rejected=(), rejected_images=()))
+        texts.cpo[split].append(one)
+    return texts
+
+
+# --- preferences -> token ids --------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    """Tokenised samples of both stages by split."""
+
+    sft: dict[str, list[PreferenceGroup]]
+    cpo: dict[str, list[PreferenceGroup]]
+
+
+def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
+    """Encode all samples; those that cannot be are set aside."""
+    from cpo_fast.packing import encode_all
+
+    samples = Samples({}, {})
+    for stage in ("sft", "cpo"):
+        for split, preferences in getattr(texts, stage).items():
+            if not preferences:
+                getattr(samples, stage)[split] = []
+                continue
+            done = encode_all(
+                preferences,
+                base.tokenizer,
+                base.images.grid if base.images else None,
+                max_length=args.max_length,
+                over_long=args.truncation,
+                file=f"{args.dataset} ({stage}, {split})",
+            )
+            getattr(samples, stage)[split] = done.groups
+            folder.reject(done.rejected)
+            if done.truncated:
+                print(f"{stage}: {done.truncated} responses cut to --max_length {args.max_length}")
+    stop_if_too_bad(args, folder, folder.summary["data"]["read"])
+    return samples

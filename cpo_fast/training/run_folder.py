@@ -1,0 +1,90 @@
+"""The folder of one run: who may read it, what is in it, and what an earlier run left there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.errors import UsageError
+from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.checkpoint import checkpoints
+from cpo_fast.training.metrics import MetricsLog
+from cpo_fast.types import RejectedRecord
+
+
+class RunFolder:
+    """`output_dir` of a run. Opening it writes config.json and clears the stages that will run.
+
+    Raises UsageError when a stage that will run has checkpoints there already, unless
+    `overwrite_output_dir` says that they may go.
+    """
+
+    def __init__(self, args: TrainArguments) -> None:
+        self.path = Path(args.output_dir)
+        trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
+        self._make_room(trained, args.overwrite_output_dir)
+        self._write_json("config.json", asdict(args))
+        self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)
+        self.rejected: list[RejectedRecord] = []
+        (self.path / "rejected_records.jsonl").write_text("")
+        self.summary: dict[str, Any] = {"stages": {}}
+        if trained != ["sft", "cpo"] and (self.path / "summary.json").is_file():
+            self.summary |= json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        self.summary["stages"] = {
+            name: value for name, value in self.summary["stages"].items() if name not in trained
+        }
+
+    def _make_room(self, trained: list[str], overwrite: bool) -> None:
+        for stage in trained:
+            folder = self.path / stage
+            if checkpoints(folder) and not overwrite:
+                raise UsageError(
+                    f"{folder} holds checkpoints of an earlier run: choose another --output_dir, "
+                    f"leave {stage} out of --stages, or pass --overwrite_output_dir true"
+                )
+            if folder.exists():
+                shutil.rmtree(folder)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.path} cannot be written: {error}") from error
+
+    def reject(self, records: Iterable[RejectedRecord]) -> None:
+        """Append to rejected_records.jsonl; records are counted by reason in summary.json."""
+        with (self.path / "rejected_records.jsonl").open("a", encoding="utf-8") as file:
+            for record in records:
+                self.rejected.append(record)
+                file.write(json.dumps(record.to_json()) + "\n")
+
+    def data(self, *, read: int, used: int, **more: Any) -> None:
+        """The `data` part of summary.json."""
+        reasons = Counter(record.reason for record in self.rejected)
+        self.summary["data"] = {"read": read, "used": used, "rejected": dict(reasons), **more}
+
+    def finish(self, versions: Mapping[str, str]) -> None:
+        """Write summary.json."""
+        reasons = Counter(record.reason for record in self.rejected)
+        self.summary.get("data", {})["rejected"] = dict(reasons)
+        self.summary["versions"] = dict(versions)
+        self._write_json("summary.json", self.summary)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.rename(self.path / name)
+
+
+def write_private(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """A JSONL file that holds report text: readable by its owner only."""
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

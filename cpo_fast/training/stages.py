@@ -1,0 +1,182 @@
+"""SFT and CPO: which model, which objective, and where the result lies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cpo_fast.model.build import add_lora, freeze_vision, load_model, merge, save_model
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.packing import image_token_id, plan_epoch
+from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.base import Base
+from cpo_fast.training.checkpoint import checkpoints, latest_checkpoint
+from cpo_fast.training.corpus import Samples
+from cpo_fast.training.feed import StepFeed, step_loader
+from cpo_fast.training.loop import StageResult, Trainer
+from cpo_fast.training.objectives import CPOObjective, SFTObjective
+from cpo_fast.training.run_folder import RunFolder
+from cpo_fast.types import PreferenceGroup
+
+MERGED = "merged"  # the folder beside SFT's checkpoints that holds its adapter merged into the base
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(args: TrainArguments, path: Path) -> Any:
+    """The model in `path` on the device; bf16 weights under `--bf16`, else fp32."""
+    return load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32).to(device())
+
+
+def train_sft(args: TrainArguments, folder: RunFolder, samples: Samples, base: Base) -> None:
+    """SFT of the chosen answers; an adapter is merged, so that CPO starts from a whole model."""
+    model = load(args, base.path)
+    if args.sft_use_peft:
+        model = lora(args, model, freeze_vit=args.sft_freeze_vit)
+    elif args.sft_freeze_vit:
+        freeze_vision(model)
+    packed = prepare(args, model)
+    objective = SFTObjective(packed, impl=args.loss_impl)
+    result = run_stage(args, folder, base, "sft", packed, objective, samples.sft)
+    if args.sft_use_peft:
+        merged = merge(model)
+        save_model(
+            merged, folder.path / "sft" / MERGED, tokenizer=base.tokenizer, images=base.images
+        )
+    record(folder, "sft", result)
+
+
+def train_cpo(args: TrainArguments, folder: RunFolder, samples: Samples, base: Base) -> None:
+    """CPO from the SFT model; the reference is that model (adapters off, or a frozen copy)."""
+    start = sft_model(args, folder, base)
+    model = load(args, start)
+    reference = None
+    if args.use_peft:
+        model = lora(args, model, freeze_vit=args.freeze_vit)
+    else:
+        if args.freeze_vit:
+            freeze_vision(model)
+        frozen = load(args, start).requires_grad_(False).eval()
+        reference = PackedModel(frozen, attention=args.attn_implementation)
+    packed = prepare(args, model)
+    objective = CPOObjective(
+        packed,
+        reference,
+        beta=args.beta,
+        loss_type=args.loss_type,
+        label_smoothing=args.label_smoothing,
+        rpo_alpha=args.rpo_alpha,
+        impl=args.loss_impl,
+    )
+    record(folder, "cpo", run_stage(args, folder, base, "cpo", packed, objective, samples.cpo))
+
+
+def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
+    """What CPO starts from: `--sft_checkpoint`, this folder's SFT, or, without either, the base."""
+    stage_dir = (folder.path / "sft").resolve()
+    if args.sft_checkpoint is not None or not checkpoints(stage_dir):
+        return base.path
+    merged = stage_dir / MERGED
+    return merged if merged.is_dir() else latest_checkpoint(stage_dir)
+
+
+@torch.no_grad()
+def pair_logps(
+    args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
+) -> dict[str, list[float]]:
+    """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups."""
+    packed = PackedModel(model.eval(), attention=args.attn_implementation)
+    reference = None
+    if not args.use_peft:
+        frozen = load(args, sft_model(args, folder, base)).eval()
+        reference = PackedModel(frozen, attention=args.attn_implementation)
+    objective = CPOObjective(packed, reference, impl=args.loss_impl)
+    steps = plan_epoch(
+        groups,
+        pairs_per_step=64,
+        packing_length=args.packing_length,
+        seed=0,
+        epoch=0,
+        shuffle=False,
+    )
+    feed = StepFeed(groups, steps, base.pixels, image_token_id(base.tokenizer))
+    found = defaultdict(list)
+    for step in tqdm(step_loader(feed, num_workers=0), total=len(feed), desc="rewards",
+                     unit="step", disable=None):  # fmt: skip
+        for batch in step.batches:
+            out = objective.score(batch.to(device()))
+            chosen, rejected = batch.pairs.unbind(1)
+            found["policy_chosen"] += out.logps[chosen].tolist()
+            found["policy_rejected"] += out.logps[rejected].tolist()
+            found["reference_chosen"] += out.ref_logps[chosen].tolist()
+            found["reference_rejected"] += out.ref_logps[rejected].tolist()
+            names = [batch.segment_names[index] for index in chosen.tolist()]
+            found["groups"] += [name.rsplit("/", 1)[0] for name in names]
+    return dict(found)
+
+
+def lora(args: TrainArguments, model: Any, *, freeze_vit: bool) -> Any:
+    modules: str | list[str] = args.lora_target_modules
+    return add_lora(
+        model,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=modules if modules == "all-linear" else str(modules).split(","),
+        freeze_vit=freeze_vit,
+        seed=args.seed,
+    )
+
+
+def prepare(args: TrainArguments, model: Any) -> PackedModel:
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return PackedModel(model, attention=args.attn_implementation)
+
+
+def run_stage(
+    args: TrainArguments,
+    folder: RunFolder,
+    base: Base,
+    stage: str,
+    packed: PackedModel,
+    objective: SFTObjective | CPOObjective,
+    splits: dict[str, list[PreferenceGroup]],
+) -> StageResult:
+    """Train one stage on its "train" split, watching the "validate" split."""
+
+    def save(path: Path) -> None:
+        save_model(packed.model, path, tokenizer=base.tokenizer, images=base.images)
+
+    return Trainer(
+        stage=stage,
+        model=packed,
+        objective=objective,
+        groups=splits["train"],
+        eval_groups=splits["validate"],
+        pixels=base.pixels,
+        image_token_id=image_token_id(base.tokenizer),
+        args=args,
+        log=folder.metrics,
+        stage_dir=folder.path / stage,
+        save_model=save,
+        device=device(),
+    ).run()
+
+
+def record(folder: RunFolder, stage: str, result: StageResult) -> None:
+    """The stage's part of summary.json."""
+    folder.reject(result.rejected)
+    folder.summary["stages"][stage] = {
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        **result.throughput,
+        "checkpoint": str(result.checkpoint),
+        "final": result.final,
+    }
