@@ -39,11 +39,21 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t rank
   return peer;
 }
 
-__device__ __forceinline__ void store_peer(uint32_t peer, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer), "f"(value) : "memory");
+// Four floats into the peer's shared memory (16-byte aligned addresses of a CTA of the cluster); its barrier there
+// counts 16 bytes when they have arrived.
+__device__ __forceinline__ void send_peer(uint32_t peer, float x, float y, float z, float w,
+                                          uint32_t peer_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(peer),
+      "f"(x), "f"(y), "f"(z), "f"(w), "r"(peer_barrier)
+      : "memory");
 }
 
 // --- mbarriers -------------------------------------------------------------------------------------------
+// Arrivals and waits keep their default scope, the CTA. That is enough here: what crosses CTAs are bulk copies and
+// st.async, whose bytes the barrier itself counts, and releases of a buffer that was read by wgmma, which has
+// completed. Cluster scope would cost a memory barrier and an L1 invalidation in every step (seen in the SASS).
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -66,7 +76,7 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
 
 // One arrival at the same barrier in CTA `rank` of the cluster (which may be the own one).
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                    peer_address(shared_address(barrier), rank))
                : "memory");
 }
@@ -77,7 +87,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       "{\n\t"
       ".reg .pred done;\n\t"
       "again:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
       "@!done bra again;\n\t"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)

@@ -179,7 +179,8 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
   __shared__ __align__(8) uint64_t arrived[kMaxPieces];
   __shared__ Partial warps[kWarps];
   __shared__ float label_logit;
-  __shared__ float exchange[2][kCluster][3];  // by turn & 1: both CTAs' max, sum, label logit
+  __shared__ float4 from_peer[2];  // by turn & 1: the peer's max, sum, label logit
+  __shared__ __align__(8) uint64_t peer_arrived[2];
 
   const int rank = static_cast<int>(cluster_rank());
   const int clusters = gridDim.x / kCluster;
@@ -199,6 +200,7 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
   int row = blockIdx.x / kCluster;
   if (threadIdx.x == 0) {
     for (int piece = 0; piece < share.pieces; ++piece) barrier_init(&arrived[piece], 1);
+    for (uint64_t& barrier : peer_arrived) barrier_init(&barrier, 1);
     barrier_init_fence();
     if (row < args.rows) {
       for (int piece = 0; piece < share.pieces; ++piece) load(row, piece);
@@ -217,23 +219,28 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
     }
     const Partial mine = block_merge(scan.part, warps, c);  // also publishes label_logit
 
-    // Each CTA writes its numbers into both CTAs. The places alternate between turns: a CTA writes turn n + 2
-    // only after the cluster_sync of turn n + 1, which the peer enters only after reading turn n.
-    float* const slot = exchange[turn & 1][rank];
-    if (threadIdx.x < kCluster) {
-      const uint32_t peer = peer_address(shared_address(slot), threadIdx.x);
-      store_peer(peer, mine.max);
-      store_peer(peer + 4, mine.sum);
-      store_peer(peer + 8, label_logit);  // means something in the CTA that holds the label
+    // The CTAs send each other their numbers. Places and barriers alternate between turns, so that a place is
+    // written for turn n + 2 only after its reader has finished turn n: the sender of n + 2 has received turn
+    // n + 1, which the reader sent after all its threads had passed block_merge's barrier of turn n + 1. For the
+    // same reason no barrier can run two phases ahead of a thread that waits for it.
+    const int place = turn & 1;
+    if (threadIdx.x == 0) {
+      barrier_expect(&peer_arrived[place], sizeof(float4));
+      send_peer(peer_address(shared_address(&from_peer[place]), rank ^ 1), mine.max, mine.sum,
+                label_logit,  // means something in the CTA that holds the label
+                0.0f, peer_address(shared_address(&peer_arrived[place]), rank ^ 1));
     }
-    cluster_sync();  // also the barrier after which `warps` and label_logit may be written again
+    const float own_logit = label_logit;
+    barrier_wait(&peer_arrived[place], turn >> 1 & 1);
+    const float4 peer = from_peer[place];
 
-    const float(*both)[3] = exchange[turn & 1];
-    const Partial part = merge({both[0][0], both[0][1]}, {both[1][0], both[1][1]}, c);
+    // Merging is symmetric: both CTAs get the same bits.
+    const Partial part = merge(mine, {peer.x, peer.y}, c);
     const int owner = label >= 0 && label / kVec >= row_share(args.vocab, 0).vecs ? 1 : 0;
-    const RowResult result =
-        finish_row(part, both[owner][2], label >= 0, 1.0f / args.temperature);
+    const RowResult result = finish_row(part, owner == rank ? own_logit : peer.z, label >= 0,
+                                        1.0f / args.temperature);
     if (rank == 0 && threadIdx.x == 0) write_result(args, row, result);
+    __syncthreads();  // all have read `warps`, label_logit, from_peer and, in the scan, every piece
 
     const bool store = row < args.grad_rows;  // the same for all threads
     uint4* const line =
@@ -246,13 +253,14 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
                             : gradient<T, kTransform>(tile[i], share.first_vec + i, args, result,
                                                       part.max, c, label);
       }
-      if (store) __syncthreads();  // all have read the piece (else: since the cluster_sync)
+      if (store) __syncthreads();  // all have read the piece again
       if (threadIdx.x == 0 && next < args.rows) {
         async_proxy_fence();
         load(next, piece);
       }
     }
   }
+  cluster_sync();  // neither CTA ends while the other may still send to it
 #endif
 }
 
