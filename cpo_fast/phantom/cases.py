@@ -307,8 +307,10 @@ def _places(rng: np.random.Generator, names: list[str]) -> dict[str, tuple[str, 
         if name in ("Cardiomegaly", "Enlarged Cardiomediastinum", "Edema", "Emphysema"):
             where[name] = ("", "")
         elif name == "Consolidation":
-            upper = rng.random() < 0.35 or ("Pneumonia" in names and infected == "bilateral")
+            upper = rng.random() < 0.5 or ("Pneumonia" in names and infected == "bilateral")
             side = other(infected) if "Pneumonia" in names and not upper else one()
+            if side == "left" and "Cardiomegaly" in names:
+                upper = True  # a wide heart would hide the left lower lobe
             where[name] = (side, "upper lobe" if upper else "lower lobe")
         elif name == "Pneumonia":
             where[name] = (infected, "lower lobe")

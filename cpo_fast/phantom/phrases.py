@@ -34,7 +34,7 @@ WORDINGS: dict[str, Wording] = {
         hedged=(
             "The heart may be mildly enlarged.",
             "Possible mild cardiomegaly.",
-            "The cardiac silhouette is possibly enlarged.",
+            "The cardiac silhouette may be mildly enlarged.",
         ),
         name=("cardiomegaly", "{degree} cardiomegaly", "enlarged heart"),
     ),
@@ -53,13 +53,13 @@ WORDINGS: dict[str, Wording] = {
     "Edema": Wording(
         one=(
             "There is {degree} pulmonary edema with Kerley lines.",
-            "Perihilar haziness and septal lines indicate {degree} interstitial edema.",
+            "Perihilar congestion and septal lines indicate {degree} interstitial edema.",
             "Pulmonary vascular congestion with {degree} edema is seen.",
-            "Batwing perihilar haziness is due to {degree} pulmonary edema.",
+            "Batwing perihilar congestion is due to {degree} pulmonary edema.",
         ),
         hedged=(
             "Possible mild interstitial edema.",
-            "Vascular congestion may represent mild pulmonary edema.",
+            "Perihilar changes may represent mild pulmonary edema.",
             "Mild pulmonary edema cannot be excluded.",
         ),
         name=("{degree} pulmonary edema", "pulmonary edema", "interstitial edema"),
@@ -79,7 +79,7 @@ WORDINGS: dict[str, Wording] = {
     ),
     "Pneumonia": Wording(
         one=(
-            "Patchy airspace changes in the {side} {place} are consistent with pneumonia.",
+            "Patchy changes in the {side} {place} are consistent with pneumonia.",
             "There is patchy {side} {place} pneumonia.",
             "Patchy heterogeneous pneumonia is seen in the {side} {place}.",
             "The {side} {place} shows bronchopneumonia.",
@@ -87,7 +87,7 @@ WORDINGS: dict[str, Wording] = {
         both=(
             "There is multifocal pneumonia in both lower lobes.",
             "Patchy bilateral lower lobe pneumonia is seen.",
-            "Multifocal airspace changes in both lungs are consistent with pneumonia.",
+            "Multifocal patchy changes in both lungs are consistent with pneumonia.",
         ),
         hedged=(
             "Patchy changes in the {side} {place} may represent pneumonia.",
@@ -235,7 +235,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
         "Endotracheal and nasogastric tubes are in standard position.",
     ),
     "central line": (
-        "A right internal jugular central line ends in the superior vena cava.",
+        "A right internal jugular central venous catheter ends in the superior vena cava.",
         "The tip of the right central venous catheter is in the superior vena cava.",
     ),
     "chest tube": (

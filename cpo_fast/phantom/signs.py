@@ -77,8 +77,8 @@ def _consolidation(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random
         start, fans = (0.20, -0.20), (-1.25, -0.85, -0.45)
     else:
         border = -0.02 + 0.45 * (lung.t - 0.2)
-        lobe = ramp(g.y - border, 0.03) * ramp(0.60 - lung.t, 0.12)
-        start, fans = (0.24, 0.06), (0.35, 0.75, 1.15)
+        lobe = ramp(g.y - border, 0.03) * ramp(0.71 - lung.t, 0.08)
+        start, fans = (0.36, 0.10), (0.15, 0.50, 0.90)
     toward(image, 0.95 * sign.strength * lobe * lung.mask, 0.74)
     side = SIDES[sign.side]
     bronchi: Lines = []
