@@ -190,6 +190,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    # transformers would make an empty tokenizer from a bare config.json.
+    if folder.is_dir() and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
+    ):
+        raise UsageError(f"no tokenizer in {path}; copy tokenizer.json beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -260,12 +266,13 @@ def add_lora(
 
     if r < 1:
         raise UsageError(f"lora_r={r} must be at least 1")
+    has_tower = any(name.endswith(VISION_TOWER) for name, _ in model.named_modules())
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
-        exclude_modules=rf"(.*\.)?{VISION_TOWER}\..*" if freeze_vit else None,
+        exclude_modules=rf"(.*\.)?{VISION_TOWER}\..*" if freeze_vit and has_tower else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

@@ -79,6 +79,8 @@ class PackedModel:
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         embeddings = self._trunk.get_input_embeddings()(batch.input_ids)  # [T, D]
         if batch.pixel_values is not None:
+            if self._vision is None:
+                raise UsageError("the batch has images, but the model is text-only")
             is_image = batch.input_ids == self._base.config.image_token_id
             features = self._image_features(batch).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(is_image[:, None], features)
@@ -107,8 +109,7 @@ class PackedModel:
 
     def _image_features(self, batch: PackedBatch) -> torch.Tensor:
         """[visual tokens, D] of all images of the batch, in row order."""
-        if self._vision is None:
-            raise UsageError("the batch has images, but the model is text-only")
+        assert self._vision is not None
         frozen = not any(p.requires_grad for p in self._vision.parameters())
         if frozen and self._shared is not None and self._shared[0] is batch:
             return self._shared[1]

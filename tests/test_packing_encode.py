@@ -1,0 +1,133 @@
+"""Tokenising preferences: the ids that trl makes, image placeholders, what is set aside and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from packing_samples import image, images, preference, tokenizer
+
+from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.packing import encode, encode_all, image_token_id
+
+LONG = 10_000
+
+
+def encoded(sample, **options):
+    return encode(sample, tokenizer(), images().grid, **{"max_length": LONG, **options})
+
+
+def reason(sample, **options) -> str:
+    with pytest.raises(RecordError) as caught:
+        encoded(sample, **options)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("answer", ["The heart is enlarged.", "<think> a\n\nb </think> é 1", " x "])
+def test_ids_are_trls(answer):
+    """Prompt, chosen and rejected as trl's DPOTrainer tokenises a conversation (the oracle)."""
+    from trl.data_utils import apply_chat_template
+
+    sample = replace(preference("a", 1), chosen=answer)
+    group = encoded(sample)
+    text = apply_chat_template(
+        {
+            "prompt": [dict(m) for m in sample.prompt],
+            "chosen": [{"role": "assistant", "content": sample.chosen}],
+            "rejected": [{"role": "assistant", "content": sample.rejected[0]}],
+        },
+        tokenizer(),
+    )
+    ids = {name: tuple(tokenizer()(text[name])["input_ids"]) for name in text}
+    assert group.prompt.input_ids == ids["prompt"]
+    assert group.chosen == ids["chosen"]
+    assert group.rejected == (ids["rejected"],)
+    whole = tokenizer()(text["prompt"] + text["chosen"])["input_ids"]
+    assert group.prompt.input_ids + group.chosen == tuple(whole)
+
+
+def test_a_response_ends_with_the_turn():
+    group = encoded(preference("a", 2))
+    for response in (group.chosen, *group.rejected):
+        assert tokenizer().decode(response).endswith("<|im_end|>\n")
+
+
+def test_placeholders_become_one_token_per_visual_token():
+    group = encoded(preference("a", 1, image(300, 200), image(56, 56)))
+    pad = image_token_id(tokenizer())
+    sizes = [t * h * w // 4 for t, h, w in map(images().grid, group.prompt.images)]
+    assert group.prompt.input_ids.count(pad) == sum(sizes) and sizes[1] == 4
+    one = encoded(preference("a", 1, image(56, 56)))
+    assert one.prompt.input_ids.count(pad) == 4
+
+
+def test_a_perception_pair_has_its_own_prompt():
+    group = encoded(preference("a", 2, image(100, 80), perception=image(60, 60)))
+    assert group.rejected[0] == group.chosen
+    assert group.rejected_prompts[0].images == (image(60, 60),)
+    assert group.rejected_prompts[1] is None
+
+
+def test_sft_samples_have_no_rejected():
+    assert encoded(preference("a", 0)).rejected == ()
+
+
+def test_text_only_tokenizers_have_no_placeholder():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    assert image_token_id(plain) is None
+
+
+def test_records_are_set_aside_with_their_reason():
+    base = preference("a", 2, image(100, 80))
+    assert reason(replace(base, chosen="  ")) == "empty-response"
+    assert reason(replace(base, rejected=("x", ""))) == "empty-response"
+    assert reason(replace(base, rejected=("x", base.chosen))) == "chosen-equals-rejected"
+    assert reason(replace(base, images=())) == "image-placeholder-mismatch"
+    assert reason(replace(base, images=base.images * 2)) == "image-placeholder-mismatch"
+    assert reason(replace(base, chosen="<|image_pad|>")) == "image-token-in-response"
+    assert reason(replace(base, rejected_images=(None,))) == "rejected-images-mismatch"
+
+
+def test_over_long_policies():
+    sample = preference("a", 1, image(100, 80), words=20)
+    whole = encoded(sample)
+    room = 12
+    limit = len(whole.prompt.input_ids) + room
+    assert reason(sample, max_length=limit) == "over-long"
+    with pytest.raises(DataError, match="max_length"):
+        encoded(sample, max_length=limit, over_long="error")
+    cut = encoded(sample, max_length=limit, over_long="truncate_response")
+    assert cut.prompt == whole.prompt and cut.chosen == whole.chosen[:room]
+    # The prompt, and with it the image, is never cut: no room for a response drops the record.
+    for limit in (len(whole.prompt.input_ids), 5):
+        assert reason(sample, max_length=limit, over_long="truncate_response") == "over-long"
+    with pytest.raises(UsageError, match="over_long"):
+        encoded(sample, over_long="keep_end")
+
+
+def test_a_cut_that_leaves_equal_responses_is_set_aside():
+    sample = replace(preference("a", 1), chosen="same start one", rejected=("same start two",))
+    whole = encoded(sample)
+    limit = len(whole.prompt.input_ids) + 2
+    assert whole.chosen[:2] == whole.rejected[0][:2]
+    got = reason(sample, max_length=limit, over_long="truncate_response")
+    assert got == "chosen-equals-rejected"
+
+
+def test_encode_all_counts():
+    good, long = preference("good", 1), preference("long", 1, words=50)
+    bad = replace(preference("bad", 1), chosen="")
+    options = {"max_length": 100, "file": "f.jsonl"}
+    done = encode_all([good, bad, long], tokenizer(), **options)
+    assert [group.id for group in done.groups] == ["good"] and done.truncated == 0
+    assert [(r.file, r.id, r.reason) for r in done.rejected] == [
+        ("f.jsonl", "bad", "empty-response"),
+        ("f.jsonl", "long", "over-long"),
+    ]
+    cut = encode_all([good, long], tokenizer(), over_long="truncate_response", **options)
+    assert cut.truncated == 1 and len(cut.groups) == 2
+    with pytest.raises(DataError, match=r"over-long: 1.*max_length"):
+        encode_all([long], tokenizer(), **options)
