@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import networkx
 
@@ -67,10 +67,8 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
     implied = _implied(rows, check)
 
     network = networkx.Graph(name="cpo_fast concept graph")
-    for attribute in attributes.values():
-        network.add_node(
-            attribute.id, kind="attribute", category=attribute.category, label=attribute.name
-        )
+    for key, node in attributes.items():
+        network.add_node(key, kind="attribute", category=node.category, label=node.name)
     for name, disease in diseases.items():
         row = rows[name]
         network.add_node(
@@ -80,6 +78,7 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
             synonyms=check.strings(row, "synonyms", name, required=False),
             course=check.choice(row, "course", COURSES, name, default="either"),
             implies=implied[name],
+            denied_with=check.known(row, "denied_with", rows, name),
         )
         for attribute in disease.associations:
             network.add_edge(
@@ -124,26 +123,33 @@ class _Checks:
     def __init__(self, file: str) -> None:
         self.file = file
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str) -> NoReturn:
         raise DataError(f"{self.file}: {message}")
 
     def mapping(self, data: Any, key: str, where: str) -> Mapping[str, Any]:
         value = data.get(key) if isinstance(data, Mapping) else None
         if not isinstance(value, Mapping) or not value:
             self.fail(f'{where} needs "{key}", a JSON object that is not empty.')
-        return value  # type: ignore[return-value]
+        return value
 
     def sequence(self, data: Any, key: str, where: str) -> Sequence[Any]:
         value = data.get(key) if isinstance(data, Mapping) else None
         if not isinstance(value, list):
             self.fail(f'{where} needs "{key}", a JSON list.')
-        return value  # type: ignore[return-value]
+        return value
 
     def strings(self, data: Any, key: str, where: str, *, required: bool = True) -> tuple[str, ...]:
         value = data.get(key, None if required else []) if isinstance(data, Mapping) else None
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
             self.fail(f'{where}: "{key}" must be a list of strings that are not empty.')
-        return tuple(value)  # type: ignore[arg-type]
+        return tuple(value)
+
+    def known(self, data: Any, key: str, names: Mapping[str, Any], where: str) -> tuple[str, ...]:
+        values = self.strings(data, key, where, required=False)
+        for value in values:
+            if value not in names:
+                self.fail(f'{where}: "{key}" names the unknown disease "{value}".')
+        return values
 
     def choice(
         self, data: Any, key: str, allowed: Sequence[str], where: str, *, default: str = ""
@@ -251,13 +257,8 @@ def _excluded(
 
 
 def _implied(rows: Mapping[str, Any], check: _Checks) -> dict[str, tuple[str, ...]]:
-    implied = {
-        name: check.strings(row, "implies", name, required=False) for name, row in rows.items()
-    }
+    implied = {name: check.known(row, "implies", rows, name) for name, row in rows.items()}
     arrows = networkx.DiGraph((name, other) for name, others in implied.items() for other in others)
-    for name, other in arrows.edges:
-        if other not in rows:
-            check.fail(f'{name}: "implies" names the unknown disease "{other}".')
     if not networkx.is_directed_acyclic_graph(arrows):
         check.fail("implications between diseases form a cycle; drop one of them.")
     return implied

@@ -17,6 +17,7 @@ from cpo_fast.concepts.labeller_phrases import (
     NEGATION_AFTER,
     NEGATION_BEFORE,
     NORMALITY,
+    OPPOSED,
     PSEUDO_NEGATION,
     SCOPE_BREAK,
     UNCERTAIN_AFTER,
@@ -31,6 +32,7 @@ _MENTIONS = {
     name: re.compile("|".join(f"(?:{p})" for p in table)) for name, table in MENTIONS.items()
 }
 _NORMALITY = tuple((re.compile(p), frozenset(f or MENTIONS)) for p, f in NORMALITY)
+_OPPOSED = tuple((name, re.compile(p)) for name, p in OPPOSED)
 _PRE_NEG = re.compile(NEGATION_BEFORE)
 _POST_NEG = re.compile(NEGATION_AFTER)
 _PRE_UNC = re.compile(UNCERTAIN_BEFORE)
@@ -117,3 +119,15 @@ def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, i
     )
     labels["No Finding"] = 1 if quiet else None
     return labels
+
+
+@lru_cache(maxsize=1 << 17)
+def opposed(sentence: str) -> frozenset[str]:
+    """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume, vessels)."""
+    calm = _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
+    return frozenset(
+        name
+        for name, pattern in _OPPOSED
+        for match in pattern.finditer(sentence)
+        if _polarity(calm, match.start(), match.end()) == 1
+    )

@@ -225,3 +225,19 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
 )
 """(expression, findings that the statement rules out); an empty tuple rules out every finding."""
+
+OPPOSED: tuple[tuple[str, str], ...] = (
+    (
+        "Emphysema",
+        r"low(?:er)? lung volumes?|lung volumes (?:are|remain) (?:\w+ )?(?:low|small|decreased)|"
+        r"hypo(?:inflat|ventilat|aerat|expan)\w+|volume loss|bronchovascular crowding|"
+        r"elevat\w+ (?:of )?(?:the )?(?:right |left )?(?:hemi)?diaphragm|shallow inspirat\w+",
+    ),
+    (
+        "Atelectasis",
+        r"hyper(?:inflat|expan|aerat|lucen)\w+|air trapping|"
+        r"flatten\w* (?:of )?(?:the )?(?:hemi)?diaphragm\w*",
+    ),
+    ("Edema", r"(?:attenuated|decreased|diminished|reduced) (?:pulmonary )?(?:vascul\w+|vessels)"),
+)
+"""(finding, what it can't stand with when asserted): the anatomy behind the graph's exclusions."""

@@ -1,0 +1,140 @@
+"""`python -m cpo_fast.concepts`: label reports; show, count and export the concept graph."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from cpo_fast.concepts.graph import load_graph
+from cpo_fast.concepts.labeller import label_report
+from cpo_fast.errors import CpoFastError, DataError, UsageError
+from cpo_fast.types import ConceptGraph
+
+_MAX_LINE = 4 << 20
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the commands; 0 when it worked, 1 with a message when it did not."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CpoFastError as error:
+        print(f"cpo_fast.concepts: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cpo_fast.concepts", description=__doc__, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="label | stats | export | plot")
+    label = commands.add_parser("label", help="{id, report} lines -> {id, labels} lines")
+    label.add_argument("--input", required=True, type=Path)
+    label.add_argument("--output", required=True, type=Path)
+    label.set_defaults(run=_label)
+    stats = commands.add_parser("stats", help="counts of nodes and relations")
+    stats.set_defaults(run=_stats)
+    export = commands.add_parser("export", help="the graph as .graphml or .json")
+    export.add_argument("--output", required=True, type=Path)
+    export.set_defaults(run=_export)
+    plot = commands.add_parser("plot", help="the graph as a picture (.png, .svg, .pdf)")
+    plot.add_argument("--output", required=True, type=Path)
+    plot.set_defaults(run=_plot)
+    for command in (stats, export, plot):
+        command.add_argument("--graph", default=None, help="a graph file (default: the package's)")
+    return parser
+
+
+def _open_output(path: Path) -> IO[str]:
+    """A file that only its owner reads: it stands beside report text."""
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, mode=0o700)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as error:
+        raise UsageError(f"--output {path}: can't be written ({error.strerror})") from error
+    return os.fdopen(handle, "w", encoding="utf-8")
+
+
+def _label(args: argparse.Namespace) -> None:
+    try:
+        source = args.input.open("r", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--input {args.input}: can't be read ({error.strerror})") from error
+    with source, _open_output(args.output) as out:
+        number = 0
+        try:
+            for number, line in enumerate(tqdm(source, "label", disable=None), start=1):
+                if line.strip():
+                    key, report = _record(line, args.input, number)
+                    out.write(json.dumps({"id": key, "labels": label_report(report)}) + "\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{args.input}, after line {number}: is not UTF-8 text") from error
+
+
+def _record(line: str, path: Path, number: int) -> tuple[Any, str]:
+    where = f"{path}, line {number}"
+    if len(line) > _MAX_LINE:
+        raise DataError(f"{where}: more than 4 MiB; one report per line is expected")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON") from error
+    if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("report"), str):
+        raise DataError(f'{where}: needs "id" and "report" (a string)')
+    return row["id"], row["report"]
+
+
+def statistics(graph: ConceptGraph) -> dict[str, Any]:
+    """Counts of the graph: nodes, attributes per category, edges per relation, hallmarks."""
+    edges = graph.network.edges(data=True)
+    return {
+        "diseases": len(graph.diseases),
+        "attributes": len(graph.attributes),
+        "categories": dict(Counter(a.category for a in graph.attributes.values())),
+        "phrases": sum(len(a.phrases) for a in graph.attributes.values()),
+        "relations": dict(Counter(data["relation"] for _, _, data in edges)),
+        "hallmarks": sum(len(d.hallmarks) for d in graph.diseases.values()),
+        "irrelevant pairs": sum(
+            not graph.network.has_edge(d, a) for d in graph.diseases for a in graph.attributes
+        ),
+    }
+
+
+def _stats(args: argparse.Namespace) -> None:
+    print(json.dumps(statistics(load_graph(args.graph)), indent=1))
+
+
+def _export(args: argparse.Namespace) -> None:
+    import networkx
+
+    graph = load_graph(args.graph).network.copy()
+    suffix = args.output.suffix
+    if suffix == ".json":
+        with _open_output(args.output) as out:
+            json.dump(networkx.node_link_data(graph, edges="edges"), out, indent=1)
+    elif suffix == ".graphml":
+        for _, data in graph.nodes(data=True):  # GraphML knows no lists
+            data.update({k: ", ".join(v) for k, v in data.items() if isinstance(v, tuple)})
+        with _open_output(args.output) as out:
+            out.writelines(line + "\n" for line in networkx.generate_graphml(graph))
+    else:
+        raise UsageError(f"--output {args.output}: the name must end in .json or .graphml")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from cpo_fast.concepts.plot import draw
+
+    draw(load_graph(args.graph), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

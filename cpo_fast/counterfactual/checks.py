@@ -1,0 +1,68 @@
+"""Checks on a counterfactual, whatever made it, by the labeller that shares no phrases with the generator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+
+from cpo_fast.concepts.labeller import label_report, opposed, ruled_out, sentences
+from cpo_fast.types import ConceptGraph, Report
+
+MIN_LENGTH, MAX_LENGTH, LENGTH_ALLOWANCE = 0.35, 2.0, 160
+"""Bounds of the counterfactual's length as shares of the original's, and characters allowed on top."""
+
+MAX_EDITED, EDIT_ALLOWANCE = 0.75, 30
+"""Bound on words of the original that change, as a share of them, and words allowed on top: a short
+normal report is rewritten almost wholly, a long one must keep a quarter."""
+
+# A finding of the lungs shows as an opacity, and a pneumonia as a consolidation, too.
+_BRINGS: dict[str, frozenset[str]] = {
+    "Atelectasis": frozenset({"Lung Opacity"}),
+    "Consolidation": frozenset({"Lung Opacity"}),
+    "Edema": frozenset({"Lung Opacity"}),
+    "Lung Lesion": frozenset({"Lung Opacity"}),
+    "Pneumonia": frozenset({"Lung Opacity", "Consolidation"}),
+}
+
+
+@lru_cache(maxsize=1 << 12)
+def _asserted(text: str) -> frozenset[str]:
+    labels = label_report(text)
+    return frozenset(name for name, value in labels.items() if value == 1)
+
+
+@lru_cache(maxsize=1 << 12)
+def _words(text: str) -> Counter[str]:
+    return Counter(text.lower().split())
+
+
+def check(
+    graph: ConceptGraph, original: Report, counterfactual: Report, target: str
+) -> dict[str, bool]:
+    """{name of check: passed} of a counterfactual towards `target`.
+
+    differs, format (the same sections), target (asserted in every section), no_denial (no sentence rules
+    the target out), no_exclusion (nothing that the graph excludes is asserted), survivors (every other
+    asserted finding still is), nothing_else (no finding but the target is new), length, edits.
+    """
+    before, after = original.text, counterfactual.text
+    old, new = _asserted(before), frozenset(_asserted(after))
+    parts = [p for p in (counterfactual.findings, counterfactual.impression) if p]
+    lines = [s for part in parts for s in sentences(part)]
+    gone = graph.excluded.get(target, frozenset())
+    calm = {"No Finding"}
+    low = MIN_LENGTH * len(before) - LENGTH_ALLOWANCE
+    high = MAX_LENGTH * len(before) + LENGTH_ALLOWANCE
+    changed = sum((_words(before) - Counter(after.lower().split())).values())
+    return {
+        "differs": before.split() != after.split(),
+        "format": bool(original.findings) == bool(counterfactual.findings)
+        and bool(original.impression) == bool(counterfactual.impression),
+        "target": bool(parts) and all(target in _asserted(part) for part in parts),
+        "no_denial": not any(target in ruled_out(s) for s in lines),
+        "no_exclusion": not gone & new and not any(target in opposed(s) for s in lines),
+        "survivors": old - gone - calm <= new,
+        "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
+        "length": low <= len(after) <= high,
+        "edits": changed <= MAX_EDITED * sum(_words(before).values()) + EDIT_ALLOWANCE,
+    }

@@ -1,0 +1,116 @@
+"""What the generator looks for in a sentence, compiled from the concept graph.
+
+For each target disease: the words whose denial denies the target (its own names, its hallmarks, and the
+diseases that it is denied with), the attributes that cannot stand beside it, and the kinds of normal
+statement that contradict it. Nothing here is shared with the labeller that checks the results.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cpo_fast.concepts.graph import phrase_pattern
+from cpo_fast.types import ConceptGraph
+
+# Which normal statements contradict which target. Counted on Open-I (observed / expected numbers of
+# reports with the statement and an asserted finding): lungs clear with consolidation 0/13, edema 2/42,
+# pneumonia 1/28, pneumothorax 0/9; a statement about an organ always contradicts that organ's disease.
+# Lungs clear beside effusion 9/57, emphysema 12/43 or a large heart 51/121 is rarer but said, and stays.
+CONTRADICTED_TOPICS: dict[str, frozenset[str]] = {
+    "Atelectasis": frozenset({"lungs", "inflation"}),
+    "Cardiomegaly": frozenset({"heart", "cardiomediastinum"}),
+    "Consolidation": frozenset({"lungs"}),
+    "Edema": frozenset({"lungs", "vessels"}),
+    "Emphysema": frozenset({"inflation"}),
+    "Enlarged Cardiomediastinum": frozenset({"mediastinum", "cardiomediastinum"}),
+    "Lung Lesion": frozenset({"lungs"}),
+    "Lung Opacity": frozenset({"lungs"}),
+    "Pleural Effusion": frozenset({"pleura"}),
+    "Pleural Other": frozenset({"pleura"}),
+    "Pneumonia": frozenset({"lungs"}),
+    "Pneumothorax": frozenset({"lungs", "pleura", "inflation"}),
+}
+
+_MORE_DENIED: dict[str, str] = {
+    "Atelectasis": r"volume loss|loss of volume|atelect\w*",
+    "Cardiomegaly": r"(?:heart|cardiac) (?:size )?enlargement|cardiac decompensation",
+    "Consolidation": r"consolid\w*|focal lung|focal pulmonary|air ?space|alveolar|opaci\w+|focal process|parenchymal",
+    "Edema": r"o?edema|congest\w*|failure|engorge\w*|interstitial (?:process|disease)|kerley|redistribution",
+    "Emphysema": r"hyperinfl\w*|hyperexp\w*|emphysem\w*|air trapping|copd",
+    "Enlarged Cardiomediastinum": r"mediastinal|widen\w*",
+    "Lung Lesion": r"nodul\w*|mass(?:es)?\b|lesions?|malignan\w*|neoplas\w*|tumou?rs?|metasta\w*|suspicious|granuloma\w*",
+    "Lung Opacity": r"opaci\w*|infiltrat\w*|air ?space|alveolar|focal lung|focal pulmonary|parenchymal",
+    "Pleural Effusion": r"effusions?|pleural fluid|blunting|fluid|pleural (?:disease|abnormalit\w+|space)",
+    "Pleural Other": r"pleural(?! effusion| fluid| air)|effusions? or thickening",
+    "Pneumonia": r"pneumoni\w+|infiltrat\w*|consolid\w*|air ?space|alveolar|opaci\w*|infecti\w+|focal lung|"
+    r"focal pulmonary|focal process|parenchymal",
+    "Pneumothorax": r"pneumo ?thora\w*|pleural air|pleural (?:disease|abnormalit\w+)",
+}
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Expressions for one target; all match lower-case text."""
+
+    target: str
+    denied: re.Pattern[str]
+    excluded: re.Pattern[str] | None
+    excluded_here: re.Pattern[str] | None  # only where it lies on the side of the target
+    topics: frozenset[str]
+    acute: bool
+
+
+def lexicon(graph: ConceptGraph, target: str) -> Lexicon:
+    """The lexicon of `target`, made once per graph."""
+    return _lexicons(_Key(graph))[target]
+
+
+class _Key:
+    """A graph as a cache key: by identity, for its mappings can't be hashed."""
+
+    def __init__(self, graph: ConceptGraph) -> None:
+        self.graph = graph
+
+    def __hash__(self) -> int:
+        return id(self.graph)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.graph is self.graph
+
+
+@lru_cache(maxsize=4)
+def _lexicons(key: _Key) -> dict[str, Lexicon]:
+    return {name: _compile(key.graph, name) for name in key.graph.diseases}
+
+
+def _compile(graph: ConceptGraph, target: str) -> Lexicon:
+    nodes = graph.network.nodes
+    denied: set[str] = set()
+    for name in (target, *nodes[target]["denied_with"]):
+        denied.update(nodes[name]["synonyms"])
+    for attribute in graph.diseases[target].hallmarks:
+        denied.update(graph.attributes[attribute].phrases)
+    everywhere: set[str] = set()
+    here: set[str] = set()
+    for attribute in graph.diseases[target].exclusions:
+        regional = graph.network.edges[target, attribute]["scope"] == "region"
+        (here if regional else everywhere).update(graph.attributes[attribute].phrases)
+    for hallmark in graph.diseases[target].hallmarks:
+        for other in graph.network.neighbors(hallmark):
+            edge = graph.network.edges[hallmark, other]
+            if edge["relation"] == "contradiction" and edge["scope"] == "patient":
+                everywhere.update(graph.attributes[other].phrases)
+    for disease in graph.excluded[target]:
+        everywhere.update(nodes[disease]["synonyms"])
+    extra = _MORE_DENIED.get(target, "")
+    named = phrase_pattern(sorted(denied)).pattern
+    return Lexicon(
+        target=target,
+        denied=re.compile(f"{named}|\\b(?:{extra})" if extra else named),
+        excluded=phrase_pattern(sorted(everywhere)) if everywhere else None,
+        excluded_here=phrase_pattern(sorted(here)) if here else None,
+        topics=CONTRADICTED_TOPICS.get(target, frozenset()),
+        acute=nodes[target]["course"] == "acute",
+    )

@@ -1,0 +1,67 @@
+"""Studies and their counterfactuals as preferences: what SFT and CPO learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpo_fast.counterfactual.generate import study_labels
+from cpo_fast.data.labels import diagnosis, thought
+from cpo_fast.types import Counterfactual, Preference, Study
+
+DEFAULT_PROMPT = (
+    "You are reading a chest radiograph. Describe what it shows the way a radiologist reports it, "
+    "then name the diseases of this patient."
+)
+
+
+def _messages(study: Study, prompt: str) -> tuple[Mapping[str, Any], ...]:
+    images = [{"type": "image"} for _ in study.images]
+    return ({"role": "user", "content": [*images, {"type": "text", "text": prompt}]},)
+
+
+def sft_preference(
+    study: Study, *, prompt: str = DEFAULT_PROMPT, uncertain: str = "negative"
+) -> Preference:
+    """The study's own report and diagnosis as the answer to learn; nothing is rejected."""
+    names = diagnosis(study_labels(study), uncertain=uncertain)
+    return Preference(
+        id=study.study_id,
+        prompt=_messages(study, prompt),
+        chosen=thought(study.report.text, names),
+        images=study.images,
+    )
+
+
+def preference(
+    study: Study,
+    cfs: Sequence[Counterfactual],
+    *,
+    rejected_answer: str = "target",
+    prompt: str = DEFAULT_PROMPT,
+    uncertain: str = "negative",
+) -> Preference:
+    """The study's answer preferred to each of its counterfactuals.
+
+    `rejected_answer` "target" (as in the data of the CPO paper) states the target alone, "all" states what
+    survives and the target. Raises ValueError for another value, no counterfactual, one of another study
+    or of another kind than "thinking".
+    """
+    if rejected_answer not in ("target", "all"):
+        raise ValueError(f'rejected_answer must be "target" or "all", not {rejected_answer!r}')
+    if not cfs:
+        raise ValueError(f"study {study.study_id}: a preference needs at least one counterfactual")
+    for cf in cfs:
+        if cf.study_id != study.study_id or cf.kind != "thinking":
+            raise ValueError(f"counterfactual {cf.id} is not a thinking one of {study.study_id}")
+    sft = sft_preference(study, prompt=prompt, uncertain=uncertain)
+    rejected = tuple(
+        thought(
+            cf.counterfactual,
+            (cf.target,) if rejected_answer == "target" else cf.counterfactual_labels,
+        )
+        for cf in cfs
+    )
+    return Preference(
+        id=sft.id, prompt=sft.prompt, chosen=sft.chosen, rejected=rejected, images=sft.images
+    )

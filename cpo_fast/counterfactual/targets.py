@@ -1,0 +1,57 @@
+"""Which diseases a report is rewritten towards: near in the graph, plausible, the same for every shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+from cpo_fast.counterfactual.lexicon import _Key
+from cpo_fast.types import ConceptGraph, Labels
+
+NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.25, 0.5, 0.5
+"""Weights of the score: attributes shared with a present disease; the report speaks of the target; a
+present disease excludes it; a draw by seed and study, which spreads targets where nothing else decides."""
+
+
+def draw(seed: int, *names: str) -> int:
+    """A whole number of 64 bits that depends on the seed and the names alone."""
+    digest = hashlib.blake2b("\x1f".join((str(seed), *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+@lru_cache(maxsize=4)
+def _nearness(key: _Key) -> dict[tuple[str, str], float]:
+    """Jaccard index of the associated attributes of each pair of diseases."""
+    rows = {name: frozenset(d.associations) for name, d in key.graph.diseases.items()}
+    return {(a, b): len(rows[a] & rows[b]) / len(rows[a] | rows[b]) for a in rows for b in rows}
+
+
+def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
+    """Diseases that are neither present nor uncertain in `labels`, nor implied by a present one."""
+    taken = {name for name, value in labels.items() if value in (1, -1)}
+    present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
+    for name in present:
+        taken.update(graph.network.nodes[name]["implies"])
+    return [name for name in graph.diseases if name not in taken]
+
+
+def choose_targets(
+    graph: ConceptGraph, study_id: str, labels: Labels, count: int, seed: int
+) -> list[str]:
+    """The `count` most relevant targets of a study (fewer where the graph has no more), best first.
+
+    Depends on the seed, the study id and the labels alone, so that any shard chooses the same.
+    """
+    near = _nearness(_Key(graph))
+    present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
+
+    def score(name: str) -> float:
+        nearest = max((near[name, other] for other in present), default=0.0)
+        conflict = any(name in graph.excluded[other] for other in present)
+        chance = draw(seed, study_id, name) / 2.0**64
+        stated = labels.get(name) == 0
+        return NEARNESS * nearest + STATED * stated - CONFLICT * conflict + CHANCE * chance
+
+    ranked: Sequence[str] = sorted(candidates(graph, labels), key=score, reverse=True)
+    return list(ranked[:count])

@@ -1,0 +1,81 @@
+"""Sections as lists of sentences that can be edited one by one and joined to the same bytes again."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+_BOUNDARY = re.compile(r"(?<=[.?!])\s+|\s*\n\s*\n\s*|\n(?=\s*(?:\d{1,2}[.)]|-|\*)\s)")
+_MARK = re.compile(r"(?:\d{1,2}[.)]|-|\*)\s*")
+_INLINE_MARK = re.compile(r"\s(?=\d{1,2}\.\s*[A-Z])")
+_NUMBER = re.compile(r"\d+")
+_SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One sentence: the white space before it, its list mark ("2. ", "- " or ""), and its text."""
+
+    lead: str
+    mark: str
+    body: str
+
+    @property
+    def plain(self) -> str:
+        """The text with single spaces, for matching."""
+        return _SPACE.sub(" ", self.body).strip()
+
+
+@lru_cache(maxsize=1 << 14)
+def split(section: str) -> tuple[Unit, ...]:
+    """The sentences of one section; `join` gives the section back."""
+    units: list[Unit] = []
+    lead, mark, start = "", "", 0
+    ends = [(m.start(), m.end()) for m in _BOUNDARY.finditer(section)]
+    for stop, following in [*ends, (len(section), len(section))]:
+        body = section[start:stop]
+        found = _MARK.match(body)
+        if found:
+            mark, body = mark + found.group(), body[found.end() :]
+        if body or stop == len(section):
+            if body or mark:
+                units.append(Unit(lead, mark, body))
+            lead, mark = section[stop:following], ""
+        else:  # a list mark that stood alone: it belongs to the next sentence
+            mark += section[stop:following]
+        start = following
+    if lead and units:  # white space at the end of the section
+        units.append(Unit(lead, "", ""))
+    return tuple(units)
+
+
+def join(units: list[Unit]) -> str:
+    """The section that the units make, its list numbers counted anew."""
+    parts: list[str] = []
+    number = 0
+    for index, unit in enumerate(units):
+        mark = unit.mark
+        if mark[:1].isdigit():
+            number += 1
+            mark = _NUMBER.sub(str(number), mark, count=1)
+        parts.append(("" if index == 0 else unit.lead or " ") + mark + unit.body)
+    return "".join(parts).strip()
+
+
+def numbered_once(units: list[Unit]) -> list[Unit]:
+    """A list that shrank to one item keeps its number, as radiologists do; one that lost its first
+    item's mark gives it to the sentence that stands first now."""
+    if units and not units[0].mark and any(u.mark[:1].isdigit() for u in units[1:]):
+        mark = next(u.mark for u in units if u.mark[:1].isdigit())
+        return [replace(units[0], mark=mark), *units[1:]]
+    return units
+
+
+def upper_case(text: str) -> bool:
+    """Whether a report is written in capitals throughout (de-identification marks aside)."""
+    return text.isupper() and any(c.isalpha() for c in text.replace("X", ""))
+
+
+def capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
