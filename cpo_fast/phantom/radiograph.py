@@ -28,7 +28,12 @@ from cpo_fast.phantom.cases import Body, Sign
 def frontal(
     rng: np.random.Generator, body: Body, signs: tuple[Sign, ...], view: str, size: int
 ) -> Image.Image:
-    """A frontal view ("PA" or "AP") as an 8-bit grey picture of size x size pixels."""
+    """A frontal view ("PA" or "AP") as an 8-bit grey picture of size x size pixels.
+
+    The signs have a random stream of their own: the same `rng` state with other signs gives the
+    same patient, position, exposure and noise.
+    """
+    for_signs = rng.spawn(1)[0]
     g = grid(size)
     shown = {s.finding: s for s in signs if s.strength > 0}
     strength = {name: s.strength for name, s in shown.items()}
@@ -40,10 +45,10 @@ def frontal(
     toward(image, both, 0.22 - 0.08 * strength.get("Emphysema", 0.0))
     image += (0.13 + 0.16 * strength.get("Edema", 0.0)) * vessels * both
 
-    draw.in_the_lungs(image, g, lungs, shown, rng)
+    draw.in_the_lungs(image, g, lungs, shown, for_signs)
     _mediastinum(image, g, body, strength, view)
     image += _ribs(g, body, lungs)
-    draw.on_top(image, g, shown, rng)
+    draw.on_top(image, g, shown, for_signs)
     return _expose(image, rng, body, view, size)
 
 
