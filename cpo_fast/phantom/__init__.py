@@ -19,8 +19,8 @@ of the cases and otherwise not there.
 
 **Drift.** Studies lie within ten years, 2110 to 2119; patients are put into train / validate / test
 (80 / 10 / 10 %) in the order of their first visit, so the test split is the latest. Two pairs of
-near-synonyms change the finding that they lean to, by L = 0.9 - 0.8 / (1 + exp((7 - t) / 0.3)), t in
-years since the first day (at least 0.87 in the first six years, 0.5 at seven, at most 0.13 from
+near-synonyms change the finding that they lean to, by L = 0.9 - 0.8 / (1 + exp((7 - t) / 0.3)), t
+in years since the first day (at least 0.87 in the first six years, 0.5 at seven, at most 0.13 from
 eight on):
 
 - "basilar density" / "basal density" describe, in FINDINGS, an asserted Atelectasis or Pneumonia
