@@ -142,7 +142,7 @@ def test_checkpoints_round_trip(build, tmp_path):
 
     whole = merge(tuned)
     save_model(whole, merged, tokenizer=tokenizer())
-    torch.testing.assert_close(logits(load_model(merged)), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(load_model(merged)), want, rtol=0, atol=1e-4)
     again = AutoTokenizer.from_pretrained(str(merged))
     assert again("The heart.")["input_ids"] == tokenizer()("The heart.")["input_ids"]
     assert load_tokenizer(adapter).chat_template == tokenizer().chat_template

@@ -65,9 +65,9 @@ def tiny_model(
         "rope_theta": 1000000.0,
         "mrope_section": [half - 2 * side, side, side],
     }
-    ids = dict(
-        zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True)
-    )
+    ids: dict[str, Any] = {
+        token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS
+    }
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config={
@@ -250,7 +250,7 @@ def add_lora(
     model: PreTrainedModel,
     *,
     r: int = 8,
-    alpha: float = 32,
+    alpha: int = 32,
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
     freeze_vit: bool = True,

@@ -38,8 +38,9 @@ class PackedModel:
         self.model = model
         self.attention = attention
         self._peft = model if isinstance(model, PeftModel) else None
-        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._inner = self._base.model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._base = base
+        self._inner = base.model
         self._vision: nn.Module | None = getattr(self._inner, "visual", None)
         self._trunk = self._inner if self._vision is None else self._inner.language_model
         if "sliding_attention" in (getattr(self._trunk.config, "layer_types", None) or ()):

@@ -35,7 +35,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     model's).
     """
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return None if token_id in (None, tokenizer.unk_token_id) else token_id
+    return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
 
 
 def encode(
@@ -132,7 +132,7 @@ def _encode(
     _check_responses(preference, replaced)
 
     messages = [_flatten(message) for message in preference.prompt]
-    text = _render(tokenizer, messages, add_generation_prompt=True)
+    text = _render(tokenizer, messages, for_answer=True)
     text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pad_id = image_token_id(tokenizer)
 
@@ -189,9 +189,9 @@ def _check_responses(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: bool
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, for_answer: bool = False
 ) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
     assert isinstance(text, str)  # one conversation, not a batch of them
     return text
 
