@@ -1,0 +1,335 @@
+"""The Triton implementation: vendor GEMMs around the row kernel of kernels/.
+
+Per chunk of rows: logits = H W^T into a workspace; the row kernel turns them into log-probs and, in
+place, into (onehot - p); a second GEMM with W gives g = d logp / d hidden, unscaled. g is stored
+([T, D], as small as hidden), so that the backward with a frozen head scales rows and multiplies
+nothing: two GEMMs in all, whatever loss follows. With a trainable head the backward forms
+dW = (onehot - p)^T (coefficient x hidden), from the forward's (onehot - p) if one chunk held all
+rows (three GEMMs), else from recomputed chunks, summed in fp32 (four).
+
+The reference rows go through GEMMs of the same shapes and the same kernel, so that equal hidden
+states give bitwise equal log-probs. They are not joined to the policy's rows in one GEMM, whose
+tiles a vendor library may sum differently. A call without gradients takes the same road, since its
+log-probs may serve as the cached reference of a later call that has them. Only when policy and
+reference come together and no gradient is wanted (evaluation) do both take the fused linear
+log-sum-exp, which writes no logits.
+
+Untested on a GPU. TRITON_INTERPRET=1 runs all of it on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 1 << 30
+"""Upper bound of the logits held at once (one row is held in any case)."""
+
+_PAD = 64  # columns: rows of logits begin on a 128-byte line, whatever V
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of the vendor library's GEMM, for counting waves
+_FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial results (156 MB at V=152k)
+
+
+def available(device: torch.device) -> bool:
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreting and device.type == "cpu"):
+        return False
+    return importlib.util.find_spec("triton") is not None
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def token_logps(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [T] int64
+    bias: Tensor | None,  # [V]
+    ref_hidden: Tensor | None,  # [T, D]
+    *,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None]:
+    """See the package docstring."""
+    tracking = torch.is_grad_enabled()
+    want_hidden = tracking and hidden.requires_grad
+    want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    logits_bytes = hidden.shape[0] * _padded(weight.shape[0]) * hidden.element_size()
+    logps, ref_logps, _, _ = torch.ops.cpo_fast.triton_logps(
+        hidden.contiguous(),
+        weight,
+        labels.contiguous(),
+        bias,
+        None if ref_hidden is None else ref_hidden.contiguous(),
+        softcap,
+        temperature,
+        ignore_index,
+        want_hidden,
+        want_head,
+        want_head and logits_bytes <= WORKSPACE_BYTES,
+    )
+    return logps, None if ref_hidden is None else ref_logps
+
+
+def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int) -> int:
+    """Rows per chunk: the number within the workspace that wastes the least of the machine.
+
+    A GEMM runs in waves of one tile per multiprocessor, and its last wave is as long as a full one:
+    with 128 x 256 tiles, D = 3584 and 132 multiprocessors the product with W fills 85 % of the
+    machine in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D terms
+    per element, one of the second V.
+    """
+    most = max(1, WORKSPACE_BYTES // (_padded(V) * itemsize))
+    if most >= T or most < _TILE_ROWS:
+        return min(T, most)
+
+    def time(rows: int) -> int:
+        def waves(columns: int) -> int:
+            tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
+            return -(-tiles // multiprocessors)
+
+        return D * waves(V) + V * waves(D)
+
+    def total(rows: int) -> int:
+        chunks, rest = divmod(T, rows)
+        return chunks * time(rows) + time(rest)
+
+    return min(range(_TILE_ROWS, most + 1, _TILE_ROWS), key=lambda rows: (total(rows), -rows))
+
+
+def _padded(V: int) -> int:
+    return (V + _PAD - 1) // _PAD * _PAD
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[tuple[int, int]]:
+    """Bounds of the chunks of rows."""
+    T, V = hidden.shape[0], weight.shape[0]
+    if T == 0:
+        return []
+    multiprocessors = 132  # the interpreter's tests plan as for an H100
+    if hidden.is_cuda:
+        multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    rows = chunk_rows(T, V, hidden.shape[1], hidden.element_size(), multiprocessors)
+    return [(start, min(start + rows, T)) for start in range(0, T, rows)]
+
+
+@contextlib.contextmanager
+def _fp32_sums() -> Iterator[None]:
+    """Keep cuBLAS from adding the parts of a split sum in 16 bits, which its default allows."""
+    settings = torch.backends.cuda.matmul
+    before = (
+        settings.allow_bf16_reduced_precision_reduction,
+        settings.allow_fp16_reduced_precision_reduction,
+    )
+    settings.allow_bf16_reduced_precision_reduction = False
+    settings.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before[0]
+        settings.allow_fp16_reduced_precision_reduction = before[1]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated and added in total's float32."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # no such overload on the CPU, where only the interpreter's tests come
+        torch.addmm(total, left.float(), right.float(), out=total)
+
+
+@torch.library.custom_op("cpo_fast::triton_logps", mutates_args=())
+def _logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    want_hidden: bool,
+    want_head: bool,
+    keep_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps [T], ref_logps [T], unscaled [T, D], slopes [T, padded V]; 0 rows where not wanted.
+
+    slopes are d logp / d raw logits, kept when one chunk holds all rows.
+    """
+    from cpo_fast.kernels.linear_lse import linear_lse_logps
+    from cpo_fast.kernels.row_kernel import row_logps_
+
+    options = {
+        "bias": bias,
+        "softcap": softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+    }
+    (T, D), V = hidden.shape, weight.shape[0]
+    logps = hidden.new_empty(T, dtype=torch.float32)
+    ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
+    unscaled = hidden.new_empty(T if want_hidden else 0, D)
+    slopes = hidden.new_empty(T if keep_slopes else 0, _padded(V))
+
+    if ref_hidden is not None and not want_hidden and not want_head:
+        for start in range(0, T, _FUSED_ROWS):
+            part = slice(start, start + _FUSED_ROWS)
+            for rows, out in ((hidden, logps), (ref_hidden, ref_logps)):
+                out[part] = linear_lse_logps(rows[part], weight, labels[part], **options)
+        return logps, ref_logps, unscaled, slopes
+
+    chunks = _chunks(hidden, weight)
+    logits = slopes
+    if chunks and not keep_slopes:
+        logits = hidden.new_empty(chunks[0][1], _padded(V))
+    with _fp32_sums():
+        for start, stop in chunks:
+            buffer = logits[: stop - start]
+            part = slice(start, stop)
+            if ref_hidden is not None:
+                torch.mm(ref_hidden[part], weight.t(), out=buffer[:, :V])
+                row_logps_(buffer, labels[part], V, grad_rows=0, out=ref_logps[part], **options)
+            torch.mm(hidden[part], weight.t(), out=buffer[:, :V])
+            grad_rows = stop - start if want_hidden or keep_slopes else 0
+            row_logps_(buffer, labels[part], V, grad_rows=grad_rows, out=logps[part], **options)
+            if want_hidden:
+                torch.mm(buffer[:, :V], weight, out=unscaled[part])
+    return logps, ref_logps, unscaled, slopes
+
+
+@_logps.register_fake
+def _logps_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    want_hidden: bool,
+    want_head: bool,
+    keep_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, D = hidden.shape
+    return (
+        hidden.new_empty(T, dtype=torch.float32),
+        hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
+        hidden.new_empty(T if want_hidden else 0, D),
+        hidden.new_empty(T if keep_slopes else 0, _padded(weight.shape[0])),
+    )
+
+
+@torch.library.custom_op("cpo_fast::triton_row_scale", mutates_args=())
+def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """rows [T, D] times coefficients [T] float32."""
+    from cpo_fast.kernels.pair_reduction import row_scale
+
+    return row_scale(rows, coefficients)
+
+
+@_row_scale.register_fake
+def _row_scale_fake(rows: Tensor, coefficients: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
+@torch.library.custom_op("cpo_fast::triton_head_grad", mutates_args=())
+def _head_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor,
+    coefficients: Tensor,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """d loss / d weight [V, D] and d bias [V] (0 elements without a bias), in weight's dtype."""
+    from cpo_fast.kernels.pair_reduction import row_scale
+    from cpo_fast.kernels.row_kernel import row_logps_
+
+    V, D = weight.shape
+    scaled = row_scale(hidden, coefficients)  # [T, D]
+    shares = coefficients.to(hidden.dtype)[:, None]  # [T, 1]
+    grad_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)
+    with _fp32_sums():
+        if slopes.shape[0]:
+            if bias is not None:
+                _add_product(grad_bias, slopes[:, :V].t(), shares)
+            grad_weight = torch.mm(slopes[:, :V].t(), scaled)
+            return grad_weight, grad_bias.view(-1).to(weight.dtype)
+
+        total = hidden.new_zeros((V, D), dtype=torch.float32)
+        chunks = _chunks(hidden, weight)
+        logits = hidden.new_empty(chunks[0][1] if chunks else 0, _padded(V))
+        for start, stop in chunks:
+            buffer = logits[: stop - start]
+            part = slice(start, stop)
+            torch.mm(hidden[part], weight.t(), out=buffer[:, :V])
+            row_logps_(
+                buffer,
+                labels[part],
+                V,
+                grad_rows=stop - start,
+                bias=bias,
+                softcap=softcap,
+                temperature=temperature,
+                ignore_index=ignore_index,
+            )
+            _add_product(total, buffer[:, :V].t(), scaled[part])
+            if bias is not None:
+                _add_product(grad_bias, buffer[:, :V].t(), shares[part])
+    return total.to(weight.dtype), grad_bias.view(-1).to(weight.dtype)
+
+
+@_head_grad.register_fake
+def _head_grad_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor,
+    coefficients: Tensor,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), weight.new_empty(0 if bias is None else weight.shape[0])
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, labels, bias, _, *options, _, want_head, _ = inputs
+    _, ref_logps, unscaled, slopes = output
+    ctx.mark_non_differentiable(ref_logps, unscaled, slopes)
+    ctx.options = options
+    ctx.want_head = want_head
+    head = (hidden, weight, labels, bias, slopes) if want_head else ()
+    ctx.save_for_backward(unscaled, *head)
+
+
+def _backward(ctx, grad_logps, *_):  # type: ignore[no-untyped-def]
+    unscaled, *head = ctx.saved_tensors
+    coefficients = grad_logps.contiguous()
+    grad_hidden = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_hidden = torch.ops.cpo_fast.triton_row_scale(unscaled, coefficients)
+    if ctx.want_head:
+        grad_weight, grad_bias = torch.ops.cpo_fast.triton_head_grad(
+            *head, coefficients, *ctx.options
+        )
+        if head[3] is None:
+            grad_bias = None
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 7
+
+
+_logps.register_autograd(_backward, setup_context=_save)
