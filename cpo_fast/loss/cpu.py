@@ -1,0 +1,317 @@
+"""The native CPU implementation: vendor GEMMs around the row kernels of csrc/cpu.
+
+For each token d logp / d h is one vector g, whatever loss follows, so the forward pass computes it
+while the logits are at hand, and the backward pass is one scalar per token times g: two GEMMs in
+all, nothing recomputed. The vocabulary is worked off in blocks that stay in the caches; sums over
+blocks are float32, under an offset per token that is raised when needed (csrc/cpu/rows.h).
+
+A head that is trained needs the residual, onehot - p, once more: dW = residual^T (coefficient * H).
+It is kept from the forward pass where all of it fits the workspace (three GEMMs), else computed
+again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_fast.loss.cpu_rows import Rows, workspace
+from cpo_fast.loss.workspace import limit
+
+_TOKENS, _ENTRIES = 512, 4096  # of a block of logits: what the vendor GEMM does best
+
+
+def available(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def token_logps(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [T] int64
+    bias: Tensor | None,  # [V]
+    ref_hidden: Tensor | None,  # [T, D]
+    *,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None]:
+    """See the package docstring."""
+    graph = torch.is_grad_enabled()
+    head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    room = limit(hidden.device)
+    size = hidden.shape[0] * weight.shape[0] * _compute_dtype(hidden.dtype).itemsize
+    logps, ref_logps, *_ = _forward(
+        hidden,
+        weight,
+        labels,
+        bias,
+        ref_hidden,
+        softcap or 0.0,
+        1 / temperature,
+        ignore_index,
+        graph and hidden.requires_grad,
+        graph and head_grad and size <= room,
+        room,
+    )
+    return logps, None if ref_hidden is None else ref_logps.detach()
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 cannot hold exp(z - k): its blocks are computed in float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _plan(n: int, V: int, D: int, itemsize: int, room: int) -> tuple[int, int]:
+    """(tokens per chunk, vocabulary entries per block); the same whatever gradients are wanted."""
+    width = min(V, _ENTRIES)
+    chunk = max(_TOKENS, _TOKENS * _ENTRIES // width)
+    while chunk * (width + D) * itemsize > room and max(chunk, width) > 64:
+        chunk, width = max(chunk // 2, 64), max(width // 2, min(V, 64))
+    chunks = max(-(-n // chunk), 1)
+    return -(-n // chunks), width
+
+
+@torch.library.custom_op("cpo_fast::cpu_logps", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    softcap: float,
+    scale: float,
+    ignore_index: int,
+    want_grad: bool,
+    want_residual: bool,
+    room: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs [T] of policy and reference, g [T, D], stats [4, T], residual [T * V].
+
+    stats are the log-sum-exp, 1 - p_y, the soft-cap's slope at the label, and the factor that makes
+    onehot - p of the residual's rows. What is not wanted is empty.
+    """
+    (T, D), V = hidden.shape, weight.shape[0]
+    dtype = _compute_dtype(hidden.dtype)
+    rows = Rows(labels, ignore_index, bias, softcap, scale)
+    n = rows.n
+    chunk, width = _plan(n, V, D, dtype.itemsize, room)
+    logits, product = workspace.take(chunk * width, chunk * D, dtype=dtype)
+    grad = torch.zeros((T, D) if want_grad else (0, D))
+    kept = _Residual(n, V, width, dtype, T if want_residual else 0)
+    state = rows.new_state()
+    ref_state = None if ref_hidden is None else rows.new_state()
+    policy = rows.scored(hidden, dtype)
+    reference = None if ref_hidden is None else rows.scored(ref_hidden, dtype)
+
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, n, chunk):
+            stop = min(start + chunk, n)
+            for first in range(0, V, width):
+                block = weight[first : first + width].to(dtype)  # [cols, D]
+                z = logits[: (stop - start) * block.shape[0]].view(stop - start, -1)
+                if reference is not None and ref_state is not None:
+                    torch.mm(reference[start:stop], block.t(), out=z)
+                    rows.softmax_block(z, first, start, ref_state, False)
+                if want_residual:
+                    z = kept.block(first)[start:stop]
+                torch.mm(policy[start:stop], block.t(), out=z)
+                rows.softmax_block(z, first, start, state, want_grad or want_residual)
+                if want_residual:
+                    kept.offsets[first // width, start:stop] = state[0, start:stop]
+                if want_grad:
+                    part = torch.mm(z, block, out=product[: (stop - start) * D].view(-1, D))
+                    rows.accumulate(grad, part, start, state)
+
+    logps, stats = rows.finish(state, grad if want_grad else None, weight)
+    ref_logps = torch.empty(0)
+    if ref_state is not None:
+        ref_logps, _ = rows.finish(ref_state, None, weight)
+    factor = torch.zeros(1, T, dtype=torch.float64)
+    if want_residual:
+        factor[0, rows.index] = -scale * torch.exp(state[0] - stats[0, rows.index])
+        kept.settle(state, rows.labels)
+    return logps, ref_logps, grad, torch.cat([stats, factor]), kept.memory
+
+
+class _Residual:
+    """Exponentials of all blocks, [n, cols] each, one behind the other; room for T rows."""
+
+    def __init__(self, n: int, V: int, width: int, dtype: torch.dtype, T: int) -> None:
+        self.n, self.V, self.width = n, V, width
+        self.memory = torch.empty(T * V, dtype=dtype)
+        self.offsets = torch.empty(-(-V // width) if T else 0, n, dtype=torch.float64)
+
+    def block(self, first: int) -> Tensor:
+        cols = min(self.width, self.V - first)
+        return self.memory[first * self.n : (first + cols) * self.n].view(self.n, cols)
+
+    def settle(self, state: Tensor, labels: Tensor) -> None:
+        """Bring all blocks under the final offset, and put minus the sum of the others at the
+        label."""
+        for b, offset in enumerate(self.offsets):
+            raised = (offset != state[0]).nonzero().squeeze(1)
+            if raised.numel():
+                block = self.block(b * self.width)
+                factor = torch.exp(offset - state[0])[raised]
+                block[raised] = (block[raised] * factor.unsqueeze(1)).to(block.dtype)
+        first = labels // self.width * self.width
+        cols = (self.V - first).clamp(max=self.width)
+        at = first * self.n + torch.arange(self.n) * cols + (labels - first)
+        self.memory[at] = (-state[1] * state[3]).to(self.memory.dtype)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    softcap: float,
+    scale: float,
+    ignore_index: int,
+    want_grad: bool,
+    want_residual: bool,
+    room: int,
+) -> tuple[Tensor, ...]:
+    T, D = hidden.shape
+    float32 = hidden.new_empty(0, dtype=torch.float32)
+    return (
+        float32.new_empty(T),
+        float32.new_empty(0 if ref_hidden is None else T),
+        float32.new_empty((T, D) if want_grad else (0, D)),
+        float32.new_empty((4, T), dtype=torch.float64),
+        float32.new_empty(
+            T * weight.shape[0] if want_residual else 0, dtype=_compute_dtype(hidden.dtype)
+        ),
+    )
+
+
+@torch.library.custom_op("cpo_fast::cpu_head_grads", mutates_args=())
+def _head_grads(
+    coef: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    residual: Tensor,
+    softcap: float,
+    scale: float,
+    ignore_index: int,
+    want_weight: bool,
+    want_bias: bool,
+    room: int,
+) -> tuple[Tensor, Tensor]:
+    """dW [V, D] and dbias [V] = sum over tokens of coef * (onehot - p) * (h, 1); empty if
+    unwanted."""
+    D, V = hidden.shape[1], weight.shape[0]
+    dtype = _compute_dtype(hidden.dtype)
+    rows = Rows(labels, ignore_index, bias, softcap, scale)
+    n = rows.n
+    _, width = _plan(n, V, D, dtype.itemsize, room)
+    kept = _Residual(n, V, width, dtype, 0)
+    kept.memory = residual
+    inputs = rows.scored(hidden, dtype)
+    stats = stats[:, rows.index].contiguous()
+    # What makes onehot - p of a row: its own factor where exponentials were kept, else -scale.
+    keeps = residual.numel() > 0
+    factor = coef[rows.index] * (stats[3] if keeps else -scale)  # [n]
+    scaled = (inputs * factor.unsqueeze(1)).to(dtype)
+    factor = factor.float()
+    if not keeps:  # blocks over all tokens must fit the workspace
+        width = max(min(V, _ENTRIES, room // (max(n, 1) * dtype.itemsize)), 1)
+    weight_grad = torch.zeros((V, D) if want_weight else (0, D), dtype=weight.dtype)
+    bias_grad = torch.zeros(V if want_bias else 0)
+
+    with torch.autocast("cpu", enabled=False):
+        (logits,) = workspace.take(0 if keeps else n * width, dtype=dtype)
+        for first in range(0, V if n else 0, width):
+            block = weight[first : first + width].to(dtype)
+            if keeps:
+                z = kept.block(first)
+            else:
+                z = torch.mm(inputs, block.t(), out=logits[: n * block.shape[0]].view(n, -1))
+                rows.residual_block(z, first, stats[:3])
+            if want_weight:
+                out = weight_grad[first : first + width]
+                if out.dtype == dtype:
+                    torch.mm(z.t(), scaled, out=out)
+                else:
+                    out.copy_(torch.mm(z.t(), scaled))
+            if want_bias:
+                rows.column_sums(z, factor, bias_grad[first : first + width])
+    return weight_grad, bias_grad.to(bias.dtype if bias is not None else weight.dtype)
+
+
+@_head_grads.register_fake
+def _(
+    coef: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    residual: Tensor,
+    softcap: float,
+    scale: float,
+    ignore_index: int,
+    want_weight: bool,
+    want_bias: bool,
+    room: int,
+) -> tuple[Tensor, Tensor]:
+    V, D = weight.shape
+    return (
+        weight.new_empty((V, D) if want_weight else (0, D)),
+        (weight if bias is None else bias).new_empty(V if want_bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, _, softcap, scale, ignore_index, _, _, room = inputs
+    _, _, grad, stats, residual = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, labels, bias, grad, stats, residual)
+    ctx.options = (softcap, scale, ignore_index, room)
+
+
+def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(other is not None for other in others):
+        raise RuntimeError("cpo_fast: only first derivatives of the log-probs are implemented")
+    hidden, weight, labels, bias, grad, stats, residual = ctx.saved_tensors
+    softcap, scale, ignore_index, room = ctx.options
+    grads: list[Tensor | None] = [None] * 11
+    if coef is None:
+        return tuple(grads)
+    if ctx.needs_input_grad[0]:
+        grads[0] = (coef.unsqueeze(1) * grad).to(hidden.dtype)
+    of_weight, of_bias = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]
+    if of_weight or of_bias:
+        weight_grad, bias_grad = _head_grads(
+            coef,
+            hidden,
+            weight,
+            labels,
+            bias,
+            stats,
+            residual,
+            softcap,
+            scale,
+            ignore_index,
+            of_weight,
+            of_bias,
+            room,
+        )
+        grads[1] = weight_grad if of_weight else None
+        grads[3] = bias_grad if of_bias else None
+    return tuple(grads)
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

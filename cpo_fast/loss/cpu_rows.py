@@ -1,0 +1,150 @@
+"""The row kernels of csrc/cpu on tensors, and the memory that they work in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cpo_fast import _cpu  # type: ignore[attr-defined]
+
+_LOWEST = torch.finfo(torch.float32).min
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # rows.h
+_isa = ""  # the widest that the processor has
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Use the row kernels of this instruction set ("portable", "avx2", "avx512"): for tests.
+
+    Raises ValueError for one that the processor does not have.
+    """
+    global _isa
+    before, _isa = _isa, _cpu.isa(name)
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+class _Workspace(threading.local):
+    """Memory that the next call uses again: fresh pages cost as much as a GEMM."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, *sizes: int, dtype: torch.dtype) -> list[Tensor]:
+        """Flat tensors of these sizes; what an earlier call got is overwritten."""
+        bytes_ = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]
+        if sum(bytes_) > self.memory.numel():
+            self.memory = torch.empty(sum(bytes_), dtype=torch.uint8)
+        parts = self.memory[: sum(bytes_)].split(bytes_)
+        return [part.view(dtype)[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+workspace = _Workspace()
+
+
+class Rows:
+    """The scored rows of one call, and how the head makes logits of dot products."""
+
+    def __init__(
+        self,
+        labels: Tensor,  # [T]
+        ignore_index: int,
+        bias: Tensor | None,  # [V]
+        softcap: float,  # 0: none
+        scale: float,
+    ) -> None:
+        self.index = (labels != ignore_index).nonzero().squeeze(1)  # [n] into T
+        self.n = self.index.numel()
+        self.T = labels.numel()
+        self.labels = labels[self.index]  # [n]
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.transform = (0 if self.bias is None else self.bias.data_ptr(), softcap, scale)
+        self.scale = scale
+        self.how = (torch.get_num_threads(), _isa)
+
+    def scored(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The scored rows of [T, D] as one contiguous [n, D]."""
+        chosen = tensor if self.n == self.T else tensor[self.index]
+        return chosen.to(dtype).contiguous()
+
+    def new_state(self) -> Tensor:
+        """k, sum, label, slope, raised of rows.h, [5, n]."""
+        state = torch.zeros(5, self.n, dtype=torch.float64)
+        state[0] = _LOWEST
+        state[3] = 1
+        return state
+
+    def softmax_block(self, z: Tensor, first: int, start: int, state: Tensor, write: bool) -> None:
+        """Fold the logits z of rows start.. and entries first.. into the state; E over z if
+        `write`."""
+        _cpu.softmax_block(
+            z.data_ptr(),
+            _TYPES[z.dtype],
+            *z.shape,
+            first,
+            self.labels[start:].data_ptr(),
+            *self.transform,
+            state.data_ptr(),
+            self.n,
+            start,
+            write,
+            *self.how,
+        )
+
+    def residual_block(self, z: Tensor, first: int, stats: Tensor) -> None:
+        """z [n, cols] becomes p - onehot, from stats [3, n]: log-sum-exp, 1 - p_y, slope."""
+        _cpu.residual_block(
+            z.data_ptr(),
+            _TYPES[z.dtype],
+            *z.shape,
+            first,
+            self.labels.data_ptr(),
+            *self.transform,
+            *(row.data_ptr() for row in stats),
+            *self.how,
+        )
+
+    def accumulate(self, sums: Tensor, part: Tensor, start: int, state: Tensor) -> None:
+        """sums [T, D] = raised * sums + part [rows, D], for rows start.. of the scored ones."""
+        _cpu.accumulate(
+            sums.data_ptr(),
+            self.index[start:].data_ptr(),
+            part.data_ptr(),
+            _TYPES[part.dtype],
+            *part.shape,
+            state[4, start:].data_ptr(),
+            *self.how,
+        )
+
+    def column_sums(self, z: Tensor, coef: Tensor, sums: Tensor) -> None:
+        """sums [cols] += coef [n] @ z [n, cols], in float32."""
+        _cpu.column_sums(
+            z.data_ptr(), _TYPES[z.dtype], *z.shape, coef.data_ptr(), sums.data_ptr(), *self.how
+        )
+
+    def finish(self, state: Tensor, grad: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [T] and stats [3, T] from the final state; grad [T, D] from E W to g in
+        place."""
+        logps, stats = torch.zeros(self.T), torch.zeros(3, self.T, dtype=torch.float64)
+        _cpu.finish(
+            state.data_ptr(),
+            self.n,
+            self.scale,
+            self.labels.data_ptr(),
+            self.index.data_ptr(),
+            self.n,
+            logps.data_ptr(),
+            *(row.data_ptr() for row in stats),
+            0 if grad is None else grad.data_ptr(),
+            weight.data_ptr(),
+            _TYPES[weight.dtype],
+            weight.shape[1],
+            self.how[0],
+        )
+        return logps, stats

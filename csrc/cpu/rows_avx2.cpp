@@ -1,0 +1,10 @@
+// Row kernels for AVX2 with FMA; called only after a look at the processor.
+#include <omp.h>
+#include <xmmintrin.h>
+
+#include "rows.h"
+#pragma GCC target("avx2,fma")
+#define WIDTH 8
+#define NAME "avx2"
+#define ISA kAvx2
+#include "rows_kernel.h"

@@ -1,0 +1,10 @@
+// Row kernels for AVX-512; called only after a look at the processor.
+#include <omp.h>
+#include <xmmintrin.h>
+
+#include "rows.h"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#define WIDTH 16
+#define NAME "avx512"
+#define ISA kAvx512
+#include "rows_kernel.h"

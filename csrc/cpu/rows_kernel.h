@@ -1,0 +1,313 @@
+// The row kernels, written once with GCC vector extensions. Each rows_<isa>.cpp sets its compiler target,
+// WIDTH (floats per vector) and NAME, then includes this. Everything is in an unnamed namespace and no
+// library template is used, so that the linker cannot merge code of one target into another.
+
+#include <omp.h>
+#include <xmmintrin.h>
+
+#include "rows.h"
+
+namespace {
+
+using cpo::Block;
+using cpo::State;
+using cpo::Transform;
+using cpo::Type;
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+constexpr float kInf = __builtin_inff();
+// exp(x) below this is written as 0: it is worth nothing beside a sum >= exp(-kRaise), and products with
+// weights stay clear of denormals, which slow a GEMM fifty-fold.
+constexpr float kNothing = -60.0f;
+
+// Denormals are flushed inside a parallel region and the thread's mode restored at its end.
+struct FlushDenormals {
+  unsigned int saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+};
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline Floats load(const uint16_t* p) {  // bfloat16 is the upper half of a float32
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+inline void store(uint16_t* p, Floats v) {  // round to nearest even; no NaN goes lost
+  Words bits = (Words)v;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = v == v ? rounded : (Words{} + 0x7fc0);
+  Halves h = __builtin_convertvector(rounded, Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+inline float load1(const float* p) { return *p; }
+inline float load1(const uint16_t* p) {
+  uint32_t bits = uint32_t(*p) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+inline void store1(float* p, float x) { *p = x; }
+inline void store1(uint16_t* p, float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+// exp(x) for x <= 88, 0 below kNothing; relative error below 2e-7. x = n ln 2 + r, |r| <= ln 2 / 2.
+inline Floats exp_vector(Floats x) {
+  Floats clamped = x < kNothing ? splat(kNothing) : x;
+  Floats shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves the integer in low bits
+  Floats n = shifted - 12582912.0f;
+  Floats r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Floats result = (Floats)((Ints)p + ((Ints)shifted << 23));
+  return x < kNothing ? Floats{} : result;
+}
+
+// tanh through exp; the absolute error is that of float32 at 1, as the cap multiplies it.
+inline Floats tanh_vector(Floats x) {
+  Floats bounded = x > 20.0f ? splat(20.0f) : x;
+  bounded = bounded < -20.0f ? splat(-20.0f) : bounded;
+  Floats e = exp_vector(2.0f * bounded);
+  return x == x ? 1.0f - 2.0f / (e + 1.0f) : x;
+}
+
+inline Floats transformed(Floats z, const float* bias, const Transform& how, Floats* slope) {
+  if (bias) z += load(bias);
+  if (how.softcap > 0) {
+    Floats t = tanh_vector(z / how.softcap);
+    if (slope) *slope = 1.0f - t * t;
+    z = how.softcap * t;
+  }
+  return z * how.scale;
+}
+
+inline float lanes_max(Floats v) {
+  float m = v[0];
+  for (int i = 1; i < WIDTH; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+inline double lanes_sum(Floats v) {
+  double s = 0;
+  for (int i = 0; i < WIDTH; i++) s += v[i];
+  return s;
+}
+
+// One vector, at the ragged end through a padded copy; `fill` stands where there is no column.
+template <typename T>
+inline Floats load_part(const T* p, int64_t n, float fill) {
+  if (n >= WIDTH) return load(p);
+  Floats v = splat(fill);
+  for (int i = 0; i < n; i++) v[i] = load1(p + i);
+  return v;
+}
+
+template <typename T>
+inline void store_part(T* p, Floats v, int64_t n) {
+  if (n >= WIDTH) return store(p, v);
+  for (int i = 0; i < n; i++) store1(p + i, v[i]);
+}
+
+// Logits of one vector of columns as the head defines them, the ragged end filled with -inf; PLAIN
+// where nothing is to be done to them.
+template <bool PLAIN, typename T>
+inline Floats logits(const T* z, int64_t column, const Block& block, const Transform& how,
+                     Floats* slope) {
+  int64_t n = block.cols - column;
+  Floats raw = load_part(z + column, n, -kInf);
+  if (PLAIN) return raw;
+  const float* bias = how.bias ? how.bias + block.first + column : nullptr;
+  float padded[WIDTH] = {};
+  if (bias && n < WIDTH) {
+    for (int i = 0; i < n; i++) padded[i] = bias[i];
+    bias = padded;
+  }
+  Floats v = transformed(raw, bias, how, slope);
+  for (int i = int(n); i < WIDTH; i++) v[i] = -kInf;
+  return v;
+}
+
+template <bool PLAIN, typename T>
+void softmax_row(T* z, int64_t row, const Block& block, const Transform& how, const State& state,
+                 bool write) {
+  int64_t label = block.labels[row] - block.first;
+  if (label >= 0 && label < block.cols) {  // keep the label's logit, and take it out of the others
+    Floats raw = splat(load1(z + label)), slope = splat(1.0f);
+    float bias[WIDTH] = {};
+    if (how.bias) bias[0] = how.bias[block.labels[row]];
+    state.label[row] = transformed(raw, bias, how, &slope)[0];
+    state.slope[row] = slope[0];
+    store1(z + label, -kInf);
+  }
+  // A soft-cap would bring the label's -inf back to -softcap: it is masked again at every use.
+  bool capped = !PLAIN && how.softcap > 0;
+  auto others = [&](int64_t c, Floats* slope) {
+    Floats v = logits<PLAIN>(z, c, block, how, slope);
+    if (capped && label >= c && label < c + WIDTH) v[label - c] = -kInf;
+    return v;
+  };
+
+  Floats top = splat(-kInf);
+  for (int64_t c = 0; c < block.cols; c += WIDTH) {
+    Floats v = others(c, nullptr);
+    top = v > top ? v : top;
+  }
+  double k = state.k[row], raised = 1;
+  float peak = lanes_max(top);
+  if (peak > k + cpo::kRaise) {
+    raised = __builtin_exp(k - peak);
+    state.k[row] = k = peak;
+  }
+  float offset = float(k);
+
+  Floats sums[4] = {};
+  auto exponentials = [&](int64_t c, Floats& sum) {
+    Floats slope = splat(1.0f);
+    Floats e = exp_vector(others(c, &slope) - offset);
+    sum += e;
+    if (write) store_part(z + c, PLAIN ? e : e * slope, block.cols - c);
+  };
+  int64_t c = 0;
+  for (; c + 4 * WIDTH <= block.cols; c += 4 * WIDTH) {
+    exponentials(c, sums[0]);
+    exponentials(c + WIDTH, sums[1]);
+    exponentials(c + 2 * WIDTH, sums[2]);
+    exponentials(c + 3 * WIDTH, sums[3]);
+  }
+  for (; c < block.cols; c += WIDTH) exponentials(c, sums[0]);
+  state.sum[row] = state.sum[row] * raised + lanes_sum(sums[0]) + lanes_sum(sums[1]) +
+                   lanes_sum(sums[2]) + lanes_sum(sums[3]);
+  state.raised[row] = raised;
+}
+
+template <typename T>
+void softmax_rows(const Block& block, const Transform& how, const State& state, bool write) {
+  bool plain = !how.bias && how.softcap == 0 && how.scale == 1;
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < block.rows; r++) {
+    T* z = (T*)block.z + r * block.stride;
+    if (plain)
+      softmax_row<true>(z, r, block, how, state, write);
+    else
+      softmax_row<false>(z, r, block, how, state, write);
+  }
+}
+
+void softmax_block(const Block& block, const Transform& how, const State& state, bool write,
+                   int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+    if (block.type == Type::bf16)
+      softmax_rows<uint16_t>(block, how, state, write);
+    else
+      softmax_rows<float>(block, how, state, write);
+  }
+}
+
+template <typename T>
+void residual_row(T* z, int64_t row, const Block& block, const Transform& how, float lse,
+                  double others, double label_slope) {
+  for (int64_t c = 0; c < block.cols; c += WIDTH) {
+    Floats slope = splat(1.0f);
+    Floats p = exp_vector(logits<false>(z, c, block, how, &slope) - lse);
+    store_part(z + c, p * slope, block.cols - c);
+  }
+  int64_t label = block.labels[row] - block.first;
+  if (label >= 0 && label < block.cols) store1(z + label, float(-others * label_slope));
+}
+
+void residual_block(const Block& block, const Transform& how, const double* lse,
+                    const double* others, const double* slope, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < block.rows; r++) {
+      if (block.type == Type::bf16)
+        residual_row((uint16_t*)block.z + r * block.stride, r, block, how, float(lse[r]), others[r],
+                     slope[r]);
+      else
+        residual_row((float*)block.z + r * block.stride, r, block, how, float(lse[r]), others[r],
+                     slope[r]);
+    }
+  }
+}
+
+template <typename T>
+void accumulate_row(float* sums, const T* part, int64_t width, float raised) {
+  int64_t i = 0;
+  for (; i + WIDTH <= width; i += WIDTH) store(sums + i, load(sums + i) * raised + load(part + i));
+  for (; i < width; i++) sums[i] = sums[i] * raised + load1(part + i);
+}
+
+void accumulate(float* sums, const int64_t* index, const void* part, Type type, int64_t rows,
+                int64_t width, const double* raised, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    if (type == Type::bf16)
+      accumulate_row(sums + index[r] * width, (const uint16_t*)part + r * width, width,
+                     float(raised[r]));
+    else
+      accumulate_row(sums + index[r] * width, (const float*)part + r * width, width,
+                     float(raised[r]));
+  }
+}
+
+template <typename T>
+void column_sums_range(const Block& block, const float* coef, float* sums, int64_t begin,
+                       int64_t end) {
+  for (int64_t r = 0; r < block.rows; r++) {
+    const T* z = (const T*)block.z + r * block.stride;
+    int64_t c = begin;
+    for (; c + WIDTH <= end; c += WIDTH) store(sums + c, load(sums + c) + load(z + c) * coef[r]);
+    for (; c < end; c++) sums[c] += load1(z + c) * coef[r];
+  }
+}
+
+void column_sums(const Block& block, const float* coef, float* sums, int threads) {
+  constexpr int64_t kStep = 1024;
+  int64_t steps = (block.cols + kStep - 1) / kStep;
+#pragma omp parallel num_threads(threads)
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < steps; s++) {
+      int64_t begin = s * kStep, end = begin + kStep < block.cols ? begin + kStep : block.cols;
+      if (block.type == Type::bf16)
+        column_sums_range<uint16_t>(block, coef, sums, begin, end);
+      else
+        column_sums_range<float>(block, coef, sums, begin, end);
+    }
+  }
+}
+
+}  // namespace
+
+namespace cpo {
+extern const Isa ISA = {NAME, softmax_block, residual_block, accumulate, column_sums};
+}
