@@ -7,22 +7,22 @@ import math
 import numpy as np
 import pytest
 
+from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation import classification as c
 from cpo_fast.evaluation import text
 from cpo_fast.evaluation.preference import preference
-from cpo_fast.types import FINDINGS
 
 ABC = ("Atelectasis", "Edema", "Pneumonia")
 
 
 def random_labels(seed: int, studies: int, shares: tuple[float, ...]) -> list[tuple[str, ...]]:
     draws = np.random.default_rng(seed).random((studies, len(shares))) < np.array(shares)
-    return [tuple(name for name, on in zip(FINDINGS, row, strict=False) if on) for row in draws]
+    return [tuple(name for name, on in zip(LABEL_NAMES, row, strict=False) if on) for row in draws]
 
 
 def matrix(names: list[tuple[str, ...]]) -> np.ndarray:
-    return np.array([[name in row for name in FINDINGS] for row in names])
+    return np.array([[name in row for name in LABEL_NAMES] for row in names])
 
 
 def test_counts_of_a_case_worked_out_by_hand():
@@ -56,7 +56,7 @@ def test_classification_agrees_with_sklearn():
     predicted = random_labels(2, 300, (0.6, 0.2, 0.1, 0.3))
     result = c.classification(truth, predicted, bootstrap=20)
     y, z = matrix(truth), matrix(predicted)
-    for column, name in enumerate(FINDINGS[:4]):
+    for column, name in enumerate(LABEL_NAMES[:4]):
         found = {m: result["findings"][name][m]["value"] for m in c.METRICS}
         assert found["accuracy"] == pytest.approx(
             metrics.accuracy_score(y[:, column], z[:, column])
@@ -91,7 +91,7 @@ def test_bootstrap_is_seeded_and_as_wide_as_theory_says():
 
 def test_difference_is_paired():
     truth = random_labels(5, 200, (0.5, 0.5, 0.5))
-    worse = [tuple(n for n in FINDINGS[:3] if n not in row) for row in truth]
+    worse = [tuple(n for n in LABEL_NAMES[:3] if n not in row) for row in truth]
     same = c.difference(truth, worse, worse)
     assert same["accuracy"] == {"value": 0.0, "interval": [0.0, 0.0]}
     assert c.difference(truth, worse, truth)["accuracy"]["value"] == pytest.approx(1.0)
@@ -109,7 +109,7 @@ def test_auc_agrees_with_sklearn_also_when_resampled():
 
     rng = np.random.default_rng(0)
     truth = random_labels(7, 120, (0.5, 0.2))
-    scores = np.round(matrix(truth)[:, :14] * 0.7 + rng.random((120, 14)), 1)  # rounded: many ties
+    scores = np.round(matrix(truth) * 0.7 + rng.random((120, 15)), 1)  # rounded: many ties
     result = c.auc(truth, scores, bootstrap=30, seed=1)
     expected = [roc_auc_score(matrix(truth)[:, i], scores[:, i]) for i in (0, 1)]
     assert result["findings"]["Atelectasis"]["value"] == expected[0]
@@ -140,7 +140,7 @@ def test_auc_refuses_scores_that_do_not_fit():
     with pytest.raises(UsageError, match="studies x findings"):
         c.auc([("Edema",)], np.zeros((1, 3)))
     with pytest.raises(UsageError, match="NaN"):
-        c.auc([("Edema",)], np.full((1, 14), np.nan))
+        c.auc([("Edema",)], np.full((1, 15), np.nan))
 
 
 def test_preference_of_a_case_worked_out_by_hand():
@@ -170,7 +170,7 @@ def test_preference_refuses_what_it_cannot_use():
 
 
 REFERENCES = [
-    "FINDINGS: The heart is mildly enlarged. No pneumothorax is seen.",
+    "LABEL_NAMES: The heart is mildly enlarged. No pneumothorax is seen.",
     "The lungs are clear. There is no pleural effusion.",
 ]
 CANDIDATES = [

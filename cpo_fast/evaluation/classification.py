@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
-from cpo_fast.types import FINDINGS
 
 PROTOCOL = (
     "B: presence of each finding, parsed from the generated diagnosis; an answer that cannot be "
@@ -31,7 +31,7 @@ def classification(
     truth: Sequence[Names],
     predicted: Sequence[Names | None],
     *,
-    findings: Names = FINDINGS,
+    findings: Names = LABEL_NAMES,
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def difference(
     first: Sequence[Names | None],
     second: Sequence[Names | None],
     *,
-    findings: Names = FINDINGS,
+    findings: Names = LABEL_NAMES,
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def difference(
     }
 
 
-def majority_guess(training: Sequence[Names], *, findings: Names = FINDINGS) -> tuple[str, ...]:
+def majority_guess(training: Sequence[Names], *, findings: Names = LABEL_NAMES) -> tuple[str, ...]:
     """What more than half of the training studies have: the guess that needs no image."""
     if not training:
         raise UsageError("no training study to learn the majority guess from")
@@ -104,7 +104,7 @@ def auc(
     truth: Sequence[Names],
     scores: np.ndarray,
     *,
-    findings: Names = FINDINGS,
+    findings: Names = LABEL_NAMES,
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:

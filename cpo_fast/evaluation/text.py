@@ -22,6 +22,12 @@ VARIANTS = (
 ROUGE_BETA = 1.2
 
 
+def thought_of(answer: str) -> str:
+    """The report inside an answer: from `<think>` to the last `</think>`, where they stand."""
+    thought = answer.rpartition("</think>")[0] if "</think>" in answer else answer
+    return thought.partition("<think>")[2].strip() if "<think>" in thought else thought.strip()
+
+
 def words(text: str) -> list[str]:
     """Lower-case words and numbers (1.5 and 9-mm stay whole), without punctuation."""
     return re.findall(r"\w+(?:[.'/-]\w+)*", text.lower())

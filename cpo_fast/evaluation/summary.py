@@ -1,0 +1,140 @@
+"""From answers to the `evaluation` part of summary.json and the examples of evaluation.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.data.labels import diagnosis, parse_answer
+from cpo_fast.errors import UsageError
+from cpo_fast.evaluation.classification import (
+    PROTOCOL,
+    classification,
+    difference,
+    majority_guess,
+)
+from cpo_fast.evaluation.text import text_metrics, thought_of
+from cpo_fast.types import Counterfactual, Study
+
+MAJORITY = "majority"
+
+
+def evaluation_summary(
+    *,
+    truth: Sequence[Sequence[str]],
+    training_truth: Sequence[Sequence[str]],
+    answers: Mapping[str, Sequence[str]],
+    reports: Sequence[str] | None = None,
+    preference: Mapping[str, Mapping[str, Any]] | None = None,
+    split: str = "test",
+    bootstrap: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """The `evaluation` part of summary.json: figures only, no text of any patient.
+
+    `truth[i]` are the names of study i (`labels.diagnosis`), `training_truth` those of the training
+    split, from which the majority guess is learned. `answers` maps a model's name ("untrained",
+    "sft", "cpo", in the order in which they were trained) to its N generated texts. `reports` are
+    the N reference reports for BLEU and ROUGE-L of the thoughts (left out when None). `preference`
+    maps model names to what `evaluation.preference.preference` returned for held-out pairs.
+
+    Returns {"split", "studies", "protocol", "majority_guess" [names], "classification" {name:
+    figures of `classification`}, "differences" {"cpo - sft": figures of `difference`, ...} between
+    neighbouring models and from the majority guess to the last, "text" {name: figures of
+    `text_metrics`}, "preference"}.
+    """
+    guess = majority_guess(training_truth)
+    parsed: dict[str, list[tuple[str, ...] | None]] = {MAJORITY: [guess] * len(truth)}
+    for name, texts in answers.items():
+        if len(texts) != len(truth):
+            raise UsageError(f"{len(truth)} studies, but {len(texts)} answers of {name!r}")
+        parsed[name] = [parse_answer(text) or None for text in texts]
+    options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
+    summary: dict[str, Any] = {
+        "split": split,
+        "studies": len(truth),
+        "protocol": PROTOCOL,
+        "majority_guess": list(guess),
+        "classification": {
+            name: classification(truth, names, **options) for name, names in parsed.items()
+        },
+        "differences": {
+            f"{later} - {earlier}": difference(truth, parsed[earlier], parsed[later], **options)
+            for earlier, later in [*pairwise(answers), (MAJORITY, list(parsed)[-1])]
+            if earlier != later
+        },
+        "text": {},
+        "preference": {name: dict(figures) for name, figures in (preference or {}).items()},
+    }
+    if reports is not None:
+        summary["text"] = {
+            name: text_metrics(reports, [thought_of(text) for text in texts])
+            for name, texts in answers.items()
+        }
+    return summary
+
+
+def evaluation_examples(
+    studies: Sequence[Study],
+    answers: Mapping[str, Sequence[str]],
+    counterfactuals: Sequence[Counterfactual] = (),
+    *,
+    count: int = 4,
+    uncertain: str = "negative",
+) -> list[dict[str, Any]]:
+    """Up to `count` studies for the report, with as many different diagnoses as there are.
+
+    `answers[name][i]` belongs to `studies[i]`. Each example is {"study_id", "image" (absolute path
+    or None), "report", "labels", "counterfactual", "target", "answers" {name: text}}; the
+    counterfactual is the first of `counterfactuals` for that study (studies that have one come
+    first), else None. The texts are patient data: `write_examples` writes them 0600.
+    """
+    of_study: dict[str, Counterfactual] = {}
+    for candidate in counterfactuals:
+        of_study.setdefault(candidate.study_id, candidate)
+    names = [diagnosis(study.labels, uncertain=uncertain) for study in studies]
+    seen: dict[tuple[str, ...], int] = {}
+    ranks = []
+    for index, study in enumerate(studies):
+        has_counterfactual = study.study_id in of_study
+        key = (*names[index], str(has_counterfactual))
+        seen[key] = seen.get(key, 0) + 1
+        ranks.append((not has_counterfactual, seen[key], index))
+    examples = []
+    for _, _, index in sorted(ranks)[:count]:
+        study = studies[index]
+        chosen = of_study.get(study.study_id)
+        examples.append(
+            {
+                "study_id": study.study_id,
+                "image": _image_path(study),
+                "report": study.report.text,
+                "labels": list(names[index]),
+                "counterfactual": chosen.counterfactual if chosen else None,
+                "target": chosen.target if chosen else None,
+                "answers": {name: texts[index] for name, texts in answers.items()},
+            }
+        )
+    return examples
+
+
+def _image_path(study: Study) -> str | None:
+    """Where the first image lies; None without one, or when it is only in memory."""
+    if not study.images or study.images[0].data is not None:
+        return None
+    return str((Path(study.images[0].root) / study.images[0].path).resolve())
+
+
+def write_examples(run_dir: Path, examples: Sequence[Mapping[str, Any]]) -> Path:
+    """Write run_dir/evaluation.json, {"examples": [...]}, readable by its owner only (0600)."""
+    path = Path(run_dir) / "evaluation.json"
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump({"examples": [dict(example) for example in examples]}, file, indent=1)
+        file.write("\n")
+    return path

@@ -1,0 +1,38 @@
+"""`python -m cpo_fast.report RUN [RUN ...]`: the page of one run, or several runs compared."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cpo_fast.errors import CpoFastError
+from cpo_fast.report import write_comparison, write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cpo_fast.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output_dir of a run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where several runs are compared (default: comparison.html beside the first run)",
+    )
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) == 1 and arguments.output is not None:
+        parser.error("--output is for comparing several runs; one run's page is RUN/report.html")
+    try:
+        if len(arguments.runs) == 1:
+            path = write_report(arguments.runs[0])
+        else:
+            output = arguments.output or arguments.runs[0].resolve().parent / "comparison.html"
+            path = write_comparison(arguments.runs, output)
+    except CpoFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

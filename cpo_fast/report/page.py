@@ -1,0 +1,347 @@
+"""Puts a run's figures, pictures and examples into one HTML file that needs nothing else.
+
+All text reaches the page through jinja2 with escaping on; the page carries no script and a content
+security policy that forbids any request. Pictures are data URIs, light and dark.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.report import tables as t
+from cpo_fast.report.examples import data_uri, example_of
+from cpo_fast.report.figures import DARK, LIGHT, Line, Panel, concept_graph, curves, intervals
+from cpo_fast.report.read import Run, read_run
+
+TEMPLATES = Path(__file__).with_name("templates")
+SHOWN_EXAMPLES = 8
+
+STAGE_TITLES = {"sft": "Supervised fine-tuning", "cpo": "Counterfactual preference optimisation"}
+STAGE_NOTES = {
+    "sft": "The model learns the report as its thought and the diagnosis as its answer.",
+    "cpo": "The model learns to prefer the report to its counterfactual; the reference is the SFT "
+    "model, so the loss starts at ln 2 = 0.693 and the rewards at 0.",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    light: str
+    dark: str
+    alt: str
+    width: int
+    height: int
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write run_dir/report.html (0600) and run_dir/figures/*.png from the files of a finished run.
+
+    What a run lacks (a stage, the evaluation, images) is left out and noted on the page. Raises
+    UsageError when `run_dir` is no run folder.
+    """
+    run = read_run(run_dir)
+    figures = run.path / "figures"
+    evaluation = run.part("evaluation")
+    classified = run.part("evaluation", "classification")
+    stages = [
+        {
+            "id": _id(stage),
+            "title": STAGE_TITLES.get(stage, stage),
+            "short": t.name_of(stage),
+            "note": STAGE_NOTES.get(stage, ""),
+            "pictures": _pictures(stage_panels([run], [""], stage), figures),
+        }
+        for stage in run.stages()
+    ]
+    graph = _graph(run)
+    examples = [example_of(example, run.path) for example in run.examples[:SHOWN_EXAMPLES]]
+    context = {
+        "title": run.name,
+        "lead": _lead(evaluation),
+        "meta": _meta(run),
+        "cards": _cards(run),
+        "evaluation": {
+            "tables": t.evaluation_tables(evaluation),
+            "pictures": _pictures(_interval_panels(classified), figures),
+            "note": _protocol(evaluation),
+        },
+        "examples": examples,
+        "stages": stages,
+        "speed": {"table": t.speed_table(run), "shares": _shares(run)},
+        "data": {"tables": t.data_tables(run)},
+        "graph": _pictures([graph], figures)[0] if graph else None,
+        "configuration": list(t.flat(run.config)),
+        "versions": list(t.flat(run.part("versions"))),
+        "notes": run.notes,
+    }
+    context["sections"] = _sections(context)
+    path = run.path / "report.html"
+    _write(path, _render("run.html", context).encode())
+    return path
+
+
+def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
+    """Write one page (0600) that lays the figures and curves of several runs side by side."""
+    runs = [read_run(folder) for folder in run_dirs]
+    if len(runs) < 2:
+        raise UsageError("a comparison needs at least two runs")
+    names = _distinct_names(runs)
+    stages = [
+        {
+            "id": _id(stage),
+            "title": STAGE_TITLES.get(stage, stage),
+            "short": t.name_of(stage),
+            "pictures": _pictures(stage_panels(runs, names, stage), None),
+        }
+        for stage in dict.fromkeys(stage for run in runs for stage in run.stages())
+    ]
+    sections = [("figures", "Figures"), *((f"stage-{s['id']}", s["short"]) for s in stages)]
+    context = {
+        "title": " · ".join(names),
+        "lead": "",
+        "meta": [str(run.path) for run in runs],
+        "tables": t.comparison_tables(runs, names),
+        "stages": stages,
+        "differences": t.configuration_differences(runs, names),
+        "notes": [f"{n}: {note}" for n, run in zip(names, runs, strict=True) for note in run.notes],
+        "sections": [*sections, ("configuration", "Configuration")],
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, _render("comparison.html", context).encode())
+    return path
+
+
+def stage_panels(runs: Sequence[Run], names: Sequence[str], stage: str) -> list[Panel]:
+    """The curves of one stage; several runs overlaid, each in its colour."""
+    panels = []
+    for slug, title, metrics, options in CURVES:
+        lines = []
+        for color, (run, name) in enumerate(zip(runs, names, strict=True)):
+            for k, (metric, label) in enumerate(metrics):
+                shade = color if len(runs) > 1 else k
+                for prefix, kind in (("", ""), ("eval_", "held out")):
+                    steps, values = run.series(stage, prefix + metric)
+                    if not steps or (slug == "loss" and prefix and not run.series(stage, metric)):
+                        continue
+                    words = [name, label if len(metrics) > 1 else "", kind]
+                    text = ", ".join(w for w in words if w) or label
+                    if prefix and len(runs) == len(metrics) == 1:
+                        shade = 1
+                    lines.append(Line(text, steps, values, shade, dots=bool(prefix)))
+        if lines:
+            full = f"{t.name_of(stage)}: {title}"
+            panels.append(curves(f"{_id(stage)}_{slug}", full, lines, **options))
+    return panels
+
+
+CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...] = (
+    ("loss", "loss", (("loss", "training"),), {}),
+    ("reward_margin", "reward margin", (("rewards/margins", "training"),), {"zero_line": True}),
+    ("reward_accuracy", "reward accuracy", (("rewards/accuracies", "training"),), {"share": True}),
+    (
+        "rewards",
+        "rewards",
+        (("rewards/chosen", "original"), ("rewards/rejected", "counterfactual")),
+        {"zero_line": True},
+    ),
+    (
+        "logps",
+        "log-probability of the answer",
+        (("logps/chosen", "original"), ("logps/rejected", "counterfactual")),
+        {},
+    ),
+    ("grad_norm", "gradient norm", (("grad_norm", "gradient norm"),), {"log_scale": True}),
+    ("learning_rate", "learning rate", (("learning_rate", "learning rate"),), {}),
+    ("speed", "tokens per second and device", (("tokens_per_second_per_gpu", "tokens"),), {}),
+)
+
+
+def _interval_panels(classified: Mapping[str, Any]) -> list[Panel]:
+    models = {m: figures for m, figures in classified.items() if isinstance(figures, dict)}
+    rows = list(t.findings_by_support(models))
+    if not rows:
+        return []
+    panels = []
+    for metric, title in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding")):
+        values = {
+            model: [figures.get("findings", {}).get(row, {}).get(metric, {}) for row in rows]
+            for model, figures in models.items()
+        }
+        panels.append(intervals(metric, title, rows, values, t.NAMES))
+    return panels
+
+
+def _graph(run: Run) -> Panel | None:
+    """The concept graph that the run used; None when it has none or it is damaged (noted)."""
+    path = run.path / "concept_graph.json"
+    if not path.is_file():
+        return None
+    from cpo_fast.concepts import load_graph
+
+    try:
+        return concept_graph(load_graph(path))
+    except CpoFastError as error:
+        run.notes.append(f"concept_graph.json cannot be drawn: {error}")
+        return None
+
+
+def _pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
+    """Render the panels for both themes; the light ones are also saved in `folder`."""
+    pictures = []
+    for panel in panels:
+        light, dark = panel.png(LIGHT), panel.png(DARK)
+        if folder is not None:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write(folder / f"{panel.slug}.png", light)
+        width, height = (int.from_bytes(light[at : at + 4], "big") for at in (16, 20))
+        pictures.append(Picture(data_uri(light), data_uri(dark), panel.alt, width, height))
+    return pictures
+
+
+def _lead(evaluation: Mapping[str, Any]) -> str:
+    """One sentence with the run's main result, from figures only."""
+    models = evaluation.get("classification") or {}
+    last = next((name for name in ("cpo", "sft") if name in models), None)
+    if last is None:
+        return ""
+
+    def accuracy(model: str) -> str:
+        return t.percent(models[model]["macro"]["accuracy"]["value"])
+
+    others = [f"{t.name_of(m)[0].lower() + t.name_of(m)[1:] if m != 'sft' else 'SFT alone'} "
+              f"{accuracy(m)}" for m in models if m != last]  # fmt: skip
+    bounds = t.interval(models[last]["macro"]["accuracy"])
+    compared = f"; {', '.join(others)}" if others else ""
+    return (
+        f"On {evaluation.get('studies', '?')} {evaluation.get('split', '')} studies the model "
+        f"after {t.name_of(last)} gets the presence of a finding right in {accuracy(last)} of "
+        f"cases (95 % interval {bounds}){compared}."
+    )
+
+
+def _cards(run: Run) -> list[dict[str, str]]:
+    cards = []
+    models = run.part("evaluation", "classification")
+    last = next((name for name in ("cpo", "sft") if name in models), None)
+    if last:
+        for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
+            figure = models[last]["macro"][metric]
+            note = f"{t.name_of(last)}, mean over findings, {t.interval(figure)}"
+            cards.append({"label": label, "value": t.percent(figure["value"]), "note": note})
+    preference = run.part("evaluation", "preference", "cpo")
+    if figure := preference.get("accuracy"):
+        note = f"CPO, {t.number(preference.get('pairs'))} held-out pairs, {t.interval(figure)}"
+        cards.append(
+            {"label": "Reward accuracy", "value": t.percent(figure["value"]), "note": note}
+        )
+    speed = run.part("stages", "cpo")
+    if t.is_number(speed.get("pairs_per_second")):
+        logical = t.number(speed.get("logical_tokens_per_second"))
+        note = f"CPO; {logical} tokens/s as if unshared"
+        value = t.number(speed["pairs_per_second"])
+        cards.append({"label": "Pairs per second", "value": value, "note": note})
+    data = run.part("data")
+    if t.is_number(data.get("used")):
+        rejected = sum((data.get("rejected") or {}).values())
+        note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
+        cards.append({"label": "Studies used", "value": t.number(data["used"]), "note": note})
+    times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]
+    if known := [x for x in times if t.is_number(x)]:
+        cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": "all stages"})
+    return cards
+
+
+def _shares(run: Run) -> list[dict[str, Any]]:
+    """Bars of time: between the stages, and inside a stage where it says (`time_shares`)."""
+    stages = {k: v for k, v in run.part("stages").items() if isinstance(v, dict)}
+    whole = {t.name_of(k): v["seconds"] for k, v in stages.items() if t.is_number(v.get("seconds"))}
+    bars = [("Where the time went", whole, True)] if len(whole) > 1 else []
+    for name, stage in stages.items():
+        inside = stage.get("time_shares")
+        if isinstance(inside, dict) and inside:
+            known = {str(k): v for k, v in inside.items() if t.is_number(v)}
+            bars.append((f"Inside {t.name_of(name)}", known, False))
+    result = []
+    for title, parts, absolute in bars:
+        total = sum(parts.values())
+        if total > 0:
+            shares = [
+                {
+                    "name": name.replace("_", " "),
+                    "percent": f"{100 * value / total:.0f}",
+                    "weight": f"{value / total:.4f}",
+                    "detail": t.seconds(value) if absolute else "",
+                }
+                for name, value in parts.items()
+            ]
+            result.append({"title": title, "parts": shares})
+    return result
+
+
+def _meta(run: Run) -> list[str]:
+    labels = {"model_name_or_path": "model", "dataset": "data set", "seed": "seed"}
+    meta = [f"{label} {run.config[key]}" for key, label in labels.items() if key in run.config]
+    if commit := run.part("versions").get("commit"):
+        meta.append(f"commit {str(commit)[:10]}")
+    return meta
+
+
+def _protocol(evaluation: Mapping[str, Any]) -> str:
+    protocol = str(evaluation.get("protocol") or "")
+    return f"Protocol {protocol}." if protocol else ""
+
+
+def _sections(context: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = [
+        ("evaluation", "Evaluation", context["evaluation"]["tables"]),
+        ("examples", "Examples", context["examples"]),
+        *((f"stage-{s['id']}", s["short"], True) for s in context["stages"]),
+        ("speed", "Throughput", context["speed"]["table"] or context["speed"]["shares"]),
+        ("data", "Data", context["data"]["tables"]),
+        ("graph", "Concept graph", context["graph"]),
+        ("configuration", "Configuration", True),
+    ]
+    return [(id_, title) for id_, title, present in found if present]
+
+
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{run.path.resolve().parent.name}/{run.name}" for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({i})" for i, name in enumerate(names, start=1)]
+    return names
+
+
+def _id(stage: str) -> str:
+    """A stage's name as part of an anchor or file name."""
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in stage)[:40]
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(context)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace `path` by a new file that only its owner can read: it may hold patients' words."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    partial.replace(path)

@@ -1,0 +1,182 @@
+"""The page of a run: complete, escaped, self-contained, private; looked at by a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_samples import EDITED, HOSTILE, REPORT, Browser, write_run
+
+from cpo_fast.errors import UsageError
+from cpo_fast.report import write_comparison, write_report
+from cpo_fast.report.__main__ import main
+from cpo_fast.report.diff import word_diff
+from cpo_fast.report.figures import running_mean
+from cpo_fast.report.read import read_run
+
+GRAPH = Path(__file__).parents[1] / "cpo_fast" / "concepts" / "graph.json"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """One run whose report tries to break out of the page."""
+    folder = tmp_path_factory.mktemp("runs") / "phantom"
+    write_run(folder, report=f"FINDINGS: {HOSTILE} {REPORT}")
+    shutil.copy(GRAPH, folder / "concept_graph.json")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(run) -> Path:
+    other = write_run(run.parent / "other", seed=1, steps=40)
+    return write_comparison([run, other], run.parent / "comparison.html")
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text that a reader sees."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_has_all_parts(run):
+    page = Elements(run / "report.html")
+    sections = {attrs.get("id") for tag, attrs in page.tags if tag == "section"}
+    expected = {"evaluation", "examples", "stage-sft", "stage-cpo", "speed", "data", "graph"}
+    assert expected | {"configuration"} <= sections
+    for text in ("Majority guess", "Untrained", "no-findings-or-impression", "50000003", "BLEU-4",
+                 "Tokens per second as if unshared", "learning_rate", "2.13.0"):  # fmt: skip
+        assert text in page.text
+    accuracy = read_run(run).summary["evaluation"]["classification"]["cpo"]["macro"]["accuracy"]
+    low, high = (f"{100 * bound:.1f}" for bound in accuracy["interval"])
+    assert (
+        f"{100 * accuracy['value']:.1f}\u00a0% of cases (95 % interval {low}–{high})" in page.text
+    )
+
+
+def test_hostile_text_stays_text(run):
+    page = Elements(run / "report.html")
+    assert HOSTILE in page.text
+    assert not {"script", "iframe", "link", "object", "base", "form"} & {t for t, _ in page.tags}
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    sources = [attrs.get("src") or attrs.get("srcset") for tag, attrs in page.tags
+               if tag in ("img", "source")]  # fmt: skip
+    assert len(sources) > 20
+    assert all(source.startswith("data:image/") for source in sources)
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert links and all(link.startswith("#") for link in links)
+
+
+def test_everything_written_is_private_and_whole(run):
+    assert (run / "report.html").stat().st_mode & 0o777 == 0o600
+    figures = run / "figures"
+    assert figures.stat().st_mode & 0o777 == 0o700
+    names = {path.stem for path in figures.iterdir()}
+    assert {"sft_loss", "cpo_loss", "cpo_reward_margin", "cpo_reward_accuracy", "accuracy", "f1",
+            "concept_graph", "cpo_learning_rate", "cpo_grad_norm"} <= names  # fmt: skip
+    for path in figures.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_same_run_gives_the_same_page(run):
+    before = (run / "report.html").read_bytes()
+    assert write_report(run).read_bytes() == before
+
+
+def test_word_diff_marks_what_changed_and_loses_nothing():
+    before, after = word_diff(REPORT, EDITED)
+    assert "".join(text for _, text in before) == REPORT
+    assert "".join(text for _, text in after) == EDITED
+    kept = "".join(text for changed, text in after if not changed)
+    assert "The cardiac silhouette is mildly enlarged." in kept
+    assert "pneumothorax." not in kept
+    assert word_diff("same words", "same words") == ([(False, "same words")],) * 2
+    assert word_diff("", "new ") == ([], [(True, "new"), (False, " ")])
+
+
+def test_running_mean_keeps_a_line_and_smooths_noise():
+    line = [2.0 * i for i in range(100)]
+    assert running_mean(line)[10:90] == pytest.approx(line[10:90])
+    assert running_mean([1.0, -1.0] * 50)[50] == pytest.approx(0, abs=0.25)
+
+
+def test_a_run_that_only_trained_still_gets_its_page(tmp_path):
+    folder = tmp_path / "short"
+    folder.mkdir()
+    row = {"stage": "cpo", "step": 1, "loss": 0.6931, "grad_norm": None}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + '\n{"stage": "cpo", "st')
+    page = Elements(write_report(folder))
+    assert "summary.json is missing" in page.text
+    assert "metrics.jsonl: 1 damaged lines" in page.text
+    assert [path.name for path in (folder / "figures").iterdir()] == ["cpo_loss.png"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"neither metrics\.jsonl nor summary\.json"):
+        write_report(tmp_path)
+    assert main([str(tmp_path / "gone")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_damaged_concept_graph_is_noted(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "summary.json").write_text('{"data": {"read": 3, "used": 2}}')
+    (folder / "concept_graph.json").write_text("{}")
+    assert "concept_graph.json cannot be drawn" in Elements(write_report(folder)).text
+
+
+def test_comparison_shows_what_differs(comparison, run):
+    page = Elements(comparison)
+    assert "phantom" in page.text and "other" in page.text
+    assert re.search(r"seed\s*42\s*43", page.text)
+    assert "learning_rate" not in page.text, "an equal flag is shown as a difference"
+    assert comparison.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UsageError, match="at least two"):
+        write_comparison([run], comparison)
+
+
+NO_BROWSER = "no Chromium on this machine: apt-get install chromium"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if Browser.PATH is None:
+        pytest.skip(NO_BROWSER)
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("which", ["run", "comparison"])
+def test_a_browser_shows_it_whole_and_quietly(browser, run, comparison, which, width):
+    page = run / "report.html" if which == "run" else comparison
+    browser.open(page.as_uri(), width, dark=width == 390)
+    complaints = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    assert [event for event in browser.events if event["method"] in complaints] == []
+    asked = [event["params"]["request"]["url"] for event in browser.events
+             if event["method"] == "Network.requestWillBeSent"]  # fmt: skip
+    assert {url.split(":", 1)[0] for url in asked} == {"file", "data"}
+    assert [url for url in asked if url.startswith("file")] == [page.as_uri()]
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    drawn = "[...document.images].filter(i => i.complete && i.naturalWidth > 0).length"
+    assert browser.evaluate(drawn) == browser.evaluate("document.images.length") > 5
+    # Only a table may be wider than the page, and it scrolls inside its own frame.
+    outside = """[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&
+        e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.className)"""
+    assert browser.evaluate(outside) == []
