@@ -1,4 +1,7 @@
-"""Stage 1: files -> Study. What lies on disk is told apart by itself and read as a stream."""
+"""Stage 1: files -> Study, or Preference where a file already holds preferences.
+
+What lies on disk is told apart by itself and read as a stream.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from cpo_fast.data import mimic, openi
 from cpo_fast.data.mimic import MimicSource
 from cpo_fast.data.openi import OpenISource
+from cpo_fast.data.preferences import PreferenceSource, is_preference_file, open_preferences
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import StudySource
 from cpo_fast.errors import DataError, UsageError
@@ -93,7 +97,10 @@ __all__ = [
     "STUDY_FORMATS",
     "MimicSource",
     "OpenISource",
+    "PreferenceSource",
     "StudySource",
+    "is_preference_file",
+    "open_preferences",
     "open_studies",
     "study_format",
 ]

@@ -16,9 +16,6 @@ from typing import IO, BinaryIO, cast
 
 from cpo_fast.errors import DataError, RecordError
 
-MAX_LINE_BYTES = 64_000_000
-"""Longest line of a JSONL file that is parsed: room for a base64 image or two."""
-
 MAX_CSV_LINE_BYTES = 1_000_000
 MAX_REPORT_BYTES = 1_000_000
 

@@ -8,7 +8,8 @@ A, B.", behind the report in `<think>` tags.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from cpo_fast.types import FINDINGS, Labels
 
@@ -16,6 +17,12 @@ LABEL_NAMES: tuple[str, ...] = (*FINDINGS, "Emphysema")
 """The 14 CheXpert names and Emphysema, which the concept graph and Open-I have besides."""
 
 NO_FINDING = "No Finding"
+
+DEFAULT_PROMPT = (
+    "You are reading a chest radiograph. Describe what it shows the way a radiologist reports it, "
+    "then name the diseases of this patient."
+)
+"""What is asked of the model where a data set brings no prompt of its own."""
 
 UNCERTAIN_POLICIES: dict[str, frozenset[int]] = {
     "negative": frozenset({1}),
@@ -43,6 +50,12 @@ def diagnosis(labels: Labels, *, uncertain: str = "negative") -> tuple[str, ...]
     values = UNCERTAIN_POLICIES[uncertain]
     names = (name for name in LABEL_NAMES if name != NO_FINDING and labels.get(name) in values)
     return tuple(names) or (NO_FINDING,)
+
+
+def question(images: int, prompt: str = DEFAULT_PROMPT) -> tuple[Mapping[str, Any], ...]:
+    """The messages of `Preference.prompt` that ask `prompt` about so many images."""
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
+    return ({"role": "user", "content": content},)
 
 
 def answer(names: Iterable[str]) -> str:

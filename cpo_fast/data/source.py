@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from cpo_fast.errors import DataError
-from cpo_fast.types import Preference, RejectedRecord, Study
+from cpo_fast.types import RejectedRecord, Study
 
 Record = TypeVar("Record")
 
@@ -55,9 +55,3 @@ class StudySource(Source[Study]):
     """Studies of MIMIC-CXR or Open-I."""
 
     noun = "study"
-
-
-class PreferenceSource(Source[Preference]):
-    """Preferences of a file; `kind` is the format that its fields tell."""
-
-    noun = "preference"

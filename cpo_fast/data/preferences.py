@@ -1,0 +1,136 @@
+"""Preference files of trl, ms-swift, LLaMA-Factory, ranked lists, CXR-CounterFact and our own.
+
+The kind is told by the fields of the first good record and holds for the whole file. Rows that
+follow one another with the same images, prompt and chosen answer become one preference with several
+rejected answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from cpo_fast.data.json_files import records
+from cpo_fast.data.preference_rows import PARSERS, tell
+from cpo_fast.data.source import Source
+from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.types import Preference
+
+PREFERENCE_FORMATS = ("auto", *PARSERS)
+
+MAX_REJECTED = 64
+"""Rejected answers that adjacent rows may add up to before the next group begins."""
+
+_PEEK = 1000
+_FIELDS = (
+    "chosen + rejected (trl), messages + rejected_response (ms-swift), conversations + chosen + "
+    "rejected (LLaMA-Factory), context + completions or prompt + answers (ranked), report + "
+    "counterfact (CXR-CounterFact), chosen + rejected_responses or report + counterfactual (ours)"
+)
+
+
+def is_preference_file(dataset: str, dataset_format: str = "auto") -> bool:
+    """Whether `open_preferences` is to read `dataset`: forced by the format, or any file but a
+    .tgz."""
+    if dataset_format != "auto":
+        return dataset_format in PARSERS
+    return Path(dataset).is_file() and not dataset.endswith((".tgz", ".tar.gz"))
+
+
+def _same_question(one: Preference, other: Preference) -> bool:
+    return (
+        one.chosen == other.chosen
+        and one.images == other.images
+        and one.prompt == other.prompt
+        and one.source == other.source
+        and one.weight == other.weight
+    )
+
+
+def _adds_nothing(group: Preference, one: Preference) -> bool:
+    return not one.rejected_images and set(one.rejected) <= set(group.rejected)
+
+
+def _joined(one: Preference, other: Preference) -> Preference:
+    return replace(
+        one,
+        rejected=one.rejected + other.rejected,
+        rejected_images=one.rejected_images + other.rejected_images,
+    )
+
+
+class PreferenceSource(Source[Preference]):
+    """The preferences of one file, streamed; `kind` is its format.
+
+    `read` counts rows. `merged` counts the rows that joined the preference before them, so that at
+    the end `read == yielded + merged + len(rejected)`.
+    """
+
+    noun = "preference"
+
+    def __init__(self, path: str, *, dataset_format: str, image_root: str | None) -> None:
+        super().__init__(dataset_format, path)
+        self.root = str(Path(path).resolve().parent) if image_root is None else image_root
+        self.merged = 0
+        if dataset_format == "auto":
+            self.kind = self._told()
+
+    def _told(self) -> str:
+        for _, row in islice(records(self.path), _PEEK):
+            if not isinstance(row, RecordError) and (kind := tell(row)) is not None:
+                return kind
+        raise DataError(
+            f"{self.path}: unknown format: none of the first {_PEEK} records has the fields "
+            f"{_FIELDS}; name the format with --dataset_format"
+        )
+
+    def _records(self) -> Iterator[Preference]:
+        parse = PARSERS[self.kind]
+        stem = Path(self.path).stem
+        self.merged = 0
+        group: Preference | None = None
+        for line, row in records(self.path):
+            self.read += 1
+            id = f"{stem}:{line}"
+            try:
+                if isinstance(row, RecordError):
+                    raise row
+                one = parse(row, self.root, id)
+                join = group is not None and _same_question(group, one)
+                if join and group is not None and _adds_nothing(group, one):
+                    raise RecordError("duplicate-record", "a record just before says the same")
+            except RecordError as error:
+                self._reject(self.path, line, id, error.reason, error.detail)
+                continue
+            if group is not None and join and len(group.rejected) < MAX_REJECTED:
+                group = _joined(group, one)
+                self.merged += 1
+                continue
+            if group is not None:
+                yield group
+            group = one
+        if group is not None:
+            yield group
+
+
+def open_preferences(
+    path: str, *, dataset_format: str = "auto", image_root: str | None = None
+) -> PreferenceSource:
+    """The preferences of a .json, .jsonl (also .gz) or Parquet file.
+
+    `dataset_format` is one of `PREFERENCE_FORMATS`; image paths are relative to `image_root`, by
+    default the file's folder, and may not leave it. A prompt that is plain text becomes what a user
+    says. Returns an iterable of Preference with `kind`, `path`, `read`, `merged` and `rejected`.
+    Raises UsageError for an unknown format name, DataError when the file cannot be read or its
+    fields tell no format.
+    """
+    if dataset_format not in PREFERENCE_FORMATS:
+        raise UsageError(
+            f"--dataset_format must be one of {', '.join(PREFERENCE_FORMATS)}, "
+            f"not {dataset_format!r}"
+        )
+    if image_root is not None and not Path(image_root).is_dir():
+        raise DataError(f"{image_root}: --image_root is not a folder; give that of the images")
+    return PreferenceSource(path, dataset_format=dataset_format, image_root=image_root)
