@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: TrainArguments) -> dict[str, Any]:
     """Run the stages that `args` names; returns what summary.json holds."""
+    from cpo_fast.phantom import write_phantom
     from cpo_fast.report import write_report
     from cpo_fast.training.base import base_model
     from cpo_fast.training.corpus import read_corpus, tokenise, write_preferences
@@ -42,6 +44,9 @@ def run(args: TrainArguments) -> dict[str, Any]:
     os.umask(0o077)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
     folder = RunFolder(args)
+    if args.dataset == "phantom":
+        data = write_phantom(folder.path / "data", num_studies=args.num_studies, seed=args.seed)
+        args = replace(args, dataset=str(data))
     corpus = read_corpus(args, folder)
     texts = write_preferences(args, folder, corpus)
     base = base_model(args, folder, texts)

@@ -158,6 +158,14 @@ class Counterfactual:
     def to_json(self) -> dict[str, Any]:
         return asdict(replace(self, checks=dict(self.checks)))
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Counterfactual:
+        """Inverse of `to_json`; raises KeyError for a missing field that has no default."""
+        fields = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        for name in ("images", "labels", "counterfactual_labels"):
+            fields[name] = tuple(row[name])
+        return cls(**fields)
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:

@@ -172,14 +172,14 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
     )
     parser.add_argument("--config", default=None, help="YAML file of flags (without the dashes)")
     given = {word.split("=", 1)[0] for word in argv if word.startswith("--")}
-    known, _ = parser.parse_known_args([w for w in argv if w not in ("-h", "--help")])
+    known = parser.parse_args(argv)
     if known.config is not None:
         parser.set_defaults(**read_config(Path(known.config)))
     elif not given & {"--dataset", "--model_name_or_path"}:
         parser.set_defaults(**read_config(EMBEDDED))
-    arguments, rest = parser.parse_args_into_dataclasses(argv)
-    del rest  # the namespace that holds --config
-    return arguments
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    return TrainArguments(**values)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from cpo_fast.concepts import load_graph
+from cpo_fast.concepts.graph import DEFAULT_GRAPH
+from cpo_fast.counterfactual import counterfactuals, preference, sft_preference, study_labels
+from cpo_fast.data import open_studies
 from cpo_fast.errors import DataError, UsageError
+from cpo_fast.packing import encode_all
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
 from cpo_fast.types import (
     Counterfactual,
-    Labels,
     Preference,
     PreferenceGroup,
     RejectedRecord,
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from cpo_fast.training.base import Base
 
 SPLITS = ("train", "validate", "test")
+PREFERENCE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 # --- files -> studies ----------------------------------------------------------------------------
@@ -42,15 +49,10 @@ class Corpus:
 
 def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     """Read the data set; what cannot be used is set aside, and too much of it stops the run."""
-    from cpo_fast.data import is_preference_file, open_preferences, open_studies
-
     dataset = args.dataset
-    if dataset == "phantom":
-        from cpo_fast.phantom import write_phantom
+    if Path(dataset).suffix in PREFERENCE_SUFFIXES:
+        from cpo_fast.data.preferences import open_preferences
 
-        size, seed = args.num_studies, args.seed
-        dataset = str(write_phantom(folder.path / "data", num_studies=size, seed=seed))
-    if is_preference_file(dataset, args.dataset_format):
         source: Any = open_preferences(
             dataset, dataset_format=args.dataset_format, image_root=args.image_root
         )
@@ -67,7 +69,7 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
         corpus = Corpus(source.kind)
         for study in tqdm(source, desc="read", unit="study", disable=None):
             corpus.studies[study.split].append(
-                replace(study, images=study.images[: args.max_images])
+                replace(study, images=study.images[: args.max_images], labels=study_labels(study))
             )
         limits = {
             "train": args.max_train_samples,
@@ -81,13 +83,12 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
     for reason, count in source.reasons().items():
         print(f"data: {count} set aside: {reason}")
-    stop_if_too_bad(args, folder, source.read)
+    stop_if_too_bad(args, folder, len(source.rejected), source.read)
     return corpus
 
 
-def stop_if_too_bad(args: TrainArguments, folder: RunFolder, read: int) -> None:
+def stop_if_too_bad(args: TrainArguments, folder: RunFolder, bad: int, read: int) -> None:
     """DataError when more than `max_bad_fraction` of what was read is set aside."""
-    bad = len({(record.file, record.id) for record in folder.rejected})
     if read and bad / read > args.max_bad_fraction:
         raise DataError(
             f"{bad} of {read} records are set aside, more than --max_bad_fraction "
@@ -112,8 +113,6 @@ class Texts:
 
 def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -> Texts:
     """The graph and counterfactual stages; a preference file needs neither."""
-    from cpo_fast.counterfactual import preference, sft_preference
-
     if corpus.preferences:
         return split_preferences(corpus.preferences, args.eval_fraction, args.seed)
     counterfactuals = make_counterfactuals(args, folder, corpus)
@@ -140,18 +139,15 @@ def make_counterfactuals(
     args: TrainArguments, folder: RunFolder, corpus: Corpus
 ) -> list[Counterfactual]:
     """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
-    from cpo_fast.concepts import load_graph, write_graph
-    from cpo_fast.counterfactual import counterfactuals, read_counterfactuals
-
     path = folder.path / "counterfactuals.jsonl"
     graph = load_graph(args.concept_graph)
     if "graph" in args.stage_names:
-        write_graph(graph, folder.path / "concept_graph.json")
+        shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
     if args.counterfactuals is not None or "counterfactual" not in args.stage_names:
         given = Path(args.counterfactuals or path)
         if not given.is_file():
             raise UsageError(f"{given}: no such file; add counterfactual to --stages")
-        return list(read_counterfactuals(given))
+        return read_counterfactuals(given)
     studies = [study for split in SPLITS for study in corpus.studies[split]]
     made = counterfactuals(studies, graph, num_targets=args.num_targets, seed=args.seed)
     bar = tqdm(made, desc="counterfactuals", unit="report", disable=None,
@@ -169,6 +165,19 @@ def make_counterfactuals(
     folder.summary["data"]["counterfactuals"] = len(passed)
     print(f"counterfactuals: {len(passed)} of {len(studies) * args.num_targets} pass all checks")
     return passed
+
+
+def read_counterfactuals(path: Path) -> list[Counterfactual]:
+    """The lines of a counterfactuals.jsonl; DataError naming the line that is none."""
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                found.append(Counterfactual.from_json(json.loads(line)))
+            except (KeyError, TypeError, ValueError) as error:
+                kind = type(error).__name__
+                raise DataError(f"{path}:{number}: not a counterfactual record ({kind})") from None
+    return found
 
 
 def split_preferences(preferences: Sequence[Preference], share: float, seed: int) -> Texts:
@@ -195,9 +204,8 @@ class Samples:
 
 def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
     """Encode all samples; those that cannot be are set aside."""
-    from cpo_fast.packing import encode_all
-
     samples = Samples({}, {})
+    bad = 0
     for stage in ("sft", "cpo"):
         for split, preferences in getattr(texts, stage).items():
             if not preferences:
@@ -213,7 +221,9 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
             )
             getattr(samples, stage)[split] = done.groups
             folder.reject(done.rejected)
+            bad += len(done.rejected)
             if done.truncated:
                 print(f"{stage}: {done.truncated} responses cut to --max_length {args.max_length}")
-    stop_if_too_bad(args, folder, folder.summary["data"]["read"])
+    total = sum(len(split) for stage in (texts.sft, texts.cpo) for split in stage.values())
+    stop_if_too_bad(args, folder, bad, total)
     return samples

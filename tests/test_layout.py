@@ -1,0 +1,66 @@
+"""What the package promises about itself: light imports, its commands, its layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("data", "concepts", "counterfactual", "packing", "model", "loss", "training",
+          "evaluation", "report")  # fmt: skip
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has after `statement`."""
+    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in json.loads(done.stdout)}
+
+
+def test_importing_the_package_loads_not_even_torch() -> None:
+    assert not loaded_by("import cpo_fast") & {"torch", "transformers", "triton", "peft"}
+
+
+def test_the_loss_op_needs_neither_transformers_nor_peft() -> None:
+    modules = loaded_by("from cpo_fast import cpo_loss, linear_logprobs")
+    assert "torch" in modules
+    assert not modules & {"transformers", "peft", "triton", "networkx", "matplotlib", "sklearn"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_earlier_stages_only(stage: str) -> None:
+    allowed = {"types", "errors", "version", *STAGES[: STAGES.index(stage) + 1]}
+    for path in (ROOT / "cpo_fast" / stage).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        imported = re.findall(r"^\s*(?:from|import) cpo_fast\.(\w+)", text, flags=re.M)
+        imported += [
+            name.strip().split(" ")[0]
+            for names in re.findall(r"^\s*from cpo_fast import ([\w, ]+)", text, flags=re.M)
+            for name in names.split(",")
+            if name.strip() in STAGES
+        ]
+        outside = set(imported) - allowed - ({"kernels"} if stage == "loss" else set())
+        assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
+
+
+def test_make_help_lists_the_promised_targets() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("setup", "train", "test", "real", "bench", "lint", "help"):
+        assert f"make {target} " in done.stdout
+
+
+def test_plain_pytest_collects_tests_and_benchmark_collects_bench() -> None:
+    def collected(*flags: str) -> str:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout
+
+    bench = collected("--benchmark")
+    assert "bench/bench_" in bench and "tests/test_" not in bench
+    tests = collected("--ignore=tests/gpu", "-k", "layout")
+    assert "tests/test_layout" in tests and "bench/bench_" not in tests
