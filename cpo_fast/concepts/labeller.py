@@ -13,15 +13,18 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from cpo_fast.concepts.labeller_phrases import (
+    EXEMPTION,
     MENTIONS,
     NEGATION_AFTER,
     NEGATION_BEFORE,
     NORMALITY,
+    ONE_SIDE,
     OPPOSED,
     PSEUDO_NEGATION,
     SCOPE_BREAK,
     UNCERTAIN_AFTER,
     UNCERTAIN_BEFORE,
+    UNCERTAIN_BREAK,
 )
 from cpo_fast.types import FINDINGS
 
@@ -33,11 +36,14 @@ _MENTIONS = {
 }
 _NORMALITY = tuple((re.compile(p), frozenset(f or MENTIONS)) for p, f in NORMALITY)
 _OPPOSED = tuple((name, re.compile(p)) for name, p in OPPOSED)
+_EXEMPTION = re.compile(EXEMPTION)
+_ONE_SIDE = re.compile(ONE_SIDE)
 _PRE_NEG = re.compile(NEGATION_BEFORE)
 _POST_NEG = re.compile(NEGATION_AFTER)
 _PRE_UNC = re.compile(UNCERTAIN_BEFORE)
 _POST_UNC = re.compile(UNCERTAIN_AFTER)
 _BREAK = re.compile(SCOPE_BREAK)
+_DOUBT_BREAK = re.compile(UNCERTAIN_BREAK)
 _PSEUDO = re.compile(PSEUDO_NEGATION)
 _SENTENCE = re.compile(r"(?<=[.?!])\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|\s(?=\d{1,2}\. +[A-Za-z])")
 _SECTION = re.compile(r"^\s*(?:FINDINGS|IMPRESSION):", re.M)
@@ -64,37 +70,38 @@ def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
 
 def _polarity(sentence: str, start: int, end: int) -> int:
     before, after = sentence[:start], sentence[end:]
-    negated = _reaches(_PRE_NEG, before) or _POST_NEG.search(after) is not None
-    if _POST_UNC.search(after) or _reaches_uncertain(before, negated):
+    if _POST_UNC.search(after) or _reaches(_PRE_UNC, before, _DOUBT_BREAK):
         return -1
-    return 0 if negated else 1
+    return 0 if _reaches(_PRE_NEG, before, _BREAK) or _POST_NEG.search(after) else 1
 
 
-def _reaches(cue: re.Pattern[str], before: str) -> bool:
+def _reaches(cue: re.Pattern[str], before: str, end: re.Pattern[str]) -> bool:
     """Whether some cue in `before` is followed by no word that ends its reach."""
     last = None
     for last in cue.finditer(before):
         pass
-    return last is not None and _BREAK.search(before, last.end()) is None
-
-
-def _reaches_uncertain(before: str, negated: bool) -> bool:
-    last = None
-    for last in _PRE_UNC.finditer(before):
-        pass
-    if last is None or _BREAK.search(before, last.end()) is not None:
-        return False
-    return not (negated and last.group() in ("or", "and/or"))
+    return last is not None and end.search(before, last.end()) is None
 
 
 @lru_cache(maxsize=1 << 17)
 def ruled_out(sentence: str) -> frozenset[str]:
-    """Findings that a lower-case sentence denies: by name, or by a statement that all is normal there."""
+    """Findings that a lower-case sentence denies: by name, or by a statement that all is normal there.
+
+    A statement about one lung alone rules nothing out; see `clear_side`.
+    """
     out = {name for name, polarity in sentence_mentions(sentence) if polarity == 0}
+    if clear_side(sentence) or _EXEMPTION.search(sentence):
+        return frozenset(out)
     for pattern, findings in _NORMALITY:
         if pattern.search(sentence):
             out |= findings
     return frozenset(out)
+
+
+def clear_side(sentence: str) -> str:
+    """ "right" or "left" where a lower-case sentence calls that lung alone clear, else ""."""
+    match = _ONE_SIDE.search(sentence)
+    return (match.group(1) or match.group(2)) if match else ""
 
 
 def label_report(text: str) -> dict[str, int | None]:

@@ -23,14 +23,14 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"enlargement of (?:the )?(?:heart|cardiac|cardiopericardial)",
         r"(?:heart|cardiac silhouette|cardiac shadow|cardiac size|cardiopericardial silhouette|"
         r"cardiac contours?|cardiomediastinal silhouette|heart silhouette|cardiac and mediastinal silhouettes?)"
-        r"(?: size| shadow| silhouette| contour)?(?:(?! and| with|,|;| not| normal| pulmonary).){0,35}?"
+        r"(?: size| shadow| silhouette| contour)?(?:(?! and| with|,|;| not\b| normal| pulmonary).){0,35}?"
         r"\b(?:enlarge[dment]*|large|big)\b",
         r"large heart",
         r"increase in heart size",
     ),
     "Consolidation": (r"consolidat\w+",),
     "Edema": (
-        r"(?:pulmonary |interstitial |alveolar |vascular |lung |airspace )?(?:o?edema)(?! of the (?:soft|arm|neck))",
+        r"(?:pulmonary |interstitial |alveolar |vascular |lung |airspace )?(?<!soft tissue )(?:o?edema)(?! of the (?:soft|arm|neck))",
         r"(?:vascular|venous|pulmonary|hilar|interstitial|central|perihilar) congesti\w+",
         r"congesti(?:on|ve)\b",
         r"vascular(?:ity)? (?:\w+ ){0,3}(?:engorge\w+|prominen\w+|congest\w+|redistribution|enlarged?)",
@@ -43,18 +43,17 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"fluid overload",
         r"volume overload",
         r"vascular engorgement",
+        r"engorged",
     ),
     "Emphysema": (
-        r"emphysema\w*",
-        r"bullous",
-        r"\bbulla[e]?\b",
-        r"\bblebs?\b",
+        r"(?<!subcutaneous )(?<!mediastinal )(?<!tissue )(?<!wall )emphysema\w*",
+        r"bullous (?:lung )?disease",
     ),
     "Enlarged Cardiomediastinum": (
         r"(?:widen(?:ed|ing)|enlarge[dment]*|prominen(?:t|ce)) (?:of )?(?:the )?(?:\w+ ){0,2}(?:cardio ?)?mediastin\w+",
-        r"mediastin(?:um|al)(?! (?:is |are )?(?:normal|unremarkable|stable))(?: \w+){0,4}? (?:widen(?:ed|ing)|"
+        r"mediastin(?:um|al)(?! (?:is |are )?(?:normal|unremarkable|stable))(?: (?!not\b)\w+){0,4}? (?:widen(?:ed|ing)|"
         r"enlarge[dment]*|prominen(?:t|ce)|wide|fullness)",
-        r"cardiomediastinal silhouette (?:\w+ ){0,4}enlarged",
+        r"cardiomediastinal silhouette (?:(?!not\b)\w+ ){0,4}enlarged",
     ),
     "Fracture": (r"fractur\w*", r"compression deformit\w+", r"rib deformit\w+"),
     "Lung Lesion": (
@@ -101,12 +100,11 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"(?<!history of )(?:broncho)?pneumonias?",
         r"\bpneumonitis",
         r"pneumonic",
-        r"infectio\w+(?! control)",
     ),
     "Pneumothorax": (r"(?:hydro|hemo)?pneumo ?thora\w+",),
     "Support Devices": (
         r"catheter\w*",
-        r"\blines?\b(?= (?:tip|terminat|in place|is|with|overl|project))",
+        r"(?<!pleural )\blines?\b(?= (?:tip|terminat|in place|is|with|overl|project))",
         r"(?:central venous|picc|subclavian|jugular|midline|dialysis) (?:venous )?(?:line|catheter)",
         r"picc",
         r"pacemaker|pacer\b|pacing|\baicd\b|\bicd\b|defibrillator|generator",
@@ -129,21 +127,29 @@ NEGATION_BEFORE = (
     r"exclude[sd]|fail(?:s|ed)? to|nothing|un(?:likely|remarkable) for)\b"
 )
 NEGATION_AFTER = (
-    r"^[^,;]{0,40}?\b(?:(?:is|are|was|were|has been|have been|has|have) (?:now |since |completely |\w+ly )?"
-    r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)|"
-    r"(?:resolved|cleared|unlikely|absent)\b|no longer|not (?:seen|identified|present|visualized|enlarged))"
+    r"^[^,;.]{0,40}?\b(?:(?:is|are|was|were|has been|have been|has|have) (?:now |since |completely |\w+ly )?"
+    r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)\b|(?:resolved|cleared|unlikely)\b|"
+    r"no longer|not (?:seen|identified|present|visualized|enlarged|evident)|"
+    r"(?:is |are |appears? )?(?:within (?:\w+ )?(?:normal limits|limits of normal)|normal\b))"
 )
 UNCERTAIN_BEFORE = (
-    r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|suspicio\w+|suspected|"
-    r"suspect|concern\w*|worrisome|versus|vs|or|and/or|difficult to exclude|exclude|consider\w*|"
-    r"differential|indeterminate|query|evaluate|rule out|if|doubt\w*|uncertain|unclear|borderline|"
-    r"perhaps|less likely|not excluded|correlate|conceivable|conceivably|presum\w+|whether|potential\w*|"
-    r"risk|predispos\w+|upper limits|top normal|history|prior|previous\w*|preclude)\b"
+    r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|suspicio\w+|"
+    r"suspected|suspect|suggest\w*|concern\w*|worrisome|difficult to exclude|exclude|consider\w*|differential|"
+    r"indeterminate|query|evaluate|rule out|if|doubt\w*|uncertain|unclear|borderline|perhaps|less likely|"
+    r"not excluded|correlate|conceivabl[ey]|presum\w+|whether|potential\w*|risk|predispos\w+|upper limits|"
+    r"top normal|history|prior|previous\w*|preclude|sequela\w*)\b"
 )
+UNCERTAIN_BREAK = (
+    r"\b(?:but|however|although|though|except|there (?:is|are)|(?:is|are) (?:noted|seen|present)|"
+    r"(?:again|also) (?:noted|seen)|with (?:stable|small|large|persistent|interval|associated|unchanged)|"
+    r"secondary to|consistent with|compatible with)\b|[;:.]"
+)
+"""Ends the reach of a cue of doubt that stands before a mention."""
+
 UNCERTAIN_AFTER = (
-    r"^[^;]{0,60}?\b(?:(?:is|are) (?:possible|suspected|questioned|(?:not )?excluded|considered|difficult to exclude)|"
+    r"^[^;.]{0,60}?\b(?:(?:is|are) (?:possible|suspected|questioned|(?:not )?excluded|considered|difficult to exclude)|"
     r"(?:can ?not|can't|could not|may not|not|difficult to) (?:\w+ )?(?:be )?(?:\w+ )?(?:exclude\w*|ruled out)|"
-    r"(?:would|could|may|might|should) (?:also )?(?:be|have|look)|possible\b|suspected|versus|vs\b|in the differential|"
+    r"(?:would|could|may|might|should) (?:also )?(?:be|have|look)|possible\b|suspected|in the differential|"
     r"(?:not|n't) (?:completely |entirely )?excluded)"
 )
 SCOPE_BREAK = (
@@ -151,7 +157,7 @@ SCOPE_BREAK = (
     r"secondary to|due to|there is|there are|with (?:stable|mild|moderate|small|large|persistent|a|the|"
     r"interval|minimal|bilateral|right|left|chronic|some|associated)|is|are|was|were|has|have|appears?|remains?|"
     r"shows?|demonstrates?|represents?|consistent with|compatible with|reflects?|seen|noted|present|identified|"
-    r"since|because|given|from|than)\b|[;:]"
+    r"since|because|given|than)\b|[;:]"
 )
 """Between a cue before a mention and the mention: ends the reach of the cue."""
 
@@ -165,11 +171,12 @@ PSEUDO_NEGATION = (
 
 # --- what a statement of normality rules out: for the checks on counterfactuals, not for labels --------
 
-_BE = r"(?:\s(?:is|are|was|were|appears?|remains?|both|again|grossly|also|well|expanded|hyperinflated|symmetrically|normally|inflated|otherwise|,|and|stable|size|XXXX|xxxx))*"
-_NORMAL = (
-    r"\s(?:normal|within (?:the )?(?:\w+ )?(?:normal limits|limits of normal)|unremarkable|"
-    r"of normal size|not (?:\w+ )?enlarged|normal-sized)\b"
+_FINE = (
+    r"\b(?:normal|within (?:the )?(?:\w+ )?(?:normal limits|limits of normal)|unremarkable|"
+    r"not (?:\w+ )?enlarged|normal-sized)\b"
 )
+_BONES = r"\bbon[ey]|osse|skelet|fracture|displaced|spin[ea]|abdom|\bribs?\b|cervical|thorax are"
+_ACUTE = ("Consolidation", "Edema", "Pneumonia", "Pneumothorax", "Pleural Effusion")
 _AIRSPACE = ("Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Lung Opacity", "Pneumonia")
 
 NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -177,10 +184,20 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
         r"\blungs?(?: fields?| parenchyma)?(?:(?!otherwise)[^,;.]){0,40}?\bclear\b(?! (?:of|from))",
         _AIRSPACE,
     ),
-    (r"^(?:well[- ]expanded and )?clear lungs\b|\band clear lungs\b|^lungs clear", _AIRSPACE),
+    (r"\b(?:well[- ](?:expanded|inflated) and )?clear lungs\b", _AIRSPACE),
+    (r"\bthey are (?:grossly )?clear\b", _AIRSPACE),
+    (
+        r"\blungs?\b(?:(?! of |volume)[^,;.]){0,45}?\b(?:unremarkable|normal|no acute \w+)\b(?!ly)",
+        _AIRSPACE,
+    ),
+    (r"\blung volumes?\b[^,;.]{0,30}" + _FINE, ("Emphysema",)),
+    (
+        r"\blungs? (?:are |is |appear )?(?:\w+ )?normally (?:inflated|expanded|aerated)",
+        ("Emphysema",),
+    ),
     (
         r"\bheart(?: size| silhouette| shadow| contours?)?(?:(?!enlarged|,| with)[^;.]){0,60}?"
-        + _NORMAL[2:],
+        + _FINE,
         ("Cardiomegaly",),
     ),
     (
@@ -189,42 +206,43 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"\b(?:cardiac|cardio ?mediastinal)(?: and mediastinal)? (?:silhouettes?|contours?|size|shadow|structures)"
-        r"(?:(?!enlarged| with)[^;.]){0,60}?" + _NORMAL[2:],
+        r"(?:(?!enlarged| with)[^;.]){0,60}?" + _FINE,
         ("Cardiomegaly",),
     ),
     (
-        r"\b(?:cardio ?)?mediastin(?:um|al)(?: (?:silhouettes?|contours?|structures|width))?(?:(?!enlarged|widened| with)[^;.]){0,50}?"
-        + _NORMAL[2:],
+        r"\b(?:cardio ?)?mediastin(?:um|al)(?: (?:silhouettes?|contours?|structures|width))?"
+        r"(?:(?!enlarged|widened| with)[^;.]){0,50}?" + _FINE,
         ("Enlarged Cardiomediastinum",),
     ),
-    (r"\bnormal (?:cardio ?)?mediastin", ("Enlarged Cardiomediastinum",)),
-    (r"\bnormal heart size and mediastin", ("Enlarged Cardiomediastinum",)),
+    (r"\bnormal (?:heart size and )?(?:cardio ?)?mediastin", ("Enlarged Cardiomediastinum",)),
     (
         r"\bvascul(?:arity|ature|ar (?:pattern|markings|engorgement))(?:(?!congest|prominent)[^;.]){0,50}?"
-        + _NORMAL[2:],
+        + _FINE,
         ("Edema",),
     ),
     (r"\bnormal (?:pulmonary )?vascul", ("Edema",)),
     (
-        r"\b(?:pleural spaces?|costophrenic (?:angles?|sulci|recesses)|pleura)(?:[^,;.]){0,30}?\b(?:clear|sharp|normal|unremarkable)\b",
-        ("Pleural Effusion",),
+        r"\b(?:pleural spaces?|costophrenic (?:angles?|sulci|recesses)|pleura)(?:[^,;.]){0,30}?"
+        r"\b(?:clear|sharp|normal|unremarkable|no acute \w+)\b",
+        ("Pleural Effusion", "Pneumothorax"),
     ),
     (
-        r"\b(?:lungs|lung volumes) (?:are |appear )?(?:\w+ )?(?:normally inflated|normal in (?:volume|inflation)|normal)\b",
-        ("Emphysema", *_AIRSPACE),
-    ),
-    (
-        r"^normal chest|chest (?:x-?\w+ |radiograph )?is normal|negative chest|normal (?:chest )?(?:exam|x-?\w+|radiograph)",
+        r"^normal chest|chest (?:x-?ray |x-xxxx |radiograph |film )?is normal|negative chest|^normal (?:exam|study)",
         (),
     ),
     (
-        r"\b(?:no|negative for|without)\b(?:(?!\bbony\b|osse|\bbone|skelet|fracture|displaced|spine|abdom|rib)[^.;,]){0,60}?\b(?:acute|active)\b"
-        r"(?: (?:or|and) (?:acute|active|chronic))?(?:(?!\bbony\b|osse|\bbone|skelet|fracture|displaced|spine|abdom|\brib)[^.;]){0,50}?"
-        r"\b(?:abnormalit\w+|disease|process\w*|findings?|patholog\w+|changes?)\b",
-        ("Consolidation", "Edema", "Pneumonia", "Pneumothorax", "Pleural Effusion"),
+        rf"^(?:(?!{_BONES})[^;])*?\b(?:no|negative for|without)\b(?:(?!{_BONES})[^.;,]){{0,60}}?\b(?:acute|active)\b"
+        rf"(?:(?!{_BONES})[^.;]){{0,60}}?\b(?:abnormalit\w+|disease|process\w*|findings?|patholog\w+|changes?)\b",
+        _ACUTE,
     ),
 )
 """(expression, findings that the statement rules out); an empty tuple rules out every finding."""
+
+EXEMPTION = r"\b(?:otherwise|besides|except|apart from|aside from|other than|remainder|remaining)\b"
+"""A normal statement with one of these makes room for a finding."""
+
+ONE_SIDE = r"\b(?:(right|left) (?:lung|hemithorax)\b[^.;,]*\bclear\b|clear (right|left) lung\b)"
+"""A statement that one lung is clear."""
 
 OPPOSED: tuple[tuple[str, str], ...] = (
     (

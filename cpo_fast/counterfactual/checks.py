@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 
-from cpo_fast.concepts.labeller import label_report, opposed, ruled_out, sentences
+from cpo_fast.concepts.labeller import (
+    label_report,
+    clear_side,
+    opposed,
+    ruled_out,
+    sentence_mentions,
+    sentences,
+)
 from cpo_fast.types import ConceptGraph, Report
 
 MIN_LENGTH, MAX_LENGTH, LENGTH_ALLOWANCE = 0.35, 2.0, 160
@@ -31,6 +38,24 @@ def _asserted(text: str) -> frozenset[str]:
     return frozenset(name for name, value in labels.items() if value == 1)
 
 
+_LUNG = frozenset(
+    {"Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Lung Opacity", "Pneumonia"}
+)
+
+
+def _side_conflict(lines: list[str], target: str) -> bool:
+    """Whether a lung is called clear on a side where the target is asserted (Edema: on any side)."""
+    if target not in _LUNG:
+        return False
+    clear = {side for side in map(clear_side, lines) if side}
+    if not clear:
+        return False
+    if target == "Edema":
+        return True
+    where = " ".join(s for s in lines if (target, 1) in sentence_mentions(s)).split()
+    return any(side in where for side in clear) or not {"right", "left"} & set(where)
+
+
 @lru_cache(maxsize=1 << 12)
 def _words(text: str) -> Counter[str]:
     return Counter(text.lower().split())
@@ -42,7 +67,7 @@ def check(
     """{name of check: passed} of a counterfactual towards `target`.
 
     differs, format (the same sections), target (asserted in every section), no_denial (no sentence rules
-    the target out), no_exclusion (nothing that the graph excludes is asserted), survivors (every other
+    the target out), sides (no lung is called clear where the target is), no_exclusion (nothing that the graph excludes is asserted), survivors (every other
     asserted finding still is), nothing_else (no finding but the target is new), length, edits.
     """
     before, after = original.text, counterfactual.text
@@ -60,6 +85,7 @@ def check(
         and bool(original.impression) == bool(counterfactual.impression),
         "target": bool(parts) and all(target in _asserted(part) for part in parts),
         "no_denial": not any(target in ruled_out(s) for s in lines),
+        "sides": not _side_conflict(lines, target),
         "no_exclusion": not gone & new and not any(target in opposed(s) for s in lines),
         "survivors": old - gone - calm <= new,
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),

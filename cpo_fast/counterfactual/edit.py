@@ -21,12 +21,13 @@ _PREDICATE = re.compile(
 _CONNECTOR = re.compile(
     r"\s*;\s+|,?\s+(?:but|however|although|though|while|whereas)\s+|"
     r",?\s+(?:and|with)\s+(?=(?:there (?:is|are)|no|without|clear|normal)\b)|"
+    r",?\s+otherwise,?\s+(?=(?:no|negative|without|clear|normal|unremarkable)\b)|"
     r",?\s+and\s+(?=(?:the |both )?(?:lungs?|heart|mediastin\w+|pulmonary vascul\w+|cardi\w+)\b)|"
     r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
     r"\s+(?=without\b)"
 )
 _NEGATION = re.compile(
-    r"^(?:(?:specifically|otherwise|also|again|currently|and|there(?: is| are| was| were| has been|"
+    r"^(?:(?:specifically|otherwise|also|again|currently|and|grossly|they are|are|which are|there(?: is| are| was| were| has been|"
     r" have been)|(?:the |both )?lungs?(?: fields?)?(?: is| are| appear| remain| do not| show)*"
     r"(?: grossly| otherwise)?)\s*,?\s*)*"
     r"(?:no|without|negative for|free of|clear of|free from)\b"
@@ -57,7 +58,7 @@ _ALL_NORMAL = re.compile(
     r"^normal$|^negative$"
 )
 _NORMAL = (
-    r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear|not (?:\w+ )?enlarged|"
+    r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|from)\b)|not (?:\w+ )?enlarged|"
     r"(?:at )?(?:the )?upper limits of normal|top normal|borderline|of normal|well[- ](?:expanded|inflated|aerated)|"
     r"normally (?:inflated|expanded|aerated)|fully (?:expanded|inflated)|sharp)\b"
 )
@@ -68,7 +69,7 @@ _POST = re.compile(
 )
 _PRE = re.compile(
     r"^(?P<predicate>(?:grossly |essentially |well[- ]expanded and |well[- ]inflated and )?"
-    r"(?:normal(?:[- ]sized)?|unremarkable|clear|borderline|top normal))(?P<adverb>(?: appearing| appearance of| size of| size)?(?: the)?)"
+    r"(?:normal(?:[- ]sized)?|unremarkable|clear(?! (?:of|from)\b)|borderline|top normal))(?P<adverb>(?: appearing| appearance of| size of| size)?(?: the)?)"
     r"\s+(?P<subject>.+)$"
 )
 _TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -83,10 +84,20 @@ _TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("pleura", re.compile(r"pleura|costophrenic|sulci|\bcp angles")),
     ("lungs", re.compile(r"\blungs?\b|parenchyma|airspaces?|\bhemithora")),
 )
+_REST = re.compile(
+    r"^(?:(?:they|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|both|still|also)\s+)*"
+    r"(?:clear|normal|unremarkable)(?: bilaterally)?$"
+)
+_SAYS_NOTHING_ACUTE = re.compile(
+    r"^(?P<subject>.+?)\s+(?:shows?|reveals?|demonstrates?|(?:is|are)(?= without)|with)\s+(?:no|without)"
+    r"(?: (?:evidence|convincing|definite|evident|of))*\s+(?:acute|active)\b(?:\s+\w+){1,3}$"
+)
+_BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
+_EXEMPT = re.compile(r"\b(?:besides|except|apart from|aside from|other than)\b")
 _INFLATED = re.compile(r"(?:well|normally|fully|clear and)[- ](?:expanded|inflated|aerated)")
 _NEGATIVE_WORD = re.compile(
-    r"\b(?:no|not|without|resol\w+|clear\w*|unlikely|negative|absen\w+|free|rather than|removal|exclude\w*|"
-    r"improv\w+|nor|never|normal)\b"
+    r"\b(?:no|not|without|resolved|resolution|clear(?:ed|ing)?|unlikely|negative|absen\w+|free|rather than|removal|exclude\w*|"
+    r"nor|never|normal)\b"
 )
 _SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
 _PLURAL = re.compile(r"(?:(?<!s)s|ae|ces|ses|\bxxxx)$")
@@ -115,8 +126,10 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     pieces = _clauses(body)
     kept: list[tuple[str, str]] = []
     changed = False
+    context = ""
     for connector, clause in pieces:
-        new = _edit_clause(clause, lex, where)
+        new = _edit_clause(clause, lex, where, context)
+        context += " " + clause.lower()
         changed = changed or new != clause
         if new:
             kept.append((connector, new))
@@ -179,10 +192,22 @@ def _hollow(clause: str) -> bool:
     return len(re.findall(r"[a-z]{3,}", clause.lower())) < 1
 
 
-def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str]) -> str:
+def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str) -> str:
+    """`clause` without what contradicts the target; `context` is the sentence before it."""
     lower = clause.lower()
+    if _EXEMPT.search(lower):
+        return clause
+    if _REST.match(lower) and "lung" in context:
+        named = sides(context)
+        elsewhere = bool(named) and not named & where
+        return clause if "lungs" not in lex.topics or "otherwise" in lower or elsewhere else ""
+    quiet = _SAYS_NOTHING_ACUTE.match(lower)
+    if quiet is not None:
+        return _edit_quiet(clause, quiet.group("subject"), lex)
     cue = _NEGATION.match(lower)
     if cue is not None:
+        if _BONES.search(context) and not lex.denied.search(lower):
+            return clause
         return _edit_denial(clause, cue.end(), lex)
     if _ALL_NORMAL.search(lower):
         return ""
@@ -198,6 +223,14 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str]) -> str:
         if not named or named & where:
             return ""
     return clause
+
+
+def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
+    """ "The lungs and pleural spaces show no acute abnormality": dropped for a disease of one of them."""
+    if _BONES.search(subject):
+        return clause
+    topics = {name for name, pattern in _TOPICS if pattern.search(subject)}
+    return "" if lex.acute or topics & lex.topics else clause
 
 
 def _denied_in(lower: str, lex: Lexicon) -> bool:
@@ -297,9 +330,9 @@ def _contradicted(subject: str, predicate: str, lex: Lexicon, where: frozenset[s
         return False
     if topic == "lungs" and "inflation" in lex.topics and _INFLATED.search(predicate):
         return True
-    if topic == "lungs" and not re.search(r"clear|normal|unremarkable", predicate):
+    if topic == "lungs" and not re.search(r"\b(?:clear|normal|unremarkable)\b", predicate):
         return False
-    if topic == "lungs" and "inflation" in lex.topics and re.search(r"^\s*normal", predicate):
+    if topic == "lungs" and "inflation" in lex.topics and re.search(r"^\s*normal\b", predicate):
         return True
     return topic in lex.topics
 

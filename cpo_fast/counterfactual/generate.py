@@ -63,7 +63,7 @@ def counterfactuals(
         if targets:
             chosen = list(targets)[:num_targets]
         else:
-            chosen = choose_targets(graph, study.study_id, merged, num_targets, seed)
+            chosen = choose_targets(graph, study.study_id, merged, stated, num_targets, seed)
         for target in chosen:
             yield _one(study, graph, labels, target, merged.get(target) == 1, seed)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from cpo_fast.counterfactual.lexicon import _Key
 from cpo_fast.types import ConceptGraph, Labels
 
-NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.25, 0.5, 0.5
+NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.1, 0.5, 0.5
 """Weights of the score: attributes shared with a present disease; the report speaks of the target; a
 present disease excludes it; a draw by seed and study, which spreads targets where nothing else decides."""
 
@@ -37,11 +37,12 @@ def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
 
 
 def choose_targets(
-    graph: ConceptGraph, study_id: str, labels: Labels, count: int, seed: int
+    graph: ConceptGraph, study_id: str, labels: Labels, stated: Labels, count: int, seed: int
 ) -> list[str]:
     """The `count` most relevant targets of a study (fewer where the graph has no more), best first.
 
-    Depends on the seed, the study id and the labels alone, so that any shard chooses the same.
+    `labels` say what is present, `stated` what the text says (a denied disease is spoken of). Depends on
+    the seed, the study id and the labels alone, so that any shard chooses the same.
     """
     near = _nearness(_Key(graph))
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
@@ -50,8 +51,8 @@ def choose_targets(
         nearest = max((near[name, other] for other in present), default=0.0)
         conflict = any(name in graph.excluded[other] for other in present)
         chance = draw(seed, study_id, name) / 2.0**64
-        stated = labels.get(name) == 0
-        return NEARNESS * nearest + STATED * stated - CONFLICT * conflict + CHANCE * chance
+        named = stated.get(name) == 0
+        return NEARNESS * nearest + STATED * named - CONFLICT * conflict + CHANCE * chance
 
     ranked: Sequence[str] = sorted(candidates(graph, labels), key=score, reverse=True)
     return list(ranked[:count])

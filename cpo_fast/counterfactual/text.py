@@ -8,7 +8,7 @@ from functools import lru_cache
 
 _BOUNDARY = re.compile(r"(?<=[.?!])\s+|\s*\n\s*\n\s*|\n(?=\s*(?:\d{1,2}[.)]|-|\*)\s)")
 _MARK = re.compile(r"(?:\d{1,2}[.)]|-|\*)\s*")
-_INLINE_MARK = re.compile(r"\s(?=\d{1,2}\.\s*[A-Z])")
+_INLINE_MARK = re.compile(r"\s+(?=(\d{1,2})[.)]\s+[A-Z])")
 _NUMBER = re.compile(r"\d+")
 _SPACE = re.compile(r"\s+")
 
@@ -32,7 +32,9 @@ def split(section: str) -> tuple[Unit, ...]:
     """The sentences of one section; `join` gives the section back."""
     units: list[Unit] = []
     lead, mark, start = "", "", 0
-    ends = [(m.start(), m.end()) for m in _BOUNDARY.finditer(section)]
+    ends = sorted(
+        {*((m.start(), m.end()) for m in _BOUNDARY.finditer(section)), *_unstopped(section)}
+    )
     for stop, following in [*ends, (len(section), len(section))]:
         body = section[start:stop]
         found = _MARK.match(body)
@@ -48,6 +50,19 @@ def split(section: str) -> tuple[Unit, ...]:
     if lead and units:  # white space at the end of the section
         units.append(Unit(lead, "", ""))
     return tuple(units)
+
+
+def _unstopped(section: str) -> list[tuple[int, int]]:
+    """Boundaries before the marks of a list whose items lack a full stop: 1. , 2. , ... in order."""
+    found: list[tuple[int, int]] = []
+    if not section.startswith(("1.", "1)")):
+        return found
+    expected = 2
+    for match in _INLINE_MARK.finditer(section):
+        if int(match.group(1)) == expected:
+            expected += 1
+            found.append((match.start(), match.end()))
+    return found
 
 
 def join(units: list[Unit]) -> str:

@@ -185,7 +185,7 @@ WORDINGS: dict[str, Wording] = {
             "{size} mm {place} nodule.",
             "{size} mm nodule in the {place}.",
         ),
-        sizes=("8", "9", "11", "12", "14", "16", "18"),
+        sizes=("9", "10", "12", "14", "15", "16", "17"),
     ),
     "Lung Opacity": Wording(
         places=_LOBES,
