@@ -171,11 +171,7 @@ class OpenISource(StudySource):
         self.image_root = image_root
         self._lateral = _lateral_ids() if image_root is not None else frozenset()
 
-    def _study(self, root: Element) -> Study:
-        uid = root.find("uId")
-        study_id = "" if uid is None else uid.get("id", "")
-        if root.tag != "eCitation" or not study_id:
-            raise RecordError("not-open-i", "no eCitation with a uId")
+    def _study(self, root: Element, study_id: str) -> Study:
         text = {"FINDINGS": "", "IMPRESSION": "", "INDICATION": ""}
         for part in root.iter("AbstractText"):
             if (name := part.get("Label", "")) in text:
@@ -201,13 +197,18 @@ class OpenISource(StudySource):
         seen: set[str] = set()
         for name, data in _members(self.path):
             self.read += 1
+            study_id = PurePosixPath(name).stem
             try:
-                study = self._study(parse_xml(data))
-                if study.study_id in seen:
+                root = parse_xml(data)
+                uid = root.find("uId")
+                if root.tag != "eCitation" or uid is None or not uid.get("id"):
+                    raise RecordError("not-open-i", "no eCitation with a uId")
+                study_id = uid.get("id", "")
+                if study_id in seen:
                     raise RecordError("duplicate-id", "another file has the same uId")
+                seen.add(study_id)
+                study = self._study(root, study_id)
             except RecordError as error:
-                stem = PurePosixPath(name).stem
-                self._reject(f"{self.path}:{name}", None, stem, error.reason, error.detail)
+                self._reject(f"{self.path}:{name}", None, study_id, error.reason, error.detail)
                 continue
-            seen.add(study.study_id)
             yield study

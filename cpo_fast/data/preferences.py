@@ -64,8 +64,7 @@ def _joined(one: Preference, other: Preference) -> Preference:
 class PreferenceSource(Source[Preference]):
     """The preferences of one file, streamed; `kind` is its format.
 
-    `read` counts rows. `merged` counts the rows that joined the preference before them, so that at
-    the end `read == yielded + merged + len(rejected)`.
+    `merged` counts the rows that joined the preference before them; `read` does not.
     """
 
     noun = "preference"
@@ -91,9 +90,9 @@ class PreferenceSource(Source[Preference]):
         stem = Path(self.path).stem
         self.merged = 0
         group: Preference | None = None
-        for line, row in records(self.path):
+        for number, (line, row) in enumerate(records(self.path), 1):
+            id = f"{stem}:{number}"
             self.read += 1
-            id = f"{stem}:{line}"
             try:
                 if isinstance(row, RecordError):
                     raise row
@@ -107,6 +106,7 @@ class PreferenceSource(Source[Preference]):
             if group is not None and join and len(group.rejected) < MAX_REJECTED:
                 group = _joined(group, one)
                 self.merged += 1
+                self.read -= 1
                 continue
             if group is not None:
                 yield group

@@ -1,0 +1,258 @@
+"""Reading a whole data set before anything is trained on it: what is usable, what is not, and
+why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cpo_fast.data.images import image_size, load_image
+from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.data.preferences import PreferenceSource
+from cpo_fast.data.source import Source
+from cpo_fast.errors import DataError, RecordError
+from cpo_fast.types import ImageRef, Preference, RejectedRecord, Study
+
+IMAGE_CHECKS = ("decode", "header", "none")
+"""How far images are looked at: every pixel (finds truncated files), the header only, or not at
+all."""
+
+_QUANTILES = (0.0, 0.5, 0.95, 1.0)
+
+
+def _digest(*texts: str) -> bytes:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=12).digest()
+
+
+class Tally(ABC):
+    """Counts over usable records; `add` one by one, then `facts` for summary.json."""
+
+    @abstractmethod
+    def add(self, record: Any) -> None: ...
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class StudyTally(Tally):
+    """Labels, images, splits and repetitions of studies."""
+
+    labels: dict[int, Counter[str]] = field(default_factory=lambda: {1: Counter(), -1: Counter()})
+    findings_per_study: Counter[int] = field(default_factory=Counter)
+    unlabelled: int = 0
+    images: Counter[int] = field(default_factory=Counter)
+    studies: Counter[str] = field(default_factory=Counter)
+    patients: dict[str, set[str]] = field(default_factory=dict)
+    texts: set[bytes] = field(default_factory=set)
+    repeated: int = 0
+
+    def add(self, record: Study) -> None:
+        self.unlabelled += not record.labels
+        for name, value in record.labels.items():
+            if value in self.labels:
+                self.labels[value][name] += 1
+        present = sum(v == 1 for name, v in record.labels.items() if name != "No Finding")
+        self.findings_per_study[present] += 1
+        self.images[len(record.images)] += 1
+        self.studies[record.split] += 1
+        self.patients.setdefault(record.split, set()).add(record.patient_id)
+        text = _digest(record.report.text)
+        self.repeated += text in self.texts
+        self.texts.add(text)
+
+    def facts(self) -> dict[str, Any]:
+        seen: Counter[str] = Counter()
+        for patients in self.patients.values():
+            seen.update(patients)
+        return {
+            "splits": {
+                split: {"studies": count, "patients": len(self.patients[split])}
+                for split, count in sorted(self.studies.items())
+            },
+            "patients_in_several_splits": sum(count > 1 for count in seen.values()),
+            "labels": {
+                name: {"present": self.labels[1][name], "uncertain": self.labels[-1][name]}
+                for name in sorted(LABEL_NAMES, key=lambda name: -self.labels[1][name])
+                if self.labels[1][name] or self.labels[-1][name]
+            },
+            "findings_per_study": _sorted(self.findings_per_study),
+            "unlabelled": self.unlabelled,
+            "images_per_record": _sorted(self.images),
+            "repeated_reports": self.repeated,
+        }
+
+
+@dataclass
+class PreferenceTally(Tally):
+    """Answers, images, lengths and repetitions of preferences."""
+
+    rejected: Counter[int] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, array[int]] = field(
+        default_factory=lambda: {name: array("L") for name in ("prompt", "chosen", "rejected")}
+    )
+    rows: set[bytes] = field(default_factory=set)
+    repeated: int = 0
+
+    def add(self, record: Preference) -> None:
+        self.rejected[len(record.rejected)] += 1
+        self.images[len(record.images)] += 1
+        self.sources[record.source] += 1
+        prompt = json.dumps(record.prompt)
+        self.lengths["prompt"].append(len(prompt))
+        self.lengths["chosen"].append(len(record.chosen))
+        self.lengths["rejected"].extend(map(len, record.rejected))
+        names = [ref.path or hashlib.sha256(ref.data or b"").hexdigest() for ref in record.images]
+        row = _digest(prompt, record.chosen, *record.rejected, *names)
+        self.repeated += row in self.rows
+        self.rows.add(row)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "rejected_per_preference": _sorted(self.rejected),
+            "images_per_record": _sorted(self.images),
+            "sources": dict(self.sources),
+            "characters": {name: _quantiles(values) for name, values in self.lengths.items()},
+            "repeated_preferences": self.repeated,
+        }
+
+
+def _sorted(counts: Counter[int]) -> dict[str, int]:
+    return {str(key): counts[key] for key in sorted(counts)}
+
+
+def _quantiles(values: array[int]) -> dict[str, int]:
+    """Lower quantiles of `values`, by name: min, p50, p95, max."""
+    ranked = sorted(values)
+    names = ("min", "p50", "p95", "max")
+    if not ranked:
+        return {}
+    last = len(ranked) - 1
+    return {name: ranked[int(q * last)] for name, q in zip(names, _QUANTILES, strict=True)}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found. `facts` is the `data` part of summary.json."""
+
+    facts: dict[str, Any]
+    rejected: list[RejectedRecord]
+
+    @property
+    def bad_fraction(self) -> float:
+        return len(self.rejected) / self.facts["read"]
+
+
+def _images_of(record: Any) -> Iterator[ImageRef]:
+    yield from record.images
+    if isinstance(record, Preference):
+        for images in record.rejected_images:
+            yield from images or ()
+
+
+def check(source: Source[Any], images: str = "decode") -> Checked:
+    """Read all of `source` and look at its images as far as `images`, one of `IMAGE_CHECKS`, says.
+
+    A record with an image that fails is set aside as a whole. `read` counts records,
+    `used` those that remain. Raises DataError
+    when the data set cannot be read.
+    """
+    if images not in IMAGE_CHECKS:
+        raise ValueError(f"images must be one of {IMAGE_CHECKS}, not {images!r}")
+    look: Callable[[ImageRef], object] = image_size if images == "header" else load_image
+    tally: Tally = StudyTally() if source.noun == "study" else PreferenceTally()
+    bad: list[RejectedRecord] = []
+    for record in tqdm(source, "check", unit=source.noun, disable=None):
+        try:
+            for ref in _images_of(record) if images != "none" else ():
+                look(ref)
+        except RecordError as error:
+            id = record.study_id if isinstance(record, Study) else record.id
+            bad.append(RejectedRecord(source.path, None, id, error.reason, error.detail))
+            continue
+        tally.add(record)
+    rejected = [*source.rejected, *bad]
+    reasons = Counter(record.reason for record in rejected)
+    facts = {
+        "dataset": source.path,
+        "kind": source.kind,
+        "read": source.read,
+        "used": source.read - len(rejected),
+        "rejected": dict(reasons.most_common()),
+        "images_checked": images,
+        **tally.facts(),
+    }
+    if isinstance(source, PreferenceSource):
+        facts["merged_rows"] = source.merged
+    return Checked(facts, rejected)
+
+
+# --- out -----------------------------------------------------------------------------------------
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def write(checked: Checked, output_dir: str) -> None:
+    """summary.json (its `data` part) and rejected_records.jsonl in `output_dir`, made if need
+    be."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(folder / "summary.json", [json.dumps({"data": checked.facts}, indent=2), "\n"])
+        records = (json.dumps(record.to_json()) + "\n" for record in checked.rejected)
+        _write(folder / "rejected_records.jsonl", records)
+    except OSError as error:
+        raise DataError(
+            f"{output_dir}: cannot be written ({error.strerror}); choose another --output_dir"
+        ) from None
+
+
+def table(checked: Checked, examples: int = 3) -> str:
+    """The facts as lines for a terminal; ids of `examples` records for each reason, never text."""
+    facts = checked.facts
+    rows: list[tuple[str, str]] = [
+        ("data set", f"{facts['dataset']} ({facts['kind']})"),
+        ("records", str(facts["read"])),
+        ("usable", f"{facts['used']} ({100 * (1 - checked.bad_fraction):.1f} %)"),
+        ("set aside", str(len(checked.rejected))),
+    ]
+    for reason, count in facts["rejected"].items():
+        ids = [record.id for record in checked.rejected if record.reason == reason][:examples]
+        rows.append((f"  {reason}", f"{count}  e.g. {', '.join(ids)}"))
+    for split, sizes in facts.get("splits", {}).items():
+        rows.append((split, f"{sizes['studies']} studies of {sizes['patients']} patients"))
+    single = (
+        "patients_in_several_splits unlabelled repeated_reports merged_rows repeated_preferences"
+    )
+    rows += [(name.replace("_", " "), str(facts[name])) for name in single.split() if name in facts]
+    for name in ("images_per_record", "findings_per_study", "rejected_per_preference", "sources"):
+        if counts := facts.get(name):
+            listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
+            rows.append((name.replace("_", " "), listed))
+    for name, lengths in facts.get("characters", {}).items():
+        listed = ", ".join(f"{key} {value}" for key, value in lengths.items())
+        rows.append((f"characters, {name}", listed))
+    most = max((counts["present"] for counts in facts.get("labels", {}).values()), default=0)
+    for name, counts in facts.get("labels", {}).items():
+        bar = "#" * -(-counts["present"] * 30 // max(most, 1))
+        rows.append(
+            (f"  {name}", f"{counts['present']:>7}  +{counts['uncertain']} uncertain  {bar}")
+        )
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
