@@ -6,7 +6,7 @@ is asked with exactly the tokens that it was trained on; no AutoProcessor and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def diagnose(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(prompts)
     with (
-        _evaluating(model),
+        evaluating(model),
         torch.inference_mode(),
         tqdm(total=len(prompts), desc=description, unit="study", disable=None) as bar,
     ):
@@ -137,7 +137,8 @@ def _left_padded(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Any:
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside, the former mode afterwards."""
     was_training = model.training
     model.eval()
     try:
