@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: TrainArguments) -> dict[str, Any]:
     """Run the stages that `args` names; returns what summary.json holds."""
+    from transformers.utils import logging
+
     from cpo_fast.phantom import write_phantom
     from cpo_fast.report import write_report
     from cpo_fast.training.base import base_model
@@ -42,6 +45,9 @@ def run(args: TrainArguments) -> dict[str, Any]:
     from cpo_fast.training.stages import train_cpo, train_sft
 
     os.umask(0o077)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
     folder = RunFolder(args)
     if args.dataset == "phantom":
@@ -92,9 +98,10 @@ def evaluate(
         models["cpo"] = latest_checkpoint(folder.path / "cpo")
     tested = {group.id: group for group in samples.sft["test"]}
     studies = [study for study in corpus.studies["test"] if study.study_id in tested]
+    studies = studies[: args.max_eval_samples]
     answers: dict[str, list[str]] = {}
     rewards: dict[str, dict[str, Any]] = {}
-    held_out = samples.cpo["test"] or samples.cpo["validate"]
+    held_out = (samples.cpo["test"] or samples.cpo["validate"])[: args.max_eval_samples]
     for name, path in models.items():
         model = load(args, path)
         if studies:
@@ -108,7 +115,7 @@ def evaluate(
                 description=f"answers of {name}",
             )
         if name == "cpo" and held_out:
-            scored = pair_logps(args, folder, base, model, held_out)
+            scored: dict[str, Any] = pair_logps(args, folder, base, model, held_out)
             rewards[name] = preference(**scored, beta=args.beta, seed=args.seed)
         del model
         gc.collect()

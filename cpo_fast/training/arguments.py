@@ -55,7 +55,7 @@ class TrainArguments:
     eval_fraction: float = _flag(0.05, "share held out of a preference file, which has no splits")
     num_studies: int = _flag(2000, "size of the phantom data set")
     max_train_samples: int | None = _flag(None, "use at most this many training studies")
-    max_eval_samples: int | None = _flag(None, "use at most this many studies of each other split")
+    max_eval_samples: int | None = _flag(None, "evaluate on at most this many studies and groups")
     max_bad_fraction: float = _flag(0.05, "stop when more than this share of records is set aside")
     max_length: int = _flag(4096, "longest prompt + response in tokens")
     truncation: str = _flag("drop", "over-long samples: 'drop', 'truncate_response' or 'error'")
@@ -68,6 +68,8 @@ class TrainArguments:
     counterfactuals: str | None = _flag(None, "counterfactuals.jsonl of an earlier run")
     num_targets: int = _flag(2, "target diseases per study")
     rejected_answer: str = _flag("target", "rejected answers name the 'target' or 'all' findings")
+
+    print_example: bool = _flag(False, "show one counterfactual on the screen (it holds a report)")
 
     # --- model
     model_name_or_path: str = _flag("tiny", "folder of a Qwen2.5-VL or causal LM, or 'tiny'")
@@ -168,7 +170,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        TrainArguments, prog="python -m cpo_fast.train", allow_abbrev=False, description=__doc__
+        [TrainArguments], prog="python -m cpo_fast.train", allow_abbrev=False, description=__doc__
     )
     parser.add_argument("--config", default=None, help="YAML file of flags (without the dashes)")
     given = {word.split("=", 1)[0] for word in argv if word.startswith("--")}

@@ -69,6 +69,7 @@ class Clock:
         """Timing fields since the last row."""
         rates = self._row.rates()
         self._row = _Count()
+        rates["tokens_per_second_per_gpu"] = rates.pop("physical_tokens_per_second")
         return rates
 
     def stage(self) -> dict[str, float | dict[str, float]]:
@@ -90,6 +91,6 @@ class _Count:
     def rates(self) -> dict[str, float]:
         return {
             "pairs_per_second": round(self.samples / self.seconds, 3),
-            "tokens_per_second_per_gpu": round(self.physical / self.seconds, 1),
+            "physical_tokens_per_second": round(self.physical / self.seconds, 1),
             "logical_tokens_per_second": round(self.logical / self.seconds, 1),
         }

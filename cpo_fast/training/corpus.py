@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from cpo_fast.counterfactual import counterfactuals, preference, sft_preference,
 from cpo_fast.data import open_studies
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.packing import encode_all
+from cpo_fast.packing.encode import OverLong
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
 from cpo_fast.types import (
@@ -71,12 +72,10 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
             corpus.studies[study.split].append(
                 replace(study, images=study.images[: args.max_images], labels=study_labels(study))
             )
-        limits = {
-            "train": args.max_train_samples,
-            **dict.fromkeys(SPLITS[1:], args.max_eval_samples),
-        }
-        for split, limit in limits.items():
-            corpus.studies[split] = corpus.studies[split][:limit]
+        if args.max_train_samples is not None:
+            left_out = len(corpus.studies["train"][args.max_train_samples :])
+            del corpus.studies["train"][args.max_train_samples :]
+            print(f"data: {left_out} training studies left out by --max_train_samples")
         used = sum(map(len, corpus.studies.values()))
     folder.reject(source.rejected)
     folder.data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
@@ -163,8 +162,17 @@ def make_counterfactuals(
             )
     write_private(path, (one.to_json() for one in passed))
     folder.summary["data"]["counterfactuals"] = len(passed)
+    if args.print_example and passed:
+        show(passed[0])
     print(f"counterfactuals: {len(passed)} of {len(studies) * args.num_targets} pass all checks")
     return passed
+
+
+def show(one: Counterfactual) -> None:
+    """One counterfactual on the screen, and only there: it holds a patient's report."""
+    names = (", ".join(one.labels), ", ".join(one.counterfactual_labels))
+    print(f"--- {one.study_id}, diagnosis {names[0]}\n{one.report}")
+    print(f"--- the same with {one.target}, diagnosis {names[1]}\n{one.counterfactual}\n---")
 
 
 def read_counterfactuals(path: Path) -> list[Counterfactual]:
@@ -216,7 +224,7 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                 base.tokenizer,
                 base.images.grid if base.images else None,
                 max_length=args.max_length,
-                over_long=args.truncation,
+                over_long=cast(OverLong, args.truncation),
                 file=f"{args.dataset} ({stage}, {split})",
             )
             getattr(samples, stage)[split] = done.groups

@@ -95,7 +95,7 @@ class Trainer:
             scheduler.step()
             clock.count_step(batch.batches)
             last = number == len(steps)
-            at = {
+            at: dict[str, Any] = {
                 "stage": self.stage,
                 "step": number,
                 "epoch": round(number / steps_per_epoch, 4),

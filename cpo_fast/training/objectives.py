@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -80,7 +80,7 @@ class CPOObjective:
         """The loss op on the batch; `loss` in it is that of this pack alone."""
         weight, bias = self.model.head()
         hidden = self.model.hidden(batch)
-        reference: dict[str, torch.Tensor | None] = {}
+        reference: dict[str, Any] = {}
         if self.reference is not None:
             ref_weight, ref_bias = self.reference.head()
             with torch.no_grad():

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class RunFolder:
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
 
-    def _make_room(self, trained: list[str], overwrite: bool) -> None:
+    def _make_room(self, trained: Sequence[str], overwrite: bool) -> None:
         for stage in trained:
             folder = self.path / stage
             if checkpoints(folder) and not overwrite:

@@ -31,7 +31,8 @@ def device() -> torch.device:
 
 def load(args: TrainArguments, path: Path) -> Any:
     """The model in `path` on the device; bf16 weights under `--bf16`, else fp32."""
-    return load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32).to(device())
+    model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    return model.to(device())
 
 
 def train_sft(args: TrainArguments, folder: RunFolder, samples: Samples, base: Base) -> None:
@@ -89,7 +90,7 @@ def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
 @torch.no_grad()
 def pair_logps(
     args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
     """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups."""
     packed = PackedModel(model.eval(), attention=args.attn_implementation)
     reference = None
@@ -106,7 +107,7 @@ def pair_logps(
         shuffle=False,
     )
     feed = StepFeed(groups, steps, base.pixels, image_token_id(base.tokenizer))
-    found = defaultdict(list)
+    found: dict[str, list[Any]] = defaultdict(list)
     for step in tqdm(step_loader(feed, num_workers=0), total=len(feed), desc="rewards",
                      unit="step", disable=None):  # fmt: skip
         for batch in step.batches:
@@ -159,7 +160,7 @@ def run_stage(
         model=packed,
         objective=objective,
         groups=splits["train"],
-        eval_groups=splits["validate"],
+        eval_groups=splits["validate"][: args.max_eval_samples],
         pixels=base.pixels,
         image_token_id=image_token_id(base.tokenizer),
         args=args,
