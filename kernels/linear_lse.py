@@ -13,6 +13,7 @@ whatever else is in the batch. Logits are never rounded to the inputs' dtype.
 Untested on a GPU: run in Triton's interpreter (fp32 and fp16) and compiled ahead of time for sm_90.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from typing import NamedTuple

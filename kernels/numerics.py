@@ -11,6 +11,7 @@ Only `tl` primitives are used: libdevice functions do not exist in Triton's inte
 tests run. Untested on a GPU.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch

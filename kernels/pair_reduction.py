@@ -14,6 +14,7 @@ cheaper than sorting them.
 Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -174,8 +175,9 @@ def sigmoid_pairs(
     require_runnable(logps)
     P = pairs.shape[0]
     out = PairLosses(
-        *(torch.empty(P, dtype=torch.float32, device=logps.device) for _ in range(2)),
-        torch.empty(P, 2, dtype=torch.float32, device=logps.device),
+        losses=torch.empty(P, dtype=torch.float32, device=logps.device),
+        slopes=torch.empty(P, dtype=torch.float32, device=logps.device),
+        rewards=torch.empty(P, 2, dtype=torch.float32, device=logps.device),
     )
     if P:
         sigmoid_pairs_kernel[(triton.cdiv(P, BLOCK),)](

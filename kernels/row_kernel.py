@@ -16,6 +16,7 @@ end: no barrier in the loop, and no sum of more than a few hundred terms at a ti
 Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch

@@ -23,12 +23,12 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 1 << 30
-"""Upper bound of the logits held at once (one row is held in any case)."""
+from cpo_fast.loss.workspace import limit
 
 _PAD = 64  # columns: rows of logits begin on a 128-byte line, whatever V
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of the vendor library's GEMM, for counting waves
@@ -61,6 +61,7 @@ def token_logps(
     tracking = torch.is_grad_enabled()
     want_hidden = tracking and hidden.requires_grad
     want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    room = limit(hidden.device)
     logits_bytes = hidden.shape[0] * _padded(weight.shape[0]) * hidden.element_size()
     logps, ref_logps, _, _ = torch.ops.cpo_fast.triton_logps(
         hidden.contiguous(),
@@ -73,20 +74,21 @@ def token_logps(
         ignore_index,
         want_hidden,
         want_head,
-        want_head and logits_bytes <= WORKSPACE_BYTES,
+        want_head and logits_bytes <= room,
+        room,
     )
     return logps, None if ref_hidden is None else ref_logps
 
 
-def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int) -> int:
-    """Rows per chunk: the number within the workspace that wastes the least of the machine.
+def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int) -> int:
+    """Rows per chunk: of those whose logits fit `room` bytes, what wastes the least of the machine.
 
     A GEMM runs in waves of one tile per multiprocessor, and its last wave is as long as a full one:
     with 128 x 256 tiles, D = 3584 and 132 multiprocessors the product with W fills 85 % of the
     machine in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D terms
     per element, one of the second V.
     """
-    most = max(1, WORKSPACE_BYTES // (_padded(V) * itemsize))
+    most = max(1, room // (_padded(V) * itemsize))
     if most >= T or most < _TILE_ROWS:
         return min(T, most)
 
@@ -108,7 +110,7 @@ def _padded(V: int) -> int:
     return (V + _PAD - 1) // _PAD * _PAD
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[tuple[int, int]]:
+def _chunks(hidden: Tensor, weight: Tensor, room: int) -> list[tuple[int, int]]:
     """Bounds of the chunks of rows."""
     T, V = hidden.shape[0], weight.shape[0]
     if T == 0:
@@ -116,7 +118,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[tuple[int, int]]:
     multiprocessors = 132  # the interpreter's tests plan as for an H100
     if hidden.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-    rows = chunk_rows(T, V, hidden.shape[1], hidden.element_size(), multiprocessors)
+    rows = chunk_rows(T, V, hidden.shape[1], hidden.element_size(), multiprocessors, room)
     return [(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
@@ -160,15 +162,17 @@ def _logps(
     want_hidden: bool,
     want_head: bool,
     keep_slopes: bool,
+    room: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [T], ref_logps [T], unscaled [T, D], slopes [T, padded V]; 0 rows where not wanted.
 
-    slopes are d logp / d raw logits, kept when one chunk holds all rows.
+    slopes are d logp / d raw logits, kept when one chunk holds all rows. `room` bounds, in bytes,
+    the logits held at once; one row is held in any case.
     """
     from cpo_fast.kernels.linear_lse import linear_lse_logps
     from cpo_fast.kernels.row_kernel import row_logps_
 
-    options = {
+    options: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
         "temperature": temperature,
@@ -187,7 +191,7 @@ def _logps(
                 out[part] = linear_lse_logps(rows[part], weight, labels[part], **options)
         return logps, ref_logps, unscaled, slopes
 
-    chunks = _chunks(hidden, weight)
+    chunks = _chunks(hidden, weight, room)
     logits = slopes
     if chunks and not keep_slopes:
         logits = hidden.new_empty(chunks[0][1], _padded(V))
@@ -219,6 +223,7 @@ def _logps_fake(
     want_hidden: bool,
     want_head: bool,
     keep_slopes: bool,
+    room: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, D = hidden.shape
     return (
@@ -253,8 +258,10 @@ def _head_grad(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    room: int,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d weight [V, D] and d bias [V] (0 elements without a bias), in weight's dtype."""
+    """d loss / d weight [V, D] (0 rows if not wanted) and d bias [V] (empty without a bias)."""
     from cpo_fast.kernels.pair_reduction import row_scale
     from cpo_fast.kernels.row_kernel import row_logps_
 
@@ -266,11 +273,13 @@ def _head_grad(
         if slopes.shape[0]:
             if bias is not None:
                 _add_product(grad_bias, slopes[:, :V].t(), shares)
-            grad_weight = torch.mm(slopes[:, :V].t(), scaled)
+            grad_weight = weight.new_empty(V if want_weight else 0, D)
+            if want_weight:
+                torch.mm(slopes[:, :V].t(), scaled, out=grad_weight)
             return grad_weight, grad_bias.view(-1).to(weight.dtype)
 
-        total = hidden.new_zeros((V, D), dtype=torch.float32)
-        chunks = _chunks(hidden, weight)
+        total = hidden.new_zeros((V if want_weight else 0, D), dtype=torch.float32)
+        chunks = _chunks(hidden, weight, room)
         logits = hidden.new_empty(chunks[0][1] if chunks else 0, _padded(V))
         for start, stop in chunks:
             buffer = logits[: stop - start]
@@ -286,7 +295,8 @@ def _head_grad(
                 temperature=temperature,
                 ignore_index=ignore_index,
             )
-            _add_product(total, buffer[:, :V].t(), scaled[part])
+            if want_weight:
+                _add_product(total, buffer[:, :V].t(), scaled[part])
             if bias is not None:
                 _add_product(grad_bias, buffer[:, :V].t(), shares[part])
     return total.to(weight.dtype), grad_bias.view(-1).to(weight.dtype)
@@ -303,15 +313,18 @@ def _head_grad_fake(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    room: int,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), weight.new_empty(0 if bias is None else weight.shape[0])
+    V, D = weight.shape
+    return weight.new_empty(V if want_weight else 0, D), weight.new_empty(0 if bias is None else V)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, labels, bias, _, *options, _, want_head, _ = inputs
+    hidden, weight, labels, bias, _, *options, _, want_head, _, room = inputs
     _, ref_logps, unscaled, slopes = output
     ctx.mark_non_differentiable(ref_logps, unscaled, slopes)
-    ctx.options = options
+    ctx.options = (*options, room)
     ctx.want_head = want_head
     head = (hidden, weight, labels, bias, slopes) if want_head else ()
     ctx.save_for_backward(unscaled, *head)
@@ -324,12 +337,13 @@ def _backward(ctx, grad_logps, *_):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[0]:
         grad_hidden = torch.ops.cpo_fast.triton_row_scale(unscaled, coefficients)
     if ctx.want_head:
-        grad_weight, grad_bias = torch.ops.cpo_fast.triton_head_grad(
-            *head, coefficients, *ctx.options
+        want_weight, want_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        d_weight, d_bias = torch.ops.cpo_fast.triton_head_grad(
+            *head, coefficients, *ctx.options, want_weight
         )
-        if head[3] is None:
-            grad_bias = None
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * 7
+        grad_weight = d_weight if want_weight else None
+        grad_bias = d_bias if want_bias else None
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
 
 
 _logps.register_autograd(_backward, setup_context=_save)
