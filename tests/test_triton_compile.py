@@ -1,0 +1,256 @@
+"""The Triton kernels compiled ahead of time for sm_90: no GPU needed.
+
+What is compiled is what the launchers would ask for: tiles from the kernels' own tables, arguments
+specialised as Triton's JIT specialises them. D and V reach the kernels as run-time arguments, so
+that of D in (896, 2048, 3584) and V in (151936, 152064, 32000, 50257) only divisibility by 16
+matters (all of these but V = 50257 are, and D is always a multiple of the 64-wide step); rows of
+logits are padded to a multiple of 64 whatever V is. A dimension of 1 is compiled in as a constant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cpo_fast.kernels import linear_lse, pair_reduction, row_kernel  # noqa: E402
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 227 * 1024  # bytes that one block may have on sm_90
+HIDDEN_SIZES = (896, 2048, 3584)
+VOCABULARIES = (151_936, 152_064, 32_000, 50_257)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Binary(NamedTuple):
+    ptx: str
+    registers: int
+    stack: int  # bytes of local memory a thread, where spilled registers go
+    shared: int
+
+
+def compiled(
+    kernel: Any,
+    arguments: Mapping[str, str | int],
+    constants: Mapping[str, Any],
+    folder: Path,
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+) -> Binary:
+    """`arguments` maps a name to its type, or to the value that decides how it is specialised."""
+    signature, constexprs, attributes = {}, dict(constants), {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = arguments.get(name, "constexpr")
+        if isinstance(kind, int) and kind == 1:
+            constexprs[name], kind = 1, "constexpr"
+        elif isinstance(kind, int):
+            if kind % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            kind = "i32"
+        elif kind.startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = kind
+    assert set(constexprs) == {name for name, kind in signature.items() if kind == "constexpr"}
+    binary = triton.compile(
+        ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes),
+        target=TARGET,
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+    )
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
+    report = subprocess.run(
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return Binary(
+        binary.asm["ptx"],
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        binary.metadata.shared,
+    )
+
+
+def test_sizes_differ_only_by_divisibility() -> None:
+    step = linear_lse.linear_tile(torch.bfloat16, plain=True).BD
+    assert all(D % step == 0 and D % 16 == 0 for D in HIDDEN_SIZES)
+    assert [V for V in VOCABULARIES if V % 16] == [50_257]
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize("V", [152_064, 50_257])
+def test_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
+    width = -(-V // 64) * 64
+    BR, BK, num_warps = row_kernel.row_tile(width, DTYPES[dtype].itemsize, plain=plain)
+    binary = compiled(
+        row_kernel.row_kernel,
+        {
+            "logits_ptr": f"*{dtype}",
+            "bias_ptr": f"*{dtype}",
+            "labels_ptr": "*i64",
+            "logps_ptr": "*fp32",
+            "row_stride": width,
+            "V": V,
+            "V_mem": width,
+            "grad_rows": 7,
+            "softcap": "fp32",
+            "inv_temperature": "fp32",
+            "ignore_index": -100,
+        },
+        {"HAS_BIAS": not plain, "HAS_SOFTCAP": not plain, "BR": BR, "BK": BK},
+        tmp_path,
+        num_warps=num_warps,
+    )
+    assert binary.stack == 0 and binary.shared < SHARED_LIMIT
+    assert binary.registers * 32 * num_warps <= 65_536
+    # Logits travel 16 bytes a thread in both passes, ragged vocabularies included.
+    wide = r"{}\.global\S*(\.v4\.b32|\.v8\.b16|\.v2\.b64)"
+    assert len(re.findall(wide.format("ld"), binary.ptx)) >= 2
+    assert len(re.findall(wide.format("st"), binary.ptx)) >= 1
+    assert "mul.lo.s64" in binary.ptx or "mad.lo.s64" in binary.ptx  # row offsets of 64 bits
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize(
+    ("T", "D", "V"),
+    [
+        (8192, 3584, 152_064),
+        pytest.param(1, 3584, 152_064, marks=pytest.mark.slow),
+        pytest.param(77, 896, 50_257, marks=pytest.mark.slow),
+        pytest.param(77, 33, 50_257, marks=pytest.mark.slow),  # nothing aligned
+    ],
+)
+def test_linear_lse(dtype: str, plain: bool, T: int, D: int, V: int, tmp_path: Path) -> None:
+    tile = linear_lse.linear_tile(DTYPES[dtype], plain=plain)
+    binary = compiled(
+        linear_lse.linear_lse_kernel,
+        {
+            "hidden_ptr": f"*{dtype}",
+            "weight_ptr": f"*{dtype}",
+            "bias_ptr": f"*{dtype}",
+            "labels_ptr": "*i64",
+            "max_ptr": "*fp32",
+            "sum_ptr": "*fp32",
+            "label_logit_ptr": "*fp32",
+            "T": T,
+            "V": V,
+            "D": D,
+            "hidden_stride": D,
+            "weight_stride": D,
+            "softcap": "fp32",
+            "inv_temperature": "fp32",
+        },
+        {
+            "HAS_BIAS": not plain,
+            "HAS_SOFTCAP": not plain,
+            "EVEN_D": D % tile.BD == 0,
+            "PRECISION": "ieee",
+            "BT": tile.BT,
+            "BV": tile.BV,
+            "BD": tile.BD,
+            "GROUP": linear_lse.GROUP,
+        },
+        tmp_path,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    assert binary.shared < SHARED_LIMIT
+    assert binary.registers * 32 * tile.num_warps <= 65_536
+    if D % 16 == 0:
+        assert binary.stack == 0
+    if dtype == "fp32":
+        assert "wgmma" not in binary.ptx and "tf32" not in binary.ptx
+    else:
+        name = {"bf16": "bf16.bf16", "fp16": "f16.f16"}[dtype]
+        assert re.search(
+            rf"wgmma\.mma_async\.sync\.aligned\.m64n{tile.BV}k16\.f32\.{name}", binary.ptx
+        )
+
+
+@pytest.mark.parametrize("T", [8192, 1])
+def test_combine(T: int, tmp_path: Path) -> None:
+    BN, BT = linear_lse.COMBINE_TILE
+    binary = compiled(
+        linear_lse.combine_kernel,
+        {
+            "max_ptr": "*fp32",
+            "sum_ptr": "*fp32",
+            "label_logit_ptr": "*fp32",
+            "labels_ptr": "*i64",
+            "logps_ptr": "*fp32",
+            "T": T,
+            "V": 152_064,
+            "n_v": 594,
+            "ignore_index": -100,
+        },
+        {"BN": BN, "BT": BT},
+        tmp_path,
+        num_warps=4,
+    )
+    assert binary.stack == 0
+
+
+@pytest.mark.parametrize("n", [48, 7, 1])
+def test_pair_reduction(n: int, tmp_path: Path) -> None:
+    block = {"BLOCK": pair_reduction.BLOCK}
+    common: dict[str, str | int] = {
+        "logps_ptr": "*fp64",
+        "ref_logps_ptr": "*fp64",
+        "pairs_ptr": "*i64",
+        "slopes_ptr": "*fp32",
+        "P": n,
+    }
+    for kernel, arguments in (
+        (
+            pair_reduction.segment_sums_kernel,
+            {
+                "logps_ptr": "*fp32",
+                "segment_ids_ptr": "*i64",
+                "labels_ptr": "*i64",
+                "sums_ptr": "*fp64",
+                "counts_ptr": "*i32",
+                "T": n,
+                "ignore_index": -100,
+            },
+        ),
+        (
+            pair_reduction.sigmoid_pairs_kernel,
+            common
+            | {
+                "losses_ptr": "*fp32",
+                "rewards_ptr": "*fp32",
+                "beta": "fp32",
+                "label_smoothing": "fp32",
+            },
+        ),
+        (pair_reduction.segment_coefficients_kernel, common | {"coefficients_ptr": "*fp32"}),
+        (
+            pair_reduction.row_scale_kernel,
+            {
+                "rows_ptr": "*bf16",
+                "coefficients_ptr": "*fp32",
+                "out_ptr": "*bf16",
+                "D": n,
+                "rows_stride": n,
+                "out_stride": n,
+            },
+        ),
+    ):
+        binary = compiled(kernel, arguments, block, tmp_path, num_warps=4)
+        assert binary.stack == 0 and "atom." not in binary.ptx and "red.global" not in binary.ptx
