@@ -131,7 +131,7 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
     speed = {"pairs_per_second": 21.4, "logical_tokens_per_second": 24810.2}
     sft = {"steps": steps, "seconds": 71.2, "physical_tokens_per_second": 9120.0}
     cpo = {"steps": steps, "seconds": 92.8, "physical_tokens_per_second": 9630.0, **speed}
-    cpo["time_shares"] = {"policy forward": 22.0, "reference": 18.5, "backward": 38.0, "data": 3.1}
+    cpo["time"] = {"policy forward": 22.0, "reference": 18.5, "backward": 38.0, "data": 3.1}
     return {
         "stages": {"sft": sft, "cpo": cpo, "evaluate": {"seconds": 18.0}},
         "evaluation": evaluation_summary(

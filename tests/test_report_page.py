@@ -103,7 +103,15 @@ def test_word_diff_marks_what_changed_and_loses_nothing():
     assert "".join(text for _, text in after) == EDITED
     kept = "".join(text for changed, text in after if not changed)
     assert "The cardiac silhouette is mildly enlarged." in kept
-    assert "pneumothorax." not in kept
+    assert "pneumothorax" not in kept
+    assert not any("\n" in text for changed, text in after if changed)
+    comma, no_comma = word_diff("no effusion, edema", "no effusion or edema")
+    assert comma == [(False, "no effusion"), (True, ","), (False, " "), (False, "edema")]
+    assert no_comma == [(False, "no effusion "), (True, "or"), (False, " "), (False, "edema")]
+    assert word_diff("  a", "b\n") == (
+        [(False, "  "), (True, "a")],
+        [(True, "b"), (False, "\n")],
+    )
     assert word_diff("same words", "same words") == ([(False, "same words")],) * 2
     assert word_diff("", "new ") == ([], [(True, "new"), (False, " ")])
 

@@ -11,7 +11,7 @@ Piece = tuple[bool, str]  # (changed?, text)
 def word_diff(original: str, edited: str) -> tuple[list[Piece], list[Piece]]:
     """Both texts cut into unchanged and changed pieces; joined, the pieces give each text back.
 
-    Words are compared with their case and punctuation; white space belongs to the word before it.
+    Words and punctuation marks are compared one by one; white space belongs to what it follows.
     """
     first, second = _words(original), _words(edited)
     matcher = SequenceMatcher(
@@ -28,10 +28,14 @@ def word_diff(original: str, edited: str) -> tuple[list[Piece], list[Piece]]:
 
 
 def _pieces(changed: bool, text: str) -> list[Piece]:
-    """White space at the end of a changed piece is not marked."""
-    end = len(text.rstrip()) if changed else len(text)
-    return [piece for piece in ((changed, text[:end]), (False, text[end:])) if piece[1]]
+    """Line breaks, and white space at either end, are not marked as changed."""
+    if not changed:
+        return [(False, text)]
+    parts = re.split(r"(^\s+|\s*\n\s*|\s+$)", text)
+    return [(not part.isspace(), part) for part in parts if part]
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\s*\S+\s*", text) or ([text] if text else [])
+    pieces = re.findall(r"\w+(?:[-'./]\w+)*\s*|[^\w\s]\s*", text)
+    start = len(text) - len(text.lstrip())
+    return [text[:start], *pieces] if start else pieces

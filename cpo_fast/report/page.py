@@ -218,10 +218,12 @@ def _lead(evaluation: Mapping[str, Any]) -> str:
               f"{accuracy(m)}" for m in models if m != last]  # fmt: skip
     bounds = t.interval(models[last]["macro"]["accuracy"])
     compared = f"; {', '.join(others)}" if others else ""
+    lost = models[last].get("unparsable")
+    unparsed = f" {lost} of its answers cannot be parsed and count as wrong." if lost else ""
     return (
         f"On {evaluation.get('studies', '?')} {evaluation.get('split', '')} studies the model "
         f"after {t.name_of(last)} gets the presence of a finding right in {accuracy(last)} of "
-        f"cases (95 % interval {bounds}){compared}."
+        f"cases (95 % interval {bounds}){compared}.{unparsed}"
     )
 
 
@@ -258,12 +260,12 @@ def _cards(run: Run) -> list[dict[str, str]]:
 
 
 def _shares(run: Run) -> list[dict[str, Any]]:
-    """Bars of time: between the stages, and inside a stage where it says (`time_shares`)."""
+    """Bars of time: between the stages, and inside a stage where it says (`time`)."""
     stages = {k: v for k, v in run.part("stages").items() if isinstance(v, dict)}
     whole = {t.name_of(k): v["seconds"] for k, v in stages.items() if t.is_number(v.get("seconds"))}
     bars = [("Where the time went", whole, True)] if len(whole) > 1 else []
     for name, stage in stages.items():
-        inside = stage.get("time_shares")
+        inside = stage.get("time")
         if isinstance(inside, dict) and inside:
             known = {str(k): v for k, v in inside.items() if t.is_number(v)}
             bars.append((f"Inside {t.name_of(name)}", known, False))

@@ -208,8 +208,7 @@ def speed_table(run: Run) -> Table | None:
     rows_of = (
         ("steps", "Optimiser steps", number),
         ("seconds", "Wall time", seconds),
-        ("pairs_per_second", "Pairs per second", number),
-        ("samples_per_second", "Samples per second", number),
+        ("pairs_per_second", "Pairs (SFT: samples) per second", number),
         ("physical_tokens_per_second", "Tokens computed per second", number),
         ("logical_tokens_per_second", "Tokens per second as if unshared", number),
     )
@@ -282,7 +281,6 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
         for key, label, show in (
             ("seconds", "wall time", seconds),
             ("pairs_per_second", "pairs per second", number),
-            ("samples_per_second", "samples per second", number),
             ("logical_tokens_per_second", "tokens per second as if unshared", number),
         ):
             cells = tuple(Cell(show(run.part("stages", stage).get(key))) for run in runs)
