@@ -175,7 +175,7 @@ _FINE = (
     r"\b(?:normal|within (?:the )?(?:\w+ )?(?:normal limits|limits of normal)|unremarkable|"
     r"not (?:\w+ )?enlarged|normal-sized)\b"
 )
-_BONES = r"\bbon[ey]|osse|skelet|fracture|displaced|spin[ea]|abdom|\bribs?\b|cervical|thorax are"
+_OF_ELSE = r"air ?space|consolid|infiltr|\bbon[ey]|osse|skelet|fracture|displaced|spin[ea]|abdom|\bribs?\b|cervical|thorax are"
 _ACUTE = ("Consolidation", "Edema", "Pneumonia", "Pneumothorax", "Pleural Effusion")
 _AIRSPACE = ("Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Lung Opacity", "Pneumonia")
 
@@ -231,8 +231,8 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
         (),
     ),
     (
-        rf"^(?:(?!{_BONES})[^;])*?\b(?:no|negative for|without)\b(?:(?!{_BONES})[^.;,]){{0,60}}?\b(?:acute|active)\b"
-        rf"(?:(?!{_BONES})[^.;]){{0,60}}?\b(?:abnormalit\w+|disease|process\w*|findings?|patholog\w+|changes?)\b",
+        rf"^(?:(?!{_OF_ELSE})[^;])*?\b(?:no|negative for|without)\b(?:(?!{_OF_ELSE})[^.;,]){{0,60}}?\b(?:acute|active)\b"
+        rf"(?:(?!{_OF_ELSE})[^.;]){{0,60}}?\b(?:abnormalit\w+|disease|process\w*|findings?|patholog\w+|changes?)\b",
         _ACUTE,
     ),
 )

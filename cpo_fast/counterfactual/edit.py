@@ -20,11 +20,12 @@ _PREDICATE = re.compile(
 )
 _CONNECTOR = re.compile(
     r"\s*;\s+|,?\s+(?:but|however|although|though|while|whereas)\s+|"
-    r",?\s+(?:and|with)\s+(?=(?:there (?:is|are)|no|without|clear|normal)\b)|"
+    r",?\s+(?:and|with)\s+(?=(?:there (?:is|are)|no|without|(?:grossly )?clear|normal)\b)|"
     r",?\s+otherwise,?\s+(?=(?:no|negative|without|clear|normal|unremarkable)\b)|"
     r",?\s+and\s+(?=(?:the |both )?(?:lungs?|heart|mediastin\w+|pulmonary vascul\w+|cardi\w+)\b)|"
     r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
-    r"\s+(?=without\b)"
+    r"\s+(?=without\b)|"
+    r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|No )\b)"  # a lost full stop
 )
 _NEGATION = re.compile(
     r"^(?:(?:specifically|otherwise|also|again|currently|and|grossly|they are|are|which are|there(?: is| are| was| were| has been|"
@@ -37,7 +38,8 @@ _NEGATION = re.compile(
 )
 _TAIL = re.compile(
     rf",?\s+(?:{_VERB}\s+)?(?:seen|identified|noted|visualized|present|evident|appreciated|demonstrated|"
-    r"detected|observed|suspected|visible|is|are)\b.*$"
+    r"detected|observed|suspected|visible|is|are)"
+    r"(?:\s*$|\s+(?:in|on|within|at|by|to|as|with|today|currently|from|beneath|under|and|or)\b.*$)"
 )
 _ITEM = re.compile(r"\s*,\s*(?:and/or|and|or|nor)\s+|\s*,\s*|\s+(?:and/or|and|or|nor)\s+")
 _FRAGMENT = re.compile(
@@ -58,7 +60,7 @@ _ALL_NORMAL = re.compile(
     r"^normal$|^negative$"
 )
 _NORMAL = (
-    r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|from)\b)|not (?:\w+ )?enlarged|"
+    r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|from)\b)|not (?:\w+ )?(?:enlarged|engorged|congested|widened|increased)|"
     r"(?:at )?(?:the )?upper limits of normal|top normal|borderline|of normal|well[- ](?:expanded|inflated|aerated)|"
     r"normally (?:inflated|expanded|aerated)|fully (?:expanded|inflated)|sharp)\b"
 )
@@ -68,10 +70,11 @@ _POST = re.compile(
     rf"\s+(?P<predicate>{_NORMAL}.*)$"
 )
 _PRE = re.compile(
-    r"^(?P<predicate>(?:grossly |essentially |well[- ]expanded and |well[- ]inflated and )?"
+    r"^(?P<predicate>(?:there (?:is|are) )?(?:grossly |essentially |well[- ]expanded and |well[- ]inflated and )?"
     r"(?:normal(?:[- ]sized)?|unremarkable|clear(?! (?:of|from)\b)|borderline|top normal))(?P<adverb>(?: appearing| appearance of| size of| size)?(?: the)?)"
     r"\s+(?P<subject>.+)$"
 )
+_VERBAL = re.compile(r"\b(?:shows?|demonstrates?|reveals?|is|are|was|were|has|have|seen|noted)\b")
 _TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "cardiomediastinum",
@@ -84,9 +87,23 @@ _TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("pleura", re.compile(r"pleura|costophrenic|sulci|\bcp angles")),
     ("lungs", re.compile(r"\blungs?\b|parenchyma|airspaces?|\bhemithora")),
 )
+_OPEN_END = re.compile(
+    r"\b(?:is|are|was|were|appears?|remains?|be|have|has|shows?|reveals?|demonstrates?|the|of|and|or)$"
+)
+_CONTRAST = re.compile(r"but|however|although|though|;")
+_FILLER = re.compile(
+    r"\b(?:otherwise|and|but|the|with|also|there|again|specifically|chest|grossly|impression)\b"
+)
+_CLEAR_LUNGS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(\w+ed),?(?: but| and)? (?:grossly )?clear lungs\b", re.I), r"\1 lungs"),
+    (re.compile(r",? (?:with|and) (?:grossly )?clear lungs\b", re.I), ""),
+    (re.compile(r",? which are (?:grossly )?clear\b", re.I), ""),
+    (re.compile(r"^(?:grossly )?clear lungs with (?=heart|stable|normal|no|mild)", re.I), ""),
+)
+"""Ways to say in passing that the lungs are clear, and what is left without it."""
 _REST = re.compile(
-    r"^(?:(?:they|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|both|still|also)\s+)*"
-    r"(?:clear|normal|unremarkable)(?: bilaterally)?$"
+    r"^(?:(?:they|lungs|the|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|both|still|also)\s+)*"
+    r"(?:clear|normal|unremarkable)(?: bilaterally| lungs)?$"
 )
 _SAYS_NOTHING_ACUTE = re.compile(
     r"^(?P<subject>.+?)\s+(?:shows?|reveals?|demonstrates?|(?:is|are)(?= without)|with)\s+(?:no|without)"
@@ -95,9 +112,15 @@ _SAYS_NOTHING_ACUTE = re.compile(
 _BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
 _EXEMPT = re.compile(r"\b(?:besides|except|apart from|aside from|other than)\b")
 _INFLATED = re.compile(r"(?:well|normally|fully|clear and)[- ](?:expanded|inflated|aerated)")
-_NEGATIVE_WORD = re.compile(
-    r"\b(?:no|not|without|resolved|resolution|clear(?:ed|ing)?|unlikely|negative|absen\w+|free|rather than|removal|exclude\w*|"
-    r"nor|never|normal)\b"
+_DENIES_BEFORE = re.compile(
+    r"\b(?:no|not|without|negative|absence|absent|free of|resolved|resolution of|clear(?:ed|ing|ance)(?: of)?|"
+    r"rather than|removal of|nor|never|nonconsolidating)\b(?!.*\b(?:which|with|but|is|are|was|were|and there|"
+    r"change|changed|significantly|since|compared|excluded?)\b)"
+)
+_DENIES_AFTER = re.compile(
+    r"^[^,;]{0,30}?\b(?:(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not|no longer|resolved|cleared|unlikely|absent|"
+    r"normal|within normal|unremarkable)|(?:resolved|cleared))\b"
+    r"(?! (?:significantly|well|definit\w+|entirely|completely|changed|as|excluded|evident on|fully))"
 )
 _SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
 _PLURAL = re.compile(r"(?:(?<!s)s|ae|ces|ses|\bxxxx)$")
@@ -123,9 +146,15 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
         return sentence
     body = sentence.rstrip(" .!?")
     end = sentence[len(body) :]
-    pieces = _clauses(body)
+    plain = body
+    if "lungs" in lex.topics:
+        for pattern, instead in _CLEAR_LUNGS:
+            plain = pattern.sub(instead, plain)
+        if plain != body and body[:1].isupper():
+            plain = capitalised(plain)
+    pieces = _clauses(plain)
     kept: list[tuple[str, str]] = []
-    changed = False
+    changed = plain != body
     context = ""
     for connector, clause in pieces:
         new = _edit_clause(clause, lex, where, context)
@@ -160,15 +189,11 @@ def _clauses(body: str) -> list[tuple[str, str]]:
         left, right = body[start : match.start()], body[match.end() :]
         tail = right.lstrip().lower()
         negative = tail.startswith(("no ", "without", "negative", "there "))
-        if not left or not (
-            negative or (_PREDICATE.search(left.lower()) and _PREDICATE.search(tail))
-        ):
+        contrast = _CONTRAST.search(match.group().lower()) and len(left.split()) > 1
+        says = contrast or _PREDICATE.search(left.lower())
+        if not left or not (negative or (says and _PREDICATE.search(tail))):
             continue
-        if (
-            negative
-            and tail.startswith("no ")
-            and left.lower().rstrip().endswith(("is", "are", "have"))
-        ):
+        if _OPEN_END.search(left.lower()):
             continue
         out.append((connector, left))
         connector, start = match.group(), match.end()
@@ -189,7 +214,8 @@ def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> 
 
 
 def _hollow(clause: str) -> bool:
-    return len(re.findall(r"[a-z]{3,}", clause.lower())) < 1
+    """Whether nothing is said: only connecting words are left."""
+    return re.search(r"[a-z]{3,}", _FILLER.sub("", clause.lower())) is None
 
 
 def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str) -> str:
@@ -236,8 +262,8 @@ def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
 def _denied_in(lower: str, lex: Lexicon) -> bool:
     """Whether a clause that is no plain denial still denies the target by some word near its name."""
     for match in lex.denied.finditer(lower):
-        before, after = lower[: match.start()][-60:], lower[match.end() :][:45]
-        if _NEGATIVE_WORD.search(before) or _NEGATIVE_WORD.search(after):
+        before, after = lower[: match.start()][-80:], lower[match.end() :][:60]
+        if _DENIES_BEFORE.search(before) or _DENIES_AFTER.search(after):
             return True
     return False
 
@@ -354,12 +380,16 @@ def _edit_normal(clause: str, lex: Lexicon, where: frozenset[str]) -> str | None
         or len(subject.split()) > 16
     ):
         return None
+    if _VERBAL.search(subject.lower()) or re.search(r" The\b", subject):
+        return "" if _contradicted(subject, predicate, lex, where) else None
     separators = _ITEM.findall(subject)
     items = [item.strip() for item in _ITEM.split(subject)]
     bad = [_contradicted(item, predicate, lex, where) for item in items]
     if not any(bad):
         return None if _names_target(lower, lex) else clause
     kept = [item for item, hit in zip(items, bad, strict=True) if not hit]
+    if any(re.fullmatch(r"(?:size|contours?|configuration)", item.lower()) for item in kept):
+        return ""
     if not kept or all(_topic(item) == "other" and _FRAGMENT.match(item.lower()) for item in kept):
         return ""
     if bad[-1] and re.fullmatch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from cpo_fast.concepts.labeller import label_report
+from cpo_fast.concepts.labeller import label_report, opposed, sentences
 from cpo_fast.counterfactual.checks import check
 from cpo_fast.counterfactual.rewrite import rewrite
 from cpo_fast.counterfactual.targets import choose_targets
@@ -63,7 +63,11 @@ def counterfactuals(
         if targets:
             chosen = list(targets)[:num_targets]
         else:
-            chosen = choose_targets(graph, study.study_id, merged, stated, num_targets, seed)
+            lines = sentences(study.report.text)
+            against = frozenset[str]().union(*map(opposed, lines))
+            chosen = choose_targets(
+                graph, study.study_id, merged, stated, against, num_targets, seed
+            )
         for target in chosen:
             yield _one(study, graph, labels, target, merged.get(target) == 1, seed)
 

@@ -40,9 +40,9 @@ _MORE_DENIED: dict[str, str] = {
     "Edema": r"o?edema|congest\w*|failure|engorge\w*|interstitial (?:process|disease)|kerley|redistribution",
     "Emphysema": r"hyperinfl\w*|hyperexp\w*|emphysem\w*|air trapping|copd",
     "Enlarged Cardiomediastinum": r"mediastinal|widen\w*",
-    "Lung Lesion": r"nodul\w*|mass(?:es)?\b|lesions?|malignan\w*|neoplas\w*|tumou?rs?|metasta\w*|suspicious|granuloma\w*",
+    "Lung Lesion": r"nodul\w*|mass(?:es)?\b|(?<!destructive )(?<!bony )(?<!osseous )lesions?|malignan\w*|neoplas\w*|tumou?rs?|metasta\w*|suspicious|granuloma\w*",
     "Lung Opacity": r"opaci\w*|infiltrat\w*|air ?space|alveolar|focal lung|focal pulmonary|parenchymal",
-    "Pleural Effusion": r"(?<!pericardial )effusions?|pleural fluid|blunting|fluid|pleural (?:disease|abnormalit\w+|space)",
+    "Pleural Effusion": r"(?<!pericardial )effusions?|ha?emothora\w*|pleural fluid|blunting|free fluid|fluid collections?|pleural (?:disease|abnormalit\w+|space)",
     "Pleural Other": r"pleural(?! effusion| fluid| air)|effusions? or thickening",
     "Pneumonia": r"pneumoni\w+|infiltrat\w*|consolid\w*|air ?space|alveolar|opaci\w*|infecti\w+|focal lung|"
     r"focal pulmonary|focal process|parenchymal",

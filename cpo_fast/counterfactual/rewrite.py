@@ -7,12 +7,13 @@ findings and once in the impression, in the place of what it replaces; everythin
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 
 from cpo_fast.counterfactual.edit import edit_sentence, sides
 from cpo_fast.counterfactual.lexicon import Lexicon, lexicon
 from cpo_fast.counterfactual.targets import draw
-from cpo_fast.counterfactual.text import Unit, join, numbered_once, split, upper_case
+from cpo_fast.counterfactual.text import NEW_ITEM, Unit, join, numbered_once, split, upper_case
 from cpo_fast.counterfactual.wording import WORDINGS, Place, fill
 from cpo_fast.types import ConceptGraph, Report
 
@@ -42,6 +43,9 @@ _ORGANS: dict[str, re.Pattern[str]] = {
     "Pneumothorax": re.compile(r"effusion|pleural|pneumothora|lung"),
 }
 _LUNGS = re.compile(r"\blungs?\b|consolid|opaci|air ?space|infiltrat|pulmonary|lobe|basilar|inflat")
+
+
+_Position = Callable[[list[Unit], int | None, str], int]
 
 
 def rewrite(
@@ -113,13 +117,13 @@ def _edited(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     return edit_sentence(sentence, lex, where)
 
 
-def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position) -> str:  # type: ignore[no-untyped-def]
+def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position: _Position) -> str:
     units = split(text)
     out: list[Unit] = []
     touched: int | None = None
     for unit in units:
         plain = unit.plain
-        edited = _edited(plain, lex, where) if plain else plain
+        edited = _edited(plain, lex, where)
         if edited == plain:
             out.append(unit)
             continue
@@ -132,6 +136,8 @@ def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position)
     index = position(out, touched, lex.target)
     listed = any(u.mark for u in units)
     mark = next((u.mark for u in units if u.mark), "") if listed and position is _first else ""
+    if mark[:1].isdigit():
+        mark = NEW_ITEM + mark.lstrip("0123456789")
     lead = out[index].lead if 0 < index < len(out) else " "
     out.insert(index, Unit(lead or " ", mark, new))
     if index == 0 and len(out) > 1 and not out[1].lead:

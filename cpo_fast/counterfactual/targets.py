@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import lru_cache
 
 from cpo_fast.counterfactual.lexicon import _Key
@@ -11,7 +11,7 @@ from cpo_fast.types import ConceptGraph, Labels
 
 NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.1, 0.5, 0.5
 """Weights of the score: attributes shared with a present disease; the report speaks of the target; a
-present disease excludes it; a draw by seed and study, which spreads targets where nothing else decides."""
+present disease or the anatomy told excludes it; a draw by seed and study, which spreads targets where nothing else decides."""
 
 
 def draw(seed: int, *names: str) -> int:
@@ -37,11 +37,18 @@ def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
 
 
 def choose_targets(
-    graph: ConceptGraph, study_id: str, labels: Labels, stated: Labels, count: int, seed: int
+    graph: ConceptGraph,
+    study_id: str,
+    labels: Labels,
+    stated: Labels,
+    against: Set[str],
+    count: int,
+    seed: int,
 ) -> list[str]:
     """The `count` most relevant targets of a study (fewer where the graph has no more), best first.
 
-    `labels` say what is present, `stated` what the text says (a denied disease is spoken of). Depends on
+    `labels` say what is present, `stated` what the text says (a denied disease is spoken of),
+    `against` names the diseases whose anatomy the text contradicts. Depends on
     the seed, the study id and the labels alone, so that any shard chooses the same.
     """
     near = _nearness(_Key(graph))
@@ -49,7 +56,7 @@ def choose_targets(
 
     def score(name: str) -> float:
         nearest = max((near[name, other] for other in present), default=0.0)
-        conflict = any(name in graph.excluded[other] for other in present)
+        conflict = name in against or any(labels.get(o) in (1, -1) for o in graph.excluded[name])
         chance = draw(seed, study_id, name) / 2.0**64
         named = stated.get(name) == 0
         return NEARNESS * nearest + STATED * named - CONFLICT * conflict + CHANCE * chance

@@ -6,11 +6,16 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-_BOUNDARY = re.compile(r"(?<=[.?!])\s+|\s*\n\s*\n\s*|\n(?=\s*(?:\d{1,2}[.)]|-|\*)\s)")
+_BOUNDARY = re.compile(
+    r"(?<=[.?!])\s+|\s*\n\s*\n\s*|\n(?=\s*(?:\d{1,2}[.)]|-|\*)\s)|(?<=[a-z]{3}\.)(?=[A-Z][a-z])"
+)
 _MARK = re.compile(r"(?:\d{1,2}[.)]|-|\*)\s*")
 _INLINE_MARK = re.compile(r"\s+(?=(\d{1,2})[.)]\s+[A-Z])")
 _NUMBER = re.compile(r"\d+")
 _SPACE = re.compile(r"\s+")
+
+
+NEW_ITEM = "0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,20 @@ def _unstopped(section: str) -> list[tuple[int, int]]:
 
 
 def join(units: list[Unit]) -> str:
-    """The section that the units make, its list numbers counted anew."""
+    """The section that the units make, its lists numbered anew; a mark 0 is a new item, a 1 a new list."""
     parts: list[str] = []
-    number = 0
+    number, previous = 0, None  # type: int, int | None
     for index, unit in enumerate(units):
         mark = unit.mark
         if mark[:1].isdigit():
-            number += 1
+            was = int(_NUMBER.match(mark).group())  # type: ignore[union-attr]
+            if previous is None:
+                number = max(was, 1)
+            else:
+                number = 1 if was == 1 and previous != 0 else number + 1
+            previous = was
             mark = _NUMBER.sub(str(number), mark, count=1)
-        parts.append(("" if index == 0 else unit.lead or " ") + mark + unit.body)
+        parts.append(("" if index == 0 else unit.lead) + mark + unit.body)
     return "".join(parts).strip()
 
 
@@ -82,7 +92,7 @@ def numbered_once(units: list[Unit]) -> list[Unit]:
     """A list that shrank to one item keeps its number, as radiologists do; one that lost its first
     item's mark gives it to the sentence that stands first now."""
     if units and not units[0].mark and any(u.mark[:1].isdigit() for u in units[1:]):
-        mark = next(u.mark for u in units if u.mark[:1].isdigit())
+        mark = NEW_ITEM + next(u.mark for u in units if u.mark[:1].isdigit()).lstrip("0123456789")
         return [replace(units[0], mark=mark), *units[1:]]
     return units
 
