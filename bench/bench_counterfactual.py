@@ -1,0 +1,180 @@
+"""Counterfactuals on the real Open-I reports: how good they are, and how fast they come.
+
+`python bench/bench_counterfactual.py` prints every figure; `pytest --benchmark` also times the generator with its
+checks on one core. The faults are looked for in all counterfactuals, those set aside included, and
+counted where the original has none of the kind. The reports are read from the installed wheel.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from cpo_fast.concepts import label_report, load_graph
+from cpo_fast.concepts.labeller import ruled_out, sentence_mentions, sentences
+from cpo_fast.counterfactual import counterfactuals
+from cpo_fast.counterfactual.text import split
+from cpo_fast.data import open_studies
+from cpo_fast.data.openi import MESH_TERMS
+from cpo_fast.errors import DataError
+from cpo_fast.types import ConceptGraph, Counterfactual, Study
+
+NINE = tuple(MESH_TERMS)
+
+GRAMMAR = re.compile(
+    r"\b([a-z]{2,}) \1\b"  # a word twice
+    r"|\b(?:and|or|with|without|of|the|no|is|are|a|an|for|but|otherwise|specifically),?\s*\."
+    r"|^(?:and|or|but|with|of|is|are)\b|\b(?:and|or) (?:and|or)\b|\b(?:no|without) (?:and|or|no|without)\b|,\s*[,.]"
+    r"|\bthere is (?:no )?(?:small |moderate |large |focal |pleural |bilateral )*(?:effusions|opacities|infiltrates|nodules)\b"
+    r"|\bthere are (?:no )?(?:small |moderate |large |focal |pleural )*(?:effusion|opacity|pneumothorax|infiltrate)\b(?! or| and|,)"
+    r"|\b(?:heart size|heart|mediastinum|silhouette|vascularity|vasculature) (?:are|appear|remain)\b(?<!and .)"
+    r"|\ba (?:8|11|18|8\d|opacity|enlarged|effusion)\b|\ban (?:nodule|small|moderate)\b"
+)
+SIZES = re.compile(r"\b(?:small|moderate(?:ly)?|large|mild(?:ly)?|severe|tiny|\d+ mm)\b")
+ZONES = re.compile(
+    r"\b(?:upper|middle|lower) lobe\b|\b(?:right|left) bas\w+|\bbi?basilar|\bapical\b"
+)
+SIDES = re.compile(r"\b(?:right|left|bilateral|both|bibasilar)\b")
+
+
+def load() -> list[Study]:
+    """Open-I studies that have findings."""
+    return [study for study in open_studies("open-i") if study.report.findings]
+
+
+def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
+    """F1 of asserted findings against the indexers' labels, on ids of the given parity, and their mean."""
+    counts = {name: Counter[str]() for name in NINE}
+    for study in studies:
+        if not study.labels or int(study.study_id.removeprefix("CXR")) % 2 != parity:
+            continue
+        found = label_report(study.report.text)
+        for name in NINE:
+            pair = (study.labels[name] == 1, found[name] == 1)
+            counts[name][
+                {(True, True): "tp", (False, True): "fp", (True, False): "fn"}.get(pair, "tn")
+            ] += 1
+    scores = {n: 2 * c["tp"] / max(2 * c["tp"] + c["fp"] + c["fn"], 1) for n, c in counts.items()}
+    return scores | {"macro": statistics.mean(scores.values())}
+
+
+def contradictions(text: str) -> set[str]:
+    """Findings that one sentence asserts and another rules out (two asserted consequences included)."""
+    lines = sentences(text)
+    asserted = {
+        name for line in lines for name, polarity in sentence_mentions(line) if polarity == 1
+    }
+    denied = set().union(*(ruled_out(line) for line in lines)) if lines else set()
+    return asserted & denied
+
+
+def grammar_faults(text: str) -> Counter[str]:
+    return Counter(
+        m.group() for line in sentences(text) for m in GRAMMAR.finditer(line.replace("x" * 4, ""))
+    )
+
+
+def about(section: str, target: str) -> str:
+    """The sentences of a section that assert the target."""
+    return " ".join(s for s in sentences(section) if (target, 1) in sentence_mentions(s))
+
+
+def disagree(findings: str, impression: str, words: re.Pattern[str]) -> bool:
+    """Whether both name something and nothing in common; degrees count without their ending."""
+    left, right = (
+        {m.removesuffix("ly") for m in words.findall(part)} for part in (findings, impression)
+    )
+    return bool(left and right and not left & right)
+
+
+def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]:
+    """The shares that say how good the counterfactuals are; see the module docstring."""
+    total = len(made)
+    kept: list[float] = []
+    inserted: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
+    unrelated, survived = 0, 0
+    for cf in made:
+        old = [u.plain for part in sections(cf.report) for u in split(part) if u.plain]
+        new = Counter(u.plain for part in sections(cf.counterfactual) for u in split(part))
+        both = Counter(old) & new
+        kept.append(both.total() / len(old))
+        inserted.update((new - Counter(old)).keys())
+        faults["self-contradiction"] += bool(
+            contradictions(cf.counterfactual) - contradictions(cf.report)
+        )
+        faults["grammar"] += bool(grammar_faults(cf.counterfactual) - grammar_faults(cf.report))
+        parts = sections(cf.counterfactual)
+        if len(parts) == 2:
+            told = [about(part, cf.target) for part in parts]
+            before = [about(part, cf.target) for part in sections(cf.report)]
+            for name, words in (("side", SIDES), ("size", SIZES), ("zone", ZONES)):
+                clash = disagree(*told, words)
+                faults[name] += clash and not disagree(*before, words)
+        gone = graph.excluded[cf.target] | {"No Finding"}
+        was = {n for n, v in label_report(cf.report).items() if v == 1} - gone
+        now = {n for n, v in label_report(cf.counterfactual).items() if v == 1}
+        unrelated += len(was)
+        survived += len(was & now)
+    return {
+        "counterfactuals": total,
+        "pass all checks": sum(cf.passed for cf in made) / total,
+        "sentences kept verbatim, median": statistics.median(kept),
+        "unrelated findings kept": survived / max(unrelated, 1),
+        "most frequent inserted sentence": inserted.most_common(1)[0][1] / total,
+        **{
+            f"introduced: {name}": faults[name] / total
+            for name in ("self-contradiction", "grammar", "side", "size", "zone")
+        },
+    }
+
+
+def sections(report: str) -> list[str]:
+    """The texts of the sections of a report as `Report.text` writes it."""
+    return [part for part in re.split(r"(?:^|\n\n)(?:FINDINGS|IMPRESSION): ", report) if part]
+
+
+def main() -> None:
+    graph = load_graph()
+    everything = list(open_studies("open-i"))
+    studies = [study for study in everything if study.report.findings]
+    for name, parity in (("odd ids (tuned on)", 1), ("even ids (held out)", 0)):
+        scores = labeller_f1(everything, parity)
+        print(f"labeller F1, {name}: " + ", ".join(f"{n} {v:.3f}" for n, v in scores.items()))
+    for seed in (42, 7):
+        start = time.process_time()
+        made = list(counterfactuals(studies, graph, seed=seed))
+        seconds = time.process_time() - start
+        print(
+            f"seed {seed}: {len(made) / seconds:.0f} counterfactuals per second of one core, checks included"
+        )
+        for name, value in quality(graph, made).items():
+            print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
+        print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[Study]:
+    try:
+        return load()
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def test_generate_and_check(benchmark, reports: list[Study]) -> None:
+    """6,850 counterfactuals of the 3,425 reports: rewriting and all checks, one core."""
+    graph = load_graph()
+    made = benchmark.pedantic(lambda: list(counterfactuals(reports, graph)), rounds=3, iterations=1)
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info["counterfactuals_per_second"] = len(made) / seconds
+    benchmark.extra_info |= quality(graph, made)
+    assert len(made) == 2 * len(reports)
+
+
+if __name__ == "__main__":
+    main()
