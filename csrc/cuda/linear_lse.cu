@@ -43,17 +43,20 @@ __device__ __forceinline__ int label_of(const LinearArgs& args, int row) {
   return label >= 0 && label < args.vocab ? static_cast<int>(label) : -1;
 }
 
-// Lane q of each four holds word[i] of 16-byte vector i, place q; afterwards it holds vector q, word[place].
+// Lane q of a quad holds, of four 16-byte vectors, the word q of each; afterwards it holds vector q.
 __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int q) {
-  const auto exchange = [&](uint32_t& low, uint32_t& high, int step) {
-    const bool upper = (q & step) != 0;  // sends its low word and keeps its high one
-    const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, step);
-    (upper ? low : high) = got;
-  };
-  exchange(word[0], word[1], 1);
-  exchange(word[2], word[3], 1);
-  exchange(word[0], word[2], 2);
-  exchange(word[1], word[3], 2);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const QuadSwap swap = quad_swap(i);
+    const bool upper = (q & swap.step) != 0;
+    const uint32_t got =
+        __shfl_xor_sync(0xFFFFFFFFu, upper ? word[swap.low] : word[swap.high], swap.step);
+    if (upper) {
+      word[swap.low] = got;
+    } else {
+      word[swap.high] = got;
+    }
+  }
 }
 
 // A consumer thread's two rows of a unit: register pairs 0, 1 of each four are row 0, pairs 2, 3 row 1.
@@ -102,8 +105,9 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
     for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) {
       sums[i % 2] += exp2_fast((acc[i] - from) * c);
     }
-    const float kept = rows.part[h].sum * exp2_fast((rows.part[h].max - from) * c);
-    rows.part[h] = {highest, kept + (sums[0] + sums[1])};
+    // fmaf by name: with and without E the same bits, not as the compiler likes to contract
+    const float shrink = exp2_fast((rows.part[h].max - from) * c);
+    rows.part[h] = {highest, fmaf(rows.part[h].sum, shrink, sums[0] + sums[1])};
 
     if constexpr (kExp) {
       uint4* const line = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.exp) +
@@ -357,17 +361,14 @@ CUtensorMap tensor_map(const void* base, int rows, int columns, int64_t stride, 
   return map;
 }
 
-int cluster_count(int device) {
-  return attribute(cudaDevAttrMultiProcessorCount, device) / kCluster;
-}
-
 template <typename T, bool kExp>
 void launch(const Job& job, const CUtensorMap& map_h, const CUtensorMap& map_w, int device,
             cudaStream_t stream) {
   check(cudaFuncSetAttribute(linear_kernel<T, kExp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kSharedBytes),
         "linear kernel shared memory");
-  const int64_t clusters = std::min<int64_t>(job.plan.units, cluster_count(device));
+  const int64_t clusters =
+      std::min<int64_t>(job.plan.units, attribute(cudaDevAttrMultiProcessorCount, device) / kCluster);
   linear_kernel<T, kExp><<<static_cast<unsigned>(clusters * kCluster), kThreads, kSharedBytes,
                            stream>>>(map_h, map_w, job);
   check(cudaGetLastError(), "linear kernel");
@@ -385,8 +386,8 @@ int64_t redo_bytes(const LinearPlan& plan) {
 
 }  // namespace
 
-int64_t linear_workspace_bytes(int rows, int vocab, int device) {
-  const LinearPlan plan = linear_plan(rows, vocab, cluster_count(device));
+int64_t linear_workspace_bytes(int rows, int vocab) {
+  const LinearPlan plan = linear_plan(rows, vocab);
   return partial_bytes(plan, rows) + label_bytes(rows) + redo_bytes(plan);
 }
 
@@ -394,7 +395,7 @@ void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream
   if (args.rows == 0) return;
   check(cudaSetDevice(device), "cudaSetDevice");
   if (!is_hopper(device)) throw std::runtime_error("linear_lse needs compute capability 9.0");
-  const LinearPlan plan = linear_plan(args.rows, args.vocab, cluster_count(device));
+  const LinearPlan plan = linear_plan(args.rows, args.vocab);
   auto* const workspace = static_cast<uint8_t*>(args.workspace);
   Job job{};
   job.args = args;

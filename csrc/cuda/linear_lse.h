@@ -37,7 +37,7 @@ struct LinearArgs {
 // device, with all rows of their row pair), so that E neither overflows nor vanishes.
 constexpr float kOffsetReach = 60.0f;
 
-int64_t linear_workspace_bytes(int rows, int vocab, int device);
+int64_t linear_workspace_bytes(int rows, int vocab);
 
 // Throws std::runtime_error on a CUDA error or a device that is not of compute capability 9.0.
 void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream_t stream);

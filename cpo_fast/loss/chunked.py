@@ -1,0 +1,80 @@
+"""How the CUDA implementations cut T x V logits into chunks of rows, and multiply in fp32 sums."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_PAD = 64  # columns: rows of logits begin on a 128-byte line, whatever V
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of the vendor library's GEMM, for counting waves
+
+
+def padded(V: int) -> int:
+    """Columns of a buffer for V logits."""
+    return (V + _PAD - 1) // _PAD * _PAD
+
+
+def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int) -> int:
+    """Rows per chunk: of those whose logits fit `room` bytes, what wastes the least of the machine.
+
+    A GEMM runs in waves of one tile per multiprocessor, and its last wave is as long as a full one:
+    with 128 x 256 tiles, D = 3584 and 132 multiprocessors the product with W fills 85 % of the
+    machine in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D terms
+    per element, one of the second V.
+    """
+    most = max(1, room // (padded(V) * itemsize))
+    if most >= T or most < _TILE_ROWS:
+        return min(T, most)
+
+    def time(rows: int) -> int:
+        def waves(columns: int) -> int:
+            tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
+            return -(-tiles // multiprocessors)
+
+        return D * waves(V) + V * waves(D)
+
+    def total(rows: int) -> int:
+        chunks, rest = divmod(T, rows)
+        return chunks * time(rows) + (time(rest) if rest else 0)
+
+    return min(range(_TILE_ROWS, most + 1, _TILE_ROWS), key=lambda rows: (total(rows), -rows))
+
+
+def chunks(hidden: Tensor, weight: Tensor, room: int) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks of hidden's rows [T, D], whatever gradients are wanted."""
+    (T, D), V = hidden.shape, weight.shape[0]
+    if T == 0:
+        return []
+    multiprocessors = 132  # CPU tensors, in tests, are planned for as on an H100
+    if hidden.is_cuda:
+        multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    rows = chunk_rows(T, V, D, hidden.element_size(), multiprocessors, room)
+    return [(start, min(start + rows, T)) for start in range(0, T, rows)]
+
+
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """Keep cuBLAS from adding the parts of a split sum in 16 bits, which its default allows."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(settings, name) for name in names]
+    for name in names:
+        setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated and added in total's float32."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # no such overload on the CPU, where only tests come
+        torch.addmm(total, left.float(), right.float(), out=total)

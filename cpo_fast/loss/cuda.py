@@ -1,0 +1,441 @@
+"""The CUDA C++ implementation: the kernels of csrc/cuda around vendor GEMMs, on two paths.
+
+Both make, chunk by chunk of rows, a buffer B [C, V] and one factor per row such that
+d logp_t / d z_t = factor_t * B_t, and g = B W by a vendor GEMM. g is stored without the factors
+([T, D], as small as hidden), so that the backward with a frozen head is one scale per row.
+
+    rows    vendor GEMM H W^T, then the row kernel: log-probs, and (onehot - p) in place; factor 1.
+            Any V, D, bias, soft cap; compute capability 8.x (rows read twice) and 9.0 (once).
+    fused   the WGMMA kernel: log-probs from fp32 accumulators, B = exp(z - k) stored in its
+            epilogue, with k the reference model's LSE of the same token where there is one, else 0
+            (the kernel repairs rows whose LSE is too far from k). bfloat16 on compute capability
+            9.0, D a multiple of 8, no bias, no soft cap. Without gradients it writes no logits.
+
+Policy and reference take the same path in the same chunks, with gradients or without, so that equal
+hidden states give bitwise equal log-probs. A head that is trained costs one more GEMM where one
+chunk holds all rows, whose B is kept; else B is computed again in the backward and dW is summed in
+fp32.
+
+Untested on a GPU: the kernels are compiled and their SASS inspected, their index arithmetic runs on
+the CPU, and the Python of this file runs in tests against stand-ins for the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, padded
+from cpo_fast.loss.workspace import limit
+
+_FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
+
+_FUSED_WINS: frozenset[tuple[int, int]] = frozenset()
+"""(D, V) for which `fused` was measured to be faster than `rows`; nothing has been measured yet."""
+
+
+def available(device: torch.device) -> bool:
+    """Built, and a device that its machine code runs on: compute capability 8.x or 9.0."""
+    if device.type != "cuda" or importlib.util.find_spec("cpo_fast._cuda") is None:
+        return False
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return major == 8 or (major, minor) == (9, 0)
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def token_logps(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [T] int64
+    bias: Tensor | None,  # [V]
+    ref_hidden: Tensor | None,  # [T, D]
+    *,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    path: str | None = None,  # "rows" or "fused"; None: by the table of what was measured
+) -> tuple[Tensor, Tensor | None]:
+    """See the package docstring. Raises ValueError where `path="fused"` cannot take the inputs."""
+    obstacle = _fused_obstacle(hidden, bias, softcap)
+    if path is None:
+        measured = (hidden.shape[1], weight.shape[0]) in _FUSED_WINS
+        path = "fused" if measured and obstacle is None else "rows"
+    elif path not in ("rows", "fused"):
+        raise ValueError(f"path must be 'rows' or 'fused', got {path!r}")
+    elif path == "fused" and obstacle is not None:
+        raise ValueError(f"path 'fused' needs {obstacle}; use 'rows'")
+    tracking = torch.is_grad_enabled()
+    want_hidden = tracking and hidden.requires_grad
+    want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    room = limit(hidden.device)
+    bytes_of_all = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
+    logps, ref_logps, *_ = torch.ops.cpo_fast.cuda_logps(
+        hidden,
+        weight,
+        labels.masked_fill(labels == ignore_index, -1),
+        bias,
+        ref_hidden,
+        softcap or 0.0,
+        temperature,
+        path == "fused",
+        want_hidden,
+        want_head,
+        want_head and bytes_of_all <= room,
+        room,
+    )
+    return logps, None if ref_hidden is None else ref_logps
+
+
+def _fused_obstacle(hidden: Tensor, bias: Tensor | None, softcap: float | None) -> str | None:
+    """What keeps the fused path from these inputs, as a requirement."""
+    if hidden.dtype != torch.bfloat16:
+        return "bfloat16"
+    if hidden.shape[1] % 8:
+        return "a hidden size that is a multiple of 8"
+    if bias is not None or softcap is not None:
+        return "a head without bias and soft cap"
+    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) != (9, 0):
+        return "compute capability 9.0"
+    return None
+
+
+# --- launches: tensors to addresses ---------------------------------------------------------------
+
+
+def _kernels() -> Any:
+    return importlib.import_module("cpo_fast._cuda")
+
+
+def _site(tensor: Tensor) -> dict[str, Any]:
+    """Where a kernel on `tensor` runs: its dtype's name, device and current stream."""
+    if not tensor.is_cuda:
+        raise ValueError(f"the CUDA kernels take CUDA tensors, got one on {tensor.device}")
+    index = tensor.device.index
+    return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous from an address that 16-byte accesses may use."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _buffer(like: Tensor, rows: int, V: int) -> Tensor:
+    """[rows, padded V]. The padding is 0: a GEMM that reads a vector past V (oneDNN was seen to)
+    and multiplies it by 0 must not meet a NaN there."""
+    buffer = like.new_empty(rows, padded(V))
+    buffer[:, V:].zero_()
+    return buffer
+
+
+class _Head:
+    """A head and its options, for the launches of one call."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, softcap: float, temperature: float, fused: bool
+    ) -> None:
+        self.weight = _aligned(weight)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.softcap, self.temperature, self.fused = softcap, temperature, fused
+
+    def rows_chunk(
+        self,
+        hidden: Tensor,  # [C, D]
+        labels: Tensor,  # [C]
+        buffer: Tensor,  # [C, padded V] out
+        want: bool,  # d logp / d z in the buffer
+        logps: Tensor,  # [C] out
+        lse: Tensor,  # [C] out
+    ) -> None:
+        V = self.weight.shape[0]
+        torch.mm(hidden, self.weight.t(), out=buffer[:, :V])
+        _kernels().row_kernel(
+            dtype=_name(buffer),
+            logits=buffer.data_ptr(),
+            stride=buffer.stride(0),
+            rows=buffer.shape[0],
+            vocab=V,
+            grad_rows=buffer.shape[0] if want else 0,
+            labels=labels.data_ptr(),
+            bias=0 if self.bias is None else self.bias.data_ptr(),
+            softcap=self.softcap,
+            temperature=self.temperature,
+            logps=logps.data_ptr(),
+            lse=lse.data_ptr(),
+            **_site(buffer),
+        )
+
+    def fused_chunk(
+        self,
+        hidden: Tensor,  # [C, D]
+        labels: Tensor,  # [C]
+        buffer: Tensor | None,  # [C, padded V] out, E; None: log-probs only
+        offsets: Tensor,  # [C]
+        factors: Tensor,  # [C] out, with E
+        logps: Tensor,  # [C] out
+        lse: Tensor,  # [C] out
+    ) -> None:
+        (C, D), V = hidden.shape, self.weight.shape[0]
+        size = _kernels().linear_workspace_bytes(rows=C, vocab=V)
+        workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+        _kernels().linear_lse(
+            dtype=_name(hidden),
+            hidden=hidden.data_ptr(),
+            hidden_stride=hidden.stride(0),
+            weight=self.weight.data_ptr(),
+            weight_stride=self.weight.stride(0),
+            rows=C,
+            vocab=V,
+            width=D,
+            labels=labels.data_ptr(),
+            temperature=self.temperature,
+            logps=logps.data_ptr(),
+            lse=lse.data_ptr(),
+            workspace=workspace.data_ptr(),
+            exp=0 if buffer is None else buffer.data_ptr(),
+            exp_stride=0 if buffer is None else buffer.stride(0),
+            offsets=0 if buffer is None else offsets.data_ptr(),
+            factors=0 if buffer is None else factors.data_ptr(),
+            **_site(hidden),
+        )
+
+    def lse_only(self, hidden: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> None:
+        """The fused path without gradients, on all rows [T, D]."""
+        for start in range(0, hidden.shape[0], _FUSED_ROWS):
+            part = slice(start, start + _FUSED_ROWS)
+            self.fused_chunk(hidden[part], labels[part], None, lse, lse, logps[part], lse[part])
+
+
+def _scale(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """rows [T, D] times coefficients [T] float32, in rows' dtype; 0 x anything is 0."""
+    if rows.shape[1] % 8:
+        product = (rows * coefficients[:, None]).to(rows.dtype)
+        return product.masked_fill(coefficients[:, None] == 0, 0)
+    rows, coefficients = _aligned(rows), coefficients.contiguous()
+    out = torch.empty_like(rows)
+    _kernels().row_scale(
+        dtype=_name(rows),
+        rows=rows.data_ptr(),
+        coefficients=coefficients.data_ptr(),
+        out=out.data_ptr(),
+        tokens=rows.shape[0],
+        width=rows.shape[1],
+        **_site(rows),
+    )
+    return out
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("cpo_fast::cuda_logps", mutates_args=())
+def _logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    softcap: float,
+    temperature: float,
+    fused: bool,
+    want_hidden: bool,
+    want_head: bool,
+    keep: bool,
+    room: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps [T], ref_logps [T], product B W [T, D], factors [T], lse [T], B [T, padded V].
+
+    What is not wanted has 0 rows. `labels` are -1 where ignored. `room` bounds, in bytes, the
+    logits held at once; one row is held in any case.
+    """
+    (T, D), V = hidden.shape, weight.shape[0]
+    hidden, labels = _aligned(hidden), labels.contiguous()
+    head = _Head(weight, bias, softcap, temperature, fused)
+    logps = hidden.new_empty(T, dtype=torch.float32)
+    lse = hidden.new_empty(T, dtype=torch.float32)
+    ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
+    offsets = hidden.new_zeros(T, dtype=torch.float32)
+    factors = hidden.new_ones(T, dtype=torch.float32)
+    product = hidden.new_empty(T if want_hidden else 0, D)
+    kept = _buffer(hidden, T if keep else 0, V)
+    if ref_hidden is not None:
+        ref_hidden = _aligned(ref_hidden)
+
+    if fused and ref_hidden is not None:
+        head.lse_only(ref_hidden, labels, ref_logps, offsets)
+    if fused and not want_hidden and not keep:
+        head.lse_only(hidden, labels, logps, lse)
+        return logps, ref_logps, product, factors, lse, kept
+
+    bounds = chunks(hidden, weight, room)
+    buffers = kept if keep else _buffer(hidden, bounds[0][1] if bounds else 0, V)
+    with fp32_sums():
+        for start, stop in bounds:
+            part = slice(start, stop)
+            buffer = buffers[: stop - start]
+            if fused:
+                head.fused_chunk(
+                    hidden[part],
+                    labels[part],
+                    buffer,
+                    offsets[part],
+                    factors[part],
+                    logps[part],
+                    lse[part],
+                )
+            else:
+                if ref_hidden is not None:
+                    ref = ref_hidden[part]
+                    head.rows_chunk(ref, labels[part], buffer, False, ref_logps[part], lse[part])
+                want = want_hidden or keep
+                head.rows_chunk(hidden[part], labels[part], buffer, want, logps[part], lse[part])
+            if want_hidden:
+                torch.mm(buffer[:, :V], head.weight, out=product[part])
+    return logps, ref_logps, product, factors, lse, kept
+
+
+@_logps.register_fake
+def _logps_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    softcap: float,
+    temperature: float,
+    fused: bool,
+    want_hidden: bool,
+    want_head: bool,
+    keep: bool,
+    room: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, D = hidden.shape
+    per_token = [hidden.new_empty(T, dtype=torch.float32) for _ in range(3)]
+    return (
+        per_token[0],
+        hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
+        hidden.new_empty(T if want_hidden else 0, D),
+        per_token[1],
+        per_token[2],
+        hidden.new_empty(T if keep else 0, padded(weight.shape[0])),
+    )
+
+
+@torch.library.custom_op("cpo_fast::cuda_row_scale", mutates_args=())
+def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
+    return _scale(rows, coefficients)
+
+
+@_row_scale.register_fake
+def _row_scale_fake(rows: Tensor, coefficients: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+@torch.library.custom_op("cpo_fast::cuda_head_grad", mutates_args=())
+def _head_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    factors: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    coefficients: Tensor,
+    softcap: float,
+    temperature: float,
+    fused: bool,
+    room: int,
+) -> tuple[Tensor, Tensor]:
+    """d loss / d weight [V, D] and d bias [V] (0 elements without a bias), in weight's dtype."""
+    V, D = weight.shape
+    hidden, labels = _aligned(hidden), labels.contiguous()
+    head = _Head(weight, bias, softcap, temperature, fused)
+    keeps = kept.shape[0] > 0
+    bounds = [(0, hidden.shape[0])] if keeps else chunks(hidden, weight, room)
+    single = len(bounds) == 1  # one product is the whole sum: rounded once, as it is stored
+    total = hidden.new_zeros((0 if single else V, D), dtype=torch.float32)
+    total_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)
+    grad_weight = torch.empty_like(head.weight)
+    buffers = kept
+    if bounds and not keeps:
+        buffers = _buffer(hidden, bounds[0][1], V)
+        factors = factors.clone()  # the fused kernel writes them for its offsets
+    unused = lse.new_empty(2, lse.shape[0])
+    with fp32_sums():
+        for start, stop in bounds:
+            part = slice(start, stop)
+            buffer, outputs = buffers[: stop - start], (unused[0, part], unused[1, part])
+            if not keeps and fused:
+                # Under the LSE as offset: the one that never needs repair.
+                head.fused_chunk(
+                    hidden[part], labels[part], buffer, lse[part], factors[part], *outputs
+                )
+            elif not keeps:
+                head.rows_chunk(hidden[part], labels[part], buffer, True, *outputs)
+            shares = coefficients[part] * factors[part]
+            scaled = _scale(hidden[part], shares)
+            if single:
+                torch.mm(buffer[:, :V].t(), scaled, out=grad_weight)
+            else:
+                add_product(total, buffer[:, :V].t(), scaled)
+            if bias is not None:
+                add_product(total_bias, buffer[:, :V].t(), shares.to(hidden.dtype)[:, None])
+    if not single:
+        grad_weight.copy_(total)
+    return grad_weight, total_bias.view(-1).to(weight.dtype)
+
+
+@_head_grad.register_fake
+def _head_grad_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    factors: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    coefficients: Tensor,
+    softcap: float,
+    temperature: float,
+    fused: bool,
+    room: int,
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, _, softcap, temperature, fused, _, want_head, _, room = inputs
+    _, ref_logps, product, factors, lse, kept = output
+    ctx.mark_non_differentiable(ref_logps, product, factors, lse, kept)
+    ctx.want_head = want_head
+    ctx.options = (softcap, temperature, fused, room)
+    head = (hidden, weight, labels, bias, factors, lse, kept) if want_head else ()
+    ctx.save_for_backward(product, factors, *head)
+
+
+def _backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    product, factors, *head = ctx.saved_tensors
+    grad_hidden = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_hidden = torch.ops.cpo_fast.cuda_row_scale(product, grad_logps * factors)
+    if ctx.want_head:
+        grad_weight, grad_bias = torch.ops.cpo_fast.cuda_head_grad(*head, grad_logps, *ctx.options)
+        if head[3] is None:
+            grad_bias = None
+    return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
+
+
+_logps.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,191 @@
+// Checks csrc/cuda/index.h and logp.h on the CPU: tests/test_cuda_index.py compiles and runs it. The models of the
+// copy engine and of wgmma are written from the PTX ISA, independently of the functions that they check.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "index.h"
+#include "logp.h"
+
+using namespace cpo;
+
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("line %d: %s does not hold\n", __LINE__, #condition);   \
+      std::exit(1);                                                       \
+    }                                                                     \
+  } while (0)
+
+void check_row_shares(int vocab) {
+  const RowShare first = row_share(vocab, 0), second = row_share(vocab, 1);
+  CHECK(first.first_vec == 0 && second.first_vec == first.vecs);
+  CHECK(first.vecs + second.vecs == row_vecs(vocab));
+  CHECK((row_vecs(vocab) - 1) * kVec < vocab && vocab <= row_vecs(vocab) * kVec);
+  CHECK(first.vecs >= second.vecs && first.vecs - second.vecs <= 1);
+  for (const RowShare& share : {first, second}) {
+    int sum = 0;
+    for (int piece = 0; piece < share.pieces; ++piece) {
+      CHECK(piece_vecs(share, piece) > 0 && piece_vecs(share, piece) <= kPieceVecs);
+      CHECK(piece + 1 == share.pieces || piece_vecs(share, piece) == kPieceVecs);
+      sum += piece_vecs(share, piece);
+    }
+    CHECK(sum == share.vecs);
+  }
+}
+
+void check_units(int rows, int vocab) {
+  const LinearPlan plan = linear_plan(rows, vocab);
+  CHECK(static_cast<int64_t>(plan.row_pairs) * kPairRows >= rows);
+  CHECK(static_cast<int64_t>(plan.row_pairs - 1) * kPairRows < rows);
+  std::vector<int> seen(static_cast<size_t>(plan.row_pairs) * plan.vocab_tiles, 0);
+  std::vector<int> split_seen(static_cast<size_t>(plan.units), 0);
+  for (int64_t u = 0; u < plan.units; ++u) {
+    const LinearUnit unit = linear_unit(plan, u);
+    CHECK(unit.row_pair >= 0 && unit.row_pair < plan.row_pairs);
+    CHECK(unit.split >= 0 && unit.split < plan.splits);
+    CHECK(unit.first_tile < unit.end_tile && unit.end_tile <= plan.vocab_tiles);
+    CHECK(unit.row_pair / kBand == u / (static_cast<int64_t>(kBand) * plan.splits));
+    ++split_seen[static_cast<size_t>(unit.row_pair) * plan.splits + unit.split];
+    for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
+      ++seen[static_cast<size_t>(unit.row_pair) * plan.vocab_tiles + tile];
+    }
+  }
+  for (int count : seen) CHECK(count == 1);
+  for (int count : split_seen) CHECK(count == 1);
+}
+
+void check_accumulators() {
+  std::vector<int> seen(64 * kTileN, 0);
+  for (int thread = 0; thread < 128; ++thread) {
+    for (int i = 0; i < 128; ++i) {
+      const int row = acc_row(thread, i), column = acc_column(thread, i);
+      CHECK(row >= 0 && row < 64 && column >= 0 && column < kTileN);
+      ++seen[row * kTileN + column];
+      // The epilogue's view: the row depends on i / 2 % 2 only, the quad shares its rows, the column's lane
+      // is column / 2 % 4.
+      CHECK(row == acc_row(thread, 2 * (i / 2 % 2)) && row == acc_row(thread / 4 * 4, i));
+      CHECK(column / 2 % 4 == thread % 4);
+      // The vector that word i / 2 belongs to and the word's place in it, as the store of E assumes.
+      CHECK(column / kVec == i / 4 && column % kVec / 2 == thread % 4);
+    }
+  }
+  for (int count : seen) CHECK(count == 1);
+}
+
+// PTX ISA, "asynchronous warpgroup matrix instructions", shared-memory matrix layout: an operand's element (row, k) of
+// 16-bit values lies at start + row / 8 * stride offset + row % 8 * 128 + 2 * k, and the 128-byte swizzle xors
+// address bits 4..6 with bits 7..9. The copy engine swizzles the same bits of the address that it writes.
+void check_swizzle(uint32_t base, int rows) {
+  std::vector<int> memory(rows * 64, -1);
+  const auto swizzle = [](uint32_t address) { return address ^ ((address >> 7 & 7) << 4); };
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < kTileK; ++column) {
+      const uint32_t written = swizzle(base + row * 128 + column * 2);
+      CHECK(written - base == static_cast<uint32_t>(swizzled(row, column * 2)));
+      memory[(written - base) / 2] = row * kTileK + column;
+    }
+  }
+  for (int step = 0; step < kTileK / 16; ++step) {
+    const uint64_t descriptor = operand_descriptor(base, step);
+    CHECK(descriptor >> 62 == 1);                    // 128-byte swizzle
+    CHECK((descriptor >> 49 & 7) == 0);              // base offset: tiles start at multiples of 1024
+    const uint32_t start = (descriptor & 0x3FFF) << 4;
+    const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
+    for (int row = 0; row < rows; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t read = swizzle(start + row / 8 * stride + row % 8 * 128 + 2 * k);
+        CHECK(memory[(read - base) / 2] == row * kTileK + step * 16 + k);
+      }
+    }
+  }
+}
+
+void check_quad_transpose() {
+  int word[4][4];
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int w = 0; w < 4; ++w) word[lane][w] = 10 * w + lane;  // word `lane` of vector w
+  }
+  for (int i = 0; i < 4; ++i) {
+    const QuadSwap swap = quad_swap(i);
+    int sent[4];
+    for (int q = 0; q < 4; ++q) sent[q] = word[q][q & swap.step ? swap.low : swap.high];
+    for (int q = 0; q < 4; ++q) word[q][q & swap.step ? swap.low : swap.high] = sent[q ^ swap.step];
+  }
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int w = 0; w < 4; ++w) CHECK(word[lane][w] == 10 * lane + w);
+  }
+}
+
+// A row's columns dealt to any number of partial sums and merged must give float64's answer.
+void check_logp(std::mt19937& random, double spread, double shift, double temperature, int columns) {
+  std::normal_distribution<double> normal(0, spread);
+  std::vector<float> z(columns);
+  for (float& value : z) value = static_cast<float>(normal(random) + shift);
+  const int label = static_cast<int>(random() % columns);
+  const float c = kLog2e / static_cast<float>(temperature);
+  std::vector<Partial> parts(random() % 9 + 1, empty_partial());
+  double others = 0;
+  for (int i = 0; i < columns; ++i) {
+    if (i == label) continue;
+    Partial& part = parts[random() % parts.size()];
+    part = merge(part, {z[i], 1.0f}, c);
+    others += std::exp((static_cast<double>(z[i]) - z[label]) / temperature);
+  }
+  Partial all = empty_partial();
+  for (const Partial& part : parts) all = merge(all, part, c);
+  const Partial turned = merge(parts[0], all, c), again = merge(all, parts[0], c);
+  CHECK(turned.max == again.max && turned.sum == again.sum);  // symmetric to the bit
+  const RowResult result = finish_row(all, z[label], true, static_cast<float>(1 / temperature));
+  const double logp = -std::log1p(others), scale = 1 + std::abs(logp) + std::abs(shift / temperature);
+  CHECK(result.logp <= 0);
+  CHECK(std::abs(result.logp - logp) <= 2e-6 * scale);
+  CHECK(std::abs(result.lse - (z[label] / temperature - logp)) <= 2e-6 * scale);
+  CHECK(std::abs(result.others - others / (1 + others)) <= 4e-6 * scale * others / (1 + others));
+  if (columns > 1) {
+    const double p = others / (1 + others) / all.sum;  // of a column at the maximum
+    CHECK(std::abs(result.factor - p) <= 8e-6 * scale * p);
+  }
+}
+
+int main() {
+  for (int vocab = 1; vocab < 20000; ++vocab) check_row_shares(vocab);
+  for (int vocab : {32000, 50257, 128256, 151936, 152064, 229376, 262144}) check_row_shares(vocab);
+  CHECK(row_share(152064, 0).pieces <= kMaxPieces && row_share(229376, 0).pieces == kMaxPieces);
+  CHECK(row_share(229377, 0).pieces > kMaxPieces);
+  CHECK(kMaxPieces * kPieceVecs * 16 + 2048 <= 227 * 1024);
+  CHECK(kStages * kStageBytes + 2048 <= 227 * 1024);
+
+  for (int rows = 1; rows < 6000; rows += 97) {
+    for (int vocab : {1, 255, 256, 257, 511, 513, 1000, 4099, 50257}) check_units(rows, vocab);
+  }
+  for (int rows = 1; rows <= 1025; ++rows) check_units(rows, 777);
+  check_units(8192, 152064);
+  check_units(16384, 151936);
+  CHECK(linear_unit(linear_plan(1 << 30, 152064), linear_plan(1 << 30, 152064).units - 1).row_pair ==
+        (1 << 30) / kPairRows - 1);
+  CHECK(offset_2d(100000, 152064, 5) == int64_t{15206400005});
+  CHECK(box_row(0, 1) == 0 && box_row(127, 128) == 127 && box_row(128, 128) == 0);
+
+  check_accumulators();
+  check_swizzle(0, kTileM);
+  check_swizzle(5 * 1024, kTileN);
+  check_swizzle(kStages * kStageBytes - kBytesW, kTileN);
+  check_quad_transpose();
+
+  std::mt19937 random(7);
+  for (int round = 0; round < 400; ++round) {
+    for (double temperature : {1.0, 0.7, 3.0}) {
+      check_logp(random, 0.1, 0, temperature, 1 + static_cast<int>(random() % 200));
+      check_logp(random, 10, 0, temperature, 2 + static_cast<int>(random() % 200));
+      check_logp(random, 30, -1e4, temperature, 200);
+    }
+  }
+  // Nothing but the label, and nothing but an ignored label.
+  CHECK(finish_row(empty_partial(), 3.0f, true, 1.0f).logp == 0.0f);
+  CHECK(finish_row(empty_partial(), 3.0f, true, 1.0f).lse == 3.0f);
+  CHECK(finish_row({2.0f, 1.0f}, 0.0f, false, 1.0f).logp == 0.0f);
+  CHECK(finish_row({2.0f, 1.0f}, 0.0f, false, 1.0f).lse == 2.0f);
+  std::puts("ok");
+}

@@ -1,0 +1,158 @@
+"""What can be known of the CUDA kernels without a GPU, from nvcc's report and the machine code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = ("row_kernel", "linear_lse", "reduction")
+REGISTERS = 65536  # of a multiprocessor
+STATIC_SHARED = 1024  # bytes; test_cuda_index.py keeps 2048 free beside the dynamic part
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # demangled as far as it matters: the mangled name
+    threads: int
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    sass: str
+
+
+THREADS = {
+    "row_portable": 1024,
+    "row_cluster": 1024,
+    "linear_kernel": 384,
+    "combine": 256,
+    "patch_redone": 256,
+    "segment_sums": 256,
+    "row_scale": 256,
+}
+
+
+def disassembler() -> str | None:
+    """nvdisasm of the toolkit, or the one inside triton's wheel."""
+    if found := shutil.which("nvdisasm"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return str(bundled) if bundled.exists() else None
+
+
+def compile_cubin(source: str, arch: str, folder: Path) -> tuple[Path, str]:
+    cubin = folder / f"{source}_{arch}.cubin"
+    command = ["nvcc", "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command += ["-cubin", "-Xptxas", "-v", str(CSRC / f"{source}.cu"), "-o", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return cubin, result.stderr
+
+
+def parse(report: str, sass: str) -> list[Kernel]:
+    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
+    found = []
+    for block in report.split("Compiling entry function '")[1:]:
+        name = block[: block.index("'")]
+        threads = next(count for key, count in THREADS.items() if key in name)
+
+        def number(pattern: str, block: str = block) -> int:
+            match = re.search(pattern, block)
+            return int(match[1]) if match else 0
+
+        spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        found.append(
+            Kernel(
+                name,
+                threads,
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes smem"),
+                number(r"(\d+) bytes stack frame"),
+                spills,
+                code[name],
+            )
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel], str]:
+    """All kernels compiled for sm_90a, and the compiler's messages."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed: the CUDA kernels cannot be compiled")
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no nvdisasm, neither of a CUDA toolkit nor in triton: no machine code to read")
+    folder = tmp_path_factory.mktemp("cubin")
+    kernels, messages = [], ""
+    for source in SOURCES:
+        cubin, report = compile_cubin(source, "90a", folder)
+        sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+        kernels += parse(report, sass.stdout)
+        messages += report
+    return kernels, messages
+
+
+def named(kernels: list[Kernel], part: str) -> list[Kernel]:
+    found = [kernel for kernel in kernels if part in kernel.name]
+    assert found, part
+    return found
+
+
+def test_nothing_spills(hopper: tuple[list[Kernel], str]) -> None:
+    kernels, messages = hopper
+    assert len(kernels) == 16
+    for kernel in kernels:
+        assert (kernel.stack, kernel.spills) == (0, 0), kernel.name
+        assert not re.search(r"\b(LDL|STL)\b", kernel.sass), kernel.name
+    # Warnings such as serialised wgmma or an ignored setmaxnreg.
+    assert "warning" not in messages.lower() and "Potential Performance Loss" not in messages
+
+
+def test_registers_and_shared_memory_fit(hopper: tuple[list[Kernel], str]) -> None:
+    for kernel in hopper[0]:
+        assert 0 < kernel.registers <= REGISTERS // kernel.threads, kernel.name
+        assert kernel.shared <= STATIC_SHARED * (3 if "segment_sums" in kernel.name else 1)
+
+
+def test_linear_kernel_uses_the_tensor_cores_and_the_copy_engine(
+    hopper: tuple[list[Kernel], str],
+) -> None:
+    for kernel in named(hopper[0], "linear_kernel"):
+        assert "HGMMA.64x256x16.F32" in kernel.sass
+        assert "HMMA" not in kernel.sass.replace("HGMMA", "")
+        assert kernel.sass.count("USETMAXREG") == 2
+        assert "UTMALDG.2D.MULTICAST" in kernel.sass
+        # The accumulators stay in one place: a kernel that moves them does it with 64 or more moves.
+        loops = kernel.sass.split("HGMMA")[1:-1]
+        assert max(part.count("MOV ") for part in loops if part.count("\n") < 100) < 32
+        # Memory barriers only at the two cluster barriers, none in the main loop.
+        assert kernel.sass.count("MEMBAR.ALL.GPU") <= 2
+
+
+def test_row_kernel_copies_in_bulk_and_sends_to_its_peer(hopper: tuple[list[Kernel], str]) -> None:
+    for kernel in named(hopper[0], "row_cluster"):
+        assert "UBLKCP" in kernel.sass
+        assert "STAS" in kernel.sass  # st.async
+        assert kernel.sass.count("MEMBAR.ALL.GPU") <= 2
+    for kernel in named(hopper[0], "row_portable"):
+        assert "LDG.E.128" in kernel.sass and "STG.E.128" in kernel.sass
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_for_sm_80(source: str, tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed: the CUDA kernels cannot be compiled")
+    _, report = compile_cubin(source, "80", tmp_path)
+    assert "warning" not in report
+    assert not re.search(r"[1-9]\d* bytes spill", report)

@@ -1,0 +1,256 @@
+"""The Python around the CUDA kernels, on the CPU against stand-ins that take the same addresses.
+
+What is tested is chunking, strides, saved factors, gradients and operators; the kernels themselves
+are checked by test_cuda_compile.py, test_cuda_index.py and, on a GPU, tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpo_fast.loss import chunked, cuda, reference
+
+
+def at(address: int, shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> Tensor:
+    """The memory at `address` as a tensor whose rows are `stride` values apart."""
+    rows = shape[0] if len(shape) == 2 else 1
+    size = ((rows - 1) * stride + shape[-1]) * dtype.itemsize
+    flat = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
+    return flat.as_strided(shape, (stride, 1) if len(shape) == 2 else (1,))
+
+
+class StandIn:
+    """cpo_fast._cuda by its documented contract (csrc/cuda/*.h), in float64 torch."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    @staticmethod
+    def finish(z: Tensor, a: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Writes logps and lse of scaled logits z [rows, V]; returns (onehot - p, labels)."""
+        rows, V = z.shape
+        labels = at(a["labels"], (rows,), 1, torch.int64)
+        scored = (labels >= 0) & (labels < V)
+        onehot = torch.zeros_like(z)
+        onehot[scored, labels[scored]] = 1
+        lse = z.logsumexp(1)
+        at(a["logps"], (rows,), 1, torch.float32)[:] = torch.where(
+            scored, (z * onehot).sum(1) - lse, 0
+        )
+        at(a["lse"], (rows,), 1, torch.float32)[:] = lse
+        return (onehot - (z - lse[:, None]).exp()) * scored[:, None], labels
+
+    def row_kernel(self, **a: Any) -> None:
+        self.calls.append("row_kernel")
+        assert a["stride"] % 8 == 0 and a["logits"] % 16 == 0
+        logits = at(a["logits"], (a["rows"], a["vocab"]), a["stride"], getattr(torch, a["dtype"]))
+        z = logits.double()
+        if a["bias"]:
+            z = z + at(a["bias"], (a["vocab"],), 1, torch.float32)
+        slope = torch.ones_like(z)
+        if a["softcap"]:
+            slope = 1 - torch.tanh(z / a["softcap"]) ** 2
+            z = a["softcap"] * torch.tanh(z / a["softcap"])
+        gradient, _ = self.finish(z / a["temperature"], a)
+        gradient = gradient * slope / a["temperature"]
+        logits[: a["grad_rows"]] = gradient[: a["grad_rows"]].to(logits.dtype)
+
+    def linear_workspace_bytes(self, *, rows: int, vocab: int) -> int:
+        return 16
+
+    def linear_lse(self, **a: Any) -> None:
+        self.calls.append("linear_exp" if a["exp"] else "linear_lse")
+        dtype, rows, V = getattr(torch, a["dtype"]), a["rows"], a["vocab"]
+        hidden = at(a["hidden"], (rows, a["width"]), a["hidden_stride"], dtype)
+        weight = at(a["weight"], (V, a["width"]), a["weight_stride"], dtype)
+        z = hidden.double() @ weight.double().t() / a["temperature"]
+        gradient, labels = self.finish(z, a)
+        if a["exp"]:
+            offsets = at(a["offsets"], (rows,), 1, torch.float32).double()
+            lse = z.logsumexp(1)
+            offsets = torch.where((offsets - lse).abs() <= 60, offsets, lse)
+            scored = labels >= 0
+            factors = -(offsets - lse).exp() / a["temperature"]
+            at(a["factors"], (rows,), 1, torch.float32)[:] = torch.where(scored, factors, 0)
+            exp = (z - offsets[:, None]).exp()
+            gradient = gradient / a["temperature"] / factors[:, None]
+            picked = labels.clamp(min=0)[:, None]
+            exp.scatter_(1, picked, gradient.gather(1, picked))
+            at(a["exp"], (rows, V), a["exp_stride"], torch.bfloat16)[:] = exp.bfloat16()
+
+    def row_scale(self, **a: Any) -> None:
+        dtype, shape = getattr(torch, a["dtype"]), (a["tokens"], a["width"])
+        if a["tokens"]:
+            rows = at(a["rows"], shape, a["width"], dtype).double()
+            coefficients = at(a["coefficients"], (a["tokens"],), 1, torch.float32)
+            out = at(a["out"], shape, a["width"], dtype)
+            out[:] = (rows * coefficients[:, None]).to(dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    standin = StandIn()
+    monkeypatch.setattr(cuda, "_kernels", lambda: standin)
+    monkeypatch.setattr(cuda, "_site", lambda tensor: {"device": 0, "stream": 0})
+    return standin
+
+
+def inputs(T: int, V: int, D: int, dtype: torch.dtype, bias: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(T + V + D)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels = torch.randint(V, (T,), generator=generator)
+    labels[::7] = -100
+    return {
+        "hidden": normal(T, D).to(dtype),
+        "weight": (normal(V, D) * 2 / D**0.5).to(dtype),
+        "labels": labels,
+        "bias": normal(V).to(dtype) if bias else None,
+        "ref_hidden": normal(T, D).to(dtype),
+        "upstream": normal(T),
+    }
+
+
+def run(module: Any, case: dict[str, Any], head: bool, **options: Any) -> dict[str, Tensor]:
+    hidden = case["hidden"].clone().requires_grad_()
+    weight = case["weight"].clone().requires_grad_(head)
+    bias = None if case["bias"] is None else case["bias"].clone().requires_grad_(head)
+    settings = {"softcap": None, "temperature": 1.0, "ignore_index": -100, **options}
+    logps, ref_logps = module.token_logps(
+        hidden, weight, case["labels"], bias, case["ref_hidden"], **settings
+    )
+    assert not ref_logps.requires_grad
+    logps.backward(case["upstream"].to(logps.dtype))
+    found = {"logps": logps.detach(), "ref_logps": ref_logps, "hidden": hidden.grad}
+    if head:
+        found |= {"weight": weight.grad} | ({} if bias is None else {"bias": bias.grad})
+    return found
+
+
+def check(case: dict[str, Any], head: bool, path: str, **options: Any) -> None:
+    """Errors against float64 at most twice those of eager PyTorch in the same precision."""
+    exact_case = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in case.items()
+    }
+    exact = run(reference, exact_case, head, **options)
+    eager = run(reference, case, head, **options)
+    found = run(cuda, case, head, path=path, **options)
+    assert found.keys() == exact.keys()
+    for name, truth in exact.items():
+        error = (found[name].double() - truth).abs().max()
+        allowed = 2 * (eager[name].double() - truth).abs().max() + 2e-3 * truth.abs().max()
+        assert error <= allowed, (name, float(error), float(allowed))
+        assert found[name].dtype == (torch.float32 if "logps" in name else case["hidden"].dtype)
+
+
+@pytest.mark.parametrize("path", ["rows", "fused"])
+@pytest.mark.parametrize("head", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("room_mib", ["1", "64"], ids=["chunks", "one-chunk"])
+def test_values_and_gradients(
+    kernels: StandIn, monkeypatch: pytest.MonkeyPatch, path: str, head: bool, room_mib: str
+) -> None:
+    monkeypatch.setenv("CPO_FAST_WORKSPACE_MIB", room_mib)
+    case = inputs(700, 1003, 24, torch.bfloat16, bias=False)
+    check(case, head, path, temperature=0.7)
+    if path == "fused":
+        assert kernels.calls[0] == "linear_lse" and "row_kernel" not in kernels.calls
+    forward = kernels.calls.count("linear_exp" if path == "fused" else "row_kernel")
+    chunk_count = 2 if room_mib == "1" else 1  # each anew in the backward of a trained head
+    if head and chunk_count > 1:
+        forward -= chunk_count
+    assert forward == chunk_count * (1 if path == "fused" else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_and_soft_cap(kernels: StandIn, dtype: torch.dtype) -> None:
+    check(inputs(65, 131, 20, dtype, bias=True), True, "rows", softcap=5.0, temperature=1.3)
+
+
+def test_far_offsets_and_one_token(kernels: StandIn) -> None:
+    case = inputs(1, 77, 8, torch.bfloat16, bias=False)
+    case["labels"][:] = 3
+    check(case, True, "fused")
+    case["ref_hidden"] *= 200  # LSEs hundreds apart from the policy's
+    check(case, True, "fused")
+
+
+def test_equal_hidden_states_give_equal_bits(kernels: StandIn) -> None:
+    case = inputs(130, 300, 16, torch.bfloat16, bias=False)
+    case["ref_hidden"] = case["hidden"]
+    for path in ("rows", "fused"):
+        found = run(cuda, case, False, path=path)
+        assert torch.equal(found["logps"], found["ref_logps"])
+
+
+def test_nothing_to_score_and_no_rows(kernels: StandIn) -> None:
+    for T in (0, 5):
+        case = inputs(T, 50, 16, torch.bfloat16, bias=False)
+        case["labels"][:] = -100
+        for path in ("rows", "fused"):
+            if T or path == "rows":
+                found = run(cuda, case, True, path=path)
+                assert all((value == 0).all() for name, value in found.items())
+
+
+def test_an_ignore_index_that_is_a_label(kernels: StandIn) -> None:
+    case = inputs(20, 50, 16, torch.bfloat16, bias=False)
+    case["labels"] = torch.arange(20)
+    check(case, False, "rows", ignore_index=4)
+
+
+def test_no_gradient_work_unless_asked(kernels: StandIn) -> None:
+    case = inputs(20, 50, 16, torch.bfloat16, bias=False)
+    arguments = [case[k] for k in ("hidden", "weight", "labels", "bias", "ref_hidden")]
+    options = {"softcap": None, "temperature": 1.0, "ignore_index": -100}
+    cuda.token_logps(*arguments, path="fused", **options)
+    assert kernels.calls == ["linear_lse", "linear_lse"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_operators_pass_opcheck(kernels: StandIn, fused: bool) -> None:
+    case = inputs(20, 50, 16, torch.bfloat16, bias=not fused)
+    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    labels, bias, ref = case["labels"].clamp(min=-1), case["bias"], case["ref_hidden"]
+    arguments = (hidden, weight, labels, bias, ref, 0.0, 1.0, fused, True, True, True, 2**20)
+    torch.library.opcheck(torch.ops.cpo_fast.cuda_logps, arguments)
+
+
+def test_the_fused_path_is_refused_with_its_reason() -> None:
+    case = inputs(20, 50, 12, torch.bfloat16, bias=True)
+    arguments = [case[k] for k in ("hidden", "weight", "labels", "bias", "ref_hidden")]
+    options = {"softcap": None, "temperature": 1.0, "ignore_index": -100}
+    with pytest.raises(ValueError, match="multiple of 8"):
+        cuda.token_logps(*arguments, path="fused", **options)
+    arguments[0], arguments[1] = arguments[0][:, :8], arguments[1][:, :8]
+    with pytest.raises(ValueError, match="without bias"):
+        cuda.token_logps(*arguments, path="fused", **options)
+    with pytest.raises(ValueError, match="bfloat16"):
+        cuda.token_logps(arguments[0].half(), *arguments[1:], path="fused", **options)
+    with pytest.raises(ValueError, match="path must be"):
+        cuda.token_logps(*arguments, path="tensor", **options)
+
+
+def test_cpu_tensors_never_reach_a_kernel() -> None:
+    assert not cuda.available(torch.device("cpu"))
+    assert cuda.supports(torch.bfloat16) and not cuda.supports(torch.float32)
+    with pytest.raises(ValueError, match="CUDA tensors"):
+        cuda._site(torch.zeros(1))
+
+
+@pytest.mark.parametrize(("V", "D"), [(152064, 3584), (151936, 2048), (151936, 896), (50257, 768)])
+def test_chunk_plan(V: int, D: int) -> None:
+    for T in (1, 127, 1000, 8192, 16384):
+        rows = chunked.chunk_rows(T, V, D, 2, 132, 2**30)
+        assert 1 <= rows <= T
+        assert rows * chunked.padded(V) * 2 <= 2**30
+        assert rows == T or rows % 128 == 0
+    assert chunked.chunk_rows(8192, 152064, 3584, 2, 132, 1) == 1
+    assert chunked.padded(V) % 64 == 0 and 0 <= chunked.padded(V) - V < 64
