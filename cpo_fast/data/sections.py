@@ -40,6 +40,7 @@ _IMPRESSION_NAMES = frozenset(
 _VIEW_WORDS = re.compile(
     r"\b(?:chest|views?|radiographs?|x-?ray|portable|frontal|lateral|ap|pa|cxr|films?)\b"
 )
+_ASKED = re.compile(r"\b(?:indications?|history|reason)\b")
 _CONTEXT_WORDS = re.compile(
     r"\b(?:indications?|history|reason|comparisons?|techniques?|examination|exam|study|type|date|"
     r"procedure|clinical|information|notification|recommendations?|request|diagnosis|symptoms|"
@@ -76,50 +77,46 @@ def _unwrap(text: str) -> str:
     return joined if _WORD.search(joined.replace("_", "")) else ""
 
 
-def _headers(part: str) -> list[tuple[int, int, str]]:
-    """(start, end, kind) of every header of `part`, in order."""
-    found = {m.start(): (m.start(), m.end(), _kind(m[1])) for m in _HEADER.finditer(part)}
+def _sections(part: str) -> list[tuple[str, str]]:
+    """(header, text behind it as it stands) of `part`, in order; what comes before is left out."""
+    found = {match.start(): match for match in _HEADER.finditer(part)}
     for match in _TITLED.finditer(part):
-        if match.start() not in found and (kind := _kind(match[1])) in ("findings", "impression"):
-            found[match.start()] = (match.start(), match.end(), kind)
-    return [found[start] for start in sorted(found)]
+        if _kind(match[1]) in ("findings", "impression"):
+            found.setdefault(match.start(), match)
+    starts = sorted(found)
+    return [
+        (found[start][1], part[found[start].end() : end])
+        for start, end in zip(starts, [*starts[1:], len(part)], strict=False)
+    ]
 
 
-def _last_paragraph(part: str, headers: list[tuple[int, int, str]]) -> str:
-    """The last paragraph that describes: not a title, not what stands behind a header of the
-    request."""
+def _last_paragraph(part: str) -> str:
+    """The last paragraph that describes: not a title, not behind a header of the request."""
     for paragraph in reversed(re.split(r"\n[ \t]*\n", part)):
         lines = [line for line in paragraph.split("\n") if not _TITLE_LINE.match(line)]
         kept = "\n".join(lines)
-        inside = _headers(kept)
-        if inside and inside[-1][2] in ("context", "wet"):
-            continue
-        if text := _unwrap(kept[inside[-1][1] :] if inside else kept):
+        header, body = (_sections(kept) or [("", kept)])[-1]
+        if _kind(header) not in ("context", "wet") and (text := _unwrap(body)):
             return text
     return ""
 
 
 def _careful(text: str) -> Report:
-    parts = [part for part in _RULE_LINE.split(text) if _unwrap(part)]
     stand_in = ""
     # What stands above a line of underscores is an addendum or a preliminary read: the report is
     # below.
-    for part in reversed(parts):
-        headers = _headers(part)
+    for part in reversed(_RULE_LINE.split(text)):
         found: dict[str, list[str]] = {}
-        ends = [start for start, _, _ in headers[1:]] + [len(part)]
-        for (_, start, kind), end in zip(headers, ends, strict=True):
-            if body := _unwrap(part[start:end]):
-                found.setdefault(kind, []).append(body)
+        for header, body in _sections(part):
+            if said := _unwrap(body):
+                found.setdefault(_kind(header), []).append(said)
         # Two examinations dictated in one report repeat their sections; both describe this
         # patient's images.
-        findings = " ".join(found.get("findings", ()))
+        findings = " ".join(found.get("findings") or found.get("view") or ())
         impression = " ".join(found.get("impression", ()))
-        if not findings and (views := found.get("view")):
-            findings = " ".join(views)
         if findings or impression:
             return Report(findings, impression)
-        stand_in = stand_in or _last_paragraph(part, headers) or " ".join(found.get("wet", ()))
+        stand_in = stand_in or _last_paragraph(part) or " ".join(found.get("wet", ()))
     return Report(findings=stand_in)
 
 
@@ -153,10 +150,7 @@ def parse_report(text: str, rule: str = "careful") -> Report:
 def indication(text: str) -> str:
     """Why the examination was asked for (INDICATION, HISTORY, REASON ...), or ""."""
     part = _RULE_LINE.split(text.replace("\r\n", "\n")[:MAX_REPORT_CHARS])[-1]
-    headers = _headers(part)
-    ends = [start for start, _, _ in headers[1:]] + [len(part)]
-    for (start, body, _), end in zip(headers, ends, strict=True):
-        words = set(re.findall(r"[a-z]+", part[start:body].lower()))
-        if words & {"indication", "indications", "history", "reason"}:
-            return _unwrap(part[body:end])
+    for header, body in _sections(part):
+        if _ASKED.search(header.lower()):
+            return _unwrap(body)
     return ""
