@@ -239,6 +239,7 @@ class PackedBatch:
     logical_tokens: int  # of the same pairs unshared: prompt + chosen and prompt + rejected
     pixel_values: torch.Tensor | None = None  # [patches, patch volume] of all images, in order
     image_grid_thw: torch.Tensor | None = None  # [images, 3] int64
+    image_order: tuple[int, ...] | None = None  # images as the row shows them, if some repeat
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""

@@ -32,10 +32,11 @@ def groups_of(samples, processor=None):
     return encode_all(samples, tokenizer(), grid, max_length=4000).groups
 
 
-def pack_of(groups, pack=None, processor=None):
+def pack_of(groups, pack=None, processor=None, **options):
     pack = pack or tuple((i, tuple(range(len(g.rejected)))) for i, g in enumerate(groups))
     pad = image_token_id(tokenizer())
-    return collate(groups, pack, pixels=(processor or images()).pixels, image_token_id=pad)
+    pixels = (processor or images()).pixels
+    return collate(groups, pack, pixels=pixels, image_token_id=pad, **options)
 
 
 def adapted(model, *, freeze_vit=True, scale=0.05):
@@ -212,6 +213,17 @@ def test_steps_of_many_packs_equal_one_pack():
     many, got = grads(150)
     assert few == 1 and many > 3
     assert_same_grads(got, want)
+
+
+def test_prompts_shared_and_copied_agree():
+    model, groups = adapted(vision_language_model()), groups_of(mixed())
+    packed = PackedModel(model)
+    shared, copied = pack_of(groups), pack_of(groups, share_prompt=False)
+    assert len(copied.input_ids) > len(shared.input_ids)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed_logps(packed, copied), packed_logps(packed, shared), rtol=0, atol=1e-5
+        )
 
 
 def test_full_tuning_and_gradient_checkpointing():

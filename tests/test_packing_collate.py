@@ -12,11 +12,12 @@ from cpo_fast.packing import collate, encode_all, image_token_id
 from cpo_fast.packing.collate import prompt_positions
 
 
-def packed(samples, pack=None):
+def packed(samples, pack=None, **options):
     groups = encode_all(samples, tokenizer(), images().grid, max_length=1000).groups
     pack = pack or tuple((i, tuple(range(len(g.rejected)))) for i, g in enumerate(groups))
     pad = image_token_id(tokenizer())
-    return groups, collate(groups, pack, pixels=images().pixels, image_token_id=pad)
+    options = {"pixels": images().pixels, "image_token_id": pad, **options}
+    return groups, collate(groups, pack, **options)
 
 
 def test_every_segment_can_be_read_back():
@@ -76,6 +77,27 @@ def test_sft_samples_are_segments_without_pairs():
 def test_part_of_a_group():
     _, batch = packed([preference("a", 3)], pack=((0, (2,)),))
     assert batch.segment_names == ("a/chosen", "a/rejected_3")
+
+
+def test_an_image_is_loaded_once_per_pack():
+    loaded = []
+
+    def pixels(ref):
+        loaded.append(ref)
+        return images().pixels(ref)
+
+    a, b = image(100, 80), image(60, 60)
+    samples = [preference("a", 2, a, perception=b), preference("b", 2, b)]
+    _, plain = packed(samples[1:], pixels=pixels)
+    assert plain.image_order is None and loaded == [b]
+    loaded.clear()
+    split = ((0, (0,)), (1, (0, 1)), (0, (1,)))
+    _, batch = packed(samples, pack=split, pixels=pixels)
+    assert loaded == [a, b] and batch.image_order == (0, 1, 1, 0)
+    _, unshared = packed(samples[1:], share_prompt=False)
+    assert unshared.image_order == (0, 0, 0) and len(unshared.image_grid_thw) == 1
+    assert unshared.study_index.max() == 2 and unshared.segment_names == plain.segment_names
+    assert torch.equal(unshared.labels, plain.labels)
 
 
 @pytest.mark.parametrize("pictures", [(), ((100, 80),), ((56, 56), (120, 60)), ((112, 28),)])

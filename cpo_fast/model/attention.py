@@ -45,14 +45,7 @@ class BranchLayout:
                 self.studies.append((length, []))
             else:
                 self.studies[-1][1].append(length)
-        # A prompt and its first branch are one causal sequence; the other branches are queries of
-        # their own.
-        self.query_lengths = [
-            length
-            for prompt, branches in self.studies
-            for length in (prompt + sum(branches[:1]), *branches[1:])
-        ]
-        self.key_lengths = [n for prompt, branches in self.studies for n in (prompt, *branches)]
+        self.lengths = [n for prompt, branches in self.studies for n in (prompt, *branches)]
         self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
 
     def _mask(self, prompt: int, length: int, like: torch.Tensor) -> torch.Tensor:
@@ -67,22 +60,22 @@ class BranchLayout:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         """[1, H, T, d] from query [1, H, T, d] and key, value [1, H_kv, T, d]."""
-        # One split per tensor: its backward is one concatenation, where slices would each fill a
-        # whole row.
-        queries = iter(query.split(self.query_lengths, dim=2))
-        keys = iter(key.split(self.key_lengths, dim=2))
-        values = iter(value.split(self.key_lengths, dim=2))
+        # One split per tensor: its backward is one concatenation; slices would each fill a row.
+        pieces = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
         out = []
         for prompt, branches in self.studies:
-            k_prompt, v_prompt = next(keys), next(values)
-            for i, length in enumerate(branches):
+            q, k_prompt, v_prompt = next(pieces)
+            out.append(
+                scaled_dot_product_attention(q, k_prompt, v_prompt, is_causal=True, **options)
+            )
+            for length in branches:
+                q, k, v = next(pieces)
                 out.append(
                     scaled_dot_product_attention(
-                        next(queries),
-                        torch.cat((k_prompt, next(keys)), dim=2),
-                        torch.cat((v_prompt, next(values)), dim=2),
-                        attn_mask=self._mask(prompt, length, query) if i else None,
-                        is_causal=i == 0,
+                        q,
+                        torch.cat((k_prompt, k), dim=2),
+                        torch.cat((v_prompt, v), dim=2),
+                        attn_mask=self._mask(prompt, length, q),
                         **options,
                     )
                 )

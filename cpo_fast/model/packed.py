@@ -118,7 +118,8 @@ class PackedModel:
             out = self._inner.get_image_features(
                 batch.pixel_values, batch.image_grid_thw, return_dict=True
             )
-            features = torch.cat(out.pooler_output)
+            images = out.pooler_output  # one [visual tokens, D] per image
+            features = torch.cat([images[i] for i in batch.image_order or range(len(images))])
         if frozen:
             self._shared = (batch, features)
         return features

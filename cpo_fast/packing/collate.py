@@ -75,6 +75,8 @@ class _Row:
     segment_names: list[str] = field(default_factory=list)
     pixel_values: list[torch.Tensor] = field(default_factory=list)
     grids: list[torch.Tensor] = field(default_factory=list)
+    image_index: dict[ImageRef, int] = field(default_factory=dict)
+    image_order: list[int] = field(default_factory=list)
     length: int = 0
     study: int = -1
     branch: int = 0
@@ -88,16 +90,22 @@ class _Row:
         self.branch_index.append(torch.full_like(ids, self.branch))
         self.length += len(ids)
 
-    def open_prompt(self, prompt: Prompt) -> None:
-        """Append a prompt with its images; branches that follow belong to it."""
-        grids = []
-        for ref in prompt.images:
+    def _image(self, ref: ImageRef) -> int:
+        """Index of an image, loaded when it is first met."""
+        if ref not in self.image_index:
             if self.pixels is None:
                 raise UsageError("the data has images, but no pixels function was given to collate")
             values, grid = self.pixels(ref)
+            self.image_index[ref] = len(self.grids)
             self.pixel_values.append(values)
-            grids.append(grid)
-        self.grids += grids
+            self.grids.append(grid)
+        return self.image_index[ref]
+
+    def open_prompt(self, prompt: Prompt) -> None:
+        """Append a prompt with its images; branches that follow belong to it."""
+        shown = [self._image(ref) for ref in prompt.images]
+        self.image_order += shown
+        grids = [self.grids[image] for image in shown]
         ids = torch.tensor(prompt.input_ids)
         positions = prompt_positions(ids, grids, self.image_token_id)
         self.study += 1
@@ -127,14 +135,15 @@ def collate(
     *,
     pixels: Pixels | None = None,
     image_token_id: int | None = None,
+    share_prompt: bool = True,
 ) -> PackedBatch:
-    """The tensors of one pack, on the CPU. A group whose rejected is () gives its chosen alone
-    (SFT).
+    """The tensors of one pack, on the CPU; a part without rejected gives its chosen alone (SFT).
 
     A rejected response with a prompt of its own (a perception pair) follows as a study of its own.
-    `pixels` and `image_token_id` are needed as soon as a prompt has an image; each prompt's images
-    are loaded once. Raises UsageError for an empty pack, RecordError when placeholders and images
-    do not fit.
+    `pixels` and `image_token_id` are needed as soon as a prompt has an image; an image is loaded
+    and encoded once, however many prompts of the pack show it. Without `share_prompt` every
+    response gets its own copy of the prompt: the same numbers by more work, as an oracle.
+    Raises UsageError for an empty pack, RecordError when placeholders and images do not fit.
     """
     if not pack:
         raise UsageError("an empty pack has nothing to collate; skip it")
@@ -152,8 +161,9 @@ def collate(
         # Branches of the open prompt come first, then the perception pairs with theirs.
         rejected = {}
         for k in sorted(which, key=lambda k: own_prompts[k] is not None):
-            if (own := own_prompts[k]) is not None:
-                row.open_prompt(own)
+            own = own_prompts[k]
+            if own is not None or not share_prompt:
+                row.open_prompt(own or group.prompt)
             rejected[k] = row.add_branch(group.rejected[k], f"{group.id}/rejected_{k + 1}")
         for k in which:
             pairs.append((chosen, rejected[k]))
@@ -180,4 +190,5 @@ def collate(
         logical_tokens=logical_tokens,
         pixel_values=torch.cat(row.pixel_values) if row.pixel_values else None,
         image_grid_thw=torch.stack(row.grids) if row.grids else None,
+        image_order=None if row.image_order == [*range(len(row.grids))] else tuple(row.image_order),
     )
