@@ -1,0 +1,224 @@
+"""The drift probe: how the diagnosis moves while the model thinks, and what makes it move.
+
+At position j of the thought the model's latent diagnosis z_j is what it would say if the thought
+ended there: the distribution over findings of the closing sentence. Concept drift inside the
+thinking (arXiv 2505.13081, section 2) is z_j != z_j+1. `probe` follows z_j token by token; `swaps`
+rewrites the thought (a near-synonym, a negation, the other side) and measures how far z moves.
+Everything of one report goes through one token tree, see `evaluation.tree`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.errors import UsageError
+from cpo_fast.evaluation.likelihood import finding_candidates
+from cpo_fast.evaluation.tree import score_tree
+from cpo_fast.types import Prompt
+
+if TYPE_CHECKING:
+    from cpo_fast.evaluation.generate import Pixels
+    from cpo_fast.model.packed import PackedModel
+
+SYNONYMS: tuple[tuple[str, str], ...] = (
+    ("lung opacity", "opacity"),
+    ("opacity", "lung opacity"),
+    ("opacities", "lung opacities"),
+    ("pleural effusion", "pleural fluid"),
+    ("cardiac silhouette", "heart"),
+    ("heart", "cardiac silhouette"),
+    ("pulmonary edema", "edema"),
+    ("airspace consolidation", "consolidation"),
+    ("is seen", "is noted"),
+    ("is noted", "is seen"),
+    ("is present", "is seen"),
+)
+"""Near-synonyms that leave the diagnosis of a report as it is."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """z along a thought of J tokens: `distribution` [J + 1, C], row j after j tokens."""
+
+    findings: tuple[str, ...]
+    tokens: tuple[str, ...]
+    distribution: np.ndarray
+
+    @property
+    def variation(self) -> np.ndarray:
+        """[J] total variation, 0..1, between neighbours: what token j did."""
+        return total_variation(self.distribution[:-1], self.distribution[1:])
+
+    @property
+    def divergence(self) -> np.ndarray:
+        """[J] Jensen-Shannon divergence in bits, 0..1, between neighbours."""
+        return jensen_shannon(self.distribution[:-1], self.distribution[1:])
+
+    def change_points(self, threshold: float = 0.1) -> list[int]:
+        """Tokens that moved at least `threshold` of the probability, largest move first."""
+        moved = self.variation
+        order = np.argsort(-moved, kind="stable")
+        return [int(j) for j in order if moved[j] >= threshold]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A thought rewritten at one place; `kind`: "synonym" and "side" keep the findings."""
+
+    kind: str  # "synonym" | "side" | "negation"
+    before: str
+    after: str
+    text: str
+
+    @property
+    def keeps_meaning(self) -> bool:
+        return self.kind != "negation"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a swap did to the diagnosis after the whole thought: `distribution` [C] with it."""
+
+    swap: Swap
+    distribution: np.ndarray
+    variation: float
+    divergence: float
+
+
+def probe(
+    model: PackedModel,
+    tokenizer: Any,
+    prompt: Prompt,
+    thought: str,
+    pixels: Pixels | None = None,
+    *,
+    findings: Sequence[str] = LABEL_NAMES,
+    image_token_id: int | None = None,
+    tokens_per_pass: int = 1024,
+) -> Drift:
+    """z_j at every position of `<think> {thought}`, from no token of it to all.
+
+    Raises UsageError for an empty thought or no findings.
+    """
+    stream = _ids(tokenizer, _opened(thought))
+    endings = _endings(tokenizer, findings)
+    continuations = [stream[:j] + ending for j in range(len(stream) + 1) for ending in endings]
+    scores = score_tree(
+        model, prompt, continuations, pixels, trunk=stream, image_token_id=image_token_id,
+        tokens_per_pass=tokens_per_pass,
+    )  # fmt: skip
+    tokens = tuple(tokenizer.decode([token]) for token in stream)
+    table = scores.view(len(stream) + 1, len(endings)).numpy()
+    return Drift(tuple(findings), tokens, _softmax(table))
+
+
+def swap_effects(
+    model: PackedModel,
+    tokenizer: Any,
+    prompt: Prompt,
+    thought: str,
+    swaps: Sequence[Swap],
+    pixels: Pixels | None = None,
+    *,
+    findings: Sequence[str] = LABEL_NAMES,
+    image_token_id: int | None = None,
+    tokens_per_pass: int = 1024,
+) -> tuple[np.ndarray, list[Effect]]:
+    """(z [C] after the thought as it stands, the effect of every swap on it)."""
+    endings = _endings(tokenizer, findings)
+    trunk = _ids(tokenizer, _opened(thought))
+    streams = [trunk, *(_ids(tokenizer, _opened(swap.text)) for swap in swaps)]
+    continuations = [stream + ending for stream in streams for ending in endings]
+    scores = score_tree(
+        model, prompt, continuations, pixels, trunk=trunk, image_token_id=image_token_id,
+        tokens_per_pass=tokens_per_pass,
+    )  # fmt: skip
+    original, *swapped = _softmax(scores.view(len(streams), len(endings)).numpy())
+    effects = [
+        Effect(swap, z, float(total_variation(original, z)), float(jensen_shannon(original, z)))
+        for swap, z in zip(swaps, swapped, strict=True)
+    ]
+    return original, effects
+
+
+def find_swaps(thought: str) -> list[Swap]:
+    """The swaps that `thought` offers, one place each: synonyms, sides, negations turned round."""
+    return [swap for swap in (*_synonyms(thought), *_sides(thought), *_negations(thought))
+            if swap.text != thought]  # fmt: skip
+
+
+def _synonyms(thought: str) -> Iterator[Swap]:
+    for before, after in SYNONYMS:
+        # "opacity" inside "lung opacity" is that pair's business, not this one's.
+        for match in re.finditer(rf"(?<!lung )(?<!pulmonary )\b{before}\b", thought, re.I):
+            yield _replaced("synonym", thought, match, after)
+            break
+
+
+def _sides(thought: str) -> Iterator[Swap]:
+    """All sides at once, so that the report stays consistent with itself."""
+    other = {"left": "right", "right": "left"}
+    swapped = re.sub(
+        r"\b(left|right)\b", lambda m: _cased(other[m[0].lower()], m[0]), thought, flags=re.I
+    )
+    if swapped != thought:
+        yield Swap("side", "left / right", "right / left", swapped)
+
+
+def _negations(thought: str) -> Iterator[Swap]:
+    for match in re.finditer(r"\b(There is no|No evidence of|No)\b (?=\w)", thought):
+        after = "There is a " if match[1].startswith("There") else "There is "
+        yield _replaced("negation", thought, match, after)
+
+
+def _replaced(kind: str, text: str, match: re.Match[str], after: str) -> Swap:
+    after = _cased(after, match[0])
+    return Swap(kind, match[0], after, text[: match.start()] + after + text[match.end() :])
+
+
+def _cased(word: str, like: str) -> str:
+    return word[0].upper() + word[1:] if like[:1].isupper() else word
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Half the sum of absolute differences over the last axis, 0..1."""
+    return 0.5 * np.abs(p - q).sum(axis=-1)
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence over the last axis in bits, 0..1 (Lin 1991)."""
+    middle = (p + q) / 2
+
+    def relative(a: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(a > 0, a * np.log2(a / middle), 0.0).sum(axis=-1)
+
+    return (relative(p) + relative(q)) / 2
+
+
+def _opened(thought: str) -> str:
+    if not thought.strip():
+        raise UsageError("the thought is empty: there is nothing to probe")
+    return f"<think> {thought}"
+
+
+def _endings(tokenizer: Any, findings: Sequence[str]) -> list[tuple[int, ...]]:
+    if not findings:
+        raise UsageError("no findings to ask for")
+    close = _ids(tokenizer, " </think>")
+    return [close + candidate for candidate in finding_candidates(tokenizer, findings)]
+
+
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
