@@ -12,7 +12,7 @@ import functools
 import importlib
 import warnings
 from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,16 @@ class CPOOutput(NamedTuple):
     rejected_rewards: Tensor  # [P]
 
 
-@functools.cache
+_modules: dict[str, Any] = {}  # those asked for so far; None: cannot be imported here
+
+
 def _load(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(f"cpo_fast.loss.{name}")
-    except ImportError:
-        return None
+    if name not in _modules:
+        try:
+            _modules[name] = importlib.import_module(f"cpo_fast.loss.{name}")
+        except ImportError:
+            _modules[name] = None
+    return _modules[name]
 
 
 def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -62,25 +66,26 @@ def _warn_no_native() -> None:
     )
 
 
-def _resolve(impl: str | None, hidden: Tensor) -> ModuleType:
-    """The implementation to use; an explicit one is used or refused, never replaced."""
-    names = available_impls(hidden.device)
+@torch.compiler.assume_constant_result
+def _resolve(impl: str | None, device: str, dtype: torch.dtype) -> str:
+    """The implementation's name; an explicit one is used or refused, never replaced."""
+    names = available_impls(device)
     if impl is None:
-        if hidden.device.type == "cpu" and hidden.dtype != torch.float64 and "cpu" not in names:
+        if device == "cpu" and dtype != torch.float64 and "cpu" not in names:
             _warn_no_native()
-        fitting = [
-            module for name in names if (module := _load(name)) and module.supports(hidden.dtype)
-        ]
-        return fitting[-1]
+        return [name for name in names if _supports(name, dtype)][-1]
     if impl not in names:
         raise ValueError(
-            f"impl must be None or one of {', '.join(names)} on {hidden.device.type}, got {impl!r}"
+            f"impl must be None or one of {', '.join(names)} on {device}, got {impl!r}"
         )
-    module = _load(impl)
-    assert module is not None
-    if not module.supports(hidden.dtype):
-        raise TypeError(f"impl {impl!r} does not take hidden of {hidden.dtype}; use 'reference'")
-    return module
+    if not _supports(impl, dtype):
+        raise TypeError(f"impl {impl!r} does not take hidden of {dtype}; use 'reference'")
+    return impl
+
+
+def _supports(name: str, dtype: torch.dtype) -> bool:
+    module = _load(name)
+    return module is not None and module.supports(dtype)
 
 
 def _autocast(tensor: MaybeTensor) -> MaybeTensor:
@@ -116,7 +121,7 @@ def linear_logprobs(
     checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
     checks.index_range("labels", labels, 0, weight.shape[0], also=ignore_index)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
-    logps, _ = _resolve(impl, hidden).token_logps(
+    logps, _ = _modules[_resolve(impl, hidden.device.type, hidden.dtype)].token_logps(
         hidden,
         weight,
         labels,
@@ -209,7 +214,7 @@ def cpo_loss(
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     options = {"softcap": softcap, "temperature": 1.0, "ignore_index": ignore_index}
     same_head = ref_weight is None and ref_bias is None
-    token_logps = _resolve(impl, hidden).token_logps
+    token_logps = _modules[_resolve(impl, hidden.device.type, hidden.dtype)].token_logps
     tokens, ref_tokens = token_logps(
         hidden,
         weight,

@@ -20,7 +20,7 @@ from torch import Tensor
 from cpo_fast.loss.cpu_rows import Rows, workspace
 from cpo_fast.loss.workspace import limit
 
-_TOKENS, _ENTRIES = 512, 4096  # of a block of logits: what the vendor GEMM does best
+_TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
 
 
 def available(device: torch.device) -> bool:
@@ -75,7 +75,7 @@ def _plan(n: int, V: int, D: int, itemsize: int, room: int) -> tuple[int, int]:
     while chunk * (width + D) * itemsize > room and max(chunk, width) > 64:
         chunk, width = max(chunk // 2, 64), max(width // 2, min(V, 64))
     chunks = max(-(-n // chunk), 1)
-    return -(-n // chunks), width
+    return max(-(-n // chunks), 1), width
 
 
 @torch.library.custom_op("cpo_fast::cpu_logps", mutates_args=())

@@ -69,12 +69,15 @@ inline void store1(uint16_t* p, float x) {
   *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
 }
 
-// exp(x) for x <= 88, 0 below kNothing; relative error below 2e-7. x = n ln 2 + r, |r| <= ln 2 / 2.
-inline Floats exp_vector(Floats x) {
-  Floats clamped = x < kNothing ? splat(kNothing) : x;
-  Floats shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves the integer in low bits
+// exp(x) = scale * (1 + part): scale = 2^n, part = exp(r) - 1, x = n ln 2 + r, |r| <= ln 2 / 2.
+struct Exponential {
+  Floats scale, part;
+};
+
+inline Exponential exponential(Floats x) {  // for -87 <= x <= 88; relative error below 2e-7
+  Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves n in the low bits
   Floats n = shifted - 12582912.0f;
-  Floats r = clamped - n * 0.693359375f;
+  Floats r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   Floats p = splat(1.0f / 720);
   p = p * r + 1.0f / 120;
@@ -82,17 +85,21 @@ inline Floats exp_vector(Floats x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  Floats result = (Floats)((Ints)p + ((Ints)shifted << 23));
-  return x < kNothing ? Floats{} : result;
+  return {(Floats)(((Ints)shifted + 127) << 23), p * r};
 }
 
-// tanh through exp; the absolute error is that of float32 at 1, as the cap multiplies it.
+inline Floats exp_vector(Floats x) {  // 0 below kNothing; NaN stays NaN
+  Exponential e = exponential(x < kNothing ? splat(kNothing) : x);
+  return x < kNothing ? Floats{} : e.scale + e.scale * e.part;
+}
+
+// tanh(x) = m / (m + 2) with m = exp(2 x) - 1, which keeps its digits near 0.
 inline Floats tanh_vector(Floats x) {
   Floats bounded = x > 20.0f ? splat(20.0f) : x;
   bounded = bounded < -20.0f ? splat(-20.0f) : bounded;
-  Floats e = exp_vector(2.0f * bounded);
-  return x == x ? 1.0f - 2.0f / (e + 1.0f) : x;
+  Exponential e = exponential(2.0f * bounded);
+  Floats m = e.scale * e.part + (e.scale - 1.0f);
+  return m / (m + 2.0f);
 }
 
 inline Floats transformed(Floats z, const float* bias, const Transform& how, Floats* slope) {

@@ -1,0 +1,255 @@
+"""The error rule, for every implementation that runs here: float64 on the same inputs is the truth,
+and an implementation may err twice as much as eager PyTorch in the same precision, plus a
+rounding."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cpo_fast.loss import available_impls, cpo_loss, linear_logprobs
+from cpo_fast.loss.losses import LOSS_TYPES
+
+IMPLS = [impl for impl in available_impls("cpu") if impl != "triton"]
+if "cpu" in IMPLS:
+    from cpo_fast import _cpu
+    from cpo_fast.loss import cpu_rows
+
+    for isa in ("portable", "avx2", "avx512"):
+        with contextlib.suppress(ValueError):
+            IMPLS.append(f"cpu:{_cpu.isa(isa)}")
+
+
+@contextlib.contextmanager
+def using(variant: str) -> Iterator[str]:
+    """The name for `impl=` of "cpu" or "cpu:<isa>"; the latter is the path around vendor GEMMs."""
+    impl, _, isa = variant.partition(":")
+    if not isa:
+        yield impl
+        return
+    with cpu_rows.forced_isa(isa):
+        yield impl
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def inputs(
+    kind: str, T: int, D: int, V: int, dtype: torch.dtype, *, bias: bool = False, seed: int = 0
+) -> Inputs:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(T, D, generator=g)
+    weight = torch.randn(V, D, generator=g)
+    labels = torch.randint(0, V, (T,), generator=g)
+    shift = torch.randn(V, generator=g) if bias else None
+    if kind == "flat":
+        hidden *= 1e-3
+    elif kind == "peaked":  # most mass on the label, or on something else
+        hidden = weight[labels] * torch.linspace(0, 4, T).unsqueeze(1) + 0.1 * hidden
+    elif kind == "negative":  # every logit far below zero
+        hidden, weight = 30 * hidden.abs(), -weight.abs()
+    labels[torch.rand(T, generator=g) < 0.15] = -100
+    return (
+        hidden.to(dtype),
+        weight.to(dtype),
+        labels,
+        None if shift is None else shift.to(dtype),
+    )
+
+
+def score(data: Inputs, dtype: torch.dtype, impl: str, **options: object) -> list[Tensor]:
+    """Log-probs and the gradients of a random weighting of them, in float64."""
+    hidden, weight, labels, bias = data
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    shift = leaves[2] if bias is not None else None
+    logps = linear_logprobs(*leaves[:2], labels, bias=shift, impl=impl, **options)
+    coef = torch.randn(len(labels), generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((logps * coef).sum(), leaves)
+    return [x.detach().double() for x in (logps, *grads)]
+
+
+def assert_as_good_as_eager(data: Inputs, variant: str, **options: object) -> None:
+    dtype = data[0].dtype
+    eps = torch.finfo(dtype).eps
+    exact = score(data, torch.float64, "reference", **options)
+    eager = score(data, dtype, "reference", **options)
+    with using(variant) as impl:
+        ours = score(data, dtype, impl, **options)
+    assert (ours[0] <= 0).all()
+    for name, truth, theirs, got in zip(
+        ("logps", "hidden", "weight", "bias"), exact, eager, ours, strict=False
+    ):
+        assert got.isfinite().all(), name
+        error, allowed = (got - truth).norm(), 2 * (theirs - truth).norm()
+        assert error <= allowed + eps * truth.norm() + 1e-6, (name, error, allowed)
+        worst, allowed = (got - truth).abs().max(), 2 * (theirs - truth).abs().max()
+        assert worst <= allowed + 3 * eps * truth.abs().max() + 1e-6, (name, worst, allowed)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "flat", "peaked", "negative"])
+def test_errors_are_those_of_eager(variant: str, dtype: torch.dtype, kind: str) -> None:
+    assert_as_good_as_eager(inputs(kind, 37, 24, 1013, dtype), variant)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 6.0}, {"temperature": 0.6}, {"softcap": 9.0, "temperature": 1.7}],
+    ids=str,
+)
+def test_bias_softcap_temperature(
+    variant: str, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    assert_as_good_as_eager(inputs("random", 19, 16, 517, dtype, bias=True), variant, **options)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@pytest.mark.parametrize(
+    ("T", "V", "D"), [(1, 1, 1), (1, 77, 8), (5, 1, 3), (33, 129, 7), (3, 2, 64)]
+)
+def test_odd_sizes(variant: str, T: int, V: int, D: int) -> None:
+    for dtype in DTYPES:
+        assert_as_good_as_eager(inputs("random", T, D, V, dtype, seed=T), variant)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@given(
+    T=st.integers(1, 70),
+    D=st.integers(1, 40),
+    V=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["random", "flat", "peaked", "negative"]),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 3.0, 30.0]),
+    temperature=st.sampled_from([1.0, 0.5, 2.0]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_shape_and_option(
+    variant: str,
+    T: int,
+    D: int,
+    V: int,
+    dtype: torch.dtype,
+    kind: str,
+    bias: bool,
+    softcap: float | None,
+    temperature: float,
+    seed: int,
+) -> None:
+    data = inputs(kind, T, D, V, dtype, bias=bias, seed=seed)
+    assert_as_good_as_eager(data, variant, softcap=softcap, temperature=temperature)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_log_two_when_policy_is_reference(
+    variant: str, dtype: torch.dtype, own_head: bool, trained_head: bool
+) -> None:
+    hidden, weight, labels, _ = inputs("random", 70, 48, 1500, dtype)
+    segments = torch.arange(70) % 4
+    pairs = torch.tensor([[0, 1], [2, 3], [0, 3]])
+    with using(variant) as impl:
+        out = cpo_loss(
+            hidden.clone().requires_grad_(),
+            weight.clone().requires_grad_(trained_head),
+            labels,
+            segments,
+            pairs,
+            ref_hidden=hidden,
+            ref_weight=weight.clone() if own_head else None,
+            impl=impl,
+        )
+    assert out.loss.item() == torch.tensor(math.log(2)).item()
+    assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
+    assert torch.equal(out.logps, out.ref_logps)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@pytest.mark.parametrize("rejected", [1, 2, 7])
+@pytest.mark.parametrize("loss_type", list(LOSS_TYPES))
+def test_losses_agree_with_the_specification(variant: str, rejected: int, loss_type: str) -> None:
+    """float32 against float64: loss, losses, log-probs and the gradient through all of them."""
+    hidden, weight, labels, _ = inputs("random", 90, 20, 333, torch.float32, seed=rejected)
+    segments = torch.randint(-1, rejected + 1, (90,), generator=torch.Generator().manual_seed(2))
+    pairs = torch.tensor([[0, k + 1] for k in range(rejected)])
+    smoothing = {"robust": 0.1, "exo_pair": 0.05}.get(loss_type, 0.0)
+
+    def run(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        leaf = hidden.to(dtype).requires_grad_()
+        options = {"label_smoothing": smoothing, "loss_type": loss_type, "impl": impl}
+        if LOSS_TYPES[loss_type].reference:
+            options["ref_hidden"] = (hidden.roll(1, 0) * 0.3 + hidden).to(dtype)
+        out = cpo_loss(leaf, weight.to(dtype), labels, segments, pairs, beta=0.05, **options)
+        total = out.loss + out.losses.square().sum() + out.logps.mean()
+        return [*out[:6], torch.autograd.grad(total, leaf)[0]]
+
+    with using(variant) as impl:
+        for got, want in zip(
+            run(torch.float32, impl), run(torch.float64, "reference"), strict=True
+        ):
+            scale = want.abs().max().item()
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5 * scale + 1e-6)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_scored(variant: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels, _ = inputs("random", 6, 8, 50, dtype)
+    leaf, head = hidden.requires_grad_(), weight.requires_grad_()
+    with using(variant) as impl:
+        logps = linear_logprobs(leaf, head, torch.full_like(labels, -100), impl=impl)
+        assert (logps == 0).all()
+        grads = torch.autograd.grad(logps.sum(), (leaf, head))
+        assert all((grad == 0).all() for grad in grads)
+        empty = linear_logprobs(leaf[:0], head, labels[:0], impl=impl)
+        assert empty.shape == (0,)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+def test_no_logp_is_positive_and_no_gradient_lost_when_saturated(variant: str) -> None:
+    """bf16 logits of certain tokens: the log-prob is tiny and negative, its gradient not zero."""
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(1000, 64, generator=g).bfloat16()
+    labels = torch.arange(64)
+    hidden = (weight[:64].float() * torch.linspace(0.1, 0.6, 64).unsqueeze(1)).bfloat16()
+    leaf = hidden.requires_grad_()
+    with using(variant) as impl:
+        logps = linear_logprobs(leaf, weight, labels, impl=impl)
+    assert (logps <= 0).all()
+    if variant != "reference":  # whose log_softmax rounds 1 - p to 0
+        assert (logps < 0).all()
+        (grad,) = torch.autograd.grad(logps.sum(), leaf)
+        assert (grad.abs().amax(1) > 0).all()
+    assert_as_good_as_eager((hidden.detach(), weight, labels, None), variant)
+
+
+@pytest.mark.parametrize("variant", IMPLS)
+def test_nan_and_minus_infinity(variant: str) -> None:
+    hidden, weight, labels, bias = inputs("random", 5, 8, 40, torch.float32, bias=True)
+    assert bias is not None
+    labels[:] = torch.arange(5)
+    masked = bias.clone()
+    masked[20:] = -torch.inf  # entries of the vocabulary that cannot occur
+    with using(variant) as impl:
+        got = linear_logprobs(hidden, weight, labels, bias=masked, impl=impl)
+        want = linear_logprobs(hidden, weight[:20], labels, bias=bias[:20], impl="reference")
+        torch.testing.assert_close(got, want)
+        hidden[2, 3] = torch.nan
+        got = linear_logprobs(hidden, weight, labels, impl=impl)
+        assert got[2].isnan() and got[[0, 1, 3, 4]].isfinite().all()

@@ -1,0 +1,227 @@
+"""The native CPU implementation as a piece of machinery: work, memory, modes, autograd,
+torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from cpo_fast.loss import available_impls, cpo_loss, linear_logprobs
+
+if "cpu" not in available_impls("cpu"):
+    pytest.skip("cpo_fast._cpu is not built", allow_module_level=True)
+
+from cpo_fast import _cpu
+from cpo_fast.loss import cpu, cpu_rows
+
+T, D, V = 48, 16, 500
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(T, D, generator=g).to(dtype),
+        torch.randn(V, D, generator=g).to(dtype),
+        torch.randint(0, V, (T,), generator=g),
+        torch.arange(T) // (T // 4),
+        torch.tensor([[0, 1], [2, 3]]),
+    )
+
+
+def gemms(head: bool, grad: bool, reference: bool) -> float:
+    """Matrix products of T x V x D that forward and backward make."""
+    hidden, weight, labels, segments, pairs = tensors()
+    source = {"ref_hidden": hidden + 0.1} if reference else {"ref_logps": torch.zeros(4)}
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
+        out = cpo_loss(
+            hidden.requires_grad_(grad),
+            weight.requires_grad_(head),
+            labels,
+            segments,
+            pairs,
+            impl="cpu",
+            **source,
+        )
+        if grad or head:
+            out.loss.backward()
+    products = (event for event in profiler.key_averages() if event.key == "aten::mm")
+    return sum(event.flops for event in products) / (2 * T * V * D)
+
+
+@pytest.mark.parametrize(
+    ("head", "grad", "reference", "count"),
+    [
+        (False, False, False, 1),
+        (False, False, True, 2),
+        (False, True, False, 2),
+        (False, True, True, 3),
+        (True, True, False, 3),
+        (True, True, True, 4),
+        (True, False, False, 2),
+    ],
+)
+def test_matrix_products(head: bool, grad: bool, reference: bool, count: int) -> None:
+    assert gemms(head, grad, reference) == pytest.approx(count)
+
+
+def test_matrix_products_of_a_trained_head_beyond_the_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "limit", lambda device: 40 * V * 4)
+    assert gemms(True, True, False) == pytest.approx(4)
+
+
+def test_workspace_bounds_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small workspaces give the same numbers, from more and smaller matrix products."""
+    hidden, weight, labels, *_ = tensors()
+    coef = torch.randn(T)
+
+    def run() -> list[Tensor]:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = linear_logprobs(*leaves, labels, impl="cpu")
+        return [logps.detach(), *torch.autograd.grad((logps * coef).sum(), leaves)]
+
+    sizes: list[int] = []
+    take = cpu_rows._Workspace.take
+
+    def spy(self: cpu_rows._Workspace, *parts: int, dtype: torch.dtype) -> list[Tensor]:
+        sizes.append(sum(parts) * dtype.itemsize)
+        return take(self, *parts, dtype=dtype)
+
+    whole = run()
+    monkeypatch.setattr(cpu_rows._Workspace, "take", spy)
+    for room in (4 * T * V, 4 * T * V - 1, 30000, 9000):
+        monkeypatch.setattr(cpu, "limit", lambda device, room=room: room)
+        sizes.clear()
+        for a, b in zip(whole, run(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        assert max(sizes) <= max(room, 64 * (64 + D) * 4)
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "lots"])
+def test_workspace_setting_is_checked(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CPO_FAST_WORKSPACE_MIB", text)
+    hidden, weight, labels, *_ = tensors()
+    with pytest.raises(ValueError, match="CPO_FAST_WORKSPACE_MIB"):
+        linear_logprobs(hidden, weight, labels, impl="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_twice(dtype: torch.dtype) -> None:
+    hidden, weight, labels, *_ = tensors(dtype)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    total = linear_logprobs(*leaves, labels, impl="cpu").sum()
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    second = torch.autograd.grad(total, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, labels, *_ = tensors()
+    logps = linear_logprobs(hidden.requires_grad_(), weight, labels, impl="cpu")
+    (grad,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        grad.sum().backward()
+
+
+def test_checkpointing() -> None:
+    hidden, weight, labels, *_ = tensors()
+    hidden.requires_grad_()
+
+    def run(h: Tensor) -> Tensor:
+        return linear_logprobs(h.tanh(), weight, labels, impl="cpu").sum()
+
+    (plain,) = torch.autograd.grad(run(hidden), hidden)
+    (again,) = torch.autograd.grad(checkpoint(run, hidden, use_reentrant=False), hidden)
+    assert torch.equal(plain, again)
+
+
+def test_autocast_is_respected() -> None:
+    hidden, weight, labels, *_ = tensors()
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_logprobs(hidden, weight, labels, impl="cpu")
+    want = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), labels, impl="cpu")
+    assert torch.equal(got, want)
+    (grad,) = torch.autograd.grad(got.sum(), hidden)
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, head: bool) -> None:
+    hidden, weight, labels, *_ = tensors(dtype)
+    bias = torch.randn(V).to(dtype).requires_grad_(head)
+    args = (hidden.requires_grad_(), weight.requires_grad_(head), labels, bias, hidden.detach())
+    options = (5.0, 1.0, -100, True, head, 2**20)
+    torch.library.opcheck(
+        torch.ops.cpo_fast.cpu_logps.default,
+        args + options,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_compiled_step() -> None:
+    hidden, weight, labels, segments, pairs = tensors()
+    projection = torch.randn(D, D, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        h = (x @ projection).tanh()
+        return cpo_loss(
+            h, weight, labels, segments, pairs, ref_hidden=x, num_segments=4, impl="cpu"
+        ).loss
+
+    (want,) = torch.autograd.grad(step(hidden), projection)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    loss = compiled(hidden)
+    (got,) = torch.autograd.grad(loss, projection)
+    torch.testing.assert_close(loss, step(hidden))
+    torch.testing.assert_close(got, want)
+
+
+def test_threads_and_floating_point_mode() -> None:
+    """Any thread count gives the same numbers, and denormals are left as they were."""
+    hidden, weight, labels, *_ = tensors(torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(linear_logprobs(hidden, weight, labels, impl="cpu"))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    tiny = torch.tensor([1e-40])
+    assert (tiny * 0.5).item() > 0
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="sse9"):
+        _cpu.isa("sse9")
+
+
+def test_noncontiguous_hidden_and_strided_labels() -> None:
+    hidden, weight, labels, *_ = tensors()
+    wide = torch.stack([hidden, hidden], 1)[:, 0]
+    pairs = torch.stack([labels, labels], 1)[:, 1]
+    got = linear_logprobs(wide, weight, pairs, impl="cpu")
+    assert torch.equal(got, linear_logprobs(hidden, weight, labels, impl="cpu"))
+
+
+def test_long_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_TOKENS", 16)
+    monkeypatch.setattr(cpu, "_ENTRIES", 128)
+    hidden, weight, labels, segments, _ = tensors()
+    pairs = torch.tensor([[0, 3]])
+    segments = torch.where(segments == 1, 0, segments)
+    got = cpo_loss(hidden, weight, labels, segments, pairs, ref_hidden=hidden * 0.9, impl="cpu")
+    want = cpo_loss(
+        hidden.double(),
+        weight.double(),
+        labels,
+        segments,
+        pairs,
+        ref_hidden=(hidden * 0.9).double(),
+    )
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-6)
