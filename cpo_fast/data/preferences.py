@@ -39,16 +39,6 @@ def is_preference_file(dataset: str, dataset_format: str = "auto") -> bool:
     return Path(dataset).is_file() and not dataset.endswith((".tgz", ".tar.gz"))
 
 
-def _same_question(one: Preference, other: Preference) -> bool:
-    return (
-        one.chosen == other.chosen
-        and one.images == other.images
-        and one.prompt == other.prompt
-        and one.source == other.source
-        and one.weight == other.weight
-    )
-
-
 def _adds_nothing(group: Preference, one: Preference) -> bool:
     return not one.rejected_images and set(one.rejected) <= set(group.rejected)
 
@@ -85,6 +75,18 @@ class PreferenceSource(Source[Preference]):
             f"{_FIELDS}; name the format with --dataset_format"
         )
 
+    def _same_question(self, one: Preference, other: Preference) -> bool:
+        """Whether two rows are about the same answer. The ids of counterfactuals are those of
+        studies and must agree; the ids of rows differ from row to row."""
+        return (
+            one.chosen == other.chosen
+            and one.images == other.images
+            and one.prompt == other.prompt
+            and one.source == other.source
+            and one.weight == other.weight
+            and (one.id == other.id or self.kind != "counterfactuals")
+        )
+
     def _records(self) -> Iterator[Preference]:
         parse = PARSERS[self.kind]
         stem = Path(self.path).stem
@@ -97,16 +99,16 @@ class PreferenceSource(Source[Preference]):
                 if isinstance(row, RecordError):
                     raise row
                 one = parse(row, self.root, id)
-                join = group is not None and _same_question(group, one)
-                if join and group is not None and _adds_nothing(group, one):
-                    raise RecordError("duplicate-record", "a record just before says the same")
+                if group is not None and self._same_question(group, one):
+                    if _adds_nothing(group, one):
+                        raise RecordError("duplicate-record", "a record just before says the same")
+                    if len(group.rejected) < MAX_REJECTED:
+                        group = _joined(group, one)
+                        self.merged += 1
+                        self.read -= 1
+                        continue
             except RecordError as error:
                 self._reject(self.path, line, id, error.reason, error.detail)
-                continue
-            if group is not None and join and len(group.rejected) < MAX_REJECTED:
-                group = _joined(group, one)
-                self.merged += 1
-                self.read -= 1
                 continue
             if group is not None:
                 yield group

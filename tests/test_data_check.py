@@ -1,0 +1,172 @@
+"""`python -m cpo_fast.data check`: what it writes, prints and exits with."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_samples import REPORT, SECRET, write_mimic
+from PIL import Image
+
+from cpo_fast.data.__main__ import main
+from cpo_fast.data.openi import installed
+from cpo_fast.errors import DataError
+
+
+def run(dataset: Path | str, out: Path, *flags: str) -> tuple[int, dict[str, Any], list[dict]]:
+    code = main(["check", "--dataset", str(dataset), "--output_dir", str(out), *flags])
+    if not (out / "summary.json").exists():
+        return code, {}, []
+    records = (out / "rejected_records.jsonl").read_text().splitlines()
+    return (
+        code,
+        json.loads((out / "summary.json").read_text())["data"],
+        list(map(json.loads, records)),
+    )
+
+
+@pytest.fixture
+def mimic(tmp_path: Path) -> Path:
+    studies: list[dict[str, Any]] = [
+        {
+            "study": 50000000 + i,
+            "patient": 10000000 + i // 2,
+            "report": REPORT.format(body=f"{SECRET} {i}."),
+            "labels": {"Edema": "1.0"} if i % 2 else {"Edema": "1.0", "Fracture": "-1.0"},
+            "split": "test" if i == 9 else "train",
+        }
+        for i in range(10)
+    ]
+    return write_mimic(tmp_path / "mimic", studies)
+
+
+def test_a_usable_data_set(mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, facts, rejected = run(mimic, tmp_path / "out")
+    assert (code, rejected) == (0, [])
+    assert (facts["read"], facts["used"], facts["rejected"]) == (10, 10, {})
+    assert facts["kind"] == "mimic-cxr"
+    assert facts["splits"] == {
+        "test": {"studies": 1, "patients": 1},
+        "train": {"studies": 9, "patients": 5},
+    }
+    assert facts["patients_in_several_splits"] == 1
+    assert facts["labels"] == {
+        "Edema": {"present": 10, "uncertain": 0},
+        "Fracture": {"present": 0, "uncertain": 5},
+    }
+    assert facts["images_per_record"] == {"1": 10}
+    printed = capsys.readouterr()
+    assert "usable" in printed.out and "Edema" in printed.out
+    assert SECRET not in printed.out + printed.err
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
+    for name in ("summary.json", "rejected_records.jsonl"):
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == 0o600
+        assert SECRET not in (tmp_path / "out" / name).read_text()
+
+
+def test_records_that_are_set_aside(
+    mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    reports = sorted(mimic.rglob("s5*.txt"))
+    reports[0].unlink()
+    reports[1].write_text(f" INDICATION: {SECRET}\n")
+    image = next((mimic / "files/p10/p10000001/s50000002").glob("*.jpg"))
+    image.write_bytes(image.read_bytes()[:300])
+    code, facts, rejected = run(mimic, tmp_path / "out")
+    assert code == 1
+    assert (facts["read"], facts["used"]) == (10, 7)
+    reasons = {"report-missing": 1, "no-findings-or-impression": 1, "image-unreadable": 1}
+    assert facts["rejected"] == reasons
+    assert {record["reason"] for record in rejected} == set(reasons)
+    assert all(record.keys() == {"file", "line", "id", "reason", "detail"} for record in rejected)
+    printed = capsys.readouterr()
+    assert "3 of 10" in printed.err and "rejected_records.jsonl" in printed.err
+    assert "s50000002" in printed.out
+    assert SECRET not in printed.out + printed.err + str(rejected)
+    assert run(mimic, tmp_path / "out", "--max_bad_fraction", "0.3")[0] == 0
+    assert run(mimic, tmp_path / "out", "--max_bad_fraction", "0.29")[0] == 1
+    assert run(mimic, tmp_path / "out", "--images", "none")[1]["used"] == 8
+
+
+def test_a_truncated_image_is_seen_by_decoding_only(mimic: Path, tmp_path: Path) -> None:
+    image = next(mimic.rglob("s50000000/*.jpg"))
+    buffer = io.BytesIO()
+    Image.frombytes("L", (64, 64), bytes(i * i % 251 for i in range(64 * 64))).save(buffer, "JPEG")
+    image.write_bytes(buffer.getvalue()[:-200])
+    assert run(mimic, tmp_path / "out")[1]["rejected"] == {"image-unreadable": 1}
+    assert run(mimic, tmp_path / "out", "--images", "header")[1]["rejected"] == {}
+    image.write_bytes(b"")
+    assert run(mimic, tmp_path / "out", "--images", "header")[1]["rejected"] == {"image-empty": 1}
+
+
+def test_nothing_left_is_not_usable(mimic: Path, tmp_path: Path) -> None:
+    for report in mimic.rglob("s5*.txt"):
+        report.unlink()
+    assert run(mimic, tmp_path / "out", "--max_bad_fraction", "1")[0] == 1
+
+
+def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.json").write_text(f'{{"{SECRET}": 1}}')
+    for dataset in ("nowhere", "empty", "x.json"):
+        code, facts, _ = run(tmp_path / dataset, tmp_path / "out")
+        assert (code, facts) == (2, {})
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and dataset in error and ";" in error
+        assert SECRET not in error
+
+
+def test_preference_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [
+        {"prompt": "Q", "chosen": SECRET, "rejected": "y"},
+        {"prompt": "Q", "chosen": SECRET, "rejected": "z"},
+        {"prompt": "R", "chosen": SECRET, "rejected": SECRET},
+        {"prompt": "S", "chosen": "x", "rejected": "y"},
+        {"prompt": "T", "chosen": "x", "rejected": "y", "images": ["nowhere.png"]},
+        {"prompt": "S", "chosen": "x", "rejected": "y"},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=1))
+    code, facts, rejected = run(path, tmp_path / "out")
+    assert code == 1
+    assert (facts["kind"], facts["read"], facts["used"], facts["merged_rows"]) == ("trl", 5, 3, 1)
+    assert facts["rejected"] == {"chosen-equals-rejected": 1, "image-missing": 1}
+    assert facts["rejected_per_preference"] == {"1": 2, "2": 1}
+    assert facts["repeated_preferences"] == 1
+    assert facts["characters"]["chosen"] == {"min": 1, "p50": 1, "p95": 1, "max": len(SECRET)}
+    assert SECRET not in str(rejected) + str(capsys.readouterr())
+    assert run(path, tmp_path / "out", "--max_bad_fraction", "0.4")[0] == 0
+
+
+def test_open_i(tmp_path: Path) -> None:
+    try:
+        installed()
+    except DataError as error:
+        pytest.skip(str(error))
+    code, facts, rejected = run("open-i", tmp_path / "out")
+    assert (code, facts["read"], facts["used"]) == (0, 3955, 3927)
+    assert facts["rejected"] == {"no-findings-or-impression": 28}
+    assert len(rejected) == 28
+    assert facts["unlabelled"] == 95
+
+
+@pytest.mark.parametrize("flags", [["--colour"], ["--max_bad_fraction", "2"], ["--images", "all"]])
+def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("open-i", tmp_path / "out", *flags)
+    assert caught.value.code == 2
+
+
+def test_as_a_command_and_without_heavy_imports(mimic: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from cpo_fast.data.__main__ import main;"
+        f"code = main(['check', '--dataset', {str(mimic)!r}, '--output_dir', {str(tmp_path)!r}]);"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(); sys.exit(code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

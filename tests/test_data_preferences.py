@@ -1,0 +1,394 @@
+"""Preference files: each format to the same nouns, told apart by fields, bad rows by reason."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_samples import SECRET, dicom, image_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpo_fast.data import is_preference_file, open_preferences
+from cpo_fast.data.images import load_image
+from cpo_fast.data.labels import DEFAULT_PROMPT
+from cpo_fast.data.preference_rows import PARSERS, tell
+from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.types import Counterfactual, ImageRef, Preference
+
+IMAGE = {"type": "image"}
+USER = {"role": "user", "content": "What is it?"}
+
+
+def said(text: str, role: str = "assistant") -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def read(tmp_path: Path, *rows: Any, **options: str) -> tuple[list[Preference], list[str], str]:
+    """Preferences, reasons and kind of a JSONL file with `rows`."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_preferences(str(path), **options)
+    found = list(source)
+    assert source.read == len(found) + len(source.rejected)
+    assert SECRET not in str(source.rejected)
+    return found, [record.reason for record in source.rejected], source.kind
+
+
+def one(tmp_path: Path, row: dict[str, Any], kind: str) -> Preference:
+    (found,), reasons, told = read(tmp_path, row)
+    assert (reasons, told) == ([], kind)
+    return found
+
+
+# --- trl -----------------------------------------------------------------------------------------
+
+
+def test_trl_conversation_with_an_image(tmp_path: Path) -> None:
+    row = {"images": ["a.png"], "prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
+    found = one(tmp_path, row, "trl")
+    assert found == Preference(
+        id="rows:1",
+        prompt=({"role": "user", "content": [IMAGE, text("What is it?")]},),
+        chosen="x",
+        rejected=("y",),
+        images=(ImageRef("a.png", str(tmp_path)),),
+    )
+    single = one(tmp_path, {**row, "images": None, "image": "a.png"}, "trl")
+    assert single == found
+
+
+def test_trl_content_in_parts(tmp_path: Path) -> None:
+    parts = [text("Look"), IMAGE, text("here")]
+    row = {
+        "images": ["a.png"],
+        "prompt": [said("Be brief.", "system"), {"role": "user", "content": parts}],
+        "chosen": [{"role": "assistant", "content": [text("x"), text("y")]}],
+        "rejected": [said("z")],
+    }
+    found = one(tmp_path, row, "trl")
+    assert [message["content"] for message in found.prompt] == ["Be brief.", parts]
+    assert found.chosen == "xy"
+
+
+def test_trl_text_and_implicit_prompts(tmp_path: Path) -> None:
+    explicit = one(tmp_path, {"prompt": "Q?", "chosen": "x", "rejected": "y"}, "trl")
+    assert (explicit.prompt, explicit.chosen) == ((said("Q?", "user"),), "x")
+    talk = {"chosen": [USER, said("x")], "rejected": [USER, said("y")]}
+    for row in (talk, {**talk, "prompt": "What is it?"}):
+        found = one(tmp_path, row, "trl")
+        assert (found.prompt, found.chosen, found.rejected) == ((USER,), "x", ("y",))
+    found = one(tmp_path, {"chosen": "It is big", "rejected": "It is small"}, "trl")
+    assert (found.prompt[0]["content"], found.chosen, found.rejected) == (
+        "It is", " big", (" small",),
+    )  # fmt: skip
+
+
+@pytest.mark.slow  # importing trl is
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [USER, said("x")], "rejected": [USER, said("y")]},
+        {"prompt": "Q", "chosen": [USER, said("x")], "rejected": [USER, said("y")]},
+        {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]},
+        {"images": ["a", "b"], "prompt": [USER, said("Hm."), USER], "chosen": [said("x")],
+         "rejected": [said("y")]},
+        {"images": ["a"], "prompt": [said("S", "system"), USER], "chosen": [said("x")],
+         "rejected": [said("y")]},
+        {"images": ["a"], "prompt": [{"role": "user", "content": [text("Q"), IMAGE]}],
+         "chosen": [said("x")], "rejected": [said("y")]},
+    ],
+)  # fmt: skip
+def test_trl_itself_makes_the_same_conversation(tmp_path: Path, row: dict) -> None:
+    pytest.importorskip("trl")
+    from trl.data_utils import maybe_extract_prompt, prepare_multimodal_messages
+
+    theirs = {**row, **maybe_extract_prompt(dict(row))}
+    images = row.get("images", [])
+    expected = prepare_multimodal_messages(theirs["prompt"], images)
+    for message in expected:
+        for part in message["content"]:
+            part.pop("image", None)
+    found = one(tmp_path, row, "trl")
+    got = [
+        m if isinstance(m["content"], list) else {**m, "content": [text(m["content"])]}
+        for m in found.prompt
+    ]
+    assert got == expected
+    assert [found.chosen, *found.rejected] == [
+        theirs[name][0]["content"] for name in ("chosen", "rejected")
+    ]
+
+
+# --- the others ----------------------------------------------------------------------------------
+
+
+def test_ms_swift(tmp_path: Path) -> None:
+    talk = {"messages": [said("<image>Q <image>?", "user"), said("x")], "images": ["a", "b"]}
+    found = one(tmp_path, {**talk, "rejected_response": "y"}, "ms-swift")
+    assert found.prompt[0]["content"] == [IMAGE, text("Q "), IMAGE, text("?")]
+    assert (found.chosen, found.rejected) == ("x", ("y",))
+    assert one(tmp_path, {**talk, "rejected_response": [said("y")]}, "ms-swift") == found
+    other = {**talk, "rejected_messages": [*talk["messages"][:-1], said("y")]}
+    assert one(tmp_path, other, "ms-swift") == found
+
+
+def test_ms_swift_missing_tags_stand_in_front(tmp_path: Path) -> None:
+    row = {"messages": [USER, said("x")], "images": [{"path": "a"}], "rejected_response": "y"}
+    assert one(tmp_path, row, "ms-swift").prompt[0]["content"] == [IMAGE, text("What is it?")]
+
+
+def test_ms_swift_rejected_images_alone_are_perception(tmp_path: Path) -> None:
+    row = {"messages": [USER, said("x")], "images": ["a"], "rejected_images": ["b"]}
+    found = one(tmp_path, row, "ms-swift")
+    assert (found.chosen, found.rejected, found.source) == ("x", ("x",), "perception")
+    assert found.rejected_images == ((ImageRef("b", str(tmp_path)),),)
+
+
+def test_llama_factory(tmp_path: Path) -> None:
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "<image>Q"},
+            {"from": "gpt", "value": "Hm."},
+            {"from": "human", "value": "And?"},
+        ],
+        "chosen": {"from": "gpt", "value": "x"},
+        "rejected": {"from": "gpt", "value": "y"},
+        "images": ["a"],
+    }
+    found = one(tmp_path, row, "llama-factory")
+    assert [message["role"] for message in found.prompt] == ["system", "user", "assistant", "user"]
+    assert found.prompt[1]["content"] == [IMAGE, text("Q")]
+    assert (found.chosen, found.rejected) == ("x", ("y",))
+    found, reasons, _ = read(tmp_path, {**row, "images": []})
+    assert (found, reasons) == ([], ["image-placeholder-mismatch"])
+
+
+def test_ranked_lists(tmp_path: Path) -> None:
+    def ranked(*ranks: float) -> list[dict[str, Any]]:
+        return [{"rank": r, "completion": [said(f"{n}")]} for n, r in enumerate(ranks)]
+
+    row = {"context": [USER], "completions": ranked(2, 0, 1, 0)}
+    found = one(tmp_path, row, "ranked")
+    assert (found.prompt, found.chosen, found.rejected) == ((USER,), "1", ("2", "0"))
+    nectar = {
+        "prompt": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: What is it?\n\nAssistant: ",
+        "answers": [{"answer": "y", "rank": 7.0}, {"answer": "x", "rank": 1.0}],
+    }
+    found = one(tmp_path, nectar, "ranked")
+    assert [m["content"] for m in found.prompt] == ["Hi", "Yes?", "What is it?"]
+    assert (found.chosen, found.rejected) == ("x", ("y",))
+    assert one(tmp_path, {**nectar, "prompt": "Q"}, "ranked").prompt == (said("Q", "user"),)
+    ties = read(tmp_path, {"context": [USER], "completions": ranked(1, 1)})
+    assert ties[1] == ["no-rejected"]
+
+
+CCF = {
+    "dicom_id": dicom(7),
+    "sid": "50414267",
+    "pid": "10000032",
+    "report": "FINDINGS: x",
+    "diagnose": "The disease of this patient is Edema.",
+    "counterfact": {"Pneumonia": "FINDINGS: y", "Fracture": "FINDINGS: z"},
+}
+
+
+@pytest.mark.parametrize("ids", [{}, {"sid": "10000032", "pid": 50414267}, {"sid": "s50414267"}])
+def test_ccf(tmp_path: Path, ids: dict) -> None:
+    found = one(tmp_path, {**CCF, **ids}, "ccf")
+    assert found.id == "s50414267"
+    assert found.prompt[0]["content"] == [IMAGE, text(DEFAULT_PROMPT)]
+    assert found.images[0].path == f"files/p10/p10000032/s50414267/{dicom(7)}.jpg"
+    assert found.chosen == "<think> FINDINGS: x </think> The disease of this patient is Edema."
+    assert found.rejected == (
+        "<think> FINDINGS: y </think> The disease of this patient is Pneumonia.",
+        "<think> FINDINGS: z </think> The disease of this patient is Fracture.",
+    )
+
+
+def counterfactual(target: str, study: str = "s1", **changes: Any) -> dict[str, Any]:
+    record = Counterfactual(
+        id=f"{study}/{target}",
+        study_id=study,
+        patient_id="p1",
+        images=("a.png",),
+        report="FINDINGS: x",
+        labels=("Edema",),
+        target=target,
+        counterfactual=f"FINDINGS: {target}",
+        counterfactual_labels=("Edema", target),
+        checks={"asserted": True},
+    )
+    return {**record.to_json(), **changes}
+
+
+def test_our_counterfactual_rows(tmp_path: Path) -> None:
+    rows = [counterfactual("Pneumonia"), counterfactual("Fracture"), counterfactual("Edema", "s2")]
+    found, reasons, kind = read(tmp_path, *rows)
+    assert (reasons, kind, [p.id for p in found]) == ([], "counterfactuals", ["s1", "s2"])
+    assert found[0].chosen.endswith("</think> The disease of this patient is Edema.")
+    assert found[0].rejected == (
+        "<think> FINDINGS: Pneumonia </think> The disease of this patient is Pneumonia.",
+        "<think> FINDINGS: Fracture </think> The disease of this patient is Fracture.",
+    )
+
+
+def test_our_counterfactual_rows_that_fail_or_show_another_image(tmp_path: Path) -> None:
+    found, reasons, _ = read(
+        tmp_path,
+        counterfactual("Pneumonia", checks={"asserted": False, SECRET: False}),
+        counterfactual("Pneumonia", kind="perception"),
+        counterfactual("Pneumonia", kind="perception", rejected_images=["b.png"]),
+    )
+    assert reasons == ["counterfactual-checks", "missing-field"]
+    (perception,) = found
+    assert perception.rejected == (perception.chosen,)
+    assert perception.rejected_images == ((ImageRef("b.png", str(tmp_path)),),)
+
+
+def test_our_preference_rows(tmp_path: Path) -> None:
+    row = {"id": "s1", "images": ["a"], "prompt": [USER], "chosen": "x",
+           "rejected_responses": ["y", "z"], "weight": 2}  # fmt: skip
+    found = one(tmp_path, row, "preferences")
+    assert (found.id, found.rejected, found.weight) == ("s1", ("y", "z"), 2.0)
+
+
+# --- rows together -------------------------------------------------------------------------------
+
+
+def test_adjacent_rows_with_one_question_are_grouped(tmp_path: Path) -> None:
+    def row(rejected: str, prompt: str = "Q", image: str = "a") -> dict[str, Any]:
+        return {"images": [image], "prompt": prompt, "chosen": "x", "rejected": rejected}
+
+    rows = [row("y"), row("z"), row("y"), row("y", "R"), row("y"), row("z", image="b")]
+    found, reasons, _ = read(tmp_path, *rows)
+    assert [p.rejected for p in found] == [("y", "z"), ("y",), ("y",), ("z",)]
+    assert reasons == ["duplicate-record"]
+    assert [p.id for p in found] == ["rows:1", "rows:4", "rows:5", "rows:6"]
+    path = tmp_path / "rows.jsonl"
+    source = open_preferences(str(path))
+    assert (len(list(source)), source.merged, source.read) == (4, 1, 5)
+
+
+GOOD = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rejected": [said("x ")]}, "chosen-equals-rejected"),
+        ({"chosen": [said(" ")]}, "empty-response"),
+        ({"chosen": None}, "missing-field"),
+        ({"chosen": 5}, "wrong-type"),
+        ({"prompt": {"a": SECRET}}, "wrong-type"),
+        ({"prompt": []}, "empty-prompt"),
+        ({"prompt": [said(SECRET, "judge")]}, "unknown-role"),
+        ({"prompt": [said(SECRET, "system")], "images": ["a"]}, "no-user-message"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown-content"),
+        ({"prompt": [{"role": "user", "content": [IMAGE]}]}, "image-placeholder-mismatch"),
+        ({"chosen": [said("a"), said(SECRET)]}, "not-one-answer"),
+        ({"chosen": [said(SECRET, "user")]}, "unknown-role"),
+        ({"chosen": [{"role": "assistant", "content": [IMAGE]}]}, "image-in-response"),
+        ({"chosen": [said("half a pair \ud800 " + SECRET)]}, "bad-unicode"),
+        ({"images": [{"bytes": "#", "path": None}]}, "image-unreadable"),
+        ({"images": [{}]}, "image-missing"),
+        ({"images": [None]}, "missing-field"),
+        ({"images": 7}, "wrong-type"),
+        ({"weight": -1}, "bad-weight"),
+        ({"weight": 1e999}, "json-nan"),
+        ({"weight": True}, "bad-weight"),
+        ({"rejected_responses": []}, "no-rejected"),
+    ],
+)
+def test_bad_rows_are_set_aside_by_reason(tmp_path: Path, changes: dict, reason: str) -> None:
+    found, reasons, _ = read(tmp_path, GOOD, {**GOOD, **changes})
+    assert len(found) == 1
+    assert reasons == [reason]
+
+
+def test_images_in_the_row(tmp_path: Path) -> None:
+    data = base64.b64encode(image_bytes()).decode()
+    for image in ({"bytes": data, "path": "a"}, f"data:image/jpeg;base64,{data}"):
+        (found,), _, _ = read(tmp_path, {**GOOD, "images": [image]})
+        assert load_image(found.images[0]).size == (8, 6)
+
+
+def test_image_root(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.jpg").write_bytes(image_bytes())
+    row = {**GOOD, "images": ["a.jpg"]}
+    (found,), _, _ = read(tmp_path, row, image_root=str(tmp_path / "pictures"))
+    assert load_image(found.images[0]).size == (8, 6)
+    (outside,), _, _ = read(tmp_path, {**GOOD, "images": ["../a.jpg"]})
+    with pytest.raises(RecordError, match="path-outside-root"):
+        load_image(outside.images[0])
+    with pytest.raises(DataError, match="image_root"):
+        open_preferences(str(tmp_path / "rows.jsonl"), image_root=str(tmp_path / "none"))
+
+
+def test_kind_is_told_by_the_first_good_record_or_forced(tmp_path: Path) -> None:
+    found, reasons, kind = read(tmp_path, {"x": 1}, [1], GOOD, CCF)
+    assert (len(found), kind) == (1, "trl")
+    assert reasons == ["missing-field", "not-an-object", "missing-field"]
+    assert read(tmp_path, GOOD, dataset_format="ranked")[1] == ["missing-field"]
+    with pytest.raises(DataError, match=r"unknown format.*counterfact") as caught:
+        read(tmp_path, {SECRET: SECRET})
+    assert SECRET not in str(caught.value)
+    with pytest.raises(UsageError, match="dataset_format"):
+        read(tmp_path, GOOD, dataset_format="csv")
+
+
+def test_what_counts_as_a_preference_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    assert is_preference_file(str(path))
+    assert is_preference_file("nowhere", "trl")
+    assert not is_preference_file(str(tmp_path))
+    assert not is_preference_file("open-i")
+    assert not is_preference_file(str(path), "mimic-cxr")
+    assert not is_preference_file(str(tmp_path / "nowhere.jsonl"))
+
+
+FIELDS = (
+    "answers chosen completions context conversations counterfact counterfactual dicom_id id image "
+    "images kind labels messages pid prompt rejected rejected_images rejected_messages "
+    "rejected_response rejected_responses report sid study_id system target weight"
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["x", "y", ""])
+KEYS = st.sampled_from(["role", "content", "type", "text", "from", "value", "rank", "completion",
+                        "answer", "bytes", "path"])  # fmt: skip
+WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "image", "text", "<image>"])
+VALUES = st.recursive(
+    LEAVES | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(FIELDS.split()), VALUES, max_size=8),
+    st.sampled_from(sorted(PARSERS)),
+)
+def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
+    assert tell(row) in (None, *PARSERS)
+    try:
+        found = PARSERS[kind](row, "/root", "id")
+    except RecordError:
+        return
+    assert found.chosen.strip()
+    assert found.rejected
+    placeholders = sum(
+        part["type"] == "image"
+        for message in found.prompt
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
+    assert placeholders == len(found.images)
