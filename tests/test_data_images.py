@@ -140,6 +140,9 @@ def test_what_is_not_an_image_file(tmp_path: Path, read) -> None:  # type: ignor
     assert reason(ImageRef("/dev/zero"), read) == "image-not-a-file"
     assert reason(ImageRef("x", data=b""), read) == "image-empty"
     assert of("x" * 5000) == "image-unreadable"
+    with pytest.raises(RecordError) as caught:
+        read(ImageRef("secret " * 500, str(tmp_path)))
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
-from data_samples import REPORT, SECRET, dicom, write_csv, write_mimic
+from data_samples import SECRET, dicom, write_csv, write_mimic
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpo_fast.data import MimicSource, open_studies
+from cpo_fast.data.files import csv_rows
 from cpo_fast.data.images import image_size
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.types import FINDINGS, Study
@@ -251,4 +255,17 @@ def test_every_label_column_is_read(tmp_path: Path) -> None:
     labels = dict.fromkeys(FINDINGS, "-1.0")
     root = write_mimic(tmp_path, [{"study": 50000001, "labels": labels}], columns=FINDINGS[::-1])
     assert read(root)[0][0].labels == dict.fromkeys(FINDINGS, -1)
-    assert REPORT.count("FINDINGS") == 1
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_rows_or_an_error(data: bytes, header: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.csv"
+        path.write_bytes((b"a,b\n" if header else b"") + data)
+        try:
+            rows = list(csv_rows(str(path), ("b", "a"), "fetch it again"))
+        except DataError as error:
+            assert str(error).endswith("fetch it again")
+        else:
+            assert all(len(values) == 2 for _, values in rows)

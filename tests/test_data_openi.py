@@ -7,6 +7,7 @@ import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
 
 import pytest
 from data_samples import SECRET
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from cpo_fast.data import open_studies
 from cpo_fast.data.openi import installed, mesh_labels, parse_xml, split_of
+from cpo_fast.data.sections import parse_report
 from cpo_fast.errors import DataError, RecordError
 
 PART = '<AbstractText Label="{}">{}</AbstractText>'
@@ -86,6 +88,25 @@ def test_rule_of_the_authors_needs_findings(whole: Whole) -> None:
     source = open_studies("open-i", sections="authors")
     assert sum(not study.report.impression for study in source) == 3425
     assert source.reasons() == {"no-findings-or-impression": 530}
+
+
+def test_reports_written_as_in_mimic_are_parsed_back(whole: Whole) -> None:
+    def section(name: str, body: str) -> str:
+        return "\n".join(
+            wrap(f"{name}: {body}", 79, initial_indent=" ", subsequent_indent=" ",
+                 break_long_words=False, break_on_hyphens=False)
+        )  # fmt: skip
+
+    changed = []
+    for study in whole.studies:
+        report = study.report
+        named = (("FINDINGS", report.findings), ("IMPRESSION", report.impression))
+        parts = [section("INDICATION", study.indication or "None.")]
+        parts += [section(name, body) for name, body in named if body]
+        if parse_report(" " * 33 + "FINAL REPORT\n" + "\n\n".join(parts) + "\n") != report:
+            changed.append(study.study_id)
+    # One report repeats a header inside its impression, and wrapping puts that on a new line.
+    assert len(changed) <= 1
 
 
 def test_archive_and_folder_give_the_same(whole: Whole, tmp_path: Path) -> None:

@@ -79,6 +79,22 @@ def test_a_section_named_after_the_view_stands_for_findings(header: str) -> None
     assert parse_report(text) == Report("The heart is large.", "Big.")
 
 
+def test_parts_of_the_body_stay_within_the_findings() -> None:
+    text = report(
+        " TECHNIQUE: PA view.", "",
+        " FINDINGS: Comparison is made with ___.", "",
+        " LUNGS: Clear.", " HEART: Large.", "",
+        " CHEST: No effusion.", "",
+        " IMPRESSION:", " LEFT: Normal.", "",
+        " DICTATED BY: Dr. ___",
+    )  # fmt: skip
+    assert parse_report(text) == Report(
+        "Comparison is made with ___. LUNGS: Clear. HEART: Large. CHEST: No effusion.",
+        "LEFT: Normal.",
+    )
+    assert parse_report(report(" HISTORY: x", "", " LUNGS: Clear.")) == Report("LUNGS: Clear.")
+
+
 def test_a_view_does_not_displace_real_findings() -> None:
     text = report(" PORTABLE CHEST: One view.", "", " FINDINGS: The heart is large.")
     assert parse_report(text) == Report("The heart is large.")

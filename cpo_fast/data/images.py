@@ -37,6 +37,11 @@ _FORMATS = ("JPEG", "PNG")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 
 
+def _name(ref: ImageRef) -> str:
+    """The path for messages; what is too long to be one may be anything, and is not repeated."""
+    return ref.path if len(ref.path) <= 300 else f"a path of {len(ref.path)} characters"
+
+
 def resolve(ref: ImageRef) -> str:
     """The absolute path of `ref`, links followed.
 
@@ -54,7 +59,8 @@ def resolve(ref: ImageRef) -> str:
     path = (root / ref.path).resolve()
     if not path.is_relative_to(root):
         raise RecordError(
-            "path-outside-root", f"{ref.path} leaves {ref.root}; set image_root to what holds both"
+            "path-outside-root",
+            f"{_name(ref)} leaves {ref.root}; set image_root to what holds both",
         )
     return str(path)
 
@@ -63,7 +69,7 @@ def resolve(ref: ImageRef) -> str:
 def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
     """The bytes of `ref` as a file, and its name for messages."""
     if ref.data is not None:
-        name = ref.path or "image in the record"
+        name = _name(ref) or "image in the record"
         if not ref.data:
             raise RecordError("image-empty", name)
         yield io.BytesIO(ref.data), name
@@ -73,21 +79,21 @@ def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
         file = open_regular(path)
     except FileNotFoundError:
         raise RecordError(
-            "image-missing", f"{ref.path} is not in {ref.root or 'the current folder'}"
+            "image-missing", f"{_name(ref)} is not in {ref.root or 'the current folder'}"
         ) from None
     except NotAFile as error:
-        raise RecordError("image-not-a-file", f"{ref.path} {error.strerror}") from None
+        raise RecordError("image-not-a-file", f"{_name(ref)} {error.strerror}") from None
     except OSError as error:
-        raise RecordError("image-unreadable", f"{ref.path}: {error.strerror}") from None
+        raise RecordError("image-unreadable", f"{_name(ref)}: {error.strerror}") from None
     with file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
-            raise RecordError("image-empty", ref.path)
+            raise RecordError("image-empty", _name(ref))
         if size > MAX_FILE_BYTES:
             raise RecordError(
-                "image-too-large", f"{ref.path}: {size} bytes, at most {MAX_FILE_BYTES}"
+                "image-too-large", f"{_name(ref)}: {size} bytes, at most {MAX_FILE_BYTES}"
             )
-        yield file, ref.path
+        yield file, _name(ref)
 
 
 @contextmanager

@@ -25,9 +25,11 @@ MAX_REPORT_CHARS = 200_000
 _HEADER = re.compile(
     r"^[ \t]{0,8}([A-Z][A-Z0-9 ()\[\]/,&'.\-]{1,90}?)[ \t]*:(?=\s|$)", re.MULTILINE
 )
-# Mixed case counts only where the name is one of a section, for "Findings:" begins sentences of no
-# other kind.
-_TITLED = re.compile(r"^[ \t]{0,8}([A-Z][a-z]+(?:[ /][A-Za-z]+){0,3})[ \t]*:(?=\s|$)", re.MULTILINE)
+# In mixed case only the plain names are headers: any word may begin a line of a sentence.
+_TITLED = re.compile(
+    r"^[ \t]{0,8}(Findings?(?: and impressions?)?|Impressions?|Conclusions?)[ \t]*:(?=\s|$)",
+    re.MULTILINE,
+)
 _RULE_LINE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)  # `___` alone is de-identified text
 _TITLE_LINE = re.compile(r"^\s*(?:FINAL|PRELIMINARY|ADDENDUM)?\s*(?:REPORT|ADDENDUM)\s*:?\s*$")
 _WORD = re.compile(r"\w")
@@ -44,7 +46,8 @@ _ASKED = re.compile(r"\b(?:indications?|history|reason)\b")
 _CONTEXT_WORDS = re.compile(
     r"\b(?:indications?|history|reason|comparisons?|techniques?|examination|exam|study|type|date|"
     r"procedure|clinical|information|notification|recommendations?|request|diagnosis|symptoms|"
-    r"signs|question|addendum|dose|attending|referring)\b"
+    r"signs|question|addendum|dose|contrast|attending|referring|physicians?|"
+    r"radiologists?|signed|dictated|transcribed|attestation)\b"
 )
 
 
@@ -77,16 +80,24 @@ def _unwrap(text: str) -> str:
     return joined if _WORD.search(joined.replace("_", "")) else ""
 
 
-def _sections(part: str) -> list[tuple[str, str]]:
-    """(header, text behind it as it stands) of `part`, in order; what comes before is left out."""
+def _sections(part: str) -> list[tuple[str, str, str]]:
+    """(header, kind, text behind it as it stands) of `part`, in order; what comes before is left.
+
+    A header of no known kind ("LUNGS:", "HEART:") belongs to the text of the section it stands in,
+    and so does the name of a view within the findings.
+    """
     found = {match.start(): match for match in _HEADER.finditer(part)}
-    for match in _TITLED.finditer(part):
-        if _kind(match[1]) in ("findings", "impression"):
-            found.setdefault(match.start(), match)
-    starts = sorted(found)
+    found |= {match.start(): match for match in _TITLED.finditer(part)}
+    begun: list[tuple[re.Match[str], str]] = []
+    for start in sorted(found):
+        kind = _kind(found[start][1])
+        inside = kind == "other" or (kind == "view" and begun[-1:] and begun[-1][1] == "findings")
+        if not (begun and inside):
+            begun.append((found[start], kind))
+    ends = [match.start() for match, _ in begun[1:]] + [len(part)]
     return [
-        (found[start][1], part[found[start].end() : end])
-        for start, end in zip(starts, [*starts[1:], len(part)], strict=False)
+        (match[1], kind, part[match.end() : end])
+        for (match, kind), end in zip(begun, ends, strict=False)
     ]
 
 
@@ -95,9 +106,10 @@ def _last_paragraph(part: str) -> str:
     for paragraph in reversed(re.split(r"\n[ \t]*\n", part)):
         lines = [line for line in paragraph.split("\n") if not _TITLE_LINE.match(line)]
         kept = "\n".join(lines)
-        header, body = (_sections(kept) or [("", kept)])[-1]
-        if _kind(header) not in ("context", "wet") and (text := _unwrap(body)):
-            return text
+        _, kind, body = (_sections(kept) or [("", "other", kept)])[-1]
+        said = _unwrap(kept if kind == "other" else body)
+        if kind not in ("context", "wet") and said:
+            return said
     return ""
 
 
@@ -107,9 +119,9 @@ def _careful(text: str) -> Report:
     # below.
     for part in reversed(_RULE_LINE.split(text)):
         found: dict[str, list[str]] = {}
-        for header, body in _sections(part):
+        for _, kind, body in _sections(part):
             if said := _unwrap(body):
-                found.setdefault(_kind(header), []).append(said)
+                found.setdefault(kind, []).append(said)
         # Two examinations dictated in one report repeat their sections; both describe this
         # patient's images.
         findings = " ".join(found.get("findings") or found.get("view") or ())
@@ -150,7 +162,7 @@ def parse_report(text: str, rule: str = "careful") -> Report:
 def indication(text: str) -> str:
     """Why the examination was asked for (INDICATION, HISTORY, REASON ...), or ""."""
     part = _RULE_LINE.split(text.replace("\r\n", "\n")[:MAX_REPORT_CHARS])[-1]
-    for header, body in _sections(part):
+    for header, _, body in _sections(part):
         if _ASKED.search(header.lower()):
             return _unwrap(body)
     return ""
