@@ -30,7 +30,8 @@ from cpo_fast.kernels.numerics import (
 )
 
 
-@triton.jit
+# One binary for every T, so that no compiler's choice depends on the batch either.
+@triton.jit(do_not_specialize=["T"])
 def linear_lse_kernel(
     hidden_ptr,  # [T, D]
     weight_ptr,  # [V, D]
@@ -105,7 +106,7 @@ def linear_lse_kernel(
     tl.store(sum_ptr + o_part, s, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def combine_kernel(
     max_ptr,  # [n_v, T] float32
     sum_ptr,  # [n_v, T] float32

@@ -49,7 +49,8 @@ def _load_logits(
     return tl.where(cols < V, z, float("-inf")), slope
 
 
-@triton.jit
+# One binary whatever grad_rows is: policy and reference rows get bitwise the same log-probs.
+@triton.jit(do_not_specialize=["grad_rows"])
 def row_kernel(
     logits_ptr,  # [C, V_mem], rows below grad_rows are overwritten
     bias_ptr,  # [V]

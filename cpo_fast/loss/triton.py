@@ -19,19 +19,16 @@ Untested on a GPU. TRITON_INTERPRET=1 runs all of it on CPU tensors, for tests.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, padded
 from cpo_fast.loss.workspace import limit
 
-_PAD = 64  # columns: rows of logits begin on a 128-byte line, whatever V
-_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of the vendor library's GEMM, for counting waves
 _FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial results (156 MB at V=152k)
 
 
@@ -62,12 +59,12 @@ def token_logps(
     want_hidden = tracking and hidden.requires_grad
     want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
     room = limit(hidden.device)
-    logits_bytes = hidden.shape[0] * _padded(weight.shape[0]) * hidden.element_size()
+    logits_bytes = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
     logps, ref_logps, _, _ = torch.ops.cpo_fast.triton_logps(
         hidden.contiguous(),
         weight,
         labels.contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         None if ref_hidden is None else ref_hidden.contiguous(),
         softcap,
         temperature,
@@ -78,75 +75,6 @@ def token_logps(
         room,
     )
     return logps, None if ref_hidden is None else ref_logps
-
-
-def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int) -> int:
-    """Rows per chunk: of those whose logits fit `room` bytes, what wastes the least of the machine.
-
-    A GEMM runs in waves of one tile per multiprocessor, and its last wave is as long as a full one:
-    with 128 x 256 tiles, D = 3584 and 132 multiprocessors the product with W fills 85 % of the
-    machine in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D terms
-    per element, one of the second V.
-    """
-    most = max(1, room // (_padded(V) * itemsize))
-    if most >= T or most < _TILE_ROWS:
-        return min(T, most)
-
-    def time(rows: int) -> int:
-        def waves(columns: int) -> int:
-            tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
-            return -(-tiles // multiprocessors)
-
-        return D * waves(V) + V * waves(D)
-
-    def total(rows: int) -> int:
-        chunks, rest = divmod(T, rows)
-        return chunks * time(rows) + time(rest)
-
-    return min(range(_TILE_ROWS, most + 1, _TILE_ROWS), key=lambda rows: (total(rows), -rows))
-
-
-def _padded(V: int) -> int:
-    return (V + _PAD - 1) // _PAD * _PAD
-
-
-def _chunks(hidden: Tensor, weight: Tensor, room: int) -> list[tuple[int, int]]:
-    """Bounds of the chunks of rows."""
-    T, V = hidden.shape[0], weight.shape[0]
-    if T == 0:
-        return []
-    multiprocessors = 132  # the interpreter's tests plan as for an H100
-    if hidden.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-    rows = chunk_rows(T, V, hidden.shape[1], hidden.element_size(), multiprocessors, room)
-    return [(start, min(start + rows, T)) for start in range(0, T, rows)]
-
-
-@contextlib.contextmanager
-def _fp32_sums() -> Iterator[None]:
-    """Keep cuBLAS from adding the parts of a split sum in 16 bits, which its default allows."""
-    settings = torch.backends.cuda.matmul
-    before = (
-        settings.allow_bf16_reduced_precision_reduction,
-        settings.allow_fp16_reduced_precision_reduction,
-    )
-    settings.allow_bf16_reduced_precision_reduction = False
-    settings.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_bf16_reduced_precision_reduction = before[0]
-        settings.allow_fp16_reduced_precision_reduction = before[1]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated and added in total's float32."""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left, right, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # no such overload on the CPU, where only the interpreter's tests come
-        torch.addmm(total, left.float(), right.float(), out=total)
 
 
 @torch.library.custom_op("cpo_fast::triton_logps", mutates_args=())
@@ -182,7 +110,7 @@ def _logps(
     logps = hidden.new_empty(T, dtype=torch.float32)
     ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
     unscaled = hidden.new_empty(T if want_hidden else 0, D)
-    slopes = hidden.new_empty(T if keep_slopes else 0, _padded(V))
+    slopes = hidden.new_empty(T if keep_slopes else 0, padded(V))
 
     if ref_hidden is not None and not want_hidden and not want_head:
         for start in range(0, T, _FUSED_ROWS):
@@ -191,12 +119,12 @@ def _logps(
                 out[part] = linear_lse_logps(rows[part], weight, labels[part], **options)
         return logps, ref_logps, unscaled, slopes
 
-    chunks = _chunks(hidden, weight, room)
+    bounds = chunks(hidden, weight, room)
     logits = slopes
-    if chunks and not keep_slopes:
-        logits = hidden.new_empty(chunks[0][1], _padded(V))
-    with _fp32_sums():
-        for start, stop in chunks:
+    if bounds and not keep_slopes:
+        logits = hidden.new_empty(bounds[0][1], padded(V))
+    with fp32_sums():
+        for start, stop in bounds:
             buffer = logits[: stop - start]
             part = slice(start, stop)
             if ref_hidden is not None:
@@ -230,7 +158,7 @@ def _logps_fake(
         hidden.new_empty(T, dtype=torch.float32),
         hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
         hidden.new_empty(T if want_hidden else 0, D),
-        hidden.new_empty(T if keep_slopes else 0, _padded(weight.shape[0])),
+        hidden.new_empty(T if keep_slopes else 0, padded(weight.shape[0])),
     )
 
 
@@ -269,19 +197,19 @@ def _head_grad(
     scaled = row_scale(hidden, coefficients)  # [T, D]
     shares = coefficients.to(hidden.dtype)[:, None]  # [T, 1]
     grad_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)
-    with _fp32_sums():
+    with fp32_sums():
         if slopes.shape[0]:
             if bias is not None:
-                _add_product(grad_bias, slopes[:, :V].t(), shares)
+                add_product(grad_bias, slopes[:, :V].t(), shares)
             grad_weight = weight.new_empty(V if want_weight else 0, D)
             if want_weight:
                 torch.mm(slopes[:, :V].t(), scaled, out=grad_weight)
             return grad_weight, grad_bias.view(-1).to(weight.dtype)
 
         total = hidden.new_zeros((V if want_weight else 0, D), dtype=torch.float32)
-        chunks = _chunks(hidden, weight, room)
-        logits = hidden.new_empty(chunks[0][1] if chunks else 0, _padded(V))
-        for start, stop in chunks:
+        bounds = chunks(hidden, weight, room)
+        logits = hidden.new_empty(bounds[0][1] if bounds else 0, padded(V))
+        for start, stop in bounds:
             buffer = logits[: stop - start]
             part = slice(start, stop)
             torch.mm(hidden[part], weight.t(), out=buffer[:, :V])
@@ -296,9 +224,9 @@ def _head_grad(
                 ignore_index=ignore_index,
             )
             if want_weight:
-                _add_product(total, buffer[:, :V].t(), scaled[part])
+                add_product(total, buffer[:, :V].t(), scaled[part])
             if bias is not None:
-                _add_product(grad_bias, buffer[:, :V].t(), shares[part])
+                add_product(grad_bias, buffer[:, :V].t(), shares[part])
     return total.to(weight.dtype), grad_bias.view(-1).to(weight.dtype)
 
 
