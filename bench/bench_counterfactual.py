@@ -1,8 +1,9 @@
 """Counterfactuals on the real Open-I reports: how good they are, and how fast they come.
 
-`python bench/bench_counterfactual.py` prints every figure; `pytest --benchmark` also times the generator with its
-checks on one core. The faults are looked for in all counterfactuals, those set aside included, and
-counted where the original has none of the kind. The reports are read from the installed wheel.
+`python bench/bench_counterfactual.py` prints every figure; `pytest --benchmark` also times the
+generator with its checks on one core. The faults are looked for in all counterfactuals, those set
+aside included, and counted where the original has none of the kind. The reports are read from the
+installed wheel.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ NINE = tuple(MESH_TERMS)
 GRAMMAR = re.compile(
     r"\b([a-z]{2,}) \1\b"  # a word twice
     r"|\b(?:and|or|with|without|of|the|no|is|are|a|an|for|but|otherwise|specifically),?\s*\."
-    r"|^(?:and|or|but|with|of|is|are)\b|\b(?:and|or) (?:and|or)\b|\b(?:no|without) (?:and|or|no|without)\b|,\s*[,.]"
-    r"|\bthere is (?:no )?(?:small |moderate |large |focal |pleural |bilateral )*(?:effusions|opacities|infiltrates|nodules)\b"
-    r"|\bthere are (?:no )?(?:small |moderate |large |focal |pleural )*(?:effusion|opacity|pneumothorax|infiltrate)\b(?! or| and|,)"
-    r"|\b(?:heart size|heart|mediastinum|silhouette|vascularity|vasculature) (?:are|appear|remain)\b(?<!and .)"
+    r"|^(?:and|or|but|with|of|is|are)\b|\b(?:and|or) (?:and|or)\b|\b(?:no|without) (?:and|or|no|"
+    r"without)\b|,\s*[,.]"
+    r"|\bthere is (?:no )?(?:small |moderate |large |focal |pleural |bilateral )*(?:effusions|"
+    r"opacities|infiltrates|nodules)\b"
+    r"|\bthere are (?:no )?(?:small |moderate |large |focal |pleural )*(?:effusion|opacity|"
+    r"pneumothorax|infiltrate)\b(?! or| and|,)"
+    r"|\b(?:heart size|heart|mediastinum|silhouette|vascularity|vasculature) (?:are|appear|"
+    r"remain)\b(?<!and .)"
     r"|\ba (?:8|11|18|8\d|opacity|enlarged|effusion)\b|\ban (?:nodule|small|moderate)\b"
 )
 SIZES = re.compile(r"\b(?:small|moderate(?:ly)?|large|mild(?:ly)?|severe|tiny|\d+ mm)\b")
@@ -41,6 +46,8 @@ ZONES = re.compile(
 )
 SIDES = re.compile(r"\b(?:right|left|bilateral|both|bibasilar)\b")
 
+_BOTH = re.compile(r"bilateral|bi?basilar")
+
 
 def load() -> list[Study]:
     """Open-I studies that have findings."""
@@ -48,7 +55,8 @@ def load() -> list[Study]:
 
 
 def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
-    """F1 of asserted findings against the indexers' labels, on ids of the given parity, and their mean."""
+    """F1 of asserted findings against the indexers' labels, on ids of the given parity, and their
+    mean."""
     counts = {name: Counter[str]() for name in NINE}
     for study in studies:
         if not study.labels or int(study.study_id.removeprefix("CXR")) % 2 != parity:
@@ -64,7 +72,8 @@ def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
 
 
 def contradictions(text: str) -> set[str]:
-    """Findings that one sentence asserts and another rules out (two asserted consequences included)."""
+    """Findings that one sentence asserts and another rules out (two asserted consequences
+    included)."""
     lines = sentences(text)
     asserted = {
         name for line in lines for name, polarity in sentence_mentions(line) if polarity == 1
@@ -85,9 +94,11 @@ def about(section: str, target: str) -> str:
 
 
 def disagree(findings: str, impression: str, words: re.Pattern[str]) -> bool:
-    """Whether both name something and nothing in common; degrees count without their ending."""
+    """Whether both name something and nothing in common; degrees count without their ending, and
+    "both", "bilateral" and "bibasilar" are the same side."""
     left, right = (
-        {m.removesuffix("ly") for m in words.findall(part)} for part in (findings, impression)
+        {_BOTH.sub("both", m.removesuffix("ly")) for m in words.findall(part)}
+        for part in (findings, impression)
     )
     return bool(left and right and not left & right)
 
@@ -151,7 +162,8 @@ def main() -> None:
         made = list(counterfactuals(studies, graph, seed=seed))
         seconds = time.process_time() - start
         print(
-            f"seed {seed}: {len(made) / seconds:.0f} counterfactuals per second of one core, checks included"
+            f"seed {seed}: {len(made) / seconds:.0f} counterfactuals per second of one core, "
+            f"checks included"
         )
         for name, value in quality(graph, made).items():
             print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")

@@ -1,9 +1,10 @@
 """The concept graph: read from JSON, checked, and held in networkx.
 
 The file lists 53 imaging attributes in four categories and 12 diseases with their hallmarks,
-associations and exclusions (the relations of CPO, arXiv 2505.13081); what is neither associated nor
-excluded is irrelevant. In a phrase, `...` stands for up to five words of the same clause. Exclusions in
-`same_region_exclusions`, and contradictions of scope "region", hold within one hemithorax only.
+associations and exclusions (the relations of CPO, arXiv 2505.13081); what is neither associated
+nor excluded is irrelevant. In a phrase, `...` stands for up to five words of the same clause.
+Exclusions in `same_region_exclusions`, and contradictions of scope "region", hold within one
+hemithorax only.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ _MAX_BYTES = 32 << 20
 
 
 def load_graph(path: str | Path | None = None) -> ConceptGraph:
-    """The concept graph of the package, or the one in the JSON file `path`, checked for consistency.
+    """The concept graph of the package, or the one in the JSON file `path`, checked for
+    consistency.
 
     Raises DataError naming the file, the entry and what to change: unreadable or not JSON, missing
     keys, unknown category, undefined attribute or disease, a hallmark that is no association, an
-    attribute both associated and excluded, a contradiction of an attribute with itself or between two
-    hallmarks of one disease, an exclusion between diseases that stands on one side only or that the
-    attributes do not bear out, and a cycle of such one-sided exclusions or of implications.
+    attribute both associated and excluded, a contradiction of an attribute with itself or between
+    two hallmarks of one disease, an exclusion between diseases that stands on one side only or
+    that the attributes do not bear out, and a cycle of such one-sided exclusions or of
+    implications.
     """
     file = DEFAULT_GRAPH if path is None else Path(path)
     return graph_from_json(_read(file), str(file))
@@ -87,7 +90,8 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
         regional = check.strings(row, "same_region_exclusions", name, required=False)
         for attribute in set(regional) - set(disease.exclusions):
             check.fail(
-                f'{name}: "same_region_exclusions" has {attribute}, which is not in "exclusions"; add it there.'
+                f'{name}: "same_region_exclusions" has {attribute}, which is not in "exclusions"; '
+                "add it there."
             )
         for attribute in disease.exclusions:
             scope = "region" if attribute in regional else "patient"
@@ -222,7 +226,8 @@ def _check_hallmarks_agree(
 def _excluded(
     rows: Mapping[str, Any], diseases: Mapping[str, Disease], check: _Checks
 ) -> dict[str, frozenset[str]]:
-    """Disease -> those it rules out: listed on both sides, and borne out by the hallmarks of both."""
+    """Disease -> those it rules out: listed on both sides, and borne out by the hallmarks of
+    both."""
     listed = {
         name: set(check.strings(rows[name], "excludes", name, required=False)) for name in diseases
     }
@@ -238,20 +243,23 @@ def _excluded(
     try:
         cycle = [edge[0] for edge in networkx.find_cycle(one_sided)]
         check.fail(
-            f"exclusions form a cycle: {' -> '.join([*cycle, cycle[0]])}; an exclusion holds both ways, "
+            f"exclusions form a cycle: {' -> '.join([*cycle, cycle[0]])}; an exclusion holds "
+            f"both ways, "
             f"so list each on both diseases or drop it."
         )
     except networkx.NetworkXNoCycle:
         pass
     for name, other in one_sided.edges:
         check.fail(
-            f"{name} excludes {other}, but {other} does not exclude {name}; list it on both or drop it."
+            f"{name} excludes {other}, but {other} does not exclude {name}; list it on both or "
+            f"drop it."
         )
     for name, others in listed.items():
         for other in others:
             if not set(diseases[name].hallmarks) & set(diseases[other].exclusions):
                 check.fail(
-                    f"{name} and {other} exclude each other, but no hallmark of {name} is excluded by {other}."
+                    f"{name} and {other} exclude each other, but no hallmark of {name} is "
+                    f"excluded by {other}."
                 )
     return {name: frozenset(others) for name, others in listed.items()}
 

@@ -1,9 +1,9 @@
 """A rule-based finding labeller: the 14 CheXpert labels and emphysema, from a report's own words.
 
-A report is cut into sentences, sentences into mentions; each mention is asserted (1), denied (0) or
-uncertain (-1) by the cues around it, and for the report positive beats uncertain beats negative. Made
-to check counterfactuals and to label reports that come without labels; it shares no phrase with the
-generator. Sentences are remembered, because reports repeat them.
+A report is cut into sentences, sentences into mentions; each mention is asserted (1), denied (0)
+or uncertain (-1) by the cues around it, and for the report positive beats uncertain beats
+negative. Made to check counterfactuals and to label reports that come without labels; it shares no
+phrase with the generator. Sentences are remembered, because reports repeat them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _OPPOSED = tuple((name, re.compile(p)) for name, p in OPPOSED)
 _EXEMPTION = re.compile(EXEMPTION)
 _ONE_SIDE = re.compile(ONE_SIDE)
 _PRE_NEG = re.compile(NEGATION_BEFORE)
+_INNER_NEG = re.compile(r"\bnot\b")
 _POST_NEG = re.compile(NEGATION_AFTER)
 _PRE_UNC = re.compile(UNCERTAIN_BEFORE)
 _POST_UNC = re.compile(UNCERTAIN_AFTER)
@@ -59,7 +60,8 @@ def sentences(text: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 17)
 def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
-    """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of `LABELLED`."""
+    """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of
+    `LABELLED`."""
     found: list[tuple[str, int]] = []
     calm = _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
     for name, pattern in _MENTIONS.items():
@@ -72,20 +74,20 @@ def _polarity(sentence: str, start: int, end: int) -> int:
     before, after = sentence[:start], sentence[end:]
     if _POST_UNC.search(after) or _reaches(_PRE_UNC, before, _DOUBT_BREAK):
         return -1
-    return 0 if _reaches(_PRE_NEG, before, _BREAK) or _POST_NEG.search(after) else 1
+    denied = _INNER_NEG.search(sentence, start, end) or _POST_NEG.search(after)
+    return 0 if denied or _reaches(_PRE_NEG, before, _BREAK) else 1
 
 
 def _reaches(cue: re.Pattern[str], before: str, end: re.Pattern[str]) -> bool:
     """Whether some cue in `before` is followed by no word that ends its reach."""
-    last = None
-    for last in cue.finditer(before):
-        pass
-    return last is not None and end.search(before, last.end()) is None
+    cues = list(cue.finditer(before))
+    return bool(cues) and end.search(before, cues[-1].end()) is None
 
 
 @lru_cache(maxsize=1 << 17)
 def ruled_out(sentence: str) -> frozenset[str]:
-    """Findings that a lower-case sentence denies: by name, or by a statement that all is normal there.
+    """Findings that a lower-case sentence denies: by name, or by a statement that all is normal
+    there.
 
     A statement about one lung alone rules nothing out; see `clear_side`.
     """
@@ -130,7 +132,8 @@ def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, i
 
 @lru_cache(maxsize=1 << 17)
 def opposed(sentence: str) -> frozenset[str]:
-    """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume, vessels)."""
+    """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume,
+    vessels)."""
     calm = _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
     return frozenset(
         name

@@ -1,9 +1,9 @@
 """Phrase and rule tables of the finding labeller; regular expressions over lower-case sentences.
 
-They were written apart from the generator's tables (graph.json, counterfactual/wording.py) on purpose,
-so that a fault in one is seen by the other. The set-up (mentions, then cues of negation and doubt in
-the same clause) follows the CheXpert labeller of Irvin et al. 2019 (arXiv 1901.07031, appendix B); the
-expressions are our own and were tuned on the odd-numbered reports of Open-I.
+They were written apart from the generator's tables (graph.json, counterfactual/wording.py) on
+purpose, so that a fault in one is seen by the other. The set-up (mentions, then cues of negation
+and doubt in the same clause) follows the CheXpert labeller of Irvin et al. 2019 (arXiv 1901.07031,
+appendix B); the expressions are our own and were tuned on the odd-numbered reports of Open-I.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"enlarged? (?:\w+ ){0,2}(?:heart|cardiac)",
         r"enlargement of (?:the )?(?:heart|cardiac|cardiopericardial)",
         r"(?:heart|cardiac silhouette|cardiac shadow|cardiac size|cardiopericardial silhouette|"
-        r"cardiac contours?|cardiomediastinal silhouette|heart silhouette|cardiac and mediastinal silhouettes?)"
-        r"(?: size| shadow| silhouette| contour)?(?:(?! and| with|,|;| not\b| normal| pulmonary).){0,35}?"
+        r"cardiac contours?|cardiomediastinal silhouette|heart silhouette|"
+        r"cardiac and mediastinal silhouettes?)"
+        r"(?: size| shadow| silhouette| contour)?(?:(?! and| with|,|;| normal| pulmonary).){0,35}?"
         r"\b(?:enlarge[dment]*|large|big)\b",
         r"large heart",
         r"increase in heart size",
     ),
     "Consolidation": (r"consolidat\w+",),
     "Edema": (
-        r"(?:pulmonary |interstitial |alveolar |vascular |lung |airspace )?(?<!soft tissue )(?:o?edema)(?! of the (?:soft|arm|neck))",
+        r"(?:pulmonary |interstitial |alveolar |vascular |lung |"
+        r"airspace )?(?<!soft tissue )(?:o?edema)(?! of the (?:soft|arm|neck))",
         r"(?:vascular|venous|pulmonary|hilar|interstitial|central|perihilar) congesti\w+",
         r"congesti(?:on|ve)\b",
-        r"vascular(?:ity)? (?:\w+ ){0,3}(?:engorge\w+|prominen\w+|congest\w+|redistribution|enlarged?)",
-        r"(?:engorge\w+|prominen\w+|congest\w+|redistribution|cephalization|enlarged?) (?:of )?(?:the )?"
+        r"vascular(?:ity)? (?:\w+ ){0,3}(?:engorge\w+|prominen\w+|congest\w+|redistribution|"
+        r"enlarged?)",
+        r"(?:engorge\w+|prominen\w+|congest\w+|redistribution|cephalization|"
+        r"enlarged?) (?:of )?(?:the )?"
         r"(?:\w+ ){0,3}(?:pulmonary |central )?(?:vascula\w+|vessels)",
         r"cephaliz\w+",
         r"kerley",
@@ -50,8 +54,10 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"bullous (?:lung )?disease",
     ),
     "Enlarged Cardiomediastinum": (
-        r"(?:widen(?:ed|ing)|enlarge[dment]*|prominen(?:t|ce)) (?:of )?(?:the )?(?:\w+ ){0,2}(?:cardio ?)?mediastin\w+",
-        r"mediastin(?:um|al)(?! (?:is |are )?(?:normal|unremarkable|stable))(?: (?!not\b)\w+){0,4}? (?:widen(?:ed|ing)|"
+        r"(?:widen(?:ed|ing)|enlarge[dment]*|prominen(?:t|"
+        r"ce)) (?:of )?(?:the )?(?:\w+ ){0,2}(?:cardio ?)?mediastin\w+",
+        r"mediastin(?:um|al)(?! (?:is |are )?(?:normal|unremarkable|"
+        r"stable))(?: (?!not\b)\w+){0,4}? (?:widen(?:ed|ing)|"
         r"enlarge[dment]*|prominen(?:t|ce)|wide|fullness)",
         r"cardiomediastinal silhouette (?:(?!not\b)\w+ ){0,4}enlarged",
     ),
@@ -61,7 +67,7 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"\bmass(?:es)?\b(?! effect)",
         r"lung lesions?",
         r"pulmonary lesions?",
-        r"\blesions?\b",
+        r"(?<!osseous )(?<!bony )(?<!bone )(?<!destructive )\blesions?\b",
         r"metasta\w+",
         r"neoplas\w+",
         r"carcinoma",
@@ -88,7 +94,8 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"fissural fluid",
     ),
     "Pleural Other": (
-        r"pleural (?:\w+ ){0,3}(?:thicken\w+|plaques?|scar\w*|calcification\w*|fibrosis|reaction|tag|rind|abnormalit\w+)",
+        r"pleural (?:\w+ ){0,3}(?:thicken\w+|plaques?|scar\w*|calcification\w*|fibrosis|reaction|"
+        r"tag|rind|abnormalit\w+)",
         r"(?:thickened|calcified|scarred) (?:\w+ )?pleura\w*",
         r"thickening of (?:the )?(?:\w+ ){0,3}pleura\w*",
         r"pleur(?:o|al)[- ]?parenchymal (?:\w+ ){0,2}(?:scar\w*|thicken\w+|disease|change\w*)",
@@ -105,15 +112,19 @@ MENTIONS: dict[str, tuple[str, ...]] = {
     "Support Devices": (
         r"catheter\w*",
         r"(?<!pleural )\blines?\b(?= (?:tip|terminat|in place|is|with|overl|project))",
-        r"(?:central venous|picc|subclavian|jugular|midline|dialysis) (?:venous )?(?:line|catheter)",
+        r"(?:central venous|picc|subclavian|jugular|midline|dialysis) (?:venous )?(?:line|"
+        r"catheter)",
         r"picc",
         r"pacemaker|pacer\b|pacing|\baicd\b|\bicd\b|defibrillator|generator",
-        r"(?:endotracheal|enteric|nasogastric|orogastric|feeding|tracheostomy|chest|ng|et|drainage|gastrostomy|"
+        r"(?:endotracheal|enteric|nasogastric|orogastric|feeding|tracheostomy|chest|ng|et|"
+        r"drainage|gastrostomy|"
         r"dobhoff|thoracostomy|shunt|pleural) tub\w+",
         r"tracheostomy",
         r"port-?a-?cath\w*|mediport|chest port|\bport\b",
-        r"sternotomy|sternal wires?|cabg|bypass|valve (?:replacement|prosthe\w+)|prosthetic (?:\w+ )?valve",
-        r"surgical (?:clips?|hardware)|(?:fixation|fusion|orthopedic|spinal) (?:hardware|rods?|device)",
+        r"sternotomy|sternal wires?|cabg|bypass|valve (?:replacement|prosthe\w+)|"
+        r"prosthetic (?:\w+ )?valve",
+        r"surgical (?:clips?|hardware)|(?:fixation|fusion|orthopedic|spinal) (?:hardware|rods?|"
+        r"device)",
         r"\bstents?\b|\bhardware\b|stimulator|\bleads?\b|electrodes?|prosthes[ie]s|arthroplasty",
         r"\bdevice\b|\btubing\b|swan|\bfilter\b",
     ),
@@ -122,60 +133,79 @@ MENTIONS: dict[str, tuple[str, ...]] = {
 
 NEGATION_BEFORE = (
     r"\b(?:no|not|without|absent|absence of|negative|free of|clear of|never|nor|neither|non|"
-    r"lack of|denies|rather than|resolution of|clearing of|clearance of|resolved|resolving|excludes?|"
+    r"lack of|denies|rather than|resolution of|clearing of|clearance of|resolved|excludes?|"
     r"instead of|removal of|"
     r"exclude[sd]|fail(?:s|ed)? to|nothing|un(?:likely|remarkable) for)\b"
 )
 NEGATION_AFTER = (
-    r"^[^,;.]{0,40}?\b(?:(?:is|are|was|were|has been|have been|has|have) (?:now |since |completely |\w+ly )?"
-    r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)\b|(?:resolved|cleared|unlikely)\b|"
+    r"^[^,;.]{0,40}?\b(?:(?:is|are|was|were|has been|have been|has|have) (?:now |since |"
+    r"completely |\w+ly )?"
+    r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)\b|(?:resolved|"
+    r"cleared|unlikely)\b|"
     r"no longer|not (?:seen|identified|present|visualized|enlarged|evident)|"
     r"(?:is |are |appears? )?(?:within (?:\w+ )?(?:normal limits|limits of normal)|normal\b))"
 )
 UNCERTAIN_BEFORE = (
-    r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|suspicio\w+|"
-    r"suspected|suspect|suggest\w*|concern\w*|worrisome|difficult to exclude|exclude|consider\w*|differential|"
-    r"indeterminate|query|evaluate|rule out|if|doubt\w*|uncertain|unclear|borderline|perhaps|less likely|"
-    r"not excluded|correlate|conceivabl[ey]|presum\w+|whether|potential\w*|risk|predispos\w+|upper limits|"
+    r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|"
+    r"suspicious for|suspicion|"
+    r"suspected|suspect|suggest\w*|concern\w*|worrisome|difficult to exclude|exclude|consider\w*|"
+    r"differential|"
+    r"indeterminate|query|evaluate|rule out|if|doubt\w*|uncertain|unclear|borderline|perhaps|"
+    r"less likely|"
+    r"not excluded|correlate|conceivabl[ey]|presum\w+|whether|potential\w*|risk|predispos\w+|"
+    r"upper limits|"
     r"top normal|history|prior|previous\w*|preclude|sequela\w*)\b"
 )
 UNCERTAIN_BREAK = (
     r"\b(?:but|however|although|though|except|there (?:is|are)|(?:is|are) (?:noted|seen|present)|"
-    r"(?:again|also) (?:noted|seen)|with (?:stable|small|large|persistent|interval|associated|unchanged)|"
+    r"(?:again|also) (?:noted|seen)|with (?:stable|small|large|persistent|interval|associated|"
+    r"unchanged)|"
     r"secondary to|consistent with|compatible with)\b|[;:.]"
 )
 """Ends the reach of a cue of doubt that stands before a mention."""
 
 UNCERTAIN_AFTER = (
-    r"^[^;.]{0,60}?\b(?:(?:is|are) (?:possible|suspected|questioned|(?:not )?excluded|considered|difficult to exclude)|"
-    r"(?:can ?not|can't|could not|may not|not|difficult to) (?:\w+ )?(?:be )?(?:\w+ )?(?:exclude\w*|ruled out)|"
-    r"(?:would|could|may|might|should) (?:also )?(?:be|have|look)|possible\b|suspected|in the differential|"
+    r"^[^;.]{0,60}?\b(?:(?:is|are) (?:possible|suspected|questioned|(?:not )?excluded|considered|"
+    r"difficult to exclude)|"
+    r"(?:can ?not|can't|could not|may not|not|"
+    r"difficult to) (?:\w+ )?(?:be )?(?:\w+ )?(?:exclude\w*|ruled out)|"
+    r"(?:would|could|may|might|should) (?:also )?(?:be|have|look)|possible\b|suspected|"
+    r"in the differential|"
     r"(?:not|n't) (?:completely |entirely )?excluded)"
 )
 SCOPE_BREAK = (
-    r"\b(?:but|however|although|though|except|aside from|other than|apart from|which|causing|caused by|"
-    r"secondary to|due to|there is|there are|with (?:stable|mild|moderate|small|large|persistent|a|the|"
-    r"interval|minimal|bilateral|right|left|chronic|some|associated)|is|are|was|were|has|have|appears?|remains?|"
-    r"shows?|demonstrates?|represents?|consistent with|compatible with|reflects?|seen|noted|present|identified|"
+    r"\b(?:but|however|although|though|except|aside from|other than|apart from|which|causing|"
+    r"caused by|"
+    r"secondary to|due to|there is|there are|with (?:stable|mild|moderate|small|large|persistent|"
+    r"a|the|"
+    r"interval|minimal|bilateral|right|left|chronic|some|associated)|is|are|was|were|has|have|"
+    r"appears?|remains?|"
+    r"shows?|demonstrates?|represents?|consistent with|compatible with|reflects?|seen|noted|"
+    r"present|identified|"
     r"since|because|given|than)\b|[;:]"
 )
 """Between a cue before a mention and the mention: ends the reach of the cue."""
 
 PSEUDO_NEGATION = (
     r"\b(?:no (?:significant |definite |appreciable |interval |substantial |gross |acute )*"
-    r"(?:change|changes|increase|decrease|interval change|longer)\b(?: (?:in|of))?|not (?:significantly |only )?(?:changed|only)|"
-    r"without (?:significant |interval )*change|not necessarily|no change|not excluded|non[- ]?specific|"
+    r"(?:change|changes|increase|decrease|interval change|longer)\b(?: (?:in|of))?|"
+    r"not (?:significantly |only )?(?:changed|only)|"
+    r"without (?:significant |interval )*change|not necessarily|no change|not excluded|"
+    r"non[- ]?specific|"
     r"non[- ]?calcified|no prior|no previous|no comparison)\b"
 )
 """Words that look like a negation of the finding and are none; blanked before cues are sought."""
 
-# --- what a statement of normality rules out: for the checks on counterfactuals, not for labels --------
+# --- what normal statements rule out: for the checks on counterfactuals, not for labels -----------
 
 _FINE = (
     r"\b(?:normal|within (?:the )?(?:\w+ )?(?:normal limits|limits of normal)|unremarkable|"
     r"not (?:\w+ )?enlarged|normal-sized)\b"
 )
-_OF_ELSE = r"air ?space|consolid|infiltr|\bbon[ey]|osse|skelet|fracture|displaced|spin[ea]|abdom|\bribs?\b|cervical|thorax are"
+_OF_ELSE = (
+    r"air ?space|consolid|infiltr|\bbon[ey]|osse|skelet|fracture|displaced|spin[ea]|abdom|"
+    r"\bribs?\b|cervical|thorax are"
+)
 _ACUTE = ("Consolidation", "Edema", "Pneumonia", "Pneumothorax", "Pleural Effusion")
 _AIRSPACE = ("Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Lung Opacity", "Pneumonia")
 
@@ -205,7 +235,8 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("Cardiomegaly",),
     ),
     (
-        r"\b(?:cardiac|cardio ?mediastinal)(?: and mediastinal)? (?:silhouettes?|contours?|size|shadow|structures)"
+        r"\b(?:cardiac|cardio ?mediastinal)(?: and mediastinal)? (?:silhouettes?|contours?|size|"
+        r"shadow|structures)"
         r"(?:(?!enlarged| with)[^;.]){0,60}?" + _FINE,
         ("Cardiomegaly",),
     ),
@@ -216,8 +247,8 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (r"\bnormal (?:heart size and )?(?:cardio ?)?mediastin", ("Enlarged Cardiomediastinum",)),
     (
-        r"\bvascul(?:arity|ature|ar (?:pattern|markings|engorgement))(?:(?!congest|prominent)[^;.]){0,50}?"
-        + _FINE,
+        r"\bvascul(?:arity|ature|ar (?:pattern|markings|engorgement))(?:(?!congest|"
+        r"prominent)[^;.]){0,50}?" + _FINE,
         ("Edema",),
     ),
     (r"\bnormal (?:pulmonary )?vascul", ("Edema",)),
@@ -227,12 +258,15 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("Pleural Effusion", "Pneumothorax"),
     ),
     (
-        r"^normal chest|chest (?:x-?ray |x-xxxx |radiograph |film )?is normal|negative chest|^normal (?:exam|study)",
+        r"^normal chest|chest (?:x-?ray |x-xxxx |radiograph |film )?is normal|negative chest|"
+        r"^normal (?:exam|study)",
         (),
     ),
     (
-        rf"^(?:(?!{_OF_ELSE})[^;])*?\b(?:no|negative for|without)\b(?:(?!{_OF_ELSE})[^.;,]){{0,60}}?\b(?:acute|active)\b"
-        rf"(?:(?!{_OF_ELSE})[^.;]){{0,60}}?\b(?:abnormalit\w+|disease|process\w*|findings?|patholog\w+|changes?)\b",
+        rf"^(?:(?!{_OF_ELSE})[^;])*?\b(?:no|negative for|"
+        rf"without)\b(?:(?!{_OF_ELSE})[^.;,]){{0,60}}?\b(?:acute|active)\b"
+        rf"(?:(?!{_OF_ELSE})[^.;]){{0,60}}?\b(?:abnormalit\w+|disease|process\w*|findings?|"
+        rf"patholog\w+|changes?)\b",
         _ACUTE,
     ),
 )

@@ -28,7 +28,8 @@ _RELATIONS = {
 
 
 def draw(graph: ConceptGraph, path: Path) -> None:
-    """Draw `graph` to `path`; its suffix names the format. Raises UsageError when it can't be written."""
+    """Draw `graph` to `path`; its suffix names the format. Raises UsageError when it can't be
+    written."""
     positions = _ring(list(graph.diseases), 0.55)
     order = sorted(graph.attributes, key=lambda a: (graph.attributes[a].category, a))
     positions |= _ring(order, 1.0)

@@ -1,4 +1,4 @@
-"""Counterfactual reports: what a report would read like with another disease, and the preferences made of them."""
+"""Counterfactuals: reports as they would read with another disease, and preferences of them."""
 
 from cpo_fast.counterfactual.generate import counterfactuals, study_labels
 from cpo_fast.counterfactual.preference import DEFAULT_PROMPT, preference, sft_preference

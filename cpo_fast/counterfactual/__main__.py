@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.counterfactual`: studies in, counterfactual records out (sharded, resumable)."""
+"""`python -m cpo_fast.counterfactual`: studies in, counterfactual records out."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def _private(path: Path, mode: str) -> IO[str]:
 
 
 def _resume(path: Path, seed: int, generator: str) -> set[str]:
-    """The ids in an output of an earlier, perhaps killed, run; a last line cut short is taken off."""
+    """The ids in an output of an earlier, perhaps killed, run; a last line cut short is taken
+    off."""
     if not path.exists():
         return set()
     data = path.read_bytes()
@@ -145,7 +146,8 @@ def _resume(path: Path, seed: int, generator: str) -> set[str]:
             ) from error
         if not same:
             raise UsageError(
-                f"{path} holds records of another seed or generator; give another --output or remove it"
+                f"{path} holds records of another seed or generator; give another --output or "
+                f"remove it"
             )
     return ids
 

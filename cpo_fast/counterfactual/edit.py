@@ -1,9 +1,9 @@
 """One sentence made fit to stand beside a target: kept as it is, trimmed, or dropped.
 
-A sentence is cut into clauses. A denial ("no pneumothorax or pleural effusion is seen") loses the items
-that name the target, a normal statement ("heart size and vascularity are normal") loses the subjects that
-the target contradicts, and a clause that asserts what the target excludes is dropped. Verbs are made to
-agree again. What can't be taken apart safely is dropped whole.
+A sentence is cut into clauses. A denial ("no pneumothorax or pleural effusion is seen") loses the
+items that name the target, a normal statement ("heart size and vascularity are normal") loses the
+subjects that the target contradicts, and a clause that asserts what the target excludes is
+dropped. Verbs are made to agree again. What can't be taken apart safely is dropped whole.
 """
 
 from __future__ import annotations
@@ -25,53 +25,68 @@ _CONNECTOR = re.compile(
     r",?\s+and\s+(?=(?:the |both )?(?:lungs?|heart|mediastin\w+|pulmonary vascul\w+|cardi\w+)\b)|"
     r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
     r"\s+(?=without\b)|"
-    r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|No )\b)"  # a lost full stop
+    r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|"
+    r"No )\b)"  # a lost full stop
 )
 _NEGATION = re.compile(
-    r"^(?:(?:specifically|otherwise|also|again|currently|and|grossly|they are|are|which are|there(?: is| are| was| were| has been|"
+    r"^(?:(?:specifically|otherwise|also|again|currently|and|grossly|they are|are|which are|"
+    r"there(?: is| are| was| were| has been|"
     r" have been)|(?:the |both )?lungs?(?: fields?)?(?: is| are| appear| remain| do not| show)*"
     r"(?: grossly| otherwise)?)\s*,?\s*)*"
     r"(?:no|without|negative for|free of|clear of|free from)\b"
-    r"(?:\s+(?:definite|definitive|convincing|radiographic|evidence|evident|signs?|findings?|x{4}|of|for|any|"
+    r"(?:\s+(?:definite|definitive|convincing|radiographic|evidence|evident|signs?|findings?|"
+    r"x{4}|of|for|any|"
     r"visible|visualized|obvious|suggestion|discrete|gross|frank|typical|significant|demonstrated|"
     r"focal areas?|areas?)\b)*"
 )
 _TAIL = re.compile(
-    rf",?\s+(?:{_VERB}\s+)?(?:seen|identified|noted|visualized|present|evident|appreciated|demonstrated|"
+    rf",?\s+(?:{_VERB}\s+)?(?:seen|identified|noted|visualized|present|evident|appreciated|"
+    rf"demonstrated|"
     r"detected|observed|suspected|visible|is|are)"
     r"(?:\s*$|\s+(?:in|on|within|at|by|to|as|with|today|currently|from|beneath|under|and|or)\b.*$)"
 )
 _ITEM = re.compile(r"\s*,\s*(?:and/or|and|or|nor)\s+|\s*,\s*|\s+(?:and/or|and|or|nor)\s+")
 _FRAGMENT = re.compile(
-    r"^(?:(?:pleural|pericardial|pulmonary|focal|acute|active|cardiac|interstitial|alveolar|bony|lobar|large|"
-    r"small|right|left|hilar|mediastinal|suspicious|vascular|confluent|patchy|lung|air ?space|peripheral|"
-    r"central|chronic|dense|sizable|bilateral|discrete|new|the|of|in|parenchymal|osseous|significant)\s*)+$"
+    r"^(?:(?:pleural|pericardial|pulmonary|focal|acute|active|cardiac|interstitial|alveolar|bony|"
+    r"lobar|large|"
+    r"small|right|left|hilar|mediastinal|suspicious|vascular|confluent|patchy|lung|air ?space|"
+    r"peripheral|"
+    r"central|chronic|dense|sizable|bilateral|discrete|new|the|of|in|parenchymal|osseous|"
+    r"significant)\s*)+$"
 )
 _BROAD = re.compile(
-    r"\b(?:acute|active)\b(?!.*\b(?:bon[ey]\w*|osseous|skeletal|fracture|displaced|spin\w+|abdom\w+|rib\w*|infiltrat\w+|"
+    r"\b(?:acute|active)\b(?!.*\b(?:bon[ey]\w*|osseous|skeletal|fracture|displaced|spin\w+|"
+    r"abdom\w+|rib\w*|infiltrat\w+|"
     r"consolidation|effusion|pneumothorax|air ?space)\b).*"
     r"\b(?:disease|abnormalit\w+|process\w*|findings?|change\w*|patholog\w+|illness)\b|"
-    r"\b(?:acute|active) (?:or active )?(?:cardio ?-?pulmonary|cardiac|pulmonary|intrathoracic|cardiothoracic)\b|"
+    r"\b(?:acute|active) (?:or active )?(?:cardio ?-?pulmonary|cardiac|pulmonary|intrathoracic|"
+    r"cardiothoracic)\b|"
     r"^disease$"
 )
 _ALL_NORMAL = re.compile(
     r"^(?:normal|negative|unremarkable)(?: \w+)? (?:chest|examination|exam|study)\b|"
-    r"^(?:the )?chest (?:radiograph|x-?\w+|examination|exam|film)?\s*(?:is )?(?:within )?(?:normal|unremarkable|negative)|"
+    r"^(?:the )?chest (?:radiograph|x-?\w+|examination|exam|"
+    r"film)?\s*(?:is )?(?:within )?(?:normal|unremarkable|negative)|"
     r"^normal$|^negative$"
 )
 _NORMAL = (
-    r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|from)\b)|not (?:\w+ )?(?:enlarged|engorged|congested|widened|increased)|"
-    r"(?:at )?(?:the )?upper limits of normal|top normal|borderline|of normal|well[- ](?:expanded|inflated|aerated)|"
-    r"normally (?:inflated|expanded|aerated)|fully (?:expanded|inflated)|sharp)\b"
+    r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|"
+    r"from)\b)|not (?:\w+ )?(?:enlarged|engorged|congested|widened|increased)|"
+    r"(?:at )?(?:the )?upper limits of normal|top normal|borderline|of normal|(?:well[- ]|"
+    r"normally |fully )?(?:expanded|inflated|aerated)|"
+    r"sharp)\b"
 )
 _POST = re.compile(
-    rf"^(?P<subject>.+?)(?P<verb>\s+{_VERB})?(?P<adverb>(?:\s+(?:both|all|grossly|again|also|still|within|now|"
+    rf"^(?P<subject>.+?)(?P<verb>\s+{_VERB})?(?P<adverb>(?:\s+(?:both|all|grossly|again|also|"
+    rf"still|within|now|"
     rf"stable|clear|normal|are|is|appear|and|at|in|to be|otherwise|borderline|probably|mildly))*?)"
     rf"\s+(?P<predicate>{_NORMAL}.*)$"
 )
 _PRE = re.compile(
-    r"^(?P<predicate>(?:there (?:is|are) )?(?:grossly |essentially |well[- ]expanded and |well[- ]inflated and )?"
-    r"(?:normal(?:[- ]sized)?|unremarkable|clear(?! (?:of|from)\b)|borderline|top normal))(?P<adverb>(?: appearing| appearance of| size of| size)?(?: the)?)"
+    r"^(?P<predicate>(?:there (?:is|are) )?(?:grossly |essentially |well[- ]expanded and |"
+    r"well[- ]inflated and )?"
+    r"(?:normal(?:[- ]sized)?|unremarkable|clear(?! (?:of|from)\b)|borderline|"
+    r"top normal))(?P<adverb>(?: appearing| appearance of| size of| size)?(?: the)?)"
     r"\s+(?P<subject>.+)$"
 )
 _VERBAL = re.compile(r"\b(?:shows?|demonstrates?|reveals?|is|are|was|were|has|have|seen|noted)\b")
@@ -88,7 +103,8 @@ _TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("lungs", re.compile(r"\blungs?\b|parenchyma|airspaces?|\bhemithora")),
 )
 _OPEN_END = re.compile(
-    r"\b(?:is|are|was|were|appears?|remains?|be|have|has|shows?|reveals?|demonstrates?|the|of|and|or)$"
+    r"\b(?:is|are|was|were|appears?|remains?|be|have|has|shows?|reveals?|demonstrates?|the|of|"
+    r"and|or)$"
 )
 _CONTRAST = re.compile(r"but|however|although|though|;")
 _FILLER = re.compile(
@@ -102,25 +118,31 @@ _CLEAR_LUNGS: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 """Ways to say in passing that the lungs are clear, and what is left without it."""
 _REST = re.compile(
-    r"^(?:(?:they|lungs|the|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|both|still|also)\s+)*"
+    r"^(?:(?:they|lungs|the|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|"
+    r"both|still|also)\s+)*"
     r"(?:clear|normal|unremarkable)(?: bilaterally| lungs)?$"
 )
 _SAYS_NOTHING_ACUTE = re.compile(
-    r"^(?P<subject>.+?)\s+(?:shows?|reveals?|demonstrates?|(?:is|are)(?= without)|with)\s+(?:no|without)"
+    r"^(?P<subject>.+?)\s+(?:shows?|reveals?|demonstrates?|(?:is|are)(?= without)|with)\s+(?:no|"
+    r"without)"
     r"(?: (?:evidence|convincing|definite|evident|of))*\s+(?:acute|active)\b(?:\s+\w+){1,3}$"
 )
 _BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
 _EXEMPT = re.compile(r"\b(?:besides|except|apart from|aside from|other than)\b")
-_INFLATED = re.compile(r"(?:well|normally|fully|clear and)[- ](?:expanded|inflated|aerated)")
+_INFLATED = re.compile(r"\b(?:expanded|inflated|aerated)\b")
 _DENIES_BEFORE = re.compile(
-    r"\b(?:no|not|without|negative|absence|absent|free of|resolved|resolution of|clear(?:ed|ing|ance)(?: of)?|"
-    r"rather than|removal of|nor|never|nonconsolidating)\b(?!.*\b(?:which|with|but|is|are|was|were|and there|"
+    r"\b(?:no|not|without|negative|absence|absent|free of|resolved|resolution of|clear(?:ed|ing|"
+    r"ance)(?: of)?|"
+    r"rather than|removal of|nor|never|nonconsolidating)\b(?!.*\b(?:which|with|but|is|are|was|"
+    r"were|and there|"
     r"change|changed|significantly|since|compared|excluded?)\b)"
 )
 _DENIES_AFTER = re.compile(
-    r"^[^,;]{0,30}?\b(?:(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not|no longer|resolved|cleared|unlikely|absent|"
+    r"^[^,;]{0,30}?\b(?:(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not|no longer|resolved|"
+    r"cleared|unlikely|absent|"
     r"normal|within normal|unremarkable)|(?:resolved|cleared))\b"
-    r"(?! (?:significantly|well|definit\w+|entirely|completely|changed|as|excluded|evident on|fully))"
+    r"(?! (?:significantly|well|definit\w+|entirely|completely|changed|as|excluded|evident on|"
+    r"fully))"
 )
 _SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
 _PLURAL = re.compile(r"(?:(?<!s)s|ae|ces|ses|\bxxxx)$")
@@ -138,7 +160,8 @@ def sides(text: str) -> frozenset[str]:
 
 
 def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
-    """`sentence` (single spaces) as it may stand beside the target on the sides `where`; "" to drop it.
+    """`sentence` (single spaces) as it may stand beside the target on the sides `where`; "" to
+    drop it.
 
     Gives the very same string where nothing has to change.
     """
@@ -182,7 +205,8 @@ def _suspect(lower: str, lex: Lexicon) -> bool:
 
 
 def _clauses(body: str) -> list[tuple[str, str]]:
-    """[(connector before, clause)]; a coordinator cuts only between two parts that say something."""
+    """[(connector before, clause)]; a coordinator cuts only between two parts that say
+    something."""
     out: list[tuple[str, str]] = []
     start, connector = 0, ""
     for match in _CONNECTOR.finditer(body):
@@ -252,7 +276,8 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
 
 
 def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
-    """ "The lungs and pleural spaces show no acute abnormality": dropped for a disease of one of them."""
+    """ "The lungs and pleural spaces show no acute abnormality": dropped for a disease of one of
+    them."""
     if _BONES.search(subject):
         return clause
     topics = {name for name, pattern in _TOPICS if pattern.search(subject)}
@@ -260,7 +285,8 @@ def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
 
 
 def _denied_in(lower: str, lex: Lexicon) -> bool:
-    """Whether a clause that is no plain denial still denies the target by some word near its name."""
+    """Whether a clause that is no plain denial still denies the target by some word near its
+    name."""
     for match in lex.denied.finditer(lower):
         before, after = lower[: match.start()][-80:], lower[match.end() :][:60]
         if _DENIES_BEFORE.search(before) or _DENIES_AFTER.search(after):

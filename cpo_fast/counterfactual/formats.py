@@ -1,4 +1,4 @@
-"""Counterfactuals as rows of other tools' files: CXR-CounterFact items, trl and ms-swift preferences."""
+"""Counterfactuals as rows for other tools: CXR-CounterFact items, trl and ms-swift preferences."""
 
 from __future__ import annotations
 

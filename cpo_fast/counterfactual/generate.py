@@ -21,9 +21,9 @@ GENERATORS = ("graph",)
 def study_labels(study: Study) -> Labels:
     """The labels that the diagnosis of a study is made from.
 
-    Its own where it has any. A study without labels (a report that Open-I's indexers left out) takes the
-    labeller's. Labels that name Emphysema come from those indexers, who marked nine findings: the other
-    names (fracture, lesion, devices, ...) are filled in by the labeller.
+    Its own where it has any. A study without labels (a report that Open-I's indexers left out)
+    takes the labeller's. Labels that name Emphysema come from those indexers, who marked nine
+    findings: the other names (fracture, lesion, devices, ...) are filled in by the labeller.
     """
     if study.labels and "Emphysema" not in study.labels:
         return study.labels
@@ -43,11 +43,12 @@ def counterfactuals(
     seed: int = 42,
     generator: str = "graph",
 ) -> Iterator[Counterfactual]:
-    """Counterfactuals of each study in turn, `num_targets` of them; failing ones too (`.passed` False).
+    """Counterfactuals of each study in turn, `num_targets` of them; failing ones too (`.passed`
+    False).
 
-    With `targets`, those that a study does not have already are candidates instead of all diseases; a
-    target that is present gives a record whose check "target_absent" is False and whose text is empty.
-    Raises UsageError for an unknown generator or disease.
+    With `targets`, those that a study does not have already are candidates instead of all
+    diseases; a target that is present gives a record whose check "target_absent" is False and
+    whose text is empty. Raises UsageError for an unknown generator or disease.
     """
     if generator not in GENERATORS:
         raise UsageError(f"generator {generator} is unknown; one of {', '.join(GENERATORS)}")

@@ -1,8 +1,9 @@
 """What the generator looks for in a sentence, compiled from the concept graph.
 
-For each target disease: the words whose denial denies the target (its own names, its hallmarks, and the
-diseases that it is denied with), the attributes that cannot stand beside it, and the kinds of normal
-statement that contradict it. Nothing here is shared with the labeller that checks the results.
+For each target disease: the words whose denial denies the target (its own names, its hallmarks,
+and the diseases that it is denied with), the attributes that cannot stand beside it, and the kinds
+of normal statement that contradict it. Nothing here is shared with the labeller that checks the
+results.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from functools import lru_cache
 from cpo_fast.concepts.graph import phrase_pattern
 from cpo_fast.types import ConceptGraph
 
-# Which normal statements contradict which target. Counted on Open-I (observed / expected numbers of
-# reports with the statement and an asserted finding): lungs clear with consolidation 0/13, edema 2/42,
-# pneumonia 1/28, pneumothorax 0/9; a statement about an organ always contradicts that organ's disease.
-# Lungs clear beside effusion 9/57, emphysema 12/43 or a large heart 51/121 is rarer but said, and stays.
+# Which normal statements contradict which target. Counted on Open-I (observed / expected numbers
+# of reports with the statement and an asserted finding): lungs clear with consolidation 0/13,
+# edema 2/42, pneumonia 1/28, pneumothorax 0/9; a statement about an organ always contradicts that
+# organ's disease. Lungs clear beside effusion 9/57, emphysema 12/43 or a large heart 51/121 is
+# rarer but said, and stays.
 CONTRADICTED_TOPICS: dict[str, frozenset[str]] = {
     "Atelectasis": frozenset({"lungs", "inflation"}),
     "Cardiomegaly": frozenset({"heart", "cardiomediastinum"}),
@@ -33,21 +35,28 @@ CONTRADICTED_TOPICS: dict[str, frozenset[str]] = {
     "Pneumothorax": frozenset({"lungs", "pleura", "inflation"}),
 }
 
+_AIRSPACE = (
+    r"air ?space|alveolar|opaci\w*|focal (?:lung|pulmonary|process)|parenchymal|infiltrat\w*"
+)
 _MORE_DENIED: dict[str, str] = {
     "Atelectasis": r"volume loss|loss of volume|atelect\w*",
     "Cardiomegaly": r"(?:heart|cardiac) (?:size )?enlargement|cardiac decompensation",
-    "Consolidation": r"consolid\w*|focal lung|focal pulmonary|air ?space|alveolar|opaci\w+|focal process|parenchymal",
-    "Edema": r"o?edema|congest\w*|failure|engorge\w*|interstitial (?:process|disease)|kerley|redistribution",
+    "Consolidation": rf"consolid\w*|{_AIRSPACE}",
+    "Edema": r"o?edema|congest\w*|failure|engorge\w*|interstitial (?:process|disease)|kerley|"
+    r"redistribution",
     "Emphysema": r"hyperinfl\w*|hyperexp\w*|emphysem\w*|air trapping|copd",
     "Enlarged Cardiomediastinum": r"mediastinal|widen\w*",
-    "Lung Lesion": r"nodul\w*|mass(?:es)?\b|(?<!destructive )(?<!bony )(?<!osseous )lesions?|malignan\w*|neoplas\w*|tumou?rs?|metasta\w*|suspicious|granuloma\w*",
-    "Lung Opacity": r"opaci\w*|infiltrat\w*|air ?space|alveolar|focal lung|focal pulmonary|parenchymal",
-    "Pleural Effusion": r"(?<!pericardial )effusions?|ha?emothora\w*|pleural fluid|blunting|free fluid|fluid collections?|pleural (?:disease|abnormalit\w+|space)",
+    "Lung Lesion": r"nodul\w*|mass(?:es)?\b|malignan\w*|neoplas\w*|tumou?rs?|metasta\w*|suspicious|"
+    r"granuloma\w*|(?<!destructive )(?<!bony )(?<!osseous )lesions?",
+    "Lung Opacity": _AIRSPACE,
+    "Pleural Effusion": r"(?<!pericardial )effusions?|pleural (?:or|and) pericardial|"
+    r"ha?emothora\w*|pleural fluid|blunting|free fluid|"
+    r"fluid collections?|pleural (?:disease|abnormalit\w+|space)",
     "Pleural Other": r"pleural(?! effusion| fluid| air)|effusions? or thickening",
-    "Pneumonia": r"pneumoni\w+|infiltrat\w*|consolid\w*|air ?space|alveolar|opaci\w*|infecti\w+|focal lung|"
-    r"focal pulmonary|focal process|parenchymal",
+    "Pneumonia": rf"pneumoni\w+|infecti\w+|consolid\w*|{_AIRSPACE}",
     "Pneumothorax": r"pneumo ?thora\w*|pleural air|pleural (?:disease|abnormalit\w+)",
 }
+"""Further words whose denial denies the target, beside the names and hallmarks of the graph."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,10 @@ class Lexicon:
 
 def lexicon(graph: ConceptGraph, target: str) -> Lexicon:
     """The lexicon of `target`, made once per graph."""
-    return _lexicons(_Key(graph))[target]
+    return _lexicons(GraphKey(graph))[target]
 
 
-class _Key:
+class GraphKey:
     """A graph as a cache key: by identity, for its mappings can't be hashed."""
 
     def __init__(self, graph: ConceptGraph) -> None:
@@ -77,11 +86,11 @@ class _Key:
         return id(self.graph)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.graph is self.graph
+        return isinstance(other, GraphKey) and other.graph is self.graph
 
 
 @lru_cache(maxsize=4)
-def _lexicons(key: _Key) -> dict[str, Lexicon]:
+def _lexicons(key: GraphKey) -> dict[str, Lexicon]:
     return {name: _compile(key.graph, name) for name in key.graph.diseases}
 
 

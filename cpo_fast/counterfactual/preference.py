@@ -43,9 +43,9 @@ def preference(
 ) -> Preference:
     """The study's answer preferred to each of its counterfactuals.
 
-    `rejected_answer` "target" (as in the data of the CPO paper) states the target alone, "all" states what
-    survives and the target. Raises ValueError for another value, no counterfactual, one of another study
-    or of another kind than "thinking".
+    `rejected_answer` "target" (as in the data of the CPO paper) states the target alone, "all"
+    states what survives and the target. Raises ValueError for another value, no counterfactual,
+    one of another study or of another kind than "thinking".
     """
     if rejected_answer not in ("target", "all"):
         raise ValueError(f'rejected_answer must be "target" or "all", not {rejected_answer!r}')

@@ -1,7 +1,8 @@
-"""The `graph` generator: a report rewritten towards a target disease by small edits along the graph.
+"""The `graph` generator: a report rewritten towards a target by small edits along the graph.
 
-Sentences that deny or exclude the target are trimmed or dropped, the target is asserted once in the
-findings and once in the impression, in the place of what it replaces; everything else keeps its bytes.
+Sentences that deny or exclude the target are trimmed or dropped, the target is asserted once in
+the findings and once in the impression, in the place of what it replaces; everything else keeps
+its bytes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def rewrite(
     lex = lexicon(graph, target)
     wording = WORDINGS[target]
     chance = draw(seed, study_id, target, str(attempt))
-    place, tied = _place(report, target, chance, attempt)
+    place = _place(report, target, chance, attempt)
     size = wording.sizes[(chance >> 16) % len(wording.sizes)]
     both = len(place.sides) == 2
     sentences = wording.both if both else wording.one
@@ -76,17 +77,17 @@ def rewrite(
     return Report(findings, impression)
 
 
-def _place(report: Report, target: str, chance: int, attempt: int) -> tuple[Place, bool]:
+def _place(report: Report, target: str, chance: int, attempt: int) -> Place:
     """A place for the target: where the report has a related finding, else any not called clear."""
     places = WORDINGS[target].places
     if len(places) == 1:
-        return places[0], False
+        return places[0]
     anchored, clear = _mentioned(report.findings + "\n" + report.impression, target)
     options = [p for p in places if p.place in anchored or p.zone in anchored]
     if options and attempt < 2:
-        return options[chance % len(options)], True
+        return options[chance % len(options)]
     free = [p for p in places if not p.sides & clear] or list(places)
-    return free[chance % len(free)], False
+    return free[chance % len(free)]
 
 
 @lru_cache(maxsize=1 << 14)
@@ -155,7 +156,8 @@ def _first(units: list[Unit], touched: int | None, target: str) -> int:
 
 
 def _position(units: list[Unit], touched: int | None, target: str) -> int:
-    """Where the findings describe the target: in the place of what it replaces, else beside its organ."""
+    """Where the findings describe the target: in the place of what it replaces, else beside its
+    organ."""
     if touched is not None:
         return touched
     organ = _ORGANS.get(target, _LUNGS)

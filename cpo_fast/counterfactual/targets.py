@@ -1,4 +1,4 @@
-"""Which diseases a report is rewritten towards: near in the graph, plausible, the same for every shard."""
+"""Which diseases a report is rewritten towards: near in the graph, plausible, reproducible."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence, Set
 from functools import lru_cache
 
-from cpo_fast.counterfactual.lexicon import _Key
+from cpo_fast.counterfactual.lexicon import GraphKey
 from cpo_fast.types import ConceptGraph, Labels
 
 NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.1, 0.5, 0.5
-"""Weights of the score: attributes shared with a present disease; the report speaks of the target; a
-present disease or the anatomy told excludes it; a draw by seed and study, which spreads targets where nothing else decides."""
+"""Weights of the score: attributes shared with a present disease; the report speaks of the target;
+a present disease or the anatomy told excludes it; a draw by seed and study, which spreads targets
+where nothing else decides."""
 
 
 def draw(seed: int, *names: str) -> int:
@@ -21,7 +22,7 @@ def draw(seed: int, *names: str) -> int:
 
 
 @lru_cache(maxsize=4)
-def _nearness(key: _Key) -> dict[tuple[str, str], float]:
+def _nearness(key: GraphKey) -> dict[tuple[str, str], float]:
     """Jaccard index of the associated attributes of each pair of diseases."""
     rows = {name: frozenset(d.associations) for name, d in key.graph.diseases.items()}
     return {(a, b): len(rows[a] & rows[b]) / len(rows[a] | rows[b]) for a in rows for b in rows}
@@ -51,7 +52,7 @@ def choose_targets(
     `against` names the diseases whose anatomy the text contradicts. Depends on
     the seed, the study id and the labels alone, so that any shard chooses the same.
     """
-    near = _nearness(_Key(graph))
+    near = _nearness(GraphKey(graph))
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
 
     def score(name: str) -> float:

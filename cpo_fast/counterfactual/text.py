@@ -1,4 +1,4 @@
-"""Sections as lists of sentences that can be edited one by one and joined to the same bytes again."""
+"""Sections as lists of sentences that are edited one by one and joined to the same bytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def split(section: str) -> tuple[Unit, ...]:
 
 
 def _unstopped(section: str) -> list[tuple[int, int]]:
-    """Boundaries before the marks of a list whose items lack a full stop: 1. , 2. , ... in order."""
+    """Boundaries before the marks of a list whose items lack a full stop: 1. , 2. , ... in
+    order."""
     found: list[tuple[int, int]] = []
     if not section.startswith(("1.", "1)")):
         return found
@@ -71,7 +72,8 @@ def _unstopped(section: str) -> list[tuple[int, int]]:
 
 
 def join(units: list[Unit]) -> str:
-    """The section that the units make, its lists numbered anew; a mark 0 is a new item, a 1 a new list."""
+    """The section that the units make, its lists numbered anew; a mark 0 is a new item, a 1 a new
+    list."""
     parts: list[str] = []
     number, previous = 0, None  # type: int, int | None
     for index, unit in enumerate(units):

@@ -1,7 +1,8 @@
 """How a target disease is put into words, with its hallmarks, in the manner of chest radiographs.
 
-Slots: {place} a region as noun ("right lower lobe"), {zone} the same as adjective ("right basilar"),
-{side} "right" or "left", {size} a size or degree. A wording is for one side or for both.
+Slots: {place} a region as noun ("right lower lobe"), {zone} the same as adjective ("right
+basilar"), {side} "right" or "left", {size} a size or degree. A wording is for one side or for
+both.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """Sentences for the findings and phrases for the impression, for one side and for both sides."""
+    """Sentences for the findings and phrases for the impression, for one side and for both
+    sides."""
 
     places: tuple[Place, ...]
     one: tuple[str, ...]
@@ -70,7 +72,8 @@ WORDINGS: dict[str, Wording] = {
             "There is linear bibasilar atelectasis with mild volume loss.",
             "Bandlike densities at the lung bases are compatible with subsegmental atelectasis.",
             "There is platelike atelectasis at both lung bases.",
-            "Streaky bibasilar densities are present with volume loss, consistent with atelectasis.",
+            "Streaky bibasilar densities are present with volume loss, consistent with "
+            "atelectasis.",
             "Subsegmental atelectasis is seen at both lung bases.",
             "There is bibasilar atelectasis with crowding of the bronchovascular markings.",
         ),
@@ -121,7 +124,8 @@ WORDINGS: dict[str, Wording] = {
         both=(
             "There is {degree} pulmonary edema with Kerley B lines.",
             "Pulmonary vascular congestion is present with {degree} interstitial edema.",
-            "There are septal lines and vascular congestion, consistent with {degree} interstitial edema.",
+            "There are septal lines and vascular congestion, consistent with {degree} "
+            "interstitial edema.",
             "The pulmonary vasculature is engorged with {degree} interstitial edema.",
             "{Degree} interstitial pulmonary edema is present with peribronchial cuffing.",
             "There is perihilar vascular congestion with {degree} pulmonary edema.",
@@ -211,11 +215,13 @@ WORDINGS: dict[str, Wording] = {
             "{Size} {side} pleural effusion with a meniscus at the costophrenic angle.",
             "{Size} {side} pleural effusion is seen.",
             "There is a {size} layering {side} pleural effusion.",
-            "Blunting of the {side} costophrenic angle is consistent with a {size} pleural effusion.",
+            "Blunting of the {side} costophrenic angle is consistent with a {size} pleural "
+            "effusion.",
         ),
         both=(
             "There are {size} bilateral pleural effusions.",
-            "{Size} bilateral pleural effusions are present with blunting of the costophrenic angles.",
+            "{Size} bilateral pleural effusions are present with blunting of the costophrenic "
+            "angles.",
             "{Size} bilateral pleural effusions are seen.",
             "Blunting of both costophrenic angles is consistent with {size} pleural effusions.",
         ),
@@ -265,7 +271,8 @@ WORDINGS: dict[str, Wording] = {
             "A {size} {side} pneumothorax is present with a visible visceral pleural line.",
             "{Size} {side} apical pneumothorax with absent peripheral lung markings.",
             "There is a {size} {side} pneumothorax.",
-            "A visceral pleural line is seen at the {side} apex, consistent with a {size} pneumothorax.",
+            "A visceral pleural line is seen at the {side} apex, consistent with a {size} "
+            "pneumothorax.",
             "A {size} {side} pneumothorax is seen.",
         ),
         impression_one=(

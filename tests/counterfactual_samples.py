@@ -1,0 +1,58 @@
+"""Reports of our own, in several styles, for the tests of counterfactuals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from cpo_fast.types import ImageRef, Report, Study
+
+NORMAL = Report(
+    "Heart size and pulmonary vascularity are within normal limits. The mediastinal contour is "
+    "normal. The lungs are clear. The pleural spaces are clear. No focal consolidation, "
+    "pneumothorax, or pleural effusion is seen. There is an old healed fracture of the left "
+    "clavicle.",
+    "1. No acute cardiopulmonary abnormality. 2. Old left clavicle fracture.",
+)
+CAPITALS = Report(
+    "THE HEART IS NORMAL IN SIZE. THE MEDIASTINUM IS UNREMARKABLE. THE LUNGS ARE CLEAR.",
+    "NO ACUTE DISEASE.",
+)
+OPACITY = Report(
+    "The cardiac and mediastinal silhouettes are normal. Patchy opacity is noted in the left lower "
+    "lobe. The right lung is clear. There is no pneumothorax or pleural effusion.",
+    "Left lower lobe opacity.",
+)
+INFLATED = Report(
+    "The lungs are hyperinflated with flattening of the diaphragms. No focal airspace disease. "
+    "Heart size normal. Degenerative changes of the spine.",
+    "Emphysema. No acute disease.",
+)
+LOW_VOLUMES = Report(
+    "Low lung volumes with bibasilar atelectasis. Heart size is normal. Median sternotomy wires "
+    "are intact. No pneumothorax.",
+    "Bibasilar atelectasis.",
+)
+IMPRESSION_ONLY = Report("", "Heart size is normal and the lungs are clear. No effusion.")
+FINDINGS_ONLY = Report(
+    "Lungs are clear without focal consolidation, effusion, or pneumothorax.", ""
+)
+REPORTS = (NORMAL, CAPITALS, OPACITY, INFLATED, LOW_VOLUMES, IMPRESSION_ONLY, FINDINGS_ONLY)
+
+
+def study(report: Report, number: int = 0, **fields: object) -> Study:
+    return Study(f"s{number}", f"p{number}", report, (ImageRef(f"p/{number}.jpg"),), **fields)  # type: ignore[arg-type]
+
+
+def write_open_i(folder: Path, reports: tuple[Report, ...]) -> Path:
+    """A folder of XML files as Open-I has them, not indexed."""
+    folder.mkdir()
+    for number, report in enumerate(reports):
+        parts = "".join(
+            f'<AbstractText Label="{label}">{escape(text)}</AbstractText>'
+            for label, text in (("FINDINGS", report.findings), ("IMPRESSION", report.impression))
+        )
+        (folder / f"{number}.xml").write_text(
+            f'<eCitation><uId id="CXR{number}"/><Abstract>{parts}</Abstract></eCitation>'
+        )
+    return folder

@@ -1,0 +1,150 @@
+"""The labeller on sentences of our own: mentions, denial, doubt, and what normal statements rule
+out."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpo_fast.concepts import label_report
+from cpo_fast.concepts.__main__ import main
+from cpo_fast.concepts.labeller import LABELLED, clear_side, opposed, ruled_out, sentences
+from cpo_fast.types import FINDINGS
+
+SENTENCES = [
+    ("There is a small left pleural effusion.", "Pleural Effusion", 1),
+    ("No pleural effusion or pneumothorax.", "Pleural Effusion", 0),
+    ("No pleural effusion or pneumothorax.", "Pneumothorax", 0),
+    ("Lungs show no consolidation, effusion, or pneumothorax.", "Pneumothorax", 0),
+    ("Opacity at the left base may represent pneumonia.", "Pneumonia", -1),
+    ("Opacity at the left base may represent pneumonia.", "Lung Opacity", 1),
+    ("Pneumonia cannot be excluded.", "Pneumonia", -1),
+    ("Findings suggestive of emphysema.", "Emphysema", -1),
+    ("Findings consistent with emphysema.", "Emphysema", 1),
+    ("Subcutaneous emphysema along the chest wall.", "Emphysema", None),
+    ("Right basilar atelectasis or scarring.", "Atelectasis", 1),
+    ("The heart is mildly enlarged.", "Cardiomegaly", 1),
+    ("The heart is not enlarged.", "Cardiomegaly", 0),
+    ("Stable cardiomegaly without edema.", "Cardiomegaly", 1),
+    ("Stable cardiomegaly without edema.", "Edema", 0),
+    ("Borderline cardiomegaly.", "Cardiomegaly", -1),
+    ("Pulmonary vascular congestion is seen.", "Edema", 1),
+    ("Soft tissue edema of the arm.", "Edema", None),
+    ("The pneumothorax has resolved.", "Pneumothorax", 0),
+    ("No change in the large right effusion.", "Pleural Effusion", 1),
+    ("No pneumothorax, but a small effusion is present.", "Pleural Effusion", 1),
+    ("No evidence of acute fracture.", "Fracture", 0),
+    ("A right chest port ends in the cava.", "Support Devices", 1),
+    ("A visceral pleural line is seen at the right apex.", "Support Devices", None),
+    ("The cardiomediastinal silhouette is not enlarged.", "Enlarged Cardiomediastinum", None),
+    ("The mediastinum is widened.", "Enlarged Cardiomediastinum", 1),
+    ("Smooth apical pleural thickening on both sides.", "Pleural Other", 1),
+    ("A 9 mm nodule projects over the right upper lobe.", "Lung Lesion", 1),
+    ("No suspicious nodules or masses.", "Lung Lesion", 0),
+]
+
+
+@pytest.mark.parametrize(("text", "finding", "label"), SENTENCES)
+def test_a_sentence_is_labelled(text: str, finding: str, label: int | None) -> None:
+    assert label_report(text)[finding] == label
+    assert label_report(text.upper())[finding] == label
+
+
+def test_positive_beats_uncertain_beats_negative() -> None:
+    no, maybe, yes = "No pneumonia.", "Possible pneumonia.", "Right lower lobe pneumonia."
+    assert label_report(f"{no} {maybe}")["Pneumonia"] == -1
+    assert label_report(f"{maybe} {no} {yes}")["Pneumonia"] == 1
+
+
+def test_no_finding_is_left_by_devices_only() -> None:
+    assert label_report("Lungs are clear. A pacemaker is in place.")["No Finding"] == 1
+    assert label_report("Possible effusion.")["No Finding"] is None
+    assert label_report("Emphysema.")["No Finding"] is None
+
+
+RULED_OUT = [
+    ("the lungs are clear.", {"Pneumonia", "Edema", "Atelectasis", "Lung Lesion"}, {"Emphysema"}),
+    ("the lungs are otherwise clear.", set(), {"Pneumonia"}),
+    ("the left lung is clear.", set(), {"Pneumonia"}),
+    ("heart size is normal.", {"Cardiomegaly"}, {"Pneumonia"}),
+    (
+        "no acute cardiopulmonary abnormality.",
+        {"Pneumonia", "Edema"},
+        {"Cardiomegaly", "Atelectasis"},
+    ),
+    ("no acute bony abnormality.", set(), {"Pneumonia"}),
+    ("the visualized bony structures reveal no acute abnormalities.", set(), {"Pneumonia"}),
+    ("pulmonary vascularity is within normal limits.", {"Edema"}, {"Cardiomegaly"}),
+    ("normal chest.", {"Cardiomegaly", "Pneumothorax", "Pleural Other"}, set()),
+    ("no pneumothorax.", {"Pneumothorax"}, {"Pleural Effusion"}),
+]
+
+
+@pytest.mark.parametrize(("text", "out", "left"), RULED_OUT)
+def test_what_a_normal_statement_rules_out(text: str, out: set[str], left: set[str]) -> None:
+    assert out <= ruled_out(text)
+    assert not left & ruled_out(text)
+
+
+def test_sides_and_volumes() -> None:
+    assert clear_side("the left lung is clear.") == "left"
+    assert clear_side("clear right lung.") == "right"
+    assert clear_side("the lungs are clear.") == ""
+    assert "Emphysema" in opposed("low lung volumes.")
+    assert "Atelectasis" in opposed("the lungs are hyperinflated.")
+    assert not opposed("no hyperinflation.")
+
+
+def test_sentences_are_cut_at_stops_and_list_marks() -> None:
+    text = "1. No effusion.  2. Small nodule\n\nIMPRESSION: Clear lungs."
+    assert sentences(text) == ["no effusion.", "small nodule", "clear lungs."]
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_labelled(text: str) -> None:
+    labels = label_report(text)
+    assert tuple(labels) == LABELLED
+    assert set(FINDINGS) < set(labels)
+    assert set(labels.values()) <= {1, 0, -1, None}
+
+
+@given(st.permutations([s for s, _, _ in SENTENCES[:12]]))
+def test_the_order_of_sentences_does_not_matter(order: list[str]) -> None:
+    assert label_report(" ".join(order)) == label_report(" ".join(s for s, _, _ in SENTENCES[:12]))
+
+
+def test_command_labels_lines(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    source.write_text(
+        '{"id": "a", "report": "Small effusion."}\n\n{"id": 7, "report": "No effusion."}\n'
+    )
+    assert main(["label", "--input", str(source), "--output", str(target)]) == 0
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["a", 7]
+    assert [row["labels"]["Pleural Effusion"] for row in rows] == [1, 0]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert stat.S_IMODE(target.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[1]", '{"id": 1}', '{"id": 1, "report": 3}', "[" * 9999]
+)
+def test_command_names_a_bad_line(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"id": "a", "report": "SECRET effusion."}\n' + line + "\n")
+    assert main(["label", "--input", str(source), "--output", str(tmp_path / "o")]) == 1
+    message = capsys.readouterr().err
+    assert f"{source}, line 2" in message
+    assert "SECRET" not in message
+
+
+def test_command_names_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["label", "--input", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 1
+    assert str(tmp_path / "no") in capsys.readouterr().err

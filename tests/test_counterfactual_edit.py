@@ -1,0 +1,198 @@
+"""Sentences made fit for a target: trimmed with their grammar in order, dropped, or left alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpo_fast.concepts import load_graph
+from cpo_fast.counterfactual.edit import edit_sentence
+from cpo_fast.counterfactual.lexicon import lexicon
+from cpo_fast.counterfactual.text import join, split
+
+GRAPH = load_graph()
+RIGHT = frozenset({"right"})
+
+EDITS = [
+    # denials lose the items that name the target
+    ("Pleural Effusion", "No pneumothorax or pleural effusion.", "No pneumothorax."),
+    (
+        "Pneumothorax",
+        "No pneumothorax or pleural effusion is seen.",
+        "No pleural effusion is seen.",
+    ),
+    (
+        "Pneumothorax",
+        "There is no focal consolidation, pneumothorax, or pleural effusion.",
+        "There is no focal consolidation or pleural effusion.",
+    ),
+    (
+        "Pneumothorax",
+        "No pneumothoraces or pleural effusions are seen.",
+        "No pleural effusions are seen.",
+    ),
+    ("Pneumothorax", "There is no pneumothorax or effusions.", "There are no effusions."),
+    ("Lung Lesion", "No nodules, masses, effusions, or pneumonia", "No effusions or pneumonia"),
+    (
+        "Pneumonia",
+        "No evidence of pneumonia, nodules, or masses.",
+        "No evidence of nodules or masses.",
+    ),
+    ("Pneumonia", "There is no focal opacity to suggest a pneumonia.", ""),
+    ("Pleural Effusion", "No pleural or pericardial effusion.", ""),
+    ("Pleural Effusion", "No pericardial effusion.", "No pericardial effusion."),
+    ("Edema", "Stable cardiomegaly without edema.", "Stable cardiomegaly."),
+    (
+        "Pneumonia",
+        "The lungs are clear of focal airspace disease, pneumothorax, or pleural effusion.",
+        "The lungs are clear of pneumothorax or pleural effusion.",
+    ),
+    (
+        "Consolidation",
+        "Lungs are clear without focal consolidation, effusion, or pneumothorax.",
+        "No effusion or pneumothorax.",
+    ),
+    # normal statements lose the subjects that the target contradicts
+    ("Cardiomegaly", "Heart and mediastinum are normal.", "Mediastinum is normal."),
+    ("Cardiomegaly", "Heart size and vascularity appear normal.", "Vascularity appears normal."),
+    ("Edema", "Heart size and vascularity appear normal.", "Heart size appears normal."),
+    (
+        "Enlarged Cardiomediastinum",
+        "The cardiac and mediastinal contours are within normal limits.",
+        "The cardiac contours are within normal limits.",
+    ),
+    ("Cardiomegaly", "Normal heart size and mediastinal contours.", "Normal mediastinal contours."),
+    ("Pneumonia", "Heart size is normal and the lungs are clear.", "Heart size is normal."),
+    ("Pneumothorax", "The lungs are clear.", ""),
+    ("Pleural Effusion", "The lungs are clear.", "The lungs are clear."),
+    ("Cardiomegaly", "The lungs are clear.", "The lungs are clear."),
+    ("Pneumonia", "The lungs are hypoinflated but clear.", "The lungs are hypoinflated."),
+    ("Pneumonia", "Hyperexpanded but clear lungs.", "Hyperexpanded lungs."),
+    ("Pneumonia", "The lungs are otherwise clear.", "The lungs are otherwise clear."),
+    ("Pneumonia", "The left lung is clear.", "The left lung is clear."),
+    ("Pneumonia", "The right lung is clear.", ""),
+    # broad statements give way to acute diseases only
+    ("Pneumonia", "No acute cardiopulmonary abnormality.", ""),
+    (
+        "Cardiomegaly",
+        "No acute cardiopulmonary abnormality.",
+        "No acute cardiopulmonary abnormality.",
+    ),
+    ("Pneumonia", "No acute bony abnormality.", "No acute bony abnormality."),
+    (
+        "Pneumonia",
+        "Osseous structures are without acute abnormality.",
+        "Osseous structures are without acute abnormality.",
+    ),
+    ("Edema", "The lungs and pleural spaces show no acute abnormality.", ""),
+    ("Lung Lesion", "Normal chest.", ""),
+    # what the anatomy excludes
+    ("Emphysema", "Low lung volumes with bibasilar atelectasis.", ""),
+    ("Atelectasis", "The lungs are hyperinflated.", ""),
+    ("Emphysema", "No atelectasis.", "No atelectasis."),
+    # and what only looks like a denial
+    ("Edema", "Stable cardiomegaly.", "Stable cardiomegaly."),
+    (
+        "Pneumonia",
+        "Left opacity, not significantly changed.",
+        "Left opacity, not significantly changed.",
+    ),
+    ("Pneumonia", "Possible left lower lobe pneumonia.", "Possible left lower lobe pneumonia."),
+]
+
+
+@pytest.mark.parametrize(("target", "sentence", "expected"), EDITS)
+def test_an_edit(target: str, sentence: str, expected: str) -> None:
+    assert edit_sentence(sentence, lexicon(GRAPH, target), RIGHT) == expected
+
+
+@pytest.mark.parametrize("target", GRAPH.diseases)
+def test_an_edit_is_done_once(target: str) -> None:
+    lex = lexicon(GRAPH, target)
+    for _, sentence, _ in EDITS:
+        once = edit_sentence(sentence, lex, RIGHT)
+        assert not once or edit_sentence(once, lex, RIGHT) == once
+
+
+@pytest.mark.parametrize("target", GRAPH.diseases)
+def test_bones_and_devices_are_left_alone(target: str) -> None:
+    for sentence in (
+        "There is an old healed fracture of the left clavicle.",
+        "Degenerative changes are seen in the spine.",
+        "A left chest port ends in the superior vena cava.",
+    ):
+        assert edit_sentence(sentence, lexicon(GRAPH, target), RIGHT) == sentence
+
+
+WORDS = st.sampled_from(
+    [
+        "no",
+        "and",
+        "or",
+        "without",
+        "the",
+        "lungs",
+        "heart",
+        "is",
+        "are",
+        "clear",
+        "normal",
+        "effusion",
+        "pneumothorax",
+        ",",
+        ";",
+        ".",
+        "but",
+        "with",
+        "of",
+        "consolidation",
+        "seen",
+        "there",
+        "acute",
+        "disease",
+        "opacity",
+        "right",
+        "left",
+        "volumes",
+        "low",
+        "XXXX",
+    ]
+)
+
+
+@given(st.lists(WORDS, max_size=25), st.sampled_from(sorted(GRAPH.diseases)))
+def test_any_words_can_be_edited(words: list[str], target: str) -> None:
+    sentence = " ".join(words)
+    edited = edit_sentence(sentence, lexicon(GRAPH, target), RIGHT)
+    assert edited == sentence or len(edited) <= len(sentence) + 12
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "One. Two.  Three?\n\nFour",
+        "1. One. 2. Two without a stop 3. Three.",
+        "1) One\n2) Two",
+        "- One\n- Two",
+        "Heart normal.Lungs clear. .",
+        "A 3.5 cm nodule. Stable.",
+        "",
+    ],
+)
+def test_a_section_is_joined_to_the_same_bytes(section: str) -> None:
+    assert join(list(split(section))) == section
+
+
+def test_list_marks_belong_to_their_sentence() -> None:
+    units = split("1. One. 2. Two 3. Three.")
+    assert [(u.mark.strip(), u.body) for u in units] == [
+        ("1.", "One."),
+        ("2.", "Two"),
+        ("3.", "Three."),
+    ]
+
+
+def test_a_list_that_lost_an_item_is_numbered_anew() -> None:
+    units = split("1. One. 2. Two. 3. Three.")
+    assert join([units[0], units[2]]) == "1. One. 2. Three."
