@@ -147,6 +147,37 @@ def swap_effects(
     return original, effects
 
 
+def drift_figures(drifts: Sequence[Drift], effects: Sequence[Effect]) -> dict[str, Any]:
+    """Means over a set of studies, for summary.json: no text of any of them.
+
+    {"studies", "tokens", "mean_variation" (per token), "largest_variation" (mean of the largest
+    token per study), "change_points" (per study), "swaps": {kind: {"swaps", "variation",
+    "divergence", "moved" (share with a variation of 0.1 or more)}}}.
+    """
+    by_kind: dict[str, list[Effect]] = {}
+    for effect in effects:
+        by_kind.setdefault(effect.swap.kind, []).append(effect)
+    moves = [drift.variation for drift in drifts]
+    return {
+        "studies": len(drifts),
+        "tokens": int(sum(map(len, moves))),
+        "mean_variation": float(np.concatenate(moves).mean()) if moves else None,
+        "largest_variation": float(np.mean([m.max() for m in moves])) if moves else None,
+        "change_points": float(np.mean([len(d.change_points()) for d in drifts]))
+        if drifts
+        else None,
+        "swaps": {
+            kind: {
+                "swaps": len(found),
+                "variation": float(np.mean([effect.variation for effect in found])),
+                "divergence": float(np.mean([effect.divergence for effect in found])),
+                "moved": float(np.mean([effect.variation >= 0.1 for effect in found])),
+            }
+            for kind, found in by_kind.items()
+        },
+    }
+
+
 def find_swaps(thought: str) -> list[Swap]:
     """The swaps that `thought` offers, one place each: synonyms, sides, negations turned round."""
     return [swap for swap in (*_synonyms(thought), *_sides(thought), *_negations(thought))

@@ -37,18 +37,21 @@ def evaluation_summary(
     """The `evaluation` part of summary.json: figures only, no text of any patient.
 
     `truth[i]` are the names of study i (`labels.diagnosis`), `training_truth` those of the training
-    split, from which the majority guess is learned. `answers` maps a model's name ("untrained",
-    "sft", "cpo", in the order in which they were trained) to its N generated texts. `reports` are
-    the N reference reports for BLEU and ROUGE-L of the thoughts (left out when None). `preference`
-    maps model names to what `evaluation.preference.preference` returned for held-out pairs.
+    split, from which the majority guess is learned (left out when there is none). `answers` maps a
+    model's name ("untrained", "sft", "cpo", in the order in which they were trained) to its N
+    generated texts. `reports` are the N reference reports for BLEU and ROUGE-L of the thoughts
+    (left out when None). `preference` maps model names to what `evaluation.preference.preference`
+    returned for held-out pairs.
 
     Returns {"split", "studies", "protocol", "majority_guess" [names], "classification" {name:
     figures of `classification`}, "differences" {"cpo - sft": figures of `difference`, ...} between
     neighbouring models and from the majority guess to the last, "text" {name: figures of
     `text_metrics`}, "preference"}.
     """
-    guess = majority_guess(training_truth)
-    parsed: dict[str, list[tuple[str, ...] | None]] = {MAJORITY: [guess] * len(truth)}
+    parsed: dict[str, list[tuple[str, ...] | None]] = {}
+    guess = majority_guess(training_truth) if training_truth else None
+    if guess is not None:
+        parsed[MAJORITY] = [guess] * len(truth)
     for name, texts in answers.items():
         if len(texts) != len(truth):
             raise UsageError(f"{len(truth)} studies, but {len(texts)} answers of {name!r}")
@@ -58,14 +61,14 @@ def evaluation_summary(
         "split": split,
         "studies": len(truth),
         "protocol": PROTOCOL,
-        "majority_guess": list(guess),
+        "majority_guess": None if guess is None else list(guess),
         "classification": {
             name: classification(truth, names, **options) for name, names in parsed.items()
         },
         "differences": {
             f"{later} - {earlier}": difference(truth, parsed[earlier], parsed[later], **options)
             for earlier, later in [*pairwise(answers), (MAJORITY, list(parsed)[-1])]
-            if earlier != later
+            if earlier in parsed and earlier != later
         },
         "text": {},
         "preference": {name: dict(figures) for name, figures in (preference or {}).items()},

@@ -207,7 +207,7 @@ def _pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
 def _lead(evaluation: Mapping[str, Any]) -> str:
     """One sentence with the run's main result, from figures only."""
     models = evaluation.get("classification") or {}
-    last = next((name for name in ("cpo", "sft") if name in models), None)
+    last = _trained(models)
     if last is None:
         return ""
 
@@ -220,17 +220,24 @@ def _lead(evaluation: Mapping[str, Any]) -> str:
     compared = f"; {', '.join(others)}" if others else ""
     lost = models[last].get("unparsable")
     unparsed = f" {lost} of its answers cannot be parsed and count as wrong." if lost else ""
+    model = f"the model after {t.name_of(last)}" if last in t.NAMES else last
     return (
-        f"On {evaluation.get('studies', '?')} {evaluation.get('split', '')} studies the model "
-        f"after {t.name_of(last)} gets the presence of a finding right in {accuracy(last)} of "
-        f"cases (95 % interval {bounds}){compared}.{unparsed}"
+        f"On {evaluation.get('studies', '?')} {evaluation.get('split', '')} studies {model} gets "
+        f"the presence of a finding right in {accuracy(last)} of cases "
+        f"(95 % interval {bounds}){compared}.{unparsed}"
     )
+
+
+def _trained(models: Mapping[str, Any]) -> str | None:
+    """The last model that was trained, or any that is no baseline."""
+    names = [name for name in models if name not in ("majority", "untrained")]
+    return names[-1] if names else None
 
 
 def _cards(run: Run) -> list[dict[str, str]]:
     cards = []
     models = run.part("evaluation", "classification")
-    last = next((name for name in ("cpo", "sft") if name in models), None)
+    last = _trained(models)
     if last:
         for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
             figure = models[last]["macro"][metric]

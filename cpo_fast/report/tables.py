@@ -137,6 +137,8 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
             tables.append(Table(caption, ("", *columns), per_finding))
     tables += _preference(_objects(evaluation.get("preference")))
     tables += _text(_objects(evaluation.get("text")))
+    tables += _zero_shot(_objects(evaluation.get("zero_shot")))
+    tables += _drift(_objects(evaluation.get("drift")))
     return tables
 
 
@@ -200,6 +202,48 @@ def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     note = str(next(iter(models.values())).get("variants", ""))
     note = note[:1].upper() + note[1:] + "." if note else ""
     return [Table("Thought against the radiologist's report", columns, tuple(rows), note)]
+
+
+def _zero_shot(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """AUC per finding from likelihoods; findings without both cases and controls are left out."""
+    if not models:
+        return []
+    findings = dict.fromkeys(f for m in models.values() for f in _objects(m.get("findings")))
+    rows = [figure_row("Mean", [_get(m, "macro") for m in models.values()], number)]
+    rows += [
+        figure_row(f, [_get(m, "findings", f) for m in models.values()], number) for f in findings
+    ]
+    columns = ("", *(name_of(model) for model in models))
+    note = "Score: the likelihood of each finding's sentence after the model's own thought."
+    return [Table("Zero-shot AUC", columns, _known(rows), note)]
+
+
+def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    if not models:
+        return []
+    wanted = (
+        ("studies", "Studies probed"),
+        ("change_points", "Change points per thought"),
+        ("mean_variation", "Mean variation per token"),
+        ("largest_variation", "Largest variation in a thought, mean"),
+    )
+    rows = [
+        Row(label, tuple(Cell(number(m.get(key))) for m in models.values()))
+        for key, label in wanted
+    ]
+    kinds = dict.fromkeys(kind for m in models.values() for kind in _objects(m.get("swaps")))
+    labels = {"synonym": "a near-synonym", "side": "the other side", "negation": "a negation"}
+    for kind in kinds:
+        found = [_get(m, "swaps", kind) for m in models.values()]
+        cells = tuple(Cell(number(f.get("variation")), f"{f.get('swaps', 0)} swaps") for f in found)
+        rows.append(Row(f"Variation by {labels.get(kind, kind)}", cells))
+    note = (
+        "Variation: total variation, 0 to 1, of the distribution over findings that the thought "
+        "would end on; a change point moves it by 0.1 or more. Near-synonyms and sides should not "
+        "move it, negations should."
+    )
+    columns = ("", *(name_of(model) for model in models))
+    return [Table("Drift of the diagnosis along the thought", columns, tuple(rows), note)]
 
 
 def speed_table(run: Run) -> Table | None:

@@ -1,0 +1,284 @@
+"""`python -m cpo_fast.evaluate`: what a model can do on a data set, as figures and as a page.
+
+Suites: "classification" (accuracy of the diagnosis per finding) and "report" (the thought against
+the radiologist's report) from generated answers, "zero_shot" (AUC from the likelihood of each
+finding's sentence) and "drift" (how the diagnosis moves along the thought) by scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
+
+if TYPE_CHECKING:
+    from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.types import Prompt, RejectedRecord, Study
+
+SUITES = ("classification", "report", "zero_shot", "drift")
+
+
+@dataclass
+class Loaded:
+    """A model with what it needs to be asked."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    images: ImageProcessor | None
+
+    @property
+    def pixels(self) -> Any:
+        return self.images.pixels if self.images else None
+
+
+@dataclass
+class Cohort:
+    """The studies to be asked about with their prompts and true names, and what was set aside."""
+
+    studies: list[Study]
+    prompts: list[Prompt]
+    truth: list[tuple[str, ...]]
+    training_truth: list[tuple[str, ...]]
+    read: int
+    rejected: list[RejectedRecord]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 1 for data that cannot be used, 2 for wrong usage."""
+    try:
+        print(f"report: {evaluate(parse_arguments(argv))}")
+    except CpoFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cpo_fast.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder of a model or of an adapter")
+    add("--dataset", required=True, help="MIMIC-CXR folder or 'open-i'")
+    add("--output_dir", required=True, type=Path, help="where the results are written (mode 0700)")
+    add("--suite", default="classification,report", help=f"of {','.join(SUITES)}")
+    add("--split", default="test", help="which studies: train, validate or test")
+    add("--dataset_format", default="auto", help="forces the kind of data set")
+    add("--image_root", help="folder of the images where the data set does not hold them")
+    add("--uncertain_labels", default="negative", choices=("negative", "positive"))
+    add("--max_samples", type=int, help="use at most this many studies")
+    add("--max_length", type=int, default=4096, help="longest prompt + report in tokens")
+    add("--max_pixels", type=int, help="largest image area (default: the model's own)")
+    add("--max_new_tokens", type=int, default=256, help="longest generated answer")
+    add("--batch_size", type=int, default=32, help="studies per generation batch")
+    add("--packing_length", type=int, default=4096, help="tokens per pack when scoring")
+    add("--drift_samples", type=int, default=32, help="studies that the drift suite probes")
+    add("--num_examples", type=int, default=4, help="example studies on the page")
+    add("--bf16", action="store_true", help="bfloat16 weights")
+    add("--seed", type=int, default=42, help="seed of the bootstrap")
+    arguments = parser.parse_args(argv)
+    arguments.suite = tuple(name.strip() for name in arguments.suite.split(",") if name.strip())
+    if not arguments.suite or set(arguments.suite) - set(SUITES):
+        raise UsageError(f"--suite {','.join(arguments.suite)}: choose from {','.join(SUITES)}")
+    return arguments
+
+
+def evaluate(args: argparse.Namespace) -> Path:
+    """Run the suites; writes config.json, summary.json, evaluation.json and report.html."""
+    from transformers.utils import logging
+
+    from cpo_fast.evaluation.generate import diagnose
+    from cpo_fast.evaluation.summary import (
+        evaluation_examples,
+        evaluation_summary,
+        write_examples,
+    )
+    from cpo_fast.report import write_report
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers' bars; ours know by themselves
+    loaded = load(args)
+    cohort = read(args, loaded)
+    answers = diagnose(
+        loaded.model,
+        loaded.tokenizer,
+        cohort.prompts,
+        loaded.pixels,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
+    evaluation = evaluation_summary(
+        truth=cohort.truth,
+        training_truth=cohort.training_truth,
+        answers={loaded.name: answers},
+        reports=[study.report.text for study in cohort.studies],
+        split=args.split,
+        seed=args.seed,
+    )
+    if "classification" not in args.suite:
+        del evaluation["classification"], evaluation["differences"]
+    if "report" not in args.suite:
+        del evaluation["text"]
+    if "zero_shot" in args.suite:
+        evaluation["zero_shot"] = {loaded.name: zero_shot(args, loaded, cohort, answers)}
+    if "drift" in args.suite:
+        evaluation["drift"] = {loaded.name: drift(args, loaded, cohort, answers)}
+    make_private(args.output_dir)
+    examples = evaluation_examples(
+        cohort.studies,
+        {loaded.name: answers},
+        count=args.num_examples,
+        uncertain=args.uncertain_labels,
+    )
+    write_examples(args.output_dir, examples)
+    reasons: dict[str, int] = {}
+    for record in cohort.rejected:
+        reasons[record.reason] = reasons.get(record.reason, 0) + 1
+    data = {"read": cohort.read, "used": len(cohort.studies), "rejected": reasons}
+    write_json(args.output_dir / "summary.json", {"evaluation": evaluation, "data": data})
+    shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    write_json(args.output_dir / "config.json", shown)
+    lines = "".join(json.dumps(record.to_json()) + "\n" for record in cohort.rejected)
+    (args.output_dir / "rejected_records.jsonl").write_text(lines, encoding="utf-8")
+    return write_report(args.output_dir)
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """The model on the GPU if there is one, fp32 unless --bf16."""
+    import torch
+
+    from cpo_fast.model.build import load_model, load_tokenizer
+    from cpo_fast.model.images import ImageProcessor
+
+    path = Path(args.model)
+    if not path.is_dir():
+        raise UsageError(f"--model {path}: no such model folder")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    sees = (path / "preprocessor_config.json").is_file()
+    images = ImageProcessor.load(path, max_pixels=args.max_pixels) if sees else None
+    return Loaded(path.resolve().name, model.to(device), load_tokenizer(path), images)
+
+
+def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:
+    """The studies of the split with their prompts, as training would tokenise them."""
+    from tqdm import tqdm
+
+    from cpo_fast.counterfactual import sft_preference, study_labels
+    from cpo_fast.data import open_studies
+    from cpo_fast.data.labels import diagnosis
+    from cpo_fast.packing import encode
+    from cpo_fast.types import RejectedRecord
+
+    source = open_studies(
+        args.dataset, dataset_format=args.dataset_format, image_root=args.image_root
+    )
+    cohort = Cohort([], [], [], [], 0, [])
+    grid = loaded.images.grid if loaded.images else None
+    for found in tqdm(source, desc="read", unit="study", disable=None):
+        images = found.images[:1] if grid else ()
+        study = replace(found, images=images, labels=study_labels(found))
+        names = diagnosis(study.labels, uncertain=args.uncertain_labels)
+        if study.split == "train":
+            cohort.training_truth.append(names)
+        if study.split != args.split or len(cohort.studies) == args.max_samples:
+            continue
+        asked = sft_preference(study, uncertain=args.uncertain_labels)
+        try:
+            group = encode(asked, loaded.tokenizer, grid, max_length=args.max_length)
+        except RecordError as error:
+            cohort.rejected.append(
+                RejectedRecord(str(args.dataset), None, study.study_id, error.reason, error.detail)
+            )
+            continue
+        cohort.studies.append(study)
+        cohort.prompts.append(group.prompt)
+        cohort.truth.append(names)
+    cohort.read = source.read
+    cohort.rejected[:0] = source.rejected
+    if not cohort.studies:
+        raise DataError(f"{args.dataset} has no usable study in its {args.split} split (--split)")
+    return cohort
+
+
+def zero_shot(
+    args: argparse.Namespace, loaded: Loaded, cohort: Cohort, answers: Sequence[str]
+) -> dict[str, Any]:
+    """AUC per finding: the likelihood of its sentence after the model's own thought."""
+    from cpo_fast.evaluation.classification import auc
+    from cpo_fast.evaluation.likelihood import (
+        after_thought,
+        finding_candidates,
+        finding_distribution,
+        score_answers,
+    )
+    from cpo_fast.evaluation.text import thought_of
+    from cpo_fast.model.packed import PackedModel
+    from cpo_fast.packing import image_token_id
+
+    prompts = [
+        after_thought(prompt, loaded.tokenizer, thought_of(answer))
+        for prompt, answer in zip(cohort.prompts, answers, strict=True)
+    ]
+    scores = score_answers(
+        PackedModel(loaded.model),
+        prompts,
+        finding_candidates(loaded.tokenizer),
+        loaded.pixels,
+        image_token_id=image_token_id(loaded.tokenizer),
+        packing_length=args.packing_length,
+    )
+    return auc(cohort.truth, finding_distribution(scores).numpy(), seed=args.seed)
+
+
+def drift(
+    args: argparse.Namespace, loaded: Loaded, cohort: Cohort, answers: Sequence[str]
+) -> dict[str, Any]:
+    """The drift probe and swaps on the model's own thoughts of the first studies."""
+    from tqdm import tqdm
+
+    from cpo_fast.evaluation.drift import drift_figures, find_swaps, probe, swap_effects
+    from cpo_fast.evaluation.text import thought_of
+    from cpo_fast.model.packed import PackedModel
+    from cpo_fast.packing import image_token_id
+
+    packed = PackedModel(loaded.model)
+    image = image_token_id(loaded.tokenizer)
+    drifts, effects = [], []
+    pairs = list(zip(cohort.prompts, map(thought_of, answers), strict=True))[: args.drift_samples]
+    for prompt, thought in tqdm(pairs, desc="drift", unit="study", disable=None):
+        if not thought:
+            continue
+        about = (packed, loaded.tokenizer, prompt, thought)
+        drifts.append(probe(*about, loaded.pixels, image_token_id=image))
+        swaps = find_swaps(thought)
+        effects += swap_effects(*about, swaps, loaded.pixels, image_token_id=image)[1]
+    return drift_figures(drifts, effects)
+
+
+def make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""`python -m cpo_fast.evaluate` from a data folder and a model folder to figures and a page."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from packing_samples import images, tokenizer, vision_language_model
+
+from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.evaluate import main
+from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
+from cpo_fast.model.build import save_model
+from cpo_fast.phantom import write_phantom
+from cpo_fast.types import Counterfactual, ImageRef, Report, Study
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_phantom(tmp_path_factory.mktemp("data") / "phantom", num_studies=60, seed=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "random"
+    save_model(vision_language_model(), folder, tokenizer=tokenizer(), images=images())
+    return folder
+
+
+def test_all_suites_on_the_phantom(data, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--model", model, "--dataset", data, "--output_dir", out, "--max_samples", 3,
+                 "--max_new_tokens", 8, "--drift_samples", 1, "--suite",
+                 "classification,report,zero_shot,drift"]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    assert str(out / "report.html") in capsys.readouterr().out
+    evaluation = json.loads((out / "summary.json").read_text())["evaluation"]
+    assert set(evaluation["classification"]) == {"majority", "random"}
+    assert evaluation["classification"]["random"]["studies"] == 3
+    assert set(evaluation["text"]["random"]) >= {"bleu_1", "bleu_4", "rouge_l"}
+    assert set(evaluation["zero_shot"]["random"]["findings"]) == set(LABEL_NAMES)
+    assert evaluation["drift"]["random"]["studies"] == 1
+    page = (out / "report.html").read_text()
+    assert "Zero-shot AUC" in page and "Drift of the diagnosis" in page
+    assert out.stat().st_mode & 0o777 == 0o700
+    assert (out / "evaluation.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "message"),
+    [
+        ({"--suite": "accuracy"}, 2, "choose from classification,report"),
+        ({"--model": "gone"}, 2, "no such model folder"),
+        ({"--dataset": "gone"}, 1, "no such file or folder"),
+        ({"--split": "final"}, 1, "no usable study in its final split"),
+    ],
+)
+def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, message):
+    flags = {"--model": model, "--dataset": data, "--output_dir": tmp_path / "out"} | changed
+    assert main([str(word) for pair in flags.items() for word in pair]) == status
+    assert message in capsys.readouterr().err
+
+
+def study(number: int, *names: str, image: ImageRef | None = None) -> Study:
+    labels = dict.fromkeys(names, 1)
+    images = (image,) if image else ()
+    return Study(str(number), "1", Report(f"report {number}"), images, labels)
+
+
+def test_summary_compares_models_in_their_order():
+    truth = [("Edema",), ("Pneumonia",)] * 10
+    right = [f"<think> a </think> The disease of this patient is {n[0]}." for n in truth]
+    summary = evaluation_summary(
+        truth=truth,
+        training_truth=[("Edema",)] * 3,
+        answers={"untrained": ["?"] * 20, "sft": right},
+        bootstrap=20,
+    )
+    assert summary["majority_guess"] == ["Edema"]
+    assert list(summary["classification"]) == ["majority", "untrained", "sft"]
+    assert summary["classification"]["untrained"]["unparsable"] == 20
+    assert summary["classification"]["majority"]["exact_match"]["value"] == 0.5
+    assert summary["classification"]["sft"]["macro"]["accuracy"]["value"] == 1.0
+    assert summary["differences"]["sft - untrained"]["accuracy"]["value"] == 1.0
+    assert list(summary["differences"]) == ["sft - untrained", "sft - majority"]
+    assert summary["text"] == {}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_examples_are_varied_and_have_counterfactuals_first(tmp_path):
+    picture = ImageRef("a/b.png", root=str(tmp_path))
+    studies = [study(1, "Edema"), study(2, "Edema", image=picture), study(3, "Edema"),
+               study(4, "Pneumonia", image=ImageRef("x", data=b"x"))]  # fmt: skip
+    changed = [Counterfactual(f"{n}/Pneumothorax", str(n), "1", (), "r", (), "Pneumothorax",
+                              f"changed {n}", ()) for n in (2, 3, 4)]  # fmt: skip
+    answers = {"sft": ["one", "two", "three", "four"]}
+    examples = evaluation_examples(studies, answers, changed, count=4)
+    assert [e["study_id"] for e in examples] == ["2", "4", "3", "1"]
+    assert examples[0]["image"] == str((tmp_path / "a/b.png").resolve())
+    assert examples[1]["image"] is None, "an image in memory has no path"
+    assert examples[0]["answers"] == {"sft": "two"}
+    assert examples[0]["counterfactual"] == "changed 2" and examples[3]["target"] is None
+    path = write_examples(tmp_path, examples)
+    assert json.loads(path.read_text())["examples"] == examples
