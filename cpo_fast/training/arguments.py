@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cpo_fast.errors import UsageError
 
@@ -170,7 +170,10 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        [TrainArguments], prog="python -m cpo_fast.train", allow_abbrev=False, description=__doc__
+        cast(Any, TrainArguments),
+        prog="python -m cpo_fast.train",
+        allow_abbrev=False,
+        description=__doc__,
     )
     parser.add_argument("--config", default=None, help="YAML file of flags (without the dashes)")
     given = {word.split("=", 1)[0] for word in argv if word.startswith("--")}
