@@ -133,7 +133,7 @@ def test_linear_kernel_uses_the_tensor_cores_and_the_copy_engine(
         assert "HMMA" not in kernel.sass.replace("HGMMA", "")
         assert kernel.sass.count("USETMAXREG") == 2
         assert "UTMALDG.2D.MULTICAST" in kernel.sass
-        # The accumulators stay in one place: a kernel that moves them does it with 64 or more moves.
+        # The accumulators stay in one place: moving them would take 128 moves.
         loops = kernel.sass.split("HGMMA")[1:-1]
         assert max(part.count("MOV ") for part in loops if part.count("\n") < 100) < 32
         # Memory barriers only at the two cluster barriers, none in the main loop.
