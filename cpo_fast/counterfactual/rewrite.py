@@ -33,6 +33,10 @@ _ANCHOR = {name: re.compile(rf"\b(?:{p})\b") for name, p in _ANCHORS.items()}
 _DENIAL = re.compile(r"\b(?:no|without|not|clear|negative|resol\w+)\b")
 _LOBE = re.compile(r"\b(right|left) (upper|middle|lower) lobe\b")
 _BASE = re.compile(r"\b(?:(right|left)(?: lung)? bas\w+|(?:lung )?bases|bibasilar)\b")
+_SIGNS = re.compile(
+    r"hyperinflat|hyperexpan|hyperlucen|flatten|retrosternal|blunting|volume loss|crowding|"
+    r"cardiomegaly|vascular congestion|infiltrate"
+)
 _CLEAR_SIDE = re.compile(
     r"\b(right|left) (?:lung|hemithorax)[^.;]*\bclear\b|\bclear (right|left) lung\b"
 )
@@ -64,7 +68,7 @@ def rewrite(
     both = len(place.sides) == 2
     sentences = wording.both if both else wording.one
     phrases = wording.impression_both if both else wording.impression_one
-    sentence = fill(sentences[(chance >> 24) % len(sentences)], place, size)
+    sentence = fill(_unsaid(sentences, chance >> 24, report.findings.lower()), place, size)
     phrase = fill(phrases[(chance >> 32) % len(phrases)], place, size)
     capitals = upper_case(report.text)
     if capitals:
@@ -75,6 +79,13 @@ def rewrite(
     if impression:
         impression = _section(impression, lex, place.sides, phrase, _first)
     return Report(findings, impression)
+
+
+def _unsaid(templates: tuple[str, ...], chance: int, told: str) -> str:
+    """A template by chance, preferring those whose signs the findings do not tell already."""
+    fresh = [t for t in templates if not any(m in told for m in _SIGNS.findall(t.lower()))]
+    options = fresh or templates
+    return options[chance % len(options)]
 
 
 def _place(report: Report, target: str, chance: int, attempt: int) -> Place:

@@ -239,7 +239,7 @@ WORDINGS: dict[str, Wording] = {
             "{Side} pleural thickening is present.",
             "There is pleural thickening along the {side} lateral chest wall.",
             "{Degree} {side} pleural thickening is noted.",
-            "A calcified pleural plaque is present on the {side}.",
+            "Pleural thickening with a calcified plaque is present on the {side}.",
             "There is {degree} smooth {side} pleural thickening.",
         ),
         impression_one=(
