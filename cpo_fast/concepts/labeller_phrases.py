@@ -253,7 +253,11 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (r"\bnormal (?:pulmonary )?vascul", ("Edema",)),
     (
-        r"\b(?:pleural spaces?|costophrenic (?:angles?|sulci|recesses)|pleura)(?:[^,;.]){0,30}?"
+        r"\bcostophrenic (?:angles?|sulci|recesses)(?:[^,;.]){0,30}?\b(?:clear|sharp|normal)\b",
+        ("Pleural Effusion",),
+    ),
+    (
+        r"\b(?:pleural spaces?|pleura)(?:[^,;.]){0,30}?"
         r"\b(?:clear|sharp|normal|unremarkable|no acute \w+)\b",
         ("Pleural Effusion", "Pneumothorax"),
     ),

@@ -99,7 +99,8 @@ _TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("mediastinum", re.compile(r"mediastin")),
     ("heart", re.compile(r"\bheart|\bcardiac|\bcardio")),
     ("inflation", re.compile(r"lung volumes?|inflation|aeration|expansion")),
-    ("pleura", re.compile(r"pleura|costophrenic|sulci|\bcp angles")),
+    ("sulci", re.compile(r"costophrenic|sulci|\bcp angles")),
+    ("pleura", re.compile(r"pleura")),
     ("lungs", re.compile(r"\blungs?\b|parenchyma|airspaces?|\bhemithora")),
 )
 _OPEN_END = re.compile(

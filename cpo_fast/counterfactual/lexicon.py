@@ -29,7 +29,7 @@ CONTRADICTED_TOPICS: dict[str, frozenset[str]] = {
     "Enlarged Cardiomediastinum": frozenset({"mediastinum", "cardiomediastinum"}),
     "Lung Lesion": frozenset({"lungs"}),
     "Lung Opacity": frozenset({"lungs"}),
-    "Pleural Effusion": frozenset({"pleura"}),
+    "Pleural Effusion": frozenset({"pleura", "sulci"}),
     "Pleural Other": frozenset({"pleura"}),
     "Pneumonia": frozenset({"lungs"}),
     "Pneumothorax": frozenset({"lungs", "pleura", "inflation"}),
