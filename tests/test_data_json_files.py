@@ -82,6 +82,10 @@ def test_line_numbers(tmp_path: Path) -> None:
     assert [number for number, _ in records(str(lines))] == [1, 3, 4]
     array = written(tmp_path, '[\n {"a":\n 1},\n\n {"a": 2}, {"a": 3}]')
     assert [number for number, _ in records(str(array))] == [2, 5, 5]
+    for size in range(2, 40):
+        stream = io.BytesIO(array.read_bytes())
+        pieces = json_files._array_items(lambda _, s=stream, n=size: s.read(n), "x")
+        assert [number for number, _ in pieces] == [2, 5, 5]
 
 
 @pytest.mark.parametrize(

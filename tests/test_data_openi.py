@@ -84,6 +84,13 @@ def test_splits_of_the_whole_collection(whole: Whole) -> None:
     assert share == pytest.approx({"train": 0.8, "validate": 0.1, "test": 0.1}, abs=0.02)
 
 
+def test_images_are_the_frontal_ones_where_views_are_known(tmp_path: Path, whole: Whole) -> None:
+    source = open_studies("open-i", image_root=str(tmp_path))
+    images = {study.study_id: [ref.path for ref in study.images] for study in source}
+    assert Counter(map(len, images.values())) == {1: 3773, 0: 101, 2: 49, 3: 4}
+    assert images["CXR1"] == ["CXR1_1_IM-0001-4001.png"]  # the first of its two is lateral
+
+
 def test_rule_of_the_authors_needs_findings(whole: Whole) -> None:
     source = open_studies("open-i", sections="authors")
     assert sum(not study.report.impression for study in source) == 3425

@@ -94,8 +94,8 @@ def _json_lines(file: IO[bytes], path: str) -> Iterator[Record]:
 def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
     """The items of one JSON array; `read(n)` gives the next n bytes or fewer at the end."""
     buffer = read(_CHUNK).removeprefix(codecs.BOM_UTF8)
-    line = 1  # of the start of the buffer
     start = at = buffer.index(b"[") + 1  # of the item, of what is not scanned yet
+    line, counted = 1, 0  # the line of buffer[counted]
     depth = 0
     more = True
     items = 0
@@ -112,26 +112,27 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
                 depth -= 1
             elif not depth and mark in (b",", b"]", b"}"):
                 item = buffer[start : token.start()]
-                first = line + buffer.count(b"\n", 0, start + len(item) - len(item.lstrip()))
+                begin = start + len(item) - len(item.lstrip())
+                line, counted = line + buffer.count(b"\n", counted, begin), begin
                 if item.strip():
-                    yield first, decode(item)
+                    yield line, decode(item)
                 elif mark == b"," or items:
-                    yield first, RecordError("json-invalid", "a comma without a record")
+                    yield line, RecordError("json-invalid", "a comma without a record")
                 items += 1
                 start = at
                 if mark != b",":
                     if buffer[at:].strip() or read(_CHUNK).strip():
-                        yield first, RecordError("json-invalid", "text behind the array's end")
+                        yield line, RecordError("json-invalid", "text behind the array's end")
                     return
         else:
             at = len(buffer)
         if not more:
             yield (
-                line + buffer.count(b"\n"),
+                line + buffer.count(b"\n", counted),
                 RecordError("json-truncated", "the file ends inside the array"),
             )
             return
-        line += buffer.count(b"\n", 0, start)
+        line, counted = line + buffer.count(b"\n", counted, start), 0
         buffer, at, start = buffer[start:], at - start, 0
         if len(buffer) > MAX_RECORD_BYTES:
             raise DataError(

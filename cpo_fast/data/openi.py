@@ -122,14 +122,16 @@ def split_of(study_id: str) -> str:
     return "test" if tenth == 9 else "validate" if tenth == 8 else "train"
 
 
-def _lateral_ids() -> frozenset[str]:
-    """Images that the wheel's own table of views calls lateral; none when it is not installed."""
+def _views() -> dict[str, str]:
+    """Image id -> "PA" or "L" by the wheel's table, which was made from the pixels and names one
+    or two images of most studies; {} when it is not installed.
+    """
     try:
         path = installed(_VIEWS)
     except DataError:
-        return frozenset()
+        return {}
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        return frozenset(row["imageid"] for row in csv.DictReader(file) if row["tsne-view"] == "L")
+        return {row["imageid"]: row["tsne-view"] for row in csv.DictReader(file)}
 
 
 def _members(path: str) -> Iterator[tuple[str, bytes]]:
@@ -169,7 +171,12 @@ class OpenISource(StudySource):
         super().__init__("open-i", path or installed())
         self.sections = sections
         self.image_root = image_root
-        self._lateral = _lateral_ids() if image_root is not None else frozenset()
+        self._view = _views() if image_root is not None else {}
+
+    def _frontal(self, names: list[str]) -> list[str]:
+        """Images known to be frontal, else those not known to be lateral, else all."""
+        frontal = [name for name in names if self._view.get(name) == "PA"]
+        return frontal or [name for name in names if self._view.get(name) != "L"] or names
 
     def _study(self, root: Element, study_id: str) -> Study:
         text = {"FINDINGS": "", "IMPRESSION": "", "INDICATION": ""}
@@ -181,8 +188,7 @@ class OpenISource(StudySource):
             raise RecordError("no-findings-or-impression", f"by the {self.sections} rule")
         images: list[str] = []
         if self.image_root is not None:
-            images = [image.get("id", "") for image in root.iter("parentImage")]
-            images = [name for name in images if name not in self._lateral] or images
+            images = self._frontal([image.get("id", "") for image in root.iter("parentImage")])
         return Study(
             study_id=study_id,
             patient_id=study_id,
