@@ -1,0 +1,259 @@
+"""Training steps end to end: ours against trl's DPOTrainer 1.16 and our own unshared mode.
+
+Same model (a small random Qwen2.5-VL or Qwen2, LoRA r 8 on the language model's linears, fp32),
+same pairs (one chosen, two rejected), same optimiser, one process. A step is everything from the
+image files to the updated adapter: preprocessing, policy and reference forward, loss, backward,
+AdamW. Ours has its token ids made ahead, as in a run; so has trl for text, while its vision
+collator makes them in the step. Every round of ours is preceded by one round of each peer, so that
+all see the same machine; figures are medians. On a CPU trl scores every position, on a GPU the
+response rows only, which flatters the ratio here.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cpo_fast.loss import cpo_loss
+from cpo_fast.model.build import add_lora, tiny_model, tiny_text_model
+from cpo_fast.model.images import ImageProcessor
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.model.tokenizer import train_tokenizer
+from cpo_fast.packing import (
+    collate,
+    encode_all,
+    image_token_id,
+    packing_efficiency,
+    plan_epoch,
+)
+from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+STUDIES = 4
+PAIRS = 2 * STUDIES
+TRL_BATCH = 4
+PACKING_LENGTH = 4096
+ROUNDS = 3
+CASES = {
+    # name: (image side in pixels, words of the prompt's text); a word is about one token
+    "image, prompt 380": (504, 40),
+    "text, prompt 380": (0, 360),
+    "text, prompt 63": (0, 45),
+}
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choice(VOCABULARY) for _ in range(count))
+
+
+VOCABULARY = ["".join(random.Random(i).choices("aeioulnrstmdp", k=3 + i % 6)) for i in range(1200)]
+
+
+def samples(side: int, prompt_words: int) -> list[Preference]:
+    """Responses of 100 to 250 tokens, an image of side x side grey noise where asked for."""
+    rng = random.Random(0)
+    out = []
+    for study in range(STUDIES):
+        text = {"type": "text", "text": words(rng, prompt_words)}
+        pictures: tuple[ImageRef, ...] = ()
+        if side:
+            pixels = np.random.default_rng(study).integers(0, 256, (side, side), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            pictures = (ImageRef(f"{study}.png", data=file.getvalue()),)
+        content = [*[{"type": "image"}] * len(pictures), text]
+        answers = [words(rng, rng.randint(95, 235)) for _ in range(3)]
+        prompt = ({"role": "user", "content": content},)
+        out.append(Preference(str(study), prompt, answers[0], tuple(answers[1:]), pictures))
+    return out
+
+
+def ours(setup: SimpleNamespace, *, attention: str = "gathered", **layout: bool) -> Callable:
+    """One optimiser step over all pairs; returns the mean loss."""
+    model = add_lora(setup.model(), r=8, alpha=32)
+    packed = PackedModel(model, attention=attention)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    (step,) = plan_epoch(
+        setup.groups, pairs_per_step=PAIRS, packing_length=PACKING_LENGTH, seed=0, epoch=0
+    )
+
+    def run() -> float:
+        total = 0.0
+        for pack in step:
+            batch = collate(
+                setup.groups,
+                pack,
+                pixels=setup.images.pixels,
+                image_token_id=image_token_id(setup.tokenizer),
+                **layout,
+            )
+            out = cpo_loss(
+                packed.hidden(batch),
+                packed.head()[0],
+                batch.labels,
+                batch.segment_ids,
+                batch.pairs,
+                ref_hidden=packed.hidden(batch, reference=True),
+                num_segments=batch.num_segments,
+            )
+            loss = out.losses.sum() / PAIRS
+            loss.backward()
+            total += loss.item()
+            run.tokens += len(batch.input_ids)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    run.tokens = 0
+    return run
+
+
+def trl(setup: SimpleNamespace, folder: Path) -> Callable:
+    """The same step by trl, in micro-batches of TRL_BATCH pairs."""
+    from trl_oracle import trainer
+
+    made = trainer(
+        setup.model(),
+        setup.preferences,
+        setup.tokenizer,
+        setup.images,
+        output_dir=str(folder),
+        r=8,
+        alpha=32,
+        per_device_train_batch_size=TRL_BATCH,
+    )
+    made.model.train()
+    optimizer = torch.optim.AdamW([p for p in made.model.parameters() if p.requires_grad], lr=0.0)
+
+    def run() -> float:
+        total = 0.0
+        for start in range(0, PAIRS, TRL_BATCH):
+            rows = [made.train_dataset[i] for i in range(start, start + TRL_BATCH)]
+            inputs = made.data_collator(rows)
+            loss = made.compute_loss(made.model, inputs) * TRL_BATCH / PAIRS
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return run
+
+
+@pytest.fixture(params=CASES)
+def setup(request) -> SimpleNamespace:
+    side, prompt_words = CASES[request.param]
+    preferences = samples(side, prompt_words)
+    texts = [words(random.Random(i), 200) for i in range(200)]
+    tokenizer = train_tokenizer(texts, vocab_size=4096)
+    images = ImageProcessor.create(max_pixels=max(side, 56) ** 2)
+    sizes = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "intermediate_size": 768,
+    }
+
+    def model():
+        if not side:
+            return tiny_text_model(tokenizer, **sizes)
+        vision = {"vision_hidden_size": 128, "vision_layers": 4, "vision_intermediate_size": 256}
+        return tiny_model(tokenizer, **sizes, **vision)
+
+    groups = encode_all(preferences, tokenizer, images.grid, max_length=4096).groups
+    return SimpleNamespace(
+        name=request.param,
+        preferences=preferences,
+        tokenizer=tokenizer,
+        images=images,
+        model=model,
+        groups=groups,
+    )
+
+
+def test_training_step(benchmark, setup, tmp_path, capsys):
+    step = ours(setup)
+    peers = {
+        "trl": trl(setup, tmp_path),
+        "unshared": ours(setup, share_prompt=False),
+        "dense mask": ours(setup, attention="sdpa"),
+    }
+    # No speed without the same numbers.
+    want = step()
+    for name, peer in peers.items():
+        assert abs(peer() - want) < 1e-5, name
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+
+    def time_peers() -> None:
+        for name, peer in peers.items():
+            start = time.perf_counter()
+            peer()
+            seconds[name].append(time.perf_counter() - start)
+
+    tokens = step.tokens
+    benchmark.pedantic(step, setup=time_peers, rounds=ROUNDS)
+    median = benchmark.stats.stats.median
+    logical = sum(
+        2 * len(g.prompt.input_ids) + len(g.chosen) + len(rejected)
+        for g in setup.groups
+        for rejected in g.rejected
+    )
+    rates = {name: PAIRS / statistics.median(times) for name, times in seconds.items()}
+    benchmark.extra_info |= {
+        "case": setup.name,
+        "pairs_per_second": PAIRS / median,
+        "peers_pairs_per_second": rates,
+        "ratios": {name: PAIRS / median / rate for name, rate in rates.items()},
+        "physical_tokens_per_second": tokens / median,
+        "logical_tokens_per_second": logical / median,
+        "token_ratio": logical / tokens,
+        "threads": torch.get_num_threads(),
+    }
+    with capsys.disabled():
+        against = ", ".join(
+            f"{name} {rate:.2f} ({PAIRS / median / rate:.1f} x)" for name, rate in rates.items()
+        )
+        print(
+            f"\n{setup.name}: {PAIRS / median:.2f} pairs/s; {against}; tokens {tokens} for "
+            f"{logical} unshared ({logical / tokens:.2f} x); {torch.get_num_threads()} threads"
+        )
+
+
+def test_planning(benchmark, capsys):
+    """An epoch of 20,000 groups of CCF-like lengths; steps of 64 pairs, and of 512."""
+    rng = random.Random(0)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return (0,) * rng.randint(low, high)
+
+    groups = [
+        PreferenceGroup(
+            str(i), Prompt(ids(350, 400)), ids(100, 250), (ids(100, 250), ids(100, 250))
+        )
+        for i in range(20_000)
+    ]
+
+    def plan(pairs: int, length: int):
+        return plan_epoch(groups, pairs_per_step=pairs, packing_length=length, seed=0, epoch=0)
+
+    benchmark.pedantic(plan, args=(64, 4096), rounds=2)
+    found = {
+        f"{pairs} pairs, {length} tokens": packing_efficiency(groups, plan(pairs, length), length)
+        for pairs in (64, 512)
+        for length in (4096, 8192, 16384)
+    }
+    benchmark.extra_info["packing_efficiency"] = found
+    with capsys.disabled():
+        print("\npacking efficiency: " + "; ".join(f"{k}: {v:.3f}" for k, v in found.items()))
