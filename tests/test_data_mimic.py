@@ -90,6 +90,17 @@ def test_views(tmp_path: Path) -> None:
         MimicSource(str(root), blank_view="perhaps")
 
 
+def test_images_elsewhere(tmp_path: Path) -> None:
+    root = write_mimic(tmp_path / "m", [{"study": 50000001}])
+    (tmp_path / "small").mkdir()
+    shutil.move(root / "files", tmp_path / "small")
+    shutil.copytree(
+        tmp_path / "small/files", root / "files", ignore=shutil.ignore_patterns("*.jpg")
+    )
+    (study,) = open_studies(str(root), image_root=str(tmp_path / "small"))
+    assert image_size(study.images[0]) == (8, 6)
+
+
 def test_both_labellers_and_unpacked_tables(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}], labeller="negbio")
     packed = root / TABLE.format("split")

@@ -63,7 +63,8 @@ def open_studies(
     files.
 
     `dataset_format` forces a kind, `sections` names the rule of `sections.parse_report`,
-    `image_root` is the folder of Open-I's PNG files (the images of MIMIC-CXR lie in the data set).
+    `image_root` is the folder of Open-I's PNG files, or where the files/ of MIMIC-CXR-JPG lies if
+    the images are not in the data set.
     Returns an iterable of Study with `kind`, `path`, `read` and `rejected`. Raises UsageError for
     an unknown name and DataError for a data set that cannot be read; the latter may come while
     iterating.
@@ -90,7 +91,7 @@ def open_studies(
         raise DataError(
             f"{dataset}: no such folder; give the folder that holds mimic-cxr-2.0.0-split.csv.gz"
         )
-    return mimic.MimicSource(dataset, sections=sections)
+    return mimic.MimicSource(dataset, sections=sections, image_root=image_root)
 
 
 __all__ = [

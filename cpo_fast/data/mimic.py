@@ -67,19 +67,26 @@ def _required(folder: str, *names: str) -> str:
 class MimicSource(StudySource):
     """Studies of a MIMIC-CXR-JPG folder.
 
-    `sections` names the rule of `parse_report`, `blank_view` one of `BLANK_VIEW_POLICIES`. A study
+    `sections` names the rule of `parse_report`, `image_root` is where files/ lies if the images are
+    elsewhere (made smaller, say), `blank_view` one of `BLANK_VIEW_POLICIES`. A study
     without a row of labels keeps empty labels. Rows that repeat or contradict another and studies
     that lack their report or a frontal view are rejected. Raises DataError for a missing folder,
     table or column.
     """
 
     def __init__(
-        self, path: str, *, sections: str = "careful", blank_view: str = "stand-in"
+        self,
+        path: str,
+        *,
+        sections: str = "careful",
+        image_root: str | None = None,
+        blank_view: str = "stand-in",
     ) -> None:
         super().__init__("mimic-cxr", path)
         if blank_view not in BLANK_VIEW_POLICIES:
             raise ValueError(f"blank_view must be one of {BLANK_VIEW_POLICIES}, not {blank_view!r}")
         self.sections = sections
+        self.image_root = path if image_root is None else image_root
         self.blank_view = blank_view
         self.labels_path = _required(path, *LABELLERS)
         self._bad_rows: list[RejectedRecord] = []
@@ -201,7 +208,7 @@ class MimicSource(StudySource):
             study_id=f"s{study}",
             patient_id=f"p{patient}",
             report=report,
-            images=tuple(ImageRef(f"{folder}/{dicom}.jpg", self.path) for dicom in frontal),
+            images=tuple(ImageRef(f"{folder}/{dicom}.jpg", self.image_root) for dicom in frontal),
             labels={name: value for name, value in known if value is not None},
             split=split,
             date=self._when(study)[0],

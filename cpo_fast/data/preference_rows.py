@@ -221,20 +221,31 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
     )
 
 
+def _ccf_image(row: Row) -> tuple[str, str]:
+    """(study id, path of the image below MIMIC-CXR's root)."""
+    ids = [str(row.get(name) or "").lstrip("ps") for name in ("sid", "pid")]
+    study = next((one for one in ids if re.fullmatch(r"5\d{7}", one)), None)
+    patient = next((one for one in ids if re.fullmatch(r"1\d{7}", one)), None)
+    dicom = row["dicom_id"]
+    named = isinstance(dicom, str) and _DICOM.fullmatch(dicom)
+    if study is None or patient is None or not named:
+        raise RecordError("bad-id", "sid, pid or dicom_id is malformed")
+    return f"s{study}", f"files/p{patient[:2]}/p{patient}/s{study}/{dicom}.jpg"
+
+
 def parse_ccf(row: Row, root: str, id: str) -> Preference:
     """CXR-CounterFact: every counterfactual of the item is rejected, in its order.
 
     `sid` and `pid` stand the wrong way round in some releases: a patient's id begins with 1, a
-    study's with 5. The image lies where MIMIC-CXR-JPG puts it, below `root`.
+    study's with 5. The image lies where MIMIC-CXR-JPG puts it, below `root`; an item without
+    `dicom_id` has none.
     """
-    ids = [str(row.get(name) or "").lstrip("ps") for name in ("sid", "pid")]
-    study = next((one for one in ids if re.fullmatch(r"5\d{7}", one)), None)
-    patient = next((one for one in ids if re.fullmatch(r"1\d{7}", one)), None)
-    dicom = row.get("dicom_id")
-    named = isinstance(dicom, str) and _DICOM.fullmatch(dicom)
-    if study is None or patient is None or not named:
-        raise RecordError("bad-id", "sid, pid or dicom_id is malformed")
-    path = f"files/p{patient[:2]}/p{patient}/s{study}/{dicom}.jpg"
+    images: tuple[ImageRef, ...] = ()
+    if row.get("dicom_id"):
+        id, path = _ccf_image(row)
+        images = (ImageRef(path, root),)
+    elif sid := row.get("sid"):
+        id = text_of(sid, "sid")[:200]
     report, diagnose = (text_of(row.get(name), name) for name in ("report", "diagnose"))
     if not report.strip() or not diagnose.strip():
         raise RecordError("empty-response", "report or diagnose is empty")
@@ -243,8 +254,7 @@ def parse_ccf(row: Row, root: str, id: str) -> Preference:
         for name, text in object_of(row.get("counterfact"), "counterfact").items()
     ]
     chosen = f"<think> {report} </think> {diagnose}"
-    images = (ImageRef(path, root),)
-    return _preference(row, f"s{study}", question(1), chosen, rejected, images)
+    return _preference(row, id, question(len(images)), chosen, rejected, images)
 
 
 def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
