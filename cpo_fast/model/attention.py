@@ -1,15 +1,17 @@
 """Attention over a pack: every token sees its own prompt and its own branch, causally.
 
-Two ways with the same result: one dense mask over the whole row (the specification), and K/V
-gathered per branch, which does no work across branches. The second is an attention function of
-ours, registered through transformers' public AttentionInterface and handed its layout as a keyword
-of the forward; without a layout (as in `generate`) it is plain SDPA.
+Three ways to the same result. One dense mask over the whole row is the specification. The other
+two do no work across branches, with K and V gathered per branch: `gathered` by one SDPA call per
+prompt and branch (the CPU default), `varlen` by one call of torch's variable-length flash attention
+for the whole pack (CUDA). Those are an attention function of ours, registered through
+transformers' public AttentionInterface and handed its layout as a keyword of the forward; without
+a layout (as in `generate`) it is plain SDPA.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,9 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cpo_fast.errors import UsageError
 from cpo_fast.types import PackedBatch
 
-GATHERED = "cpo_fast_gathered"
+BRANCHES = "cpo_fast_branches"
+"""The name under which transformers finds `branch_attention`."""
 
 
 def dense_mask(batch: PackedBatch) -> torch.Tensor:
@@ -30,26 +34,43 @@ def dense_mask(batch: PackedBatch) -> torch.Tensor:
     return (same_study & same_branch).tril()[None, None]
 
 
-class BranchLayout:
-    """Where prompts and branches lie in the row of a pack, for `attend`.
+def studies_of(batch: PackedBatch) -> list[tuple[int, list[int]]]:
+    """(prompt length, lengths of its branches) of every study, in row order."""
+    keys = zip(batch.study_index.tolist(), batch.branch_index.tolist(), strict=True)
+    studies: list[tuple[int, list[int]]] = []
+    for (_, branch), run in groupby(keys):
+        length = sum(1 for _ in run)
+        if branch == 0:
+            studies.append((length, []))
+        else:
+            studies[-1][1].append(length)
+    return studies
 
-    `studies` holds, in row order, (prompt length, lengths of its branches).
-    """
+
+class Layout(Protocol):
+    """What `branch_attention` needs of a pack."""
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [1, H, T, d]
+        key: torch.Tensor,  # [1, H_kv, T, d]
+        value: torch.Tensor,  # [1, H_kv, T, d]
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor: ...  # [1, T, H, d]
+
+
+class GatheredLayout:
+    """One SDPA call per prompt (causal) and per branch (all of its prompt, itself causally)."""
 
     def __init__(self, batch: PackedBatch) -> None:
-        keys = zip(batch.study_index.tolist(), batch.branch_index.tolist(), strict=True)
-        runs = [(key, sum(1 for _ in run)) for key, run in groupby(keys)]
-        self.studies: list[tuple[int, list[int]]] = []
-        for (_, branch), length in runs:
-            if branch == 0:
-                self.studies.append((length, []))
-            else:
-                self.studies[-1][1].append(length)
+        self.studies = studies_of(batch)
         self.lengths = [n for prompt, branches in self.studies for n in (prompt, *branches)]
         self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
 
     def _mask(self, prompt: int, length: int, like: torch.Tensor) -> torch.Tensor:
-        """Additive [length, prompt + length]: all of the prompt, the branch causally."""
+        """Additive [length, prompt + length]; made once for all layers."""
         key = (prompt, length, like.dtype)
         if key not in self._masks:
             mask = like.new_full((length, prompt + length), float("-inf"))
@@ -57,9 +78,19 @@ class BranchLayout:
         return self._masks[key]
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
     ) -> torch.Tensor:
-        """[1, H, T, d] from query [1, H, T, d] and key, value [1, H_kv, T, d]."""
+        options: dict[str, Any] = {
+            "scale": scale,
+            "dropout_p": dropout,
+            "enable_gqa": query.shape[1] != key.shape[1],
+        }
         # One split per tensor: its backward is one concatenation; slices would each fill a row.
         pieces = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
         out = []
@@ -79,10 +110,67 @@ class BranchLayout:
                         **options,
                     )
                 )
-        return torch.cat(out, dim=2)
+        return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def gathered_attention(
+class VarlenLayout:
+    """Every prompt and branch is a sequence of torch.nn.attention.varlen: its queries as they stand
+    in the row, its keys the prompt and itself, causal from the lower right corner.
+
+    CUDA with bfloat16 or float16 only. The layout is tested on the CPU with a stand-in for the
+    kernel; the kernel itself is untested on a GPU.
+    """
+
+    def __init__(self, batch: PackedBatch) -> None:
+        index: list[torch.Tensor] = []  # keys of every sequence
+        queries: list[int] = []
+        position = 0
+        for prompt, branches in studies_of(batch):
+            seen = torch.arange(0)  # a prompt sees itself, a branch its prompt too
+            for length in (prompt, *branches):
+                own = torch.arange(position, position + length)
+                index.append(torch.cat((seen, own)))
+                queries.append(length)
+                seen = index[-1][:prompt]
+                position += length
+        keys = [len(sequence) for sequence in index]
+        device = batch.input_ids.device
+        self.key_index = torch.cat(index).to(device)
+        self.query_ends, self.key_ends = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            for lengths in (queries, keys)
+        )
+        self.longest_query, self.longest_key = max(queries), max(keys)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if dropout:
+            raise UsageError("attention='varlen' has no dropout; set attention_dropout to 0")
+        out: Any = varlen_attn(
+            query[0].transpose(0, 1),  # [T, H, d]
+            key[0].transpose(0, 1).index_select(0, self.key_index),
+            value[0].transpose(0, 1).index_select(0, self.key_index),
+            self.query_ends,
+            self.key_ends,
+            self.longest_query,
+            self.longest_key,
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[None]
+
+
+def branch_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -91,7 +179,7 @@ def gathered_attention(
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    branch_layout: BranchLayout | None = None,
+    branch_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function as transformers calls it; [1, T, H, d] from [1, H, T, d]."""
@@ -99,12 +187,8 @@ def gathered_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    grouped = query.shape[1] != key.shape[1]
-    out = branch_layout.attend(
-        query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-    )
-    return out.transpose(1, 2), None
+    return branch_layout.attend(query, key, value, scale=scaling, dropout=dropout), None
 
 
-AttentionInterface.register(GATHERED, gathered_attention)
-AttentionMaskInterface.register(GATHERED, sdpa_mask)
+AttentionInterface.register(BRANCHES, branch_attention)
+AttentionMaskInterface.register(BRANCHES, sdpa_mask)

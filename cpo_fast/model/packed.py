@@ -8,6 +8,7 @@ tower they serve policy and reference.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ATTENTIONS = ("gathered", "sdpa")
+ATTENTIONS = ("gathered", "sdpa", "varlen")
 
 
 class PackedModel:
     """Runs `model` over PackedBatches.
 
-    `attention` is "gathered" (K/V per branch) or "sdpa" (one dense T x T mask); both give the same
-    numbers. Raises UsageError for an unknown one and for models with sliding-window layers.
+    `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask) or "varlen" (K/V per
+    branch in one flash attention call; CUDA, half precision, torch 2.12); all give the same
+    numbers. Raises UsageError for an unknown one, for one that the model's device or dtype cannot
+    use, and for models with sliding-window layers.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str = "gathered") -> None:
@@ -48,13 +51,15 @@ class PackedModel:
                 "the model has sliding-window layers, which packs do not support; "
                 "set use_sliding_window to false in its config.json"
             )
-        from cpo_fast.model.attention import GATHERED
+        if attention == "varlen":
+            _check_varlen(base)
+        from cpo_fast.model.attention import BRANCHES
 
-        implementation = GATHERED if attention == "gathered" else "sdpa"
+        implementation = "sdpa" if attention == "sdpa" else BRANCHES
         self._base.set_attn_implementation(
             implementation if self._vision is None else {"text_config": implementation}
         )
-        self._shared: tuple[PackedBatch, torch.Tensor] | None = None
+        self._last: _Prepared | None = None
 
     def hidden(self, batch: PackedBatch, *, reference: bool = False) -> torch.Tensor:
         """Hidden states [R, D] of the batch's scored rows, after the final norm.
@@ -93,27 +98,35 @@ class PackedModel:
             inputs_embeds=embeddings[None],
             position_ids=positions,
             use_cache=False,
-            **self._attention_inputs(batch),
+            **self._prepared(batch).attention,
         )
         return out.last_hidden_state[0].index_select(0, batch.score_rows)
 
+    def _prepared(self, batch: PackedBatch) -> _Prepared:
+        """What policy and reference share; kept for the latest batch."""
+        if self._last is None or self._last.batch is not batch:
+            self._last = _Prepared(batch, self._attention_inputs(batch))
+        return self._last
+
     def _attention_inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        from cpo_fast.model.attention import BranchLayout, dense_mask
+        from cpo_fast.model.attention import GatheredLayout, VarlenLayout, dense_mask
 
         if self.attention == "sdpa":
             return {"attention_mask": dense_mask(batch)}
-        # A mask of four dimensions is passed on as it is, so that the library never guesses at one.
+        layout = GatheredLayout if self.attention == "gathered" else VarlenLayout
+        # A mask of four dimensions is passed on as it is, so that the library guesses at none.
         return {
             "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1),
-            "branch_layout": BranchLayout(batch),
+            "branch_layout": layout(batch),
         }
 
     def _image_features(self, batch: PackedBatch) -> torch.Tensor:
         """[visual tokens, D] of all images of the batch, in row order."""
         assert self._vision is not None
+        prepared = self._prepared(batch)
+        if prepared.image_features is not None:
+            return prepared.image_features
         frozen = not any(p.requires_grad for p in self._vision.parameters())
-        if frozen and self._shared is not None and self._shared[0] is batch:
-            return self._shared[1]
         with torch.no_grad() if frozen else nullcontext():
             out = self._inner.get_image_features(
                 batch.pixel_values, batch.image_grid_thw, return_dict=True
@@ -121,5 +134,31 @@ class PackedModel:
             images = out.pooler_output  # one [visual tokens, D] per image
             features = torch.cat([images[i] for i in batch.image_order or range(len(images))])
         if frozen:
-            self._shared = (batch, features)
+            prepared.image_features = features
         return features
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """Attention inputs of a batch and, from a frozen tower, its image features."""
+
+    batch: PackedBatch
+    attention: dict[str, Any]
+    image_features: torch.Tensor | None = None
+
+
+def _check_varlen(model: PreTrainedModel) -> None:
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        raise UsageError(
+            f"attention='varlen' needs torch 2.12 or later, this is {torch.__version__}; "
+            "use 'gathered' or 'sdpa'"
+        )
+    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+        raise UsageError(
+            f"attention='varlen' needs a CUDA model in bfloat16 or float16, this one is "
+            f"{model.dtype} on {model.device.type}; use 'gathered' or 'sdpa'"
+        )
