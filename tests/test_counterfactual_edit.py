@@ -91,6 +91,14 @@ EDITS = [
     ("Emphysema", "Low lung volumes with bibasilar atelectasis.", ""),
     ("Atelectasis", "The lungs are hyperinflated.", ""),
     ("Emphysema", "No atelectasis.", "No atelectasis."),
+    # capitals
+    (
+        "Pneumothorax",
+        "NO PNEUMOTHORAX OR PLEURAL EFFUSION IS SEEN.",
+        "NO PLEURAL EFFUSION IS SEEN.",
+    ),
+    ("Cardiomegaly", "HEART AND MEDIASTINUM ARE NORMAL.", "MEDIASTINUM IS NORMAL."),
+    ("Edema", "STABLE CARDIOMEGALY.", "STABLE CARDIOMEGALY."),
     # and what only looks like a denial
     ("Edema", "Stable cardiomegaly.", "Stable cardiomegaly."),
     (

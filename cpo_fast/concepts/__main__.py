@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cpo_fast.concepts.graph import load_graph
+from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
 from cpo_fast.errors import CpoFastError, DataError, UsageError
 from cpo_fast.types import ConceptGraph
@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cpo_fast.concepts", description=__doc__, allow_abbrev=False
     )
-    commands = parser.add_subparsers(required=True, metavar="label | stats | export | plot")
+    commands = parser.add_subparsers(
+        required=True, metavar="label | stats | export | plot | mine | merge"
+    )
     label = commands.add_parser("label", help="{id, report} lines -> {id, labels} lines")
     label.add_argument("--input", required=True, type=Path)
     label.add_argument("--output", required=True, type=Path)
@@ -48,7 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="the graph as a picture (.png, .svg, .pdf)")
     plot.add_argument("--output", required=True, type=Path)
     plot.set_defaults(run=_plot)
-    for command in (stats, export, plot):
+    mined = commands.add_parser("mine", help="counts, PMI and exclusion tests of a corpus")
+    mined.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
+    mined.add_argument("--output", required=True, type=Path, help="a .json file")
+    mined.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    mined.set_defaults(run=_mine)
+    merged = commands.add_parser("merge", help="an LLM's extraction into a graph file")
+    merged.add_argument("--input", required=True, type=Path, help="JSON: data, disease_feature_map")
+    merged.add_argument("--output", required=True, type=Path, help="the new graph file")
+    merged.set_defaults(run=_merge)
+    for command in (stats, export, plot, mined, merged):
         command.add_argument("--graph", default=None, help="a graph file (default: the package's)")
     return parser
 
@@ -128,6 +139,49 @@ def _export(args: argparse.Namespace) -> None:
             out.writelines(line + "\n" for line in networkx.generate_graphml(graph))
     else:
         raise UsageError(f"--output {args.output}: the name must end in .json or .graphml")
+
+
+def _mine(args: argparse.Namespace) -> None:
+    from cpo_fast.concepts.mine import evidence, mine, proposals
+    from cpo_fast.data import open_studies
+
+    graph_json = read_graph_json(args.graph)
+    graph = graph_from_json(graph_json)
+    studies = open_studies(args.dataset)
+    texts = (s.report.text for s in tqdm(studies, "mine", disable=None, unit=" reports"))
+    counts = mine(graph_json, texts, args.workers)
+    edges = evidence(graph, counts)
+    proposed = proposals(edges)
+    with _open_output(args.output) as out:
+        json.dump(
+            {
+                "reports": counts.reports,
+                "asserted": dict(sorted(counts.nodes.items())),
+                "uncertain": dict(sorted(counts.uncertain.items())),
+                "denied": dict(sorted(counts.denied.items())),
+                "edges": [edge.to_json() for edge in edges],
+                "proposals": proposed,
+            },
+            out,
+            indent=1,
+        )
+    print(f"{args.output}: {counts.reports} reports, {len(edges)} pairs")
+    for change, number in Counter(row["change"] for row in proposed).most_common():
+        print(f"  {change}: {number} proposed")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from cpo_fast.concepts.extraction import merge_extraction
+
+    merged, done = merge_extraction(
+        read_graph_json(args.graph), read_graph_json(args.input), str(args.input)
+    )
+    with _open_output(args.output) as out:
+        json.dump(merged, out, indent=1)
+    print(f"{args.output}: {len(done['added'])} associations added, {done['known']} were known")
+    for name in ("excluded", "too_rare"):
+        print(f"  not added, {name}: {len(done[name])}")
+    print(f"  names that fit no node: {len(done['unknown'])}")
 
 
 def _plot(args: argparse.Namespace) -> None:

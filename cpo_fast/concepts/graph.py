@@ -40,10 +40,13 @@ def load_graph(path: str | Path | None = None) -> ConceptGraph:
     implications.
     """
     file = DEFAULT_GRAPH if path is None else Path(path)
-    return graph_from_json(_read(file), str(file))
+    return graph_from_json(read_graph_json(file), str(file))
 
 
-def _read(file: Path) -> Any:
+def read_graph_json(path: str | Path | None = None) -> Any:
+    """The parsed JSON of the package's graph file or of `path`, not yet checked. Raises
+    DataError."""
+    file = DEFAULT_GRAPH if path is None else Path(path)
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise DataError(

@@ -63,11 +63,23 @@ def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
     """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of
     `LABELLED`."""
     found: list[tuple[str, int]] = []
-    calm = _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
+    calm = _calmed(sentence)
     for name, pattern in _MENTIONS.items():
         for match in pattern.finditer(sentence):
             found.append((name, _polarity(calm, match.start(), match.end())))
     return tuple(found)
+
+
+def polarity(sentence: str, start: int, end: int) -> int:
+    """Whether what stands at start:end of a lower-case sentence is asserted (1), denied or
+    doubted."""
+    return _polarity(_calmed(sentence), start, end)
+
+
+@lru_cache(maxsize=1 << 10)
+def _calmed(sentence: str) -> str:
+    """The sentence with words blanked that look like denials and are none ("no change")."""
+    return _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
 
 
 def _polarity(sentence: str, start: int, end: int) -> int:
@@ -134,7 +146,7 @@ def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, i
 def opposed(sentence: str) -> frozenset[str]:
     """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume,
     vessels)."""
-    calm = _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
+    calm = _calmed(sentence)
     return frozenset(
         name
         for name, pattern in _OPPOSED

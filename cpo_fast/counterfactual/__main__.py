@@ -17,9 +17,10 @@ from tqdm import tqdm
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.formats import FORMATS, rows
 from cpo_fast.counterfactual.generate import GENERATORS, counterfactuals
+from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.data import open_studies
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.types import Counterfactual, Study
+from cpo_fast.types import Counterfactual, ImageRef, Study
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_root", default=None)
     parser.add_argument("--output", required=True, type=Path, help="file of passing records")
     parser.add_argument("--generator", default="graph", choices=GENERATORS)
+    parser.add_argument(
+        "--kind",
+        default="thinking",
+        choices=("thinking", "perception"),
+        help="another report for the image, or another image for the report",
+    )
     parser.add_argument("--graph", default=None, help="concept graph (default: the package's)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num_targets", type=int, default=2)
@@ -71,7 +78,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.format == "jsonl":
         for path in (args.output, failed_path):
             done |= _resume(path, args.seed, args.generator)
-    expected = min(len(targets), args.num_targets) if targets else args.num_targets
+    expected = 1 if args.kind == "perception" else args.num_targets
+    expected = min(expected, len(targets)) if targets else expected
     finished = {s for s, n in Counter(i.rsplit("/", 1)[0] for i in done).items() if n >= expected}
 
     def studies() -> Iterator[Study]:
@@ -80,26 +88,33 @@ def _run(args: argparse.Namespace) -> int:
             if study.study_id not in finished:
                 yield study
 
-    made = counterfactuals(
-        studies(),
-        graph,
-        num_targets=args.num_targets,
-        targets=targets,
-        seed=args.seed,
-        generator=args.generator,
-    )
+    if args.kind == "perception":
+        if targets or args.format != "jsonl":
+            raise UsageError("--kind perception has no --targets and is written as jsonl only")
+        pool = build_pool(tqdm(source, "images", disable=None, unit=" studies"), graph)
+        made = perception_counterfactuals(studies(), pool, graph, seed=args.seed)
+    else:
+        alone = counterfactuals(
+            studies(),
+            graph,
+            num_targets=args.num_targets,
+            targets=targets,
+            seed=args.seed,
+            generator=args.generator,
+        )
+        made = ((cf, ()) for cf in alone)
     mode = "a" if args.format == "jsonl" else "w"
     passed, failed = 0, Counter[str]()
     with _private(args.output, mode) as good, _private(failed_path, mode) as bad:
         write = _Writer(good, args.format)
-        for _, group in groupby(made, key=lambda cf: cf.study_id):
-            fresh = [cf for cf in group if cf.id not in done]
-            for cf in fresh:
+        for _, group in groupby(made, key=lambda pair: pair[0].study_id):
+            fresh = [(cf, images) for cf, images in group if cf.id not in done]
+            for cf, _ in fresh:
                 if not cf.passed:
                     reason = ",".join(name for name, ok in cf.checks.items() if not ok)
                     failed[reason] += 1
                     bad.write(_line({**cf.to_json(), "reason": reason}))
-            passing = [cf for cf in fresh if cf.passed]
+            passing = [(cf, images) for cf, images in fresh if cf.passed]
             passed += len(passing)
             write.study(passing)
         write.close()
@@ -160,8 +175,12 @@ class _Writer:
         if form == "ccf":
             file.write("[\n")
 
-    def study(self, cfs: list[Counterfactual]) -> None:
-        for row in rows(cfs, self.form):
+    def study(self, passing: list[tuple[Counterfactual, tuple[ImageRef, ...]]]) -> None:
+        for row, (_, images) in zip(
+            rows([cf for cf, _ in passing], self.form), passing, strict=self.form != "ccf"
+        ):
+            if images:
+                row["rejected_images"] = [image.path for image in images]
             if self.form == "ccf":
                 self.file.write((",\n" if self.count else "") + _line(row).rstrip("\n"))
             else:

@@ -10,6 +10,14 @@ from __future__ import annotations
 
 import re
 
+from cpo_fast.counterfactual.grammar import (
+    agree,
+    agree_tail,
+    agree_there,
+    plural,
+    series,
+    start_like,
+)
 from cpo_fast.counterfactual.lexicon import Lexicon
 from cpo_fast.counterfactual.text import capitalised
 
@@ -146,10 +154,6 @@ _DENIES_AFTER = re.compile(
     r"fully))"
 )
 _SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
-_PLURAL = re.compile(r"(?:(?<!s)s|ae|ces|ses|\bxxxx)$")
-_SINGULAR_S = re.compile(
-    r"(?:pneumothorax|process|focus|disease|silhouette|atelectasis|status|metastasis|emphysema)$"
-)
 
 
 def sides(text: str) -> frozenset[str]:
@@ -168,6 +172,10 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     """
     if not _suspect(sentence.lower(), lex):
         return sentence
+    if sentence.isupper():
+        written = capitalised(sentence.lower())
+        edited = edit_sentence(written, lex, where)
+        return sentence if edited == written else edited.upper()
     body = sentence.rstrip(" .!?")
     end = sentence[len(body) :]
     plain = body
@@ -333,40 +341,11 @@ def _edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
         (w for w in (re.search(r"and/or|and|or|nor", s) for s in reversed(separators)) if w), None
     )
     oxford = any("," in s and re.search(r"and|or", s) for s in separators)
-    joined = _series(kept, word.group() if word else "", oxford)
+    joined = series(kept, word.group() if word else "", oxford)
     head = clause[:cue_end]
     if named[0]:
-        head = _agree_there(head, kept[0])
-    return head + (" " if not head.endswith(" ") else "") + joined + _agree_tail(tail, kept)
-
-
-def _series(items: list[str], word: str, oxford: bool) -> str:
-    if len(items) == 1:
-        return items[0]
-    if not word:
-        return ", ".join(items)
-    if len(items) == 2:
-        return f"{items[0]} {word} {items[1]}"
-    return ", ".join(items[:-1]) + (", " if oxford else " ") + f"{word} {items[-1]}"
-
-
-def _plural(noun: str) -> bool:
-    last = noun.lower().split()[-1] if noun.split() else ""
-    head = re.split(r" (?:of|in|to|at|within|on) ", noun.lower())[0].split()
-    last = head[-1] if head else last
-    return bool(_PLURAL.search(last)) and not _SINGULAR_S.search(last)
-
-
-def _agree_there(head: str, noun: str) -> str:
-    if re.search(r"\b(?:evidence|suggestion|areas?|signs?|findings?)\b", head.lower()):
-        return head
-    wanted = "are" if _plural(noun) else "is"
-    return re.sub(r"(?i)(there )(?:is|are)\b", lambda m: m.group(1) + wanted, head, count=1)
-
-
-def _agree_tail(tail: str, items: list[str]) -> str:
-    wanted = "are" if _plural(items[-1]) else "is"
-    return re.sub(r"^(,?\s+)(?:is|are)\b", lambda m: m.group(1) + wanted, tail, count=1)
+        head = agree_there(head, kept[0])
+    return head + (" " if not head.endswith(" ") else "") + joined + agree_tail(tail, kept)
 
 
 def _topic(subject: str) -> str:
@@ -440,32 +419,16 @@ def _edit_normal(clause: str, lex: Lexicon, where: frozenset[str]) -> str | None
         and not kept[0].lower().startswith(("the ", "xxxx"))
     ):
         kept[0] = "the " + kept[0]
-    joined = _series(
+    joined = series(
         kept, word.group() if word else "and", any("," in s and "and" in s for s in separators)
     )
-    several = len(kept) > 1 or _plural(kept[0])
+    several = len(kept) > 1 or plural(kept[0])
     if prefix:
         return clause[:start] + joined
-    return _start_like(clause, joined) + _agree(clause[stop:], several)
+    return start_like(clause, joined) + agree(clause[stop:], several)
 
 
 def _names_target(lower: str, lex: Lexicon) -> bool:
     return bool(
         lex.denied.search(lower) or (lex.excluded is not None and lex.excluded.search(lower))
     )
-
-
-def _start_like(clause: str, text: str) -> str:
-    return capitalised(text) if clause[:1].isupper() else text
-
-
-def _agree(tail: str, several: bool) -> str:
-    forms = {
-        "is": "are", "was": "were", "appears": "appear", "remains": "remain", "has": "have",
-    }  # fmt: skip
-    if not several:
-        forms = {plural: single for single, plural in forms.items()}
-    match = re.match(r"(\s+)(\w+)\b", tail)
-    if match is None or match.group(2).lower() not in forms:
-        return tail
-    return match.group(1) + forms[match.group(2).lower()] + tail[match.end() :]

@@ -1,0 +1,216 @@
+"""Mining: what a corpus says about the graph's edges, and new edges that it proposes for review.
+
+Each report gives the set of diseases and attributes that it asserts (cues of denial and doubt as
+in the labeller, phrases from the graph file). Counts of pairs over the corpus give pointwise
+mutual information and two one-sided Fisher tests, for standing together and for keeping apart.
+Nothing changes the graph by itself: weights are written beside its edges, proposals are listed
+with their evidence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations, islice
+from multiprocessing import get_context
+from typing import Any
+
+from cpo_fast.concepts.graph import graph_from_json, phrase_pattern, relevance
+from cpo_fast.concepts.labeller import (
+    polarity,
+    sentence_mentions,
+    sentences,
+)
+from cpo_fast.types import ConceptGraph
+
+CHUNK = 500
+"""Reports handed to a worker at a time."""
+
+
+@dataclass
+class Counts:
+    """Numbers of reports: in all, that assert a node, and that assert both nodes of a pair."""
+
+    reports: int = 0
+    nodes: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    uncertain: Counter[str] = field(default_factory=Counter)
+    denied: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        self.reports += other.reports
+        for name in ("nodes", "pairs", "uncertain", "denied"):
+            getattr(self, name).update(getattr(other, name))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The evidence for one pair: reports with both, expected by chance, and what the tests say."""
+
+    left: str
+    right: str
+    relation: str
+    together: int
+    expected: float
+    pmi: float  # log2(together / expected), -inf where never together
+    p_association: float
+    p_exclusion: float
+
+    def to_json(self) -> dict[str, Any]:
+        row = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        row["pmi"] = self.pmi if math.isfinite(self.pmi) else None
+        return row
+
+
+class Miner:
+    """Finds the mentions of one graph's nodes; sentences are remembered."""
+
+    def __init__(self, graph: ConceptGraph) -> None:
+        self._patterns = {k: phrase_pattern(a.phrases) for k, a in graph.attributes.items()}
+        union = "|".join(p.pattern for p in self._patterns.values())
+        self._any = re.compile(union)
+        self._diseases = frozenset(graph.diseases)
+        self._sentence = lru_cache(maxsize=1 << 17)(self._find)
+
+    def _find(self, sentence: str) -> tuple[tuple[str, int], ...]:
+        found = [m for m in sentence_mentions(sentence) if m[0] in self._diseases]
+        if self._any.search(sentence):
+            for key, pattern in self._patterns.items():
+                for match in pattern.finditer(sentence):
+                    found.append((key, polarity(sentence, match.start(), match.end())))
+        return tuple(found)
+
+    def mentions(self, text: str) -> dict[str, int]:
+        """Node -> 1 asserted, -1 uncertain, 0 denied, for the nodes that a report mentions."""
+        best: dict[str, int] = {}
+        order = (0, -1, 1)
+        for sentence in sentences(text):
+            for key, value in self._sentence(sentence):
+                if key not in best or order.index(value) > order.index(best[key]):
+                    best[key] = value
+        return best
+
+    def count(self, texts: Iterable[str]) -> Counts:
+        """The counts over `texts`."""
+        out = Counts()
+        for text in texts:
+            out.reports += 1
+            found = self.mentions(text)
+            asserted = sorted(key for key, value in found.items() if value == 1)
+            out.nodes.update(asserted)
+            out.pairs.update(combinations(asserted, 2))
+            out.uncertain.update(key for key, value in found.items() if value == -1)
+            out.denied.update(key for key, value in found.items() if value == 0)
+        return out
+
+
+_worker: Miner
+
+
+def _start(graph_json: Mapping[str, Any]) -> None:
+    global _worker
+    _worker = Miner(graph_from_json(graph_json))
+
+
+def _work(texts: list[str]) -> Counts:
+    return _worker.count(texts)
+
+
+def mine(graph_json: Mapping[str, Any], texts: Iterable[str], workers: int = 1) -> Counts:
+    """Counts over a stream of report texts, by `workers` processes; the same for any number of
+    them."""
+    total = Counts()
+    if workers <= 1:
+        total.add(Miner(graph_from_json(graph_json)).count(texts))
+        return total
+    with get_context("spawn").Pool(workers, _start, (graph_json,)) as pool:
+        for part in pool.imap_unordered(_work, _chunks(texts)):
+            total.add(part)
+    return total
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    stream = iter(texts)
+    while chunk := list(islice(stream, CHUNK)):
+        yield chunk
+
+
+def evidence(graph: ConceptGraph, counts: Counts) -> list[Edge]:
+    """An `Edge` for each pair of a disease and an attribute, and of two diseases, that occur at
+    all."""
+    pairs = [(d, a) for d in graph.diseases for a in graph.attributes]
+    pairs += combinations(graph.diseases, 2)
+    return [
+        _edge(graph, left, right, counts)
+        for left, right in pairs
+        if counts.nodes[left] and counts.nodes[right]
+    ]
+
+
+def _edge(graph: ConceptGraph, left: str, right: str, counts: Counts) -> Edge:
+    n, a, b = counts.reports, counts.nodes[left], counts.nodes[right]
+    together = counts.pairs[min(left, right), max(left, right)]
+    expected = a * b / n
+    below, above = fisher(together, a, b, n)
+    pmi = math.log2(together / expected) if together else -math.inf
+    return Edge(left, right, relevance(graph, left, right), together, expected, pmi, above, below)
+
+
+def fisher(together: int, a: int, b: int, n: int) -> tuple[float, float]:
+    """(P(X <= together), P(X >= together)) where X of `a` draws fall among `b` marked of `n`."""
+    low, high = max(0, a + b - n), min(a, b)
+    base = _choose(n, a)
+    terms = [math.exp(_choose(b, x) + _choose(n - b, a - x) - base) for x in range(low, high + 1)]
+    at = together - low
+    return min(1.0, math.fsum(terms[: at + 1])), min(1.0, math.fsum(terms[at:]))
+
+
+def _choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def proposals(
+    edges: Iterable[Edge], *, confidence: float = 0.999, min_pmi: float = 1.0, min_reports: int = 5
+) -> list[dict[str, Any]]:
+    """Changes that the evidence speaks for, strongest first, for a radiologist to review.
+
+    "add association": an irrelevant pair at least `min_reports` times together with a PMI of at "
+    "least `min_pmi`. "add exclusion": an irrelevant or associated pair that stands together at
+    most half as often as a PMI of -`min_pmi` allows. "doubt exclusion": an excluded pair that
+    stands together more often than by chance. Each at the given confidence, divided by the number
+    of pairs tested (Bonferroni).
+    """
+    rows = list(edges)
+    limit = (1 - confidence) / max(len(rows), 1)
+    found = []
+    for edge in rows:
+        if edge.relation == "exclusion":
+            change = "doubt exclusion" if edge.p_association < limit else ""
+        elif edge.expected >= min_reports and edge.p_exclusion < limit and edge.pmi <= -min_pmi:
+            change = "add exclusion"
+        elif edge.relation == "irrelevance" and edge.together >= min_reports:
+            strong = edge.p_association < limit and edge.pmi >= min_pmi
+            change = "add association" if strong else ""
+        else:
+            change = ""
+        if change:
+            found.append({"change": change, **edge.to_json()})
+    return sorted(found, key=lambda row: min(row["p_association"], row["p_exclusion"]))
+
+
+def with_weights(graph: ConceptGraph, edges: Iterable[Edge]) -> ConceptGraph:
+    """The same graph whose edges carry `together`, `expected` and `pmi` of a corpus, where it has
+    them."""
+    network = graph.network.copy()
+    for edge in edges:
+        if network.has_edge(edge.left, edge.right):
+            network.edges[edge.left, edge.right].update(
+                together=edge.together, expected=edge.expected, pmi=edge.to_json()["pmi"]
+            )
+    return ConceptGraph(
+        graph.attributes, graph.diseases, graph.contradictions, graph.excluded, network
+    )

@@ -1,0 +1,155 @@
+"""Perception counterfactuals: the study's own answer with another patient's image, as in CPO++.
+
+The other study is the nearest in asserted attributes whose labels differ so that the answer is
+wrong for its image: it lacks a disease of the study, or, where the study has none, has one. Source
+of the idea: arXiv 2604.15705. All studies are the pool, whatever shard is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from cpo_fast.concepts.mine import Miner
+from cpo_fast.counterfactual.generate import study_labels
+from cpo_fast.counterfactual.preference import DEFAULT_PROMPT, sft_preference
+from cpo_fast.counterfactual.targets import draw
+from cpo_fast.data.labels import LABEL_NAMES, NO_FINDING, diagnosis
+from cpo_fast.types import ConceptGraph, Counterfactual, ImageRef, Preference, Study
+
+PER_KEY, AT_RANDOM = 24, 24
+"""Studies looked at per attribute of a study, and besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """What is kept of a study to find it again: its attributes, its diagnosis and its images."""
+
+    study_id: str
+    patient_id: str
+    attributes: frozenset[str]
+    names: frozenset[str]
+    images: tuple[ImageRef, ...]
+
+
+@dataclass
+class Pool:
+    """All studies that have an image, by the attributes and findings that they assert."""
+
+    rows: list[Neighbour] = field(default_factory=list)
+    by_key: dict[str, list[int]] = field(default_factory=dict)
+
+    def nearest(self, own: Neighbour, seed: int) -> Neighbour | None:
+        """The nearest study by Jaccard index whose image makes the answer wrong; None without any.
+
+        Looks at up to `PER_KEY` studies for each key of `own` and `AT_RANDOM` others, drawn by
+        seed and study id; ties go to the first drawn.
+        """
+        best: tuple[float, Neighbour | None] = (-1.0, None)
+        for key in sorted(own.attributes | own.names):
+            best = self._best(own, self.by_key.get(key, []), PER_KEY, seed, key, best)
+        every = range(len(self.rows))
+        best = self._best(own, every, AT_RANDOM, seed, "", best)
+        if best[1] is None:  # a rare kind of study: look at all
+            best = self._best(own, every, len(self.rows), seed, "", best)
+        return best[1]
+
+    def _best(
+        self,
+        own: Neighbour,
+        among: list[int] | range,
+        count: int,
+        seed: int,
+        key: str,
+        best: tuple[float, Neighbour | None],
+    ) -> tuple[float, Neighbour | None]:
+        start = draw(seed, own.study_id, key) % len(among) if among else 0
+        for step in range(min(count, len(among))):
+            other = self.rows[among[(start + step) % len(among)]]
+            if other.patient_id != own.patient_id and _wrong(own, other):
+                both = own.attributes | other.attributes
+                near = len(own.attributes & other.attributes) / len(both) if both else 1.0
+                if near > best[0]:
+                    best = (near, other)
+        return best
+
+
+def _wrong(own: Neighbour, other: Neighbour) -> bool:
+    """Whether the answer of `own` is wrong for the image of `other`."""
+    if NO_FINDING in own.names:
+        return NO_FINDING not in other.names
+    return not own.names <= other.names
+
+
+def build_pool(studies: Iterable[Study], graph: ConceptGraph) -> Pool:
+    """The pool of a data set; studies without an image are left out."""
+    miner, pool = Miner(graph), Pool()
+    for study in studies:
+        if study.images:
+            row = _row(study, miner)
+            for key in row.attributes | row.names:
+                pool.by_key.setdefault(key, []).append(len(pool.rows))
+            pool.rows.append(row)
+    return pool
+
+
+def _row(study: Study, miner: Miner) -> Neighbour:
+    found = miner.mentions(study.report.text)
+    keys = frozenset(key for key, value in found.items() if value == 1)
+    names = frozenset(diagnosis(study_labels(study)))
+    return Neighbour(study.study_id, study.patient_id, keys, names, study.images)
+
+
+def perception_counterfactuals(
+    studies: Iterable[Study], pool: Pool, graph: ConceptGraph, *, seed: int = 42
+) -> Iterator[tuple[Counterfactual, tuple[ImageRef, ...]]]:
+    """(record, images to reject) for each study: kind "perception", id "study/perception".
+
+    The record repeats the study's report and labels; `counterfactual_labels` are those of the
+    image to reject, and the target is the first of them that the study lacks (or the first, where
+    it lacks none). A study without an image, or without any other to go with, has the check "image"
+    or "neighbour" False.
+    """
+    miner = Miner(graph)
+    for study in studies:
+        own = _row(study, miner)
+        other = pool.nearest(own, seed) if study.images else None
+        shown = tuple(n for n in LABEL_NAMES if other and n in other.names)
+        lacking = [n for n in shown if n not in own.names]
+        names = diagnosis(study_labels(study))
+        yield (
+            Counterfactual(
+                id=f"{study.study_id}/perception",
+                study_id=study.study_id,
+                patient_id=study.patient_id,
+                images=tuple(image.path for image in study.images),
+                report=study.report.text,
+                labels=names,
+                target=next(iter(lacking or shown), ""),
+                counterfactual=study.report.text,
+                counterfactual_labels=shown,
+                kind="perception",
+                seed=seed,
+                checks={"image": bool(study.images), "neighbour": other is not None},
+            ),
+            other.images if other else (),
+        )
+
+
+def perception_preference(
+    study: Study,
+    rejected_images: tuple[ImageRef, ...],
+    *,
+    prompt: str = DEFAULT_PROMPT,
+    uncertain: str = "negative",
+) -> Preference:
+    """The study's answer before its own image preferred to the same answer before another's.
+
+    Raises ValueError when either has no image.
+    """
+    if not study.images or not rejected_images:
+        raise ValueError(f"study {study.study_id}: a perception pair needs two images")
+    sft = sft_preference(study, prompt=prompt, uncertain=uncertain)
+    number = len(study.images)  # the prompt has a place for each
+    rejected = (rejected_images * number)[:number]
+    return replace(sft, rejected=(sft.chosen,), rejected_images=(rejected,), source="perception")
