@@ -92,7 +92,9 @@ if (toolkit := cuda_home()) is not None and sources("csrc/cuda", ".cu"):
 setup(
     packages=[*find_packages(include=["cpo_fast", "cpo_fast.*"]), "cpo_fast.kernels"],
     package_dir={"cpo_fast.kernels": "kernels"},
-    package_data={"cpo_fast": ["py.typed", "**/*.json", "**/*.html", "**/*.css", "**/*.js"]},
+    package_data={
+        "cpo_fast": ["py.typed", "**/*.json", "**/*.yaml", "**/*.html", "**/*.css", "**/*.js"]
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildNative},
 )
