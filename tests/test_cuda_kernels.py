@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cpo_fast.loss import cuda
 
+pytestmark = pytest.mark.slow
 HOPPER, AMPERE = "emulated-hopper", "emulated-ampere"
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 NAN = float("nan")
@@ -150,9 +151,9 @@ def check_row_kernel(
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("V", [1, 2, 8, 9, 131, 16385, 20007])
+@pytest.mark.parametrize("V", [1, 9, 131, 16392, 20007])
 def test_row_kernel(place: Place, V: int, dtype: torch.dtype) -> None:
-    C = 8
+    C = 7
     check_row_kernel(place, 3 * normal(place, C, V), labels_for(place, C, V), dtype, grad_rows=6)
 
 

@@ -19,6 +19,7 @@ namespace emu {
 namespace {
 
 constexpr size_t kStack = 128 * 1024;
+constexpr int kLag = 40, kSteady = 40;  // rounds of the scheduler
 constexpr double kPatience = 60;  // seconds of waiting until a deadlock is assumed
 
 struct Run : Fiber {
@@ -120,14 +121,22 @@ void run_cta(Cluster& cluster, uint32_t rank, unsigned block, unsigned grid, uns
     run.context.uc_link = nullptr;
     makecontext(&run.context, reinterpret_cast<void (*)()>(enter), 0);
   }
+  // Now and then one warp lags behind the others, by as much as they can do without it.
   std::mt19937 random(block + 1);
+  unsigned lagging = 0;
+  int lag = 0;
   for (bool alive = true; alive;) {
     alive = false;
-    const unsigned first = random() % threads;  // no order among threads is to be relied on
+    if (--lag < -kSteady) {
+      lag = kLag;
+      lagging = random() % mine.warps.size();
+    }
+    const unsigned first = random() % threads;
     for (unsigned i = 0; i < threads; ++i) {
       mine.current = static_cast<int>((first + i) % threads);
       if (mine.runs[mine.current].done) continue;
       alive = true;
+      if (lag > 0 && mine.current / 32 == static_cast<int>(lagging)) continue;
       swapcontext(&mine.scheduler, &mine.runs[mine.current].context);
     }
   }
