@@ -154,19 +154,25 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def linear_tile(dtype: torch.dtype, *, plain: bool) -> Tile:
+def linear_tile(dtype: torch.dtype, *, plain: bool, large: bool) -> Tile:
     """The tile for inputs of `dtype`, the same for every T, so that log-probs do not depend on T.
 
     16-bit: two warp groups, each with 64 x 256 of the tile in accumulators, 128 registers a thread:
-    one program per SM, whose 4 stages of 48 KB fill 192 of its 227 KB. With a bias or a soft cap
-    (not `plain`) the epilogue would spill, so the tile is half as wide. fp32 runs on the FMA units,
-    for which 64 x 64 is plenty.
+    one program per SM, whose 4 stages of 48 KB fill 192 of the 227 KB of shared memory of a `large`
+    device. With a bias or a soft cap (not `plain`) the epilogue would spill, so the tile is half as
+    wide, and its 3 stages of 32 KB fit the 99 KB of the smallest devices since Ampere, too. fp32
+    runs on the FMA units, for which 64 x 64 is plenty.
     """
     if dtype == torch.float32:
         return Tile(BT=64, BV=64, BD=32, num_warps=4, num_stages=3)
-    if plain:
+    if plain and large:
         return Tile(BT=128, BV=256, BD=64, num_warps=8, num_stages=4)
-    return Tile(BT=128, BV=128, BD=64, num_warps=8, num_stages=4)
+    return Tile(BT=128, BV=128, BD=64, num_warps=8, num_stages=3)
+
+
+def is_large(device: torch.device) -> bool:
+    """Whether a block may have 227 KB of shared memory: compute capability 9.0 and 10.x."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 GROUP = 16
@@ -196,7 +202,8 @@ def linear_lse_logps(
     logps = torch.empty(T, dtype=torch.float32, device=hidden.device)
     if T == 0:
         return logps
-    tile = linear_tile(hidden.dtype, plain=bias is None and softcap is None)
+    plain = bias is None and softcap is None
+    tile = linear_tile(hidden.dtype, plain=plain, large=is_large(hidden.device))
     n_v = triton.cdiv(V, tile.BV)
     parts = torch.empty(2, n_v, T, dtype=torch.float32, device=hidden.device)
     label_logit = torch.empty(T, dtype=torch.float32, device=hidden.device)

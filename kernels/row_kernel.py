@@ -8,7 +8,7 @@ exponentials with the label left out, then to overwrite every logit with
 in the logits' own dtype, ready for the product with W. Rows that only need the log-prob (reference
 rows, evaluation) are read once and not written. A row of 152,064 bf16 logits is 304 KB, more than
 an SM can hold; with 1024 threads per program there is one row in flight per SM, so that all rows in
-flight (40 MB on 132 SMs) stay in a 50 MB L2 and the second read rarely goes to memory.
+flight (40 MB on 132 SMs) fit a 50 MB L2 and the second read should rarely go to memory.
 
 Each thread keeps a running maximum and sum of its own columns and all are combined once at the
 end: no barrier in the loop, and no sum of more than a few hundred terms at a time.

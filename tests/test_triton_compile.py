@@ -28,7 +28,6 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from cpo_fast.kernels import linear_lse, pair_reduction, row_kernel  # noqa: E402
 
-TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024  # bytes that one block may have on sm_90
 HIDDEN_SIZES = (896, 2048, 3584)
 VOCABULARIES = (151_936, 152_064, 32_000, 50_257)
@@ -50,6 +49,7 @@ def compiled(
     *,
     num_warps: int,
     num_stages: int = 3,
+    capability: int = 90,
 ) -> Binary:
     """`arguments` maps a name to its type, or to the value that decides how it is specialised."""
     signature, constexprs, attributes = {}, dict(constants), {}
@@ -67,7 +67,7 @@ def compiled(
     assert set(constexprs) == {name for name, kind in signature.items() if kind == "constexpr"}
     binary = triton.compile(
         ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes),
-        target=TARGET,
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
     cubin = folder / "kernel.cubin"
@@ -86,7 +86,7 @@ def compiled(
 
 
 def test_sizes_differ_only_by_divisibility() -> None:
-    step = linear_lse.linear_tile(torch.bfloat16, plain=True).BD
+    step = linear_lse.linear_tile(torch.bfloat16, plain=True, large=True).BD
     assert all(D % step == 0 and D % 16 == 0 for D in HIDDEN_SIZES)
     assert [V for V in VOCABULARIES if V % 16] == [50_257]
 
@@ -125,6 +125,47 @@ def test_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
     assert "mul.lo.s64" in binary.ptx or "mad.lo.s64" in binary.ptx  # row offsets of 64 bits
 
 
+def compiled_linear(
+    dtype: str, plain: bool, D: int, V: int, folder: Path, capability: int = 90
+) -> tuple[linear_lse.Tile, Binary]:
+    tile = linear_lse.linear_tile(DTYPES[dtype], plain=plain, large=capability in (90, 100))
+    arguments: dict[str, str | int] = {
+        "hidden_ptr": f"*{dtype}",
+        "weight_ptr": f"*{dtype}",
+        "bias_ptr": f"*{dtype}",
+        "labels_ptr": "*i64",
+        "max_ptr": "*fp32",
+        "sum_ptr": "*fp32",
+        "label_logit_ptr": "*fp32",
+        "T": "i32",
+        "V": V,
+        "D": D,
+        "hidden_stride": D,
+        "weight_stride": D,
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+    }
+    constants = {
+        "HAS_BIAS": not plain,
+        "HAS_SOFTCAP": not plain,
+        "EVEN_D": D % tile.BD == 0,
+        "PRECISION": "ieee",
+        "BT": tile.BT,
+        "BV": tile.BV,
+        "BD": tile.BD,
+        "GROUP": linear_lse.GROUP,
+    }
+    return tile, compiled(
+        linear_lse.linear_lse_kernel,
+        arguments,
+        constants,
+        folder,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        capability=capability,
+    )
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
 @pytest.mark.parametrize(
@@ -136,39 +177,7 @@ def test_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
     ],
 )
 def test_linear_lse(dtype: str, plain: bool, D: int, V: int, tmp_path: Path) -> None:
-    tile = linear_lse.linear_tile(DTYPES[dtype], plain=plain)
-    binary = compiled(
-        linear_lse.linear_lse_kernel,
-        {
-            "hidden_ptr": f"*{dtype}",
-            "weight_ptr": f"*{dtype}",
-            "bias_ptr": f"*{dtype}",
-            "labels_ptr": "*i64",
-            "max_ptr": "*fp32",
-            "sum_ptr": "*fp32",
-            "label_logit_ptr": "*fp32",
-            "T": "i32",
-            "V": V,
-            "D": D,
-            "hidden_stride": D,
-            "weight_stride": D,
-            "softcap": "fp32",
-            "inv_temperature": "fp32",
-        },
-        {
-            "HAS_BIAS": not plain,
-            "HAS_SOFTCAP": not plain,
-            "EVEN_D": D % tile.BD == 0,
-            "PRECISION": "ieee",
-            "BT": tile.BT,
-            "BV": tile.BV,
-            "BD": tile.BD,
-            "GROUP": linear_lse.GROUP,
-        },
-        tmp_path,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    tile, binary = compiled_linear(dtype, plain, D, V, tmp_path)
     assert binary.shared < SHARED_LIMIT
     assert binary.registers * 32 * tile.num_warps <= 65_536
     if D % 16 == 0:
@@ -180,6 +189,14 @@ def test_linear_lse(dtype: str, plain: bool, D: int, V: int, tmp_path: Path) -> 
         assert re.search(
             rf"wgmma\.mma_async\.sync\.aligned\.m64n{tile.BV}k16\.f32\.{name}", binary.ptx
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize("capability", [80, 86, 89])
+def test_linear_lse_on_smaller_devices(capability: int, plain: bool, tmp_path: Path) -> None:
+    _, binary = compiled_linear("bf16", plain, 3584, 152_064, tmp_path, capability)
+    assert binary.stack == 0 and binary.shared < 99 * 1024
 
 
 def test_combine(tmp_path: Path) -> None:

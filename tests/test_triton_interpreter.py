@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 TESTS = Path(__file__).resolve().parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="already in the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     versions = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]

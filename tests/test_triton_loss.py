@@ -84,8 +84,8 @@ def test_implementation(
 
 def test_recomputed_chunks_give_the_gradients_of_one_chunk(monkeypatch: Any) -> None:
     # 1 MiB holds 13 rows of 20,032 float32 logits: 2 chunks, recomputed for dW in the backward.
-    h, w, labels = head_of(20, 20_011, 16, torch.float32)
-    bias, upstream = torch.randn(20_011), torch.randn(20)
+    h, w, labels = head_of(14, 20_011, 16, torch.float32)
+    bias, upstream = torch.randn(20_011), torch.randn(14)
     whole = run("triton", torch.float32, (h, w, labels, bias), upstream)
     monkeypatch.setenv("CPO_FAST_WORKSPACE_MIB", "1")
     parts = run("triton", torch.float32, (h, w, labels, bias), upstream)
@@ -178,7 +178,7 @@ def test_gemms_are_counted(
     counting("mm")
     counting("addmm")
     V = 20_011 if hidden_grad else 300
-    h, w, labels = head_of(20, V, 8, torch.float32)
+    h, w, labels = head_of(14, V, 8, torch.float32)
     bias = torch.randn(V, requires_grad=True) if bias_grad else None
     h.requires_grad_(hidden_grad)
     w.requires_grad_(weight_grad)

@@ -33,10 +33,14 @@ _FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial result
 
 
 def available(device: torch.device) -> bool:
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not (interpreting and device.type == "cpu"):
+    """Triton installed, and a GPU of compute capability 8.0 or later, or the interpreter."""
+    if importlib.util.find_spec("triton") is None:
         return False
-    return importlib.util.find_spec("triton") is not None
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def supports(dtype: torch.dtype) -> bool:
