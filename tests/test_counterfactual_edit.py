@@ -62,6 +62,13 @@ EDITS = [
         "The cardiac and mediastinal contours are within normal limits.",
         "The cardiac contours are within normal limits.",
     ),
+    (
+        "Cardiomegaly",
+        "Cardiac, mediastinal and hilar contours are normal.",
+        "Mediastinal and hilar contours are normal.",
+    ),
+    ("Cardiomegaly", "The cardiac silhouette is top-normal in size.", ""),
+    ("Emphysema", "The lungs are hypoinflated but clear.", ""),
     ("Cardiomegaly", "Normal heart size and mediastinal contours.", "Normal mediastinal contours."),
     ("Pneumonia", "Heart size is normal and the lungs are clear.", "Heart size is normal."),
     ("Pneumothorax", "The lungs are clear.", ""),

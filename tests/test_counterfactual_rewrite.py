@@ -121,6 +121,14 @@ def test_exclusions_are_respected() -> None:
     assert "hyperinflated" not in made.counterfactual
 
 
+def test_a_finding_told_with_what_is_excluded_goes_with_it() -> None:
+    report = Report("Left basal opacity reflects atelectasis. A chest port is in place.", "")
+    made = one(report, "Emphysema")
+    assert made.passed
+    assert made.labels == ("Atelectasis", "Lung Opacity", "Support Devices")
+    assert made.counterfactual_labels == ("Support Devices", "Emphysema")
+
+
 def test_a_present_disease_is_no_target() -> None:
     made = one(LOW_VOLUMES, "Atelectasis")
     assert not made.passed

@@ -58,6 +58,17 @@ def _side_conflict(lines: list[str], target: str) -> bool:
     return any(side in where for side in clear) or not {"right", "left"} & set(where)
 
 
+def _bound(text: str, gone: frozenset[str]) -> set[str]:
+    """Findings told in no sentence but those that assert a disease of `gone` ("opacity reflecting
+    atelectasis"): they go with it."""
+    free: set[str] = set()
+    tied: set[str] = set()
+    for line in sentences(text) if gone else ():
+        names = {name for name, value in sentence_mentions(line) if value == 1}
+        (tied if names & gone else free).update(names)
+    return tied - free
+
+
 @lru_cache(maxsize=1 << 12)
 def _words(text: str) -> Counter[str]:
     return Counter(text.lower().split())
@@ -90,7 +101,7 @@ def check(
         "no_denial": not any(target in ruled_out(s) for s in lines),
         "sides": not _side_conflict(lines, target),
         "no_exclusion": not gone & new and not any(target in opposed(s) for s in lines),
-        "survivors": old - gone - calm <= new,
+        "survivors": old - gone - calm - new <= _bound(before, gone),
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
         "length": low <= len(after) <= high,
         "edits": changed <= MAX_EDITED * sum(_words(before).values()) + EDIT_ALLOWANCE,

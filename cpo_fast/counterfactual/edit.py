@@ -80,7 +80,7 @@ _ALL_NORMAL = re.compile(
 _NORMAL = (
     r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|"
     r"from)\b)|not (?:\w+ )?(?:enlarged|engorged|congested|widened|increased)|"
-    r"(?:at )?(?:the )?upper limits of normal|top normal|borderline|of normal|(?:well[- ]|"
+    r"(?:at )?(?:the )?upper limits of normal|top[- ]normal|borderline|of normal|(?:well[- ]|"
     r"normally |fully )?(?:expanded|inflated|aerated)|"
     r"sharp)\b"
 )
@@ -197,6 +197,8 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     if not changed:
         return sentence
     if not kept or all(_hollow(clause) for _, clause in kept):
+        return ""
+    if kept[0][0] and _REST.match(kept[0][1].lower()):  # "but clear", of what was dropped
         return ""
     return _assemble(kept, body, dropped_head=kept[0][0] != "") + (end or "")
 
@@ -402,10 +404,7 @@ def _edit_normal(clause: str, lex: Lexicon, where: frozenset[str]) -> str | None
         r"(?:the )?(?:cardiac|mediastinal|hilar|pulmonary|cardio)", kept[-1].lower()
     ):
         kept[-1] += " " + items[-1].split()[-1]
-    if any(
-        re.fullmatch(r"(?:the )?(?:cardiac|mediastinal|hilar|pulmonary|aortic)", k.lower())
-        for k in kept
-    ):
+    if re.fullmatch(r"(?:the )?(?:cardiac|mediastinal|hilar|pulmonary|aortic)", kept[-1].lower()):
         return ""
     if (
         re.search(r"\bboth\b|\bsize\b", match.group("adverb") or "")

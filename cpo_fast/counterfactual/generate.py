@@ -81,7 +81,7 @@ def _one(
     study: Study, graph: ConceptGraph, labels: Labels, target: str, present: bool, seed: int
 ) -> Counterfactual:
     names = diagnosis(labels)
-    gone = graph.excluded[target] | {"No Finding"}
+    gone = set(graph.excluded[target]) | {"No Finding"}
     text, checks = Report(), {"target_absent": False}
     if not present:
         for attempt in range(ATTEMPTS):
@@ -89,6 +89,9 @@ def _one(
             checks = check(graph, study.report, text, target)
             if all(checks.values()):
                 break
+    if graph.excluded[target]:  # what went with an excluded disease
+        lost = label_report(text.text)
+        gone |= {n for n, v in label_report(study.report.text).items() if v == 1 and lost[n] != 1}
     return Counterfactual(
         id=f"{study.study_id}/{target}",
         study_id=study.study_id,

@@ -49,7 +49,7 @@ _MORE_DENIED: dict[str, str] = {
     "Lung Lesion": r"nodul\w*|mass(?:es)?\b|malignan\w*|neoplas\w*|tumou?rs?|metasta\w*|suspicious|"
     r"granuloma\w*|(?<!destructive )(?<!bony )(?<!osseous )lesions?",
     "Lung Opacity": _AIRSPACE,
-    "Pleural Effusion": r"(?<!pericardial )effusions?|pleural (?:or|and) pericardial|"
+    "Pleural Effusion": r"(?<!pericardial )(?<!joint )effusions?|pleural (?:or|and) pericardial|"
     r"ha?emothora\w*|pleural fluid|blunting|free fluid|"
     r"fluid collections?|pleural (?:disease|abnormalit\w+|space)",
     "Pleural Other": r"pleural(?! effusion| fluid| air)|effusions? or thickening",
