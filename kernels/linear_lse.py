@@ -24,13 +24,13 @@ import triton.language as tl
 
 from cpo_fast.kernels.numerics import (
     final_logits,
+    launching_on,
     logp_from_parts,
-    require_runnable,
     shift,
 )
 
 
-# One binary for every T, so that no compiler's choice depends on the batch either.
+# T does not specialise the binary, so that the compiler's choices do not depend on it either.
 @triton.jit(do_not_specialize=["T"])
 def linear_lse_kernel(
     hidden_ptr,  # [T, D]
@@ -197,7 +197,6 @@ def linear_lse_logps(
     or fp32 inputs (fp32 without TF32). Extra memory: 8 bytes per row and tile.
     Raises ValueError for CPU tensors outside Triton's interpreter.
     """
-    require_runnable(hidden)
     (T, D), V = hidden.shape, weight.shape[0]
     logps = torch.empty(T, dtype=torch.float32, device=hidden.device)
     if T == 0:
@@ -205,49 +204,52 @@ def linear_lse_logps(
     plain = bias is None and softcap is None
     tile = linear_tile(hidden.dtype, plain=plain, large=is_large(hidden.device))
     n_v = triton.cdiv(V, tile.BV)
-    parts = torch.empty(2, n_v, T, dtype=torch.float32, device=hidden.device)
+    maxima, sums = (
+        torch.empty(n_v, T, dtype=torch.float32, device=hidden.device) for _ in range(2)
+    )
     label_logit = torch.empty(T, dtype=torch.float32, device=hidden.device)
-    linear_lse_kernel[(triton.cdiv(T, tile.BT) * n_v,)](
-        hidden,
-        weight,
-        weight if bias is None else bias,
-        labels,
-        parts[0],
-        parts[1],
-        label_logit,
-        T,
-        V,
-        D,
-        hidden.stride(0),
-        weight.stride(0),
-        1.0 if softcap is None else softcap,
-        1.0 / temperature,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        EVEN_D=D % tile.BD == 0,
-        PRECISION="ieee",
-        BT=tile.BT,
-        BV=tile.BV,
-        BD=tile.BD,
-        GROUP=GROUP,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=True,
-    )
-    BN, BT = COMBINE_TILE
-    combine_kernel[(triton.cdiv(T, BT),)](
-        parts[0],
-        parts[1],
-        label_logit,
-        labels,
-        logps,
-        T,
-        V,
-        n_v,
-        ignore_index,
-        BN=BN,
-        BT=BT,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with launching_on(hidden):
+        linear_lse_kernel[(triton.cdiv(T, tile.BT) * n_v,)](
+            hidden,
+            weight,
+            weight if bias is None else bias,
+            labels,
+            maxima,
+            sums,
+            label_logit,
+            T,
+            V,
+            D,
+            hidden.stride(0),
+            weight.stride(0),
+            1.0 if softcap is None else softcap,
+            1.0 / temperature,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            EVEN_D=D % tile.BD == 0,
+            PRECISION="ieee",
+            BT=tile.BT,
+            BV=tile.BV,
+            BD=tile.BD,
+            GROUP=GROUP,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            enable_fp_fusion=True,
+        )
+        BN, BT = COMBINE_TILE
+        combine_kernel[(triton.cdiv(T, BT),)](
+            maxima,
+            sums,
+            label_logit,
+            labels,
+            logps,
+            T,
+            V,
+            n_v,
+            ignore_index,
+            BN=BN,
+            BT=BT,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return logps

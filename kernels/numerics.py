@@ -14,18 +14,27 @@ tests run. Untested on a GPU.
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
 
-def require_runnable(tensor: torch.Tensor) -> None:
-    """Raise ValueError for a CPU tensor unless Triton's interpreter is on (TRITON_INTERPRET=1)."""
+@contextlib.contextmanager
+def launching_on(tensor: torch.Tensor) -> Iterator[None]:
+    """Make the tensor's device current, where Triton launches whatever its arguments' device is.
+
+    Raises ValueError for a CPU tensor unless Triton's interpreter is on (TRITON_INTERPRET=1).
+    """
     if not tensor.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"Triton kernels take CUDA tensors, got one on {tensor.device}; "
             "TRITON_INTERPRET=1 runs them on the CPU, slowly, for tests"
         )
+    with torch.cuda.device_of(tensor):
+        yield
 
 
 @triton.jit

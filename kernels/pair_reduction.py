@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cpo_fast.kernels.numerics import require_runnable, sigmoid, softplus
+from cpo_fast.kernels.numerics import launching_on, sigmoid, softplus
 
 BLOCK = 1024
 """Terms per tile of a sum, and pairs per program."""
@@ -144,22 +144,22 @@ def segment_sums(
 
     float64 so that the difference of two long sums keeps its digits.
     """
-    require_runnable(logps)
     sums = torch.empty(num_segments, dtype=torch.float64, device=logps.device)
     counts = torch.empty(num_segments, dtype=torch.int32, device=logps.device)
     if num_segments:
-        segment_sums_kernel[(num_segments,)](
-            logps,
-            segment_ids,
-            labels,
-            sums,
-            counts,
-            logps.shape[0],
-            ignore_index,
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with launching_on(logps):
+            segment_sums_kernel[(num_segments,)](
+                logps,
+                segment_ids,
+                labels,
+                sums,
+                counts,
+                logps.shape[0],
+                ignore_index,
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return sums, counts
 
 
@@ -172,7 +172,6 @@ def sigmoid_pairs(
     label_smoothing: float = 0.0,
 ) -> PairLosses:
     """Losses of pairs (chosen, rejected), their derivatives and rewards."""
-    require_runnable(logps)
     P = pairs.shape[0]
     out = PairLosses(
         losses=torch.empty(P, dtype=torch.float32, device=logps.device),
@@ -180,18 +179,19 @@ def sigmoid_pairs(
         rewards=torch.empty(P, 2, dtype=torch.float32, device=logps.device),
     )
     if P:
-        sigmoid_pairs_kernel[(triton.cdiv(P, BLOCK),)](
-            logps,
-            ref_logps,
-            pairs,
-            *out,
-            P,
-            beta,
-            label_smoothing,
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with launching_on(logps):
+            sigmoid_pairs_kernel[(triton.cdiv(P, BLOCK),)](
+                logps,
+                ref_logps,
+                pairs,
+                *out,
+                P,
+                beta,
+                label_smoothing,
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return out
 
 
@@ -201,37 +201,37 @@ def segment_coefficients(
     num_segments: int,
 ) -> torch.Tensor:
     """d (sum of losses) / d logps [S] float32, from the slopes of the losses of pairs."""
-    require_runnable(slopes)
     out = torch.empty(num_segments, dtype=torch.float32, device=slopes.device)
     if num_segments:
-        segment_coefficients_kernel[(num_segments,)](
-            slopes,
-            pairs,
-            out,
-            pairs.shape[0],
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with launching_on(slopes):
+            segment_coefficients_kernel[(num_segments,)](
+                slopes,
+                pairs,
+                out,
+                pairs.shape[0],
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return out
 
 
 def row_scale(rows: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """`coefficients` [T] float32 times `rows` [T, D], in float32, rounded once to rows' dtype."""
-    require_runnable(rows)
     T, D = rows.shape
     out = torch.empty((T, D), dtype=rows.dtype, device=rows.device)
     if T and D:
         # 8 columns a thread: one 16-byte access of 16-bit numbers.
-        row_scale_kernel[(T,)](
-            rows,
-            coefficients,
-            out,
-            D,
-            rows.stride(0),
-            out.stride(0),
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with launching_on(rows):
+            row_scale_kernel[(T,)](
+                rows,
+                coefficients,
+                out,
+                D,
+                rows.stride(0),
+                out.stride(0),
+                BLOCK=BLOCK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return out

@@ -25,8 +25,8 @@ import triton.language as tl
 
 from cpo_fast.kernels.numerics import (
     final_logits,
+    launching_on,
     logp_from_parts,
-    require_runnable,
     shift,
 )
 
@@ -157,7 +157,6 @@ def row_logps_(
     `ignore_index` gives 0 and a zero gradient. Raises ValueError for rows that are not aligned, and
     for CPU tensors outside Triton's interpreter.
     """
-    require_runnable(logits)
     C, V_mem = logits.shape
     if V_mem % ALIGNMENT or logits.stride(0) % ALIGNMENT or logits.stride(1) != 1:
         raise ValueError(
@@ -170,23 +169,24 @@ def row_logps_(
         return out
     plain = bias is None and softcap is None
     BR, BK, num_warps = row_tile(V_mem, logits.element_size(), plain=plain)
-    row_kernel[(C,)](
-        logits,
-        logits if bias is None else bias,
-        labels,
-        out,
-        logits.stride(0),
-        vocab_size,
-        V_mem,
-        grad_rows,
-        1.0 if softcap is None else softcap,
-        1.0 / temperature,
-        ignore_index,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        BR=BR,
-        BK=BK,
-        num_warps=num_warps,
-        enable_fp_fusion=True,
-    )
+    with launching_on(logits):
+        row_kernel[(C,)](
+            logits,
+            logits if bias is None else bias,
+            labels,
+            out,
+            logits.stride(0),
+            vocab_size,
+            V_mem,
+            grad_rows,
+            1.0 if softcap is None else softcap,
+            1.0 / temperature,
+            ignore_index,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            BR=BR,
+            BK=BK,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )
     return out

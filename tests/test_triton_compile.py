@@ -91,6 +91,14 @@ def test_sizes_differ_only_by_divisibility() -> None:
     assert [V for V in VOCABULARIES if V % 16] == [50_257]
 
 
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    labels = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        row_kernel.row_logps_(torch.zeros(2, 16), labels, 16, grad_rows=0)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        linear_lse.linear_lse_logps(torch.zeros(2, 16), torch.zeros(3, 16), labels)
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
 @pytest.mark.parametrize("V", [152_064, 50_257])
