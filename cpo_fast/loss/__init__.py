@@ -20,7 +20,9 @@ An implementation is a module with three functions:
 log-probs, 0 where a label is `ignore_index`. `logps` is differentiable in hidden, weight and
 bias. `ref_hidden` [T, D], when given, is scored with the same weight and labels by the same
 arithmetic without gradients, so that equal hidden states give bitwise equal log-probs.
-Implementations never import one another.
+`weight.requires_grad` says that the head
+is trained even where no graph is recorded: arithmetic may depend on it. Implementations never
+import one another.
 """
 
 from __future__ import annotations

@@ -224,14 +224,13 @@ def cpo_loss(
         **options,
     )
     if ref_hidden is not None and not same_head:
+        # The same arithmetic as for the policy, which may depend on whether its head is trained.
+        ref_head = _autocast(ref_head.detach())
+        if weight.requires_grad:
+            ref_head.requires_grad_()
         with torch.no_grad():
             ref_tokens, _ = token_logps(
-                _autocast(ref_hidden),
-                _autocast(ref_head),
-                labels,
-                _autocast(shift),
-                None,
-                **options,
+                _autocast(ref_hidden), ref_head, labels, _autocast(shift), None, **options
             )
 
     # Sums over segments.

@@ -1,13 +1,15 @@
-"""The native CPU implementation: vendor GEMMs around the row kernels of csrc/cpu.
+"""The native CPU implementation: a fused AMX kernel, or vendor GEMMs around row kernels (csrc/cpu).
 
 For each token d logp / d h is one vector g, whatever loss follows, so the forward pass computes it
 while the logits are at hand, and the backward pass is one scalar per token times g: two GEMMs in
-all, nothing recomputed. The vocabulary is worked off in blocks that stay in the caches; sums over
-blocks are float32, under an offset per token that is raised when needed (csrc/cpu/rows.h).
+all, nothing recomputed. The vocabulary is worked off in blocks; sums over blocks are float32, under
+an offset per token that is raised when needed. Plain bfloat16 logits on a processor with AMX never
+reach memory (csrc/cpu/amx.h); all others are blocks between two vendor GEMMs (csrc/cpu/rows.h).
 
 A head that is trained needs the residual, onehot - p, once more: dW = residual^T (coefficient * H).
 It is kept from the forward pass where all of it fits the workspace (three GEMMs), else computed
-again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four).
+again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four). The
+residual must come from logits rounded as those of the log-sum-exp: such a head is not for AMX.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.cpu_rows import Rows, workspace
+from cpo_fast.loss.cpu_rows import Rows, fused, workspace
 from cpo_fast.loss.workspace import limit
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
@@ -58,6 +60,7 @@ def token_logps(
         ignore_index,
         graph and hidden.requires_grad,
         graph and head_grad and size <= room,
+        not head_grad and fused(hidden.dtype, hidden.shape[1], bias, softcap or 0.0, room),
         room,
     )
     return logps, None if ref_hidden is None else ref_logps.detach()
@@ -90,6 +93,7 @@ def _forward(
     ignore_index: int,
     want_grad: bool,
     want_residual: bool,
+    use_amx: bool,
     room: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs [T] of policy and reference, g [T, D], stats [4, T], residual [T * V].
@@ -104,34 +108,37 @@ def _forward(
     chunk, width = _plan(n, V, D, dtype.itemsize, room)
     logits, product = workspace.take(chunk * width, chunk * D, dtype=dtype)
     grad = torch.zeros((T, D) if want_grad else (0, D))
-    kept = _Residual(n, V, width, dtype, T if want_residual else 0)
-    state = rows.new_state()
-    ref_state = None if ref_hidden is None else rows.new_state()
     policy = rows.scored(hidden, dtype)
     reference = None if ref_hidden is None else rows.scored(ref_hidden, dtype)
+    kept = _Residual(n, V, width, dtype, T if want_residual else 0)
 
-    with torch.autocast("cpu", enabled=False):
-        for start in range(0, n, chunk):
-            stop = min(start + chunk, n)
-            for first in range(0, V, width):
-                block = weight[first : first + width].to(dtype)  # [cols, D]
-                z = logits[: (stop - start) * block.shape[0]].view(stop - start, -1)
-                if reference is not None and ref_state is not None:
-                    torch.mm(reference[start:stop], block.t(), out=z)
-                    rows.softmax_block(z, first, start, ref_state, False)
-                if want_residual:
-                    z = kept.block(first)[start:stop]
-                torch.mm(policy[start:stop], block.t(), out=z)
-                rows.softmax_block(z, first, start, state, want_grad or want_residual)
-                if want_residual:
-                    kept.offsets[first // width, start:stop] = state[0, start:stop]
-                if want_grad:
-                    part = torch.mm(z, block, out=product[: (stop - start) * D].view(-1, D))
-                    rows.accumulate(grad, part, start, state)
+    if use_amx:
+        state, ref_state = rows.fold(policy, reference, weight, grad if want_grad else None)
+    else:
+        state, ref_state = rows.new_state(), rows.new_state()
+        logits, product = workspace.take(chunk * width, chunk * D, dtype=dtype)
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, n, chunk):
+                stop = min(start + chunk, n)
+                for first in range(0, V, width):
+                    block = weight[first : first + width].to(dtype)  # [cols, D]
+                    z = logits[: (stop - start) * block.shape[0]].view(stop - start, -1)
+                    if reference is not None:
+                        torch.mm(reference[start:stop], block.t(), out=z)
+                        rows.softmax_block(z, first, start, ref_state, False)
+                    if want_residual:
+                        z = kept.block(first)[start:stop]
+                    torch.mm(policy[start:stop], block.t(), out=z)
+                    rows.softmax_block(z, first, start, state, want_grad or want_residual)
+                    if want_residual:
+                        kept.offsets[first // width, start:stop] = state[0, start:stop]
+                    if want_grad:
+                        part = torch.mm(z, block, out=product[: (stop - start) * D].view(-1, D))
+                        rows.accumulate(grad, part, start, state)
 
     logps, stats = rows.finish(state, grad if want_grad else None, weight)
     ref_logps = torch.empty(0)
-    if ref_state is not None:
+    if reference is not None:
         ref_logps, _ = rows.finish(ref_state, None, weight)
     factor = torch.zeros(1, T, dtype=torch.float64)
     if want_residual:
@@ -179,6 +186,7 @@ def _(
     ignore_index: int,
     want_grad: bool,
     want_residual: bool,
+    use_amx: bool,
     room: int,
 ) -> tuple[Tensor, ...]:
     T, D = hidden.shape
@@ -275,7 +283,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, _, softcap, scale, ignore_index, _, _, room = inputs
+    hidden, weight, labels, bias, _, softcap, scale, ignore_index, *_, room = inputs
     _, _, grad, stats, residual = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, labels, bias, grad, stats, residual)
@@ -287,7 +295,7 @@ def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Te
         raise RuntimeError("cpo_fast: only first derivatives of the log-probs are implemented")
     hidden, weight, labels, bias, grad, stats, residual = ctx.saved_tensors
     softcap, scale, ignore_index, room = ctx.options
-    grads: list[Tensor | None] = [None] * 11
+    grads: list[Tensor | None] = [None] * 12
     if coef is None:
         return tuple(grads)
     if ctx.needs_input_grad[0]:

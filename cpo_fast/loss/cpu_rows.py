@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ _isa = ""  # the widest that the processor has
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Use the row kernels of this instruction set ("portable", "avx2", "avx512"): for tests.
+    """Use the row kernels of this instruction set ("portable", "avx2", "avx512"), never AMX.
+
+    For tests and benchmarks.
 
     Raises ValueError for one that the processor does not have.
     """
@@ -28,6 +31,16 @@ def forced_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _isa = before
+
+
+_AMX = _cpu.amx_available()
+_AMX_BYTES = _cpu.amx_workspace(1024, 2**31, True, True, os.cpu_count() or 1) // 1024  # times D
+
+
+def fused(dtype: torch.dtype, D: int, bias: Tensor | None, softcap: float, room: int) -> bool:
+    """Whether the AMX kernel does these calls: bfloat16, plain logits, enough workspace."""
+    plain = dtype == torch.bfloat16 and bias is None and softcap == 0
+    return plain and _AMX and not _isa and room >= D * _AMX_BYTES
 
 
 class _Workspace(threading.local):
@@ -148,3 +161,33 @@ class Rows:
             self.how[0],
         )
         return logps, stats
+
+    def fold(
+        self,
+        hidden: Tensor,  # [n, D]
+        ref: Tensor | None,  # [n, D]
+        weight: Tensor,  # [V, D]
+        grad: Tensor | None,  # [T, D] float32
+    ) -> tuple[Tensor, Tensor]:
+        """Final states of policy and reference, and E W in the scored rows of grad, by AMX."""
+        state, ref_state = self.new_state(), self.new_state()
+        V, D = weight.shape
+        size = _cpu.amx_workspace(D, V, ref is not None, grad is not None, self.how[0])
+        (memory,) = workspace.take(size, dtype=torch.uint8)
+        _cpu.amx_fold(
+            hidden.data_ptr(),
+            0 if ref is None else ref.data_ptr(),
+            weight.data_ptr(),
+            self.labels.data_ptr(),
+            self.index.data_ptr(),
+            self.n,
+            D,
+            V,
+            self.scale,
+            state.data_ptr(),
+            ref_state.data_ptr(),
+            0 if grad is None else grad.data_ptr(),
+            memory.data_ptr(),
+            self.how[0],
+        )
+        return state, ref_state

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -89,6 +90,22 @@ PYBIND11_MODULE(_cpu, m) {
                at<const int64_t>(index), rows, at<float>(logps), at<double>(lse),
                at<double>(others), at<double>(slope), at<float>(grad), at<void>(weight), Type(type),
                width, threads);
+      },
+      release());
+
+  m.def("amx_available", amx_available);
+
+  m.def("amx_workspace", amx_workspace);
+
+  m.def(
+      "amx_fold",
+      [](uintptr_t hidden, uintptr_t ref, uintptr_t weight, uintptr_t labels, uintptr_t index,
+         int64_t n, int64_t D, int64_t V, float scale, uintptr_t state, uintptr_t ref_state,
+         uintptr_t grad, uintptr_t workspace, int threads) {
+        amx_fold({at<const uint16_t>(hidden), at<const uint16_t>(ref), at<const uint16_t>(weight),
+                  at<const int64_t>(labels), at<const int64_t>(index), n, D, V, scale,
+                  state_at(state, n, 0), state_at(ref_state, n, 0), at<float>(grad),
+                  at<void>(workspace), threads});
       },
       release());
 }
