@@ -16,9 +16,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from cpo_fast.concepts import label_report, load_graph
+from cpo_fast.concepts import label_report, labeller, load_graph
 from cpo_fast.concepts.labeller import ruled_out, sentence_mentions, sentences
-from cpo_fast.counterfactual import counterfactuals
+from cpo_fast.counterfactual import checks, counterfactuals, rewrite, text
 from cpo_fast.counterfactual.text import split
 from cpo_fast.data import open_studies
 from cpo_fast.data.openi import MESH_TERMS
@@ -71,10 +71,10 @@ def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
     return scores | {"macro": statistics.mean(scores.values())}
 
 
-def contradictions(text: str) -> set[str]:
+def contradictions(report: str) -> set[str]:
     """Findings that one sentence asserts and another rules out (two asserted consequences
     included)."""
-    lines = sentences(text)
+    lines = sentences(report)
     asserted = {
         name for line in lines for name, polarity in sentence_mentions(line) if polarity == 1
     }
@@ -82,9 +82,9 @@ def contradictions(text: str) -> set[str]:
     return asserted & denied
 
 
-def grammar_faults(text: str) -> Counter[str]:
+def grammar_faults(report: str) -> Counter[str]:
     return Counter(
-        m.group() for line in sentences(text) for m in GRAMMAR.finditer(line.replace("x" * 4, ""))
+        m.group() for line in sentences(report) for m in GRAMMAR.finditer(line.replace("x" * 4, ""))
     )
 
 
@@ -158,6 +158,7 @@ def main() -> None:
         scores = labeller_f1(everything, parity)
         print(f"labeller F1, {name}: " + ", ".join(f"{n} {v:.3f}" for n, v in scores.items()))
     for seed in (42, 7):
+        forget()
         start = time.process_time()
         made = list(counterfactuals(studies, graph, seed=seed))
         seconds = time.process_time() - start
@@ -168,6 +169,14 @@ def main() -> None:
         for name, value in quality(graph, made).items():
             print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
         print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
+
+
+def forget() -> None:
+    """Empty the memories of sentences, so that every round starts cold."""
+    for module in (labeller, checks, rewrite, text):
+        for item in vars(module).values():
+            if hasattr(item, "cache_clear"):
+                item.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +190,9 @@ def reports() -> list[Study]:
 def test_generate_and_check(benchmark, reports: list[Study]) -> None:
     """6,850 counterfactuals of the 3,425 reports: rewriting and all checks, one core."""
     graph = load_graph()
-    made = benchmark.pedantic(lambda: list(counterfactuals(reports, graph)), rounds=3, iterations=1)
+    made = benchmark.pedantic(
+        lambda: list(counterfactuals(reports, graph)), setup=forget, rounds=3, iterations=1
+    )
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["counterfactuals_per_second"] = len(made) / seconds
     benchmark.extra_info |= quality(graph, made)

@@ -47,14 +47,12 @@ _BREAK = re.compile(SCOPE_BREAK)
 _DOUBT_BREAK = re.compile(UNCERTAIN_BREAK)
 _PSEUDO = re.compile(PSEUDO_NEGATION)
 _SENTENCE = re.compile(r"(?<=[.?!])\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|\s(?=\d{1,2}\. +[A-Za-z])")
-_SECTION = re.compile(r"^\s*(?:FINDINGS|IMPRESSION):", re.M)
 _ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)]|-)\s*")
-_SPACE = re.compile(r"\s+")
 
 
 def sentences(text: str) -> list[str]:
     """`text` cut at full stops, blank lines and list marks; lower case, white space made single."""
-    plain = (_SPACE.sub(" ", part).strip().lower() for part in _SENTENCE.split(text))
+    plain = (" ".join(part.split()).lower() for part in _SENTENCE.split(text))
     return [s for s in (_ENUMERATOR.sub("", part) for part in plain) if s]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 
 from cpo_fast.concepts.labeller import (
     clear_side,
-    label_report,
     opposed,
     ruled_out,
     sentence_mentions,
@@ -33,10 +33,15 @@ _BRINGS: dict[str, frozenset[str]] = {
 }
 
 
+def _asserted(lines: Iterable[str]) -> frozenset[str]:
+    return frozenset(n for line in lines for n, value in sentence_mentions(line) if value == 1)
+
+
 @lru_cache(maxsize=1 << 12)
-def _asserted(text: str) -> frozenset[str]:
-    labels = label_report(text)
-    return frozenset(name for name, value in labels.items() if value == 1)
+def _told(text: str) -> tuple[frozenset[str], Counter[str], int]:
+    """An original: its asserted findings, its words, and how many they are."""
+    words = text.lower().split()
+    return _asserted(sentences(text)), Counter(words), len(words)
 
 
 _LUNG = frozenset(
@@ -69,11 +74,6 @@ def _bound(text: str, gone: frozenset[str]) -> set[str]:
     return tied - free
 
 
-@lru_cache(maxsize=1 << 12)
-def _words(text: str) -> Counter[str]:
-    return Counter(text.lower().split())
-
-
 def check(
     graph: ConceptGraph, original: Report, counterfactual: Report, target: str
 ) -> dict[str, bool]:
@@ -85,14 +85,15 @@ def check(
     is), nothing_else (no finding but the target is new), length, edits.
     """
     before, after = original.text, counterfactual.text
-    old, new = _asserted(before), frozenset(_asserted(after))
-    parts = [p for p in (counterfactual.findings, counterfactual.impression) if p]
-    lines = [s for part in parts for s in sentences(part)]
+    old, words, count = _told(before)
+    parts = [sentences(p) for p in (counterfactual.findings, counterfactual.impression) if p]
+    lines = [line for part in parts for line in part]
+    new = _asserted(lines)
     gone = graph.excluded.get(target, frozenset())
-    calm = {"No Finding"}
+    written = after.lower().split()
+    changed = (words - Counter(written)).total()
     low = MIN_LENGTH * len(before) - LENGTH_ALLOWANCE
     high = MAX_LENGTH * len(before) + LENGTH_ALLOWANCE
-    changed = sum((_words(before) - Counter(after.lower().split())).values())
     return {
         "differs": before.split() != after.split(),
         "format": bool(original.findings) == bool(counterfactual.findings)
@@ -101,8 +102,8 @@ def check(
         "no_denial": not any(target in ruled_out(s) for s in lines),
         "sides": not _side_conflict(lines, target),
         "no_exclusion": not gone & new and not any(target in opposed(s) for s in lines),
-        "survivors": old - gone - calm - new <= _bound(before, gone),
+        "survivors": old - gone - new <= _bound(before, gone),
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
         "length": low <= len(after) <= high,
-        "edits": changed <= MAX_EDITED * sum(_words(before).values()) + EDIT_ALLOWANCE,
+        "edits": changed <= MAX_EDITED * count + EDIT_ALLOWANCE,
     }

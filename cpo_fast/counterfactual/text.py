@@ -12,7 +12,6 @@ _BOUNDARY = re.compile(
 _MARK = re.compile(r"(?:\d{1,2}[.)]|-|\*)\s*")
 _INLINE_MARK = re.compile(r"\s+(?=(\d{1,2})[.)]\s+[A-Z])")
 _NUMBER = re.compile(r"\d+")
-_SPACE = re.compile(r"\s+")
 
 
 NEW_ITEM = "0"
@@ -29,7 +28,7 @@ class Unit:
     @property
     def plain(self) -> str:
         """The text with single spaces, for matching."""
-        return _SPACE.sub(" ", self.body).strip()
+        return " ".join(self.body.split())
 
 
 @lru_cache(maxsize=1 << 14)
