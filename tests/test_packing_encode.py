@@ -68,6 +68,15 @@ def test_a_perception_pair_has_its_own_prompt():
     assert group.rejected_prompts[1] is None
 
 
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    from copy import copy
+
+    rewriting = copy(tokenizer())
+    rewriting.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
+    with pytest.raises(UsageError, match="chat template"):
+        encode(preference("a", 1), rewriting, max_length=LONG)
+
+
 def test_sft_samples_have_no_rejected():
     assert encoded(preference("a", 0)).rejected == ()
 

@@ -131,9 +131,8 @@ def _encode(
         )
     _check_responses(preference, replaced)
 
-    messages = [_flatten(message) for message in preference.prompt]
-    text = _render(tokenizer, messages, for_answer=True)
-    text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = _render_all(tokenizer, preference)
+    text_ids, *answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
     pad_id = image_token_id(tokenizer)
 
     def prompt_of(images: tuple[ImageRef, ...]) -> Prompt:
@@ -141,14 +140,7 @@ def _encode(
 
     cuts: list[bool] = []
 
-    def respond(answer: str, prompt: Prompt) -> tuple[int, ...]:
-        whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-        if not whole.startswith(text):
-            raise UsageError(
-                "the chat template renders the prompt differently once an answer follows; "
-                "give the tokenizer a template that only appends"
-            )
-        ids = tokenizer(whole[len(text) :], add_special_tokens=False)["input_ids"]
+    def fit(ids: list[int], prompt: Prompt) -> tuple[int, ...]:
         if pad_id in ids:
             raise RecordError("image-token-in-response", "a response holds an image placeholder")
         room = _room(len(ids), prompt, max_length, over_long, preference.id)
@@ -157,11 +149,8 @@ def _encode(
 
     prompt = prompt_of(preference.images)
     prompts = tuple(None if images is None else prompt_of(images) for images in replaced)
-    chosen = respond(preference.chosen, prompt)
-    rejected = tuple(
-        respond(answer, own or prompt)
-        for answer, own in zip(preference.rejected, prompts, strict=True)
-    )
+    chosen = fit(answers[0], prompt)
+    rejected = tuple(fit(ids, own or prompt) for ids, own in zip(answers[1:], prompts, strict=True))
     if any(ids == chosen and own is None for ids, own in zip(rejected, prompts, strict=True)):
         raise RecordError("chosen-equals-rejected", f"equal in the first {len(chosen)} tokens")
     group = PreferenceGroup(
@@ -188,12 +177,23 @@ def _check_responses(
             raise RecordError("chosen-equals-rejected", "the two texts are the same")
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, for_answer: bool = False
-) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
-    assert isinstance(text, str)  # one conversation, not a batch of them
-    return text
+def _render_all(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[str]:
+    """The prompt as text, then what the template appends to it for each answer, chosen first."""
+    messages = [_flatten(message) for message in preference.prompt]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(prompt, str)  # one conversation, not a batch of them
+    texts = [prompt]
+    for answer in (preference.chosen, *preference.rejected):
+        turn = {"role": "assistant", "content": answer}
+        whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
+        assert isinstance(whole, str)
+        if not whole.startswith(prompt):
+            raise UsageError(
+                "the chat template renders the prompt differently once an answer follows; "
+                "give the tokenizer a template that only appends"
+            )
+        texts.append(whole.removeprefix(prompt))
+    return texts
 
 
 def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
