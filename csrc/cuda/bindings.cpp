@@ -1,5 +1,6 @@
-// cpo_fast._cuda: the launchers of csrc/cuda for Python, by addresses. Knows nothing of torch and computes nothing;
-// cpo_fast/loss/cuda.py checks shapes and types. Importing it does not touch the CUDA driver.
+// cpo_fast._cuda: the launchers of csrc/cuda for Python, by addresses. Knows nothing of torch and
+// computes nothing; cpo_fast/loss/cuda.py checks shapes and types. Importing it does not touch the
+// CUDA driver.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -78,8 +79,8 @@ void segment_sums(Address logps, Address segment_ids, Address labels, int64_t ig
       device, pointer<CUstream_st>(stream));
 }
 
-void row_scale(const std::string& dtype, Address rows, Address coefficients, Address out, int tokens,
-               int width, int device, Address stream) {
+void row_scale(const std::string& dtype, Address rows, Address coefficients, Address out,
+               int tokens, int width, int device, Address stream) {
   cpo::launch_row_scale({pointer<const void>(rows), pointer<const float>(coefficients),
                          pointer<void>(out), tokens, width},
                         half(dtype), device, pointer<CUstream_st>(stream));

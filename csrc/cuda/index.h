@@ -1,5 +1,5 @@
-// Index arithmetic of the CUDA kernels: plain integers, shared by device code, launchers and the CPU tests.
-// Everything that may pass 2^31 (rows x columns) is int64; single coordinates are int.
+// Index arithmetic of the CUDA kernels: plain integers, shared by device code, launchers and the
+// CPU tests. Everything that may pass 2^31 (rows x columns) is int64; single coordinates are int.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ CPO_HD constexpr int64_t offset_2d(int64_t row, int64_t stride, int64_t column) 
   return row * stride + column;
 }
 
-// --- row kernel: one row as 16-byte vectors of 8 values, shared by the two CTAs of a cluster --------------
+// --- row kernel: one row as 16-byte vectors of 8 values, shared by the two CTAs of a cluster -----
 
 constexpr int kVec = 8;               // 16-bit values in a vector
 constexpr int kRowThreads = 1024;     // one vector per thread and piece
@@ -33,7 +33,8 @@ struct RowShare {
   int pieces;     // of kPieceVecs vectors, the last one shorter
 };
 
-// CTA 0 takes the first half of the vectors, rounded up; CTA 1 the rest (none when there is one vector).
+// CTA 0 takes the first half of the vectors, rounded up; CTA 1 the rest (none when there is one
+// vector).
 CPO_HD constexpr RowShare row_share(int vocab, int rank) {
   const int all = row_vecs(vocab);
   const int half = (all + 1) / 2;
@@ -46,7 +47,7 @@ CPO_HD constexpr int piece_vecs(const RowShare& share, int piece) {
   return left < kPieceVecs ? left : kPieceVecs;
 }
 
-// --- linear kernel: logits tile [128 rows, 256 columns] = H tile [128, D] x (W tile [256, D])^T -----------
+// --- linear kernel: logits tile [128 rows, 256 columns] = H tile [128, D] x (W tile [256, D])^T --
 
 constexpr int kTileM = 128;                 // rows of a CTA: two warpgroups of 64
 constexpr int kTileN = 256;                 // vocabulary columns, one wgmma wide
@@ -58,11 +59,12 @@ constexpr int kStages = 4;
 constexpr int kBytesH = kTileM * kTileK * 2;
 constexpr int kBytesW = kTileN * kTileK * 2;
 constexpr int kStageBytes = kBytesH + kBytesW;
-constexpr int kBand = 8;  // row pairs that run side by side: 2048 rows of H stay in L2 while W streams by
+constexpr int kBand = 8;  // row pairs side by side: 2048 rows of H stay in L2 while W streams by
 
-// Vocabulary tiles of a split, whose sums one CTA forms in registers. A constant, so that a token's log-prob has the
-// same bits whatever else is in the batch; 2 keeps the last wave full at V = 152064 on 132 multiprocessors (297
-// splits = 4.5 x 66 clusters) with 8 bytes per row and split of partial sums.
+// Vocabulary tiles of a split, whose sums one CTA forms in registers. A constant, so that a token's
+// log-prob has the same bits whatever else is in the batch; 2 keeps the last wave full at V =
+// 152064 on 132 multiprocessors (297 splits = 4.5 x 66 clusters) with 8 bytes per row and split of
+// partial sums.
 constexpr int kSplitTiles = 2;
 
 // Work is cut into units: a row pair x a split.
@@ -87,8 +89,8 @@ struct LinearUnit {
   int end_tile;
 };
 
-// Inside a band of kBand row pairs the row pair runs fastest, so that clusters that run together read the
-// same W tiles; bands follow one another.
+// Inside a band of kBand row pairs the row pair runs fastest, so that clusters that run together
+// read the same W tiles; bands follow one another.
 CPO_HD constexpr LinearUnit linear_unit(const LinearPlan& plan, int64_t unit) {
   const int64_t band_units = static_cast<int64_t>(kBand) * plan.splits;
   const int band = static_cast<int>(unit / band_units);
@@ -102,35 +104,38 @@ CPO_HD constexpr LinearUnit linear_unit(const LinearPlan& plan, int64_t unit) {
           end < plan.vocab_tiles ? end : plan.vocab_tiles};
 }
 
-// Transposing a 4 x 4 block of words over the four lanes of a quad, in four swaps between lanes q and q ^ step: the
-// lane whose bit `step` is set gives its word `low` and takes the other's `high` for it, the other way round in
-// the other lane. Word w of lane q ends as word q of lane w.
+// Transposing a 4 x 4 block of words over the four lanes of a quad, in four swaps between lanes q
+// and q ^ step: the lane whose bit `step` is set gives its word `low` and takes the other's `high`
+// for it, the other way round in the other lane. Word w of lane q ends as word q of lane w.
 struct QuadSwap {
   int low;
   int high;
   int step;
 };
 CPO_HD constexpr QuadSwap quad_swap(int i) {
-  return i == 0 ? QuadSwap{0, 1, 1} : i == 1 ? QuadSwap{2, 3, 1} : i == 2 ? QuadSwap{0, 2, 2} : QuadSwap{1, 3, 2};
+  return i == 0   ? QuadSwap{0, 1, 1}
+         : i == 1 ? QuadSwap{2, 3, 1}
+         : i == 2 ? QuadSwap{0, 2, 2}
+                  : QuadSwap{1, 3, 2};
 }
 
-// First row of the box that the copy engine reads. A box that lies wholly outside reads row 0 instead:
-// its results are never used, and only boxes that are partly outside rely on zero fill.
-CPO_HD constexpr int box_row(int64_t row, int rows) { return row < rows ? static_cast<int>(row) : 0; }
+// First row of the box that the copy engine reads. A box that lies wholly outside reads row 0
+// instead: its results are never used, and only boxes that are partly outside rely on zero fill.
+CPO_HD constexpr int box_row(int64_t row, int rows) {
+  return row < rows ? static_cast<int>(row) : 0;
+}
 
-// Accumulators of wgmma m64nNk16: the place of register `i` of thread `thread` (0..127) in the 64 x N tile.
+// Accumulators of wgmma m64nNk16: the place of register `i` of thread `thread` (0..127) in the 64 x
+// N tile.
 CPO_HD constexpr int acc_row(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + 8 * (i / 2 % 2);
 }
 CPO_HD constexpr int acc_column(int thread, int i) { return thread % 4 * 2 + i % 2 + 8 * (i / 4); }
 
-// Where the copy engine's 128-byte swizzle puts byte `byte` (0..127) of row `row`: the 16-byte chunk number is
-// xored with the row modulo 8. Tiles start at multiples of 1024 bytes.
-CPO_HD constexpr int swizzled(int row, int byte) { return row * 128 + (byte ^ (row % 8 * 16)); }
-
-// wgmma's description of a K-major operand in shared memory with that swizzle. Rows are 128 bytes, groups of
-// eight rows follow each other at 1024 bytes; the leading offset is not used with a swizzle. `k` steps of
-// 16 values move the start by 32 bytes inside the swizzled row.
+// wgmma's description of a K-major operand in shared memory, as the copy engine lays it down with
+// its 128-byte swizzle. Rows are 128 bytes, groups of eight rows follow each other at 1024 bytes,
+// tiles start at multiples of 1024; the leading offset is not used with a swizzle. `k` steps of 16
+// values move the start by 32 bytes inside the swizzled row.
 CPO_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
   return (static_cast<uint64_t>(address + 32 * k) & 0x3FFFF) >> 4 | uint64_t{1} << 16 |
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;

@@ -10,7 +10,7 @@
 #include "values.h"
 #include "wgmma.h"
 
-#pragma nv_diag_suppress 177  // what only Hopper code uses looks unused where the sm_80 pass leaves that out
+#pragma nv_diag_suppress 177  // what only Hopper code uses looks unused in the sm_80 pass
 
 namespace cpo {
 namespace {
@@ -19,7 +19,7 @@ constexpr int kGroup = 128;                      // threads of a warpgroup
 constexpr int kConsumers = kTileM / 64;          // warpgroups that multiply, 64 rows each
 constexpr int kThreads = kGroup * (1 + kConsumers);  // warpgroup 0 loads
 constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // 1024 to align the tiles
-constexpr int kReleases = kCluster * kConsumers * kGroup / 32;  // one per consumer warp of the cluster
+constexpr int kReleases = kCluster * kConsumers * kGroup / 32;  // one per consumer warp
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 
@@ -34,7 +34,7 @@ struct Job {
 };
 
 __device__ __forceinline__ bool skipped(const Job& job, const LinearUnit& unit) {
-  return job.only_redo && job.redo[unit.row_pair] == 0;  // the same answer in all threads of a cluster
+  return job.only_redo && job.redo[unit.row_pair] == 0;  // the same answer in a whole cluster
 }
 
 __device__ __forceinline__ int label_of(const LinearArgs& args, int row) {
@@ -43,7 +43,8 @@ __device__ __forceinline__ int label_of(const LinearArgs& args, int row) {
   return label >= 0 && label < args.vocab ? static_cast<int>(label) : -1;
 }
 
-// Lane q of a quad holds, of four 16-byte vectors, the word q of each; afterwards it holds vector q.
+// Lane q of a quad holds, of four 16-byte vectors, the word q of each; afterwards it holds vector
+// q.
 __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int q) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -59,7 +60,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int q) {
   }
 }
 
-// A consumer thread's two rows of a unit: register pairs 0, 1 of each four are row 0, pairs 2, 3 row 1.
+// A consumer thread's two rows of a unit: register pairs 0, 1 of each four are row 0, pairs 2, 3
+// row 1.
 struct Rows {
   int row[2];
   int label[2];
@@ -78,8 +80,9 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
   const bool ragged = tile_column + kTileN > args.vocab;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    // At most one tile of a row holds its label, and one of the four lanes that share the row. The branch keeps
-    // the 64 comparisons (registers cannot be indexed at run time) out of all other tiles.
+    // At most one tile of a row holds its label, and one of the four lanes that share the row. The
+    // branch keeps the 64 comparisons (registers cannot be indexed at run time) out of all other
+    // tiles.
     const int local = rows.label[h] - tile_column;
     if (local >= 0 && local < kTileN && local / 2 % 4 == q) {
 #pragma unroll
@@ -98,7 +101,9 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
     }
     float highest = rows.part[h].max;
 #pragma unroll
-    for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) highest = fmaxf(highest, acc[i]);
+    for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) {
+      highest = fmaxf(highest, acc[i]);
+    }
     const float from = offset_of(highest);
     float sums[2] = {0.0f, 0.0f};  // of this tile, in two chains
 #pragma unroll
@@ -131,17 +136,18 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
   }
 }
 
-// Persistent clusters of two CTAs. CTA r of a cluster multiplies row tile 2 * row_pair + r with every vocabulary
-// tile of the unit; both need the same W tile, so each loads half of it into both.
+// Persistent clusters of two CTAs. CTA r of a cluster multiplies row tile 2 * row_pair + r with
+// every vocabulary tile of the unit; both need the same W tile, so each loads half of it into both.
 //
 // A stage (ring of kStages) holds an H tile and a W tile. Its two barriers in each CTA:
-//   full   1 arrival (this CTA's producer, which announces kStageBytes) and the bytes themselves: the H tile, the
-//          own half of W and the peer's half. The peer's bytes may come before the announcement; the phase
-//          stays open for want of the arrival.
-//   empty  kReleases arrivals: the consumer warps of *both* CTAs, because both producers write here and a
-//          producer may write its half into both CTAs only when both have done with the stage.
-// Stage and phase advance in the same way in all roles: the n-th use of a stage is phase n of its barriers,
-// parity n & 1. A producer waits for the release of use n - 1, parity (n - 1) & 1, which a fresh barrier passes.
+//   full   1 arrival (this CTA's producer, which announces kStageBytes) and the bytes themselves:
+//          the H tile, the own half of W and the peer's half. The peer's bytes may come before the
+//          announcement; the phase stays open for want of the arrival.
+//   empty  kReleases arrivals: the consumer warps of *both* CTAs, because both producers write here
+//          and a producer may write its half into both CTAs only when both have done with the stage.
+// Stage and phase advance in the same way in all roles: the n-th use of a stage is phase n of its
+// barriers, parity n & 1. A producer waits for the release of use n - 1, parity (n - 1) & 1, which
+// a fresh barrier passes.
 template <typename T, bool kExp>
 __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap map_h,
@@ -206,7 +212,8 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
     take_registers<kConsumerRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % kGroup;
     const float c = kLog2e / args.temperature;
-    // One arrival per warp in each CTA of the cluster; all lanes have passed the wait for the products.
+    // One arrival per warp in each CTA of the cluster; all lanes have passed the wait for the
+    // products.
     const auto release = [&](int used) {
       if (lane < kCluster) barrier_arrive(&empty[used], lane);
     };
@@ -269,8 +276,9 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// E's label column and the row's factor: with E = exp(z - offset), p_v = E_v exp(offset - lse), so that
-// -exp(offset - lse) (E W) is the gradient when E_y = -(1 - p_y) exp(lse - offset), minus the sum of the others.
+// E's label column and the row's factor: with E = exp(z - offset), p_v = E_v exp(offset - lse), so
+// that -exp(offset - lse) (E W) is the gradient when E_y = -(1 - p_y) exp(lse - offset), minus the
+// sum of the others.
 __device__ __forceinline__ void patch_label(const LinearArgs& args, int row, int label, float lse,
                                             float offset, float others) {
   args.factors[row] = label < 0 ? 0.0f : -expf(offset - lse) / args.temperature;
@@ -351,8 +359,8 @@ CUtensorMap tensor_map(const void* base, int rows, int columns, int64_t stride, 
   const cuuint32_t box[2] = {kTileK, kTileM};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result = tensor_map_encoder()(
-      &map, type == Half::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map,
+      type == Half::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
@@ -367,8 +375,8 @@ void launch(const Job& job, const CUtensorMap& map_h, const CUtensorMap& map_w, 
   check(cudaFuncSetAttribute(linear_kernel<T, kExp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kSharedBytes),
         "linear kernel shared memory");
-  const int64_t clusters =
-      std::min<int64_t>(job.plan.units, attribute(cudaDevAttrMultiProcessorCount, device) / kCluster);
+  const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(job.plan.units, sms / kCluster));
   linear_kernel<T, kExp><<<static_cast<unsigned>(clusters * kCluster), kThreads, kSharedBytes,
                            stream>>>(map_h, map_w, job);
   check(cudaGetLastError(), "linear kernel");
@@ -403,8 +411,10 @@ void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream
   job.k_tiles = static_cast<int>(ceil_div(args.width, kTileK));
   job.partials = reinterpret_cast<float2*>(workspace);
   job.label_logits = reinterpret_cast<float*>(workspace + partial_bytes(plan, args.rows));
-  const CUtensorMap map_h = tensor_map(args.hidden, args.rows, args.width, args.hidden_stride, type);
-  const CUtensorMap map_w = tensor_map(args.weight, args.vocab, args.width, args.weight_stride, type);
+  const CUtensorMap map_h =
+      tensor_map(args.hidden, args.rows, args.width, args.hidden_stride, type);
+  const CUtensorMap map_w =
+      tensor_map(args.weight, args.vocab, args.width, args.weight_stride, type);
   const auto combine_blocks = static_cast<unsigned>(ceil_div(args.rows, kCombineWarps));
 
   if (args.exp == nullptr) {
@@ -415,13 +425,14 @@ void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream
     return;
   }
   if (type != Half::bfloat16) throw std::runtime_error("E needs bfloat16 inputs");
-  job.redo = reinterpret_cast<int*>(workspace + partial_bytes(plan, args.rows) + label_bytes(args.rows));
+  job.redo =
+      reinterpret_cast<int*>(workspace + partial_bytes(plan, args.rows) + label_bytes(args.rows));
   check(cudaMemsetAsync(job.redo, 0, redo_bytes(plan), stream), "clearing the redo flags");
   launch<__nv_bfloat16, true>(job, map_h, map_w, device, stream);
   combine<<<combine_blocks, kCombineWarps * 32, 0, stream>>>(job);
   check(cudaGetLastError(), "combine");
-  // Without a look at the flags from the host, which would wait for the device: clusters without a flagged row
-  // pair end at once.
+  // Without a look at the flags from the host, which would wait for the device: clusters without a
+  // flagged row pair end at once.
   job.only_redo = true;
   job.args.offsets = args.lse;
   launch<__nv_bfloat16, true>(job, map_h, map_w, device, stream);

@@ -1,8 +1,11 @@
-// Linear LSE: log-probs of labels under softmax(H W^T / temperature) straight from fp32 accumulators, on Hopper.
+// Linear LSE: log-probs of labels under softmax(H W^T / temperature) straight from fp32
+// accumulators, on Hopper.
 //
-// A GEMM whose epilogue reduces its tile and writes no logits: the reference pass and evaluation. With `exp` set
-// the epilogue also stores E = exp(z - offset) as bf16, from which one plain GEMM makes the gradient:
-//   d logp_t / d H_t = factors[t] * (E W)[t],  because E's label column holds minus the sum of the others.
+// A GEMM whose epilogue reduces its tile and writes no logits: the reference pass and evaluation.
+// With `exp` set the epilogue also stores E = exp(z - offset) as bf16, from which one plain GEMM
+// makes the gradient:
+//   d logp_t / d H_t = factors[t] * (E W)[t],
+// because E's label column holds minus the sum of the others.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,15 +29,16 @@ struct LinearArgs {
   float* logps;     // [rows]
   float* lse;       // [rows]
   void* workspace;  // linear_workspace_bytes(...), aligned to 16 bytes
-  // Only with E; all of them or none. bfloat16 inputs only: float16 has no range for exp(z - offset).
+  // Only with E; all of them or none. bfloat16 inputs only: float16 has no range for exp(z -
+  // offset).
   void* exp;             // E [rows, exp_stride] bf16; columns vocab.. rounded up to 8 are set to 0
   int64_t exp_stride;    // in values, a multiple of 8
   const float* offsets;  // [rows] any estimate of the LSE, such as the reference model's
   float* factors;        // [rows] out; 0 where the label is ignored
 };
 
-// Rows whose LSE is further than this from their offset are computed again with the LSE as offset (on the
-// device, with all rows of their row pair), so that E neither overflows nor vanishes.
+// Rows whose LSE is further than this from their offset are computed again with the LSE as offset
+// (on the device, with all rows of their row pair), so that E neither overflows nor vanishes.
 constexpr float kOffsetReach = 60.0f;
 
 int64_t linear_workspace_bytes(int rows, int vocab);

@@ -1,4 +1,5 @@
-// From the sum over the others to the log-prob of the label; shared by the kernels and the CPU tests.
+// From the sum over the others to the log-prob of the label; shared by the kernels and the CPU
+// tests.
 //
 // The label's own term is left out of every sum of exponentials, so that
 //   logp = -log1p(S_others / e_y) <= 0  and  1 - p_y = S_others / (S_others + e_y)
@@ -13,7 +14,8 @@ namespace cpo {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// sum = sum over some columns of exp2((z - max) * c), c = log2(e) / temperature; empty: max -inf, sum 0.
+// sum = sum over some columns of exp2((z - max) * c), c = log2(e) / temperature; empty: max -inf,
+// sum 0.
 struct Partial {
   float max;
   float sum;
@@ -21,11 +23,12 @@ struct Partial {
 
 CPO_HD Partial empty_partial() { return {-INFINITY, 0.0f}; }
 
-// An empty partial has no maximum that could be subtracted; 0 serves, since all its terms are exp2(-inf).
+// An empty partial has no maximum that could be subtracted; 0 serves, since all its terms are
+// exp2(-inf).
 CPO_HD float offset_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// Rounded before it is added: a fused multiply-add would make merge(a, b) differ from merge(b, a), and the
-// lanes of a butterfly from one another.
+// Rounded before it is added: a fused multiply-add would make merge(a, b) differ from merge(b, a),
+// and the lanes of a butterfly from one another.
 CPO_HD float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -48,7 +51,8 @@ struct RowResult {
   float factor;  // p_v = exp2((z_v - max) * c) * factor
 };
 
-CPO_HD RowResult finish_row(Partial part, float label_logit, bool has_label, float inv_temperature) {
+CPO_HD RowResult finish_row(Partial part, float label_logit, bool has_label,
+                            float inv_temperature) {
   if (!has_label) {
     const float lse = part.max * inv_temperature + logf(part.sum);
     return {0.0f, lse, 0.0f, 1.0f / part.sum};

@@ -1,5 +1,5 @@
-// Thin wrappers of the PTX instructions that the Hopper kernels use: barriers, clusters, bulk copies.
-// PTX ISA sections are named beside each group.
+// Thin wrappers of the PTX instructions that the Hopper kernels use: barriers, clusters, bulk
+// copies. PTX ISA sections are named beside each group.
 #pragma once
 
 #include <cuda.h>
@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- clusters (barrier.cluster, mapa) --------------------------------------------------------------------
+// --- clusters (barrier.cluster, mapa) ------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -27,7 +27,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of both CTAs; what was written before it, in either CTA's shared memory, is seen after it.
+// All threads of both CTAs; what was written before it, in either CTA's shared memory, is seen
+// after it.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -39,8 +40,8 @@ __device__ __forceinline__ uint32_t peer_address(uint32_t address, uint32_t rank
   return peer;
 }
 
-// Four floats into the peer's shared memory (16-byte aligned addresses of a CTA of the cluster); its barrier there
-// counts 16 bytes when they have arrived.
+// Four floats into the peer's shared memory (16-byte aligned addresses of a CTA of the cluster);
+// its barrier there counts 16 bytes when they have arrived.
 __device__ __forceinline__ void send_peer(uint32_t peer, float x, float y, float z, float w,
                                           uint32_t peer_barrier) {
   asm volatile(
@@ -50,10 +51,11 @@ __device__ __forceinline__ void send_peer(uint32_t peer, float x, float y, float
       : "memory");
 }
 
-// --- mbarriers -------------------------------------------------------------------------------------------
-// Arrivals and waits keep their default scope, the CTA. That is enough here: what crosses CTAs are bulk copies and
-// st.async, whose bytes the barrier itself counts, and releases of a buffer that was read by wgmma, which has
-// completed. Cluster scope would cost a memory barrier and an L1 invalidation in every step (seen in the SASS).
+// --- mbarriers -----------------------------------------------------------------------------------
+// Arrivals and waits keep their default scope, the CTA. That is enough here: what crosses CTAs are
+// bulk copies and st.async, whose bytes the barrier itself counts, and releases of a buffer that
+// was read by wgmma, which has completed. Cluster scope would cost a memory barrier and an L1
+// invalidation in every step (seen in the SASS).
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -61,7 +63,8 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
                : "memory");
 }
 
-// Makes initialised barriers visible to the cluster and to the copy engine; a cluster_sync must follow.
+// Makes initialised barriers visible to the cluster and to the copy engine; a cluster_sync must
+// follow.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -81,7 +84,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank)
                : "memory");
 }
 
-// Waits until the phase of this parity is complete. On a fresh barrier parity 1 is complete already.
+// Waits until the phase of this parity is complete. On a fresh barrier parity 1 is complete
+// already.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n\t"
@@ -94,7 +98,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// --- bulk copies (cp.async.bulk) -------------------------------------------------------------------------
+// --- bulk copies (cp.async.bulk) -----------------------------------------------------------------
 
 // Orders this thread's view of shared memory before bulk copies that overwrite it.
 __device__ __forceinline__ void async_proxy_fence() {
@@ -121,7 +125,8 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       : "memory");
 }
 
-// The same into every CTA of `mask`, at the same place, counted by the barrier at the same place there.
+// The same into every CTA of `mask`, at the same place, counted by the barrier at the same place
+// there.
 __device__ __forceinline__ void copy_box_multicast(uint32_t target, const CUtensorMap* map, int column,
                                                    int row, uint64_t* barrier, uint16_t mask) {
   asm volatile(

@@ -1,4 +1,5 @@
-// The two small kernels around the row kernel: sums of log-probs per segment, and the backward's row scale.
+// The two small kernels around the row kernel: sums of log-probs per segment, and the backward's
+// row scale.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,8 +10,9 @@
 
 namespace cpo {
 
-// sums[s] = sum of logps[t] over the tokens t with segment_ids[t] == s, in float64, in a fixed order (the same
-// bits from run to run, which atomics would not give); counts[s] = those with a label other than ignore_index.
+// sums[s] = sum of logps[t] over the tokens t with segment_ids[t] == s, in float64, in a fixed
+// order (the same bits from run to run, which atomics would not give); counts[s] = those with a
+// label other than ignore_index.
 struct SegmentArgs {
   const float* logps;          // [tokens]
   const int64_t* segment_ids;  // [tokens]; -1 belongs to none

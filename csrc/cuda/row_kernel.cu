@@ -13,24 +13,17 @@ namespace {
 constexpr int kWarps = kRowThreads / 32;
 
 // A raw logit after bias and soft-capping; `slope` is its derivative.
-struct Transform {
-  const float* bias;
-  float softcap;
-
-  template <bool kUsed>
-  __device__ __forceinline__ float apply(float x, int column, float* slope) const {
-    *slope = 1.0f;
-    if constexpr (kUsed) {
-      if (bias != nullptr) x += bias[column];
-      if (softcap > 0.0f) {
-        const float t = tanhf(x / softcap);
-        *slope = 1.0f - t * t;
-        return softcap * t;
-      }
-    }
-    return x;
+__device__ __forceinline__ float transformed(const RowArgs& args, float x, int column,
+                                             float* slope) {
+  if (args.bias != nullptr) x += args.bias[column];
+  if (args.softcap > 0.0f) {
+    const float t = tanhf(x / args.softcap);
+    *slope = 1.0f - t * t;
+    return args.softcap * t;
   }
-};
+  *slope = 1.0f;
+  return x;
+}
 
 // What a thread carries through the first pass over its vectors of a row.
 template <typename T, bool kTransform>
@@ -46,11 +39,10 @@ struct Scan {
     unpack8<T>(vector, z);
     const int column = index * kVec;
     if constexpr (kTransform) {
-      const Transform transform{args.bias, args.softcap};
       float slope;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        if (column + i < args.vocab) z[i] = transform.apply<true>(z[i], column + i, &slope);
+        if (column + i < args.vocab) z[i] = transformed(args, z[i], column + i, &slope);
       }
     }
     // Rare vectors only: the one with the label, which stays out of the sum, and a ragged last one.
@@ -76,7 +68,8 @@ struct Scan {
   }
 };
 
-// The vector's d logp / d logits: onehot - p, times the derivatives of temperature and soft-capping.
+// The vector's d logp / d logits: onehot - p, times the derivatives of temperature and
+// soft-capping.
 template <typename T, bool kTransform>
 __device__ __forceinline__ uint4 gradient(const uint4& vector, int index, const RowArgs& args,
                                           const RowResult& result, float max, float c, int label) {
@@ -85,12 +78,11 @@ __device__ __forceinline__ uint4 gradient(const uint4& vector, int index, const 
   const int column = index * kVec;
   const float from = offset_of(max);
   const float scale = 1.0f / args.temperature;
-  const Transform transform{args.bias, args.softcap};
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     float slope = 1.0f;
     if constexpr (kTransform) {
-      if (column + i < args.vocab) z[i] = transform.apply<true>(z[i], column + i, &slope);
+      if (column + i < args.vocab) z[i] = transformed(args, z[i], column + i, &slope);
     }
     z[i] = -exp2_fast((z[i] - from) * c) * result.factor * scale * slope;
   }
@@ -103,7 +95,7 @@ __device__ __forceinline__ uint4 gradient(const uint4& vector, int index, const 
         if constexpr (kTransform) {
           float raw[kVec];
           unpack8<T>(vector, raw);
-          transform.apply<true>(raw[i], label, &slope);
+          transformed(args, raw[i], label, &slope);
         }
         z[i] = result.others * scale * slope;
       }
@@ -122,8 +114,8 @@ __device__ __forceinline__ Partial warp_merge(Partial part, float c) {
   return part;
 }
 
-// The merged sum of all threads, in every thread. One barrier: `warps` may be written again only after the
-// caller's next barrier.
+// The merged sum of all threads, in every thread. One barrier: `warps` may be written again only
+// after the caller's next barrier.
 __device__ __forceinline__ Partial block_merge(Partial part, Partial* warps, float c) {
   part = warp_merge(part, c);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
@@ -136,14 +128,16 @@ __device__ __forceinline__ int label_of(const RowArgs& args, int row) {
   return label >= 0 && label < args.vocab ? static_cast<int>(label) : -1;
 }
 
-__device__ __forceinline__ void write_result(const RowArgs& args, int row, const RowResult& result) {
+__device__ __forceinline__ void write_result(const RowArgs& args, int row,
+                                             const RowResult& result) {
   args.logps[row] = result.logp;
   if (args.lse != nullptr) args.lse[row] = result.lse;
 }
 
 // Portable: one CTA per row, which is read twice, the second time mostly from L2.
 template <typename T, bool kTransform>
-__global__ void __launch_bounds__(kRowThreads, 1) row_portable(const __grid_constant__ RowArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 1)
+    row_portable(const __grid_constant__ RowArgs args) {
   __shared__ Partial warps[kWarps];
   __shared__ float label_logit;
   const float c = kLog2e / args.temperature;
@@ -155,7 +149,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_portable(const __grid_cons
     Scan<T, kTransform> scan{args, c, label};
 #pragma unroll 4
     for (int i = threadIdx.x; i < vecs; i += kRowThreads) scan.add(line[i], i, &label_logit);
-    const Partial part = block_merge(scan.part, warps, c);  // its barrier also publishes label_logit
+    const Partial part = block_merge(scan.part, warps, c);  // and publishes label_logit
     const RowResult result = finish_row(part, label_logit, label >= 0, 1.0f / args.temperature);
     if (threadIdx.x == 0) write_result(args, row, result);
     if (row < args.grad_rows) {
@@ -169,8 +163,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_portable(const __grid_cons
   }
 }
 
-// Hopper: two CTAs share a row, each holding its half in shared memory; the row is read once. Pieces of 16 KiB
-// arrive by bulk copies, and each piece's place is refilled with the next row as soon as it is written out.
+// Hopper: two CTAs share a row, each holding its half in shared memory; the row is read once.
+// Pieces of 16 KiB arrive by bulk copies, and each piece's place is refilled with the next row as
+// soon as it is written out.
 template <typename T, bool kTransform>
 __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
     row_cluster(const __grid_constant__ RowArgs args) {
@@ -188,7 +183,8 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
   const float c = kLog2e / args.temperature;
   T* const logits = static_cast<T*>(args.logits);
 
-  // Called by thread 0 only. Expects the bytes before copying, in the same thread, so a phase cannot end early.
+  // Called by thread 0 only. Expects the bytes before copying, in the same thread, so a phase
+  // cannot end early.
   const auto load = [&](int row, int piece) {
     const uint32_t bytes = piece_vecs(share, piece) * static_cast<uint32_t>(sizeof(uint4));
     const int64_t column = static_cast<int64_t>(share.first_vec + piece * kPieceVecs) * kVec;
@@ -208,7 +204,8 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
   }
   cluster_sync();  // the barriers are initialised for all threads, and the peer CTA runs
 
-  // Barrier `piece` completes one phase per row, so its parity is the number of the row's turn, modulo 2.
+  // Barrier `piece` completes one phase per row, so its parity is the number of the row's turn,
+  // modulo 2.
   for (int turn = 0; row < args.rows; ++turn, row += clusters) {
     const int label = label_of(args, row);
     Scan<T, kTransform> scan{args, c, label};
@@ -219,10 +216,11 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
     }
     const Partial mine = block_merge(scan.part, warps, c);  // also publishes label_logit
 
-    // The CTAs send each other their numbers. Places and barriers alternate between turns, so that a place is
-    // written for turn n + 2 only after its reader has finished turn n: the sender of n + 2 has received turn
-    // n + 1, which the reader sent after all its threads had passed block_merge's barrier of turn n + 1. For the
-    // same reason no barrier can run two phases ahead of a thread that waits for it.
+    // The CTAs send each other their numbers. Places and barriers alternate between turns, so that
+    // a place is written for turn n + 2 only after its reader has finished turn n: the sender of n
+    // + 2 has received turn n + 1, which the reader sent after all its threads had passed
+    // block_merge's barrier of turn n + 1. For the same reason no barrier can run two phases ahead
+    // of a thread that waits for it.
     const int place = turn & 1;
     if (threadIdx.x == 0) {
       barrier_expect(&peer_arrived[place], sizeof(float4));
@@ -273,7 +271,7 @@ void launch(const RowArgs& args, int device, cudaStream_t stream) {
     check(cudaFuncSetAttribute(row_cluster<T, kTransform>,
                                cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "row kernel shared memory");
-    const int clusters = std::min(args.rows, sms / kCluster);
+    const int clusters = std::max(1, std::min(args.rows, sms / kCluster));
     row_cluster<T, kTransform><<<clusters * kCluster, kRowThreads, bytes, stream>>>(args);
   } else {
     row_portable<T, kTransform><<<std::min(args.rows, sms), kRowThreads, 0, stream>>>(args);

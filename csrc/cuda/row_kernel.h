@@ -17,7 +17,7 @@ struct RowArgs {
   int64_t stride;         // in values; a multiple of 8, at least vocab rounded up to 8
   int rows;               // C
   int vocab;              // V
-  int grad_rows;          // rows 0..grad_rows-1 are replaced by d logp / d logits, the others left alone
+  int grad_rows;          // rows 0..grad_rows-1 become d logp / d logits, the others stay
   const int64_t* labels;  // [rows]; anything outside 0..vocab-1 is ignored: logp 0, gradient 0
   const float* bias;      // [vocab] or null
   float softcap;          // 0: none
@@ -26,7 +26,8 @@ struct RowArgs {
   float* lse;             // [rows] or null
 };
 
-// Logits are softcap * tanh((x + bias) / softcap) / temperature. Throws std::runtime_error on a CUDA error.
+// Logits are softcap * tanh((x + bias) / softcap) / temperature. Throws std::runtime_error on a
+// CUDA error.
 void launch_row_kernel(const RowArgs& args, Half type, int device, cudaStream_t stream);
 
 }  // namespace cpo

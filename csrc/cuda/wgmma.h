@@ -1,5 +1,6 @@
-// Asynchronous matrix products of a warpgroup (PTX ISA, wgmma): D [64, 256] += A [64, 16] B [256, 16]^T, fp32 sums,
-// A and B K-major in shared memory (index.h: operand_descriptor), D in registers (index.h: acc_row, acc_column).
+// Asynchronous matrix products of a warpgroup (PTX ISA, wgmma): D [64, 256] += A [64, 16] B [256,
+// 16]^T, fp32 sums, A and B K-major in shared memory (index.h: operand_descriptor), D in registers
+// (index.h: acc_row, acc_column).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,8 +25,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler does not know that the products write the registers later than their instruction says. Tying
-// the registers here, after the wait, keeps it from reading them before.
+// The compiler does not know that the products write the registers later than their instruction
+// says. Tying the registers here, after the wait, keeps it from reading them before.
 __device__ __forceinline__ void pin(float (&acc)[kAccumulators]) {
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) asm volatile("" : "+f"(acc[i])::"memory");

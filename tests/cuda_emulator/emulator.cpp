@@ -256,7 +256,7 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
   cta->moved = std::chrono::steady_clock::now();
 }
 
-// --- tensor maps and the runtime calls of the launchers --------------------------------------------------
+// --- tensor maps and the runtime calls of the launchers ------------------------------------------
 
 struct Map {
   const uint16_t* base;

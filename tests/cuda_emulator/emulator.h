@@ -1,11 +1,13 @@
-// A CPU that behaves like a few GPU multiprocessors, slowly: enough of CUDA to run the very source of csrc/cuda.
+// A CPU that behaves like a few GPU multiprocessors, slowly: enough of CUDA to run the very source
+// of csrc/cuda.
 //
-// A CTA is an OS thread whose CUDA threads are fibers; the CTAs of a cluster run at the same time, clusters one after
-// another. __shared__ variables are thread_local statics, so each CTA has its own at the same offset, as
-// distributed shared memory needs. Everything asynchronous is as late as it may be: bulk copies happen at a
-// random moment while somebody waits for a barrier, matrix products when they are waited for. A buffer that is
-// released or read too early therefore gives wrong numbers, and a wrong phase a deadlock, which is reported.
-// test_cuda_kernels.py translates launches and dynamic shared memory, the two things that are not C++.
+// A CTA is an OS thread whose CUDA threads are fibers; the CTAs of a cluster run at the same time,
+// clusters one after another. __shared__ variables are thread_local statics, so each CTA has its
+// own at the same offset, as distributed shared memory needs. Everything asynchronous is as late as
+// it may be: bulk copies happen at a random moment while somebody waits for a barrier, matrix
+// products when they are waited for. A buffer that is released or read too early therefore gives
+// wrong numbers, and a wrong phase a deadlock, which is reported. test_cuda_kernels.py translates
+// launches and dynamic shared memory, the two things that are not C++.
 #pragma once
 
 #include <cuda.h>
@@ -37,7 +39,7 @@
 
 namespace emu {
 
-constexpr uint32_t kDynamicStart = 0x410;  // shared address of dynamic shared memory: not a multiple of 1024
+constexpr uint32_t kDynamicStart = 0x410;  // of dynamic shared memory: not a multiple of 1024
 
 struct Fiber {
   uint3 thread, block;
@@ -47,7 +49,8 @@ Fiber& fiber();
 uint8_t* dynamic_shared();
 void yield();
 
-// Runs body() as every CUDA thread of a grid; `name` tells whether its CTAs come in clusters of two.
+// Runs body() as every CUDA thread of a grid; `name` tells whether its CTAs come in clusters of
+// two.
 void launch(const std::function<void()>& body, const char* name, unsigned grid, unsigned block,
             size_t shared = 0, cudaStream_t stream = nullptr);
 

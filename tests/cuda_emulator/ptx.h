@@ -1,4 +1,5 @@
-// Stands in for csrc/cuda/ptx.h in the emulator: the same names, each doing what its instruction is documented to do.
+// Stands in for csrc/cuda/ptx.h in the emulator: the same names, each doing what its instruction is
+// documented to do.
 #pragma once
 
 #include "emulator.h"

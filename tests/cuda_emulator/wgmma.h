@@ -1,6 +1,6 @@
-// Stands in for csrc/cuda/wgmma.h in the emulator. A thread computes its own sums, reading the operands through their
-// descriptors, and not before it waits for them. Accumulator places are written from the PTX ISA's figure of
-// wgmma m64nNk16 D, not with index.h.
+// Stands in for csrc/cuda/wgmma.h in the emulator. A thread computes its own sums, reading the
+// operands through their descriptors, and not before it waits for them. Accumulator places are
+// written from the PTX ISA's figure of wgmma m64nNk16 D, not with index.h.
 #pragma once
 
 #include <cuda_bf16.h>
