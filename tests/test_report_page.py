@@ -145,6 +145,28 @@ def test_a_damaged_concept_graph_is_noted(tmp_path):
     assert "concept_graph.json cannot be drawn" in Elements(write_report(folder)).text
 
 
+def test_values_of_the_wrong_kind_leave_gaps_not_tracebacks(tmp_path):
+    folder = tmp_path / "$run"
+    folder.mkdir()
+    good = {"support": 3, "accuracy": {"value": 0.5, "interval": [0.2, "high"]}, "f1": None}
+    models = {"majority": {"findings": {"$\\frac{": good}}, "cpo": {"macro": [1]}, "sft": 3}
+    evaluation = {"classification": models, "text": [], "preference": {"cpo": {}}}
+    data = {"read": "many", "used": 2, "rejected": 7}
+    summary = {"evaluation": evaluation, "data": data, "stages": {"cpo": []}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = [
+        {"stage": "$\\frac{", "step": 10**400, "loss": 1},
+        {"stage": "cpo", "step": 2, "loss": "x"},
+        {"stage": "$\\frac{", "step": 1, "loss": 2.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = [{"labels": 3, "answers": [1], "report": "word " * 9000, "image": 5}, "none"]
+    (folder / "evaluation.json").write_text(json.dumps({"examples": examples}))
+    page = Elements(write_report(folder))
+    assert "$\\frac{" in page.text and "50.0" in page.text
+    assert "The image is not shown (image-missing)" in page.text
+
+
 def test_comparison_shows_what_differs(comparison, run):
     page = Elements(comparison)
     assert "phantom" in page.text and "other" in page.text

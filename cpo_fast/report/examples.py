@@ -14,11 +14,12 @@ from cpo_fast.data.labels import parse_answer
 from cpo_fast.errors import RecordError
 from cpo_fast.evaluation.text import thought_of
 from cpo_fast.report.diff import Piece, word_diff
-from cpo_fast.report.tables import name_of
+from cpo_fast.report.tables import name_of, strings
 from cpo_fast.types import ImageRef
 
 IMAGE_PIXELS = 448  # longest side of an image: twice what a page shows of it
-SHOWN_CHARACTERS = 700
+SHOWN_CHARACTERS = 700  # of a model's thought
+LONGEST_REPORT = 12_000  # characters; comparing words takes time that grows with the square
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class Example:
 
 def example_of(example: Mapping[str, Any], folder: Path) -> Example:
     """An entry of evaluation.json made ready for the page; relative image paths are in `folder`."""
-    report, edited = str(example.get("report") or ""), str(example.get("counterfactual") or "")
+    report = _cut(str(example.get("report") or ""), LONGEST_REPORT)
+    edited = _cut(str(example.get("counterfactual") or ""), LONGEST_REPORT)
     before, after = word_diff(report, edited) if edited else ([(False, report)], [])
     image, image_note = _image(example.get("image"), folder)
-    labels = tuple(map(str, example.get("labels") or ()))
-    answers = example.get("answers") or {}
+    labels = tuple(strings(example.get("labels")))
+    answers = example.get("answers")
     return Example(
         study_id=str(example.get("study_id") or "without id"),
         labels=labels,
@@ -57,7 +59,10 @@ def example_of(example: Mapping[str, Any], folder: Path) -> Example:
         image_note=image_note,
         before=before,
         after=after,
-        answers=[_answer(str(name), str(text), labels) for name, text in answers.items()],
+        answers=[
+            _answer(str(name), str(text), labels)
+            for name, text in (answers.items() if isinstance(answers, dict) else ())
+        ],
     )
 
 
@@ -70,10 +75,12 @@ def _answer(name: str, text: str, labels: Sequence[str]) -> Answer:
     else:
         verdict = word = "partly" if set(names) & set(labels) else "wrong"
         word = "partly right" if verdict == "partly" else word
-    thought = thought_of(text)
-    if len(thought) > SHOWN_CHARACTERS:
-        thought = thought[:SHOWN_CHARACTERS].rstrip() + " …"
+    thought = _cut(thought_of(text), SHOWN_CHARACTERS)
     return Answer(name_of(name), verdict, word, ", ".join(names), thought)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length].rstrip() + " …"
 
 
 def _image(path: Any, folder: Path) -> tuple[str, str]:

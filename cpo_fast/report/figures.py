@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.report.tables import interval, is_number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -82,6 +84,7 @@ def _style(theme: Theme) -> Any:  # rc_context wants a dict of its own literal k
     return {
         "font.family": "sans-serif",
         "font.size": 9,
+        "text.parse_math": False,  # a "$" in a name is a dollar
         "text.color": theme.ink,
         "axes.labelcolor": theme.faint,
         "axes.edgecolor": theme.grid,
@@ -188,11 +191,11 @@ def intervals(
         for number, (model, values) in enumerate(models.items()):
             color = theme.models.get(model, theme.series[number % len(theme.series)])
             offset = (number - (len(models) - 1) / 2) * 0.66 / len(models)
-            known = [i for i, figure in enumerate(values) if figure.get("value") is not None]
+            known = [i for i, figure in enumerate(values) if is_number(figure.get("value"))]
             at = [i + offset for i in known]
-            spans = [values[i].get("interval") or [values[i]["value"]] * 2 for i in known]
-            axes.hlines(at, [s[0] for s in spans], [s[1] for s in spans], color=color,
-                        linewidth=1.6, alpha=0.55)  # fmt: skip
+            for i, y in zip(known, at, strict=True):
+                if interval(values[i]):
+                    axes.hlines(y, *values[i]["interval"], color=color, linewidth=1.6, alpha=0.55)
             axes.scatter([values[i]["value"] for i in known], at, s=20, color=color,
                          label=labels.get(model, model), zorder=3)  # fmt: skip
         for i in range(1, len(rows)):

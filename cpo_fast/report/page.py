@@ -163,14 +163,14 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...
 
 
 def _interval_panels(classified: Mapping[str, Any]) -> list[Panel]:
-    models = {m: figures for m, figures in classified.items() if isinstance(figures, dict)}
+    models = t.objects(classified)
     rows = list(t.findings_by_support(models))
     if not rows:
         return []
     panels = []
     for metric, title in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding")):
         values = {
-            model: [figures.get("findings", {}).get(row, {}).get(metric, {}) for row in rows]
+            model: [t.get(figures, "findings", row, metric) for row in rows]
             for model, figures in models.items()
         }
         panels.append(intervals(metric, title, rows, values, t.NAMES))
@@ -206,17 +206,17 @@ def _pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
 
 def _lead(evaluation: Mapping[str, Any]) -> str:
     """One sentence with the run's main result, from figures only."""
-    models = evaluation.get("classification") or {}
+    models = t.objects(evaluation.get("classification"))
     last = _trained(models)
     if last is None:
         return ""
 
     def accuracy(model: str) -> str:
-        return t.percent(models[model]["macro"]["accuracy"]["value"])
+        return t.percent(t.get(models[model], "macro", "accuracy").get("value"))
 
     others = [f"{t.name_of(m)[0].lower() + t.name_of(m)[1:] if m != 'sft' else 'SFT alone'} "
               f"{accuracy(m)}" for m in models if m != last]  # fmt: skip
-    bounds = t.interval(models[last]["macro"]["accuracy"])
+    bounds = t.interval(t.get(models[last], "macro", "accuracy"))
     compared = f"; {', '.join(others)}" if others else ""
     lost = models[last].get("unparsable")
     unparsed = f" {lost} of its answers cannot be parsed and count as wrong." if lost else ""
@@ -240,14 +240,14 @@ def _cards(run: Run) -> list[dict[str, str]]:
     last = _trained(models)
     if last:
         for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
-            figure = models[last]["macro"][metric]
+            figure = t.get(models, last, "macro", metric)
             note = f"{t.name_of(last)}, mean over findings, {t.interval(figure)}"
-            cards.append({"label": label, "value": t.percent(figure["value"]), "note": note})
+            cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})
     preference = run.part("evaluation", "preference", "cpo")
-    if figure := preference.get("accuracy"):
+    if figure := t.get(preference, "accuracy"):
         note = f"CPO, {t.number(preference.get('pairs'))} held-out pairs, {t.interval(figure)}"
         cards.append(
-            {"label": "Reward accuracy", "value": t.percent(figure["value"]), "note": note}
+            {"label": "Reward accuracy", "value": t.percent(figure.get("value")), "note": note}
         )
     speed = run.part("stages", "cpo")
     if t.is_number(speed.get("pairs_per_second")):
@@ -257,7 +257,7 @@ def _cards(run: Run) -> list[dict[str, str]]:
         cards.append({"label": "Pairs per second", "value": value, "note": note})
     data = run.part("data")
     if t.is_number(data.get("used")):
-        rejected = sum((data.get("rejected") or {}).values())
+        rejected = sum(t.counts(data.get("rejected")).values())
         note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
         cards.append({"label": "Studies used", "value": t.number(data["used"]), "note": note})
     times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]

@@ -42,7 +42,7 @@ class Run:
         points = [
             (float(row["step"]), float(row[metric]))
             for row in self.metrics
-            if row["stage"] == stage and isinstance(row.get(metric), int | float)
+            if row["stage"] == stage and _finite(row.get(metric))
         ]
         return [x for x, _ in points], [y for _, y in points]
 
@@ -66,7 +66,7 @@ def read_run(path: Path | str) -> Run:
         metrics=[
             row
             for row in _lines(folder / "metrics.jsonl", notes)
-            if isinstance(row.get("stage"), str) and isinstance(row.get("step"), int | float)
+            if isinstance(row.get("stage"), str) and _finite(row.get("step"))
         ],
         summary=_object(folder / "summary.json", notes),
         examples=_examples(folder, notes),
@@ -88,6 +88,10 @@ def read_run(path: Path | str) -> Run:
             f"{folder} has neither metrics.jsonl nor summary.json: name the output_dir of a run"
         )
     return run
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _examples(folder: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def name_of(model: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def number(value: Any) -> str:
@@ -61,7 +61,7 @@ def number(value: Any) -> str:
         return "–"
     if not is_number(value):
         return str(value)
-    if isinstance(value, int) or (abs(value) >= 1000 and value == value):
+    if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}".replace(",", "\u202f").replace("-", "−")
     return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
@@ -82,7 +82,7 @@ def seconds(value: Any) -> str:
 
 def interval(figure: Mapping[str, Any], show: Callable[[Any], str] = percent) -> str:
     bounds = figure.get("interval")
-    if not isinstance(bounds, list) or len(bounds) != 2:
+    if not isinstance(bounds, list) or len(bounds) != 2 or not all(map(is_number, bounds)):
         return ""
     low, high = (show(bound).removesuffix("\u00a0%") for bound in bounds)
     return f"{low} to {high}" if low[0] in "+−" else f"{low}–{high}"
@@ -106,47 +106,48 @@ def figure_row(
 
 def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """Overall, differences, per finding (accuracy, F1), preference, text, as far as they exist."""
-    models = _objects(evaluation.get("classification"))
+    models = objects(evaluation.get("classification"))
     tables: list[Table] = []
     if models:
         columns = tuple(name_of(model) for model in models)
         rows = [
-            figure_row(label, [_get(m, "macro", metric) for m in models.values()], note=MEAN)
+            figure_row(label, [get(m, "macro", metric) for m in models.values()], note=MEAN)
             for metric, label in METRIC_NAMES.items()
         ]
-        rows.append(figure_row("F1, pooled", [_get(m, "micro", "f1") for m in models.values()]))
+        rows.append(figure_row("F1, pooled", [get(m, "micro", "f1") for m in models.values()]))
         rows.append(
-            figure_row("All findings right", [_get(m, "exact_match") for m in models.values()])
+            figure_row("All findings right", [get(m, "exact_match") for m in models.values()])
         )
         unparsable = tuple(Cell(number(m.get("unparsable"))) for m in models.values())
         rows.append(Row("Answers not parsed", unparsable))
-        guess = ", ".join(map(str, evaluation.get("majority_guess") or [])) or "nothing"
+        guess = ", ".join(strings(evaluation.get("majority_guess"))) or "nothing"
         note = f"The majority guess always answers: {guess}." if "majority" in models else ""
         tables.append(Table("Diagnosis, overall", ("", *columns), tuple(rows), note))
-        tables += _differences(_objects(evaluation.get("differences")))
+        tables += _differences(objects(evaluation.get("differences")))
         found = findings_by_support(models)
         for metric, caption in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding")):
             per_finding = tuple(
                 figure_row(
                     name,
-                    [_get(m, "findings", name, metric) for m in models.values()],
+                    [get(m, "findings", name, metric) for m in models.values()],
                     note=f"{support} studies",
                 )
                 for name, support in found.items()
             )
             tables.append(Table(caption, ("", *columns), per_finding))
-    tables += _preference(_objects(evaluation.get("preference")))
-    tables += _text(_objects(evaluation.get("text")))
-    tables += _zero_shot(_objects(evaluation.get("zero_shot")))
-    tables += _drift(_objects(evaluation.get("drift")))
+    tables += _preference(objects(evaluation.get("preference")))
+    tables += _text(objects(evaluation.get("text")))
+    tables += _zero_shot(objects(evaluation.get("zero_shot")))
+    tables += _drift(objects(evaluation.get("drift")))
     return tables
 
 
 def findings_by_support(models: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """The findings that occur among the true labels with their number of studies, largest first."""
-    findings = _objects(next(iter(models.values()), {}).get("findings"))
-    support = {name: int(figures.get("support") or 0) for name, figures in findings.items()}
-    return {n: s for n, s in sorted(support.items(), key=lambda item: -item[1]) if s > 0}
+    findings = objects(next(iter(models.values()), {}).get("findings"))
+    support = {name: figures.get("support") for name, figures in findings.items()}
+    known = {name: n for name, n in support.items() if isinstance(n, int) and n > 0}
+    return dict(sorted(known.items(), key=lambda item: -item[1]))
 
 
 def _differences(pairs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -158,7 +159,7 @@ def _differences(pairs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         names = " − ".join(name_of(part) for part in pair.split(" - "))
         cells = []
         for metric in ("accuracy", "f1", "exact_match"):
-            figure = figures.get(metric) or {}
+            figure = get(figures, metric)
             cells.append(Cell(points(figure.get("value")), interval(figure, points)))
         rows.append(Row(names, tuple(cells)))
     columns = ("", "Accuracy", "F1", "All right")
@@ -176,7 +177,7 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         ("policy_accuracy", "More likely than the counterfactual", percent),
     )
     rows = [
-        figure_row(label, [_get(m, key) for m in models.values()], show)
+        figure_row(label, [get(m, key) for m in models.values()], show)
         for key, label, show in wanted
     ]
     pairs = tuple(Cell(number(m.get("pairs"))) for m in models.values())
@@ -208,10 +209,10 @@ def _zero_shot(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """AUC per finding from likelihoods; findings without both cases and controls are left out."""
     if not models:
         return []
-    findings = dict.fromkeys(f for m in models.values() for f in _objects(m.get("findings")))
-    rows = [figure_row("Mean", [_get(m, "macro") for m in models.values()], number)]
+    findings = dict.fromkeys(f for m in models.values() for f in objects(m.get("findings")))
+    rows = [figure_row("Mean", [get(m, "macro") for m in models.values()], number)]
     rows += [
-        figure_row(f, [_get(m, "findings", f) for m in models.values()], number) for f in findings
+        figure_row(f, [get(m, "findings", f) for m in models.values()], number) for f in findings
     ]
     columns = ("", *(name_of(model) for model in models))
     note = "Score: the likelihood of each finding's sentence after the model's own thought."
@@ -231,10 +232,10 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         Row(label, tuple(Cell(number(m.get(key))) for m in models.values()))
         for key, label in wanted
     ]
-    kinds = dict.fromkeys(kind for m in models.values() for kind in _objects(m.get("swaps")))
+    kinds = dict.fromkeys(kind for m in models.values() for kind in objects(m.get("swaps")))
     labels = {"synonym": "a near-synonym", "side": "the other side", "negation": "a negation"}
     for kind in kinds:
-        found = [_get(m, "swaps", kind) for m in models.values()]
+        found = [get(m, "swaps", kind) for m in models.values()]
         cells = tuple(Cell(number(f.get("variation")), f"{f.get('swaps', 0)} swaps") for f in found)
         rows.append(Row(f"Variation by {labels.get(kind, kind)}", cells))
     note = (
@@ -248,7 +249,7 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 def speed_table(run: Run) -> Table | None:
     """Steps, time and throughput of every stage in summary.json."""
-    stages = _objects(run.part("stages"))
+    stages = objects(run.part("stages"))
     rows_of = (
         ("steps", "Optimiser steps", number),
         ("seconds", "Wall time", seconds),
@@ -272,16 +273,16 @@ def data_tables(run: Run) -> list[Table]:
     """What was read, used and set aside and why; the first set-aside records; targets."""
     data = run.part("data")
     tables = []
-    reasons = _counts(data.get("rejected"))
+    reasons = counts(data.get("rejected"))
     counted = {k: v for k, v in data.items() if is_number(v)}
     if counted or reasons:
         rows = [Row(_words(k), (Cell(number(v)),)) for k, v in counted.items()]
         rows += [Row(f"Set aside: {reason}", (Cell(number(n)),)) for reason, n in reasons.items()]
-        nested = {k: _counts(v) for k, v in data.items() if k != "rejected"}
+        nested = {k: counts(v) for k, v in data.items() if k != "rejected"}
         rows += [
             Row(f"{_words(k)}: {name}", (Cell(number(n)),))
-            for k, counts in nested.items()
-            for name, n in counts.items()
+            for k, inner in nested.items()
+            for name, n in inner.items()
         ]
         tables.append(Table("Records", ("", "Number"), tuple(rows)))
     if run.targets:
@@ -311,17 +312,17 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     columns = ("", *names)
     macro = [_last_model(run) for run in runs]
     rows = [
-        figure_row(label, [_get(model, "macro", metric) for model in macro], note=MEAN)
+        figure_row(label, [get(model, "macro", metric) for model in macro], note=MEAN)
         for metric, label in METRIC_NAMES.items()
     ]
-    rows.append(figure_row("All findings right", [_get(model, "exact_match") for model in macro]))
-    preference = [list(_objects(run.part("evaluation", "preference")).values()) for run in runs]
+    rows.append(figure_row("All findings right", [get(model, "exact_match") for model in macro]))
+    preference = [list(objects(run.part("evaluation", "preference")).values()) for run in runs]
     last = [models[-1] if models else {} for models in preference]
-    rows.append(figure_row("Held-out reward accuracy", [_get(m, "accuracy") for m in last]))
-    rows.append(figure_row("Held-out reward margin", [_get(m, "margin") for m in last], number))
+    rows.append(figure_row("Held-out reward accuracy", [get(m, "accuracy") for m in last]))
+    rows.append(figure_row("Held-out reward margin", [get(m, "margin") for m in last], number))
     tables = [Table("Last model of each run", columns, _known(rows))]
     speed = []
-    for stage in dict.fromkeys(s for run in runs for s in _objects(run.part("stages"))):
+    for stage in dict.fromkeys(s for run in runs for s in objects(run.part("stages"))):
         for key, label, show in (
             ("seconds", "wall time", seconds),
             ("pairs_per_second", "pairs per second", number),
@@ -365,22 +366,28 @@ def _known(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _last_model(run: Run) -> Mapping[str, Any]:
-    models = list(_objects(run.part("evaluation", "classification")).values())
+    models = list(objects(run.part("evaluation", "classification")).values())
     return models[-1] if models else {}
 
 
-def _objects(value: Any) -> dict[str, dict[str, Any]]:
+def strings(value: Any) -> list[str]:
+    """The members of a JSON list as text."""
+    return [str(member) for member in value] if isinstance(value, list) else []
+
+
+def objects(value: Any) -> dict[str, dict[str, Any]]:
     """The members of a JSON object that are objects themselves."""
     members = value.items() if isinstance(value, dict) else ()
     return {str(k): v for k, v in members if isinstance(v, dict)}
 
 
-def _counts(value: Any) -> dict[str, int | float]:
+def counts(value: Any) -> dict[str, int | float]:
     members = value.items() if isinstance(value, dict) else ()
     return {str(k): v for k, v in members if is_number(v)}
 
 
-def _get(value: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+def get(value: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """A nested JSON object, {} where any part of the way is missing or no object."""
     for key in keys:
         found = value.get(key)
         value = found if isinstance(found, dict) else {}
