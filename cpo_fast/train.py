@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
+from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
 from cpo_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 for a finished run, 1 for data or numbers that stop it, 2 for wrong usage."""
+    """Exit status: 0 finished, 1 data or numbers stop the run, 2 wrong usage, 3 saved early."""
     try:
         run(parse_arguments(argv))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_STATUS
     except CpoFastError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -57,10 +61,11 @@ def run(args: TrainArguments) -> dict[str, Any]:
     texts = write_preferences(args, folder, corpus)
     base = base_model(args, folder, texts)
     samples = tokenise(args, folder, texts, base)
-    if "sft" in args.stage_names:
-        train_sft(args, folder, samples, base)
-    if "cpo" in args.stage_names:
-        train_cpo(args, folder, samples, base)
+    with StopRequest(args.max_minutes) as stop:
+        if "sft" in args.stage_names:
+            train_sft(args, folder, samples, base, stop)
+        if "cpo" in args.stage_names:
+            train_cpo(args, folder, samples, base, stop)
     if "evaluate" in args.stage_names:
         evaluate(args, folder, corpus, samples, texts, base)
     folder.finish(versions())
@@ -88,14 +93,14 @@ def evaluate(
         evaluation_summary,
         write_examples,
     )
-    from cpo_fast.training.checkpoint import checkpoints, latest_checkpoint
+    from cpo_fast.training.checkpoint import latest_checkpoint
     from cpo_fast.training.stages import load, pair_logps, sft_model
 
     models: dict[str, Path] = {"untrained": base.path}
     if (sft := sft_model(args, folder, base)) != base.path:
         models["sft"] = sft
-    if checkpoints(folder.path / "cpo"):
-        models["cpo"] = latest_checkpoint(folder.path / "cpo")
+    if cpo := latest_checkpoint(folder.path / "cpo"):
+        models["cpo"] = cpo
     tested = {group.id: group for group in samples.sft["test"]}
     studies = [study for study in corpus.studies["test"] if study.study_id in tested]
     studies = studies[: args.max_eval_samples]

@@ -25,6 +25,7 @@ POSITIVE = (
     "max_length",
     "num_studies",
     "max_images",
+    "max_nonfinite_steps",
 )
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
 
@@ -120,6 +121,9 @@ class TrainArguments:
     # --- keeping track
     logging_steps: int = _flag(1, "a row of metrics.jsonl every so many steps")
     eval_steps: int = _flag(0, "held-out loss and rewards every so many steps (0: at the end)")
+    resume_from_checkpoint: str | None = _flag(None, "'auto', or a checkpoint folder to go on from")
+    max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")
+    max_nonfinite_steps: int = _flag(3, "stop after so many steps in a row that are not finite")
     save_steps: int = _flag(0, "a checkpoint every so many steps (0: at the end)")
     save_total_limit: int | None = _flag(None, "keep this many checkpoints per stage")
     max_new_tokens: int = _flag(256, "longest generated answer in the evaluation")

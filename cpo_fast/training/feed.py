@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,11 @@ def _images(group: PreferenceGroup) -> Iterator[ImageRef]:
     return (image for prompt in prompts if prompt is not None for image in prompt.images)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole process group
+        signal.signal(number, signal.SIG_IGN)
+
+
 def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator[StepBatch]:
     """Yield the steps from `start` on, in order, whatever the number of workers."""
     return iter(
@@ -84,5 +90,7 @@ def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every iterator draws from the global one
+            worker_init_fn=_leave_signals_to_the_run,
         )
     )

@@ -6,10 +6,11 @@ they are computed. The plan of an epoch is a pure function of (data, seed, epoch
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ from cpo_fast.errors import CpoFastError, DataError
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
-from cpo_fast.training.checkpoint import write_checkpoint
+from cpo_fast.training.checkpoint import (
+    optimizer_tensors,
+    read_checkpoint,
+    restore_optimizer,
+    write_checkpoint,
+)
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.feed import Pixels, StepBatch, StepFeed, step_loader
-from cpo_fast.training.metrics import MetricsLog, Sums
+from cpo_fast.training.interrupt import Interrupted, StopRequest
+from cpo_fast.training.metrics import MetricsLog, Sums, finite
 from cpo_fast.training.objectives import Objective
 from cpo_fast.types import PreferenceGroup, RejectedRecord
 
@@ -38,6 +45,19 @@ class StageResult:
     final: dict[str, float]
     throughput: dict[str, Any]
     rejected: list[RejectedRecord] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """What a resumed stage must know beside weights and optimiser; a part of trainer_state.json."""
+
+    step: int = 0
+    seconds: float = 0.0
+    num_tokens: int = 0
+    nonfinite_in_a_row: int = 0
+    final: dict[str, float] = field(default_factory=dict)
+    throughput: dict[str, Any] = field(default_factory=dict)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -56,20 +76,23 @@ class Trainer:
     stage_dir: Path
     save_model: Callable[[Path], None]
     device: torch.device
+    stop: StopRequest
+    resume: Path | None = None
 
     def run(self) -> StageResult:
         """Train until the steps or epochs asked for are done; the last step is always saved.
 
-        Raises CpoFastError, naming the samples, when a loss or gradient is not finite: the weights
-        are those of the step before and the checkpoints stay.
+        With `resume` it goes on after that checkpoint exactly as if it had never stopped. Raises
+        Interrupted when a stop was asked for (a checkpoint is written first), and CpoFastError when
+        `max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
         """
         from transformers import get_scheduler
 
         settings = self.args.of_stage(self.stage)
         steps, steps_per_epoch = self._plan(settings)
-        parameters = [p for p in self.model.model.parameters() if p.requires_grad]
+        names = {p: name for name, p in self.model.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
-            parameters,
+            list(names),
             lr=settings["learning_rate"],
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             weight_decay=self.args.weight_decay,
@@ -80,21 +103,35 @@ class Trainer:
             num_warmup_steps=math.ceil(settings["warmup_ratio"] * len(steps)),
             num_training_steps=len(steps),
         )
-        result = StageResult(len(steps), 0.0, Path(), {}, {})
         torch.manual_seed(self.args.seed)
-        begun = time.perf_counter()
-        sums, clock = Sums(), Clock()
+        progress, sums, clock = Progress(), Sums(), Clock()
+        if self.resume is not None:
+            state, tensors = read_checkpoint(self.resume)
+            progress = Progress(**state["progress"])
+            restore_optimizer(optimizer, names, tensors)
+            scheduler.load_state_dict(state["scheduler"])
+            optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+            sums.add(state["sums"])
+            clock.num_tokens = progress.num_tokens
+        self.log.rewind(self.stage, progress.step)
+        begun = time.perf_counter() - progress.seconds
+        checkpoint = self.resume or self.stage_dir
+        feed = self._feed(self.groups, steps)
         workers = self.args.dataloader_num_workers
-        loader = step_loader(self._feed(self.groups, steps), num_workers=workers)
-        bar = tqdm(total=len(steps), desc=self.stage, unit="step", disable=None)
+        loader = step_loader(feed, num_workers=workers, start=progress.step)
+        bar = tqdm(
+            total=len(steps), initial=progress.step, desc=self.stage, unit="step", disable=None
+        )
         self.model.model.train()
-        for number, batch in enumerate(clock.waiting(loader), start=1):
-            result.rejected += batch.rejected
-            grad_norm = self._step(batch, optimizer, parameters, sums, clock)
+        for number, batch in enumerate(clock.waiting(loader), start=progress.step + 1):
+            progress.step = number
+            progress.rejected += [record.to_json() for record in batch.rejected]
+            grad_norm = self._step(batch, optimizer, sums, clock, progress)
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             clock.count_step(batch.batches)
             last = number == len(steps)
+            stopping = self.stop.pending()
             at: dict[str, Any] = {
                 "stage": self.stage,
                 "step": number,
@@ -102,27 +139,53 @@ class Trainer:
             }
             if last or _every(self.args.logging_steps, number):
                 row = {
-                    **self.objective.row(sums.take()),
+                    **(self.objective.row(taken) if (taken := sums.take()) else {"loss": math.nan}),
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
                     "num_tokens": clock.num_tokens,
                 }
                 self.log.write({**at, **row, **clock.row()})
-                result.final |= row
+                progress.final |= row
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
             if self.eval_groups and (last or _every(self.args.eval_steps, number)):
                 evaluated = self.evaluate()
                 self.log.write({**at, **evaluated})
-                result.final |= evaluated
+                progress.final |= evaluated
                 clock.resume()
-            if last or _every(self.args.save_steps, number):
-                result.checkpoint = self._save(number, len(steps), at["epoch"])
+            if last or stopping or _every(self.args.save_steps, number):
+                progress.seconds = time.perf_counter() - begun
+                progress.num_tokens = clock.num_tokens
+                progress.throughput = clock.stage() or progress.throughput
+                state = {
+                    "global_step": number,
+                    "max_steps": len(steps),
+                    "epoch": at["epoch"],
+                    "log_history": self.log.of_stage(self.stage),
+                    "progress": asdict(progress),
+                    "scheduler": _plain(scheduler.state_dict()),
+                    "sums": sums.peek(),
+                }
+                checkpoint = write_checkpoint(
+                    self.stage_dir,
+                    number,
+                    self.save_model,
+                    finite(state),
+                    optimizer_tensors(optimizer, names),
+                    save_total_limit=self.args.save_total_limit,
+                )
                 clock.resume()
             bar.update()
+            if stopping and not last:
+                bar.close()
+                raise Interrupted(
+                    f"stopped by {self.stop.reason} after {self.stage} step {number} of "
+                    f"{len(steps)}; go on with --resume_from_checkpoint auto"
+                )
         bar.close()
-        result.seconds = time.perf_counter() - begun
-        result.throughput = clock.stage()
-        return result
+        rejected = [RejectedRecord(**record) for record in progress.rejected]
+        return StageResult(
+            len(steps), progress.seconds, checkpoint, progress.final, progress.throughput, rejected
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -144,31 +207,59 @@ class Trainer:
         self,
         step: StepBatch,
         optimizer: torch.optim.Optimizer,
-        parameters: list[torch.nn.Parameter],
         sums: Sums,
         clock: Clock,
+        progress: Progress,
     ) -> float:
-        """One optimiser step: the packs' summed losses, divided by the weight of the whole step."""
+        """One optimiser step: the packs' summed losses, divided by the weight of the whole step.
+
+        Returns the gradient norm. A step whose norm is not finite does not reach the weights.
+        """
+        if not step.batches:  # every image of the step failed; it stays in the count of steps
+            return 0.0
         total = sum(self.objective.weigh(batch) for batch in step.batches)
+        own = Sums()
         for batch in step.batches:
             with clock.phase("forward"):
                 loss, values = self.objective.summed(batch.to(self.device))
-            sums.add(values)
+            own.add(values)
             with clock.phase("backward"):
                 (loss / total).backward()
         with clock.phase("optimiser"):
+            parameters = optimizer.param_groups[0]["params"]
             limit = self.args.max_grad_norm or math.inf
             grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-            if not math.isfinite(grad_norm):
-                names = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
-                raise CpoFastError(
-                    f"{self.stage}: the gradient norm is {grad_norm}; the weights were left as "
-                    f"they were before this step. Look at the samples {', '.join(names)}, or "
-                    "lower --learning_rate"
-                )
-            optimizer.step()
+            if math.isfinite(grad_norm):
+                optimizer.step()
+                sums.add(own.take())
+                progress.nonfinite_in_a_row = 0
+            else:
+                self._set_aside(step, grad_norm, own.take()["loss"] / total, progress)
             optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _set_aside(
+        self, step: StepBatch, grad_norm: float, loss: float, progress: Progress
+    ) -> None:
+        """Name the samples of a step that is not finite; stop when it keeps happening."""
+        names = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
+        path = self.log.path.with_name("nonfinite_steps.jsonl")
+        line = {
+            "stage": self.stage,
+            "step": progress.step,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "ids": names,
+        }
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.nonfinite_in_a_row += 1
+        if progress.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            raise CpoFastError(
+                f"{self.stage} step {progress.step}: loss {loss}, gradient norm {grad_norm}, and "
+                f"so for {progress.nonfinite_in_a_row} steps in a row. The weights were left as "
+                f"they were; {path} names the samples. Look at them, or lower the learning rate"
+            )
 
     def _plan(self, settings: dict[str, Any]) -> tuple[list[Step], float]:
         """The steps of the whole stage, and how many of them make an epoch."""
@@ -208,21 +299,11 @@ class Trainer:
             return steps
         return [replace(s, packs=tuple((part,) for pack in s for part in pack)) for s in steps]
 
-    def _save(self, step: int, max_steps: int, epoch: float) -> Path:
-        state = {
-            "global_step": step,
-            "max_steps": max_steps,
-            "epoch": epoch,
-            "log_history": self.log.of_stage(self.stage),
-        }
-        return write_checkpoint(
-            self.stage_dir,
-            step,
-            self.save_model,
-            state,
-            save_total_limit=self.args.save_total_limit,
-        )
-
 
 def _every(steps: int, number: int) -> bool:
     return steps > 0 and number % steps == 0
+
+
+def _plain(scheduler_state: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's numbers; its functions are made anew."""
+    return {k: v for k, v in scheduler_state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}

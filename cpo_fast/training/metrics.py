@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,25 @@ class MetricsLog:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
-            earlier = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.rows = [row for row in earlier if row["stage"] not in tuple(fresh)]
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A row that a kill cut short has no line end: its step is computed again.
+            self.rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.keep(lambda row: row["stage"] not in tuple(fresh))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget the rows of a stage after `step`: a resumed run writes them again."""
+        self.keep(lambda row: row["stage"] != stage or row["step"] <= step)
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop all other rows, from the file, too."""
+        self.rows = [row for row in self.rows if wanted(row)]
+        partial = self.path.with_name(f".{self.path.name}.partial")
         lines = (json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-        path.write_text("".join(lines), encoding="utf-8")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.rename(self.path)
 
     def write(self, row: dict[str, Any]) -> None:
-        clean = {key: _plain(value) for key, value in row.items()}
+        clean = finite(row)
         self.rows.append(clean)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
@@ -39,8 +51,12 @@ class MetricsLog:
         return [row for row in self.rows if row["stage"] == stage]
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as null."""
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite is written as null, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -50,13 +66,17 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, Any] = defaultdict(float)
 
-    def add(self, values: dict[str, torch.Tensor | float]) -> None:
+    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
         for name, value in values.items():
             detached = value.detach().double() if isinstance(value, torch.Tensor) else value
             self._sums[name] = self._sums[name] + detached
 
+    def peek(self) -> dict[str, float]:
+        """The sums so far, for a checkpoint between two rows; `add` takes them back."""
+        return {name: float(value) for name, value in self._sums.items()}
+
     def take(self) -> dict[str, float]:
         """The sums as floats (one synchronisation), then start again from zero."""
-        taken = {name: float(value) for name, value in self._sums.items()}
+        taken = self.peek()
         self._sums.clear()
         return taken

@@ -17,6 +17,21 @@ from cpo_fast.training.checkpoint import checkpoints
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.types import RejectedRecord
 
+MAY_CHANGE = (
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "output_dir",
+    "stages",
+    "max_minutes",
+    "save_steps",
+    "save_total_limit",
+    "dataloader_num_workers",
+    "eval_batch_size",
+    "num_examples",
+    "print_example",
+)
+"""Flags that do not change what a resumed run computes."""
+
 
 class RunFolder:
     """`output_dir` of a run. Opening it writes config.json and clears the stages that will run.
@@ -27,7 +42,11 @@ class RunFolder:
 
     def __init__(self, args: TrainArguments) -> None:
         self.path = Path(args.output_dir)
-        trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
+        trained: list[str] = []
+        if args.resume_from_checkpoint is None:
+            trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
+        else:
+            self._same_settings(args)
         self._make_room(trained, args.overwrite_output_dir)
         self._write_json("config.json", asdict(args))
         self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)
@@ -39,6 +58,22 @@ class RunFolder:
         self.summary["stages"] = {
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
+
+    def _same_settings(self, args: TrainArguments) -> None:
+        """A resumed run must be the run that was begun; UsageError names what differs."""
+        path = self.path / "config.json"
+        if not path.is_file():
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        now = asdict(args)
+        changed = [
+            name for name in now if now[name] != earlier.get(name) and name not in MAY_CHANGE
+        ]
+        if changed:
+            raise UsageError(
+                f"{path} was written with other values of {', '.join(changed)}: resume with the "
+                "same flags, or start again in another --output_dir"
+            )
 
     def _make_room(self, trained: Sequence[str], overwrite: bool) -> None:
         for stage in trained:

@@ -14,9 +14,10 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.base import Base
-from cpo_fast.training.checkpoint import checkpoints, latest_checkpoint
+from cpo_fast.training.checkpoint import latest_checkpoint, resume_point
 from cpo_fast.training.corpus import Samples
 from cpo_fast.training.feed import StepFeed, step_loader
+from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.run_folder import RunFolder
@@ -35,16 +36,17 @@ def load(args: TrainArguments, path: Path) -> Any:
     return model.to(device())
 
 
-def train_sft(args: TrainArguments, folder: RunFolder, samples: Samples, base: Base) -> None:
+def train_sft(
+    args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
+) -> None:
     """SFT of the chosen answers; an adapter is merged, so that CPO starts from a whole model."""
-    model = load(args, base.path)
-    if args.sft_use_peft:
-        model = lora(args, model, freeze_vit=args.sft_freeze_vit)
-    elif args.sft_freeze_vit:
-        freeze_vision(model)
+    resume = resume_point(folder.path / "sft", args.resume_from_checkpoint)
+    model = trainable(
+        args, base.path, resume, peft=args.sft_use_peft, freeze_vit=args.sft_freeze_vit
+    )
     packed = prepare(args, model)
     objective = SFTObjective(packed, impl=args.loss_impl)
-    result = run_stage(args, folder, base, "sft", packed, objective, samples.sft)
+    result = run_stage(args, folder, base, "sft", packed, objective, samples.sft, stop, resume)
     if args.sft_use_peft:
         merged = merge(model)
         save_model(
@@ -53,16 +55,15 @@ def train_sft(args: TrainArguments, folder: RunFolder, samples: Samples, base: B
     record(folder, "sft", result)
 
 
-def train_cpo(args: TrainArguments, folder: RunFolder, samples: Samples, base: Base) -> None:
+def train_cpo(
+    args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
+) -> None:
     """CPO from the SFT model; the reference is that model (adapters off, or a frozen copy)."""
     start = sft_model(args, folder, base)
-    model = load(args, start)
+    resume = resume_point(folder.path / "cpo", args.resume_from_checkpoint)
+    model = trainable(args, start, resume, peft=args.use_peft, freeze_vit=args.freeze_vit)
     reference = None
-    if args.use_peft:
-        model = lora(args, model, freeze_vit=args.freeze_vit)
-    else:
-        if args.freeze_vit:
-            freeze_vision(model)
+    if not args.use_peft:
         frozen = load(args, start).requires_grad_(False).eval()
         reference = PackedModel(frozen, attention=args.attn_implementation)
     packed = prepare(args, model)
@@ -75,16 +76,17 @@ def train_cpo(args: TrainArguments, folder: RunFolder, samples: Samples, base: B
         rpo_alpha=args.rpo_alpha,
         impl=args.loss_impl,
     )
-    record(folder, "cpo", run_stage(args, folder, base, "cpo", packed, objective, samples.cpo))
+    result = run_stage(args, folder, base, "cpo", packed, objective, samples.cpo, stop, resume)
+    record(folder, "cpo", result)
 
 
 def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
     """What CPO starts from: `--sft_checkpoint`, this folder's SFT, or, without either, the base."""
     stage_dir = (folder.path / "sft").resolve()
-    if args.sft_checkpoint is not None or not checkpoints(stage_dir):
-        return base.path
     merged = stage_dir / MERGED
-    return merged if merged.is_dir() else latest_checkpoint(stage_dir)
+    if args.sft_checkpoint is not None:
+        return base.path
+    return merged if merged.is_dir() else latest_checkpoint(stage_dir) or base.path
 
 
 @torch.no_grad()
@@ -122,6 +124,22 @@ def pair_logps(
     return dict(found)
 
 
+def trainable(
+    args: TrainArguments, start: Path, resume: Path | None, *, peft: bool, freeze_vit: bool
+) -> Any:
+    """The model in `start` made ready for training, or the same as a checkpoint left it."""
+    if peft and resume is not None:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(load(args, start), resume, is_trainable=True)
+    model = load(args, resume or start)
+    if peft:
+        return lora(args, model, freeze_vit=freeze_vit)
+    if freeze_vit:
+        freeze_vision(model)
+    return model
+
+
 def lora(args: TrainArguments, model: Any, *, freeze_vit: bool) -> Any:
     modules: str | list[str] = args.lora_target_modules
     return add_lora(
@@ -149,6 +167,8 @@ def run_stage(
     packed: PackedModel,
     objective: SFTObjective | CPOObjective,
     splits: dict[str, list[PreferenceGroup]],
+    stop: StopRequest,
+    resume: Path | None,
 ) -> StageResult:
     """Train one stage on its "train" split, watching the "validate" split."""
 
@@ -168,6 +188,8 @@ def run_stage(
         stage_dir=folder.path / stage,
         save_model=save,
         device=device(),
+        stop=stop,
+        resume=resume,
     ).run()
 
 
