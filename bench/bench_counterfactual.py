@@ -187,6 +187,7 @@ def reports() -> list[Study]:
         pytest.skip(str(error))
 
 
+@pytest.mark.benchmark(timer=time.process_time)
 def test_generate_and_check(benchmark, reports: list[Study]) -> None:
     """6,850 counterfactuals of the 3,425 reports: rewriting and all checks, one core."""
     graph = load_graph()

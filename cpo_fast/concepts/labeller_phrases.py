@@ -74,7 +74,6 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"\btumou?r",
         r"malignan\w+",
         r"cavit\w+",
-        r"granuloma(?:s|ta)?\b",
     ),
     "Lung Opacity": (
         r"opaci\w+",

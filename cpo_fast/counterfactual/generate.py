@@ -25,10 +25,14 @@ def study_labels(study: Study) -> Labels:
     takes the labeller's. Labels that name Emphysema come from those indexers, who marked nine
     findings: the other names (fracture, lesion, devices, ...) are filled in by the labeller.
     """
+    return _filled(study, label_report(study.report.text))
+
+
+def _filled(study: Study, stated: Labels) -> Labels:
+    """The labels of a study whose own leave names out; `stated` is what its text says."""
     if study.labels and "Emphysema" not in study.labels:
         return study.labels
-    found = label_report(study.report.text)
-    labels = {**found, **study.labels}
+    labels = {**stated, **study.labels}
     others = (n for n in labels if n not in ("No Finding", "Support Devices"))
     labels["No Finding"] = 1 if all(labels[n] not in (1, -1) for n in others) else None
     return labels
@@ -58,8 +62,8 @@ def counterfactuals(
         if name not in graph.diseases:
             raise UsageError(f"target {name} is unknown; one of {', '.join(graph.diseases)}")
     for study in studies:
-        labels = study_labels(study)
         stated = label_report(study.report.text)
+        labels = _filled(study, stated)
         merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
         if targets:
             chosen = list(targets)[:num_targets]
