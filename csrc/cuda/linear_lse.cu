@@ -144,7 +144,7 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
 //          the H tile, the own half of W and the peer's half. The peer's bytes may come before the
 //          announcement; the phase stays open for want of the arrival.
 //   empty  kReleases arrivals: the consumer warps of *both* CTAs, because both producers write here
-//          and a producer may write its half into both CTAs only when both have done with the stage.
+//          and a producer may write its half into both CTAs only when both are done with it.
 // Stage and phase advance in the same way in all roles: the n-th use of a stage is phase n of its
 // barriers, parity n & 1. A producer waits for the release of use n - 1, parity (n - 1) & 1, which
 // a fresh barrier passes.
@@ -360,7 +360,8 @@ CUtensorMap tensor_map(const void* base, int rows, int columns, int64_t stride, 
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result = tensor_map_encoder()(
       &map,
-      type == Half::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      type == Half::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {

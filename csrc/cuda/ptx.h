@@ -52,8 +52,8 @@ __device__ __forceinline__ void send_peer(uint32_t peer, float x, float y, float
 }
 
 // --- mbarriers -----------------------------------------------------------------------------------
-// Arrivals and waits keep their default scope, the CTA. That is enough here: what crosses CTAs are
-// bulk copies and st.async, whose bytes the barrier itself counts, and releases of a buffer that
+// Arrivals and waits keep their default scope, the CTA, but for one. That is enough for what
+// crosses CTAs: bulk copies, whose bytes the barrier itself counts, and releases of a buffer that
 // was read by wgmma, which has completed. Cluster scope would cost a memory barrier and an L1
 // invalidation in every step (seen in the SASS).
 
@@ -64,9 +64,11 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
 }
 
 // Makes initialised barriers visible to the cluster and to the copy engine; a cluster_sync must
-// follow.
+// follow before anything uses them.
 __device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile(
+      "fence.mbarrier_init.release.cluster;\n\t"
+      "fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // One arrival that also announces how many bytes of bulk copies complete this phase.
@@ -92,6 +94,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       ".reg .pred done;\n\t"
       "again:\n\t"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// The same for what the peer sent with send_peer, which is ordered at cluster scope.
+__device__ __forceinline__ void barrier_wait_peer(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred done;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
       "@!done bra again;\n\t"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)

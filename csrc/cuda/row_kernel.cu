@@ -198,11 +198,11 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
     for (int piece = 0; piece < share.pieces; ++piece) barrier_init(&arrived[piece], 1);
     for (uint64_t& barrier : peer_arrived) barrier_init(&barrier, 1);
     barrier_init_fence();
-    if (row < args.rows) {
-      for (int piece = 0; piece < share.pieces; ++piece) load(row, piece);
-    }
   }
-  cluster_sync();  // the barriers are initialised for all threads, and the peer CTA runs
+  cluster_sync();  // the barriers are initialised for all, and the peer CTA runs
+  if (threadIdx.x == 0 && row < args.rows) {
+    for (int piece = 0; piece < share.pieces; ++piece) load(row, piece);
+  }
 
   // Barrier `piece` completes one phase per row, so its parity is the number of the row's turn,
   // modulo 2.
@@ -229,7 +229,7 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
                 0.0f, peer_address(shared_address(&peer_arrived[place]), rank ^ 1));
     }
     const float own_logit = label_logit;
-    barrier_wait(&peer_arrived[place], turn >> 1 & 1);
+    barrier_wait_peer(&peer_arrived[place], turn >> 1 & 1);
     const float4 peer = from_peer[place];
 
     // Merging is symmetric: both CTAs get the same bits.

@@ -32,6 +32,7 @@ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   emu::barrier_wait(emu::address(barrier), parity);
 }
+inline void barrier_wait_peer(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity); }
 
 inline void async_proxy_fence() {}
 
