@@ -229,6 +229,8 @@ def test_common_subsequence_agrees_with_the_table():
 
 def test_no_match_at_all_is_zero_not_tiny():
     assert text.bleu([["a", "b"]], [["c", "d"]]) == [0.0, 0.0, 0.0, 0.0]
+    found = text.bleu([list("abcdefgh")], [list("abcxdefy")])
+    assert found[2] > 0.3 and found[3] == 0.0
 
 
 def test_equal_texts_score_one():

@@ -61,10 +61,10 @@ def bleu(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> li
 
     weights = [tuple([1.0 / n] * n) for n in range(1, 5)]
     with warnings.catch_warnings():
-        # nltk warns when an n-gram order has no match and then returns about 1e-155: that is 0.
+        # nltk warns when an n-gram order has no match and counts the smallest float: that is 0.
         warnings.simplefilter("ignore")
         scores = corpus_bleu([[words] for words in references], list(candidates), weights=weights)
-    return [float(score) if score > 1e-100 else 0.0 for score in scores]
+    return [float(score) if score > 1e-60 else 0.0 for score in scores]
 
 
 def rouge_l(reference: Sequence[str], candidate: Sequence[str]) -> float:

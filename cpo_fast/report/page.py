@@ -121,6 +121,8 @@ def stage_panels(runs: Sequence[Run], names: Sequence[str], stage: str) -> list[
     """The curves of one stage; several runs overlaid, each in its colour."""
     panels = []
     for slug, title, metrics, options in CURVES:
+        if len(runs) > 1 and len(metrics) > 1:
+            continue  # too many lines to tell apart; the margin shows the same
         lines = []
         for color, (run, name) in enumerate(zip(runs, names, strict=True)):
             for k, (metric, label) in enumerate(metrics):
