@@ -7,13 +7,14 @@ are checked by test_cuda_compile.py, test_cuda_index.py and, on a GPU, tests/gpu
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cpo_fast.loss import chunked, cuda, reference
+from cpo_fast.loss import chunked, cpo_loss, cuda, reference
 
 
 def at(address: int, shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> Tensor:
@@ -215,6 +216,28 @@ def test_no_gradient_work_unless_asked(kernels: StandIn) -> None:
     assert kernels.calls == ["linear_lse", "linear_lse"]
 
 
+def test_cpo_loss_is_log_2_when_policy_equals_reference(
+    kernels: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "available", lambda device: True)
+    case = inputs(60, 300, 16, torch.bfloat16, bias=False)
+    segments = torch.arange(60) // 10
+    pairs = torch.tensor([[0, 1], [2, 3], [2, 4]])
+    found = {}
+    for impl in ("cuda", "reference"):
+        hidden = case["hidden"].clone().requires_grad_()
+        arguments = (hidden, case["weight"], case["labels"], segments, pairs)
+        same = cpo_loss(*arguments, ref_hidden=case["hidden"], impl=impl)
+        assert float(same.loss) == pytest.approx(math.log(2), abs=1e-7)
+        assert (same.chosen_rewards == 0).all() and (same.rejected_rewards == 0).all()
+        out = cpo_loss(*arguments, ref_hidden=case["ref_hidden"], impl=impl)
+        (out.loss + 0.01 * out.logps.sum()).backward()
+        found[impl] = (out.loss.detach(), hidden.grad)
+    for got, want in zip(found["cuda"], found["reference"], strict=True):
+        assert got is not None and want is not None
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_operators_pass_opcheck(kernels: StandIn, fused: bool) -> None:
     case = inputs(20, 50, 16, torch.bfloat16, bias=not fused)
@@ -253,5 +276,6 @@ def test_chunk_plan(V: int, D: int) -> None:
         assert 1 <= rows <= T
         assert rows * chunked.padded(V) * 2 <= 2**30
         assert rows == T or rows % 128 == 0
+        assert (pairs := chunked.chunk_rows(T, V, D, 2, 132, 2**30, 256)) == T or pairs % 256 == 0
     assert chunked.chunk_rows(8192, 152064, 3584, 2, 132, 1) == 1
     assert chunked.padded(V) % 64 == 0 and 0 <= chunked.padded(V) - V < 64

@@ -17,8 +17,10 @@ def padded(V: int) -> int:
     return (V + _PAD - 1) // _PAD * _PAD
 
 
-def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int) -> int:
-    """Rows per chunk: of those whose logits fit `room` bytes, what wastes the least of the machine.
+def chunk_rows(
+    T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int, step: int = _TILE_ROWS
+) -> int:
+    """Rows per chunk: of multiples of `step` whose logits fit `room` bytes, the least wasteful.
 
     A GEMM runs in waves of one tile per multiprocessor, and its last wave is as long as a full one:
     with 128 x 256 tiles, D = 3584 and 132 multiprocessors the product with W fills 85 % of the
@@ -26,7 +28,7 @@ def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int, room
     per element, one of the second V.
     """
     most = max(1, room // (padded(V) * itemsize))
-    if most >= T or most < _TILE_ROWS:
+    if most >= T or most < step:
         return min(T, most)
 
     def time(rows: int) -> int:
@@ -40,10 +42,12 @@ def chunk_rows(T: int, V: int, D: int, itemsize: int, multiprocessors: int, room
         chunks, rest = divmod(T, rows)
         return chunks * time(rows) + (time(rest) if rest else 0)
 
-    return min(range(_TILE_ROWS, most + 1, _TILE_ROWS), key=lambda rows: (total(rows), -rows))
+    return min(range(step, most + 1, step), key=lambda rows: (total(rows), -rows))
 
 
-def chunks(hidden: Tensor, weight: Tensor, room: int) -> list[tuple[int, int]]:
+def chunks(
+    hidden: Tensor, weight: Tensor, room: int, step: int = _TILE_ROWS
+) -> list[tuple[int, int]]:
     """(start, stop) of the chunks of hidden's rows [T, D], whatever gradients are wanted."""
     (T, D), V = hidden.shape, weight.shape[0]
     if T == 0:
@@ -51,7 +55,7 @@ def chunks(hidden: Tensor, weight: Tensor, room: int) -> list[tuple[int, int]]:
     multiprocessors = 132  # CPU tensors, in tests, are planned for as on an H100
     if hidden.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-    rows = chunk_rows(T, V, D, hidden.element_size(), multiprocessors, room)
+    rows = chunk_rows(T, V, D, hidden.element_size(), multiprocessors, room, step)
     return [(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, padded
 from cpo_fast.loss.workspace import limit
 
+_STEP, _FUSED_STEP = 128, 256  # rows of a vendor GEMM's tile; of a cluster of the WGMMA kernel
 _FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
 
 _FUSED_WINS: frozenset[tuple[int, int]] = frozenset()
@@ -280,7 +281,7 @@ def _logps(
         head.lse_only(hidden, labels, logps, lse)
         return logps, ref_logps, product, factors, lse, kept
 
-    bounds = chunks(hidden, weight, room)
+    bounds = chunks(hidden, weight, room, _FUSED_STEP if fused else _STEP)
     buffers = kept if keep else _buffer(hidden, bounds[0][1] if bounds else 0, V)
     with fp32_sums():
         for start, stop in bounds:
@@ -364,7 +365,8 @@ def _head_grad(
     hidden, labels = _aligned(hidden), labels.contiguous()
     head = _Head(weight, bias, softcap, temperature, fused)
     keeps = kept.shape[0] > 0
-    bounds = [(0, hidden.shape[0])] if keeps else chunks(hidden, weight, room)
+    step = _FUSED_STEP if fused else _STEP
+    bounds = [(0, hidden.shape[0])] if keeps else chunks(hidden, weight, room, step)
     single = len(bounds) == 1  # one product is the whole sum: rounded once, as it is stored
     total = hidden.new_zeros((0 if single else V, D), dtype=torch.float32)
     total_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)

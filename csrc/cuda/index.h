@@ -62,9 +62,8 @@ constexpr int kStageBytes = kBytesH + kBytesW;
 constexpr int kBand = 8;  // row pairs side by side: 2048 rows of H stay in L2 while W streams by
 
 // Vocabulary tiles of a split, whose sums one CTA forms in registers. A constant, so that a token's
-// log-prob has the same bits whatever else is in the batch; 2 keeps the last wave full at V =
-// 152064 on 132 multiprocessors (297 splits = 4.5 x 66 clusters) with 8 bytes per row and split of
-// partial sums.
+// log-prob has the same bits whatever else is in the batch. With 2, V = 152064 and an even number of
+// row pairs the waves of 66 clusters (132 multiprocessors) come out even: 297 splits = 4.5 x 66.
 constexpr int kSplitTiles = 2;
 
 // Work is cut into units: a row pair x a split.
