@@ -1,4 +1,4 @@
-// Host side helpers of the launchers.
+// What the launchers share on the host side.
 #pragma once
 
 #include <cuda_runtime.h>
