@@ -74,6 +74,7 @@ def test_image_processor_round_trip(tmp_path):
     ImageProcessor.create(min_pixels=28 * 28 * 2, max_pixels=28 * 28 * 9).save(tmp_path)
     config = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert config["image_processor_type"] == "Qwen2VLImageProcessor"  # what AutoProcessor looks for
+    assert config["processor_class"] == "Qwen2_5_VLProcessor"
     loaded = ImageProcessor.load(tmp_path)
     assert loaded.grid(image(500, 500)) == (1, 6, 6)
     assert ImageProcessor.load(tmp_path, max_pixels=28 * 28 * 4).grid(image(500, 500)) == (1, 4, 4)

@@ -7,6 +7,7 @@ CPU build; its PIL-backed image processor does not, and gives the same preproces
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,11 @@ class ImageProcessor:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json."""
-        self.processor.save_pretrained(str(folder))
+        """Write preprocessor_config.json, which also tells AutoProcessor its class."""
+        (written,) = self.processor.save_pretrained(str(folder))
+        config = json.loads(Path(written).read_text())
+        config["processor_class"] = "Qwen2_5_VLProcessor"
+        Path(written).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def grid(self, ref: ImageRef) -> Grid:
         """(t, h, w) in patches, from the image's header; raises image_size's RecordErrors."""
