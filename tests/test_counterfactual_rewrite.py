@@ -18,6 +18,7 @@ from counterfactual_samples import (
 )
 
 from cpo_fast.concepts import label_report, load_graph
+from cpo_fast.concepts.graph import graph_from_json, read_graph_json
 from cpo_fast.counterfactual import (
     DEFAULT_PROMPT,
     counterfactuals,
@@ -132,8 +133,27 @@ def test_a_finding_told_with_what_is_excluded_goes_with_it() -> None:
 def test_a_present_disease_is_no_target() -> None:
     made = one(LOW_VOLUMES, "Atelectasis")
     assert not made.passed
-    assert made.checks == {"target_absent": False}
+    assert made.checks == {"report": True, "target_absent": False}
     assert made.counterfactual == ""
+
+
+def test_a_report_without_text_is_set_aside() -> None:
+    made = one(Report(" ", ""), "Edema")
+    assert made.checks == {"report": False, "target_absent": True}
+    assert made.counterfactual == ""
+
+
+def test_a_disease_without_wordings_is_no_target() -> None:
+    data = read_graph_json()
+    data["diseases"]["Fracture"] = {
+        "hallmarks": ["D10"],
+        "associations": ["D10"],
+        "exclusions": [],
+    }
+    graph = graph_from_json(data)
+    assert "Fracture" in graph.diseases and "Fracture" not in candidates(graph, {})
+    with pytest.raises(UsageError, match="target Fracture is unknown"):
+        next(counterfactuals([study(NORMAL)], graph, targets=["Fracture"]))
 
 
 def test_targets_are_neither_present_nor_uncertain_nor_implied() -> None:

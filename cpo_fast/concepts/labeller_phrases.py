@@ -85,7 +85,7 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"hazy|haziness",
     ),
     "Pleural Effusion": (
-        r"(?<!pericardial )effusions?",
+        r"(?<!pericardial )(?<!joint )effusions?",
         r"pleural fluid",
         r"fluid (?:\w+ ){0,3}(?:pleural|fissure)",
         r"(?:hydro|hemo|haemo|pyo)(?:pneumo)?thora\w+",
@@ -216,7 +216,7 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"\b(?:well[- ](?:expanded|inflated) and )?clear lungs\b", _AIRSPACE),
     (r"\bthey are (?:grossly )?clear\b", _AIRSPACE),
     (
-        r"\blungs?\b(?:(?! of |volume)[^,;.]){0,45}?\b(?:unremarkable|normal|no acute \w+)\b(?!ly)",
+        r"\blungs\b(?:(?! of |volume)[^,;.]){0,45}?\b(?:unremarkable|normal|no acute \w+)\b(?!ly)",
         _AIRSPACE,
     ),
     (r"\blung volumes?\b[^,;.]{0,30}" + _FINE, ("Emphysema",)),

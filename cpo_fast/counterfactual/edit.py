@@ -123,6 +123,7 @@ _CLEAR_LUNGS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(\w+ed),?(?: but| and)? (?:grossly )?clear lungs\b", re.I), r"\1 lungs"),
     (re.compile(r",? (?:with|and) (?:grossly )?clear lungs\b", re.I), ""),
     (re.compile(r",? which are (?:grossly )?clear\b", re.I), ""),
+    (re.compile(r"(?<=normal) (?:the )?lungs are clear\b", re.I), ""),  # a lost full stop
     (re.compile(r"^(?:grossly )?clear lungs with (?=heart|stable|normal|no|mild)", re.I), ""),
 )
 """Ways to say in passing that the lungs are clear, and what is left without it."""

@@ -8,6 +8,7 @@ from cpo_fast.concepts.labeller import label_report, opposed, sentences
 from cpo_fast.counterfactual.checks import check
 from cpo_fast.counterfactual.rewrite import rewrite
 from cpo_fast.counterfactual.targets import choose_targets
+from cpo_fast.counterfactual.wording import WORDINGS
 from cpo_fast.data.labels import diagnosis
 from cpo_fast.errors import UsageError
 from cpo_fast.types import ConceptGraph, Counterfactual, Labels, Report, Study
@@ -52,15 +53,16 @@ def counterfactuals(
 
     With `targets`, those that a study does not have already are candidates instead of all
     diseases; a target that is present gives a record whose check "target_absent" is False and
-    whose text is empty. Raises UsageError for an unknown generator or disease.
+    whose text is empty; a report without text fails the check "report". Raises UsageError for an unknown generator or disease.
     """
     if generator not in GENERATORS:
         raise UsageError(f"generator {generator} is unknown; one of {', '.join(GENERATORS)}")
     if num_targets < 1:
         raise UsageError(f"num_targets must be at least 1, not {num_targets}")
     for name in targets or ():
-        if name not in graph.diseases:
-            raise UsageError(f"target {name} is unknown; one of {', '.join(graph.diseases)}")
+        if name not in graph.diseases or name not in WORDINGS:
+            known = ", ".join(n for n in graph.diseases if n in WORDINGS)
+            raise UsageError(f"target {name} is unknown; one of {known}")
     for study in studies:
         stated = label_report(study.report.text)
         labels = _filled(study, stated)
@@ -86,8 +88,10 @@ def _one(
 ) -> Counterfactual:
     names = diagnosis(labels)
     gone = set(graph.excluded[target]) | {"No Finding"}
-    text, checks = Report(), {"target_absent": False}
-    if not present:
+    text = Report()
+    written = bool(study.report.findings.strip() or study.report.impression.strip())
+    checks = {"report": written, "target_absent": not present}
+    if all(checks.values()):
         for attempt in range(ATTEMPTS):
             text = rewrite(graph, study.report, target, study.study_id, seed, attempt)
             checks = check(graph, study.report, text, target)

@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 from functools import lru_cache
 
 from cpo_fast.counterfactual.lexicon import GraphKey
+from cpo_fast.counterfactual.wording import WORDINGS
 from cpo_fast.types import ConceptGraph, Labels
 
 NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.1, 0.5, 0.5
@@ -29,12 +30,13 @@ def _nearness(key: GraphKey) -> dict[tuple[str, str], float]:
 
 
 def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
-    """Diseases that are neither present nor uncertain in `labels`, nor implied by a present one."""
+    """Diseases of the graph that have wordings and are neither present nor uncertain in `labels`,
+    nor implied by a present one."""
     taken = {name for name, value in labels.items() if value in (1, -1)}
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
     for name in present:
         taken.update(graph.network.nodes[name]["implies"])
-    return [name for name in graph.diseases if name not in taken]
+    return [name for name in graph.diseases if name in WORDINGS and name not in taken]
 
 
 def choose_targets(
