@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--graph", default=None, help="concept graph (default: the package's)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num_targets", type=int, default=2)
-    parser.add_argument("--targets", default=None, help="diseases to choose from, by comma")
+    parser.add_argument("--targets", default=None, help="diseases by comma, instead of a choice")
     parser.add_argument(
         "--shard", default="0/1", help="i/n: every n-th study from the i-th, 0-based"
     )

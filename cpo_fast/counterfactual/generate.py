@@ -51,9 +51,9 @@ def counterfactuals(
     """Counterfactuals of each study in turn, `num_targets` of them; failing ones too (`.passed`
     False).
 
-    With `targets`, those that a study does not have already are candidates instead of all
-    diseases; a target that is present gives a record whose check "target_absent" is False and
-    whose text is empty; a report without text fails the check "report". Raises UsageError for an unknown generator or disease.
+    With `targets`, the first `num_targets` of them are taken. One that is present gives a record
+    whose check "target_absent" is False, a report without text one whose check "report" is False;
+    both have no text. Raises UsageError for an unknown generator or disease.
     """
     if generator not in GENERATORS:
         raise UsageError(f"generator {generator} is unknown; one of {', '.join(GENERATORS)}")
