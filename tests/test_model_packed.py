@@ -301,6 +301,7 @@ def test_generation_still_works():
     want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     PackedModel(model)
     assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), want)
+    assert "cpo_fast" not in model.config.to_json_string()  # a checkpoint does not know of it
 
 
 def test_bad_models_and_batches():
