@@ -3,6 +3,10 @@ torch.compile."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +103,35 @@ def test_workspace_bounds_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
         for a, b in zip(whole, run(), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
         assert max(sizes) <= max(room, 64 * (64 + D) * 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_does_not_grow_with_the_logits(dtype: str, trained: bool) -> None:
+    """2048 x 40000 logits are 164 or 328 MB; the workspace here is 8 MiB."""
+    code = f"""
+import torch
+from pathlib import Path
+from cpo_fast.loss import linear_logprobs
+
+def kib(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+T, V, D, trained = 2048, 40000, 32, {trained}
+hidden = torch.randn(T, D).to(torch.{dtype}).requires_grad_()
+weight = torch.randn(V, D).to(torch.{dtype}).requires_grad_(trained)
+labels = torch.randint(0, V, (T,))
+linear_logprobs(hidden[:8], weight[:512].detach(), labels[:8] % 512, impl="cpu").sum().backward()
+Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS")
+linear_logprobs(hidden, weight, labels, impl="cpu").sum().backward()
+allowed = 8 * 2**20 + 4 * T * D * 4 + trained * V * D * 4 + 24 * 2**20  # and the vendor's own
+grown = (kib("VmHWM") - before) * 1024
+assert grown < allowed, (grown, allowed)
+"""
+    env = os.environ | {"CPO_FAST_WORKSPACE_MIB": "8", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "lots"])

@@ -1,6 +1,6 @@
 // Row kernels for AVX-512; called only after a look at the processor.
+#include <immintrin.h>
 #include <omp.h>
-#include <xmmintrin.h>
 
 #include "rows.h"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")

@@ -47,11 +47,15 @@ inline Floats load(const uint16_t* p) {  // bfloat16 is the upper half of a floa
   return (Floats)(__builtin_convertvector(h, Words) << 16);
 }
 
-inline void store(uint16_t* p, Floats v) {  // round to nearest even; no NaN goes lost
+// Round to nearest even. A NaN that came from bfloat16 logits has zeros below and stays one.
+inline void store(uint16_t* p, Floats v) {
   Words bits = (Words)v;
-  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = v == v ? rounded : (Words{} + 0x7fc0);
-  Halves h = __builtin_convertvector(rounded, Halves);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#if WIDTH == 16
+  Halves h = (Halves)_mm512_cvtepi32_epi16((__m512i)bits);  // which GCC 12 does not find by itself
+#else
+  Halves h = __builtin_convertvector(bits, Halves);
+#endif
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -66,7 +70,7 @@ inline void store1(float* p, float x) { *p = x; }
 inline void store1(uint16_t* p, float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
-  *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+  *p = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 // exp(x) = scale * (1 + part): scale = 2^n, part = exp(r) - 1, x = n ln 2 + r, |r| <= ln 2 / 2.
