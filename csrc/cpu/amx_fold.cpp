@@ -189,8 +189,8 @@ __attribute__((noinline)) void raise_offset(const Pending& tile, int64_t token, 
 }
 
 // Before a tile's exponentials, for 16 of its tokens: rows beyond V and the label's own logit are taken
-// out, and the offset is raised if need be.
-AMX_TARGET void prepare(const Pending& tile, int64_t half, Job& job) {
+// out.
+AMX_TARGET inline void mask(const Pending& tile, int64_t half, Job& job) {
   float* z = tile.z + 16 * half;  // [32] rows, stride 32
   int64_t token = tile.token + 16 * half, V = job.fold->V;
   for (int64_t row = V - tile.entry < 0 ? 0 : V - tile.entry; row < 32; row++)
@@ -204,32 +204,29 @@ AMX_TARGET void prepare(const Pending& tile, int64_t half, Job& job) {
     tile.side->label_logits[token + lane] = double(at) * job.fold->scale;
     at = kNever;
   }
-  __m512 top = _mm512_load_ps(z), other = _mm512_load_ps(z + 32);
-  for (int row = 2; row < 32; row += 2) {
-    top = _mm512_max_ps(top, _mm512_load_ps(z + 32 * row));
-    other = _mm512_max_ps(other, _mm512_load_ps(z + 32 * row + 32));
-  }
-  top = _mm512_mul_ps(_mm512_max_ps(top, other), _mm512_set1_ps(kLog2e * job.fold->scale));
-  __m512 k = _mm512_loadu_ps(tile.side->sums->k + token);
-  uint32_t above =
-      _mm512_cmp_ps_mask(_mm512_sub_ps(top, k), _mm512_set1_ps(kRaiseBits), _CMP_GT_OQ);
-  if (above) {
-    float tops[16];
-    _mm512_storeu_ps(tops, top);
-    for (; above; above &= above - 1) {
-      int lane = __builtin_ctz(above);
-      raise_offset(tile, token + lane, tops[lane], job);
-    }
+}
+
+// After a tile's exponentials: raise the offsets of the tokens that are too far above theirs. The
+// exponentials must be done again then.
+AMX_TARGET void raise_offsets(const Pending& tile, int64_t half, uint32_t above, Job& job) {
+  for (uint32_t rest = above; rest; rest &= rest - 1) {
+    int lane = __builtin_ctz(rest);
+    float top = kNever;
+    for (int row = 0; row < 32; row++) top = std::fmax(top, tile.z[32 * row + 16 * half + lane]);
+    raise_offset(tile, tile.token + 16 * half + lane, top * kLog2e * job.fold->scale, job);
   }
 }
 
 // Exponentials of a pair of rows for 16 tokens: summed, and kept as bfloat16 pairs where E is wanted.
 template <bool KEEP>
 AMX_TARGET inline void exponentials(const Pending& tile, int64_t half, int64_t pair, __m512 slope,
-                                    __m512 k, __m512& sum) {
+                                    __m512 k, __m512& sum, __m512& top) {
   const float* z = tile.z + 64 * pair + 16 * half;
-  __m512 even = exp2_vector(_mm512_fmsub_ps(_mm512_load_ps(z), slope, k));
-  __m512 odd = exp2_vector(_mm512_fmsub_ps(_mm512_load_ps(z + 32), slope, k));
+  __m512 even = _mm512_fmsub_ps(_mm512_load_ps(z), slope, k);
+  __m512 odd = _mm512_fmsub_ps(_mm512_load_ps(z + 32), slope, k);
+  top = _mm512_max_ps(top, _mm512_max_ps(even, odd));
+  even = exp2_vector(even);
+  odd = exp2_vector(odd);
   sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
   if (KEEP) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
@@ -242,15 +239,64 @@ AMX_TARGET inline void exponentials(const Pending& tile, int64_t half, int64_t p
 
 // --- tiles ------------------------------------------------------------------------------------------
 
+// What is left to do of a tile's exponentials, in small steps.
+template <bool KEEP>
+struct Exponentials {
+  const Pending& tile;
+  Job& job;
+  __m512 slope, k[2], sum[2], top[2];
+  int64_t pair = -1;  // the next pair of rows; -1: nothing done yet
+
+  AMX_TARGET Exponentials(const Pending& tile, Job& job) : tile(tile), job(job) {
+    slope = _mm512_set1_ps(kLog2e * job.fold->scale);
+  }
+
+  AMX_TARGET inline __attribute__((always_inline)) void begin() {
+    for (int half = 0; half < 2; half++) {
+      k[half] = _mm512_loadu_ps(tile.side->sums->k + tile.token + 16 * half);
+      sum[half] = _mm512_setzero_ps();
+      top[half] = _mm512_set1_ps(kNever);
+    }
+    pair = 0;
+  }
+
+  AMX_TARGET inline __attribute__((always_inline)) void step() {
+    if (pair < 0) {
+      mask(tile, 0, job);
+      mask(tile, 1, job);
+      begin();
+      return;
+    }
+    exponentials<KEEP>(tile, 0, pair, slope, k[0], sum[0], top[0]);
+    exponentials<KEEP>(tile, 1, pair, slope, k[1], sum[1], top[1]);
+    pair++;
+  }
+
+  AMX_TARGET inline __attribute__((always_inline)) void finish() {
+    __m512 limit = _mm512_set1_ps(kRaiseBits);
+    while (true) {
+      while (pair < 16) step();
+      uint32_t above0 = _mm512_cmp_ps_mask(top[0], limit, _CMP_GT_OQ);
+      uint32_t above1 = _mm512_cmp_ps_mask(top[1], limit, _CMP_GT_OQ);
+      if (!(above0 | above1)) break;
+      raise_offsets(tile, 0, above0, job);
+      raise_offsets(tile, 1, above1, job);
+      begin();
+    }
+    float* block = tile.side->sums->block + tile.token;
+    _mm512_storeu_ps(block, _mm512_add_ps(_mm512_loadu_ps(block), sum[0]));
+    _mm512_storeu_ps(block + 16, _mm512_add_ps(_mm512_loadu_ps(block + 16), sum[1]));
+  }
+};
+
 // z [32 entries][32 tokens] = W H^T, and, between the tile products, the exponentials of the tile before:
 // the vector units work while the tile unit does.
 template <bool KEEP>
 AMX_TARGET void logits_tile(const uint16_t* w, int64_t stride, const uint16_t* h, int64_t D,
                             float* z, const Pending& before, Job& job, const char*& ahead) {
-  int64_t steps = D / 32, pair = 0;
+  int64_t steps = D / 32;
   const uint16_t *w1 = w + 16 * stride, *h1 = h + steps * kTile;
-  __m512 slope = _mm512_set1_ps(kLog2e * job.fold->scale), sum0 = _mm512_setzero_ps(), sum1 = sum0;
-  __m512 k0 = sum0, k1 = sum0;
+  Exponentials<KEEP> side(before, job);
   bool busy = before.side;
   _tile_zero(0);
   _tile_zero(1);
@@ -269,17 +315,7 @@ AMX_TARGET void logits_tile(const uint16_t* w, int64_t stride, const uint16_t* h
     _mm_prefetch(ahead, _MM_HINT_T1);
     _mm_prefetch(ahead + 64, _MM_HINT_T1);
     ahead += 128;
-    if (!busy) continue;
-    if (s == 0) {
-      prepare(before, 0, job);
-      prepare(before, 1, job);
-      k0 = _mm512_loadu_ps(before.side->sums->k + before.token);
-      k1 = _mm512_loadu_ps(before.side->sums->k + before.token + 16);
-    } else if (pair < 16) {
-      exponentials<KEEP>(before, 0, pair, slope, k0, sum0);
-      exponentials<KEEP>(before, 1, pair, slope, k1, sum1);
-      pair++;
-    }
+    if (busy && side.pair < 16) side.step();
   }
   FENCE();
   _tile_stored(0, z, 128);
@@ -287,32 +323,15 @@ AMX_TARGET void logits_tile(const uint16_t* w, int64_t stride, const uint16_t* h
   _tile_stored(2, z + 16 * 32, 128);
   _tile_stored(3, z + 16 * 32 + 16, 128);
   FENCE();
-  if (!busy) return;
-  for (; pair < 16; pair++) {
-    exponentials<KEEP>(before, 0, pair, slope, k0, sum0);
-    exponentials<KEEP>(before, 1, pair, slope, k1, sum1);
-  }
-  float* block = before.side->sums->block + before.token;
-  _mm512_storeu_ps(block, _mm512_add_ps(_mm512_loadu_ps(block), sum0));
-  _mm512_storeu_ps(block + 16, _mm512_add_ps(_mm512_loadu_ps(block + 16), sum1));
+  if (busy) side.finish();
 }
 
 // What logits_tile does on the side, for the last tile of a block.
 AMX_TARGET void drain(const Pending& before, Job& job) {
-  __m512 slope = _mm512_set1_ps(kLog2e * job.fold->scale);
-  for (int64_t half = 0; half < 2; half++) {
-    prepare(before, half, job);
-    float* block = before.side->sums->block + before.token + 16 * half;
-    __m512 k = _mm512_loadu_ps(before.side->sums->k + before.token + 16 * half);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < 16; pair++) {
-      if (before.side->e)
-        exponentials<true>(before, half, pair, slope, k, sum);
-      else
-        exponentials<false>(before, half, pair, slope, k, sum);
-    }
-    _mm512_storeu_ps(block, _mm512_add_ps(_mm512_loadu_ps(block), sum));
-  }
+  if (before.side->e)
+    Exponentials<true>(before, job).finish();
+  else
+    Exponentials<false>(before, job).finish();
 }
 
 // G^T += W^T E over the groups of a block; `fresh`: nothing is in G yet.
