@@ -138,7 +138,17 @@ def test_sharded_weight_is_refused() -> None:
         dist.destroy_process_group()
 
 
-def test_import_is_light() -> None:
+def test_import_loads_torch_only() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import cpo_fast.loss; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(new, 'torch._dynamo' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "{'cpo_fast'} False"
+
+
+def test_choosing_loads_nothing_heavy() -> None:
     code = (
         "import sys; from cpo_fast.loss import cpo_loss, available_impls; available_impls('cpu');"
         "print([m for m in ('transformers', 'peft', 'numpy.testing', 'trl') if m in sys.modules])"

@@ -66,7 +66,6 @@ def _warn_no_native() -> None:
     )
 
 
-@torch.compiler.assume_constant_result
 def _resolve(impl: str | None, device: str, dtype: torch.dtype) -> str:
     """The implementation's name; an explicit one is used or refused, never replaced."""
     names = available_impls(device)
@@ -81,6 +80,10 @@ def _resolve(impl: str | None, device: str, dtype: torch.dtype) -> str:
     if not _supports(impl, dtype):
         raise TypeError(f"impl {impl!r} does not take hidden of {dtype}; use 'reference'")
     return impl
+
+
+# As torch.compiler.assume_constant_result does it, which takes a second to import the compiler.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _supports(name: str, dtype: torch.dtype) -> bool:
