@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from cpo_fast.errors import UsageError
 
+ATTENTIONS = ("gathered", "sdpa", "varlen")  # those of cpo_fast.model.packed
 STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
 POSITIVE = (
     "per_device_train_batch_size",
@@ -75,7 +76,7 @@ class TrainArguments:
     # --- model
     model_name_or_path: str = _flag("tiny", "folder of a Qwen2.5-VL or causal LM, or 'tiny'")
     sft_checkpoint: str | None = _flag(None, "model folder that CPO starts from (no SFT then)")
-    attn_implementation: str = _flag("gathered", "attention over packs: 'gathered' or 'sdpa'")
+    attn_implementation: str = _flag("gathered", "over packs: gathered, sdpa, varlen (CUDA)")
     use_peft: bool = _flag(True, "CPO trains LoRA adapters (else all weights, with a frozen copy)")
     sft_use_peft: bool = _flag(True, "SFT trains LoRA adapters (else all weights)")
     lora_r: int = _flag(8, "LoRA rank")
@@ -140,7 +141,7 @@ class TrainArguments:
         self._one_of("uncertain_labels", ("negative", "positive"))
         self._one_of("truncation", ("drop", "truncate_response", "error"))
         self._one_of("rejected_answer", ("target", "all"))
-        self._one_of("attn_implementation", ("gathered", "sdpa"))
+        self._one_of("attn_implementation", ATTENTIONS)
         for name in POSITIVE:
             for prefixed in (name, f"sft_{name}"):
                 if getattr(self, prefixed, 1) < 1:
