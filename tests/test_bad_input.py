@@ -1,0 +1,86 @@
+"""What a user gets for data that cannot be trained on: a message with the file and the remedy."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cpo_fast.phantom import write_phantom
+from cpo_fast.train import main
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantom(tmp_path_factory.mktemp("data") / "d", num_studies=12, image_size=64)
+
+
+def fails(
+    folder: Path, dataset: Path | str, capsys: pytest.CaptureFixture[str], *flags: str
+) -> str:
+    """stderr of a run that must end without a traceback and not with status 0."""
+    status = main(["--dataset", str(dataset), "--output_dir", str(folder / "out"), *flags])
+    error = capsys.readouterr().err
+    assert status in (1, 2) and error.startswith("error: "), error
+    return error
+
+
+def test_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    error = fails(tmp_path, tmp_path / "empty", capsys)
+    assert "empty" in error and "folder is empty" in error
+
+
+def test_a_csv_without_the_expected_columns(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantom, data)
+    path = data / "mimic-cxr-2.0.0-split.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    path.write_bytes(gzip.compress("\n".join(["dicom,study,subject,part", *lines[1:]]).encode()))
+    error = fails(tmp_path, data, capsys)
+    assert path.name in error and "split" in error
+
+
+def test_a_data_set_without_studies(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantom, data)
+    for path in data.glob("*.csv.gz"):
+        header = gzip.decompress(path.read_bytes()).decode().splitlines()[0]
+        path.write_bytes(gzip.compress((header + "\n").encode()))
+    assert str(data) in fails(tmp_path, data, capsys)
+
+
+def test_a_report_with_no_findings_is_listed(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantom, data)
+    report = sorted(data.rglob("s*.txt"))[0]
+    report.write_text(" FINAL REPORT\n EXAMINATION:  CHEST\n\n FINDINGS:\n\n IMPRESSION:\n")
+    error = fails(tmp_path, data, capsys, "--max_bad_fraction", "0")
+    assert "1 of 12 records" in error
+    lines = (tmp_path / "out" / "rejected_records.jsonl").read_text().splitlines()
+    record = json.loads(lines[0])
+    assert record["reason"] == "no-findings-or-impression"
+    assert Path(record["file"]).name == report.name
+
+
+def test_a_model_folder_that_is_not_there(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(tmp_path, phantom, capsys, "--model_name_or_path", str(tmp_path / "no-model"))
+    assert "no-model" in error and "--model_name_or_path" in error
+
+
+def test_an_output_folder_that_cannot_be_written(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file stands here")
+    assert "--output_dir" in fails(tmp_path, phantom, capsys)
