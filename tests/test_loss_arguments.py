@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
-from cpo_fast.loss import CPOLoss, available_impls, cpo_loss, linear_logprobs
+from cpo_fast.loss import CPOLoss, api, available_impls, cpo_loss, linear_logprobs
 
 V, D, T = 11, 6, 8
 
@@ -123,19 +128,49 @@ def test_float64_is_for_the_reference() -> None:
             linear_logprobs(*args, impl=impl)
 
 
-def test_sharded_weight_is_refused() -> None:
-    import torch.distributed as dist
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
-
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        g = good()
-        weight = distribute_tensor(g["weight"], mesh, [Replicate()])
-        with pytest.raises(ValueError, match=r"weight .*full_tensor"):
-            linear_logprobs(g["hidden"], weight, g["labels"])
+        yield init_device_mesh("cpu", (1,))
     finally:
         dist.destroy_process_group()
+
+
+def test_sharded_weights_are_gathered(mesh: DeviceMesh) -> None:
+    plain = good() | {"ref_weight": torch.randn(V, D), "bias": torch.randn(V)}
+    plain["hidden"].requires_grad_()
+    shared = {
+        name: distribute_tensor(plain[name], mesh, [Shard(0)])
+        for name in ("weight", "bias", "ref_weight")
+    }
+    losses = [cpo_loss(**arguments).loss for arguments in (plain, plain | shared)]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, plain["hidden"])[0] for loss in losses))
+    logps = linear_logprobs(plain["hidden"], shared["weight"], plain["labels"])
+    assert torch.equal(logps, linear_logprobs(plain["hidden"], plain["weight"], plain["labels"]))
+
+
+def test_sharded_trained_weight_is_refused(mesh: DeviceMesh) -> None:
+    """Unless the caller says what its gradient is."""
+    g = good()
+    weight = distribute_tensor(g["weight"], mesh, [Shard(0)]).requires_grad_()
+    with pytest.raises(ValueError, match=r"weight .*full_tensor"):
+        linear_logprobs(g["hidden"], weight, g["labels"])
+    with torch.no_grad():
+        linear_logprobs(g["hidden"], weight, g["labels"])
+    whole = weight.full_tensor(grad_placements=[Partial("avg")])
+    linear_logprobs(g["hidden"], whole, g["labels"]).sum().backward()
+    leaf = g["weight"].clone().requires_grad_()
+    linear_logprobs(g["hidden"], leaf, g["labels"]).sum().backward()
+    torch.testing.assert_close(weight.grad.full_tensor(), leaf.grad)
+
+
+def test_sharded_hidden_is_refused(mesh: DeviceMesh) -> None:
+    g = good()
+    hidden = distribute_tensor(g["hidden"], mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"hidden .*full_tensor"):
+        linear_logprobs(hidden, g["weight"], g["labels"])
 
 
 def test_import_loads_torch_only() -> None:
@@ -178,3 +213,11 @@ else:
     raise AssertionError("an explicit impl must not fall back")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_preference_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, an implementation that has not been measured there is not chosen by itself."""
+    everything = {name: SimpleNamespace(available=lambda device: True) for name in api._IMPLS}
+    monkeypatch.setattr(api, "_modules", everything)
+    names = available_impls("cuda")
+    assert names.index("cuda") < names.index("triton")

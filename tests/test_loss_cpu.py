@@ -220,6 +220,23 @@ def test_compiled_step() -> None:
     torch.testing.assert_close(got, want)
 
 
+def test_compiled_for_any_size() -> None:
+    """Sizes and options that change from call to call, traced as symbols."""
+    hidden, weight, labels, segments, pairs = tensors()
+
+    def step(x: Tensor, y: Tensor, ids: Tensor, beta: float) -> Tensor:
+        return cpo_loss(
+            x, weight, y, ids, pairs, ref_hidden=x * 0.9, num_segments=4, beta=beta, impl="cpu"
+        ).loss
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n, beta in ((T, 0.1), (T - 5, 0.3)):
+        x = hidden[:n].clone().requires_grad_()
+        got, want = (run(x, labels[:n], segments[:n], beta) for run in (compiled, step))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (got, want)))
+
+
 def test_threads_and_floating_point_mode() -> None:
     """Any thread count gives the same numbers, and denormals are left as they were."""
     hidden, weight, labels, *_ = tensors(torch.bfloat16)

@@ -22,7 +22,9 @@ from cpo_fast.loss.losses import LOSS_TYPES, plackett_luce
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
-_IMPLS = ("reference", "triton", "cpu", "cuda")  # from the plainest to the preferred
+# From the least to the most preferred. "cuda" has not run on a GPU yet, so only `impl="cuda"` asks
+# for it where Triton is installed.
+_IMPLS = ("reference", "cuda", "triton", "cpu")
 
 
 class CPOOutput(NamedTuple):
@@ -115,10 +117,12 @@ def linear_logprobs(
     `hidden` [T, D] and `weight` [V, D] in bfloat16, float16 or float32 (float64: reference only),
     `labels` [T] int64 where `hidden[t]` predicts `labels[t]`, `bias` [V]. Logits are `hidden @
     weight.T + bias`, then `softcap * tanh(z / softcap)`, then `z / temperature`. Returns [T]
-    float32, 0 where the label is `ignore_index`; differentiable in hidden, weight and bias.
+    float32, 0 where the label is `ignore_index`; differentiable in hidden, weight and bias. A
+    frozen weight or bias that is sharded (FSDP2) is gathered, on all ranks together.
 
     Raises ValueError or TypeError naming the argument before any work is done.
     """
+    weight, bias = checks.gathered("weight", weight), checks.gathered("bias", bias)
     checks.head(hidden, weight, bias)
     checks.scoring_options(softcap, temperature, ignore_index)
     checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
@@ -179,6 +183,9 @@ def cpo_loss(
 
     Raises ValueError or TypeError naming the argument before any work is done.
     """
+    weight, bias = checks.gathered("weight", weight), checks.gathered("bias", bias)
+    ref_weight = checks.gathered("ref_weight", ref_weight, trained=False)
+    ref_bias = checks.gathered("ref_bias", ref_bias, trained=False)
     checks.head(hidden, weight, bias)
     checks.scoring_options(softcap, 1.0, ignore_index)
     checks.loss_options(loss_type, beta, label_smoothing, average_log_prob, simpo_gamma, rpo_alpha)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cpo_fast.loss.losses import LOSS_TYPES
+
+MaybeTensor = TypeVar("MaybeTensor", bound=Any)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -35,10 +38,7 @@ def tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if hasattr(value, "device_mesh"):
-        raise ValueError(
-            f"{name} must be a plain tensor, got a sharded DTensor: pass {name}.full_tensor(), "
-            "or call inside the forward of the module that owns it, where FSDP2 has gathered it"
-        )
+        raise ValueError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
     fits = value.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
@@ -51,6 +51,23 @@ def tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
     return value
+
+
+def gathered(name: str, value: MaybeTensor, trained: bool = True) -> MaybeTensor:
+    """A DTensor's whole value, by a collective; anything else as it is.
+
+    Refused where a gradient would flow back (`trained`): ranks that see different tokens must add
+    theirs up, ranks that see the same must not, and the tensor does not tell which it is.
+    """
+    if not hasattr(value, "device_mesh"):
+        return value
+    if trained and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must be a plain tensor when it is trained, got a sharded DTensor: call inside "
+            "the forward of the module that owns it, where FSDP2 has gathered it, or pass "
+            f"{name}.full_tensor(grad_placements=...) with the placement of its gradient"
+        )
+    return value.detach().full_tensor()
 
 
 def head(
@@ -98,7 +115,7 @@ def number(
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite takes no symbolic float of torch.compile
         raise ValueError(f"{name} must be finite, got {value}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be > {above:g}, got {value}")

@@ -17,6 +17,14 @@ def padded(V: int) -> int:
     return (V + _PAD - 1) // _PAD * _PAD
 
 
+def logits_buffer(like: Tensor, rows: int, V: int) -> Tensor:
+    """[rows, padded V]. The padding is 0: a GEMM that reads a vector past V (oneDNN was seen to)
+    and multiplies it by 0 must not meet a NaN there."""
+    buffer = like.new_empty(rows, padded(V))
+    buffer[:, V:].zero_()
+    return buffer
+
+
 def chunk_rows(
     T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int, step: int = _TILE_ROWS
 ) -> int:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, padded
+from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
 from cpo_fast.loss.workspace import limit
 
 _STEP, _FUSED_STEP = 128, 256  # rows of a vendor GEMM's tile; of a cluster of the WGMMA kernel
@@ -132,14 +132,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous from an address that 16-byte accesses may use."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _buffer(like: Tensor, rows: int, V: int) -> Tensor:
-    """[rows, padded V]. The padding is 0: a GEMM that reads a vector past V (oneDNN was seen to)
-    and multiplies it by 0 must not meet a NaN there."""
-    buffer = like.new_empty(rows, padded(V))
-    buffer[:, V:].zero_()
-    return buffer
 
 
 class _Head:
@@ -271,7 +263,7 @@ def _logps(
     offsets = hidden.new_zeros(T, dtype=torch.float32)
     factors = hidden.new_ones(T, dtype=torch.float32)
     product = hidden.new_empty(T if want_hidden else 0, D)
-    kept = _buffer(hidden, T if keep else 0, V)
+    kept = logits_buffer(hidden, T if keep else 0, V)
     if ref_hidden is not None:
         ref_hidden = _aligned(ref_hidden)
 
@@ -282,7 +274,7 @@ def _logps(
         return logps, ref_logps, product, factors, lse, kept
 
     bounds = chunks(hidden, weight, room, _FUSED_STEP if fused else _STEP)
-    buffers = kept if keep else _buffer(hidden, bounds[0][1] if bounds else 0, V)
+    buffers = kept if keep else logits_buffer(hidden, bounds[0][1] if bounds else 0, V)
     with fp32_sums():
         for start, stop in bounds:
             part = slice(start, stop)
@@ -373,7 +365,7 @@ def _head_grad(
     grad_weight = torch.empty_like(head.weight)
     buffers = kept
     if bounds and not keeps:
-        buffers = _buffer(hidden, bounds[0][1], V)
+        buffers = logits_buffer(hidden, bounds[0][1], V)
         factors = factors.clone()  # the fused kernel writes them for its offsets
     unused = lse.new_empty(2, lse.shape[0])
     with fp32_sums():

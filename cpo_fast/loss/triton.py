@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, padded
+from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
 from cpo_fast.loss.workspace import limit
 
 _FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial results (156 MB at V=152k)
@@ -114,7 +114,7 @@ def _logps(
     logps = hidden.new_empty(T, dtype=torch.float32)
     ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
     unscaled = hidden.new_empty(T if want_hidden else 0, D)
-    slopes = hidden.new_empty(T if keep_slopes else 0, padded(V))
+    slopes = logits_buffer(hidden, T if keep_slopes else 0, V)
 
     if ref_hidden is not None and not want_hidden and not want_head:
         for start in range(0, T, _FUSED_ROWS):
@@ -126,7 +126,7 @@ def _logps(
     bounds = chunks(hidden, weight, room)
     logits = slopes
     if bounds and not keep_slopes:
-        logits = hidden.new_empty(bounds[0][1], padded(V))
+        logits = logits_buffer(hidden, bounds[0][1], V)
     with fp32_sums():
         for start, stop in bounds:
             buffer = logits[: stop - start]
@@ -212,7 +212,7 @@ def _head_grad(
 
         total = hidden.new_zeros((V if want_weight else 0, D), dtype=torch.float32)
         bounds = chunks(hidden, weight, room)
-        logits = hidden.new_empty(bounds[0][1] if bounds else 0, padded(V))
+        logits = logits_buffer(hidden, bounds[0][1] if bounds else 0, V)
         for start, stop in bounds:
             buffer = logits[: stop - start]
             part = slice(start, stop)
