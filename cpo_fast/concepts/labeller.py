@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from cpo_fast.concepts.labeller_phrases import (
+    CALLED_NORMAL,
     EXEMPTION,
     MENTIONS,
     NEGATION_AFTER,
@@ -25,6 +26,7 @@ from cpo_fast.concepts.labeller_phrases import (
     UNCERTAIN_AFTER,
     UNCERTAIN_BEFORE,
     UNCERTAIN_BREAK,
+    UNCERTAIN_INSIDE,
 )
 from cpo_fast.types import FINDINGS
 
@@ -34,12 +36,14 @@ LABELLED: tuple[str, ...] = (*FINDINGS, "Emphysema")
 _MENTIONS = {
     name: re.compile("|".join(f"(?:{p})" for p in table)) for name, table in MENTIONS.items()
 }
+_CALLED_NORMAL = tuple((name, re.compile(p)) for name, p in CALLED_NORMAL)
 _NORMALITY = tuple((re.compile(p), frozenset(f or MENTIONS)) for p, f in NORMALITY)
 _OPPOSED = tuple((name, re.compile(p)) for name, p in OPPOSED)
 _EXEMPTION = re.compile(EXEMPTION)
 _ONE_SIDE = re.compile(ONE_SIDE)
 _PRE_NEG = re.compile(NEGATION_BEFORE)
 _INNER_NEG = re.compile(r"\bnot\b")
+_INNER_UNC = re.compile(UNCERTAIN_INSIDE)
 _POST_NEG = re.compile(NEGATION_AFTER)
 _PRE_UNC = re.compile(UNCERTAIN_BEFORE)
 _POST_UNC = re.compile(UNCERTAIN_AFTER)
@@ -68,6 +72,14 @@ def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=1 << 17)
+def called_normal(sentence: str) -> tuple[tuple[str, int], ...]:
+    """(finding, 0) for each finding that a lower-case sentence denies by calling its organ
+    normal."""
+    calm = _calmed(sentence)
+    return tuple((name, 0) for name, pattern in _CALLED_NORMAL if pattern.search(calm))
+
+
 def polarity(sentence: str, start: int, end: int) -> int:
     """Whether what stands at start:end of a lower-case sentence is asserted (1), denied or
     doubted."""
@@ -82,7 +94,9 @@ def _calmed(sentence: str) -> str:
 
 def _polarity(sentence: str, start: int, end: int) -> int:
     before, after = sentence[:start], sentence[end:]
-    if _POST_UNC.search(after) or _reaches(_PRE_UNC, before, _DOUBT_BREAK):
+    if _INNER_UNC.search(sentence, start, end) or _POST_UNC.search(after):
+        return -1
+    if _reaches(_PRE_UNC, before, _DOUBT_BREAK):
         return -1
     denied = _INNER_NEG.search(sentence, start, end) or _POST_NEG.search(after)
     return 0 if denied or _reaches(_PRE_NEG, before, _BREAK) else 1
@@ -122,7 +136,8 @@ def label_report(text: str) -> dict[str, int | None]:
     Positive beats uncertain beats negative. "No Finding" is 1 where nothing but support devices is
     present or uncertain, else None. Source of the scheme: Irvin et al. 2019, arXiv 1901.07031.
     """
-    return merge_labels(sentence_mentions(sentence) for sentence in sentences(text))
+    lines = sentences(text)
+    return merge_labels([*map(sentence_mentions, lines), *map(called_normal, lines)])
 
 
 def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, int | None]:

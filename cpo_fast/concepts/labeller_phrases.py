@@ -141,8 +141,9 @@ NEGATION_AFTER = (
     r"completely |\w+ly )?"
     r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)\b|(?:resolved|"
     r"cleared|unlikely)\b|"
-    r"no longer|not (?:seen|identified|present|visualized|enlarged|evident)|"
-    r"(?:is |are |appears? )?(?:within (?:\w+ )?(?:normal limits|limits of normal)|normal\b))"
+    r"no longer|not (?:seen|identified|present|visualized|enlarged|evident))|"
+    r"^(?:(?! with | and the )[^,;.]){0,40}?\b"
+    r"(?:within (?:\w+ )?(?:normal limits|limits of normal)|normal\b)"
 )
 UNCERTAIN_BEFORE = (
     r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|"
@@ -172,6 +173,9 @@ UNCERTAIN_AFTER = (
     r"in the differential|"
     r"(?:not|n't) (?:completely |entirely )?excluded)"
 )
+UNCERTAIN_INSIDE = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|borderline|perhaps)\b"
+"""Doubt inside a mention that spans several words ("the heart may be enlarged")."""
+
 SCOPE_BREAK = (
     r"\b(?:but|however|although|though|except|aside from|other than|apart from|which|causing|"
     r"caused by|"
@@ -194,6 +198,29 @@ PSEUDO_NEGATION = (
     r"non[- ]?calcified|no prior|no previous|no comparison)\b"
 )
 """Words that look like a negation of the finding and are none; blanked before cues are sought."""
+
+_CALLED_NORMAL = (
+    r"(?:(?! not | but | with | and the |enlarged|large\b|widened|borderline|upper (?:limits|"
+    r"normal)|top[ -]normal|cannot)[^;.]){0,60}?"
+    r"(?<!not )(?<!of )\b(?:normal(?! for)|unremarkable|within (?:the )?(?:\w+ )?(?:normal limits|"
+    r"limits of normal)|of normal size|not (?:\w+ )?(?:enlarged|widened))\b"
+)
+CALLED_NORMAL: tuple[tuple[str, str], ...] = (
+    (
+        "Cardiomegaly",
+        r"\b(?:heart|cardiac|cardiomediastinal|cardiopericardial)\b" + _CALLED_NORMAL,
+    ),
+    (
+        "Cardiomegaly",
+        r"\b(?:normal|unremarkable)(?: \w+)?(?: size| sized)? (?:heart|cardiac|cardiomediastinal)",
+    ),
+    ("Enlarged Cardiomediastinum", r"\b(?:cardio)?mediastin(?:um|al)\b" + _CALLED_NORMAL),
+    (
+        "Enlarged Cardiomediastinum",
+        r"\b(?:normal|unremarkable) (?:heart size and |cardiac and )?(?:cardio)?mediastin",
+    ),
+)
+"""(finding, expression): an organ that is called normal denies the finding, though unnamed."""
 
 # --- what normal statements rule out: for the checks on counterfactuals, not for labels -----------
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from cpo_fast.counterfactual.preference import DEFAULT_PROMPT
-from cpo_fast.data.labels import answer, thought
+from cpo_fast.data.labels import DEFAULT_PROMPT, answer, question, thought
 from cpo_fast.types import Counterfactual
 
 FORMATS = ("jsonl", "ccf", "trl", "swift")
@@ -28,11 +27,10 @@ def ccf_item(cfs: Sequence[Counterfactual]) -> dict[str, Any]:
 
 def trl_row(cf: Counterfactual) -> dict[str, Any]:
     """A conversational preference row of trl, images by path."""
-    content = [{"type": "image"} for _ in cf.images] + [{"type": "text", "text": DEFAULT_PROMPT}]
     return {
         "id": cf.id,
         "images": list(cf.images),
-        "prompt": [{"role": "user", "content": content}],
+        "prompt": list(question(len(cf.images))),
         "chosen": [{"role": "assistant", "content": thought(cf.report, cf.labels)}],
         "rejected": [{"role": "assistant", "content": thought(cf.counterfactual, (cf.target,))}],
     }

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from cpo_fast.concepts.labeller import label_report, opposed, sentences
+from cpo_fast.concepts.labeller import (
+    label_report,
+    merge_labels,
+    opposed,
+    sentence_mentions,
+    sentences,
+)
 from cpo_fast.counterfactual.checks import check
 from cpo_fast.counterfactual.rewrite import rewrite
 from cpo_fast.counterfactual.targets import choose_targets
@@ -64,13 +70,13 @@ def counterfactuals(
             known = ", ".join(n for n in graph.diseases if n in WORDINGS)
             raise UsageError(f"target {name} is unknown; one of {known}")
     for study in studies:
-        stated = label_report(study.report.text)
+        lines = sentences(study.report.text)
+        stated = merge_labels(map(sentence_mentions, lines))
         labels = _filled(study, stated)
         merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
         if targets:
             chosen = list(targets)[:num_targets]
         else:
-            lines = sentences(study.report.text)
             against = frozenset[str]().union(*map(opposed, lines))
             chosen = choose_targets(
                 graph, study.study_id, merged, stated, against, num_targets, seed

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.generate import study_labels
-from cpo_fast.counterfactual.preference import DEFAULT_PROMPT, sft_preference
+from cpo_fast.counterfactual.preference import sft_preference
 from cpo_fast.counterfactual.targets import draw
-from cpo_fast.data.labels import LABEL_NAMES, NO_FINDING, diagnosis
+from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, NO_FINDING, diagnosis
 from cpo_fast.types import ConceptGraph, Counterfactual, ImageRef, Preference, Study
 
 PER_KEY, AT_RANDOM = 24, 24

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cpo_fast.counterfactual.generate import study_labels
-from cpo_fast.data.labels import diagnosis, thought
+from cpo_fast.data.labels import DEFAULT_PROMPT, diagnosis, question, thought
 from cpo_fast.types import Counterfactual, Preference, Study
-
-DEFAULT_PROMPT = (
-    "You are reading a chest radiograph. Describe what it shows the way a radiologist reports it, "
-    "then name the diseases of this patient."
-)
-
-
-def _messages(study: Study, prompt: str) -> tuple[Mapping[str, Any], ...]:
-    images = [{"type": "image"} for _ in study.images]
-    return ({"role": "user", "content": [*images, {"type": "text", "text": prompt}]},)
 
 
 def sft_preference(
@@ -27,7 +16,7 @@ def sft_preference(
     names = diagnosis(study_labels(study), uncertain=uncertain)
     return Preference(
         id=study.study_id,
-        prompt=_messages(study, prompt),
+        prompt=question(len(study.images), prompt),
         chosen=thought(study.report.text, names),
         images=study.images,
     )
