@@ -202,7 +202,8 @@ class PreferenceGroup:
     """A tokenised `Preference`: one prompt, its chosen response and K rejected ones.
 
     `rejected_prompts[k]` is None where the k-th rejected response follows the shared prompt (always
-    so for thinking counterfactuals; the tuple may be empty then).
+    so for thinking counterfactuals; the tuple may be empty then). `ref_logps` is empty unless
+    cached.
     """
 
     id: str
@@ -212,6 +213,7 @@ class PreferenceGroup:
     rejected_prompts: tuple[Prompt | None, ...] = ()
     source: str = "thinking"
     weight: float = 1.0
+    ref_logps: tuple[float, ...] = ()  # cached log-probs of the reference: chosen, then rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,7 @@ class PackedBatch:
     pixel_values: torch.Tensor | None = None  # [patches, patch volume] of all images, in order
     image_grid_thw: torch.Tensor | None = None  # [images, 3] int64
     image_order: tuple[int, ...] | None = None  # images as the row shows them, if some repeat
+    ref_logps: torch.Tensor | None = None  # [S] float32 where every group has them cached
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""

@@ -151,6 +151,7 @@ def collate(
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     sources: list[str] = []
+    ref_logps: list[float] = []  # by segment
     logical_tokens = 0
     for index, which in pack:
         group = groups[index]
@@ -160,11 +161,13 @@ def collate(
         chosen_tokens = len(group.prompt.input_ids) + len(group.chosen)
         # Branches of the open prompt come first, then the perception pairs with theirs.
         rejected = {}
+        ref_logps += group.ref_logps[:1]
         for k in sorted(which, key=lambda k: own_prompts[k] is not None):
             own = own_prompts[k]
             if own is not None or not share_prompt:
                 row.open_prompt(own or group.prompt)
             rejected[k] = row.add_branch(group.rejected[k], f"{group.id}/rejected_{k + 1}")
+            ref_logps += group.ref_logps[k + 1 : k + 2]
         for k in which:
             pairs.append((chosen, rejected[k]))
             weights.append(group.weight)
@@ -173,6 +176,7 @@ def collate(
             logical_tokens += chosen_tokens + len(prompt.input_ids) + len(group.rejected[k])
         if not which:
             logical_tokens += chosen_tokens
+    cached = len(ref_logps) == len(row.segment_names)
     segments = [torch.full_like(labels, s) for s, labels in enumerate(row.labels)]
     return PackedBatch(
         input_ids=torch.cat(row.input_ids),
@@ -191,4 +195,5 @@ def collate(
         pixel_values=torch.cat(row.pixel_values) if row.pixel_values else None,
         image_grid_thw=torch.stack(row.grids) if row.grids else None,
         image_order=None if row.image_order == [*range(len(row.grids))] else tuple(row.image_order),
+        ref_logps=torch.tensor(ref_logps, dtype=torch.float32) if cached else None,
     )

@@ -93,6 +93,7 @@ class TrainArguments:
     loss_type: str = _flag("sigmoid", "any loss type of cpo_fast.cpo_loss")
     label_smoothing: float = _flag(0.0, "for the losses that know it")
     rpo_alpha: float = _flag(0.0, "weight of the chosen answers' NLL added to each pair's loss")
+    precompute_ref_log_probs: bool = _flag(False, "compute the reference once, ahead of CPO")
     loss_impl: str | None = _flag(None, "implementation of the loss op (default: the best)")
 
     # --- packing
@@ -142,6 +143,8 @@ class TrainArguments:
         self._one_of("truncation", ("drop", "truncate_response", "error"))
         self._one_of("rejected_answer", ("target", "all"))
         self._one_of("attn_implementation", ATTENTIONS)
+        if self.precompute_ref_log_probs and self.loss_type in ("simpo", "orpo"):
+            raise UsageError(f"--loss_type {self.loss_type} has no reference to precompute")
         for name in POSITIVE:
             for prefixed in (name, f"sft_{name}"):
                 if getattr(self, prefixed, 1) < 1:

@@ -55,7 +55,8 @@ class SFTObjective:
 class CPOObjective:
     """The preference loss over the pairs of a step (arXiv 2505.13081, its CPO objective).
 
-    `reference` is the frozen copy for full tuning; None means the model with its adapters off.
+    A batch with `ref_logps` needs no reference. Else `reference` is the frozen copy for full
+    tuning; None means the model with its adapters off.
     """
 
     model: PackedModel
@@ -81,7 +82,9 @@ class CPOObjective:
         weight, bias = self.model.head()
         hidden = self.model.hidden(batch)
         reference: dict[str, Any] = {}
-        if self.reference is not None:
+        if batch.ref_logps is not None:
+            reference["ref_logps"] = batch.ref_logps
+        elif self.reference is not None:
             ref_weight, ref_bias = self.reference.head()
             with torch.no_grad():
                 reference["ref_hidden"] = self.reference.hidden(batch)

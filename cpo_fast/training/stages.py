@@ -20,6 +20,7 @@ from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
+from cpo_fast.training.reference_cache import ReferenceCache
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.types import PreferenceGroup
 
@@ -67,6 +68,10 @@ def train_cpo(
         frozen = load(args, start).requires_grad_(False).eval()
         reference = PackedModel(frozen, attention=args.attn_implementation)
     packed = prepare(args, model)
+    splits = samples.cpo
+    if args.precompute_ref_log_probs:
+        splits = with_reference(args, folder, base, reference or packed, splits, stop)
+        reference = None  # its memory is free for the training
     objective = CPOObjective(
         packed,
         reference,
@@ -76,8 +81,34 @@ def train_cpo(
         rpo_alpha=args.rpo_alpha,
         impl=args.loss_impl,
     )
-    result = run_stage(args, folder, base, "cpo", packed, objective, samples.cpo, stop, resume)
+    result = run_stage(args, folder, base, "cpo", packed, objective, splits, stop, resume)
     record(folder, "cpo", result)
+
+
+def with_reference(
+    args: TrainArguments,
+    folder: RunFolder,
+    base: Base,
+    reference: PackedModel,
+    splits: dict[str, list[PreferenceGroup]],
+    stop: StopRequest,
+) -> dict[str, list[PreferenceGroup]]:
+    """The groups of CPO with the reference's log-probs, from this folder's cache or computed."""
+    train, watched = splits["train"], splits["validate"][: args.max_eval_samples]
+    cache = ReferenceCache(
+        folder.path,
+        reference,
+        adapters_off=args.use_peft,
+        base=base,
+        device=device(),
+        stop=stop,
+        packing_length=args.packing_length,
+        num_workers=args.dataloader_num_workers,
+        impl=args.loss_impl,
+        overwrite=args.overwrite_output_dir,
+    )
+    filled = cache.fill([*train, *watched])
+    return {**splits, "train": filled[: len(train)], "validate": filled[len(train) :]}
 
 
 def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
