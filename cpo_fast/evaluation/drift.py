@@ -20,7 +20,7 @@ from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation.likelihood import finding_candidates
 from cpo_fast.evaluation.tree import score_tree
-from cpo_fast.types import Prompt
+from cpo_fast.types import ConceptGraph, Disease, Prompt
 
 if TYPE_CHECKING:
     from cpo_fast.evaluation.generate import Pixels
@@ -35,6 +35,8 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("heart", "cardiac silhouette"),
     ("pulmonary edema", "edema"),
     ("airspace consolidation", "consolidation"),
+    ("basilar density", "basal density"),
+    ("basal density", "basilar density"),
     ("is seen", "is noted"),
     ("is noted", "is seen"),
     ("is present", "is seen"),
@@ -71,14 +73,14 @@ class Drift:
 class Swap:
     """A thought rewritten at one place; `kind`: "synonym" and "side" keep the findings."""
 
-    kind: str  # "synonym" | "side" | "negation"
+    kind: str  # "synonym" | "side" | "negation" | "hallmark"
     before: str
     after: str
     text: str
 
     @property
     def keeps_meaning(self) -> bool:
-        return self.kind != "negation"
+        return self.kind in ("synonym", "side")
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,15 @@ def drift_figures(drifts: Sequence[Drift], effects: Sequence[Effect]) -> dict[st
     }
 
 
-def find_swaps(thought: str) -> list[Swap]:
-    """The swaps that `thought` offers, one place each: synonyms, sides, negations turned round."""
-    return [swap for swap in (*_synonyms(thought), *_sides(thought), *_negations(thought))
-            if swap.text != thought]  # fmt: skip
+def find_swaps(thought: str, graph: ConceptGraph | None = None) -> list[Swap]:
+    """The swaps that `thought` offers, one place each: synonyms, sides, negations turned round.
+
+    With a concept graph also hallmarks: a disease's leading attribute replaced by another's.
+    """
+    found = [*_synonyms(thought), *_sides(thought), *_negations(thought)]
+    if graph is not None:
+        found += _hallmarks(thought, graph)
+    return [swap for swap in found if swap.text != thought]
 
 
 def _synonyms(thought: str) -> Iterator[Swap]:
@@ -206,6 +213,45 @@ def _negations(thought: str) -> Iterator[Swap]:
     for match in re.finditer(r"\b(There is no|No evidence of|No)\b (?=\w)", thought):
         after = "There is a " if match[1].startswith("There") else "There is "
         yield _replaced("negation", thought, match, after)
+
+
+def _hallmarks(thought: str, graph: ConceptGraph) -> Iterator[Swap]:
+    """A hallmark's phrase becomes one of the next disease that has neither it nor the attribute.
+
+    Diseases follow in the graph's order, so that the replacement is the same for every model.
+    """
+    diseases = list(graph.diseases.values())
+    for number, disease in enumerate(diseases):
+        others = diseases[number + 1 :] + diseases[:number]
+        for attribute in disease.hallmarks:
+            match = _stated(thought, graph.attributes[attribute].phrases)
+            new = _foreign_hallmark(thought, attribute, others, graph)
+            if match and new:
+                yield _replaced("hallmark", thought, match, new)
+                break
+
+
+def _stated(thought: str, phrases: Sequence[str]) -> re.Match[str] | None:
+    """The longest of `phrases` that stands in a sentence of `thought` that denies nothing."""
+    for phrase in sorted(phrases, key=len, reverse=True):
+        for match in re.finditer(rf"\b{re.escape(phrase)}\b", thought, re.I):
+            sentence = re.split(r"[.:]\s", thought[: match.start()])[-1]
+            if not re.search(r"\b(no|not|without|free of)\b", sentence, re.I):
+                return match
+    return None
+
+
+def _foreign_hallmark(
+    thought: str, attribute: str, others: Sequence[Disease], graph: ConceptGraph
+) -> str | None:
+    for other in others:
+        if attribute in (*other.hallmarks, *other.associations):
+            continue
+        for own in other.hallmarks:
+            phrases = graph.attributes[own].phrases
+            if phrases and not any(one.lower() in thought.lower() for one in phrases):
+                return phrases[0]
+    return None
 
 
 def _replaced(kind: str, text: str, match: re.Match[str], after: str) -> Swap:

@@ -54,7 +54,7 @@ def write_report(run_dir: Path | str) -> Path:
             "title": STAGE_TITLES.get(stage, stage),
             "short": t.name_of(stage),
             "note": STAGE_NOTES.get(stage, ""),
-            "pictures": _pictures(stage_panels([run], [""], stage), figures),
+            "pictures": pictures(stage_panels([run], [""], stage), figures),
         }
         for stage in run.stages()
     ]
@@ -67,21 +67,21 @@ def write_report(run_dir: Path | str) -> Path:
         "cards": _cards(run),
         "evaluation": {
             "tables": t.evaluation_tables(evaluation),
-            "pictures": _pictures(_interval_panels(classified), figures),
+            "pictures": pictures(_interval_panels(classified), figures),
             "note": _protocol(evaluation),
         },
         "examples": examples,
         "stages": stages,
         "speed": {"table": t.speed_table(run), "shares": _shares(run)},
         "data": {"tables": t.data_tables(run)},
-        "graph": _pictures([graph], figures)[0] if graph else None,
+        "graph": pictures([graph], figures)[0] if graph else None,
         "configuration": list(t.flat(run.config)),
         "versions": list(t.flat(run.part("versions"))),
         "notes": run.notes,
     }
     context["sections"] = _sections(context)
     path = run.path / "report.html"
-    _write(path, _render("run.html", context).encode())
+    write_private(path, render("run.html", context).encode())
     return path
 
 
@@ -96,7 +96,7 @@ def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
             "id": _id(stage),
             "title": STAGE_TITLES.get(stage, stage),
             "short": t.name_of(stage),
-            "pictures": _pictures(stage_panels(runs, names, stage), None),
+            "pictures": pictures(stage_panels(runs, names, stage), None),
         }
         for stage in dict.fromkeys(stage for run in runs for stage in run.stages())
     ]
@@ -113,7 +113,7 @@ def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, _render("comparison.html", context).encode())
+    write_private(path, render("comparison.html", context).encode())
     return path
 
 
@@ -193,14 +193,14 @@ def _graph(run: Run) -> Panel | None:
         return None
 
 
-def _pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
+def pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
     """Render the panels for both themes; the light ones are also saved in `folder`."""
     pictures = []
     for panel in panels:
         light, dark = panel.png(LIGHT), panel.png(DARK)
         if folder is not None:
             folder.mkdir(mode=0o700, exist_ok=True)
-            _write(folder / f"{panel.slug}.png", light)
+            write_private(folder / f"{panel.slug}.png", light)
         width, height = (int.from_bytes(light[at : at + 4], "big") for at in (16, 20))
         pictures.append(Picture(data_uri(light), data_uri(dark), panel.alt, width, height))
     return pictures
@@ -335,7 +335,7 @@ def _id(stage: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in stage)[:40]
 
 
-def _render(template: str, context: Mapping[str, Any]) -> str:
+def render(template: str, context: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -348,7 +348,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """Replace `path` by a new file that only its owner can read: it may hold patients' words."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""What each arm of the study learns from: one preference file per arm, the same studies in each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.counterfactual import preference, study_labels
+from cpo_fast.data.labels import answer, diagnosis, thought
+from cpo_fast.errors import DataError
+from cpo_fast.training.run_folder import write_private
+from cpo_fast.types import Counterfactual, Study
+
+SFT, RANDOM, ANSWERS, CPO = "sft", "dpo_random", "cpo_answers", "cpo"
+ARMS = {
+    SFT: "SFT",
+    RANDOM: "DPO, random negatives",
+    ANSWERS: "CPO without the thought",
+    CPO: "CPO",
+}
+"""Arm -> how it is called in tables; the paper's names are those of its tables 2 and 5."""
+
+Sides = tuple[str, Sequence[str]]
+
+
+def write_arms(
+    folder: Path, studies: Sequence[Study], cfs: Sequence[Counterfactual], *, seed: int
+) -> dict[str, Path]:
+    """One .jsonl per arm but SFT: {arm: path}, mode 0600. Row i is about the same study in each.
+
+    Only training studies with counterfactuals count; each row has as many rejected answers as its
+    study has counterfactuals. Raises DataError when there are none.
+    """
+    of_study: dict[str, list[Counterfactual]] = {}
+    for one in cfs:
+        of_study.setdefault(one.study_id, []).append(one)
+    used = [
+        replace(study, images=study.images[:1])  # as training reads them: the frontal view
+        for study in studies
+        if study.split == "train" and study.study_id in of_study
+    ]
+    if not used:
+        raise DataError("no training study has a counterfactual: nothing to learn from")
+    draw = random.Random(seed)
+    makers: dict[str, Callable[[Study], Sides]] = {
+        RANDOM: lambda study: _random(study, used, len(of_study[study.study_id]), draw),
+        ANSWERS: lambda study: _answers(study, of_study[study.study_id]),
+        CPO: lambda study: _counterfactual(study, of_study[study.study_id]),
+    }
+    paths = {}
+    for arm, sides in makers.items():
+        paths[arm] = folder / f"{arm}.jsonl"
+        rows = (_row(study, of_study[study.study_id], sides(study)) for study in used)
+        write_private(paths[arm], rows)
+    return paths
+
+
+def _row(study: Study, cfs: Sequence[Counterfactual], sides: Sides) -> dict[str, Any]:
+    chosen, rejected = sides
+    return {
+        "id": study.study_id,
+        "images": [image.path for image in study.images],
+        "prompt": list(preference(study, cfs).prompt),
+        "chosen": chosen,
+        "rejected_responses": list(rejected),
+    }
+
+
+def _names(study: Study) -> tuple[str, ...]:
+    return diagnosis(study_labels(study))
+
+
+def _counterfactual(study: Study, cfs: Sequence[Counterfactual]) -> Sides:
+    both = preference(study, cfs)
+    return both.chosen, both.rejected
+
+
+def _answers(study: Study, cfs: Sequence[Counterfactual]) -> Sides:
+    """The diagnosis alone against the targets alone."""
+    return answer(_names(study)), [answer((one.target,)) for one in cfs]
+
+
+def _random(study: Study, others: Sequence[Study], count: int, draw: random.Random) -> Sides:
+    """Reports and diagnoses of other patients, each with a text of its own."""
+    chosen = thought(study.report.text, _names(study))
+    rejected: list[str] = []
+    for other in draw.sample(others, len(others)):
+        text = thought(other.report.text, _names(other))
+        if other.patient_id != study.patient_id and text not in (chosen, *rejected):
+            rejected.append(text)
+        if len(rejected) == count:
+            return chosen, rejected
+    raise DataError(f"{len(others)} training studies are too few for {count} random negatives each")

@@ -1,0 +1,178 @@
+"""One model asked everything that the study reports; figures only, no text of any study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.data.labels import LABEL_NAMES, parse_answer
+from cpo_fast.errors import DataError
+from cpo_fast.evaluate import Cohort, Loaded, load, parse_arguments, read
+from cpo_fast.phantom.wording import DRIFTS
+
+PAPER_FINDINGS = {
+    "Con": "Consolidation",
+    "PE": "Pleural Effusion",
+    "Pna": "Pneumonia",
+    "Pnx": "Pneumothorax",
+    "Ede": "Edema",
+}
+"""The five findings of MS-CXR-T as the paper's tables abbreviate them."""
+
+DRIFTING = tuple(dict.fromkeys(name for drift in DRIFTS for name in drift.findings))
+"""Findings whose wording changes over the phantom's years."""
+
+Answers = Sequence[tuple[str, ...] | None]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much every model is asked."""
+
+    max_samples: int  # test studies
+    drift_samples: int  # of them, whose reports are probed by swaps
+    max_new_tokens: int
+    max_pixels: int
+
+
+def measure(model: Path, data: Path, scale: Scale) -> dict[str, float | None]:
+    """The figures of one model on the test split of the phantom in `data`.
+
+    "accuracy/F", "f1/F" per finding F and "/mean5" (the paper's five), "/mean" (all that occur);
+    "exact", "unparsable" (shares); "drifted/accuracy" (all findings) and "drifted/pairs" (those
+    that drift) on the studies whose reports use a drifting word, "drifted/studies"; "swap/K" and
+    "flip/K", mean total variation and share of changed likeliest finding under swaps of kind K in
+    the radiologist's report. None where undefined.
+    """
+    from cpo_fast.evaluation.generate import diagnose
+
+    flags = {
+        "--model": model,
+        "--dataset": data,
+        "--output_dir": model,  # nothing is written
+        "--max_samples": scale.max_samples,
+        "--max_pixels": scale.max_pixels,
+    }
+    args = parse_arguments([str(word) for pair in flags.items() for word in pair])
+    loaded = load(args)
+    cohort = read(args, loaded)
+    texts = diagnose(
+        loaded.model,
+        loaded.tokenizer,
+        cohort.prompts,
+        loaded.pixels,
+        max_new_tokens=scale.max_new_tokens,
+        batch_size=160,
+    )
+    parsed = [parse_answer(text) or None for text in texts]
+    drifted = drifted_studies(data)
+    where = [i for i, s in enumerate(cohort.studies) if s.study_id.lstrip("s") in drifted]
+    return answer_figures(cohort.truth, parsed, where) | swap_figures(
+        loaded, cohort, scale.drift_samples
+    )
+
+
+def answer_figures(
+    truth: Sequence[Sequence[str]], parsed: Answers, drifted: Sequence[int]
+) -> dict[str, float | None]:
+    """Accuracy and F1 of N answers; `drifted` are the numbers of the studies with such a word."""
+    from cpo_fast.evaluation.classification import classification
+
+    found = classification(truth, parsed, bootstrap=1)
+    figures: dict[str, float | None] = {}
+    for metric in ("accuracy", "f1"):
+        for name in LABEL_NAMES:
+            figures[f"{metric}/{name}"] = found["findings"][name][metric]["value"]
+        five = [figures[f"{metric}/{name}"] for name in PAPER_FINDINGS.values()]
+        known = [value for value in five if value is not None]
+        figures[f"{metric}/mean5"] = sum(known) / len(known) if known else None
+        figures[f"{metric}/mean"] = found["macro"][metric]["value"]
+    figures["exact"] = found["exact_match"]["value"]
+    figures["unparsable"] = found["unparsable"] / found["studies"]
+    figures["drifted/studies"] = float(len(drifted))
+    figures |= {"drifted/accuracy": None, "drifted/pairs": None}
+    if drifted:
+        part = classification([truth[i] for i in drifted], [parsed[i] for i in drifted],
+                              bootstrap=1)  # fmt: skip
+        pairs = [part["findings"][name]["accuracy"]["value"] for name in DRIFTING]
+        figures["drifted/accuracy"] = part["macro"]["accuracy"]["value"]
+        figures["drifted/pairs"] = sum(pairs) / len(pairs)
+    return figures
+
+
+def swap_figures(loaded: Loaded, cohort: Cohort, count: int) -> dict[str, float | None]:
+    """Effects of swaps in the reports of the first `count` studies: the same text for all models.
+
+    "swap/drifting" are the synonyms whose lean changes over the phantom's years.
+    """
+    from tqdm import tqdm
+
+    from cpo_fast.concepts import load_graph
+    from cpo_fast.evaluation.drift import find_swaps, swap_effects
+    from cpo_fast.model.packed import PackedModel
+    from cpo_fast.packing import image_token_id
+
+    packed, image, graph = PackedModel(loaded.model), image_token_id(loaded.tokenizer), load_graph()
+    moved: dict[str, list[float]] = {}
+    flipped: dict[str, list[float]] = {}
+    pairs = list(zip(cohort.prompts, cohort.studies, strict=True))[:count]
+    for prompt, study in tqdm(pairs, desc="swaps", unit="study", disable=None):
+        swaps = find_swaps(study.report.text, graph)
+        before, effects = swap_effects(
+            packed, loaded.tokenizer, prompt, study.report.text, swaps, loaded.pixels,
+            image_token_id=image,
+        )  # fmt: skip
+        for effect in effects:
+            kinds = [effect.swap.kind]
+            if {effect.swap.before.lower(), effect.swap.after.lower()} in DRIFTING_WORDS:
+                kinds.append("drifting")
+            for kind in kinds:
+                moved.setdefault(kind, []).append(effect.variation)
+                flip = effect.distribution.argmax() != before.argmax()
+                flipped.setdefault(kind, []).append(float(flip))
+    figures: dict[str, float | None] = {}
+    for kind in ("synonym", "drifting", "side", "negation", "hallmark"):
+        for name, values in (("swap", moved), ("flip", flipped)):
+            own = values.get(kind)
+            figures[f"{name}/{kind}"] = sum(own) / len(own) if own else None
+    return figures
+
+
+DRIFTING_WORDS = [set(drift.words) for drift in DRIFTS]
+
+
+def drifted_studies(data: Path) -> set[str]:
+    """Ids of the studies whose reports use a drifting word, from the phantom's truth."""
+    path = data / "phantom_truth.jsonl"
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in path.open(encoding="utf-8")]
+        return {str(row["study_id"]) for row in rows if row["drift"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not the truth of a phantom ({type(error).__name__})") from None
+
+
+def majority(data: Path, max_samples: int) -> dict[str, float | None]:
+    """The same figures for the guess that needs no model: what most training studies have."""
+    from cpo_fast.counterfactual import study_labels
+    from cpo_fast.data import open_studies
+    from cpo_fast.data.labels import diagnosis
+    from cpo_fast.evaluation.classification import majority_guess
+
+    train: list[tuple[str, ...]] = []
+    test: list[tuple[str, ...]] = []
+    ids: list[str] = []
+    for study in open_studies(str(data)):
+        names = diagnosis(study_labels(study))
+        if study.split == "train":
+            train.append(names)
+        elif study.split == "test" and len(test) < max_samples:
+            test.append(names)
+            ids.append(study.study_id.lstrip("s"))
+    if not train or not test:
+        raise DataError(f"{data} has no training or no test study: make the phantom larger")
+    drifted = drifted_studies(data)
+    where = [i for i, one in enumerate(ids) if one in drifted]
+    return answer_figures(test, [majority_guess(train)] * len(test), where)

@@ -1,0 +1,43 @@
+"""study.html: the tables of a study and where each arm stands per finding, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.report.figures import intervals
+from cpo_fast.report.page import pictures, render, write_private
+from cpo_fast.study.arms import ARMS
+from cpo_fast.study.figures import tables, verdict
+from cpo_fast.study.measure import PAPER_FINDINGS
+
+
+def write_study_page(path: Path, outcome: Mapping[str, Any]) -> Path:
+    """Write `path` (0600) and its figures beside it from what study.json holds."""
+    rows = [*PAPER_FINDINGS.values(), "Mean of the five"]
+    keys = [*PAPER_FINDINGS.values(), "mean5"]
+    panels = [
+        intervals(
+            f"study_{metric}",
+            title,
+            rows,
+            {arm: [outcome["arms"][arm][f"{metric}/{key}"] for key in keys] for arm in ARMS},
+            ARMS,
+        )
+        for metric, title in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding"))
+    ]
+    context = {
+        "title": "Counterfactuals against random negatives",
+        "lead": verdict(outcome),
+        "meta": [
+            "phantom data (drawn and written, not medicine)",
+            f"{len(outcome['seeds'])} seeds",
+            *(f"{name} {value}" for name, value in outcome["settings"].items()),
+        ],
+        "sections": [("figures", "Figures"), ("tables", "Tables")],
+        "pictures": pictures(panels, path.parent / "figures"),
+        "tables": tables(outcome),
+    }
+    write_private(path, render("study.html", context).encode())
+    return path
