@@ -30,14 +30,8 @@ from cpo_fast.model.build import add_lora, tiny_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.model.tokenizer import train_tokenizer
-from cpo_fast.packing import (
-    collate,
-    encode_all,
-    image_token_id,
-    packing_efficiency,
-    plan_epoch,
-)
-from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt
+from cpo_fast.packing import collate, encode_all, image_token_id, plan_epoch
+from cpo_fast.types import ImageRef, Preference
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -258,31 +252,3 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
             f"\n{setup.name}: {PAIRS / median:.2f} pairs/s; {against}; tokens {physical} for "
             f"{logical} unshared ({logical / physical:.2f} x); {torch.get_num_threads()} threads"
         )
-
-
-def test_planning(benchmark, capsys):
-    """An epoch of 20,000 groups of CCF-like lengths; steps of 64 pairs, and of 512."""
-    rng = random.Random(0)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return (0,) * rng.randint(low, high)
-
-    groups = [
-        PreferenceGroup(
-            str(i), Prompt(ids(350, 400)), ids(100, 250), (ids(100, 250), ids(100, 250))
-        )
-        for i in range(20_000)
-    ]
-
-    def plan(pairs: int, length: int):
-        return plan_epoch(groups, pairs_per_step=pairs, packing_length=length, seed=0, epoch=0)
-
-    benchmark.pedantic(plan, args=(64, 4096), rounds=2)
-    found = {
-        f"{pairs} pairs, {length} tokens": packing_efficiency(groups, plan(pairs, length), length)
-        for pairs in (64, 512)
-        for length in (4096, 8192, 16384)
-    }
-    benchmark.extra_info["packing_efficiency"] = found
-    with capsys.disabled():
-        print("\npacking efficiency: " + "; ".join(f"{k}: {v:.3f}" for k, v in found.items()))

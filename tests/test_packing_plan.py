@@ -3,6 +3,7 @@ ranks."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -119,6 +120,32 @@ def test_packs_are_tight():
     groups = [group(20 + i % 7, 30 + i % 5, 40, 35) for i in range(64)]
     steps = plan(groups, pairs=128, budget=600)
     assert packing_efficiency(groups, steps, 600) > 0.85
+
+
+def test_packs_of_a_step_are_few_and_level():
+    """CCF-like lengths, steps of 64 pairs: eight groups of about 900 tokens in a pack."""
+    rng = random.Random(0)
+    sizes = [
+        [rng.randint(350, 400), *(rng.randint(100, 250) for _ in range(3))] for _ in range(960)
+    ]
+    groups = [group(*size) for size in sizes]
+    steps = plan(groups, pairs=64, budget=7424)
+    assert packing_efficiency(groups, steps, 7424) >= 0.95
+    assert packing_efficiency(groups, steps) >= 0.99
+    for ranks in (2, 3):
+        level = [
+            plan(groups, pairs=64, budget=7424, rank=r, world_size=ranks) for r in range(ranks)
+        ]
+        loads = [sum(part_tokens(groups, p) for pack in s for p in pack) for s in level[0]]
+        others = [sum(part_tokens(groups, p) for pack in s for p in pack) for s in level[1]]
+        assert all(abs(a - b) < 0.1 * a for a, b in zip(loads, others, strict=True))
+
+
+def test_first_fit_is_kept_where_it_needs_a_pack_less():
+    groups = [group(n - 2, 1, 1) for n in (60, 50, 40, 30, 20)]  # 60 + 40, 50 + 30 + 20
+    (step,) = plan(groups, pairs=5, budget=100)
+    sizes = sorted(sum(part_tokens(groups, part) for part in pack) for pack in step)
+    assert sizes == [100, 100]
 
 
 def test_bad_arguments():

@@ -8,6 +8,7 @@ ranks.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ def plan_epoch(
     exactly `pairs_per_step` pairs; the last step keeps what is left and may be smaller. A group is
     split only where a step is full (its chosen is then computed in both steps) or where it alone
     exceeds `packing_length`; a single pair that exceeds it gets a pack of its own. `expand_pairs`
-    shuffles and places every pair by itself, the sample order of trainers without groups. Within a
-    step the parts are packed first-fit-decreasing, and all ranks get the same number of packs, by
-    splitting packs and then by empty ones.
+    shuffles and places every pair by itself, the sample order of trainers without groups. A step is
+    the window within which parts are packed: into as few packs as are found to fit, their sizes
+    levelled. All ranks get the same number of packs, some of them empty if there are fewer parts.
 
     Raises UsageError for sizes below 1 and for SFT samples mixed with preference groups.
     """
@@ -98,18 +99,25 @@ def plan_epoch(
     steps = []
     for parts in _fill_steps(units, pairs_per_step):
         pieces = [piece for part in parts for piece in _split(groups, part, packing_length)]
-        packs = _level(groups, _first_fit_decreasing(groups, pieces, packing_length), world_size)
+        packs = _pack(groups, pieces, packing_length, world_size)
         steps.append(Step(tuple(packs[rank::world_size]), sum(map(_pairs, parts))))
     return steps
 
 
 def packing_efficiency(
-    groups: Sequence[PreferenceGroup], steps: Sequence[Step], packing_length: int
+    groups: Sequence[PreferenceGroup], steps: Sequence[Step], packing_length: int | None = None
 ) -> float:
-    """Tokens in the packs / (number of packs x packing_length), empty packs left out."""
-    packs = [pack for step in steps for pack in step if pack]
-    tokens = sum(part_tokens(groups, part) for pack in packs for part in pack)
-    return tokens / (len(packs) * packing_length) if packs else 0.0
+    """Tokens in the packs / (number of packs x packing_length), empty packs left out.
+
+    Packs are not padded, so what is missing to 1 costs nothing by itself. Without `packing_length`
+    it is each step's longest pack: what would be useful of packs padded to one another.
+    """
+    tokens = room = 0
+    for step in steps:
+        sizes = [sum(part_tokens(groups, part) for part in pack) for pack in step if pack]
+        tokens += sum(sizes)
+        room += len(sizes) * (packing_length or max(sizes, default=0))
+    return tokens / room if room else 0.0
 
 
 def _pairs(part: Part) -> int:
@@ -155,42 +163,60 @@ def _split(groups: Sequence[PreferenceGroup], part: Part, packing_length: int) -
     yield index, which[start:]
 
 
-def _first_fit_decreasing(
-    groups: Sequence[PreferenceGroup], parts: Sequence[Part], packing_length: int
-) -> list[list[Part]]:
+def _pack(
+    groups: Sequence[PreferenceGroup],
+    parts: Sequence[Part],
+    packing_length: int,
+    world_size: int,
+) -> list[Pack]:
+    """The fewest packs (a multiple of `world_size`) that are found to fit, their sizes levelled.
+
+    Ordered so that every world_size-th pack makes an even load; a part that exceeds
+    `packing_length` is alone.
+    """
     sized = sorted(((part_tokens(groups, part), part) for part in parts), key=lambda s: -s[0])
-    packs: list[list[Part]] = []
-    rooms: list[int] = []
-    for tokens, part in sized:
-        for slot, room in enumerate(rooms):
-            if tokens <= room:
-                packs[slot].append(part)
-                rooms[slot] -= tokens
-                break
-        else:
-            packs.append([part])
-            rooms.append(packing_length - tokens)
+    first_fit = _first_fit(sized, packing_length)
+    tokens = sum(size for size, _ in sized)
+    count = max(1, min(-(-tokens // packing_length), len(sized)))
+    count += -count % world_size
+    while (packs := _levelled(sized, packing_length, count)) is None:
+        if len(first_fit) == count:
+            packs = first_fit
+            break
+        count += world_size
+    if world_size == 1:
+        return [tuple(pack) for pack in packs if pack]
+    packs = sorted(packs, key=lambda pack: -sum(part_tokens(groups, part) for part in pack))
+    rows = [packs[i : i + world_size] for i in range(0, len(packs), world_size)]
+    return [tuple(pack) for i, row in enumerate(rows) for pack in (row[::-1] if i % 2 else row)]
+
+
+def _levelled(
+    sized: Sequence[tuple[int, Part]], packing_length: int, count: int
+) -> list[list[Part]] | None:
+    """Parts, largest first, each into the emptiest of `count` packs; None if one does not fit."""
+    packs: list[list[Part]] = [[] for _ in range(count)]
+    emptiest = [(0, slot) for slot in range(count)]  # a heap
+    for size, part in sized:
+        load, slot = emptiest[0]
+        if load and load + size > packing_length:
+            return None
+        packs[slot].append(part)
+        heapq.heapreplace(emptiest, (load + size, slot))
     return packs
 
 
-def _level(
-    groups: Sequence[PreferenceGroup], packs: list[list[Part]], world_size: int
-) -> list[Pack]:
-    """A multiple of `world_size` packs, ordered so that every world_size-th makes an even load."""
-
-    def tokens(pack: Sequence[Part]) -> int:
-        return sum(part_tokens(groups, part) for part in pack)
-
-    while len(packs) % world_size:
-        largest = max((p for p in packs if len(p) > 1), key=tokens, default=None)
-        if largest is None:
-            packs.append([])
-            continue
-        packs.remove(largest)
-        # Decreasing order alternately to either side halves the tokens closely enough.
-        packs += [largest[0::2], largest[1::2]]
-    if world_size == 1:
-        return [tuple(pack) for pack in packs]
-    ordered = sorted(packs, key=lambda p: -tokens(p))
-    rows = [ordered[i : i + world_size] for i in range(0, len(ordered), world_size)]
-    return [tuple(pack) for i, row in enumerate(rows) for pack in (row[::-1] if i % 2 else row)]
+def _first_fit(sized: Sequence[tuple[int, Part]], packing_length: int) -> list[list[Part]]:
+    """First-fit-decreasing: at times it needs a pack less than the levelled way."""
+    packs: list[list[Part]] = []
+    rooms: list[int] = []
+    for size, part in sized:
+        for slot, room in enumerate(rooms):
+            if size <= room:
+                packs[slot].append(part)
+                rooms[slot] -= size
+                break
+        else:
+            packs.append([part])
+            rooms.append(packing_length - size)
+    return packs
