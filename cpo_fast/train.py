@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
+from cpo_fast.training.distributed import World, joined
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
 from cpo_fast.training.run_folder import RunFolder
 
@@ -27,25 +28,26 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 data or numbers stop the run, 2 wrong usage, 3 saved early."""
+    who = f"rank {rank}: " if (rank := int(os.environ.get("RANK", "0"))) else ""
     try:
         run(parse_arguments(argv))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        print(f"{who}{stopped}", file=sys.stderr)
         return EXIT_STATUS
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
 def run(args: TrainArguments) -> dict[str, Any]:
-    """Run the stages that `args` names; returns what summary.json holds."""
+    """Run the stages that `args` names; returns what summary.json holds.
+
+    Of several processes (torchrun), all train; the first one prepares, evaluates and reports.
+    """
     from transformers.utils import logging
 
-    from cpo_fast.phantom import write_phantom
     from cpo_fast.report import write_report
-    from cpo_fast.training.base import base_model
-    from cpo_fast.training.corpus import read_corpus, tokenise, write_preferences
     from cpo_fast.training.stages import train_cpo, train_sft
 
     os.umask(0o077)
@@ -53,24 +55,38 @@ def run(args: TrainArguments) -> dict[str, Any]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
-    folder = RunFolder(args)
+    with joined(args.ddp_timeout) as world:
+        args, folder, corpus, texts, base, samples = world.main_first(lambda: prepare(args, world))
+        with StopRequest(args.max_minutes) as stop:
+            if "sft" in args.stage_names:
+                train_sft(args, folder, samples, base, stop)
+            if "cpo" in args.stage_names:
+                train_cpo(args, folder, samples, base, stop)
+    if not world.is_main:
+        return {}
+    if "evaluate" in args.stage_names:
+        evaluate(args, folder, corpus, samples, texts, base)
+    folder.finish(versions())
+    print(f"report: {write_report(folder.path)}")
+    return folder.summary
+
+
+def prepare(
+    args: TrainArguments, world: World
+) -> tuple[TrainArguments, RunFolder, Corpus, Texts, Base, Samples]:
+    """What training needs, made by rank 0 and read from its files by the others."""
+    from cpo_fast.phantom import write_phantom
+    from cpo_fast.training.base import base_model
+    from cpo_fast.training.corpus import read_corpus, tokenise, write_preferences
+
+    folder = RunFolder(args, world)
     if args.dataset == "phantom":
         data = write_phantom(folder.path / "data", num_studies=args.num_studies, seed=args.seed)
         args = replace(args, dataset=str(data))
     corpus = read_corpus(args, folder)
     texts = write_preferences(args, folder, corpus)
     base = base_model(args, folder, texts)
-    samples = tokenise(args, folder, texts, base)
-    with StopRequest(args.max_minutes) as stop:
-        if "sft" in args.stage_names:
-            train_sft(args, folder, samples, base, stop)
-        if "cpo" in args.stage_names:
-            train_cpo(args, folder, samples, base, stop)
-    if "evaluate" in args.stage_names:
-        evaluate(args, folder, corpus, samples, texts, base)
-    folder.finish(versions())
-    print(f"report: {write_report(folder.path)}")
-    return folder.summary
+    return args, folder, corpus, texts, base, tokenise(args, folder, texts, base)
 
 
 def evaluate(

@@ -27,6 +27,7 @@ POSITIVE = (
     "num_studies",
     "max_images",
     "max_nonfinite_steps",
+    "ddp_timeout",
 )
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
 
@@ -124,6 +125,7 @@ class TrainArguments:
     logging_steps: int = _flag(1, "a row of metrics.jsonl every so many steps")
     eval_steps: int = _flag(0, "held-out loss and rewards every so many steps (0: at the end)")
     resume_from_checkpoint: str | None = _flag(None, "'auto', or a checkpoint folder to go on from")
+    ddp_timeout: int = _flag(1800, "seconds that several processes wait for one another")
     max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")
     max_nonfinite_steps: int = _flag(3, "stop after so many steps in a row that are not finite")
     save_steps: int = _flag(0, "a checkpoint every so many steps (0: at the end)")

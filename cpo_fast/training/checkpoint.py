@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import CpoFastError, UsageError
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -80,6 +81,31 @@ def write_checkpoint(
     """
     target, partial = stage_dir / f"checkpoint-{step}", stage_dir / f".partial-{step}"
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, save_model, trainer_state, tensors)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync(stage_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CpoFastError(
+            f"{target} cannot be written ({error}); the checkpoints before it are as they were. "
+            "Make room (--save_total_limit) or mend the file system, then go on with "
+            "--resume_from_checkpoint auto"
+        ) from error
+    if save_total_limit is not None:
+        for old in checkpoints(stage_dir)[: -max(save_total_limit, 1)]:
+            shutil.rmtree(old)
+    return target
+
+
+def _write(
+    partial: Path,
+    save_model: Callable[[Path], None],
+    trainer_state: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+) -> None:
     partial.mkdir(parents=True, mode=0o700)
     save_model(partial)
     save_file(tensors, partial / TENSORS)
@@ -90,14 +116,6 @@ def write_checkpoint(
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
         _sync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    _sync(stage_dir)
-    if save_total_limit is not None:
-        for old in checkpoints(stage_dir)[: -max(save_total_limit, 1)]:
-            shutil.rmtree(old)
-    return target
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -109,10 +127,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
 ) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name, and the state of the random number generators."""
-    tensors = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    """AdamW's state by parameter name (`<kind>/<name>`)."""
+    tensors = {}
     for parameter, name in names.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.detach().clone().contiguous()
@@ -128,8 +144,7 @@ def restore_optimizer(
     saved: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
-        if kind != "rng":
-            saved.setdefault(name, {})[kind] = value
+        saved.setdefault(name, {})[kind] = value
     if missing := sorted(set(saved) ^ set(names.values())):
         raise UsageError(
             f"the checkpoint trains other parameters than this run ({missing[0]} and "
@@ -140,9 +155,25 @@ def restore_optimizer(
             key: value if key == "step" else value.to(parameter.device)
             for key, value in saved[name].items()
         }
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def generators() -> dict[str, str]:
+    """The state of this process's random number generators, in hexadecimal."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
+
+
+def restore_generators(states: dict[str, str]) -> None:
+    """Inverse of `generators`."""
+    read = {
+        name: torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
+        for name, state in states.items()
+    }
+    torch.set_rng_state(read["cpu"])
+    if "cuda" in read and torch.cuda.is_available():
+        torch.cuda.set_rng_state(read["cuda"])
 
 
 def _number(name: str) -> re.Match[str] | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from cpo_fast.training.distributed import World
 from cpo_fast.types import PackedBatch
 
 Item = TypeVar("Item")
@@ -18,9 +19,11 @@ class Clock:
     """Counts samples and tokens against the wall time of training steps, not evaluation or saving.
 
     Physical tokens are those computed; logical tokens are what the same pairs would take unshared.
+    Rates are those of all processes of `world` together, unless they say otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self.world = world
         self.steps = 0
         self.num_tokens = 0
         self._row = _Count()
@@ -67,16 +70,17 @@ class Clock:
 
     def row(self) -> dict[str, float]:
         """Timing fields since the last row."""
-        rates = self._row.rates()
+        rates = self._row.rates(self.world)
         self._row = _Count()
-        rates["tokens_per_second_per_gpu"] = rates.pop("physical_tokens_per_second")
+        tokens = rates.pop("physical_tokens_per_second")
+        rates["tokens_per_second_per_gpu"] = round(tokens / self.world.size, 1)
         return rates
 
     def stage(self) -> dict[str, float | dict[str, float]]:
         """Throughput of the whole stage and the share of each phase in its time."""
         total = self._stage.seconds or float("nan")
         shares = {name: round(value / total, 4) for name, value in sorted(self._phases.items())}
-        return {**self._stage.rates(), "time": shares} if self._stage.seconds else {}
+        return {**self._stage.rates(self.world), "time": shares} if self._stage.seconds else {}
 
 
 class _Count:
@@ -88,9 +92,10 @@ class _Count:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def rates(self) -> dict[str, float]:
+    def rates(self, world: World) -> dict[str, float]:
+        samples, physical, logical = world.sum([self.samples, self.physical, self.logical])
         return {
-            "pairs_per_second": round(self.samples / self.seconds, 3),
-            "physical_tokens_per_second": round(self.physical / self.seconds, 1),
-            "logical_tokens_per_second": round(self.logical / self.seconds, 1),
+            "pairs_per_second": round(samples / self.seconds, 3),
+            "physical_tokens_per_second": round(physical / self.seconds, 1),
+            "logical_tokens_per_second": round(logical / self.seconds, 1),
         }

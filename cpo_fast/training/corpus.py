@@ -140,9 +140,10 @@ def make_counterfactuals(
     """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
     path = folder.path / "counterfactuals.jsonl"
     graph = load_graph(args.concept_graph)
-    if "graph" in args.stage_names:
+    if "graph" in args.stage_names and folder.writes:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
-    if args.counterfactuals is not None or "counterfactual" not in args.stage_names:
+    makes = "counterfactual" in args.stage_names and folder.writes
+    if args.counterfactuals is not None or not makes:
         given = Path(args.counterfactuals or path)
         if not given.is_file():
             raise UsageError(f"{given}: no such file; add counterfactual to --stages")

@@ -1,7 +1,8 @@
 """The training loop of both stages: plan, feed, forward, backward, step, metrics, checkpoints.
 
-An optimiser step is a fixed number of pairs (SFT: samples); how they are packed decides only how
-they are computed. The plan of an epoch is a pure function of (data, seed, epoch).
+An optimiser step is a fixed number of pairs (SFT: samples); how they are packed, and on how many
+processes, decides only how they are computed. The plan of an epoch is a pure function of (data,
+seed, epoch); every rank goes through the same steps and takes the same decisions.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import (
+    generators,
     optimizer_tensors,
     read_checkpoint,
+    restore_generators,
     restore_optimizer,
     write_checkpoint,
 )
 from cpo_fast.training.clock import Clock
+from cpo_fast.training.distributed import World
 from cpo_fast.training.feed import Pixels, StepBatch, StepFeed, step_loader
 from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.training.metrics import MetricsLog, Sums, finite
@@ -53,16 +57,17 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    num_tokens: int = 0
     nonfinite_in_a_row: int = 0
     final: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, Any] = field(default_factory=dict)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
 class Trainer:
-    """One stage ("sft" or "cpo") on one device; `save_model` writes the model into a folder."""
+    """One stage ("sft" or "cpo") on one device per process of `world`.
+
+    `save_model` writes the model into a folder.
+    """
 
     stage: str
     model: PackedModel
@@ -78,6 +83,7 @@ class Trainer:
     device: torch.device
     stop: StopRequest
     resume: Path | None = None
+    world: World = field(default_factory=World)
 
     def run(self) -> StageResult:
         """Train until the steps or epochs asked for are done; the last step is always saved.
@@ -103,16 +109,16 @@ class Trainer:
             num_warmup_steps=math.ceil(settings["warmup_ratio"] * len(steps)),
             num_training_steps=len(steps),
         )
-        torch.manual_seed(self.args.seed)
-        progress, sums, clock = Progress(), Sums(), Clock()
+        torch.manual_seed(self.args.seed + self.world.rank)
+        progress, sums, clock = Progress(), Sums(), Clock(self.world)
+        rejected: list[dict[str, Any]] = []
         if self.resume is not None:
             state, tensors = read_checkpoint(self.resume)
             progress = Progress(**state["progress"])
             restore_optimizer(optimizer, names, tensors)
             scheduler.load_state_dict(state["scheduler"])
             optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
-            sums.add(state["sums"])
-            clock.num_tokens = progress.num_tokens
+            self._restore_rank(state["ranks"], sums, rejected, clock)
         self.log.rewind(self.stage, progress.step)
         begun = time.perf_counter() - progress.seconds
         checkpoint = self.resume or self.stage_dir
@@ -125,24 +131,25 @@ class Trainer:
         self.model.model.train()
         for number, batch in enumerate(clock.waiting(loader), start=progress.step + 1):
             progress.step = number
-            progress.rejected += [record.to_json() for record in batch.rejected]
+            rejected += [record.to_json() for record in batch.rejected]
             grad_norm = self._step(batch, optimizer, sums, clock, progress)
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             clock.count_step(batch.batches)
             last = number == len(steps)
-            stopping = self.stop.pending()
+            stopping = self.world.any(self.stop.pending())
             at: dict[str, Any] = {
                 "stage": self.stage,
                 "step": number,
                 "epoch": round(number / steps_per_epoch, 4),
             }
             if last or _every(self.args.logging_steps, number):
+                taken = Sums.together(self.world.gather(sums.take()))
                 row = {
-                    **(self.objective.row(taken) if (taken := sums.take()) else {"loss": math.nan}),
+                    **(self.objective.row(taken) if taken else {"loss": math.nan}),
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
-                    "num_tokens": clock.num_tokens,
+                    "num_tokens": round(self.world.sum([clock.num_tokens])[0]),
                 }
                 self.log.write({**at, **row, **clock.row()})
                 progress.final |= row
@@ -154,7 +161,6 @@ class Trainer:
                 clock.resume()
             if last or stopping or _every(self.args.save_steps, number):
                 progress.seconds = time.perf_counter() - begun
-                progress.num_tokens = clock.num_tokens
                 progress.throughput = clock.stage() or progress.throughput
                 state = {
                     "global_step": number,
@@ -163,28 +169,26 @@ class Trainer:
                     "log_history": self.log.of_stage(self.stage),
                     "progress": asdict(progress),
                     "scheduler": _plain(scheduler.state_dict()),
-                    "sums": sums.peek(),
+                    "ranks": self._ranks(sums, rejected, clock),
                 }
-                checkpoint = write_checkpoint(
-                    self.stage_dir,
-                    number,
-                    self.save_model,
-                    finite(state),
-                    optimizer_tensors(optimizer, names),
-                    save_total_limit=self.args.save_total_limit,
-                )
+                checkpoint = self._write_checkpoint(state, optimizer_tensors(optimizer, names))
                 clock.resume()
             bar.update()
             if stopping and not last:
                 bar.close()
+                reasons = [reason for reason in self.world.gather(self.stop.reason) if reason]
                 raise Interrupted(
-                    f"stopped by {self.stop.reason} after {self.stage} step {number} of "
+                    f"stopped by {reasons[0]} after {self.stage} step {number} of "
                     f"{len(steps)}; go on with --resume_from_checkpoint auto"
                 )
         bar.close()
-        rejected = [RejectedRecord(**record) for record in progress.rejected]
+        set_aside = [
+            RejectedRecord(**record)
+            for of_rank in self.world.gather(rejected)
+            for record in of_rank
+        ]
         return StageResult(
-            len(steps), progress.seconds, checkpoint, progress.final, progress.throughput, rejected
+            len(steps), progress.seconds, checkpoint, progress.final, progress.throughput, set_aside
         )
 
     @torch.no_grad()
@@ -198,7 +202,55 @@ class Trainer:
             for batch in step.batches:
                 sums.add(self.objective.summed(batch.to(self.device))[1])
         self.model.model.train()
-        return {f"eval_{name}": value for name, value in self.objective.row(sums.take()).items()}
+        row = self.objective.row(Sums.together(self.world.gather(sums.take())))
+        return {f"eval_{name}": value for name, value in row.items()}
+
+    def _ranks(
+        self, sums: Sums, rejected: list[dict[str, Any]], clock: Clock
+    ) -> list[dict[str, Any]]:
+        """What every rank must know beside what all share, by rank."""
+        return self.world.gather(
+            {
+                "sums": sums.peek(),
+                "rejected": rejected,
+                "num_tokens": clock.num_tokens,
+                "generators": generators(),
+            }
+        )
+
+    def _restore_rank(
+        self,
+        ranks: list[dict[str, Any]],
+        sums: Sums,
+        rejected: list[dict[str, Any]],
+        clock: Clock,
+    ) -> None:
+        """Inverse of `_ranks`; rank 0 takes over from ranks that there are no longer.
+
+        A rank that there was not draws its dropout from a generator of its own.
+        """
+        rank, size = self.world.rank, self.world.size
+        own = ranks[rank : rank + 1] + (ranks[size:] if rank == 0 else [])
+        for one in own:
+            sums.add(one["sums"])
+            rejected += one["rejected"]
+            clock.num_tokens += one["num_tokens"]
+        if rank < len(ranks):
+            restore_generators(ranks[rank]["generators"])
+
+    def _write_checkpoint(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+        def write() -> str:
+            written = write_checkpoint(
+                self.stage_dir,
+                state["global_step"],
+                self.save_model,
+                finite(state),
+                tensors,
+                save_total_limit=self.args.save_total_limit,
+            )
+            return str(written)
+
+        return Path(self.world.on_main(write))
 
     def _feed(self, groups: Sequence[PreferenceGroup], steps: Sequence[Step]) -> StepFeed:
         return StepFeed(groups, steps, self.pixels, self.image_token_id)
@@ -213,11 +265,12 @@ class Trainer:
     ) -> float:
         """One optimiser step: the packs' summed losses, divided by the weight of the whole step.
 
-        Returns the gradient norm. A step whose norm is not finite does not reach the weights.
+        Returns the gradient norm, over all ranks. A step whose norm is not finite does not reach
+        the weights.
         """
-        if not step.batches:  # every image of the step failed; it stays in the count of steps
+        total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
+        if not total:  # every image of the step failed; it stays in the count of steps
             return 0.0
-        total = sum(self.objective.weigh(batch) for batch in step.batches)
         own = Sums()
         for batch in step.batches:
             with clock.phase("forward"):
@@ -227,6 +280,7 @@ class Trainer:
                 (loss / total).backward()
         with clock.phase("optimiser"):
             parameters = optimizer.param_groups[0]["params"]
+            self.world.sum_gradients(parameters)
             limit = self.args.max_grad_norm or math.inf
             grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
             if math.isfinite(grad_norm):
@@ -234,15 +288,20 @@ class Trainer:
                 sums.add(own.take())
                 progress.nonfinite_in_a_row = 0
             else:
-                self._set_aside(step, grad_norm, own.take()["loss"] / total, progress)
+                self._set_aside(step, grad_norm, own.take().get("loss", 0.0) / total, progress)
             optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
     def _set_aside(
         self, step: StepBatch, grad_norm: float, loss: float, progress: Progress
     ) -> None:
-        """Name the samples of a step that is not finite; stop when it keeps happening."""
-        names = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
+        """Name the samples of a step that is not finite; stop when it keeps happening.
+
+        `loss` is this rank's share of the step's loss.
+        """
+        own = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
+        names = sorted({name for of_rank in self.world.gather(own) for name in of_rank})
+        loss = sum(self.world.gather(loss))
         path = self.log.path.with_name("nonfinite_steps.jsonl")
         line = {
             "stage": self.stage,
@@ -251,8 +310,9 @@ class Trainer:
             "grad_norm": str(grad_norm),
             "ids": names,
         }
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.world.is_main:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         progress.nonfinite_in_a_row += 1
         if progress.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
             raise CpoFastError(
@@ -264,6 +324,7 @@ class Trainer:
     def _plan(self, settings: dict[str, Any]) -> tuple[list[Step], float]:
         """The steps of the whole stage, and how many of them make an epoch."""
         per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+        per_step *= self.world.size
         if not self.groups:
             raise DataError(f"{self.stage}: no training sample is left; see rejected_records.jsonl")
         first = self._plan_epoch(self.groups, per_step, epoch=0)
@@ -292,6 +353,8 @@ class Trainer:
             packing_length=self.args.packing_length,
             seed=self.args.seed,
             epoch=epoch,
+            rank=self.world.rank,
+            world_size=self.world.size,
             expand_pairs=self.args.expand_pairs,
             shuffle=shuffle,
         )

@@ -19,11 +19,17 @@ TIMING_FIELDS = ("pairs_per_second", "samples_per_second", "tokens_per_second_pe
 class MetricsLog:
     """Appends rows to metrics.jsonl and keeps them (they are the log_history of a checkpoint)."""
 
-    def __init__(self, path: Path, fresh: Iterable[str] = ("sft", "cpo")) -> None:
-        """Open `path`; rows of an earlier run stay, but for those of the stages in `fresh`."""
+    def __init__(
+        self, path: Path, fresh: Iterable[str] = ("sft", "cpo"), *, writes: bool = True
+    ) -> None:
+        """Open `path`; rows of an earlier run stay, but for those of the stages in `fresh`.
+
+        Without `writes` it neither reads nor writes: of several processes, one keeps the log.
+        """
         self.path = path
+        self.writes = writes
         self.rows: list[dict[str, Any]] = []
-        if path.is_file():
+        if writes and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             # A row that a kill cut short has no line end: its step is computed again.
             self.rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -35,6 +41,8 @@ class MetricsLog:
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop all other rows, from the file, too."""
+        if not self.writes:
+            return
         self.rows = [row for row in self.rows if wanted(row)]
         partial = self.path.with_name(f".{self.path.name}.partial")
         lines = (json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
@@ -42,6 +50,8 @@ class MetricsLog:
         partial.rename(self.path)
 
     def write(self, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         clean = finite(row)
         self.rows.append(clean)
         with self.path.open("a", encoding="utf-8") as file:
@@ -74,6 +84,14 @@ class Sums:
     def peek(self) -> dict[str, float]:
         """The sums so far, for a checkpoint between two rows; `add` takes them back."""
         return {name: float(value) for name, value in self._sums.items()}
+
+    @staticmethod
+    def together(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+        """The sums of several processes as one."""
+        total = Sums()
+        for part in parts:
+            total.add(part)
+        return total.take()
 
     def take(self) -> dict[str, float]:
         """The sums as floats (one synchronisation), then start again from zero."""

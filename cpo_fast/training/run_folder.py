@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -14,11 +15,16 @@ from typing import Any
 from cpo_fast.errors import UsageError
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import checkpoints
+from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.types import RejectedRecord
 
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 MAY_CHANGE = (
+    *BATCH,
+    *(f"sft_{name}" for name in BATCH),
     "resume_from_checkpoint",
+    "ddp_timeout",
     "overwrite_output_dir",
     "output_dir",
     "stages",
@@ -30,34 +36,43 @@ MAY_CHANGE = (
     "num_examples",
     "print_example",
 )
-"""Flags that do not change what a resumed run computes."""
+"""Flags that do not change what a resumed run computes (of the batch only the product counts)."""
 
 
 class RunFolder:
     """`output_dir` of a run. Opening it writes config.json and clears the stages that will run.
 
+    Only rank 0 of `world` writes; the others read what it left there.
     Raises UsageError when a stage that will run has checkpoints there already, unless
     `overwrite_output_dir` says that they may go.
     """
 
-    def __init__(self, args: TrainArguments) -> None:
+    def __init__(self, args: TrainArguments, world: World | None = None) -> None:
+        self.world = world or World()
         self.path = Path(args.output_dir)
+        self.rejected: list[RejectedRecord] = []
+        self.summary: dict[str, Any] = {"stages": {}}
         trained: list[str] = []
         if args.resume_from_checkpoint is None:
             trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
-        else:
+        elif self.writes:
             self._same_settings(args)
+        if not self.writes:
+            self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=False)
+            return
         self._make_room(trained, args.overwrite_output_dir)
-        self._write_json("config.json", asdict(args))
+        self._write_json("config.json", {"world_size": self.world.size, **asdict(args)})
         self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)
-        self.rejected: list[RejectedRecord] = []
         (self.path / "rejected_records.jsonl").write_text("")
-        self.summary: dict[str, Any] = {"stages": {}}
         if trained != ["sft", "cpo"] and (self.path / "summary.json").is_file():
             self.summary |= json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         self.summary["stages"] = {
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
+
+    @property
+    def writes(self) -> bool:
+        return self.world.is_main
 
     def _same_settings(self, args: TrainArguments) -> None:
         """A resumed run must be the run that was begun; UsageError names what differs."""
@@ -69,6 +84,18 @@ class RunFolder:
         changed = [
             name for name in now if now[name] != earlier.get(name) and name not in MAY_CHANGE
         ]
+        for prefix in ("sft_", ""):
+            before, after = (
+                math.prod(flags.get(prefix + name, 0) for name in BATCH) * processes
+                for flags, processes in (
+                    (earlier, earlier.get("world_size", 1)),
+                    (now, self.world.size),
+                )
+            )
+            if before != after:
+                changed.append(
+                    f"{prefix}{BATCH[0]} x {prefix}{BATCH[1]} x processes ({before}, now {after})"
+                )
         if changed:
             raise UsageError(
                 f"{path} was written with other values of {', '.join(changed)}: resume with the "
@@ -93,6 +120,8 @@ class RunFolder:
 
     def reject(self, records: Iterable[RejectedRecord]) -> None:
         """Append to rejected_records.jsonl; records are counted by reason in summary.json."""
+        if not self.writes:
+            return
         with (self.path / "rejected_records.jsonl").open("a", encoding="utf-8") as file:
             for record in records:
                 self.rejected.append(record)
@@ -105,6 +134,8 @@ class RunFolder:
 
     def finish(self, versions: Mapping[str, str]) -> None:
         """Write summary.json."""
+        if not self.writes:
+            return
         reasons = Counter(record.reason for record in self.rejected)
         self.summary.get("data", {})["rejected"] = dict(reasons)
         self.summary["versions"] = dict(versions)

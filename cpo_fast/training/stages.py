@@ -41,7 +41,7 @@ def train_sft(
     args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
 ) -> None:
     """SFT of the chosen answers; an adapter is merged, so that CPO starts from a whole model."""
-    resume = resume_point(folder.path / "sft", args.resume_from_checkpoint)
+    resume = resume_of(args, folder, "sft")
     model = trainable(
         args, base.path, resume, peft=args.sft_use_peft, freeze_vit=args.sft_freeze_vit
     )
@@ -49,9 +49,9 @@ def train_sft(
     objective = SFTObjective(packed, impl=args.loss_impl)
     result = run_stage(args, folder, base, "sft", packed, objective, samples.sft, stop, resume)
     if args.sft_use_peft:
-        merged = merge(model)
-        save_model(
-            merged, folder.path / "sft" / MERGED, tokenizer=base.tokenizer, images=base.images
+        target = folder.path / "sft" / MERGED
+        folder.world.on_main(
+            lambda: save_model(merge(model), target, tokenizer=base.tokenizer, images=base.images)
         )
     record(folder, "sft", result)
 
@@ -61,7 +61,7 @@ def train_cpo(
 ) -> None:
     """CPO from the SFT model; the reference is that model (adapters off, or a frozen copy)."""
     start = sft_model(args, folder, base)
-    resume = resume_point(folder.path / "cpo", args.resume_from_checkpoint)
+    resume = resume_of(args, folder, "cpo")
     model = trainable(args, start, resume, peft=args.use_peft, freeze_vit=args.freeze_vit)
     reference = None
     if not args.use_peft:
@@ -107,7 +107,7 @@ def with_reference(
         impl=args.loss_impl,
         overwrite=args.overwrite_output_dir,
     )
-    filled = cache.fill([*train, *watched])
+    filled = folder.world.main_first(lambda: cache.fill([*train, *watched]))
     return {**splits, "train": filled[: len(train)], "validate": filled[len(train) :]}
 
 
@@ -118,6 +118,17 @@ def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
     if args.sft_checkpoint is not None:
         return base.path
     return merged if merged.is_dir() else latest_checkpoint(stage_dir) or base.path
+
+
+def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | None:
+    """The checkpoint that a stage goes on from, as rank 0 sees it."""
+
+    def find() -> str | None:
+        found = resume_point(folder.path / stage, args.resume_from_checkpoint)
+        return str(found) if found else None
+
+    found = folder.world.on_main(find)
+    return Path(found) if found else None
 
 
 @torch.no_grad()
@@ -221,6 +232,7 @@ def run_stage(
         device=device(),
         stop=stop,
         resume=resume,
+        world=folder.world,
     ).run()
 
 

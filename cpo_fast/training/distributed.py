@@ -1,0 +1,176 @@
+"""Several processes of one run, as torchrun starts them: who I am, and what all must agree on.
+
+Every process runs the same program over its own packs. Numbers and decisions (weights, stop
+requests, metrics) travel over gloo as CPU tensors, gradients over NCCL where there is CUDA. With
+one process every function here is the identity and nothing is initialised.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cpo_fast.errors import CpoFastError, UsageError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank among `size` processes."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 prints, prepares the data and writes every file."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with self._contact():
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on at least one rank: the same answer everywhere."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self._contact():
+            dist.all_gather(sizes, torch.tensor([content.numel()]))
+            longest = max(int(size) for size in sizes)
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: content.numel()] = content
+            all_content = [torch.zeros_like(padded) for _ in range(self.size)]
+            dist.all_gather(all_content, padded)
+        return [
+            json.loads(one[: int(size)].numpy().tobytes())
+            for one, size in zip(all_content, sizes, strict=True)
+        ]
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Rank 0 does `work` and all get its result, a JSON value; they wait for it meanwhile.
+
+        When it fails there, all ranks stop: the others with a CpoFastError that says so.
+        """
+        if self.size == 1:
+            return work()
+        done: dict[str, Any] = {}
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                done = {"result": work()}
+            except Exception as error:
+                failure = error
+        done = self.gather(done)[0]
+        if failure is not None:
+            raise failure
+        if "result" not in done:
+            raise CpoFastError("rank 0 stopped; its own message says why")
+        return done["result"]
+
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """Rank 0 does `work` and the others wait, then they do it, too, over the files it left."""
+        done: list[Result] = []
+
+        def first() -> None:
+            done.append(work())
+
+        self.on_main(first)
+        return done[0] if done else work()
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Gradients summed over all ranks, in one all-reduce per dtype.
+
+        A parameter without a gradient on every rank stays without one (AdamW then leaves it alone,
+        as in one process).
+        """
+        if self.size == 1:
+            return
+        present = self.sum([float(p.grad is not None) for p in parameters])
+        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        for parameter, count in zip(parameters, present, strict=True):
+            if not count:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            kinds.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in kinds.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            with self._contact():
+                dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @contextmanager
+    def _contact(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's and NCCL's errors are RuntimeErrors
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CpoFastError(
+                "lost contact with the other processes of the run: one of them died, or was "
+                f"silent for more than --ddp_timeout seconds; its own message says why ({reason})"
+            ) from error
+
+
+@contextmanager
+def joined(timeout_seconds: float) -> Iterator[World]:
+    """The World that torchrun's environment describes; one process without it.
+
+    Ranks other than 0 print nothing but errors. Raises UsageError when the processes do not meet
+    within the timeout or the environment is incomplete.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet: {error}; "
+            "start the run with torchrun"
+        ) from error
+    world = World(dist.get_rank(), dist.get_world_size())
+    if not world.is_main:
+        _be_quiet()
+    yield world
+    dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
+
+
+class _NoTerminal(io.TextIOWrapper):
+    """stderr for errors alone: progress bars draw on terminals only."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+def _be_quiet() -> None:
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = _NoTerminal(sys.stderr.buffer, encoding="utf-8", line_buffering=True)
