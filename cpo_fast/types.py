@@ -173,7 +173,9 @@ class Preference:
 
     `prompt` is a list of messages {"role", "content"} without the answer; an image stands in a
     content list as {"type": "image"}, one for each of `images`. `rejected_images[k]`, where not
-    None, replaces the images for the k-th rejected answer (a perception counterfactual).
+    None, replaces the images for the k-th rejected answer (a perception counterfactual), and
+    `rejected_prompts[k]` its prompt. `plain`: the prompt is one text that the answers continue
+    without a chat template, as trl takes strings.
     """
 
     id: str
@@ -184,6 +186,8 @@ class Preference:
     rejected_images: tuple[tuple[ImageRef, ...] | None, ...] = ()
     source: str = "thinking"
     weight: float = 1.0
+    rejected_prompts: tuple[tuple[Mapping[str, Any], ...] | None, ...] = ()
+    plain: bool = False
 
 
 # --- packing -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,15 @@ def test_records_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     long, good = json.dumps({"a": "x" * 5000}), '{"a": 1}'
     path = written(tmp_path, f"{good}\n{long}\n{good}\n")
     assert outcome(path) == [{"a": 1}, "record-too-long", {"a": 1}]
-    with pytest.raises(DataError, match="JSON Lines"):
-        outcome(written(tmp_path, f"[{good},{long}]"))
+    awkward = {"a": ['x"]},\\' * 150, [{"b": "y" * 700}], "\\" * 801], "c": "{" * 999}
+    for item in (long, json.dumps(awkward), json.dumps(awkward, indent=1), "[" * 900 + "]" * 900):
+        array = f"[{good},\n{item},\n{good}]"
+        assert outcome(written(tmp_path, array)) == [{"a": 1}, "record-too-long", {"a": 1}]
+        assert outcome(written(tmp_path, f"[{item}]")) == ["record-too-long"]
+        lines = [line for line, _ in json_files.records(str(written(tmp_path, array)))]
+        assert lines == [1, 2, array.count("\n") + 1]
+    truncated = outcome(written(tmp_path, f"[{good},{long[:-4]}"))
+    assert truncated == [{"a": 1}, "record-too-long", "json-truncated"]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -164,6 +172,35 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             outcome(path)
         assert str(path) in str(caught.value)
         assert SECRET not in str(caught.value)
+
+
+@given(
+    st.lists(
+        st.recursive(
+            st.text('"\\\\,[]{} \nx', max_size=40),
+            lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+            max_leaves=6,
+        ).map(lambda value: {"a": value}),
+        max_size=5,
+    ),
+    st.integers(1, 9),
+    st.integers(5, 60),
+)
+def test_items_of_any_kind_beyond_the_bound(items: list, chunk: int, bound: int) -> None:
+    """Whatever is skipped, the items around it are read as they are."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(json_files, "MAX_RECORD_BYTES", bound)
+        patch.setattr(json_files, "_CHUNK", chunk)
+        path = Path(folder) / "x.json"
+        path.write_text(json.dumps(items, indent=1))
+        found = [value for _, value in json_files.records(str(path))]
+    assert len(found) == len(items)
+    for value, item in zip(found, items, strict=True):
+        if isinstance(value, RecordError):
+            assert value.reason == "record-too-long"
+            assert len(json.dumps(item, indent=1)) > bound // 2
+        else:
+            assert value == item
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -91,6 +91,33 @@ def test_trl_text_and_implicit_prompts(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_strings_are_plain_text_and_messages_are_not(tmp_path: Path) -> None:
+    strings = {"prompt": "Q?", "chosen": "x", "rejected": "y"}
+    ours = {"prompt": "Q?", "chosen": "x", "rejected_responses": ["y", "z"]}
+    implicit = {"chosen": "It is big", "rejected": "It is small"}
+    for row in (strings, ours, implicit):
+        assert read(tmp_path, row)[0][0].plain
+    mixed = {"prompt": [USER], "chosen": "x", "rejected": "y"}
+    pictured = {**strings, "images": ["a"]}  # no place for the image in the text
+    for row in (mixed, {**strings, "chosen": [USER, said("x")], "rejected": [USER, said("y")]}):
+        assert not read(tmp_path, row)[0][0].plain
+    assert read(tmp_path, pictured)[0][0].prompt[0]["content"] == [IMAGE, text("Q?")]
+    placed = {**pictured, "prompt": "<|image_pad|>Q?"}
+    assert read(tmp_path, placed)[0][0].plain
+    placed["images"] = ["a", "b"]
+    assert read(tmp_path, placed)[1] == ["image-placeholder-mismatch"]
+
+
+def test_reference_log_probs_are_counted_and_not_used(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "chosen": "x", "rejected": "y"}
+    logps = {**row, "ref_chosen_logps": -3.5, "ref_rejected_logps": -4.5}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, {**logps, "prompt": "R"})))
+    source = open_preferences(str(path))
+    assert len(list(source)) == 2
+    assert (source.ref_logps, source.kind, source.rejected) == (1, "trl", [])
+
+
 @pytest.mark.slow  # importing trl is
 @pytest.mark.parametrize(
     "row",
@@ -138,6 +165,23 @@ def test_ms_swift(tmp_path: Path) -> None:
     assert one(tmp_path, {**talk, "rejected_response": [said("y")]}, "ms-swift") == found
     other = {**talk, "rejected_messages": [*talk["messages"][:-1], said("y")]}
     assert one(tmp_path, other, "ms-swift") == found
+
+
+def test_ms_swift_rejected_messages_with_a_prompt_of_their_own(tmp_path: Path) -> None:
+    row = {
+        "system": "Be brief.",
+        "messages": [said("<image>Q", "user"), said("x")],
+        "images": ["a"],
+        "rejected_messages": [said("R", "user"), said("x")],
+        "rejected_images": ["b", "c"],
+    }
+    found = one(tmp_path, row, "ms-swift")
+    (own,) = found.rejected_prompts
+    assert own is not None
+    assert own[0] == found.prompt[0] == said("Be brief.", "system")
+    assert own[1]["content"] == [IMAGE, IMAGE, text("R")]
+    assert [ref.path for ref in found.rejected_images[0] or ()] == ["b", "c"]
+    assert (found.chosen, found.rejected) == ("x", ("x",))
 
 
 def test_ms_swift_missing_tags_stand_in_front(tmp_path: Path) -> None:
@@ -385,6 +429,9 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
         return
     assert found.chosen.strip()
     assert found.rejected
+    if found.plain:
+        assert isinstance(found.prompt[0]["content"], str)
+        return
     placeholders = sum(
         part["type"] == "image"
         for message in found.prompt

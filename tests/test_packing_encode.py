@@ -140,3 +140,20 @@ def test_encode_all_counts():
     assert cut.truncated == 1 and len(cut.groups) == 2
     with pytest.raises(DataError, match=r"over-long: 1.*max_length"):
         encode_all([long], tokenizer(), **options)
+
+
+def test_a_rejected_answer_with_a_prompt_of_its_own():
+    """The ids of its pair are those of a preference that has nothing else."""
+    whole = preference("a", 2, image(100, 80))
+    own = (
+        {"role": "user", "content": [{"type": "text", "text": "The lungs?"}, {"type": "image"}]},
+    )
+    other = (image(60, 60),)
+    group = encoded(replace(whole, rejected_prompts=(None, own), rejected_images=(None, other)))
+    assert group.rejected_prompts[0] is None
+    alone = encoded(replace(whole, prompt=own, images=other))
+    assert group.rejected_prompts[1] == alone.prompt
+    assert group.rejected[1] == alone.rejected[1]
+    assert group.prompt == encoded(whole).prompt
+    same_text = replace(whole, rejected=(whole.chosen, whole.rejected[1]))
+    assert encoded(replace(same_text, rejected_prompts=(own, None))).rejected[0] == group.chosen

@@ -1,4 +1,5 @@
-"""Records out of JSON Lines, a JSON array or Parquet, one at a time and within bounds.
+"""Records out of JSON Lines or a JSON array (and by `records` of all files), one at a time and
+within bounds.
 
 Nothing that a file holds may make the reader recurse, grow or stop: a line or item is at most
 `MAX_RECORD_BYTES` long and `MAX_DEPTH` deep, and one that is not good JSON is a RecordError in its
@@ -14,11 +15,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
+from cpo_fast.data.arrow_files import (
+    MAX_RECORD_BYTES,
+    Record,
+    datasets_rows,
+    is_datasets_folder,
+    parquet_rows,
+)
 from cpo_fast.data.files import lines, open_data
 from cpo_fast.errors import DataError, RecordError
-
-MAX_RECORD_BYTES = 64_000_000
-"""Room for a few images in base64."""
 
 MAX_DEPTH = 64
 _CHUNK = 1 << 20
@@ -27,8 +32,7 @@ _CHUNK = 1 << 20
 # end has not been read yet.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
 
-Record = tuple[int, dict[str, Any] | RecordError]
-"""Line (of a Parquet file: row) counted from 1, and the record or why it is none."""
+_STRING_END = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def _no_constant(_: str) -> NoReturn:
@@ -98,6 +102,7 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
     line, counted = 1, 0  # the line of buffer[counted]
     depth = 0
     more = True
+    skipped = False
     items = 0
     while True:
         for token in _TOKEN.finditer(buffer, at):
@@ -116,10 +121,9 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
                 line, counted = line + buffer.count(b"\n", counted, begin), begin
                 if item.strip():
                     yield line, decode(item)
-                elif mark == b"," or items:
+                elif not skipped and (mark == b"," or items):
                     yield line, RecordError("json-invalid", "a comma without a record")
-                items += 1
-                start = at
+                items, start, skipped = items + 1, at, False
                 if mark != b",":
                     if buffer[at:].strip() or read(_CHUNK).strip():
                         yield line, RecordError("json-invalid", "text behind the array's end")
@@ -135,44 +139,74 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
         line, counted = line + buffer.count(b"\n", counted, start), 0
         buffer, at, start = buffer[start:], at - start, 0
         if len(buffer) > MAX_RECORD_BYTES:
-            raise DataError(
-                f"{path}: the record at line {line} has over {MAX_RECORD_BYTES} bytes; "
-                "write large records as JSON Lines"
-            )
+            begin = line + buffer.count(b"\n", 0, len(buffer) - len(buffer.lstrip()))
+            yield begin, RecordError("record-too-long", f"over {MAX_RECORD_BYTES} bytes")
+            line += buffer.count(b"\n", 0, at)
+            buffer, newlines, more = _skip_item(buffer[at:], depth, read)
+            # What is left starts with the mark behind the item, where nothing is to be reported.
+            line, depth, at, skipped = line + newlines, 0, 0, True
+            continue
         # At least as much again, so that a long string is not scanned over and over.
         piece = read(max(_CHUNK, len(buffer)))
         more = bool(piece)
         buffer += piece
 
 
-def _parquet_rows(path: str) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow; `pip install pyarrow`") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=16):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not Parquet that can be read ({type(error).__name__}); write it again"
-        ) from None
+def _skip_item(buffer: bytes, depth: int, read: Callable[[int], bytes]) -> tuple[bytes, int, bool]:
+    """Pass over the rest of an array's item, `depth` levels into it, keeping next to nothing.
+
+    Returns what follows, the mark that ends the item first, the lines passed, and whether the file
+    may have more; b"" when it ends inside the item.
+    """
+    newlines = 0
+    inside = False  # a string
+    while True:
+        at = 0
+        if inside:
+            if (end := _STRING_END.match(buffer)) is None:
+                half = (len(buffer) - len(buffer.rstrip(b"\\"))) % 2  # an escape without its letter
+                at = len(buffer) - half
+            else:
+                at, inside = end.end(), False
+        if not inside:
+            for token in _TOKEN.finditer(buffer, at):
+                mark = token[0]
+                if not depth and mark in (b",", b"]", b"}"):
+                    return (
+                        buffer[token.start() :],
+                        newlines + buffer.count(b"\n", 0, token.start()),
+                        True,
+                    )
+                at = token.end()
+                if mark == b'"':
+                    inside = True
+                    break
+                depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
+            else:
+                at = len(buffer)
+        newlines += buffer.count(b"\n", 0, at)
+        buffer = buffer[at:]
+        if inside and len(buffer) > 1:
+            continue
+        piece = read(_CHUNK)
+        if not piece:
+            return b"", newlines, False
+        buffer += piece
 
 
 def records(path: str) -> Iterator[Record]:
-    """The records of a .json, .jsonl (also .gz) or Parquet file, told apart by how it begins.
+    """The records of a .json, .jsonl (also .gz) or Parquet file, told apart by how it begins, or of
+    a folder of `datasets.save_to_disk`.
 
     Raises DataError when the file is none of these, is empty, or is damaged as a whole.
     """
+    if is_datasets_folder(path):
+        yield from datasets_rows(path)
+        return
     with open_data(path) as file:
         head = _reader(file, path)(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"PAR1"):
-        yield from _parquet_rows(path)
+        yield from parquet_rows(path)
     elif head.startswith(b"{"):
         with open_data(path) as file:
             yield from _json_lines(file, path)

@@ -30,6 +30,9 @@ from cpo_fast.types import ImageRef, Preference
 
 Row = Mapping[str, Any]
 
+IMAGE_TOKEN = "<|image_pad|>"
+"""What Qwen2.5-VL writes for an image in plain text."""
+
 _NECTAR_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _DICOM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
 
@@ -42,16 +45,19 @@ def _preference(
     rejected: Sequence[str],
     images: tuple[ImageRef, ...] = (),
     rejected_images: tuple[ImageRef, ...] | None = None,
+    rejected_prompt: tuple[Message, ...] | None = None,
+    plain: bool = False,
 ) -> Preference:
     if not rejected:
         raise RecordError("no-rejected", "there is nothing to prefer the chosen answer to")
     other_images = rejected_images is not None and rejected_images != images
-    if not other_images and any(text.strip() == chosen.strip() for text in rejected):
+    differs = other_images or rejected_prompt is not None
+    if not differs and any(text.strip() == chosen.strip() for text in rejected):
         raise RecordError("chosen-equals-rejected", "the two texts are the same")
-    if rejected_images is not None and len(rejected_images) != len(images):
+    if other_images and rejected_prompt is None and len(rejected_images or ()) != len(images):
         raise RecordError(
             "image-placeholder-mismatch",
-            f"{len(rejected_images)} rejected images for {len(images)} images",
+            f"{len(rejected_images or ())} rejected images for {len(images)} images",
         )
     weight = row.get("weight")
     if weight is None:
@@ -70,6 +76,8 @@ def _preference(
         rejected_images=(rejected_images,) * len(rejected) if other_images else (),
         source="perception" if other_images else "thinking",
         weight=float(weight),
+        rejected_prompts=(rejected_prompt,) * len(rejected) if rejected_prompt else (),
+        plain=plain,
     )
 
 
@@ -98,63 +106,79 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
 
     The prompt is implicit (what both answers share) when there is none or when it is text and the
     answers are conversations. Images without a placeholder stand before what the first user says.
+    Where prompt and answers are all strings they are plain text, without a chat template; with
+    images they are so only if the prompt holds the model's own placeholder for each.
+    `ref_chosen_logps` and `ref_rejected_logps` are not used: the reference is the run's own model.
     """
     chosen = row.get("chosen")
     several = row.get("rejected_responses")
     given = row.get("prompt")
     conversation = isinstance(chosen, list) and isinstance(given, str)
+    rejected: list[Any]
     if several is not None:
-        prompt = messages(given, "prompt")
-        answers = [
-            response(one, "rejected_responses") for one in list_of(several, "rejected_responses")
-        ]
+        prompt, rejected = messages(given, "prompt"), list_of(several, "rejected_responses")
     elif given is None or conversation:
-        prompt, chosen, rejected = _implicit(chosen, row.get("rejected"))
-        answers = [response(rejected, "rejected")]
+        prompt, chosen, other = _implicit(chosen, row.get("rejected"))
+        rejected = [other]
     else:
-        prompt, answers = messages(given, "prompt"), [response(row.get("rejected"), "rejected")]
+        prompt, rejected = messages(given, "prompt"), [row.get("rejected")]
+    name = "rejected" if several is None else "rejected_responses"
+    answers = [response(one, name) for one in rejected]
     images = image_refs(row.get("images"), root) or image_refs(row.get("image"), root, "image")
-    there = placeholders(prompt)
     own = row.get("rejected_images")
+    said = prompt[0]["content"] if prompt and not isinstance(given, list) else None
+    plain = isinstance(said, str) and all(isinstance(one, str) for one in (chosen, *rejected))
+    if plain and images:
+        plain = IMAGE_TOKEN in str(said)
+        if plain and str(said).count(IMAGE_TOKEN) != len(images):
+            raise RecordError("image-placeholder-mismatch", "the text has another number of images")
     return _preference(
         row,
         id,
-        with_images(prompt, len(images), insert=not there),
+        tuple(prompt)
+        if plain
+        else with_images(prompt, len(images), insert=not placeholders(prompt)),
         response(chosen, "chosen"),
         answers,
         images,
         image_refs(own, root, "rejected_images") if own else None,
+        plain=plain,
     )
 
 
 def parse_swift(row: Row, root: str, id: str) -> Preference:
-    """ms-swift: the last of `messages` is the chosen answer, `<image>` tags mark the images."""
+    """ms-swift: the last of `messages` is the chosen answer, `<image>` tags mark the images.
+
+    `rejected_messages` that begin otherwise give the rejected answer a prompt of its own.
+    """
     turns = messages(row.get("messages"), "messages")
     if not turns or turns[-1]["role"] != "assistant":
         raise RecordError("not-one-answer", "messages should end with the assistant's answer")
     chosen = response([turns[-1]], "messages")
-    prompt = turns[:-1]
-    if isinstance(system := row.get("system"), str) and system:
-        prompt = [{"role": "system", "content": text_of(system, "system")}, *prompt]
+    system: list[Message] = []
+    if isinstance(said := row.get("system"), str) and said:
+        system = [{"role": "system", "content": text_of(said, "system")}]
     images = image_refs(row.get("images"), root)
+    own = row.get("rejected_images")
+    own_images = image_refs(own, root, "rejected_images") if own else None
+    rejected, own_prompt = chosen, None
     if (given := row.get("rejected_response")) is not None:
         rejected = response(given, "rejected_response")
     elif (given := row.get("rejected_messages")) is not None:
         others = messages(given, "rejected_messages")
-        if others[:-1] != turns[:-1]:
-            raise RecordError("prompts-differ", "rejected_messages do not begin as messages do")
         rejected = response(others[-1:], "rejected_messages")
-    else:
-        rejected = chosen
-    own = row.get("rejected_images")
+        if others[:-1] != turns[:-1]:
+            count = len(images if own_images is None else own_images)
+            own_prompt = with_images(tags_to_parts([*system, *others[:-1]]), count, insert=True)
     return _preference(
         row,
         id,
-        with_images(tags_to_parts(prompt), len(images), insert=True),
+        with_images(tags_to_parts([*system, *turns[:-1]]), len(images), insert=True),
         chosen,
         (rejected,),
         images,
-        image_refs(own, root, "rejected_images") if own else None,
+        own_images,
+        own_prompt,
     )
 
 

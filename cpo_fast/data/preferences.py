@@ -12,8 +12,10 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from cpo_fast.data.arrow_files import is_datasets_folder
 from cpo_fast.data.json_files import records
 from cpo_fast.data.preference_rows import PARSERS, tell
+from cpo_fast.data.preference_values import Message
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import Preference
@@ -32,37 +34,50 @@ _FIELDS = (
 
 
 def is_preference_file(dataset: str, dataset_format: str = "auto") -> bool:
-    """Whether `open_preferences` is to read `dataset`: forced by the format, or any file but a
-    .tgz."""
+    """Whether `open_preferences` is to read `dataset`: forced by the format, any file but a .tgz,
+    or a folder of datasets.save_to_disk."""
     if dataset_format != "auto":
         return dataset_format in PARSERS
-    return Path(dataset).is_file() and not dataset.endswith((".tgz", ".tar.gz"))
+    file = Path(dataset).is_file() and not dataset.endswith((".tgz", ".tar.gz"))
+    return file or is_datasets_folder(dataset)
 
 
 def _adds_nothing(group: Preference, one: Preference) -> bool:
-    return not one.rejected_images and set(one.rejected) <= set(group.rejected)
+    own = one.rejected_images or one.rejected_prompts
+    return not own and set(one.rejected) <= set(group.rejected)
 
 
 def _joined(one: Preference, other: Preference) -> Preference:
+    own = one.rejected_prompts or other.rejected_prompts
     return replace(
         one,
         rejected=one.rejected + other.rejected,
         rejected_images=one.rejected_images + other.rejected_images,
+        rejected_prompts=_prompts(one) + _prompts(other) if own else (),
     )
+
+
+def _prompts(one: Preference) -> tuple[tuple[Message, ...] | None, ...]:
+    return one.rejected_prompts or (None,) * len(one.rejected)
 
 
 class PreferenceSource(Source[Preference]):
     """The preferences of one file, streamed; `kind` is its format.
 
-    `merged` counts the rows that joined the preference before them; `read` does not.
+    `merged` counts the rows that joined the preference before them; `read` does not. `ref_logps`
+    counts the rows that bring log-probs of a reference, which are not used: ours are those of the
+    model that the run starts from.
     """
 
     noun = "preference"
 
     def __init__(self, path: str, *, dataset_format: str, image_root: str | None) -> None:
         super().__init__(dataset_format, path)
-        self.root = str(Path(path).resolve().parent) if image_root is None else image_root
+        place = Path(path).resolve()
+        folder = place if place.is_dir() else place.parent
+        self.root = str(folder) if image_root is None else image_root
         self.merged = 0
+        self.ref_logps = 0
         if dataset_format == "auto":
             self.kind = self._told()
 
@@ -82,6 +97,7 @@ class PreferenceSource(Source[Preference]):
             one.chosen == other.chosen
             and one.images == other.images
             and one.prompt == other.prompt
+            and one.plain == other.plain
             and one.source == other.source
             and one.weight == other.weight
             and (one.id == other.id or self.kind != "counterfactuals")
@@ -90,7 +106,7 @@ class PreferenceSource(Source[Preference]):
     def _records(self) -> Iterator[Preference]:
         parse = PARSERS[self.kind]
         stem = Path(self.path).stem
-        self.merged = 0
+        self.merged = self.ref_logps = 0
         group: Preference | None = None
         for number, (line, row) in enumerate(records(self.path), 1):
             id = f"{stem}:{number}"
@@ -98,6 +114,7 @@ class PreferenceSource(Source[Preference]):
             try:
                 if isinstance(row, RecordError):
                     raise row
+                self.ref_logps += row.get("ref_chosen_logps") is not None
                 one = parse(row, self.root, id)
                 if group is not None and self._same_question(group, one):
                     if _adds_nothing(group, one):
@@ -120,13 +137,12 @@ class PreferenceSource(Source[Preference]):
 def open_preferences(
     path: str, *, dataset_format: str = "auto", image_root: str | None = None
 ) -> PreferenceSource:
-    """The preferences of a .json, .jsonl (also .gz) or Parquet file.
+    """The preferences of a .json, .jsonl (also .gz) or Parquet file, or a folder of `datasets`.
 
     `dataset_format` is one of `PREFERENCE_FORMATS`; image paths are relative to `image_root`, by
-    default the file's folder, and may not leave it. A prompt that is plain text becomes what a user
-    says. Returns an iterable of Preference with `kind`, `path`, `read`, `merged` and `rejected`.
-    Raises UsageError for an unknown format name, DataError when the file cannot be read or its
-    fields tell no format.
+    default the file's folder (or the folder itself), and may not leave it. Returns an iterable of
+    Preference with `kind`, `path`, `read`, `merged`, `ref_logps` and `rejected`. Raises UsageError
+    for an unknown format name, DataError when the file cannot be read or its fields tell no format.
     """
     if dataset_format not in PREFERENCE_FORMATS:
         raise UsageError(

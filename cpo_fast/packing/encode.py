@@ -1,19 +1,16 @@
-"""Preference (text) -> PreferenceGroup (token ids): chat template, image placeholders, over-long
-policy.
+"""Preference (text) -> PreferenceGroup (token ids): image placeholders, over-long policy.
 
-A prompt is rendered with the tokenizer's own chat template and its generation prompt; a response is
-what the template appends to that for an assistant turn, its end-of-turn included, and is tokenised
-on its own, as it is when a model generates it. These are the ids that trl 1.16 makes of the same
-conversation.
+The ids of the text are those of `cpo_fast.data.tokens`, which are trl's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from cpo_fast.data.tokens import token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
 
@@ -131,27 +128,33 @@ def _encode(
         )
     _check_responses(preference, replaced)
 
-    texts = _render_all(tokenizer, preference)
-    text_ids, *answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = token_ids(preference, tokenizer)
     pad_id = image_token_id(tokenizer)
 
-    def prompt_of(images: tuple[ImageRef, ...]) -> Prompt:
+    def prompt_of(text_ids: list[int], images: tuple[ImageRef, ...]) -> Prompt:
         return Prompt(_expand(text_ids, images, pad_id, image_tokens), images)
 
     cuts: list[bool] = []
 
-    def fit(ids: list[int], prompt: Prompt) -> tuple[int, ...]:
-        if pad_id in ids:
+    def fit(answer: list[int], prompt: Prompt) -> tuple[int, ...]:
+        if pad_id in answer:
             raise RecordError("image-token-in-response", "a response holds an image placeholder")
-        room = _room(len(ids), prompt, max_length, over_long, preference.id)
-        cuts.append(room < len(ids))
-        return tuple(ids[:room])
+        room = _room(len(answer), prompt, max_length, over_long, preference.id)
+        cuts.append(room < len(answer))
+        return tuple(answer[:room])
 
-    prompt = prompt_of(preference.images)
-    prompts = tuple(None if images is None else prompt_of(images) for images in replaced)
-    chosen = fit(answers[0], prompt)
-    rejected = tuple(fit(ids, own or prompt) for ids, own in zip(answers[1:], prompts, strict=True))
-    if any(ids == chosen and own is None for ids, own in zip(rejected, prompts, strict=True)):
+    prompt = prompt_of(ids.prompt, preference.images)
+    prompts = tuple(
+        None
+        if images is None and own is None
+        else prompt_of(own or ids.prompt, preference.images if images is None else images)
+        for own, images in zip(ids.rejected_prompts, replaced, strict=True)
+    )
+    chosen = fit(ids.chosen, prompt)
+    rejected = tuple(
+        fit(answer, own or prompt) for answer, own in zip(ids.rejected, prompts, strict=True)
+    )
+    if any(answer == chosen and own is None for answer, own in zip(rejected, prompts, strict=True)):
         raise RecordError("chosen-equals-rejected", f"equal in the first {len(chosen)} tokens")
     group = PreferenceGroup(
         id=preference.id,
@@ -171,42 +174,11 @@ def _check_responses(
     for answer in (preference.chosen, *preference.rejected):
         if not answer.strip():
             raise RecordError("empty-response", "chosen or rejected is empty")
-    for answer, images in zip(preference.rejected, replaced, strict=True):
-        same_images = images is None or images == preference.images
-        if same_images and answer.strip() == preference.chosen.strip():
+    own_prompts = preference.rejected_prompts or (None,) * len(replaced)
+    for answer, images, own in zip(preference.rejected, replaced, own_prompts, strict=True):
+        same = own is None and (images is None or images == preference.images)
+        if same and answer.strip() == preference.chosen.strip():
             raise RecordError("chosen-equals-rejected", "the two texts are the same")
-
-
-def _render_all(tokenizer: PreTrainedTokenizerBase, preference: Preference) -> list[str]:
-    """The prompt as text, then what the template appends to it for each answer, chosen first."""
-    messages = [_flatten(message) for message in preference.prompt]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(prompt, str)  # one conversation, not a batch of them
-    texts = [prompt]
-    for answer in (preference.chosen, *preference.rejected):
-        turn = {"role": "assistant", "content": answer}
-        whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
-        assert isinstance(whole, str)
-        if not whole.startswith(prompt):
-            raise UsageError(
-                "the chat template renders the prompt differently once an answer follows; "
-                "give the tokenizer a template that only appends"
-            )
-        texts.append(whole.removeprefix(prompt))
-    return texts
-
-
-def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose content parts are all text gets a plain string: text-only templates want
-    that.
-    """
-    content = message["content"]
-    if not isinstance(content, str):
-        if any(part["type"] != "text" for part in content):
-            content = [dict(part) for part in content]
-        else:
-            content = "".join(part["text"] for part in content)
-    return {**message, "content": content}
 
 
 def _expand(

@@ -1,0 +1,123 @@
+"""Rows that trl's DPOTrainer takes give the ids that it makes of them: its own code judges."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from packing_samples import image, images, tokenizer
+
+from cpo_fast.data import open_preferences
+from cpo_fast.packing import encode
+
+pytest.importorskip("trl")
+
+USER = {"role": "user", "content": "What does the heart show?"}
+PARTS = {
+    "role": "user",
+    "content": [{"type": "text", "text": "The heart"}, {"type": "text", "text": " is?"}],
+}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+TEXT_ROWS: dict[str, dict[str, Any]] = {
+    "conversation": {
+        "prompt": [SYSTEM, USER],
+        "chosen": said("Cardiomegaly."),
+        "rejected": said("Lungs are clear."),
+    },
+    "parts": {"prompt": [PARTS], "chosen": said("Effusion"), "rejected": said("Edema ")},
+    "turns": {
+        "prompt": [USER, *said("Which?"), USER],
+        "chosen": said(" a"),
+        "rejected": said("b "),
+    },
+    "new-line-first": {"prompt": [USER], "chosen": said("\n\nEdema"), "rejected": said("\nNone")},
+    "implicit": {"chosen": [USER, *said("Enlarged.")], "rejected": [USER, *said("Clear.")]},
+    "strings": {"prompt": "The heart is", "chosen": " enlarged.", "rejected": " small."},
+    "strings-implicit": {"chosen": "The heart is enlarged.", "rejected": "The heart is clear."},
+    "strings-with-end": {"prompt": "Q: ", "chosen": "A.<|im_end|>", "rejected": "B."},
+    "strings-that-merge": {"prompt": "The heart is enlar", "chosen": "ged.", "rejected": "ge"},
+}
+
+
+def theirs(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir="unused", max_length=None, use_cpu=True, bf16=False, report_to="none"
+    )
+    made = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer()),
+        Dataset.from_list([row]),
+        tokenizer(),
+        config,
+        "train",
+    )[0]
+    return made["prompt_ids"], made["chosen_ids"], made["rejected_ids"]
+
+
+def ours(folder: Path, row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    source = open_preferences(str(path), dataset_format="trl")
+    found = list(source)
+    assert source.rejected == []
+    group = encode(found[0], tokenizer(), images().grid, max_length=5000)
+    return list(group.prompt.input_ids), list(group.chosen), list(group.rejected[0])
+
+
+@pytest.mark.slow  # importing trl is
+@pytest.mark.parametrize("name", TEXT_ROWS)
+def test_text(tmp_path: Path, name: str) -> None:
+    row = TEXT_ROWS[name]
+    prompt, chosen, rejected = ours(tmp_path, row)
+    assert (prompt, chosen, rejected) == theirs(row)
+    if name == "strings-that-merge":
+        assert prompt != tokenizer()(row["prompt"])["input_ids"]  # else the case shows nothing
+
+
+IMAGE = {"type": "image"}
+SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_ROWS: dict[str, dict[str, Any]] = {
+    "conversation": {
+        "prompt": [SYSTEM, USER],
+        "chosen": said("Cardiomegaly."),
+        "rejected": said("Clear."),
+    },
+    "placed": {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "The heart"}, IMAGE]}],
+        "chosen": said("\nEdema"),
+        "rejected": said("Clear."),
+    },
+    "strings": {"prompt": f"{SEEN}The heart is", "chosen": " enlarged.", "rejected": " clear."},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGE_ROWS)
+def test_images(tmp_path: Path, name: str) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+    from trl_oracle import processor
+
+    from cpo_fast.data.images import load_image
+
+    row, picture = IMAGE_ROWS[name], image(100, 80)
+    collator = DataCollatorForVisionPreference(processor=processor(tokenizer(), images()))
+    batch = collator([{**row, "images": [load_image(picture)]}])
+    data = base64.b64encode(picture.data or b"").decode()
+    prompt, chosen, rejected = ours(tmp_path, {**row, "images": [{"bytes": data, "path": None}]})
+    for place, answer in enumerate((chosen, rejected)):
+        kept = batch["attention_mask"][place].bool()
+        scored = batch["completion_mask"][place].bool()
+        assert batch["input_ids"][place][kept & ~scored].tolist() == prompt
+        assert batch["input_ids"][place][kept & scored].tolist() == answer
