@@ -120,6 +120,23 @@ def test_paths_that_leave_the_root(tmp_path: Path, read) -> None:  # type: ignor
         assert reason(ImageRef(path, str(root)), read) == "path-outside-root"
 
 
+def test_a_root_or_its_files_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk/p10").mkdir(parents=True)
+    (tmp_path / "disk/p10/x.jpg").write_bytes(image_bytes())
+    (tmp_path / "other.jpg").write_bytes(image_bytes())
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/files").symlink_to(tmp_path / "disk")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/x.jpg").write_bytes(image_bytes())
+    (tmp_path / "tables/more").symlink_to(tmp_path / "else")
+    (tmp_path / "root").symlink_to(tmp_path / "tables")
+    for root in ("tables", "root"):
+        assert image_size(ImageRef("files/p10/x.jpg", str(tmp_path / root))) == (8, 6)
+        for path in ("files/../other.jpg", "more/x.jpg", "files/../../other.jpg"):
+            outside = ImageRef(path, str(tmp_path / root))
+            assert reason(outside, image_size) == "path-outside-root"
+
+
 @pytest.mark.parametrize("read", [load_image, image_size])
 def test_what_is_not_an_image_file(tmp_path: Path, read) -> None:  # type: ignore[no-untyped-def]
     os.mkfifo(tmp_path / "pipe")

@@ -1,9 +1,9 @@
 """Radiographs from disk or memory as 8-bit RGB, without trusting the file.
 
-JPEG and PNG, 8 and 16 bit, grey and colour, turned as their EXIF tag says. Grey of more than 8 bits
-is stretched from its own minimum and maximum to 0..255, for 12-bit radiographs come in 16-bit files
-and would be black otherwise. Every way in which an image can fail is a RecordError with a constant
-reason; an image is never replaced by another.
+JPEG, PNG and DICOM, 8 and 16 bit, grey and colour, turned as their EXIF tag says. Grey of more than
+8 bits is stretched from its own minimum and maximum to 0..255 (DICOM: by its window), for 12-bit
+radiographs come in 16-bit files and would be black otherwise. Every way in which an image can fail
+is a RecordError with a constant reason; an image is never replaced by another.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpo_fast.data.dicom import dicom_image, dicom_size, is_dicom
 from cpo_fast.data.files import NotAFile, open_regular
 from cpo_fast.errors import RecordError
 from cpo_fast.types import ImageRef
@@ -33,6 +34,10 @@ million."""
 
 MAX_FILE_BYTES = 256_000_000
 
+FILES = "files"
+"""The one folder of a root that may be a link to elsewhere: clusters often keep the files/ of
+MIMIC-CXR on another disk than its tables."""
+
 _FORMATS = ("JPEG", "PNG")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 
@@ -43,7 +48,8 @@ def _name(ref: ImageRef) -> str:
 
 
 def resolve(ref: ImageRef) -> str:
-    """The absolute path of `ref`, links followed.
+    """The absolute path of `ref`, links followed; below its root, or below what `FILES` there links
+    to.
 
     Raises RecordError "image-missing" (no path), "image-remote" (a URL) or "path-outside-root".
     """
@@ -57,7 +63,7 @@ def resolve(ref: ImageRef) -> str:
         return str(Path(ref.path).resolve())
     root = Path(ref.root).resolve()
     path = (root / ref.path).resolve()
-    if not path.is_relative_to(root):
+    if not path.is_relative_to(root) and not path.is_relative_to((root / FILES).resolve()):
         raise RecordError(
             "path-outside-root",
             f"{_name(ref)} leaves {ref.root}; set image_root to what holds both",
@@ -97,20 +103,13 @@ def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
 
 
 @contextmanager
-def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
-    """`ref` opened by its header and checked for size; decoder errors become RecordErrors."""
+def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[tuple[BinaryIO, str]]:
+    """The file of `ref` and its name; decoder errors become RecordErrors."""
     from PIL import Image
 
     with _opened(ref) as (file, name):
         try:
-            with Image.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise RecordError(
-                        "image-too-large",
-                        f"{name}: {width} x {height}, at most {max_pixels} pixels",
-                    )
-                yield image
+            yield file, name
         except (RecordError, MemoryError):
             raise
         except Image.DecompressionBombError:
@@ -119,6 +118,20 @@ def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
             raise RecordError(
                 "image-unreadable", f"{name}: {type(error).__name__} while decoding"
             ) from None
+
+
+@contextmanager
+def _picture(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """A JPEG or PNG opened by its header and checked for size."""
+    from PIL import Image
+
+    with Image.open(file, formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise RecordError(
+                "image-too-large", f"{name}: {width} x {height}, at most {max_pixels} pixels"
+            )
+        yield image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -150,9 +163,12 @@ def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int
 
     Raises the RecordErrors of `load_image`, except those that only decoding finds (truncated data).
     """
-    with _decoding(ref, max_pixels) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+    with _decoding(ref, max_pixels) as (file, name):
+        if is_dicom(file):
+            return dicom_size(file, name, max_pixels)
+        with _picture(file, name, max_pixels) as image:
+            width, height = image.size
+            return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -160,7 +176,7 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises RecordError: "image-missing", "image-empty", "image-unreadable" (not an image, truncated,
     another format), "image-too-large" (pixels or bytes), "image-not-a-file" (folder, device, pipe),
-    "image-remote", "path-outside-root".
+    "image-remote", "path-outside-root", "image-needs-pydicom" (DICOM where pydicom is missing).
     """
     from PIL.Image import Transpose
 
@@ -173,10 +189,13 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    with _decoding(ref, max_pixels) as image:
-        turn = turns.get(_orientation(image))
-        image.load()
-        upright = image.transpose(turn) if turn is not None else image
-        if upright.mode.startswith(("I", "F")):
-            upright = _stretched(upright)
-        return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
+    with _decoding(ref, max_pixels) as (file, name):
+        if is_dicom(file):
+            return dicom_image(file, name, max_pixels).convert("RGB")
+        with _picture(file, name, max_pixels) as image:
+            turn = turns.get(_orientation(image))
+            image.load()
+            upright = image.transpose(turn) if turn is not None else image
+            if upright.mode.startswith(("I", "F")):
+                upright = _stretched(upright)
+            return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
