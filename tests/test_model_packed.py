@@ -19,6 +19,7 @@ from packing_samples import (
 from torch.nn.functional import logsigmoid
 
 from cpo_fast.errors import UsageError
+from cpo_fast.model.attention import FlexLayout, dense_mask
 from cpo_fast.model.build import add_lora, freeze_vision
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, encode_all, image_token_id, plan_epoch
@@ -48,8 +49,11 @@ def attend_each_sequence(
 
 
 @pytest.fixture(autouse=True)
-def varlen_on_cpu(request, monkeypatch):
-    """Lets a test with attention="varlen" run here; what is left untested is the kernel."""
+def cuda_attention_on_cpu(request, monkeypatch):
+    """Lets tests of "varlen" and "flex" run here; what is left untested are the kernels."""
+    monkeypatch.setattr("cpo_fast.model.attention.SHORTEST_FLEX", 64)
+    if "flex" in request.node.name:
+        monkeypatch.setattr("cpo_fast.model.packed._check_flex", lambda model: None)
     if "varlen" in request.node.name:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_each_sequence)
         monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda model: None)
@@ -153,15 +157,18 @@ def llama():
     return strengthen(LlamaForCausalLM(config))
 
 
+EVERY_KIND = [*mixed(), *TEXTS, preference("seven-images", 7, image(90, 60))]
 CASES = {
     "images": (vision_language_model, mixed()),
+    "every-kind": (vision_language_model, EVERY_KIND),
     "vlm-text": (vision_language_model, TEXTS),
     "qwen2": (text_model, TEXTS),
     "llama": (llama, TEXTS),
 }
 
 
-@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen", "flex"])
 @pytest.mark.parametrize("case", CASES)
 def test_logps_and_reference_equal_separate_forwards(case, attention):
     build, samples = CASES[case]
@@ -179,6 +186,23 @@ def test_logps_and_reference_equal_separate_forwards(case, attention):
     assert (want - want_reference).abs().max() > 0.1  # the adapter matters
     swapped = want[batch.labels.roll(1) != batch.labels]
     assert swapped.std() > 0.5  # and so does the context
+
+
+def test_flex_rows_have_few_lengths_and_fillers_see_themselves():
+    lengths = set()
+    for words in range(1, 40):
+        batch = pack_of(groups_of([preference("a", 3, words=words)]))
+        layout = FlexLayout(batch)
+        tokens = len(batch.input_ids)
+        length = tokens + layout.filler
+        lengths.add(length)
+        index = torch.arange(length)
+        zero = torch.tensor(0)
+        seen = layout.mask.mask_mod(zero, zero, index[:, None], index[None, :])
+        assert torch.equal(seen[:tokens, :tokens], dense_mask(batch)[0, 0])
+        assert not seen[:tokens, tokens:].any()
+        assert torch.equal(seen[tokens:], torch.eye(length, dtype=torch.bool)[tokens:])
+    assert len(lengths) < 5 and all(length & (length - 1) == 0 for length in lengths)
 
 
 @pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen"])
@@ -309,6 +333,8 @@ def test_bad_models_and_batches():
         PackedModel(text_model(), attention="flash")
     with pytest.raises(UsageError, match=r"CUDA|torch 2\.12"):
         PackedModel(text_model(), attention="varlen")
+    with pytest.raises(UsageError, match="CUDA"):
+        PackedModel(text_model(), attention="flex")
     batch = pack_of(groups_of([preference("a", 1, image(56, 56))]))
     with pytest.raises(UsageError, match="text-only"):
         PackedModel(text_model()).hidden(batch)

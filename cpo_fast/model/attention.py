@@ -1,15 +1,17 @@
 """Attention over a pack: every token sees its own prompt and its own branch, causally.
 
-Three ways to the same result. One dense mask over the whole row is the specification. The other
-two do no work across branches, with K and V gathered per branch: `gathered` by one SDPA call per
-prompt and branch (the CPU default), `varlen` by one call of torch's variable-length flash attention
-for the whole pack (CUDA). Those are an attention function of ours, registered through
-transformers' public AttentionInterface and handed its layout as a keyword of the forward; without
-a layout (as in `generate`) it is plain SDPA.
+Four ways to the same result. One dense mask over the whole row is the specification. The others
+do no work across branches: `gathered` by one SDPA call per prompt and branch, K and V gathered for
+it (the CPU default), `varlen` by one call of torch's variable-length flash attention for the whole
+pack, gathered likewise, `flex` by torch's flex_attention, which skips blocks that a mask leaves
+empty (both CUDA). Those are an attention function of ours, registered through transformers' public
+AttentionInterface and handed its layout as a keyword of the forward; without a layout (as in
+`generate`) it is plain SDPA.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate, groupby
 from typing import Any, Protocol
 
@@ -24,6 +26,9 @@ from cpo_fast.types import PackedBatch
 
 BRANCHES = "cpo_fast_branches"
 """The name under which transformers finds `branch_attention`."""
+
+SHORTEST_FLEX = 1024
+"""Rows of fewer tokens are filled up to this many for flex_attention."""
 
 
 def dense_mask(batch: PackedBatch) -> torch.Tensor:
@@ -168,6 +173,63 @@ class VarlenLayout:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out[None]
+
+
+class FlexLayout:
+    """torch's flex_attention with a block mask made of the study and branch of every token.
+
+    CUDA. It is compiled for a length, so rows are filled up to a power of two from `SHORTEST_FLEX`
+    on: few lengths, few compilations (8 of them would be 131,072 tokens; past 8 torch silently
+    stops to compile). A filler sees itself alone, which costs next to nothing. The forward is
+    tested on the CPU, where flex_attention runs uncompiled and without a backward; untested on a
+    GPU.
+    """
+
+    def __init__(self, batch: PackedBatch) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        tokens = len(batch.input_ids)
+        length = max(SHORTEST_FLEX, 1 << (tokens - 1).bit_length())
+        self.filler = length - tokens
+        study = torch.nn.functional.pad(batch.study_index, (0, self.filler), value=-1)
+        branch = torch.nn.functional.pad(batch.branch_index, (0, self.filler))
+
+        def sees(
+            b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        ) -> torch.Tensor:
+            same_branch = (branch[query] == branch[key]) | (branch[key] == 0)
+            same_study = (study[query] == study[key]) & (study[query] >= 0)
+            return (same_study & same_branch & (query >= key)) | (query == key)
+
+        device = str(batch.input_ids.device)
+        self.mask = create_block_mask(sees, None, None, length, length, device=device)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        if dropout:
+            raise UsageError("attention='flex' has no dropout; set attention_dropout to 0")
+        filled = [torch.nn.functional.pad(x, (0, 0, 0, self.filler)) for x in (query, key, value)]
+        out: Any = _flex_attention(query.device.type)(
+            *filled,
+            block_mask=self.mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[:, :, : query.shape[2]].transpose(1, 2)
+
+
+@cache
+def _flex_attention(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device_type == "cpu" else torch.compile(flex_attention, dynamic=False)
 
 
 def branch_attention(

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ATTENTIONS = ("gathered", "sdpa", "varlen")
+ATTENTIONS = ("gathered", "sdpa", "varlen", "flex")
 
 
 class PackedModel:
     """Runs `model` over PackedBatches.
 
-    `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask) or "varlen" (K/V per
-    branch in one flash attention call; CUDA, half precision, torch 2.12); all give the same
-    numbers. Raises UsageError for an unknown one, for one that the model's device or dtype cannot
-    use, and for models with sliding-window layers.
+    `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask), "varlen" (K/V per
+    branch in one flash attention call; CUDA, half precision, torch 2.12) or "flex" (flex_attention
+    with a block mask; CUDA); all give the same numbers. Raises UsageError for an unknown one, for
+    one that the model's device or dtype cannot use, and for models with sliding-window layers.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str = "gathered") -> None:
@@ -53,6 +53,8 @@ class PackedModel:
             )
         if attention == "varlen":
             _check_varlen(base)
+        if attention == "flex":
+            _check_flex(base)
         from cpo_fast.model.attention import BRANCHES
 
         implementation = "sdpa" if attention == "sdpa" else BRANCHES
@@ -109,15 +111,15 @@ class PackedModel:
         return self._last
 
     def _attention_inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        from cpo_fast.model.attention import GatheredLayout, VarlenLayout, dense_mask
+        from cpo_fast.model.attention import FlexLayout, GatheredLayout, VarlenLayout, dense_mask
 
         if self.attention == "sdpa":
             return {"attention_mask": dense_mask(batch)}
-        layout = GatheredLayout if self.attention == "gathered" else VarlenLayout
+        layouts = {"gathered": GatheredLayout, "varlen": VarlenLayout, "flex": FlexLayout}
         # A mask of four dimensions is passed on as it is, so that the library guesses at none.
         return {
             "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1),
-            "branch_layout": layout(batch),
+            "branch_layout": layouts[self.attention](batch),
         }
 
     def _image_features(self, batch: PackedBatch) -> torch.Tensor:
@@ -161,4 +163,12 @@ def _check_varlen(model: PreTrainedModel) -> None:
         raise UsageError(
             f"attention='varlen' needs a CUDA model in bfloat16 or float16, this one is "
             f"{model.dtype} on {model.device.type}; use 'gathered' or 'sdpa'"
+        )
+
+
+def _check_flex(model: PreTrainedModel) -> None:
+    if model.device.type != "cuda":
+        raise UsageError(
+            f"attention='flex' needs a CUDA model, this one is on {model.device.type}; "
+            "use 'gathered' or 'sdpa'"
         )

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from cpo_fast.errors import UsageError
 
-ATTENTIONS = ("gathered", "sdpa", "varlen")  # those of cpo_fast.model.packed
+ATTENTIONS = ("gathered", "sdpa", "varlen", "flex")  # those of cpo_fast.model.packed
 STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
 POSITIVE = (
     "per_device_train_batch_size",
@@ -77,7 +77,7 @@ class TrainArguments:
     # --- model
     model_name_or_path: str = _flag("tiny", "folder of a Qwen2.5-VL or causal LM, or 'tiny'")
     sft_checkpoint: str | None = _flag(None, "model folder that CPO starts from (no SFT then)")
-    attn_implementation: str = _flag("gathered", "over packs: gathered, sdpa, varlen (CUDA)")
+    attn_implementation: str = _flag("gathered", "over packs: gathered, sdpa; CUDA: varlen, flex")
     use_peft: bool = _flag(True, "CPO trains LoRA adapters (else all weights, with a frozen copy)")
     sft_use_peft: bool = _flag(True, "SFT trains LoRA adapters (else all weights)")
     lora_r: int = _flag(8, "LoRA rank")
