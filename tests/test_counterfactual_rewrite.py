@@ -28,7 +28,7 @@ from cpo_fast.counterfactual import (
 )
 from cpo_fast.counterfactual.checks import check
 from cpo_fast.counterfactual.rewrite import rewrite
-from cpo_fast.counterfactual.targets import candidates, choose_targets
+from cpo_fast.counterfactual.targets import candidates, pick, target_scores
 from cpo_fast.counterfactual.text import split
 from cpo_fast.counterfactual.wording import WORDINGS, fill
 from cpo_fast.errors import UsageError
@@ -166,7 +166,8 @@ def test_targets_are_neither_present_nor_uncertain_nor_implied() -> None:
 def test_near_diseases_come_first_and_excluded_ones_last() -> None:
     ranks = {"Edema": 0, "Emphysema": 0}
     for number in range(200):
-        order = choose_targets(GRAPH, str(number), {"Atelectasis": 1}, {}, frozenset(), 11, 42)
+        scores = target_scores(GRAPH, str(number), {"Atelectasis": 1}, {}, frozenset(), 42)
+        order = pick(scores, {}, 11)
         for name in ranks:
             ranks[name] += order.index(name)
         assert len(set(order)) == len(order)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
@@ -16,11 +18,16 @@ from tqdm import tqdm
 
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.formats import FORMATS, rows
-from cpo_fast.counterfactual.generate import GENERATORS, counterfactuals
+from cpo_fast.counterfactual.generate import balance, counterfactuals
+from cpo_fast.counterfactual.local import load_local
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
+from cpo_fast.counterfactual.server import ServerWriter
+from cpo_fast.counterfactual.writers import GraphWriter, Writer
 from cpo_fast.data import open_studies
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.types import Counterfactual, ImageRef, Study
+
+GENERATORS = ("graph", "local", "server")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,69 +64,156 @@ def _parser() -> argparse.ArgumentParser:
         "--shard", default="0/1", help="i/n: every n-th study from the i-th, 0-based"
     )
     parser.add_argument("--format", default="jsonl", choices=FORMATS)
+    parser.add_argument(
+        "--balance_targets",
+        action="store_true",
+        help="every disease about equally often a target; reads the whole data set first",
+    )
+    models = parser.add_argument_group("--generator local and server")
+    models.add_argument("--model", help="a folder (local), or the name that the server knows")
+    models.add_argument("--temperature", type=float, default=0.0, help="0: greedy, but for retries")
+    models.add_argument("--max_new_tokens", type=int, default=1024)
+    local = parser.add_argument_group("--generator local")
+    local.add_argument("--batch_size", type=int, default=8)
+    server = parser.add_argument_group("--generator server")
+    server.add_argument("--server_url", default="http://127.0.0.1:8000/v1")
+    server.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    server.add_argument("--requests_per_second", type=float, default=0.0, help="0: no limit")
+    server.add_argument("--timeout_s", type=float, default=120.0, help="for one request")
+    server.add_argument("--max_retries", type=int, default=5, help="of a request that failed")
+    server.add_argument(
+        "--api_key_env", metavar="NAME", help="environment variable that holds the server's key"
+    )
+    server.add_argument(
+        "--allow_remote_host",
+        action="store_true",
+        help="send reports to a host that is neither loopback nor private",
+    )
     return parser
+
+
+def _writer(args: argparse.Namespace) -> Writer:
+    """The generator that the flags ask for."""
+    if args.generator == "graph":
+        return GraphWriter()
+    if not args.model:
+        raise UsageError(f"--generator {args.generator} needs --model")
+    if args.generator == "local":
+        return load_local(
+            args.model,
+            batch_size=args.batch_size,
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+        )
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        raise UsageError(f"--api_key_env {args.api_key_env}: there is no such variable")
+    return ServerWriter(
+        args.server_url,
+        args.model,
+        api_key=os.environ[args.api_key_env] if args.api_key_env else "",
+        allow_remote_host=args.allow_remote_host,
+        concurrency=args.concurrency,
+        requests_per_second=args.requests_per_second,
+        timeout=args.timeout_s,
+        max_retries=args.max_retries,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
     index, count = _shard(args.shard)
     graph = load_graph(args.graph)
     targets = [t.strip() for t in args.targets.split(",") if t.strip()] if args.targets else None
+    if args.kind == "perception" and (
+        targets or args.balance_targets or args.format != "jsonl" or args.generator != "graph"
+    ):
+        raise UsageError(
+            "--kind perception has no --targets, --balance_targets and --generator, and is written "
+            "as jsonl only"
+        )
+    if targets and args.balance_targets:
+        raise UsageError("--targets and --balance_targets exclude each other; give one of them")
     source = open_studies(
         args.dataset,
         dataset_format=args.dataset_format,
         sections=args.sections,
         image_root=args.image_root,
     )
+    writer = _writer(args)
     folder = args.output.parent
     if not folder.is_dir():
         folder.mkdir(parents=True, mode=0o700)
     failed_path = args.output.with_name(args.output.name + ".rejected.jsonl")
-    done: set[str] = set()
-    if args.format == "jsonl":
-        for path in (args.output, failed_path):
-            done |= _resume(path, args.seed, args.generator)
-    expected = 1 if args.kind == "perception" else args.num_targets
-    expected = min(expected, len(targets)) if targets else expected
-    finished = {s for s, n in Counter(i.rsplit("/", 1)[0] for i in done).items() if n >= expected}
+    lines = args.format == "jsonl"
+    with _private(args.output, lines) as good, _private(failed_path, lines) as bad:
+        done: set[str] = set()
+        for path, file in ((args.output, good), (failed_path, bad)) if lines else ():
+            done |= _resume(path, file, args.seed, args.generator)
+        expected = 1 if args.kind == "perception" else args.num_targets
+        expected = min(expected, len(targets)) if targets else expected
+        finished = {
+            s for s, n in Counter(i.rsplit("/", 1)[0] for i in done).items() if n >= expected
+        }
 
-    def studies() -> Iterator[Study]:
-        shard = islice(source, index, None, count)
-        for study in tqdm(shard, "counterfactuals", disable=None, unit=" studies"):
-            if study.study_id not in finished:
-                yield study
+        def studies() -> Iterator[Study]:
+            shard = islice(source, index, None, count)
+            for study in tqdm(shard, "counterfactuals", disable=None, unit=" studies"):
+                if study.study_id not in finished:
+                    yield placed(study, folder)
 
-    if args.kind == "perception":
-        if targets or args.format != "jsonl":
-            raise UsageError("--kind perception has no --targets and is written as jsonl only")
-        pool = build_pool(tqdm(source, "images", disable=None, unit=" studies"), graph)
-        made = perception_counterfactuals(studies(), pool, graph, seed=args.seed)
-    else:
-        alone = counterfactuals(
-            studies(),
-            graph,
-            num_targets=args.num_targets,
-            targets=targets,
-            seed=args.seed,
-            generator=args.generator,
-        )
-        made = ((cf, ()) for cf in alone)
-    mode = "a" if args.format == "jsonl" else "w"
-    passed, failed = 0, Counter[str]()
-    with _private(args.output, mode) as good, _private(failed_path, mode) as bad:
+        made: Iterable[tuple[Counterfactual, tuple[ImageRef, ...]]]
+        if args.kind == "perception":
+            everyone = tqdm(source, "images", disable=None, unit=" studies")
+            pool = build_pool((placed(study, folder) for study in everyone), graph)
+            made = perception_counterfactuals(studies(), pool, graph, seed=args.seed)
+        else:
+            prices = {}
+            if args.balance_targets:
+                everyone = tqdm(source, "targets", disable=None, unit=" studies")
+                prices = balance(everyone, graph, num_targets=args.num_targets, seed=args.seed)
+            alone = counterfactuals(
+                studies(),
+                graph,
+                num_targets=args.num_targets,
+                targets=targets,
+                seed=args.seed,
+                generator=writer,
+                prices=prices,
+                skip=done,
+            )
+            made = ((cf, ()) for cf in alone)
+        passed, failed = 0, Counter[str]()
         write = _Writer(good, args.format)
         for _, group in groupby(made, key=lambda pair: pair[0].study_id):
-            fresh = [(cf, images) for cf, images in group if cf.id not in done]
-            for cf, _ in fresh:
-                if not cf.passed:
+            passing = []
+            for cf, images in group:
+                if cf.passed:
+                    passing.append((cf, images))
+                else:
                     reason = ",".join(name for name, ok in cf.checks.items() if not ok)
                     failed[reason] += 1
                     bad.write(_line({**cf.to_json(), "reason": reason}))
-            passing = [(cf, images) for cf, images in fresh if cf.passed]
+            bad.flush()
             passed += len(passing)
             write.study(passing)
         write.close()
     _summary(args.output, passed, failed, len(done), source)
+    for reason, number in writer.faults.most_common():
+        print(f"  while writing, {reason}: {number}")
     return 0 if passed or done else 1
+
+
+def placed(study: Study, folder: Path) -> Study:
+    """The study with images that can be found from a file in `folder`: relative to it where they
+    lie below it, else absolute."""
+    home = folder.resolve()
+    images = []
+    for image in study.images:
+        path = Path(image.root, image.path).resolve() if image.root else Path(image.path)
+        path = path.relative_to(home) if path.is_relative_to(home) else path
+        images.append(replace(image, path=str(path), root=""))
+    return replace(study, images=tuple(images))
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -129,42 +223,67 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _private(path: Path, mode: str) -> IO[str]:
-    """`path` for writing by its owner alone: it holds report text."""
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if mode == "a" else os.O_TRUNC)
+def _private(path: Path, keep: bool) -> IO[str]:
+    """`path` for reading and writing by its owner, for it holds report text, and by this process
+    alone."""
     try:
-        handle = os.open(path, flags, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise UsageError(f"--output {path}: can't be written ({error.strerror})") from error
-    return os.fdopen(handle, mode, encoding="utf-8")
+    file = os.fdopen(handle, "r+", encoding="utf-8", newline="\n")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(f"--output {path}: another run is writing it; wait for its end") from error
+    if not keep:
+        file.truncate(0)
+    return file
 
 
-def _resume(path: Path, seed: int, generator: str) -> set[str]:
-    """The ids in an output of an earlier, perhaps killed, run; a last line cut short is taken
-    off."""
-    if not path.exists():
-        return set()
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+def _resume(path: Path, file: IO[str], seed: int, generator: str) -> set[str]:
+    """The ids in an output of an earlier, perhaps killed, run.
+
+    A last line cut short is taken off, and so are records that were set aside because the server
+    failed: they are tried again.
+    """
     ids: set[str] = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            ids.add(record["id"])
-            same = record["seed"] == seed and record["generator"] == generator
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path}, line {number}: not a counterfactual record; give another --output"
-            ) from error
-        if not same:
-            raise UsageError(
-                f"{path} holds records of another seed or generator; give another --output or "
-                f"remove it"
-            )
+    kept, cut, again = 0, False, False  # bytes of whole lines; a last line without its end
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            cut = not line.endswith(b"\n")
+            if cut:
+                break
+            kept += len(line)
+            try:
+                record = json.loads(line)
+                same = record["seed"] == seed and record["generator"] == generator
+                if _failed_by_server(record):
+                    again = True
+                else:
+                    ids.add(record["id"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(
+                    f"{path}, line {number}: not a counterfactual record; give another --output"
+                ) from error
+            if not same:
+                raise UsageError(
+                    f"{path} holds records of another seed or generator; give another --output or "
+                    f"remove it"
+                )
+    if cut:
+        file.truncate(kept)
+    if again:
+        whole = path.read_bytes().splitlines(keepends=True)
+        rest = [line for line in whole if not _failed_by_server(json.loads(line))]
+        file.truncate(0)
+        file.write(b"".join(rest).decode())
+    file.seek(0, os.SEEK_END)
     return ids
+
+
+def _failed_by_server(record: dict[str, Any]) -> bool:
+    return str(record.get("reason", "")).startswith("server-")
 
 
 class _Writer:

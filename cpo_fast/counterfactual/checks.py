@@ -13,6 +13,7 @@ from cpo_fast.concepts.labeller import (
     sentence_mentions,
     sentences,
 )
+from cpo_fast.counterfactual.prompt import telling
 from cpo_fast.types import ConceptGraph, Report
 
 MIN_LENGTH, MAX_LENGTH, LENGTH_ALLOWANCE = 0.35, 2.0, 160
@@ -74,6 +75,11 @@ def _bound(text: str, gone: frozenset[str]) -> set[str]:
     return tied - free
 
 
+def _leaked(original: str, lines: Iterable[str]) -> bool:
+    new = frozenset[object]().union(*map(telling, lines))
+    return bool(new) and not new <= frozenset[object]().union(*map(telling, sentences(original)))
+
+
 def check(
     graph: ConceptGraph, original: Report, counterfactual: Report, target: str
 ) -> dict[str, bool]:
@@ -82,7 +88,8 @@ def check(
     differs, format (the same sections), target (asserted in every section), no_denial (no sentence
     rules the target out), sides (no lung is called clear where the target is), no_exclusion
     (nothing that the graph excludes is asserted), survivors (every other asserted finding still
-    is), nothing_else (no finding but the target is new), length, edits.
+    is), nothing_else (no finding but the target is new), length, edits, no_leak
+    (no words of a prompt or a chat).
     """
     before, after = original.text, counterfactual.text
     old, words, count = _told(before)
@@ -106,4 +113,5 @@ def check(
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
         "length": low <= len(after) <= high,
         "edits": changed <= MAX_EDITED * count + EDIT_ALLOWANCE,
+        "no_leak": not _leaked(before, lines),
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from cpo_fast.concepts.labeller import (
     label_report,
@@ -12,17 +15,16 @@ from cpo_fast.concepts.labeller import (
     sentences,
 )
 from cpo_fast.counterfactual.checks import check
-from cpo_fast.counterfactual.rewrite import rewrite
-from cpo_fast.counterfactual.targets import choose_targets
+from cpo_fast.counterfactual.prompt import Task
+from cpo_fast.counterfactual.targets import even_prices, pick, target_scores
 from cpo_fast.counterfactual.wording import WORDINGS
+from cpo_fast.counterfactual.writers import GaveUpError, GraphWriter, Writer
 from cpo_fast.data.labels import diagnosis
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ConceptGraph, Counterfactual, Labels, Report, Study
 
 ATTEMPTS = 4
-"""Wordings and places tried before a counterfactual is set aside."""
-
-GENERATORS = ("graph",)
+"""Drafts tried before a counterfactual is set aside."""
 
 
 def study_labels(study: Study) -> Labels:
@@ -52,57 +54,128 @@ def counterfactuals(
     num_targets: int = 2,
     targets: Sequence[str] | None = None,
     seed: int = 42,
-    generator: str = "graph",
+    generator: str | Writer = "graph",
+    prices: Mapping[str, float] | None = None,
+    skip: Collection[str] = (),
 ) -> Iterator[Counterfactual]:
     """Counterfactuals of each study in turn, `num_targets` of them; failing ones too (`.passed`
     False).
 
-    With `targets`, the first `num_targets` of them are taken. One that is present gives a record
-    whose check "target_absent" is False, a report without text one whose check "report" is False;
-    both have no text. Raises UsageError for an unknown generator or disease.
+    `generator` is "graph" or a `Writer`. With `targets`, the first `num_targets` of them are taken;
+    `prices` (see `balance`) even out the choice. What `skip` names by id is
+    left out. A target that is present gives a record whose check "target_absent" is False, a report
+    without text one whose check "report" is False; both have no text, as has a record whose writer
+    gave none: its one check is the reason. Raises UsageError for an unknown generator or disease.
     """
-    if generator not in GENERATORS:
-        raise UsageError(f"generator {generator} is unknown; one of {', '.join(GENERATORS)}")
+    if generator == "graph":
+        generator = GraphWriter()
+    if isinstance(generator, str):
+        raise UsageError(
+            f"generator {generator} is unknown; graph, or a writer for local and server"
+        )
     if num_targets < 1:
         raise UsageError(f"num_targets must be at least 1, not {num_targets}")
     for name in targets or ():
         if name not in graph.diseases or name not in WORDINGS:
             known = ", ".join(n for n in graph.diseases if n in WORDINGS)
             raise UsageError(f"target {name} is unknown; one of {known}")
+    entries = _entries(studies, graph, num_targets, targets, seed, prices or {}, skip)
+    for entry in _drafted(entries, graph, generator):
+        yield _record(entry, graph, generator.name)
+
+
+def balance(
+    studies: Iterable[Study], graph: ConceptGraph, *, num_targets: int = 2, seed: int = 42
+) -> dict[str, float]:
+    """Prices for `counterfactuals` that make every disease a target about equally often among
+    `studies`, which must be all of the data set, whatever shard is written."""
+    return even_prices((read_study(study, graph, seed)[2] for study in studies), num_targets)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A counterfactual on its way: what is asked, the latest text and what the checks say."""
+
+    study: Study
+    labels: Labels
+    task: Task
+    checks: dict[str, bool]
+    text: Report = field(default_factory=Report)
+    open: bool = True
+
+
+def read_study(
+    study: Study, graph: ConceptGraph, seed: int
+) -> tuple[Labels, Labels, dict[str, float]]:
+    """(labels, the same or stronger with what the text says, scores of possible targets)."""
+    lines = sentences(study.report.text)
+    stated = merge_labels(map(sentence_mentions, lines))
+    labels = _filled(study, stated)
+    merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
+    against = frozenset[str]().union(*map(opposed, lines))
+    return labels, merged, target_scores(graph, study.study_id, merged, stated, against, seed)
+
+
+def _entries(
+    studies: Iterable[Study],
+    graph: ConceptGraph,
+    num_targets: int,
+    targets: Sequence[str] | None,
+    seed: int,
+    prices: Mapping[str, float],
+    skip: Collection[str],
+) -> Iterator[_Entry]:
     for study in studies:
-        lines = sentences(study.report.text)
-        stated = merge_labels(map(sentence_mentions, lines))
-        labels = _filled(study, stated)
-        merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
-        if targets:
-            chosen = list(targets)[:num_targets]
-        else:
-            against = frozenset[str]().union(*map(opposed, lines))
-            chosen = choose_targets(
-                graph, study.study_id, merged, stated, against, num_targets, seed
-            )
+        labels, merged, scores = read_study(study, graph, seed)
+        chosen = list(targets)[:num_targets] if targets else pick(scores, prices, num_targets)
+        written = bool(study.report.findings.strip() or study.report.impression.strip())
         for target in chosen:
-            yield _one(study, graph, labels, target, merged.get(target) == 1, seed)
+            if f"{study.study_id}/{target}" in skip:
+                continue
+            checks = {"report": written, "target_absent": merged.get(target) != 1}
+            task = Task(study.report, target, study.study_id, seed)
+            yield _Entry(study, labels, task, checks, open=all(checks.values()))
+
+
+def _drafted(entries: Iterator[_Entry], graph: ConceptGraph, writer: Writer) -> Iterator[_Entry]:
+    """The entries in order, each drafted until it passes or its attempts are used up.
+
+    A round writes all that is open among the next `writer.window`: first drafts beside retries, so
+    that a writer is never left with the few that are hard.
+    """
+    queue: deque[_Entry] = deque()
+    waiting = 0
+    while True:
+        for entry in islice(entries, writer.window - waiting):
+            queue.append(entry)
+        tried = [entry for entry in queue if entry.open]
+        if not queue:
+            return
+        drafts = writer.write(graph, [entry.task for entry in tried]) if tried else []
+        for entry, draft in zip(tried, drafts, strict=True):
+            task = entry.task
+            if isinstance(draft, RecordError):
+                entry.text, entry.checks = Report(), {draft.reason: False}
+            else:
+                entry.text = draft
+                entry.checks = check(graph, task.report, draft, task.target)
+            failed = tuple(name for name, good in entry.checks.items() if not good)
+            last = task.attempt + 1 == ATTEMPTS or isinstance(draft, GaveUpError)
+            entry.open = bool(failed) and not last
+            entry.task = replace(task, attempt=task.attempt + 1, failed=failed)
+        while queue and not queue[0].open:
+            yield queue.popleft()
+        waiting = sum(entry.open for entry in queue)
 
 
 def _stronger(a: int | None, b: int | None) -> int | None:
     return max(a, b, key=(None, 0, -1, 1).index)
 
 
-def _one(
-    study: Study, graph: ConceptGraph, labels: Labels, target: str, present: bool, seed: int
-) -> Counterfactual:
-    names = diagnosis(labels)
+def _record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactual:
+    study, target, text = entry.study, entry.task.target, entry.text
+    names = diagnosis(entry.labels)
     gone = set(graph.excluded[target]) | {"No Finding"}
-    text = Report()
-    written = bool(study.report.findings.strip() or study.report.impression.strip())
-    checks = {"report": written, "target_absent": not present}
-    if all(checks.values()):
-        for attempt in range(ATTEMPTS):
-            text = rewrite(graph, study.report, target, study.study_id, seed, attempt)
-            checks = check(graph, study.report, text, target)
-            if all(checks.values()):
-                break
     if graph.excluded[target]:  # what went with an excluded disease
         lost = label_report(text.text)
         gone |= {n for n, v in label_report(study.report.text).items() if v == 1 and lost[n] != 1}
@@ -116,6 +189,7 @@ def _one(
         target=target,
         counterfactual=text.text,
         counterfactual_labels=(*(n for n in names if n not in gone and n != target), target),
-        seed=seed,
-        checks=checks,
+        generator=generator,
+        seed=entry.task.seed,
+        checks=entry.checks,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from functools import lru_cache
+
+import numpy as np
 
 from cpo_fast.counterfactual.lexicon import GraphKey
 from cpo_fast.counterfactual.wording import WORDINGS
@@ -39,20 +41,19 @@ def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
     return [name for name in graph.diseases if name in WORDINGS and name not in taken]
 
 
-def choose_targets(
+def target_scores(
     graph: ConceptGraph,
     study_id: str,
     labels: Labels,
     stated: Labels,
     against: Set[str],
-    count: int,
     seed: int,
-) -> list[str]:
-    """The `count` most relevant targets of a study (fewer where the graph has no more), best first.
+) -> dict[str, float]:
+    """Each possible target of a study and how relevant it is.
 
     `labels` say what is present, `stated` what the text says (a denied disease is spoken of),
-    `against` names the diseases whose anatomy the text contradicts. Depends on
-    the seed, the study id and the labels alone, so that any shard chooses the same.
+    `against` names the diseases whose anatomy the text contradicts. Depends on the seed, the study
+    id and the labels alone, so that any shard finds the same.
     """
     near = _nearness(GraphKey(graph))
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
@@ -64,5 +65,38 @@ def choose_targets(
         named = stated.get(name) == 0
         return NEARNESS * nearest + STATED * named - CONFLICT * conflict + CHANCE * chance
 
-    ranked: Sequence[str] = sorted(candidates(graph, labels), key=score, reverse=True)
-    return list(ranked[:count])
+    return {name: score(name) for name in candidates(graph, labels)}
+
+
+def pick(scores: Mapping[str, float], prices: Mapping[str, float], count: int) -> list[str]:
+    """The `count` best targets after their prices (fewer where there are no more), best first."""
+    return sorted(scores, key=lambda n: scores[n] - prices.get(n, 0.0), reverse=True)[:count]
+
+
+def even_prices(
+    scores: Iterable[Mapping[str, float]], count: int, *, rounds: int = 60
+) -> dict[str, float]:
+    """A price for each disease that makes all of them targets about equally often.
+
+    `scores` are those of every study of the data set (held as one row of numbers each). A disease
+    that is chosen too often grows dearer, one chosen too seldom cheaper, in ever smaller steps; no
+    price passes `CONFLICT`, so that a target which the anatomy contradicts is not forced. The
+    outcome depends on the data set, `count` and the seed behind the scores, not on the shard.
+    """
+    rows = list(scores)
+    names = sorted({name for row in rows for name in row})
+    if not names:
+        return {}
+    table = np.full((len(rows), len(names)), -np.inf, dtype=np.float64)  # [studies, diseases]
+    for index, row in enumerate(rows):
+        for name, value in row.items():
+            table[index, names.index(name)] = value
+    count = min(count, len(names))
+    price = np.zeros(len(names))
+    for step in range(rounds):
+        best = np.argpartition(price - table, count - 1, axis=1)[:, :count]  # [studies, count]
+        real = np.isfinite(np.take_along_axis(table, best, axis=1))
+        chosen = np.bincount(best[real], minlength=len(names))
+        surplus = chosen / max(chosen.mean(), 1.0) - 1.0
+        price = np.clip(price + 0.2 / (1 + step / 5) * surplus, -CONFLICT / 2, CONFLICT / 2)
+    return dict(zip(names, map(float, price), strict=True))

@@ -1,0 +1,175 @@
+"""The `local` generator: a causal language model in a folder, run by transformers' generate.
+
+Batches are padded on the left and decoded greedily; retries, and everything at a temperature above
+0, are sampled with a generator of random numbers of their own per record, so that a record does
+not depend on which others share its batch (up to the rounding of batched matrix products).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_answer
+from cpo_fast.counterfactual.targets import draw
+from cpo_fast.counterfactual.writers import Draft, GaveUpError
+from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.types import ConceptGraph
+
+if TYPE_CHECKING:
+    import torch
+
+RETRY_TEMPERATURE = 0.7
+"""At least this for retries: the same words again would fail again."""
+
+
+class LocalWriter:
+    """Writes with `model` and `tokenizer`, `batch_size` records at a time; see `load_local`."""
+
+    name = "local"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 8,
+        temperature: float = 0.0,
+        max_new_tokens: int = 1024,
+    ) -> None:
+        for flag, value, least in (
+            ("batch_size", batch_size, 1),
+            ("temperature", temperature, 0),
+            ("max_new_tokens", max_new_tokens, 1),
+        ):
+            if not least <= value < float("inf"):
+                raise UsageError(f"--{flag} must be at least {least}, not {value}")
+        if tokenizer.eos_token_id is None:
+            raise UsageError("--model: its tokenizer has no end-of-text token; give another model")
+        self._model, self._tokenizer = model, tokenizer
+        self._temperature, self._max_new = temperature, max_new_tokens
+        self.window = batch_size
+        self.faults: Counter[str] = Counter()
+
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        drafts: dict[int, Draft] = {}
+        prompts: dict[int, list[int]] = {}
+        for index, task in enumerate(tasks):
+            ids = self._encode(build_prompt(graph, task))
+            if limit is not None and len(ids) + self._max_new > limit:
+                detail = f"{len(ids)} and {self._max_new} new tokens, at most {limit} together"
+                drafts[index] = GaveUpError("prompt-too-long", detail)
+                self.faults["prompt-too-long"] += 1
+            else:
+                prompts[index] = ids
+        if prompts:
+            written = self._generate(list(prompts.values()), [tasks[i] for i in prompts])
+            for index, new in zip(prompts, written, strict=True):
+                try:
+                    drafts[index] = parse_answer(self._text(new), tasks[index].report)
+                except RecordError as error:
+                    self.faults[error.reason] += 1
+                    drafts[index] = error
+        return [drafts[index] for index in range(len(tasks))]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self._tokenizer.chat_template:
+            prompt = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            return list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(prompt + "\n\n")["input_ids"])
+
+    def _ends(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return {*listed, self._tokenizer.eos_token_id}
+
+    def _generate(self, prompts: list[list[int]], tasks: list[Task]) -> list[list[int]]:
+        """New token ids of each prompt, padding included."""
+        import torch
+        from transformers import LogitsProcessorList
+
+        pad = self._tokenizer.pad_token_id
+        pad = self._tokenizer.eos_token_id if pad is None else pad
+        width = max(map(len, prompts))
+        device = self._model.device
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # [B, T]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        processors = LogitsProcessorList([_Sampling(tasks, self._temperature)])
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self._max_new,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=sorted(self._ends()),
+                pad_token_id=pad,
+                logits_processor=processors,
+            )
+        return [row[width:].tolist() for row in out]
+
+    def _text(self, new: list[int]) -> str:
+        ends = self._ends()
+        stop = next((i for i, token in enumerate(new) if token in ends), None)
+        if stop is None and len(new) >= self._max_new:
+            raise RecordError("answer-cut-short", f"no end within {self._max_new} tokens")
+        return str(self._tokenizer.decode(new[:stop], skip_special_tokens=True))
+
+
+class _Sampling:
+    """Turns the greedy choice of a row into a sample of its own: the largest of logits /
+    temperature + Gumbel noise is a draw from the softmax."""
+
+    def __init__(self, tasks: Sequence[Task], temperature: float) -> None:
+        import torch
+
+        self._rows: list[tuple[float, torch.Generator]] = []
+        for task in tasks:
+            warmth = max(temperature, RETRY_TEMPERATURE) if task.attempt else temperature
+            chance = draw(task.seed, task.study_id, task.target, str(task.attempt))
+            self._rows.append((warmth, torch.Generator().manual_seed(chance >> 1)))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scores = scores.float()  # [B, V]
+        for row, (warmth, random) in enumerate(self._rows):
+            if warmth > 0:
+                noise = torch.empty(scores.shape[1]).exponential_(generator=random).log_()
+                scores[row] = scores[row] / warmth - noise.to(scores.device)
+        return scores
+
+
+def load_local(folder: str | Path, **options: Any) -> LocalWriter:
+    """The causal LM and tokenizer of a folder, on the GPU where there is one; `options` are those
+    of `LocalWriter`.
+
+    Weights are read from safetensors only, and no code of the folder is run. Raises UsageError for
+    a folder that holds no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UsageError(f"--model {folder}: no folder with a config.json; give a model's folder")
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **common)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", use_safetensors=True, **common
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"--model {folder}: no causal language model in safetensors with a tokenizer "
+            f"({type(error).__name__})"
+        ) from error
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return LocalWriter(model, tokenizer, **options)

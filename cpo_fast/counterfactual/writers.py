@@ -1,0 +1,50 @@
+"""What every generator has in common, and the `graph` generator.
+
+A writer turns tasks into drafts; choice of targets, checks, retries and order are the same for all
+of them (`cpo_fast.counterfactual.generate`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from cpo_fast.counterfactual.prompt import Task
+from cpo_fast.counterfactual.rewrite import rewrite
+from cpo_fast.errors import RecordError
+from cpo_fast.types import ConceptGraph, Report
+
+Draft = Report | RecordError
+"""A rewritten report, or why there is none."""
+
+
+class GaveUpError(RecordError):
+    """No draft, and asking again for the same record is of no use."""
+
+
+class Writer(Protocol):
+    """A generator: `name` stands in its records, `window` tasks are in its hands at a time,
+    `faults` counts what went wrong inside (requests that were sent again and the like)."""
+
+    name: str
+    window: int
+    faults: Counter[str]
+
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
+        """One draft for each task, in order. Whatever concerns one record alone is returned as a
+        RecordError (`GaveUpError` where a retry can't help); what concerns the run is raised."""
+        ...
+
+
+class GraphWriter:
+    """The offline default: small edits along the concept graph."""
+
+    name = "graph"
+    window = 1
+
+    def __init__(self) -> None:
+        self.faults: Counter[str] = Counter()
+
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
+        return [rewrite(graph, t.report, t.target, t.study_id, t.seed, t.attempt) for t in tasks]
