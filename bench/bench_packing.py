@@ -5,7 +5,7 @@ and two rejected responses of 100 to 250 tokens each, so about 900 tokens. Two f
 tokens per token of the budget `packing_length`, and per token of the step's longest pack. Packs are
 computed at their own length, so neither is waste by itself; the second is what would be useful if a
 step's packs were padded to one length. The first is bounded by whole groups in whole packs (of
-about 900 tokens four fit into 4096, so 0.88) and by whole packs in steps of a fixed number of pairs.
+about 900 tokens four fit into 4096, so 0.88) and by whole packs in steps of a fixed size.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ class PackedModel:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._base = base
         self._inner = base.model
-        self._vision: nn.Module | None = getattr(self._inner, "visual", None)
-        self._trunk = self._inner if self._vision is None else self._inner.language_model
-        if "sliding_attention" in (getattr(self._trunk.config, "layer_types", None) or ()):
+        self.vision: nn.Module | None = getattr(self._inner, "visual", None)
+        self.trunk = self._inner if self.vision is None else self._inner.language_model
+        if "sliding_attention" in (getattr(self.trunk.config, "layer_types", None) or ()):
             raise UsageError(
                 "the model has sliding-window layers, which packs do not support; "
                 "set use_sliding_window to false in its config.json"
@@ -59,7 +59,7 @@ class PackedModel:
 
         implementation = "sdpa" if attention == "sdpa" else BRANCHES
         self._base.set_attn_implementation(
-            implementation if self._vision is None else {"text_config": implementation}
+            implementation if self.vision is None else {"text_config": implementation}
         )
         self._last: _Prepared | None = None
 
@@ -85,18 +85,18 @@ class PackedModel:
         return layer.weight, layer.bias
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
-        embeddings = self._trunk.get_input_embeddings()(batch.input_ids)  # [T, D]
+        embeddings = self.trunk.get_input_embeddings()(batch.input_ids)  # [T, D]
         if batch.pixel_values is not None:
-            if self._vision is None:
+            if self.vision is None:
                 raise UsageError("the batch has images, but the model is text-only")
             is_image = batch.input_ids == self._base.config.image_token_id
             features = self._image_features(batch).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(is_image[:, None], features)
-        if self._vision is None:
+        if self.vision is None:
             positions = batch.position_ids[:1]  # [1, T]
         else:
             positions = batch.position_ids[:, None]  # [3, 1, T]
-        out = self._trunk(
+        out = self.trunk(
             inputs_embeds=embeddings[None],
             position_ids=positions,
             use_cache=False,
@@ -124,11 +124,11 @@ class PackedModel:
 
     def _image_features(self, batch: PackedBatch) -> torch.Tensor:
         """[visual tokens, D] of all images of the batch, in row order."""
-        assert self._vision is not None
+        assert self.vision is not None
         prepared = self._prepared(batch)
         if prepared.image_features is not None:
             return prepared.image_features
-        frozen = not any(p.requires_grad for p in self._vision.parameters())
+        frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else nullcontext():
             out = self._inner.get_image_features(
                 batch.pixel_values, batch.image_grid_thw, return_dict=True

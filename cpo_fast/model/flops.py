@@ -1,0 +1,115 @@
+"""Floating point operations that a pack asks for, and what share of a machine's peak they reach.
+
+The convention ("model FLOPs", as in arXiv 2204.02311, appendix B): the matrix products that the
+mathematics needs, two operations per multiply-add, each once. Recomputation by gradient
+checkpointing is not counted, nor are elementwise work, the adapters' own small products, and the
+vision tower's attention. Attention counts the (query, key) pairs that see each other, not a full
+square. A weight takes 2 operations per token forward, 2 for the gradient of its input, and 2 more
+for its own gradient where it is trained: 4 N per token with LoRA, 6 N with full tuning, and 2 N
+more for a reference that is computed on-line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cpo_fast.model.attention import studies_of
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.types import PackedBatch
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
+"""Dense bfloat16 FLOP/s of a GPU by a word of its name, from the makers' data sheets."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one training step's pass over a pack: forward, backward and reference together."""
+
+    vision: float
+    trunk: float
+    attention: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.vision + self.trunk + self.attention + self.head
+
+
+def pack_flops(model: PackedModel, batch: PackedBatch, *, reference: bool = True) -> Flops:
+    """Model FLOPs of `batch`; `reference` says that its forward is made, too (not cached)."""
+    config = model.trunk.config
+    frozen, trained = _linear_weights(model.trunk)
+    once = 2.0 * (2 if reference else 1)  # forward passes
+    tokens, rows = len(batch.input_ids), len(batch.score_rows)
+    weights = frozen + trained
+    trunk = tokens * (weights * (once + 2) + 2 * trained)
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    pairs = sum(_visible(prompt, branches) for prompt, branches in studies_of(batch))
+    attention = pairs * config.num_hidden_layers * 2 * width * (once + 4)
+
+    head, _ = model.head()
+    logits = rows * head.numel() * (once + (4 if head.requires_grad else 2))
+
+    vision = 0.0
+    if model.vision is not None and batch.pixel_values is not None:
+        frozen, trained = _linear_weights(model.vision)
+        merger = getattr(model.vision, "merger", None)
+        merged = sum(_linear_weights(merger)) if merger is not None else 0
+        per_patch = frozen + trained - merged * 3 / 4  # the merger runs once per four patches
+        runs = 2.0 if not trained else once + 4
+        vision = len(batch.pixel_values) * per_patch * runs
+    return Flops(vision, trunk, attention, logits)
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation: `flops` in `seconds` as a share of `peak` FLOP/s."""
+    return flops / seconds / peak
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that `device` could reach: a data sheet's for a known GPU in half precision, else
+    measured with a square matrix product of that dtype (four of 1024 x 1024, the best of them).
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for word, peak in PEAKS.items():
+            if word in name:
+                return peak
+    import time
+
+    size = 1024
+    square = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(4):
+        begun = time.perf_counter()
+        product = square @ square
+        product[0, 0].item()  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - begun))
+    return best
+
+
+def _linear_weights(module: nn.Module) -> tuple[int, int]:
+    """Numbers of frozen and of trained weights in the linear layers below, adapters left out.
+
+    A weight under an adapter is frozen; its adapter trains.
+    """
+    frozen = trained = 0
+    for name, layer in module.named_modules():
+        if "lora_" in name or not isinstance(layer, nn.Linear | nn.Conv3d):
+            continue
+        if layer.weight.requires_grad:
+            trained += layer.weight.numel()
+        else:
+            frozen += layer.weight.numel()
+    return frozen, trained
+
+
+def _visible(prompt: int, branches: list[int]) -> int:
+    """(query, key) pairs of a study in which the query sees the key."""
+    own = sum(n * (n + 1) // 2 for n in (prompt, *branches))
+    return own + prompt * sum(branches)
