@@ -23,7 +23,8 @@ from cpo_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cpo_fast.training.base import Base
-    from cpo_fast.training.corpus import Corpus, Samples, Texts
+    from cpo_fast.training.corpus import Corpus, Texts
+    from cpo_fast.training.samples import Samples
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,8 +78,11 @@ def prepare(
     """What training needs, made by rank 0 and read from its files by the others."""
     from cpo_fast.phantom import write_phantom
     from cpo_fast.training.base import base_model
-    from cpo_fast.training.corpus import read_corpus, tokenise, write_preferences
+    from cpo_fast.training.corpus import read_corpus, write_preferences
+    from cpo_fast.training.samples import tokenise
 
+    if args.fsdp and world.size == 1:
+        raise UsageError("--fsdp shards over several processes; start them with torchrun")
     folder = RunFolder(args, world)
     if args.dataset == "phantom":
         data = write_phantom(folder.path / "data", num_studies=args.num_studies, seed=args.seed)

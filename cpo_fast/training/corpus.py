@@ -1,4 +1,4 @@
-"""From a data set to tokenised samples: what is read, set aside, and given to each stage."""
+"""From a data set to the text of each stage: what is read, what is set aside, what is paired."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,20 +17,14 @@ from cpo_fast.concepts.graph import DEFAULT_GRAPH
 from cpo_fast.counterfactual import counterfactuals, preference, sft_preference, study_labels
 from cpo_fast.data import open_studies
 from cpo_fast.errors import DataError, UsageError
-from cpo_fast.packing import encode_all
-from cpo_fast.packing.encode import OverLong
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
 from cpo_fast.types import (
     Counterfactual,
     Preference,
-    PreferenceGroup,
     RejectedRecord,
     Study,
 )
-
-if TYPE_CHECKING:
-    from cpo_fast.training.base import Base
 
 SPLITS = ("train", "validate", "test")
 PREFERENCE_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -198,41 +192,3 @@ def split_preferences(preferences: Sequence[Preference], share: float, seed: int
         texts.sft[split].append(replace(one, rejected=(), rejected_images=()))
         texts.cpo[split].append(one)
     return texts
-
-
-# --- preferences -> token ids --------------------------------------------------------------------
-
-
-@dataclass
-class Samples:
-    """Tokenised samples of both stages by split."""
-
-    sft: dict[str, list[PreferenceGroup]]
-    cpo: dict[str, list[PreferenceGroup]]
-
-
-def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
-    """Encode all samples; those that cannot be are set aside."""
-    samples = Samples({}, {})
-    bad = 0
-    for stage in ("sft", "cpo"):
-        for split, preferences in getattr(texts, stage).items():
-            if not preferences:
-                getattr(samples, stage)[split] = []
-                continue
-            done = encode_all(
-                preferences,
-                base.tokenizer,
-                base.images.grid if base.images else None,
-                max_length=args.max_length,
-                over_long=cast(OverLong, args.truncation),
-                file=f"{args.dataset} ({stage}, {split})",
-            )
-            getattr(samples, stage)[split] = done.groups
-            folder.reject(done.rejected)
-            bad += len(done.rejected)
-            if done.truncated:
-                print(f"{stage}: {done.truncated} responses cut to --max_length {args.max_length}")
-    total = sum(len(split) for stage in (texts.sft, texts.cpo) for split in stage.values())
-    stop_if_too_bad(args, folder, bad, total)
-    return samples

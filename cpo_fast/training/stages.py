@@ -15,13 +15,13 @@ from cpo_fast.packing import image_token_id, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.base import Base
 from cpo_fast.training.checkpoint import latest_checkpoint, resume_point
-from cpo_fast.training.corpus import Samples
 from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.reference_cache import ReferenceCache
 from cpo_fast.training.run_folder import RunFolder
+from cpo_fast.training.samples import Samples
 from cpo_fast.types import PreferenceGroup
 
 MERGED = "merged"  # the folder beside SFT's checkpoints that holds its adapter merged into the base

@@ -1,0 +1,49 @@
+"""From the text of each stage to token ids; what cannot be encoded is set aside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from cpo_fast.packing import encode_all
+from cpo_fast.packing.encode import OverLong
+from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.base import Base
+from cpo_fast.training.corpus import Texts, stop_if_too_bad
+from cpo_fast.training.run_folder import RunFolder
+from cpo_fast.types import PreferenceGroup
+
+
+@dataclass
+class Samples:
+    """Tokenised samples of both stages by split."""
+
+    sft: dict[str, list[PreferenceGroup]]
+    cpo: dict[str, list[PreferenceGroup]]
+
+
+def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
+    """Encode all samples; those that cannot be are set aside."""
+    samples = Samples({}, {})
+    bad = 0
+    for stage in ("sft", "cpo"):
+        for split, preferences in getattr(texts, stage).items():
+            if not preferences:
+                getattr(samples, stage)[split] = []
+                continue
+            done = encode_all(
+                preferences,
+                base.tokenizer,
+                base.images.grid if base.images else None,
+                max_length=args.max_length,
+                over_long=cast(OverLong, args.truncation),
+                file=f"{args.dataset} ({stage}, {split})",
+            )
+            getattr(samples, stage)[split] = done.groups
+            folder.reject(done.rejected)
+            bad += len(done.rejected)
+            if done.truncated:
+                print(f"{stage}: {done.truncated} responses cut to --max_length {args.max_length}")
+    total = sum(len(split) for stage in (texts.sft, texts.cpo) for split in stage.values())
+    stop_if_too_bad(args, folder, bad, total)
+    return samples
