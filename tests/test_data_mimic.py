@@ -101,6 +101,23 @@ def test_images_elsewhere(tmp_path: Path) -> None:
     assert image_size(study.images[0]) == (8, 6)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".dcm"])
+def test_images_of_another_kind(tmp_path: Path, suffix: str) -> None:
+    root = write_mimic(tmp_path, [{"study": 50000001}])
+    for path in root.rglob("*.jpg"):
+        path.rename(path.with_suffix(suffix))
+    ((study,), _) = read(root)
+    assert study.images[0].path.endswith(f"{dicom(1)}{suffix}")
+
+
+def test_files_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
+    root = write_mimic(tmp_path / "m", [{"study": 50000001}])
+    (root / "files").rename(tmp_path / "disk")
+    (root / "files").symlink_to(tmp_path / "disk")
+    ((study,), _) = read(root)
+    assert image_size(study.images[0]) == (8, 6)
+
+
 def test_both_labellers_and_unpacked_tables(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}], labeller="negbio")
     packed = root / TABLE.format("split")

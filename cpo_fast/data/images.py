@@ -172,7 +172,13 @@ def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int
 
 
 def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`ref` as a PIL image in mode RGB, 8 bits, upright.
+    """`ref` as a PIL image in mode RGB, 8 bits, upright. Raises RecordErrors as `load_shades`."""
+    image = load_shades(ref, max_pixels=max_pixels)
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def load_shades(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`ref` as a PIL image, 8 bits, upright, in mode L where the file is grey, else RGB.
 
     Raises RecordError: "image-missing", "image-empty", "image-unreadable" (not an image, truncated,
     another format), "image-too-large" (pixels or bytes), "image-not-a-file" (folder, device, pipe),
@@ -191,11 +197,11 @@ def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     }
     with _decoding(ref, max_pixels) as (file, name):
         if is_dicom(file):
-            return dicom_image(file, name, max_pixels).convert("RGB")
+            return dicom_image(file, name, max_pixels)
         with _picture(file, name, max_pixels) as image:
             turn = turns.get(_orientation(image))
             image.load()
             upright = image.transpose(turn) if turn is not None else image
             if upright.mode.startswith(("I", "F")):
                 upright = _stretched(upright)
-            return upright.convert("RGB") if upright.mode != "RGB" else upright.copy()
+            return upright.copy() if upright.mode in ("L", "RGB") else upright.convert("RGB")

@@ -4,45 +4,30 @@ folders.
     files/p10/p10000032/s50414267/<dicom_id>.jpg     files/p10/p10000032/s50414267.txt
     mimic-cxr-2.0.0-{split,metadata,chexpert|negbio}.csv.gz
 
-The three tables are read whole into small tuples (columns by name, order of columns free); reports
-are read one by one while iterating. Studies come in the order (patient, date, time, study).
+The three tables become an index (`mimic_index`); reports are read one by one while iterating.
+Studies come in the order (patient, date, time, study).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
-from cpo_fast.data.files import csv_rows, read_report
+from cpo_fast.data.files import read_report
+from cpo_fast.data.mimic_index import BAD_ROW, BLANK, FRONTAL, NOT_MENTIONED, SPLITS, load_index
 from cpo_fast.data.sections import indication, parse_report
 from cpo_fast.data.source import StudySource
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.types import FINDINGS, ImageRef, RejectedRecord, Study
+from cpo_fast.types import FINDINGS, ImageRef, Study
 
-SPLITS = ("train", "validate", "test")
 LABELLERS = ("chexpert", "negbio")
-FRONTAL_VIEWS = frozenset({"AP", "PA"})
 
 BLANK_VIEW_POLICIES = ("stand-in", "drop")
 """What images without a ViewPosition are good for: "stand-in" (default) takes them where a study
 has no image that is named frontal, "drop" never. Lateral views are never taken."""
 
-_REMEDY = "download the table again from PhysioNet (MIMIC-CXR-JPG 2.x) and leave it unedited"
-_SUBJECT = re.compile(r"1\d{7}")
-_STUDY = re.compile(r"5\d{7}")
-_DICOM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
-_VALUES: dict[str, int | None] = {
-    "": None, "1.0": 1, "1": 1, "0.0": 0, "0": 0, "-1.0": -1, "-1": -1,
-}  # fmt: skip
-
-# study -> (patient, split, dicom ids); dicom -> (view, date, time); study -> label values by
-# FINDINGS
-_Studies = dict[str, tuple[str, str, list[str]]]
-_Metadata = dict[str, tuple[str, str, str]]
-_LabelTable = dict[str, tuple[int | None, ...]]
+IMAGE_SUFFIXES = (".jpg", ".png", ".dcm")
+"""What images may be: as MIMIC-CXR-JPG has them, made smaller, or MIMIC-CXR's DICOM."""
 
 
 def table(folder: str, name: str) -> str | None:
@@ -89,142 +74,76 @@ class MimicSource(StudySource):
         self.image_root = path if image_root is None else image_root
         self.blank_view = blank_view
         self.labels_path = _required(path, *LABELLERS)
-        self._bad_rows: list[RejectedRecord] = []
-        self._metadata = self._read_metadata(_required(path, "metadata"))
-        self._labels = self._read_labels(self.labels_path)
-        self._studies = self._read_split(_required(path, "split"))
-        self._order = self._in_order()
+        self._index = load_index(
+            _required(path, "split"), _required(path, "metadata"), self.labels_path
+        )
+        self._suffix = self._image_suffix()
 
     def __len__(self) -> int:
         """Studies that the split table names, before any is set aside."""
-        return len(self._order)
+        return len(self._index)
 
-    def _bad(self, file: str, line: int, id: str, reason: str, detail: str = "") -> None:
-        self._bad_rows.append(RejectedRecord(file, line, id, reason, detail))
+    def _folder(self, place: int) -> str:
+        patient = str(self._index.patient[place])
+        return f"files/p{patient[:2]}/p{patient}/s{self._index.study[place]}"
 
-    def _read_split(self, path: str) -> _Studies:
-        studies: _Studies = {}
-        seen: set[str] = set()
-        columns = ("dicom_id", "study_id", "subject_id", "split")
-        rows = tqdm(csv_rows(path, columns, _REMEDY), "split", disable=None, leave=False)
-        for line, (dicom, study, patient, split) in rows:
-            # Paths are made of these ids, so nothing but ids may pass.
-            ids = (
-                _DICOM.fullmatch(dicom) and _STUDY.fullmatch(study) and _SUBJECT.fullmatch(patient)
-            )
-            if not ids:
-                self._bad(
-                    path,
-                    line,
-                    study[:64],
-                    "bad-id",
-                    "dicom_id, study_id or subject_id is malformed",
-                )
-            elif split not in SPLITS:
-                self._bad(path, line, study, "bad-split", f"split is none of {', '.join(SPLITS)}")
-            elif dicom in seen:
-                self._bad(path, line, study, "duplicate-id", f"dicom_id {dicom} stands twice")
-            else:
-                seen.add(dicom)
-                known = studies.setdefault(study, (patient, split, []))
-                if known[:2] == (patient, split):
-                    known[2].append(dicom)
-                else:
-                    self._bad(
-                        path, line, study, "conflicting-row", "another subject_id or split above"
-                    )
-        return studies
+    def _image_suffix(self) -> str:
+        """What the first image that is there ends in; all are taken to be of one kind."""
+        for place in range(min(len(self), 100)):
+            image = f"{self._folder(place)}/{self._dicom(int(self._index.first[place]))}"
+            for suffix in IMAGE_SUFFIXES:
+                if Path(self.image_root, image + suffix).is_file():
+                    return suffix
+        return IMAGE_SUFFIXES[0]
 
-    def _read_metadata(self, path: str) -> _Metadata:
-        columns = ("dicom_id", "ViewPosition", "StudyDate", "StudyTime")
-        rows = tqdm(csv_rows(path, columns, _REMEDY), "metadata", disable=None, leave=False)
-        views: _Metadata = {}
-        for line, (dicom, view, date, time) in rows:
-            if dicom in views:
-                self._bad(path, line, dicom[:64], "duplicate-id", "dicom_id stands twice")
-            else:
-                views[dicom] = (view.upper(), date.removesuffix(".0"), time)
-        return views
+    def _dicom(self, image: int) -> str:
+        return bytes(self._index.dicom[image]).decode()
 
-    def _read_labels(self, path: str) -> _LabelTable:
-        rows = tqdm(
-            csv_rows(path, ("study_id", *FINDINGS), _REMEDY), "labels", disable=None, leave=False
-        )
-        labels: _LabelTable = {}
-        for line, (study, *values) in rows:
-            if study in labels:
-                self._bad(path, line, study[:64], "duplicate-id", "study_id stands twice")
-            elif not all(value in _VALUES for value in values):
-                self._bad(
-                    path,
-                    line,
-                    study[:64],
-                    "bad-label",
-                    "a label is none of 1.0, 0.0, -1.0 and empty",
-                )
-                labels[study] = ()
-            else:
-                labels[study] = tuple(_VALUES[value] for value in values)
-        return labels
-
-    def _when(self, study: str) -> tuple[str, float]:
-        """(date, time) of a study's first image; times are HHMMSS.fff with leading zeros
-        missing."""
-        _, date, time = self._metadata.get(self._studies[study][2][0], ("", "", ""))
-        try:
-            return date, float(time)
-        except ValueError:
-            return date, 0.0
-
-    def _in_order(self) -> list[str]:
-        return sorted(
-            self._studies, key=lambda study: (self._studies[study][0], *self._when(study), study)
-        )
-
-    def _frontal(self, dicoms: list[str]) -> list[str]:
-        views = {dicom: self._metadata.get(dicom, ("", "", ""))[0] for dicom in dicoms}
-        frontal = [dicom for dicom in dicoms if views[dicom] in FRONTAL_VIEWS]
+    def _frontal(self, place: int) -> list[int]:
+        first, end = int(self._index.first[place]), int(self._index.first[place + 1])
+        views = self._index.view[first:end].tolist()
+        frontal = [first + i for i, view in enumerate(views) if view == FRONTAL]
         if not frontal and self.blank_view == "stand-in":
-            frontal = [dicom for dicom in dicoms if not views[dicom]]
+            frontal = [first + i for i, view in enumerate(views) if view == BLANK]
+        if not frontal:
+            raise RecordError(
+                "no-frontal-image", f"{len(views)} image(s), none frontal by ViewPosition"
+            )
         return frontal
 
-    def _study(self, study: str) -> Study:
-        patient, split, dicoms = self._studies[study]
-        folder = f"files/p{patient[:2]}/p{patient}/s{study}"
-        values = self._labels.get(study)
-        if values == ():
+    def _study(self, place: int) -> Study:
+        index, folder = self._index, self._folder(place)
+        if index.labelled[place] == BAD_ROW:
             raise RecordError(
                 "bad-label", f"see the row of the study in {Path(self.labels_path).name}"
             )
-        frontal = self._frontal(dicoms)
-        if not frontal:
-            raise RecordError(
-                "no-frontal-image", f"{len(dicoms)} image(s), none frontal by ViewPosition"
-            )
+        frontal = self._frontal(place)
         text = read_report(f"{self.path}/{folder}.txt")
-        report = parse_report(text, self.sections)
-        known = zip(FINDINGS, values or (), strict=bool(values))
+        known = zip(FINDINGS, index.labels[place].tolist(), strict=True)
         return Study(
-            study_id=f"s{study}",
-            patient_id=f"p{patient}",
-            report=report,
-            images=tuple(ImageRef(f"{folder}/{dicom}.jpg", self.image_root) for dicom in frontal),
-            labels={name: value for name, value in known if value is not None},
-            split=split,
-            date=self._when(study)[0],
+            study_id=f"s{index.study[place]}",
+            patient_id=f"p{index.patient[place]}",
+            report=parse_report(text, self.sections),
+            images=tuple(
+                ImageRef(f"{folder}/{self._dicom(image)}{self._suffix}", self.image_root)
+                for image in frontal
+            ),
+            labels={name: value for name, value in known if value != NOT_MENTIONED},
+            split=SPLITS[index.split[place]],
+            date=bytes(index.date[place]).decode(),
             indication=indication(text),
         )
 
     def _records(self) -> Iterator[Study]:
-        self.rejected.extend(self._bad_rows)
-        self.read = len(self._bad_rows)
-        for study in self._order:
+        self.rejected.extend(self._index.bad)
+        self.read = len(self._index.bad)
+        for place in range(len(self)):
             self.read += 1
             try:
-                record = self._study(study)
+                record = self._study(place)
             except RecordError as error:
-                patient = self._studies[study][0]
-                file = f"{self.path}/files/p{patient[:2]}/p{patient}/s{study}.txt"
-                self._reject(file, None, f"s{study}", error.reason, error.detail)
+                folder = self._folder(place)
+                id = folder.rpartition("/")[2]
+                self._reject(f"{self.path}/{folder}.txt", None, id, error.reason, error.detail)
                 continue
             yield record

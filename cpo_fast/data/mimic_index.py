@@ -1,0 +1,257 @@
+"""The three tables of MIMIC-CXR-JPG as arrays, in the order of studies, and kept between runs.
+
+Reading the tables of the whole data set takes seconds; what they say is kept in the user's cache
+folder ($XDG_CACHE_HOME/cpo_fast, else ~/.cache/cpo_fast; folder 0700, file 0600, no pickle), keyed
+by path, size and time of each table. Reports and images are not part of it: they are looked at when
+a study is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cpo_fast.data.files import csv_rows
+from cpo_fast.errors import DataError
+from cpo_fast.types import FINDINGS, RejectedRecord
+
+SPLITS = ("train", "validate", "test")
+FRONTAL_VIEWS = frozenset({"AP", "PA"})
+
+OTHER, FRONTAL, BLANK = range(3)
+"""What `MimicIndex.view` says of an image."""
+
+NO_ROW, GOOD_ROW, BAD_ROW = range(3)
+"""What `MimicIndex.labelled` says of a study."""
+
+NOT_MENTIONED = 2
+"""In `MimicIndex.labels`, beside 1, 0 and -1."""
+
+MIN_CACHED_BYTES = 1_000_000
+"""Tables that are smaller together are read in no time, and leave nothing in the cache."""
+
+_VERSION = 1
+_REMEDY = "download the table again from PhysioNet (MIMIC-CXR-JPG 2.x) and leave it unedited"
+_SUBJECT = re.compile(r"1\d{7}", re.ASCII)
+_STUDY = re.compile(r"5\d{7}", re.ASCII)
+_DICOM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
+_VALUES = {"": NOT_MENTIONED, "1.0": 1, "1": 1, "0.0": 0, "0": 0, "-1.0": -1, "-1": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class MimicIndex:
+    """S studies in the order (patient, date, time, study), with their I images one after another.
+
+    Images of study i are `first[i]` to `first[i + 1]`. `bad` are the rows that were set aside.
+    """
+
+    study: np.ndarray  # [S] int32
+    patient: np.ndarray  # [S] int32
+    split: np.ndarray  # [S] uint8 into SPLITS
+    date: np.ndarray  # [S] bytes, YYYYMMDD
+    first: np.ndarray  # [S + 1] int32
+    dicom: np.ndarray  # [I] bytes
+    view: np.ndarray  # [I] uint8: OTHER, FRONTAL or BLANK
+    labels: np.ndarray  # [S, 14] int8 by FINDINGS
+    labelled: np.ndarray  # [S] uint8: NO_ROW, GOOD_ROW or BAD_ROW
+    bad: tuple[RejectedRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.study)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+_Studies = dict[str, tuple[str, str, list[str]]]  # study -> patient, split, dicom ids
+_Metadata = dict[str, tuple[int, str, str]]  # dicom -> view, date, time
+_Bad = list[RejectedRecord]
+
+
+def _read_split(path: str, bad: _Bad) -> _Studies:
+    studies: _Studies = {}
+    seen: set[str] = set()
+    columns = ("dicom_id", "study_id", "subject_id", "split")
+    rows = tqdm(csv_rows(path, columns, _REMEDY), "split", disable=None, leave=False)
+    for line, (dicom, study, patient, split) in rows:
+
+        def note(reason: str, detail: str, line: int = line, study: str = study) -> None:
+            bad.append(RejectedRecord(path, line, study[:64], reason, detail))
+
+        # Paths are made of these ids, so nothing but ids may pass.
+        ids = _DICOM.fullmatch(dicom) and _STUDY.fullmatch(study) and _SUBJECT.fullmatch(patient)
+        if not ids:
+            note("bad-id", "dicom_id, study_id or subject_id is malformed")
+        elif split not in SPLITS:
+            note("bad-split", f"split is none of {', '.join(SPLITS)}")
+        elif dicom in seen:
+            note("duplicate-id", f"dicom_id {dicom} stands twice")
+        else:
+            seen.add(dicom)
+            known = studies.setdefault(study, (patient, split, []))
+            if known[:2] == (patient, split):
+                known[2].append(dicom)
+            else:
+                note("conflicting-row", "another subject_id or split above")
+    return studies
+
+
+def _read_metadata(path: str, bad: _Bad) -> _Metadata:
+    columns = ("dicom_id", "ViewPosition", "StudyDate", "StudyTime")
+    rows = tqdm(csv_rows(path, columns, _REMEDY), "metadata", disable=None, leave=False)
+    known: _Metadata = {}
+    for line, (dicom, view, date, time) in rows:
+        if dicom in known:
+            detail = "dicom_id stands twice"
+            bad.append(RejectedRecord(path, line, dicom[:64], "duplicate-id", detail))
+        else:
+            seen = FRONTAL if view.upper() in FRONTAL_VIEWS else OTHER if view else BLANK
+            known[dicom] = (seen, date.removesuffix(".0")[:16], time[:32])
+    return known
+
+
+def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
+    """Values by FINDINGS; () for a row that holds something else."""
+    columns = ("study_id", *FINDINGS)
+    rows = tqdm(csv_rows(path, columns, _REMEDY), "labels", disable=None, leave=False)
+    labels: dict[str, tuple[int, ...]] = {}
+    for line, (study, *values) in rows:
+        if study in labels:
+            detail = "study_id stands twice"
+            bad.append(RejectedRecord(path, line, study[:64], "duplicate-id", detail))
+            continue
+        try:
+            labels[study] = tuple(_VALUES[value] for value in values)
+        except KeyError:
+            detail = "a label is none of 1.0, 0.0, -1.0 and empty"
+            bad.append(RejectedRecord(path, line, study[:64], "bad-label", detail))
+            labels[study] = ()
+    return labels
+
+
+def _seconds(time: str) -> float:
+    """HHMMSS.fff with its leading zeros missing, as a number that sorts; 0 for anything else."""
+    try:
+        value = float(time)
+    except ValueError:
+        return 0.0
+    return value if value == value else 0.0
+
+
+def build_index(split: str, metadata: str, labels: str) -> MimicIndex:
+    """Read the three tables. Raises DataError as `csv_rows`."""
+    bad: _Bad = []
+    images = _read_metadata(metadata, bad)
+    values = _read_labels(labels, bad)
+    studies = _read_split(split, bad)
+    unknown = (BLANK, "", "")
+
+    def when(study: str) -> tuple[str, float]:
+        _, date, time = images.get(studies[study][2][0], unknown)
+        return date, _seconds(time)
+
+    order = sorted(studies, key=lambda study: (studies[study][0], *when(study), study))
+    dicoms = [dicom for study in order for dicom in studies[study][2]]
+    nothing = (NOT_MENTIONED,) * len(FINDINGS)
+    rows = [values.get(study) for study in order]
+    return MimicIndex(
+        study=np.array([int(study) for study in order], dtype=np.int32),
+        patient=np.array([int(studies[study][0]) for study in order], dtype=np.int32),
+        split=np.array([SPLITS.index(studies[study][1]) for study in order], dtype=np.uint8),
+        date=np.array([when(study)[0].encode() for study in order], dtype=np.bytes_),
+        first=np.cumsum([0, *(len(studies[study][2]) for study in order)], dtype=np.int32),
+        dicom=np.array([dicom.encode() for dicom in dicoms], dtype=np.bytes_),
+        view=np.array([images.get(dicom, unknown)[0] for dicom in dicoms], dtype=np.uint8),
+        labels=np.array([row or nothing for row in rows], dtype=np.int8).reshape(-1, len(FINDINGS)),
+        labelled=np.array(
+            [NO_ROW if row is None else GOOD_ROW if row else BAD_ROW for row in rows],
+            dtype=np.uint8,
+        ),
+        bad=tuple(bad),
+    )
+
+
+# --- kept between runs ---------------------------------------------------------------------------
+
+
+def _key(paths: tuple[str, ...]) -> str:
+    """What must be the same for a kept index to be good: version, and each table's path, size and
+    time.
+    """
+    stats = [(str(Path(path).resolve()), Path(path).stat()) for path in paths]
+    return json.dumps([_VERSION, *((path, s.st_size, s.st_mtime_ns) for path, s in stats)])
+
+
+def cache_file(split: str) -> Path:
+    """Where the index of the data set with this split table is kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    name = hashlib.sha256(str(Path(split).resolve()).encode()).hexdigest()[:24]
+    return Path(root) / "cpo_fast" / f"mimic-cxr-{name}.npz"
+
+
+def _kept(file: Path, key: str) -> MimicIndex | None:
+    """The index in `file` if it was made of the same tables, and is whole."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if str(arrays["key"]) != key:
+                return None
+            bad = tuple(RejectedRecord(**record) for record in json.loads(str(arrays["bad"])))
+            found = {f.name: arrays[f.name] for f in fields(MimicIndex) if f.name != "bad"}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+    index = MimicIndex(**found, bad=bad)
+    images = int(index.first[-1]) if len(index.first) else -1
+    whole = (
+        len(index.first) == len(index) + 1
+        and len(index.dicom) == len(index.view) == images
+        and index.labels.shape == (len(index), len(FINDINGS))
+        and len(index.patient) == len(index.split) == len(index.date) == len(index)
+    )
+    return index if whole else None
+
+
+def _keep(file: Path, key: str, index: MimicIndex) -> None:
+    """Write the index for the next run; a cache that cannot be written is done without."""
+    arrays = {f.name: getattr(index, f.name) for f in fields(MimicIndex) if f.name != "bad"}
+    bad = json.dumps([record.to_json() for record in index.bad])
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # mkstemp makes it 0600, and the rename shows other processes nothing unfinished.
+        descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                np.savez(out, key=np.array(key), bad=np.array(bad), **arrays)
+            Path(name).replace(file)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def load_index(split: str, metadata: str, labels: str) -> MimicIndex:
+    """The index of the three tables: the kept one if none of them has changed, else made anew and
+    kept. Raises DataError for a table that cannot be read.
+    """
+    paths = (split, metadata, labels)
+    try:
+        key = _key(paths)
+        small = sum(Path(path).stat().st_size for path in paths) < MIN_CACHED_BYTES
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: cannot be read ({error.strerror}); check the path and permissions"
+        ) from None
+    if small:
+        return build_index(*paths)
+    file = cache_file(split)
+    index = _kept(file, key)
+    if index is None:
+        index = build_index(*paths)
+        _keep(file, key, index)
+    return index

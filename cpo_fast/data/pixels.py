@@ -1,0 +1,99 @@
+"""Pixel values for Qwen2.5-VL's image tower, the very numbers of transformers' processor, faster.
+
+A grey radiograph is resized once instead of in three equal channels, and one table of 256 values
+per channel takes the place of rescaling and normalising each pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpo_fast.errors import RecordError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PATCH = 14
+MERGE = 2
+"""Patches of 14 x 14 pixels; 2 x 2 of them make a visual token."""
+
+FRAMES = 2
+"""An image counts as two equal frames of a film."""
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training images, by channel, as in Qwen2.5-VL's preprocessor_config.json."""
+
+_MAX_ASPECT = 200
+
+
+def resized(
+    width: int, height: int, *, min_pixels: int, max_pixels: int, factor: int = PATCH * MERGE
+) -> tuple[int, int]:
+    """(width, height) that the model sees of an image: multiples of `factor`, an area between the
+    bounds, the aspect kept as closely as that allows (smart_resize of Qwen2-VL).
+
+    Raises RecordError "image-too-thin" beyond an aspect of 200.
+    """
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise RecordError("image-too-thin", f"{width} x {height} pixels")
+    sides = [round(side / factor) * factor for side in (width, height)]
+    area = sides[0] * sides[1]
+    if area > max_pixels:
+        scale = math.sqrt(width * height / max_pixels)
+        sides = [max(factor, math.floor(n / scale / factor) * factor) for n in (width, height)]
+    elif area < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        sides = [math.ceil(n * scale / factor) * factor for n in (width, height)]
+    return sides[0], sides[1]
+
+
+def visual_tokens(width: int, height: int, *, min_pixels: int, max_pixels: int) -> int:
+    """How many tokens an image of so many pixels takes. Raises RecordError as `resized`."""
+    sides = resized(width, height, min_pixels=min_pixels, max_pixels=max_pixels)
+    return sides[0] * sides[1] // (PATCH * MERGE) ** 2
+
+
+def _tables(mean: Sequence[float], std: Sequence[float], scale: float) -> np.ndarray:
+    """[3, 256] float32: what each 8-bit value becomes, in the processor's own steps and
+    precisions."""
+    values = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
+    shift, spread = (np.array(part, dtype=np.float32)[:, None] for part in (mean, std))
+    return (values - shift) / spread
+
+
+def pixel_values(
+    image: Image.Image,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    scale: float = 1 / 255,
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patches of a PIL image in mode L or RGB, and their grid.
+
+    Returns ([h * w, 3 * FRAMES * PATCH * PATCH] float32, (1, h, w)), where h x w is the grid of
+    patches; those of a visual token follow one another. Raises RecordError as `resized`.
+    """
+    from PIL.Image import Resampling
+
+    width, height = resized(*image.size, min_pixels=min_pixels, max_pixels=max_pixels)
+    shown = image.resize((width, height), Resampling.BICUBIC)
+    planes = np.asarray(shown).reshape(height, width, -1)  # 1 or 3 channels
+    rows, columns = height // PATCH, width // PATCH
+    # [h / 2, w / 2, 2, 2, channels, PATCH, PATCH], the order of the model's patches
+    patches = planes.reshape(
+        rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, planes.shape[2]
+    ).transpose(0, 3, 1, 4, 6, 2, 5)
+    patches = patches.reshape(rows * columns, planes.shape[2], PATCH * PATCH)
+    tables = _tables(mean, std, scale)
+    done = np.empty((rows * columns, 3, FRAMES, PATCH * PATCH), dtype=np.float32)
+    for channel in range(3):
+        seen = patches[:, channel if patches.shape[1] == 3 else 0]
+        done[:, channel] = tables[channel][seen][:, None]
+    return done.reshape(rows * columns, -1), (1, rows, columns)
