@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: help setup train test quick real real-data bench gpu-check lint docs clean
+.PHONY: help setup train test quick real real-data bench lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,7 @@ real: setup real-data ## all stages on the real Open-I reports (runs/real)
 	$(BIN)/python -m cpo_fast.train --config examples/real.yaml
 
 bench: setup ## pytest --benchmark, with the peers installed
-	$(PIP) -e '.[dev,bench]' --no-deps
-	$(PIP) trl liger-kernel && $(PIP) --no-deps cut-cross-entropy
+	$(PIP) -e '.[dev,bench]'
 	$(BIN)/python -m pytest --benchmark
 
 lint: setup ## ruff and mypy
