@@ -217,10 +217,11 @@ def save_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     images: ImageProcessor | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint that transformers (a whole model) or peft (an adapter) loads as it stands.
 
-    A whole model remembers `folder` as its name, so that an adapter trained on it later says where
+    `weights` is the state dict where the model itself holds shards of it only. A whole model remembers `folder` as its name, so that an adapter trained on it later says where
     its base lies. The folder is made with mode 0700.
     """
     from peft import PeftModel
@@ -231,7 +232,7 @@ def save_model(
         # "auto" would ask the hub whether the vocabulary was resized.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=weights)
         model.name_or_path = model.config._name_or_path = str(folder.resolve())
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

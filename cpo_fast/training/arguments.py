@@ -86,6 +86,7 @@ class TrainArguments:
     lora_target_modules: str = _flag("all-linear", "'all-linear' or comma-separated module names")
     freeze_vit: bool = _flag(True, "the vision tower is frozen in CPO")
     sft_freeze_vit: bool = _flag(False, "the vision tower is frozen in SFT")
+    fsdp: bool = _flag(False, "full tuning shards the decoder layers over the processes (FSDP2)")
     bf16: bool = _flag(False, "bfloat16 weights and autocast")
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass")
 
@@ -147,6 +148,8 @@ class TrainArguments:
         self._one_of("attn_implementation", ATTENTIONS)
         if self.precompute_ref_log_probs and self.loss_type in ("simpo", "orpo"):
             raise UsageError(f"--loss_type {self.loss_type} has no reference to precompute")
+        if self.fsdp and self.use_peft and self.sft_use_peft:
+            raise UsageError("--fsdp shards full tuning; set --use_peft or --sft_use_peft false")
         for name in POSITIVE:
             for prefixed in (name, f"sft_{name}"):
                 if getattr(self, prefixed, 1) < 1:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.training.sharding import like, whole
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -127,11 +128,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
 ) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name (`<kind>/<name>`)."""
+    """AdamW's state by parameter name (`<kind>/<name>`), whole and on the CPU.
+
+    Every rank calls it.
+    """
     tensors = {}
     for parameter, name in names.items():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = value.detach().clone().contiguous()
+            tensors[f"{key}/{name}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
     return tensors
 
 
@@ -152,7 +156,7 @@ def restore_optimizer(
         )
     for parameter, name in names.items():
         optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)
+            key: value if key == "step" else like(value, parameter)
             for key, value in saved[name].items()
         }
 

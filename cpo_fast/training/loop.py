@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from cpo_fast.training.feed import Pixels, StepBatch, StepFeed, step_loader
 from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.training.metrics import MetricsLog, Sums, finite
 from cpo_fast.training.objectives import Objective
-from cpo_fast.types import PreferenceGroup, RejectedRecord
+from cpo_fast.training.sharding import filler, is_sharded, sum_and_clip, whole_weights
+from cpo_fast.types import PackedBatch, PreferenceGroup, RejectedRecord
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Progress:
 class Trainer:
     """One stage ("sft" or "cpo") on one device per process of `world`.
 
-    `save_model` writes the model into a folder.
+    `save_model` writes the model into a folder, with these weights where it holds shards only.
     """
 
     stage: str
@@ -79,7 +81,7 @@ class Trainer:
     args: TrainArguments
     log: MetricsLog
     stage_dir: Path
-    save_model: Callable[[Path], None]
+    save_model: Callable[[Path, dict[str, torch.Tensor] | None], None]
     device: torch.device
     stop: StopRequest
     resume: Path | None = None
@@ -102,6 +104,7 @@ class Trainer:
             lr=settings["learning_rate"],
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             weight_decay=self.args.weight_decay,
+            foreach=False if self.sharded else None,  # it does not mix shards and whole tensors
         )
         scheduler = get_scheduler(
             self.args.lr_scheduler_type,
@@ -199,8 +202,10 @@ class Trainer:
         sums = Sums()
         self.model.model.eval()
         for step in step_loader(self._feed(self.eval_groups, steps), num_workers=0):
-            for batch in step.batches:
-                sums.add(self.objective.summed(batch.to(self.device))[1])
+            for batch, counts in self._level(step):
+                values = self.objective.summed(batch.to(self.device))[1]
+                if counts:
+                    sums.add(values)
         self.model.model.train()
         row = self.objective.row(Sums.together(self.world.gather(sums.take())))
         return {f"eval_{name}": value for name, value in row.items()}
@@ -238,12 +243,27 @@ class Trainer:
         if rank < len(ranks):
             restore_generators(ranks[rank]["generators"])
 
+    @cached_property
+    def sharded(self) -> bool:
+        return is_sharded(list(self.model.model.parameters()))
+
+    def _level(self, step: StepBatch) -> list[tuple[PackedBatch, bool]]:
+        """The step's batches and whether they count: sharded layers compute equally often on all
+        ranks, whatever images failed."""
+        batches = [(batch, True) for batch in step.batches]
+        if self.sharded:
+            most = max(self.world.gather(len(batches)))
+            batches += [(filler(self.groups[0]), False)] * (most - len(batches))
+        return batches
+
     def _write_checkpoint(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+        weights = whole_weights(self.model.model, self.world) if self.sharded else None
+
         def write() -> str:
             written = write_checkpoint(
                 self.stage_dir,
                 state["global_step"],
-                self.save_model,
+                lambda path: self.save_model(path, weights),
                 finite(state),
                 tensors,
                 save_total_limit=self.args.save_total_limit,
@@ -272,17 +292,17 @@ class Trainer:
         if not total:  # every image of the step failed; it stays in the count of steps
             return 0.0
         own = Sums()
-        for batch in step.batches:
+        for batch, counts in self._level(step):
             with clock.phase("forward"):
                 loss, values = self.objective.summed(batch.to(self.device))
-            own.add(values)
+            if counts:
+                own.add(values)
             with clock.phase("backward"):
-                (loss / total).backward()
+                (loss / total if counts else loss * 0.0).backward()
         with clock.phase("optimiser"):
             parameters = optimizer.param_groups[0]["params"]
-            self.world.sum_gradients(parameters)
             limit = self.args.max_grad_norm or math.inf
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            grad_norm = sum_and_clip(parameters, limit, self.world)
             if math.isfinite(grad_norm):
                 optimizer.step()
                 sums.add(own.take())

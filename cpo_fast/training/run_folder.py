@@ -25,6 +25,7 @@ MAY_CHANGE = (
     *(f"sft_{name}" for name in BATCH),
     "resume_from_checkpoint",
     "ddp_timeout",
+    "fsdp",
     "overwrite_output_dir",
     "output_dir",
     "stages",

@@ -22,6 +22,7 @@ from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.reference_cache import ReferenceCache
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.training.samples import Samples
+from cpo_fast.training.sharding import shard
 from cpo_fast.types import PreferenceGroup
 
 MERGED = "merged"  # the folder beside SFT's checkpoints that holds its adapter merged into the base
@@ -31,10 +32,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(args: TrainArguments, path: Path) -> Any:
+def load(args: TrainArguments, path: Path, *, on: torch.device | None = None) -> Any:
     """The model in `path` on the device; bf16 weights under `--bf16`, else fp32."""
     model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    return model.to(device())
+    return model.to(on or device())
 
 
 def train_sft(
@@ -65,7 +66,11 @@ def train_cpo(
     model = trainable(args, start, resume, peft=args.use_peft, freeze_vit=args.freeze_vit)
     reference = None
     if not args.use_peft:
-        frozen = load(args, start).requires_grad_(False).eval()
+        shared = args.fsdp and not args.precompute_ref_log_probs
+        frozen = load(args, start, on=torch.device("cpu") if shared else None)
+        frozen = frozen.requires_grad_(False).eval()
+        if shared:
+            shard(frozen, device())
         reference = PackedModel(frozen, attention=args.attn_implementation)
     packed = prepare(args, model)
     splits = samples.cpo
@@ -174,12 +179,12 @@ def trainable(
         from peft import PeftModel
 
         return PeftModel.from_pretrained(load(args, start), resume, is_trainable=True)
-    model = load(args, resume or start)
     if peft:
-        return lora(args, model, freeze_vit=freeze_vit)
+        return lora(args, load(args, resume or start), freeze_vit=freeze_vit)
+    model = load(args, resume or start, on=torch.device("cpu") if args.fsdp else None)
     if freeze_vit:
         freeze_vision(model)
-    return model
+    return shard(model, device()) if args.fsdp else model
 
 
 def lora(args: TrainArguments, model: Any, *, freeze_vit: bool) -> Any:
@@ -214,8 +219,10 @@ def run_stage(
 ) -> StageResult:
     """Train one stage on its "train" split, watching the "validate" split."""
 
-    def save(path: Path) -> None:
-        save_model(packed.model, path, tokenizer=base.tokenizer, images=base.images)
+    def save(path: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        save_model(
+            packed.model, path, tokenizer=base.tokenizer, images=base.images, weights=weights
+        )
 
     return Trainer(
         stage=stage,
