@@ -221,8 +221,9 @@ def save_model(
 ) -> None:
     """Write a checkpoint that transformers (a whole model) or peft (an adapter) loads as it stands.
 
-    `weights` is the state dict where the model itself holds shards of it only. A whole model remembers `folder` as its name, so that an adapter trained on it later says where
-    its base lies. The folder is made with mode 0700.
+    `weights` is the state dict where the model itself holds shards of it only. A whole model
+    remembers `folder` as its name, so that an adapter trained on it later says where its base lies.
+    The folder is made with mode 0700.
     """
     from peft import PeftModel
 
