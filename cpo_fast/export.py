@@ -1,0 +1,89 @@
+"""`python -m cpo_fast.export --merge CHECKPOINT --output_dir FOLDER`: adapter and base as one model.
+
+The folder then holds one whole model with its tokenizer and image processor, as transformers, vLLM
+and others load it, without peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from cpo_fast.errors import CpoFastError, UsageError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 written, 1 it could not be, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cpo_fast.export", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--merge", required=True, type=Path, metavar="CHECKPOINT", help="folder of an adapter"
+    )
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the whole model")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of the weights written (default: the base model's)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        export_merged(args.merge, args.output_dir, dtype=args.dtype)
+    except (CpoFastError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(f"{args.output_dir}: {args.merge} merged into its base")
+    return 0
+
+
+def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") -> None:
+    """Write the base model of an adapter with the adapter added into its weights.
+
+    The sum is made in float32 and rounded once, to `dtype` ("auto": that of the base model's
+    files). The folder (mode 0700) is written beside its place and renamed: it is whole or not
+    there. Raises UsageError when `checkpoint` is no adapter or was damaged, or when `output_dir`
+    holds something.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    from cpo_fast.model.build import load_model, load_tokenizer, merge, save_model
+    from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.training.checkpoint import MANIFEST, damage_of
+
+    if not (checkpoint / "adapter_config.json").is_file():
+        raise UsageError(f"--merge {checkpoint}: no adapter_config.json there, so nothing to merge")
+    if (checkpoint / MANIFEST).is_file() and (damage := damage_of(checkpoint)):
+        raise UsageError(f"--merge {checkpoint} is damaged ({damage}); take another checkpoint")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UsageError(f"--output_dir {output_dir} is not empty; name a new folder")
+    model = load_model(checkpoint, dtype=torch.float32)
+    assert isinstance(model, PeftModel)
+    if dtype == "auto":
+        base = json.loads((checkpoint / "adapter_config.json").read_text())
+        base_dtype = AutoConfig.from_pretrained(base["base_model_name_or_path"]).dtype
+    else:
+        base_dtype = getattr(torch, dtype)
+    sees = (checkpoint / "preprocessor_config.json").is_file()
+    images = ImageProcessor.load(checkpoint) if sees else None
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.umask(0o077)
+    try:
+        whole = merge(model).to(base_dtype or torch.float32)
+        save_model(whole, partial, tokenizer=load_tokenizer(checkpoint), images=images)
+        if output_dir.exists():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
