@@ -131,8 +131,10 @@ def evaluate(args: argparse.Namespace) -> Path:
         del evaluation["text"]
     if "zero_shot" in args.suite:
         evaluation["zero_shot"] = {loaded.name: zero_shot(args, loaded, cohort, answers)}
+    probed: list[dict[str, Any]] = []
     if "drift" in args.suite:
-        evaluation["drift"] = {loaded.name: drift(args, loaded, cohort, answers)}
+        figures, probed = drift(args, loaded, cohort, answers)
+        evaluation["drift"] = {loaded.name: figures}
     make_private(args.output_dir)
     examples = evaluation_examples(
         cohort.studies,
@@ -140,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         count=args.num_examples,
         uncertain=args.uncertain_labels,
     )
-    write_examples(args.output_dir, examples)
+    write_examples(args.output_dir, examples, probed)
     reasons: dict[str, int] = {}
     for record in cohort.rejected:
         reasons[record.reason] = reasons.get(record.reason, 0) + 1
@@ -243,27 +245,41 @@ def zero_shot(
 
 def drift(
     args: argparse.Namespace, loaded: Loaded, cohort: Cohort, answers: Sequence[str]
-) -> dict[str, Any]:
-    """The drift probe and swaps on the model's own thoughts of the first studies."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The drift probe and swaps on the model's own thoughts: (figures, examples for the page)."""
     from tqdm import tqdm
 
-    from cpo_fast.evaluation.drift import drift_figures, find_swaps, probe, swap_effects
+    from cpo_fast.concepts import load_graph
+    from cpo_fast.evaluation.drift import (
+        drift_example,
+        drift_figures,
+        find_swaps,
+        probe,
+        swap_effects,
+    )
     from cpo_fast.evaluation.text import thought_of
     from cpo_fast.model.packed import PackedModel
     from cpo_fast.packing import image_token_id
 
-    packed = PackedModel(loaded.model)
+    packed, graph = PackedModel(loaded.model), load_graph()
     image = image_token_id(loaded.tokenizer)
     drifts, effects = [], []
-    pairs = list(zip(cohort.prompts, map(thought_of, answers), strict=True))[: args.drift_samples]
-    for prompt, thought in tqdm(pairs, desc="drift", unit="study", disable=None):
+    examples: list[dict[str, Any]] = []
+    studies = zip(cohort.studies, cohort.prompts, map(thought_of, answers), strict=True)
+    for study, prompt, thought in tqdm(
+        list(studies)[: args.drift_samples], desc="drift", unit="study", disable=None
+    ):
         if not thought:
             continue
         about = (packed, loaded.tokenizer, prompt, thought)
         drifts.append(probe(*about, loaded.pixels, image_token_id=image))
-        swaps = find_swaps(thought)
-        effects += swap_effects(*about, swaps, loaded.pixels, image_token_id=image)[1]
-    return drift_figures(drifts, effects)
+        swaps = find_swaps(thought, graph)
+        end, found = swap_effects(*about, swaps, loaded.pixels, image_token_id=image)
+        effects += found
+        if len(examples) < args.num_examples:
+            shown = drift_example(study.study_id, drifts[-1], end, found)
+            examples.append({"model": loaded.name} | shown)
+    return drift_figures(drifts, effects), examples
 
 
 def make_private(folder: Path) -> None:

@@ -55,13 +55,13 @@ def classification(
             "support": int(correct["positive"][:, column].sum()),
             "predicted": int((counts["tp"] + counts["fp"])[0, column]),
             "true_positives": int(counts["tp"][0, column]),
-        } | {m: _figure(point[m][0, column], spread[m][:, column]) for m in METRICS}
+        } | {m: figure(point[m][0, column], spread[m][:, column]) for m in METRICS}
     return {
         "studies": len(truth),
         "unparsable": sum(names is None for names in predicted),
-        "exact_match": _figure(point["exact_match"][0], spread["exact_match"]),
-        "macro": {m: _figure(point[f"macro_{m}"][0], spread[f"macro_{m}"]) for m in METRICS},
-        "micro": {m: _figure(point[f"micro_{m}"][0], spread[f"micro_{m}"]) for m in METRICS},
+        "exact_match": figure(point["exact_match"][0], spread["exact_match"]),
+        "macro": {m: figure(point[f"macro_{m}"][0], spread[f"macro_{m}"]) for m in METRICS},
+        "micro": {m: figure(point[f"micro_{m}"][0], spread[f"micro_{m}"]) for m in METRICS},
         "findings": per_finding,
     }
 
@@ -87,7 +87,7 @@ def difference(
     (before, before_spread), (after, after_spread) = sides
     keys = {"exact_match": "exact_match"} | {m: f"macro_{m}" for m in METRICS}
     return {
-        name: _figure(after[key][0] - before[key][0], after_spread[key] - before_spread[key])
+        name: figure(after[key][0] - before[key][0], after_spread[key] - before_spread[key])
         for name, key in keys.items()
     }
 
@@ -105,12 +105,14 @@ def auc(
     scores: np.ndarray,
     *,
     findings: Names = LABEL_NAMES,
+    patients: Sequence[str] | None = None,
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
     """Area under the ROC curve of `scores` [N, findings] per finding and their mean ("macro").
 
     Undefined (None) for a finding that all or none of the studies have; those are not in the mean.
+    Intervals by bootstrap over `patients` ([N] names), or over studies where they are not given.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -122,7 +124,12 @@ def auc(
         )
     if not np.isfinite(scores).all():
         raise UsageError("scores contain NaN or infinity")
-    weights = _weights(len(truth), bootstrap, seed)
+    if patients is not None and len(patients) != len(truth):
+        raise UsageError(f"{len(truth)} studies, but {len(patients)} patients")
+    if patients is None:
+        weights = _weights(len(truth), bootstrap, seed)
+    else:
+        weights = patient_weights(patients, bootstrap, seed)
     values = np.full(len(findings), np.nan)
     spread = np.full((bootstrap, len(findings)), np.nan)
     for column in range(len(findings)):
@@ -131,12 +138,12 @@ def auc(
             values[column] = roc_auc_score(target, scores[:, column])
             spread[:, column] = _weighted_auc(target, scores[:, column], weights)
     named = {
-        name: _figure(values[column], spread[:, column]) for column, name in enumerate(findings)
+        name: figure(values[column], spread[:, column]) for column, name in enumerate(findings)
     }
     defined = ~np.isnan(values)
     mean = values[defined].mean() if defined.any() else np.nan
     means = np.ma.masked_invalid(spread[:, defined]).mean(axis=1).filled(np.nan)
-    return {"macro": _figure(mean, means), "findings": named}
+    return {"macro": figure(mean, means), "findings": named}
 
 
 def _indicators(names: Sequence[Names | None], findings: Names) -> np.ndarray:
@@ -228,7 +235,16 @@ def _resampled(table: dict[str, np.ndarray], bootstrap: int, seed: int) -> Count
     return _metrics(_counts(table, weights), _occurring(table))
 
 
-def _figure(value: float, spread: np.ndarray) -> dict[str, Any]:
+def patient_weights(patients: Sequence[str], bootstrap: int, seed: int) -> np.ndarray:
+    """How often each study is drawn when whole patients are: [bootstrap, N] float64."""
+    keys = np.unique(list(patients), return_inverse=True)[1]
+    people = int(keys.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), bootstrap)
+    return drawn[:, keys].astype(np.float64)
+
+
+def figure(value: float, spread: np.ndarray) -> dict[str, Any]:
+    """{"value", "interval"} of a point estimate and its bootstrap values; None where undefined."""
     if np.isnan(value):
         return {"value": None, "interval": None}
     defined = spread[~np.isnan(spread)]

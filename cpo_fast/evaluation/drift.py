@@ -149,6 +149,37 @@ def swap_effects(
     return original, effects
 
 
+def drift_example(
+    study_id: str, drift: Drift, original: np.ndarray, effects: Sequence[Effect]
+) -> dict[str, Any]:
+    """What the page shows of one probed study; holds its words, so evaluation.json is 0600.
+
+    {"study_id", "tokens" [J], "variation" [J], "divergence" [J], "findings" [C], "start" and "end"
+    [C] (z before and after the thought), "swaps" [{"kind", "before", "after", "variation",
+    "divergence", "distribution" [C]}]}.
+    """
+    return {
+        "study_id": study_id,
+        "tokens": list(drift.tokens),
+        "variation": drift.variation.tolist(),
+        "divergence": drift.divergence.tolist(),
+        "findings": list(drift.findings),
+        "start": drift.distribution[0].tolist(),
+        "end": original.tolist(),
+        "swaps": [
+            {
+                "kind": effect.swap.kind,
+                "before": effect.swap.before,
+                "after": effect.swap.after,
+                "variation": effect.variation,
+                "divergence": effect.divergence,
+                "distribution": effect.distribution.tolist(),
+            }
+            for effect in effects
+        ],
+    }
+
+
 def drift_figures(drifts: Sequence[Drift], effects: Sequence[Effect]) -> dict[str, Any]:
     """Means over a set of studies, for summary.json: no text of any of them.
 

@@ -132,12 +132,20 @@ def _image_path(study: Study) -> str | None:
     return str((Path(study.images[0].root) / study.images[0].path).resolve())
 
 
-def write_examples(run_dir: Path, examples: Sequence[Mapping[str, Any]]) -> Path:
-    """Write run_dir/evaluation.json, {"examples": [...]}, readable by its owner only (0600)."""
+def write_examples(
+    run_dir: Path,
+    examples: Sequence[Mapping[str, Any]],
+    drift: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write run_dir/evaluation.json, {"examples": [...], "drift": [...]}, mode 0600.
+
+    `drift` are the probed studies to be shown (`evaluation.drift.drift_example`).
+    """
     path = Path(run_dir) / "evaluation.json"
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"examples": [dict(example) for example in examples]}, file, indent=1)
+        parts = {"examples": list(map(dict, examples)), "drift": list(map(dict, drift))}
+        json.dump(parts, file, indent=1)
         file.write("\n")
     return path

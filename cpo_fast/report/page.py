@@ -14,12 +14,14 @@ from typing import Any
 
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.report import tables as t
+from cpo_fast.report.drift import drift_study
 from cpo_fast.report.examples import data_uri, example_of
 from cpo_fast.report.figures import DARK, LIGHT, Line, Panel, concept_graph, curves, intervals
 from cpo_fast.report.read import Run, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN_EXAMPLES = 8
+SHOWN_DRIFTS = 4
 
 STAGE_TITLES = {"sft": "Supervised fine-tuning", "cpo": "Counterfactual preference optimisation"}
 STAGE_NOTES = {
@@ -60,6 +62,7 @@ def write_report(run_dir: Path | str) -> Path:
     ]
     graph = _graph(run)
     examples = [example_of(example, run.path) for example in run.examples[:SHOWN_EXAMPLES]]
+    probed = [drift_study(entry, i) for i, entry in enumerate(run.drifts[:SHOWN_DRIFTS], start=1)]
     context = {
         "title": run.name,
         "lead": _lead(evaluation),
@@ -71,6 +74,7 @@ def write_report(run_dir: Path | str) -> Path:
             "note": _protocol(evaluation),
         },
         "examples": examples,
+        "drifts": [(one, pictures(one.panels, figures)) for one in probed if one],
         "stages": stages,
         "speed": {"table": t.speed_table(run), "shares": _shares(run)},
         "data": {"tables": t.data_tables(run)},
@@ -311,6 +315,7 @@ def _protocol(evaluation: Mapping[str, Any]) -> str:
 def _sections(context: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("evaluation", "Evaluation", context["evaluation"]["tables"]),
+        ("drift", "Drift", context["drifts"]),
         ("examples", "Examples", context["examples"]),
         *((f"stage-{s['id']}", s["short"], True) for s in context["stages"]),
         ("speed", "Throughput", context["speed"]["table"] or context["speed"]["shares"]),

@@ -25,6 +25,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    drifts: list[dict[str, Any]] = field(default_factory=list)  # studies of the drift probe
     targets: Counter[str] = field(default_factory=Counter)  # counterfactuals per target disease
     rejected: list[dict[str, Any]] = field(default_factory=list)  # the first KEPT_RECORDS
     notes: list[str] = field(default_factory=list)
@@ -70,6 +71,7 @@ def read_run(path: Path | str) -> Run:
         ],
         summary=_object(folder / "summary.json", notes),
         examples=_examples(folder, notes),
+        drifts=_list(_object(folder / "evaluation.json", []).get("drift")),
         targets=Counter(
             str(row.get("target"))
             for row in _lines(folder / "counterfactuals.jsonl", notes)
@@ -96,12 +98,16 @@ def _finite(value: Any) -> bool:
 
 def _examples(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The examples of evaluation.json, else the first counterfactuals without any answers."""
-    found = _object(folder / "evaluation.json", notes).get("examples")
-    if isinstance(found, list) and found:
-        return [example for example in found if isinstance(example, dict)]
+    if found := _list(_object(folder / "evaluation.json", notes).get("examples")):
+        return found
     wanted = ("study_id", "report", "labels", "counterfactual", "target")
     rows = zip(_lines(folder / "counterfactuals.jsonl", []), range(4), strict=False)
     return [{key: row.get(key) for key in wanted} for row, _ in rows]
+
+
+def _list(value: Any) -> list[dict[str, Any]]:
+    """The members of a JSON list that are objects."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -234,6 +234,7 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     ]
     kinds = dict.fromkeys(kind for m in models.values() for kind in objects(m.get("swaps")))
     labels = {"synonym": "a near-synonym", "side": "the other side", "negation": "a negation"}
+    labels["hallmark"] = "another disease's hallmark"
     for kind in kinds:
         found = [get(m, "swaps", kind) for m in models.values()]
         cells = tuple(Cell(number(f.get("variation")), f"{f.get('swaps', 0)} swaps") for f in found)
@@ -241,7 +242,7 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     note = (
         "Variation: total variation, 0 to 1, of the distribution over findings that the thought "
         "would end on; a change point moves it by 0.1 or more. Near-synonyms and sides should not "
-        "move it, negations should."
+        "move it, negations and another disease's hallmark should."
     )
     columns = ("", *(name_of(model) for model in models))
     return [Table("Drift of the diagnosis along the thought", columns, tuple(rows), note)]

@@ -1,0 +1,152 @@
+"""MS-CXR-T (temporal image classification): its reader and both readings of "top-1 accuracy".
+
+Protocol A: is a finding improving, stable or worsening, of the three; micro is the share that is
+right, macro the mean over the classes that occur of the share that is right in each. Protocol B: is
+a finding that has a progression label, and so is present, named by the generated diagnosis. The
+paper (arXiv 2505.13081) does not say which it used; every figure here names its protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpo_fast.errors import DataError, UsageError
+from cpo_fast.evaluation.classification import figure, patient_weights
+from cpo_fast.evaluation.csv_sets import rows
+
+FINDINGS = {
+    "consolidation": "Consolidation",
+    "edema": "Edema",
+    "pleural_effusion": "Pleural Effusion",
+    "pneumonia": "Pneumonia",
+    "pneumothorax": "Pneumothorax",
+}
+CLASSES = ("improving", "stable", "worsening")
+PROTOCOL_A = "A: improving, stable or worsening, by the likelihood of three sentences"
+PROTOCOL_B = "B: the finding is named by the generated diagnosis; only labelled, so present, cases"
+IDS = ("subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id")
+
+
+@dataclass(frozen=True)
+class TemporalCase:
+    """One pair of images; `progression` holds the labelled findings only, by our names."""
+
+    subject_id: str
+    study_id: str
+    dicom_id: str
+    previous_study_id: str
+    previous_dicom_id: str
+    progression: Mapping[str, str]
+
+
+def is_ms_cxr_t(columns: Sequence[str]) -> bool:
+    return {"dicom_id", "previous_dicom_id"} <= set(columns)
+
+
+def read_ms_cxr_t(path: Path) -> list[TemporalCase]:
+    """The rows of MS_CXR_T_temporal_image_classification_v1.0.0.csv in their order.
+
+    Raises DataError for a missing column, a progression outside CLASSES, or no labelled row.
+    """
+    columns, found = rows(path)
+    wanted = [*IDS, *(f"{name}_progression" for name in FINDINGS)]
+    if missing := [name for name in wanted if name not in columns]:
+        raise DataError(f"{path} lacks the columns {', '.join(missing)}: is it MS-CXR-T's table?")
+    cases = []
+    for number, row in enumerate(found, start=2):
+        labels = {}
+        for column, name in FINDINGS.items():
+            value = row[f"{column}_progression"].strip().lower()
+            if value and value not in CLASSES:
+                raise DataError(
+                    f"{path}:{number}: {column}_progression should be one of "
+                    f"{', '.join(CLASSES)} or blank"
+                )
+            if value:
+                labels[name] = value
+        if labels:
+            cases.append(TemporalCase(*(row[name].strip() for name in IDS), labels))
+    if not cases:
+        raise DataError(f"{path} has no row with a progression label")
+    return cases
+
+
+def progression_accuracy(
+    cases: Sequence[TemporalCase],
+    predicted: Sequence[Mapping[str, str]],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """Protocol A: {"protocol", "micro" and "macro" (means of the findings), "findings" {name:
+    {"cases", "micro", "macro"}}}; intervals by bootstrap over patients.
+
+    `predicted[i]` maps the labelled findings of case i to one of CLASSES.
+    """
+    _same_length(cases, predicted)
+    weights = patient_weights([case.subject_id for case in cases], bootstrap, seed)
+    weights = np.vstack([np.ones(len(cases)), weights])  # row 0 is the point estimate
+    table = {}
+    for name in FINDINGS.values():
+        truth = np.array([case.progression.get(name, "") for case in cases])
+        right = truth == np.array([one.get(name, "-") for one in predicted])
+        micro = _share(right, truth != "", weights)
+        classes = [_share(right, truth == c, weights) for c in CLASSES if (truth == c).any()]
+        macro = np.nanmean(classes, axis=0) if classes else np.full(len(weights), np.nan)
+        table[name] = (int((truth != "").sum()), micro, macro)
+    return _summary(PROTOCOL_A, table, ("micro", "macro"))
+
+
+def presence_accuracy(
+    cases: Sequence[TemporalCase],
+    parsed: Sequence[Sequence[str] | None],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """Protocol B: {"protocol", "top_1" (mean of the findings), "findings" {name: {"cases",
+    "top_1"}}}; an answer that cannot be parsed (None) names nothing.
+    """
+    _same_length(cases, parsed)
+    weights = patient_weights([case.subject_id for case in cases], bootstrap, seed)
+    weights = np.vstack([np.ones(len(cases)), weights])
+    table = {}
+    for name in FINDINGS.values():
+        labelled = np.array([name in case.progression for case in cases])
+        named = np.array([name in (names or ()) for names in parsed])
+        table[name] = (int(labelled.sum()), _share(named, labelled, weights))
+    return _summary(PROTOCOL_B, table, ("top_1",))
+
+
+def _same_length(cases: Sequence[Any], answers: Sequence[Any]) -> None:
+    if len(cases) != len(answers):
+        raise UsageError(f"{len(cases)} cases, but {len(answers)} answers")
+    if not cases:
+        raise UsageError("no case to evaluate")
+
+
+def _share(right: np.ndarray, among: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Share of `right` among `among`, under every row of `weights`; NaN where there is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((weights @ (right & among)) / (weights @ among))
+
+
+def _summary(
+    protocol: str, table: Mapping[str, tuple[Any, ...]], names: Sequence[str]
+) -> dict[str, Any]:
+    known = [values for cases, *values in table.values() if cases]
+    result: dict[str, Any] = {"protocol": protocol}
+    for k, name in enumerate(names):
+        means = np.mean([values[k] for values in known], axis=0)
+        result[name] = figure(means[0], means[1:])
+    result["findings"] = {
+        finding: {"cases": cases}
+        | {name: figure(v[0], v[1:]) for name, v in zip(names, values, strict=True)}
+        for finding, (cases, *values) in table.items()
+    }
+    return result

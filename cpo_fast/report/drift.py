@@ -1,0 +1,166 @@
+"""The drift probe of one study on the page: its thought as a heat map, the curve, the swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.report.figures import Panel
+from cpo_fast.report.tables import Cell, Row, Table, is_number, number, strings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from cpo_fast.report.figures import Theme
+
+SHOWN_SWAPS = 12
+NAMED_TOKENS = 4  # the largest moves carry their token's text in the curve
+KINDS = {
+    "synonym": "near-synonym",
+    "side": "other side",
+    "negation": "negation",
+    "hallmark": "hallmark replaced",
+}
+KEEPS_MEANING = ("synonym", "side")
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    heat: str  # 0 .. 1: its variation as a share of the largest on the page
+    title: str
+
+
+@dataclass(frozen=True)
+class DriftStudy:
+    """One probed study; `panels` are the divergence curve and the bars of up to two swaps."""
+
+    study_id: str
+    model: str
+    tokens: list[Token]
+    panels: list[Panel]
+    swaps: Table | None
+
+
+def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
+    """An entry of `drift` in evaluation.json made ready; None where it is damaged."""
+    tokens, findings = strings(entry.get("tokens")), strings(entry.get("findings"))
+    variation, divergence = (numbers(entry.get(key)) for key in ("variation", "divergence"))
+    before = numbers(entry.get("end"))
+    if not tokens or not len(tokens) == len(variation) == len(divergence):
+        return None
+    if not findings or len(before) != len(findings):
+        return None
+    model = str(entry.get("model") or "")
+    largest = max(variation) or 1.0
+    panels = [curve(f"drift_{place}_curve", tokens, variation, divergence)]
+    swaps = [swap for swap in _swaps(entry) if len(numbers(swap["distribution"])) == len(findings)]
+    for name, kinds in (("keeps", KEEPS_MEANING), ("changes", ("negation", "hallmark"))):
+        own = [swap for swap in swaps if swap.get("kind") in kinds]
+        if own:
+            worst = max(own, key=lambda swap: float(swap["variation"]))
+            after = numbers(worst["distribution"])
+            panels.append(bars(f"drift_{place}_{name}", _title(worst), findings, before, after))
+    rows = tuple(
+        Row(
+            f"{swap.get('before')} → {swap.get('after')}",
+            (
+                Cell(KINDS.get(str(swap.get("kind")), str(swap.get("kind")))),
+                Cell(number(swap["variation"])),
+                Cell(number(swap.get("divergence"))),
+                Cell(_likeliest(findings, numbers(swap["distribution"]))),
+            ),
+        )
+        for swap in sorted(swaps, key=lambda swap: -float(swap["variation"]))[:SHOWN_SWAPS]
+    )
+    columns = ("Swap", "Kind", "Variation", "Divergence, bits", "Likeliest finding then")
+    note = f"Without a swap the likeliest finding is {_likeliest(findings, before)}."
+    return DriftStudy(
+        study_id=str(entry.get("study_id") or "without id"),
+        model=model,
+        tokens=[
+            Token(text, f"{value / largest:.3f}", f"variation {value:.3f}")
+            for text, value in zip(tokens, variation, strict=True)
+        ],
+        panels=panels,
+        swaps=Table("Swaps, largest first", columns, rows, note, words=True) if rows else None,
+    )
+
+
+def numbers(value: Any) -> list[float]:
+    """A JSON list of finite numbers, [] where it is anything else."""
+    known = isinstance(value, list) and all(is_number(x) and abs(x) < 1e300 for x in value)
+    return [float(x) for x in value] if known else []
+
+
+def _swaps(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = entry.get("swaps")
+    return [
+        swap
+        for swap in (found if isinstance(found, list) else ())
+        if isinstance(swap, dict) and is_number(swap.get("variation")) and "distribution" in swap
+    ]
+
+
+def _title(swap: Mapping[str, Any]) -> str:
+    words = f"{str(swap.get('before')).strip()} → {str(swap.get('after')).strip()}"
+    return words if len(words) <= 52 else words[:51] + "…"
+
+
+def _likeliest(findings: Sequence[str], z: Sequence[float]) -> str:
+    return findings[max(range(len(z)), key=lambda i: z[i])]
+
+
+def curve(
+    slug: str, tokens: Sequence[str], variation: Sequence[float], divergence: Sequence[float]
+) -> Panel:
+    """Total variation and Jensen-Shannon divergence per token; the largest moves are named."""
+    largest = sorted(range(len(tokens)), key=lambda j: -variation[j])[:NAMED_TOKENS]
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        at = range(1, len(tokens) + 1)
+        axes.fill_between(at, variation, color=theme.series[0], alpha=0.18, linewidth=0)
+        axes.plot(at, variation, color=theme.series[0], label="total variation", linewidth=1.2)
+        axes.plot(at, divergence, color=theme.series[1], label="Jensen-Shannon, bits", linewidth=1)
+        for j in largest:
+            if tokens[j].strip():
+                axes.annotate(tokens[j].strip()[:14], (j + 1, variation[j]), xytext=(0, 3),
+                              textcoords="offset points", ha="center", fontsize=8,
+                              color=theme.ink)  # fmt: skip
+        axes.set_ylim(0, max(0.05, 1.2 * max(variation)))
+        axes.set_xlabel("token of the thought")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2,
+                    labelcolor=theme.ink)  # fmt: skip
+
+    j = largest[0]
+    alt = (
+        f"Change of the diagnosis per token over {len(tokens)} tokens; the largest, total "
+        f"variation {variation[j]:.3f}, is at token {j + 1}."
+    )
+    return Panel(slug, "What each token does to the diagnosis", alt, draw)
+
+
+def bars(
+    slug: str,
+    title: str,
+    findings: Sequence[str],
+    before: Sequence[float],
+    after: Sequence[float],
+) -> Panel:
+    """Probability of every finding before and after a swap, findings down."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        rows = range(len(findings))
+        axes.barh([i - 0.19 for i in rows], before, 0.36, color=theme.models["sft"], label="before")
+        axes.barh([i + 0.19 for i in rows], after, 0.36, color=theme.models["cpo"], label="after")
+        axes.set_yticks(rows, findings, color=theme.ink, fontsize=8.5)
+        axes.set_ylim(len(findings) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        axes.legend(loc="lower right", labelcolor=theme.ink)
+
+    alt = f"Probability of each finding before and after the swap {title}."
+    return Panel(slug, title, alt, draw, height=1.2 + 0.24 * len(findings))
