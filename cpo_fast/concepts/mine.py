@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations, islice
@@ -25,6 +27,7 @@ from cpo_fast.concepts.labeller import (
     sentence_mentions,
     sentences,
 )
+from cpo_fast.errors import DataError
 from cpo_fast.types import ConceptGraph
 
 CHUNK = 500
@@ -122,14 +125,22 @@ def _work(texts: list[str]) -> Counts:
 
 def mine(graph_json: Mapping[str, Any], texts: Iterable[str], workers: int = 1) -> Counts:
     """Counts over a stream of report texts, by `workers` processes; the same for any number of
-    them."""
+    them. Raises DataError when one of them dies."""
     total = Counts()
     if workers <= 1:
         total.add(Miner(graph_from_json(graph_json)).count(texts))
         return total
-    with get_context("spawn").Pool(workers, _start, (graph_json,)) as pool:
-        for part in pool.imap_unordered(_work, _chunks(texts)):
-            total.add(part)
+    waiting: deque[Future[Counts]] = deque()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (graph_json,)) as pool:
+        try:
+            for chunk in _chunks(texts):
+                waiting.append(pool.submit(_work, chunk))
+                if len(waiting) > 4 * workers:  # the corpus is never held as a whole
+                    total.add(waiting.popleft().result())
+            for future in waiting:
+                total.add(future.result())
+        except BrokenProcessPool as error:
+            raise DataError("a process of mining died; give fewer --workers") from error
     return total
 
 

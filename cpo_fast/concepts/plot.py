@@ -1,4 +1,4 @@
-"""A picture of the concept graph: diseases in a ring, attributes around them by category."""
+"""A picture of the concept graph: diseases inside, attributes around them by category."""
 
 from __future__ import annotations
 
@@ -30,30 +30,44 @@ _RELATIONS = {
 def draw(graph: ConceptGraph, path: Path) -> None:
     """Draw `graph` to `path`; its suffix names the format. Raises UsageError when it can't be
     written."""
-    positions = _ring(list(graph.diseases), 0.55)
     order = sorted(graph.attributes, key=lambda a: (graph.attributes[a].category, a))
-    positions |= _ring(order, 1.0)
-    figure, axes = plt.subplots(figsize=(15, 15))
+    positions = _ring(order, [1.0])
+    positions |= _ring(_by_angle(graph, positions), [0.5, 0.7])
+    figure, axes = plt.subplots(figsize=(16, 16))
     try:
         for relation, (colour, style, width) in _RELATIONS.items():
             edges = [
                 (a, b) for a, b, d in graph.network.edges(data=True) if d["relation"] == relation
             ]
-            drawn = networkx.draw_networkx_edges(
-                graph.network, positions, edges, width, colour, style, ax=axes
+            bend = {"connectionstyle": "arc3,rad=0.3"} if relation == "contradiction" else {}
+            networkx.draw_networkx_edges(
+                graph.network,
+                positions,
+                edges,
+                width,
+                colour,
+                style,
+                ax=axes,
+                arrows=bool(bend),
+                **bend,
             )
-            if edges:
-                drawn.set_label(relation)
+            axes.plot([], [], color=colour, linestyle=style, linewidth=width + 0.5, label=relation)
         for category, colour in _COLOURS.items():
             nodes = [a for a in order if graph.attributes[a].category == category]
             if nodes:
                 networkx.draw_networkx_nodes(
-                    graph.network, positions, nodes, 60, colour, ax=axes, label=category
+                    graph.network,
+                    positions,
+                    nodes,
+                    70,
+                    colour,
+                    ax=axes,
+                    label=category.replace("_", " or "),
                 )
         names = {d: d for d in graph.diseases}
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "#333333"}
         networkx.draw_networkx_labels(
-            graph.network, positions, names, font_size=9, bbox=box, ax=axes
+            graph.network, positions, names, font_size=12, bbox=box, ax=axes
         )
         for key in order:
             x, y = positions[key]
@@ -67,21 +81,35 @@ def draw(graph: ConceptGraph, path: Path) -> None:
                 ha="right" if left else "left",
                 va="center",
                 rotation_mode="anchor",
-                fontsize=7,
+                fontsize=12,
             )
-        axes.legend(loc="lower left", fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, fontsize=12)
         axes.set_axis_off()
-        axes.set(xlim=(-1.55, 1.55), ylim=(-1.55, 1.55))
-        figure.savefig(path, dpi=110)
+        axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+        figure.savefig(path, dpi=100, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path}: the picture can't be written ({error})") from error
     finally:
         plt.close(figure)
 
 
-def _ring(names: list[str], radius: float) -> dict[str, tuple[float, float]]:
+def _by_angle(graph: ConceptGraph, positions: dict[str, tuple[float, float]]) -> list[str]:
+    """The diseases in the order of the middle of their attributes, so that fewer lines cross."""
+
+    def middle(name: str) -> float:
+        points = [positions[a] for a in graph.diseases[name].associations]
+        return math.atan2(sum(y for _, y in points), sum(x for x, _ in points)) % (2 * math.pi)
+
+    return sorted(graph.diseases, key=middle)
+
+
+def _ring(names: list[str], radii: list[float]) -> dict[str, tuple[float, float]]:
+    """Even places on a circle, at the given radii in turn."""
     turn = 2 * math.pi / len(names)
     return {
-        name: (radius * math.cos(i * turn), radius * math.sin(i * turn))
+        name: (
+            radii[i % len(radii)] * math.cos(i * turn),
+            radii[i % len(radii)] * math.sin(i * turn),
+        )
         for i, name in enumerate(names)
     }
