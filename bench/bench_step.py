@@ -7,6 +7,11 @@ AdamW. Ours has its token ids made ahead, as in a run; so has trl for text, whil
 collator makes them in the step. Every round of ours is preceded by one round of each peer, so that
 all see the same machine; figures are medians. On a CPU trl scores every position, on a GPU the
 response rows only, which flatters the ratio here.
+
+`test_training_loop` times whole training loops instead, ours by the run's own Trainer, trl's by
+DPOTrainer.train(): steps of 8 pairs with feed, schedule, clipping and log, start-up and the first
+step left out; rounds of the two alternate. MFU is of model FLOPs (cpo_fast/model/flops.py) against
+a square matrix product measured in the same process, or a GPU's data sheet.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +34,15 @@ from PIL import Image
 
 from cpo_fast.loss import cpo_loss
 from cpo_fast.model.build import add_lora, tiny_model, tiny_text_model
+from cpo_fast.model.flops import mfu, pack_flops, peak_flops
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.packing import collate, encode_all, image_token_id, plan_epoch
+from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.loop import Trainer
+from cpo_fast.training.metrics import MetricsLog
+from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import ImageRef, Preference
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -40,6 +52,8 @@ PAIRS = 2 * STUDIES
 TRL_BATCH = 4
 PACKING_LENGTH = 4096
 ROUNDS = 3
+LOOP_STEPS = 4
+LOOP_ROUNDS = 2
 CASES = {
     # name: (image side in pixels, words of the prompt's text); a word is about one token
     "image, prompt 380": (504, 40),
@@ -89,37 +103,72 @@ def ours(
         setup.groups, pairs_per_step=PAIRS, packing_length=PACKING_LENGTH, seed=0, epoch=0
     )
 
+    phases = Phases(packed)
+
     def run() -> float:
         total = 0.0
         for pack in step:
             if unshared:
                 pack = tuple((group, (k,)) for group, which in pack for k in which)
-            batch = collate(
-                setup.groups,
-                pack,
-                pixels=setup.images.pixels,
-                image_token_id=image_token_id(setup.tokenizer),
-                share_prompt=not unshared,
-            )
-            out = cpo_loss(
-                packed.hidden(batch),
-                packed.head()[0],
-                batch.labels,
-                batch.segment_ids,
-                batch.pairs,
-                ref_hidden=packed.hidden(batch, reference=True),
-                num_segments=batch.num_segments,
-            )
-            loss = out.losses.sum() / PAIRS
-            loss.backward()
+            with phases("data"):
+                batch = collate(
+                    setup.groups,
+                    pack,
+                    pixels=setup.images.pixels,
+                    image_token_id=image_token_id(setup.tokenizer),
+                    share_prompt=not unshared,
+                )
+            with phases("policy"):
+                hidden = packed.hidden(batch)
+            with phases("reference"):
+                reference = packed.hidden(batch, reference=True)
+            with phases("loss"):
+                out = cpo_loss(
+                    hidden,
+                    packed.head()[0],
+                    batch.labels,
+                    batch.segment_ids,
+                    batch.pairs,
+                    ref_hidden=reference,
+                    num_segments=batch.num_segments,
+                )
+                loss = out.losses.sum() / PAIRS
+            with phases("backward"):
+                loss.backward()
             total += loss.item()
             run.tokens += len(batch.input_ids)
-        optimizer.step()
-        optimizer.zero_grad()
+            run.flops += pack_flops(packed, batch).total
+        with phases("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad()
         return total
 
-    run.tokens = 0
+    run.tokens, run.flops, run.phases = 0, 0.0, phases
     return run
+
+
+class Phases:
+    """Seconds of each part of a step; the vision tower's are taken out of the policy's."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        if packed.vision is not None:
+            packed.vision.register_forward_pre_hook(lambda *_: self._vision(-1))
+            packed.vision.register_forward_hook(lambda *_: self._vision(+1))
+
+    def _vision(self, sign: int) -> None:
+        self.seconds["vision"] += sign * time.perf_counter()
+        self.seconds["policy"] -= sign * time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begun
+
+    def shares(self) -> dict[str, float]:
+        total = sum(self.seconds.values())
+        return {name: seconds / total for name, seconds in self.seconds.items()}
 
 
 def trl(setup: SimpleNamespace, folder: Path) -> Callable:
@@ -209,15 +258,16 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
     }
     # No speed without the same numbers.
     want = step()
+    physical, flops = step.tokens, step.flops
     for name, peer in peers.items():
         assert abs(peer() - want) < 1e-5, name
-    physical = step.tokens
     logical = sum(
         2 * len(g.prompt.input_ids) + len(g.chosen) + len(rejected)
         for g in setup.groups
         for rejected in g.rejected
     )
 
+    step.phases.seconds.clear()
     mine = Clocked(step)
     clocked = {name: Clocked(peer) for name, peer in peers.items()}
 
@@ -227,6 +277,8 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
 
     benchmark.pedantic(mine, setup=run_peers, rounds=ROUNDS)
     median = statistics.median(mine.wall)
+    utilisation = mfu(flops, median, peak_flops(torch.device("cpu"), torch.float32))
+    shares = step.phases.shares()
     rates = {name: PAIRS / statistics.median(peer.wall) for name, peer in clocked.items()}
     cpu_ratios = {
         name: statistics.median(peer.cpu) / statistics.median(mine.cpu)
@@ -241,6 +293,9 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
         "physical_tokens_per_second": physical / median,
         "logical_tokens_per_second": logical / median,
         "token_ratio": logical / physical,
+        "flops_per_token": flops / physical,
+        "mfu": utilisation,
+        "time_shares": shares,
         "threads": torch.get_num_threads(),
     }
     with capsys.disabled():
@@ -250,5 +305,116 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
         )
         print(
             f"\n{setup.name}: {PAIRS / median:.2f} pairs/s; {against}; tokens {physical} for "
-            f"{logical} unshared ({logical / physical:.2f} x); {torch.get_num_threads()} threads"
+            f"{logical} unshared ({logical / physical:.2f} x); {torch.get_num_threads()} threads\n"
+            f"{flops / physical / 1e6:.1f} MFLOP per token, MFU {utilisation:.0%}; time: "
+            + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        )
+
+
+class StepTimes:
+    """Stands in for a stop request, which is asked once a step; never stops, notes the time."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def pending(self) -> bool:
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+        return False
+
+    def rates(self) -> tuple[float, float]:
+        """Pairs per second of wall and of CPU time, after the first step."""
+        pairs = PAIRS * (len(self.wall) - 1)
+        return pairs / (self.wall[-1] - self.wall[0]), pairs / (self.cpu[-1] - self.cpu[0])
+
+
+def our_loop(setup: SimpleNamespace, folder: Path) -> StepTimes:
+    """The CPO stage as a run does it, steps of PAIRS pairs."""
+    folder.mkdir()
+    packed = PackedModel(add_lora(setup.model(), r=8, alpha=32))
+    times = StepTimes()
+    args = TrainArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=TRL_BATCH,
+        gradient_accumulation_steps=PAIRS // TRL_BATCH,
+        max_steps=LOOP_STEPS,
+        packing_length=PACKING_LENGTH,
+        dataloader_num_workers=0,
+    )
+    Trainer(
+        stage="cpo",
+        model=packed,
+        objective=CPOObjective(packed),
+        groups=setup.groups,
+        eval_groups=(),
+        pixels=setup.images.pixels,
+        image_token_id=image_token_id(setup.tokenizer),
+        args=args,
+        log=MetricsLog(folder / "metrics.jsonl"),
+        stage_dir=folder / "cpo",
+        save_model=lambda *_: None,
+        device=torch.device("cpu"),
+        stop=times,
+    ).run()
+    return times
+
+
+def trl_loop(setup: SimpleNamespace, folder: Path) -> StepTimes:
+    """DPOTrainer.train() in micro-batches of TRL_BATCH pairs."""
+    from transformers import TrainerCallback
+    from trl_oracle import trainer
+
+    times = StepTimes()
+
+    class Noted(TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            times.pending()
+
+    made = trainer(
+        setup.model(),
+        setup.preferences,
+        setup.tokenizer,
+        setup.images,
+        output_dir=str(folder),
+        r=8,
+        alpha=32,
+        per_device_train_batch_size=TRL_BATCH,
+        gradient_accumulation_steps=PAIRS // TRL_BATCH,
+        max_steps=LOOP_STEPS,
+        dataloader_num_workers=0,
+        logging_steps=1,
+    )
+    made.add_callback(Noted())
+    made.train()
+    return times
+
+
+def test_training_loop(benchmark, setup, tmp_path, capsys):
+    found: dict[str, list[tuple[float, float]]] = {"ours": [], "trl": []}
+
+    def round_of_both() -> None:
+        number = len(found["trl"])
+        found["trl"].append(trl_loop(setup, tmp_path / f"trl-{number}").rates())
+        found["ours"].append(our_loop(setup, tmp_path / f"ours-{number}").rates())
+
+    benchmark.pedantic(round_of_both, rounds=LOOP_ROUNDS)
+    medians = {
+        name: [statistics.median(column) for column in zip(*rates, strict=True)]
+        for name, rates in found.items()
+    }
+    ratios = [a / b for a, b in zip(medians["ours"], medians["trl"], strict=True)]
+    benchmark.extra_info |= {
+        "case": setup.name,
+        "pairs_per_second": {name: wall for name, (wall, _) in medians.items()},
+        "pairs_per_cpu_second": {name: cpu for name, (_, cpu) in medians.items()},
+        "ratio": ratios[0],
+        "cpu_time_ratio": ratios[1],
+        "threads": torch.get_num_threads(),
+    }
+    with capsys.disabled():
+        print(
+            f"\n{setup.name}, whole loop: {medians['ours'][0]:.2f} pairs/s, trl "
+            f"{medians['trl'][0]:.2f} ({ratios[0]:.1f} x, CPU time {ratios[1]:.1f} x); "
+            f"{torch.get_num_threads()} threads"
         )
