@@ -14,7 +14,9 @@ import pytest
 from data_samples import REPORT, SECRET, write_mimic
 from PIL import Image
 
+from cpo_fast.data import open_studies
 from cpo_fast.data.__main__ import main
+from cpo_fast.data.check import check, table
 from cpo_fast.data.openi import installed
 from cpo_fast.errors import DataError
 
@@ -139,7 +141,13 @@ def test_preference_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert facts["rejected"] == {"chosen-equals-rejected": 1, "image-missing": 1}
     assert facts["rejected_per_preference"] == {"1": 2, "2": 1}
     assert facts["repeated_preferences"] == 1
-    assert facts["characters"]["chosen"] == {"min": 1, "p50": 1, "p95": 1, "max": len(SECRET)}
+    assert facts["characters"]["chosen"] == {
+        "min": 1,
+        "p50": 1,
+        "p95": 1,
+        "p99": 1,
+        "max": len(SECRET),
+    }
     assert SECRET not in str(rejected) + str(capsys.readouterr())
     assert run(path, tmp_path / "out", "--max_bad_fraction", "0.4")[0] == 0
 
@@ -156,7 +164,94 @@ def test_open_i(tmp_path: Path) -> None:
     assert facts["unlabelled"] == 95
 
 
-@pytest.mark.parametrize("flags", [["--colour"], ["--max_bad_fraction", "2"], ["--images", "all"]])
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from packing_samples import images, tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer().save_pretrained(folder)
+    images().save(folder)  # at most 112 x 112 pixels
+    return folder
+
+
+def test_token_lengths_are_those_of_encode(
+    mimic: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from packing_samples import images, tokenizer
+
+    from cpo_fast.counterfactual import sft_preference
+    from cpo_fast.packing import encode
+
+    groups = [
+        encode(sft_preference(study), tokenizer(), images().grid, max_length=9999)
+        for study in open_studies(str(mimic))
+    ]
+    prompts = [len(group.prompt.input_ids) for group in groups]
+    whole = sorted(len(g.prompt.input_ids) + len(g.chosen) for g in groups)
+    flags = ["--model_name_or_path", str(model), "--max_length", str(whole[-1] - 1)]
+    code, facts, _ = run(mimic, tmp_path / "out", *flags)
+    assert code == 0
+    assert set(facts["tokens"]["prompt"].values()) == set(prompts)
+    assert facts["tokens"]["whole"]["max"] == whole[-1]
+    assert facts["tokens"]["whole"]["min"] == whole[0]
+    over = sum(length == whole[-1] for length in whole)
+    assert facts["over_max_length"]["records"] == over
+    assert facts["over_max_length"]["share"] == over / len(whole)
+    printed = capsys.readouterr().out
+    assert f"longer than {whole[-1] - 1}" in printed and "tokens, chosen" in printed
+
+
+def test_token_lengths_of_preferences(model: Path, tmp_path: Path) -> None:
+    from packing_samples import tokenizer
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "The heart", "chosen": " is", "rejected": " was large"}))
+    _, facts, _ = run(path, tmp_path / "out", "--tokenizer", str(model))
+    text = "The heart was large" + tokenizer().eos_token
+    assert facts["tokens"]["whole"]["max"] == len(tokenizer()(text)["input_ids"])
+    assert "over_max_length" not in facts
+
+
+def test_a_tokenizer_that_is_none(
+    mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(mimic, tmp_path / "out", "--tokenizer", str(tmp_path))[0] == 2
+    assert "no tokenizer there" in capsys.readouterr().err
+
+
+def test_a_sample_looks_at_some_images(mimic: Path, tmp_path: Path) -> None:
+    for image in mimic.rglob("*.jpg"):
+        image.write_bytes(b"")
+    counts = [
+        sum(run(mimic, tmp_path / "out", "--sample", share)[1]["rejected"].values())
+        for share in ("0", "0.5", "0.5", "1")
+    ]
+    assert counts[0] == 0 and counts[3] == 10
+    assert 0 < counts[1] == counts[2] < 10
+
+
+def test_it_prints_within_eighty_columns(mimic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, report in enumerate(sorted(mimic.rglob("s5*.txt"))):
+        report.write_text("" if number % 2 else report.read_text())
+    for image in mimic.rglob("p10000003/*/*.jpg"):
+        image.unlink()
+    monkeypatch.chdir(mimic.parent)
+    checked = check(open_studies(mimic.name))
+    rows = table(checked).splitlines()
+    assert max(map(len, rows)) <= 80
+    assert any("report-empty" in row and "e.g. s5000000" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max_length", "9"],
+        ["--max_images", "0"],
+        ["--colour"],
+        ["--max_bad_fraction", "2"],
+        ["--images", "all"],
+    ],
+)
 def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run("open-i", tmp_path / "out", *flags)

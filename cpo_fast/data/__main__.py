@@ -1,13 +1,17 @@
-"""`python -m cpo_fast.data check`: whether a data set can be used, before training on it."""
+"""`python -m cpo_fast.data check`: whether a data set can be used, before training on it;
+`python -m cpo_fast.data export`: the same records in the formats of other tools."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from cpo_fast.data import STUDY_FORMATS, is_preference_file, open_preferences, open_studies
 from cpo_fast.data.check import IMAGE_CHECKS, check, table, write
+from cpo_fast.data.export import FORMATS, export
+from cpo_fast.data.lengths import Lengths
 from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
@@ -23,31 +27,69 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--dataset", required=True, help="folder, file, or the name open-i")
+    formats = dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS))
+    data.add_argument("--dataset_format", choices=formats, default="auto")
+    data.add_argument("--image_root", help="folder that image paths are relative to")
+    data.add_argument("--sections", choices=RULES, default="careful")
+    data.add_argument(
+        "--max_images", type=_positive, default=1, help="images per study, frontal views first"
+    )
+
     parser = argparse.ArgumentParser(prog="python -m cpo_fast.data", description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser(
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser(
         "check",
+        parents=[data],
         help="read everything and say what is usable",
         description="Read a whole data set; write summary.json and rejected_records.jsonl. "
         "Exit code 0: usable, 1: too many records set aside, 2: cannot be read.",
     )
-    command.add_argument("--dataset", required=True, help="folder, file, or the name open-i")
     command.add_argument("--output_dir", required=True)
     command.add_argument("--max_bad_fraction", type=_fraction, default=0.05)
-    formats = dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS))
-    command.add_argument("--dataset_format", choices=formats, default="auto")
-    command.add_argument("--image_root", help="folder that image paths are relative to")
-    command.add_argument("--sections", choices=RULES, default="careful")
     command.add_argument(
         "--images",
         choices=IMAGE_CHECKS,
         default="decode",
         help="how far to look at images; header is faster, but does not see truncated files",
     )
-    return parser.parse_args(argv)
+    command.add_argument(
+        "--sample",
+        type=_fraction,
+        default=1.0,
+        help="share of the records whose images and tokens are looked at, chosen by their ids",
+    )
+    command.add_argument(
+        "--model_name_or_path", "--tokenizer", dest="model", metavar="FOLDER",
+        help="model or tokenizer to count tokens with",
+    )  # fmt: skip
+    command.add_argument("--max_length", type=_positive, help="count what is longer, in tokens")
+
+    command = commands.add_parser(
+        "export",
+        parents=[data],
+        help="write the records for another tool",
+        description="Write a data set as our own rows (jsonl), CXR-CounterFact, trl or ms-swift. "
+        "Exit code 0: written, 2: could not be read or written.",
+    )
+    command.add_argument("--output", required=True, help="file to write")
+    command.add_argument("--format", choices=FORMATS, required=True)
+    args = parser.parse_args(argv)
+    if args.command == "check" and args.max_length and not args.model:
+        parser.error("--max_length needs --model_name_or_path or --tokenizer to count tokens with")
+    return args
 
 
-def _source(args: argparse.Namespace) -> Source:
+def _source(args: argparse.Namespace) -> Source[Any]:
     if is_preference_file(args.dataset, args.dataset_format):
         return open_preferences(
             args.dataset, dataset_format=args.dataset_format, image_root=args.image_root
@@ -60,15 +102,14 @@ def _source(args: argparse.Namespace) -> Source:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 usable, 1 too many records are set aside (or none is left), 2 unreadable."""
-    args = _arguments(argv)
-    try:
-        checked = check(_source(args), args.images)
-        write(checked, args.output_dir)
-    except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNREADABLE
+def _check(args: argparse.Namespace) -> int:
+    lengths = None
+    if args.model:
+        lengths = Lengths.of_model(
+            args.model, max_length=args.max_length, max_images=args.max_images
+        )
+    checked = check(_source(args), args.images, lengths=lengths, sample=args.sample)
+    write(checked, args.output_dir)
     print(table(checked))
     if checked.facts["used"] == 0 or checked.bad_fraction > args.max_bad_fraction:
         print(
@@ -79,6 +120,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return TOO_MANY_BAD
     return USABLE
+
+
+def _export(args: argparse.Namespace) -> int:
+    source = _source(args)
+    done = export(source, args.output, args.format, max_images=args.max_images)
+    print(f"{args.output}: {done.rows} rows of {done.records} records ({source.kind})")
+    for reason, count in done.rejected.items():
+        print(f"set aside: {count}  {reason}")
+    print("image paths are relative to the folder they were read from: name it as --image_root")
+    return USABLE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 usable or written, 1 too many records are set aside (or none is left), 2
+    unreadable.
+    """
+    args = _arguments(argv)
+    try:
+        return _check(args) if args.command == "check" else _export(args)
+    except CpoFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNREADABLE
 
 
 if __name__ == "__main__":

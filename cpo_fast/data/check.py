@@ -6,10 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import textwrap
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from cpo_fast.data.images import image_size, load_image
 from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.data.lengths import Lengths, quantiles
 from cpo_fast.data.preferences import PreferenceSource
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
@@ -26,8 +28,6 @@ from cpo_fast.types import ImageRef, Preference, RejectedRecord, Study
 IMAGE_CHECKS = ("decode", "header", "none")
 """How far images are looked at: every pixel (finds truncated files), the header only, or not at
 all."""
-
-_QUANTILES = (0.0, 0.5, 0.95, 1.0)
 
 
 def _digest(*texts: str) -> bytes:
@@ -115,6 +115,7 @@ class PreferenceTally(Tally):
         self.lengths["chosen"].append(len(record.chosen))
         self.lengths["rejected"].extend(map(len, record.rejected))
         names = [ref.path or hashlib.sha256(ref.data or b"").hexdigest() for ref in record.images]
+        prompt += json.dumps(record.rejected_prompts)
         row = _digest(prompt, record.chosen, *record.rejected, *names)
         self.repeated += row in self.rows
         self.rows.add(row)
@@ -124,23 +125,13 @@ class PreferenceTally(Tally):
             "rejected_per_preference": _sorted(self.rejected),
             "images_per_record": _sorted(self.images),
             "sources": dict(self.sources),
-            "characters": {name: _quantiles(values) for name, values in self.lengths.items()},
+            "characters": {name: quantiles(values) for name, values in self.lengths.items()},
             "repeated_preferences": self.repeated,
         }
 
 
 def _sorted(counts: Counter[int]) -> dict[str, int]:
     return {str(key): counts[key] for key in sorted(counts)}
-
-
-def _quantiles(values: array[int]) -> dict[str, int]:
-    """Lower quantiles of `values`, by name: min, p50, p95, max."""
-    ranked = sorted(values)
-    names = ("min", "p50", "p95", "max")
-    if not ranked:
-        return {}
-    last = len(ranked) - 1
-    return {name: ranked[int(q * last)] for name, q in zip(names, _QUANTILES, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -162,12 +153,25 @@ def _images_of(record: Any) -> Iterator[ImageRef]:
             yield from images or ()
 
 
-def check(source: Source[Any], images: str = "decode") -> Checked:
+def _chosen(id: str, sample: float) -> bool:
+    """Whether a record is in the sample; the same on every machine and for every order."""
+    digest = hashlib.sha256(id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < sample * 2**64
+
+
+def check(
+    source: Source[Any],
+    images: str = "decode",
+    *,
+    lengths: Lengths | None = None,
+    sample: float = 1.0,
+) -> Checked:
     """Read all of `source` and look at its images as far as `images`, one of `IMAGE_CHECKS`, says.
 
-    A record with an image that fails is set aside as a whole. `read` counts records,
-    `used` those that remain. Raises DataError
-    when the data set cannot be read.
+    `lengths` counts tokens. Images and tokens are looked at in a share `sample` of the records,
+    chosen by their ids. A record with an image that fails is set aside as a whole. `read` counts
+    records, `used` those that remain. Raises DataError when the data set cannot be read, and
+    UsageError as `Lengths.add`.
     """
     if images not in IMAGE_CHECKS:
         raise ValueError(f"images must be one of {IMAGE_CHECKS}, not {images!r}")
@@ -175,14 +179,17 @@ def check(source: Source[Any], images: str = "decode") -> Checked:
     tally: Tally = StudyTally() if source.noun == "study" else PreferenceTally()
     bad: list[RejectedRecord] = []
     for record in tqdm(source, "check", unit=source.noun, disable=None):
+        id = record.study_id if isinstance(record, Study) else record.id
+        sampled = sample >= 1 or _chosen(id, sample)
         try:
-            for ref in _images_of(record) if images != "none" else ():
+            for ref in _images_of(record) if sampled and images != "none" else ():
                 look(ref)
         except RecordError as error:
-            id = record.study_id if isinstance(record, Study) else record.id
             bad.append(RejectedRecord(source.path, None, id, error.reason, error.detail))
             continue
         tally.add(record)
+        if lengths is not None and sampled:
+            lengths.add(record)
     rejected = [*source.rejected, *bad]
     reasons = Counter(record.reason for record in rejected)
     facts = {
@@ -192,10 +199,14 @@ def check(source: Source[Any], images: str = "decode") -> Checked:
         "used": source.read - len(rejected),
         "rejected": dict(reasons.most_common()),
         "images_checked": images,
+        "sample": sample,
         **tally.facts(),
     }
     if isinstance(source, PreferenceSource):
         facts["merged_rows"] = source.merged
+        facts["unused_reference_logps"] = source.ref_logps
+    if lengths is not None:
+        facts |= lengths.facts()
     return Checked(facts, rejected)
 
 
@@ -223,8 +234,27 @@ def write(checked: Checked, output_dir: str) -> None:
         ) from None
 
 
+WIDTH = 80
+_BAR = 18
+
+
+def _lines(name: str, value: str, column: int) -> Iterator[str]:
+    """A row of the table, wrapped between words."""
+    room = WIDTH - column - 2
+    parts = [value]
+    if len(value) > room:
+        parts = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
+    for place, part in enumerate(parts):
+        yield f"{'' if place else name:<{column}}  {part}".rstrip()
+
+
+def _listed(counts: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in counts.items())
+
+
 def table(checked: Checked, examples: int = 3) -> str:
-    """The facts as lines for a terminal; ids of `examples` records for each reason, never text."""
+    """The facts as lines of at most 80 columns (a longer path apart); ids of `examples` records for
+    each reason, never text."""
     facts = checked.facts
     rows: list[tuple[str, str]] = [
         ("data set", f"{facts['dataset']} ({facts['kind']})"),
@@ -234,25 +264,31 @@ def table(checked: Checked, examples: int = 3) -> str:
     ]
     for reason, count in facts["rejected"].items():
         ids = [record.id for record in checked.rejected if record.reason == reason][:examples]
-        rows.append((f"  {reason}", f"{count}  e.g. {', '.join(ids)}"))
+        rows.append((f"  {reason}", f"{count}  e.g. {', '.join(map(_short, ids))}"))
     for split, sizes in facts.get("splits", {}).items():
         rows.append((split, f"{sizes['studies']} studies of {sizes['patients']} patients"))
     single = (
-        "patients_in_several_splits unlabelled repeated_reports merged_rows repeated_preferences"
+        "patients_in_several_splits unlabelled repeated_reports merged_rows repeated_preferences "
+        "unused_reference_logps"
     )
     rows += [(name.replace("_", " "), str(facts[name])) for name in single.split() if name in facts]
     for name in ("images_per_record", "findings_per_study", "rejected_per_preference", "sources"):
         if counts := facts.get(name):
             listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
             rows.append((name.replace("_", " "), listed))
-    for name, lengths in facts.get("characters", {}).items():
-        listed = ", ".join(f"{key} {value}" for key, value in lengths.items())
-        rows.append((f"characters, {name}", listed))
+    for unit in ("characters", "tokens"):
+        for name, values in facts.get(unit, {}).items():
+            rows.append((f"{unit}, {name}", _listed(values)))
+    if over := facts.get("over_max_length"):
+        share = f"{over['records']} ({100 * over['share']:.2f} %)"
+        rows.append((f"longer than {over['max_length']}", share))
     most = max((counts["present"] for counts in facts.get("labels", {}).values()), default=0)
     for name, counts in facts.get("labels", {}).items():
-        bar = "#" * -(-counts["present"] * 30 // max(most, 1))
-        rows.append(
-            (f"  {name}", f"{counts['present']:>7}  +{counts['uncertain']} uncertain  {bar}")
-        )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+        bar = "#" * -(-counts["present"] * _BAR // max(most, 1))
+        rows.append((f"  {name}", f"{counts['present']:>7}  {bar}  +{counts['uncertain']} unsure"))
+    column = max(len(name) for name, _ in rows)
+    return "\n".join(line for name, value in rows for line in _lines(name, value, column))
+
+
+def _short(id: str) -> str:
+    return id if len(id) <= 40 else f"{id[:37]}..."

@@ -1,0 +1,216 @@
+"""Preferences and studies as rows for other tools, and for ourselves.
+
+"jsonl" is our own and keeps everything; "trl", "swift" (ms-swift) and "ccf" (CXR-CounterFact) keep
+what these formats can say. A record that a format cannot hold is set aside by a reason.
+A study has no rejected answer: it becomes a row of supervised fine-tuning.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cpo_fast.data.lengths import as_preference
+from cpo_fast.data.preference_values import IMAGE_TAG
+from cpo_fast.data.source import Source
+from cpo_fast.errors import DataError, RecordError
+from cpo_fast.types import ImageRef, Preference
+
+Row = dict[str, Any]
+
+_THOUGHT = re.compile(r"<think> (.*) </think> (.*)", re.DOTALL)
+_ANSWER = re.compile(r"The disease of this patient is ([^\n]+)\.")
+_PLACE = re.compile(r"(?:.*/)?p(1\d{7})/s(5\d{7})/([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+")
+_ALL_IMAGES = 1_000
+
+
+def _image(ref: ImageRef) -> str | Row:
+    """The path as it stands, or what is in hand in base64."""
+    if ref.data is None:
+        return ref.path
+    return {"bytes": base64.b64encode(ref.data).decode(), "path": ref.path or None}
+
+
+def _images(refs: Sequence[ImageRef]) -> list[str | Row]:
+    return [_image(ref) for ref in refs]
+
+
+def _parts(one: Preference) -> Iterator[tuple[str, tuple[ImageRef, ...] | None, Any]]:
+    """(rejected answer, its images or None, its prompt or None)."""
+    count = len(one.rejected)
+    yield from zip(
+        one.rejected,
+        one.rejected_images or (None,) * count,
+        one.rejected_prompts or (None,) * count,
+        strict=True,
+    )
+
+
+def _no_own_prompts(one: Preference, form: str) -> None:
+    if any(one.rejected_prompts):
+        raise RecordError("prompts-differ", f"{form} has one prompt for both answers")
+
+
+def jsonl_rows(one: Preference) -> list[Row]:
+    """Our preference rows: one for all answers that see the same images."""
+    _no_own_prompts(one, "jsonl")
+    row: Row = {
+        "id": one.id,
+        "images": _images(one.images),
+        "prompt": one.prompt[0]["content"] if one.plain else list(one.prompt),
+        "chosen": one.chosen,
+    }
+    if one.weight != 1.0:
+        row["weight"] = one.weight
+    rows: list[Row] = []
+    for text, images, _ in _parts(one):
+        own = {} if images is None else {"rejected_images": _images(images)}
+        last = rows[-1] if rows else {}
+        if rows and last.get("rejected_images") == own.get("rejected_images"):
+            last["rejected_responses"].append(text)
+        else:
+            rows.append({**row, "rejected_responses": [text], **own})
+    return rows or [{**row, "rejected_responses": []}]
+
+
+def trl_rows(one: Preference) -> list[Row]:
+    """Rows of trl's DPOTrainer, one for each rejected answer; of its SFTTrainer where there is
+    none.
+    """
+    _no_own_prompts(one, "trl")
+    if any(one.rejected_images):
+        raise RecordError("rejected-images", "trl shows both answers the same images")
+    images = {"images": _images(one.images)} if one.images else {}
+
+    def said(text: str) -> str | list[Row]:
+        return text if one.plain else [{"role": "assistant", "content": text}]
+
+    prompt = one.prompt[0]["content"] if one.plain else list(one.prompt)
+    row = {"id": one.id, **images, "prompt": prompt}
+    if not one.rejected:
+        return [{**row, "completion": said(one.chosen)}]
+    return [{**row, "chosen": said(one.chosen), "rejected": said(text)} for text in one.rejected]
+
+
+def _tagged(message: Mapping[str, Any]) -> Row:
+    """A message with `<image>` where an image stands."""
+    said = message["content"]
+    parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
+    if any(IMAGE_TAG in part.get("text", "") for part in parts):
+        raise RecordError("image-tag-in-text", "ms-swift would take it for an image")
+    text = "".join(part["text"] if part["type"] == "text" else IMAGE_TAG for part in parts)
+    return {"role": message["role"], "content": text}
+
+
+def swift_rows(one: Preference) -> list[Row]:
+    """Rows of ms-swift: the last of `messages` is the chosen answer, images are tags."""
+    if one.plain:
+        raise RecordError("plain-text", "ms-swift has conversations only")
+    answers = (one.chosen, *one.rejected)
+    if any(IMAGE_TAG in answer for answer in answers):
+        raise RecordError("image-tag-in-text", "ms-swift would take it for an image")
+    prompt = [_tagged(message) for message in one.prompt]
+    chosen = {"role": "assistant", "content": one.chosen}
+    row: Row = {"messages": [*prompt, chosen], "images": _images(one.images)}
+    rows = []
+    for text, images, own_prompt in _parts(one):
+        own: Row = {} if images is None else {"rejected_images": _images(images)}
+        if own_prompt is not None:
+            turns = [_tagged(message) for message in own_prompt]
+            own["rejected_messages"] = [*turns, {"role": "assistant", "content": text}]
+        elif images is None or text != one.chosen:
+            own["rejected_response"] = text
+        rows.append({**row, **own})
+    return rows or [row]
+
+
+def ccf_rows(one: Preference) -> list[Row]:
+    """One item of CXR-CounterFact, out of answers in its form: a report in thoughts, a sentence."""
+    _no_own_prompts(one, "ccf")
+    if any(one.rejected_images) or len(one.images) > 1:
+        raise RecordError("several-images", "ccf has one image for all answers")
+    chosen = _THOUGHT.fullmatch(one.chosen)
+    if chosen is None:
+        raise RecordError("not-a-thought", "the chosen answer is not <think> report </think> ...")
+    told: dict[str, str] = {}
+    for text in one.rejected:
+        found = _THOUGHT.fullmatch(text)
+        named = found and _ANSWER.fullmatch(found[2])
+        if found is None or not named or named[1] in told:
+            raise RecordError("not-a-thought", "a rejected answer names no disease, or one twice")
+        told[named[1]] = found[1]
+    place = _PLACE.fullmatch(one.images[0].path) if one.images else None
+    if one.images and place is None:
+        raise RecordError("not-mimic", "ccf finds images by ids of MIMIC-CXR")
+    patient, study, dicom = place.groups() if place else ("", one.id, "")
+    row = {"dicom_id": dicom, "sid": study, "pid": patient}
+    return [{**row, "report": chosen[1], "diagnose": chosen[2], "counterfact": told}]
+
+
+FORMATS = {"jsonl": jsonl_rows, "ccf": ccf_rows, "trl": trl_rows, "swift": swift_rows}
+"""Format name -> the rows of one preference; each raises RecordError for what it cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """How many records and rows were written, and how many records were set aside, by reason."""
+
+    records: int
+    rows: int
+    rejected: dict[str, int]
+
+
+def export(
+    source: Source[Any], output: str | Path, form: str, *, max_images: int = _ALL_IMAGES
+) -> Exported:
+    """Write `source` to `output` (0600) in a format of `FORMATS`, one row per line; "ccf" is one
+    JSON list. Image paths are written as they stand, relative to the source's image root.
+
+    The file appears when it is whole. Raises DataError when it cannot be written or when nothing
+    can be exported.
+    """
+    make = FORMATS[form]
+    target = Path(output)
+    part = target.with_name(f".{target.name}.part")
+    records = rows = 0
+    reasons: Counter[str] = Counter()
+    try:
+        part.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write("[\n" if form == "ccf" else "")
+            for record in tqdm(source, "export", unit=source.noun, disable=None):
+                try:
+                    made = make(as_preference(record, max_images))
+                except RecordError as error:
+                    reasons[error.reason] += 1
+                    continue
+                for row in made:
+                    file.write(",\n" if form == "ccf" and rows else "")
+                    file.write(json.dumps(row, ensure_ascii=False))
+                    file.write("" if form == "ccf" else "\n")
+                    rows += 1
+                records += 1
+            file.write("\n]\n" if form == "ccf" else "")
+        reasons.update(source.reasons())
+        if rows:
+            part.replace(target)
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be written ({error.strerror}); choose another --output"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+    if not rows:
+        counted = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        raise DataError(f"{source.path}: nothing of it can be written as {form} ({counted})")
+    return Exported(records, rows, dict(reasons.most_common()))

@@ -1,0 +1,147 @@
+"""Token lengths of a data set under a tokenizer, before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.data.files import open_regular
+from cpo_fast.data.images import image_size
+from cpo_fast.data.labels import diagnosis, question, thought
+from cpo_fast.data.pixels import visual_tokens
+from cpo_fast.data.tokens import token_ids
+from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.types import ImageRef, Preference, Study
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+"""Bounds of Qwen2.5-VL on a resized image, where a model's folder names none."""
+
+_QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+def quantiles(values: array[int]) -> dict[str, int]:
+    """Lower quantiles of `values`, by name; {} of nothing."""
+    ranked = sorted(values)
+    last = len(ranked) - 1
+    return {name: ranked[int(q * last)] for name, q in _QUANTILES.items()} if ranked else {}
+
+
+def _pixel_bounds(folder: str) -> tuple[int, int]:
+    """What preprocessor_config.json in `folder` says, in either spelling, or Qwen2.5-VL's own."""
+    try:
+        with open_regular(str(Path(folder) / "preprocessor_config.json")) as file:
+            config = json.loads(file.read(1_000_000))
+        size = config.get("size") or {}
+        low = size.get("shortest_edge") or config.get("min_pixels") or MIN_PIXELS
+        high = size.get("longest_edge") or config.get("max_pixels") or MAX_PIXELS
+        return int(low), int(high)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return MIN_PIXELS, MAX_PIXELS
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder. Raises UsageError; nothing is fetched or run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder}: no tokenizer there that can be loaded ({type(error).__name__}); "
+            "give the folder of a model or of its tokenizer"
+        ) from None
+
+
+def as_preference(record: Study | Preference, max_images: int) -> Preference:
+    """What a record asks and answers; a study as SFT learns it, with so many images."""
+    if isinstance(record, Preference):
+        return record
+    images = record.images[:max_images]
+    answer = thought(record.report.text, diagnosis(record.labels))
+    return Preference(record.study_id, question(len(images)), answer, images=images)
+
+
+@dataclass
+class Lengths:
+    """Counts tokens of one record after another; `facts` are those of summary.json.
+
+    An image counts as many tokens as the model sees of it. A sample's length is its prompt and the
+    longest of its answers. A record whose image cannot be read is left out.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = None
+    max_images: int = 1
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+    tokens: dict[str, array[int]] = field(
+        default_factory=lambda: {
+            name: array("L") for name in ("prompt", "chosen", "rejected", "whole")
+        }
+    )
+    over: int = 0
+
+    @classmethod
+    def of_model(
+        cls, folder: str, *, max_length: int | None = None, max_images: int = 1
+    ) -> Lengths:
+        """Tokenizer and image bounds of a model's folder. Raises UsageError."""
+        low, high = _pixel_bounds(folder)
+        return cls(load_tokenizer(folder), max_length, max_images, low, high)
+
+    def _images(self, images: tuple[ImageRef, ...]) -> int:
+        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return sum(visual_tokens(*image_size(ref), **bounds) - 1 for ref in images)
+
+    def add(self, record: Study | Preference) -> None:
+        """Raises UsageError for a tokenizer without a chat template where one is needed."""
+        one = as_preference(record, self.max_images)
+        if self.tokenizer.chat_template is None and not one.plain:
+            raise UsageError(
+                "the tokenizer has no chat template; give that of an instruction-tuned model"
+            )
+        ids = token_ids(one, self.tokenizer)
+        try:
+            prompt = len(ids.prompt) + self._images(one.images)
+            own = [
+                prompt
+                if own_ids is None and images is None
+                else len(own_ids or ids.prompt)
+                + self._images(one.images if images is None else images)
+                for own_ids, images in zip(
+                    ids.rejected_prompts,
+                    one.rejected_images or (None,) * len(one.rejected),
+                    strict=True,
+                )
+            ]
+        except RecordError:
+            return
+        whole = max(
+            prompt + len(ids.chosen),
+            *(start + len(answer) for start, answer in zip(own, ids.rejected, strict=True)),
+            0,
+        )
+        self.tokens["prompt"].append(prompt)
+        self.tokens["chosen"].append(len(ids.chosen))
+        self.tokens["rejected"].extend(map(len, ids.rejected))
+        self.tokens["whole"].append(whole)
+        self.over += self.max_length is not None and whole > self.max_length
+
+    def facts(self) -> dict[str, Any]:
+        counted = len(self.tokens["whole"])
+        found: dict[str, Any] = {
+            "tokens": {name: quantiles(values) for name, values in self.tokens.items() if values}
+        }
+        if self.max_length is not None:
+            found["over_max_length"] = {
+                "max_length": self.max_length,
+                "records": self.over,
+                "share": round(self.over / counted, 6) if counted else 0.0,
+            }
+        return found
