@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.export --merge CHECKPOINT --output_dir FOLDER`: adapter and base as one model.
+"""`python -m cpo_fast.export --merge CHECKPOINT --output_dir FOLDER`: an adapter made a model.
 
 The folder then holds one whole model with its tokenizer and image processor, as transformers, vLLM
 and others load it, without peft.
@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from cpo_fast.errors import CpoFastError, UsageError
 
@@ -76,7 +77,8 @@ def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") ->
     shutil.rmtree(partial, ignore_errors=True)
     os.umask(0o077)
     try:
-        whole = merge(model).to(base_dtype or torch.float32)
+        whole: Any = merge(model)
+        whole = whole.to(base_dtype or torch.float32)
         save_model(whole, partial, tokenizer=load_tokenizer(checkpoint), images=images)
         if output_dir.exists():
             output_dir.rmdir()

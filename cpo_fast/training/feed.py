@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cpo_fast.errors import RecordError
 from cpo_fast.packing import Step, collate
+from cpo_fast.packing.plan import Pack
 from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt, RejectedRecord
 
 Pixels = Callable[[ImageRef], tuple[torch.Tensor, torch.Tensor]]
@@ -43,8 +44,17 @@ class StepFeed(Dataset):
         return len(self.steps)
 
     def __getitem__(self, index: int) -> StepBatch:
+        return self._collated(self.steps[index])
+
+    def halved(self, index: int) -> StepBatch:
+        """The same step with half of the groups in a pack, where there is more than one."""
+        return self._collated(
+            half for pack in self.steps[index] for half in (pack[0::2], pack[1::2])
+        )
+
+    def _collated(self, packs: Iterable[Pack]) -> StepBatch:
         batches, rejected = [], []
-        for pack in self.steps[index]:
+        for pack in packs:
             decoded: dict[ImageRef, tuple[torch.Tensor, torch.Tensor]] = {}
             usable = []
             for group_index, kept in pack:

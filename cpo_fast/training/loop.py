@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     nonfinite_in_a_row: int = 0
+    oom_retries: int = 0
     final: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, Any] = field(default_factory=dict)
 
@@ -135,7 +136,8 @@ class Trainer:
         for number, batch in enumerate(clock.waiting(loader), start=progress.step + 1):
             progress.step = number
             rejected += [record.to_json() for record in batch.rejected]
-            grad_norm = self._step(batch, optimizer, sums, clock, progress)
+            halved = partial(feed.halved, number - 1)
+            grad_norm = self._step(batch, halved, optimizer, sums, clock, progress)
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             clock.count_step(batch.batches)
@@ -154,6 +156,8 @@ class Trainer:
                     "learning_rate": learning_rate,
                     "num_tokens": round(self.world.sum([clock.num_tokens])[0]),
                 }
+                if retries := round(self.world.sum([progress.oom_retries])[0]):
+                    row["oom_retries"] = retries
                 self.log.write({**at, **row, **clock.row()})
                 progress.final |= row
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
@@ -278,6 +282,7 @@ class Trainer:
     def _step(
         self,
         step: StepBatch,
+        halved: Callable[[], StepBatch],
         optimizer: torch.optim.Optimizer,
         sums: Sums,
         clock: Clock,
@@ -285,20 +290,20 @@ class Trainer:
     ) -> float:
         """One optimiser step: the packs' summed losses, divided by the weight of the whole step.
 
+        Out of memory, it is computed once more as `halved` gives it.
         Returns the gradient norm, over all ranks. A step whose norm is not finite does not reach
         the weights.
         """
         total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
         if not total:  # every image of the step failed; it stays in the count of steps
             return 0.0
-        own = Sums()
-        for batch, counts in self._level(step):
-            with clock.phase("forward"):
-                loss, values = self.objective.summed(batch.to(self.device))
-            if counts:
-                own.add(values)
-            with clock.phase("backward"):
-                (loss / total if counts else loss * 0.0).backward()
+        try:
+            own, full = self._backward(step, total, clock), None
+        except torch.OutOfMemoryError as error:
+            own, full = Sums(), str(error)  # the retry is outside: `error` holds the activations
+        if full is not None:
+            own = self._again_in_halves(halved, full, total, optimizer, clock)
+            progress.oom_retries += 1
         with clock.phase("optimiser"):
             parameters = optimizer.param_groups[0]["params"]
             limit = self.args.max_grad_norm or math.inf
@@ -311,6 +316,41 @@ class Trainer:
                 self._set_aside(step, grad_norm, own.take().get("loss", 0.0) / total, progress)
             optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _backward(self, step: StepBatch, total: float, clock: Clock) -> Sums:
+        """Add the gradients of the step's packs to what is there; returns their sums."""
+        own = Sums()
+        for batch, counts in self._level(step):
+            with clock.phase("forward"):
+                loss, values = self.objective.summed(batch.to(self.device))
+            if counts:
+                own.add(values)
+            with clock.phase("backward"):
+                (loss / total if counts else loss * 0.0).backward()
+        return own
+
+    def _again_in_halves(
+        self,
+        halved: Callable[[], StepBatch],
+        reason: str,
+        total: float,
+        optimizer: torch.optim.Optimizer,
+        clock: Clock,
+    ) -> Sums:
+        """The whole step once more in packs of half the size: some gradients were added already."""
+        advice = (
+            f"{self.stage}: out of memory ({reason.splitlines()[0]}). Lower --packing_length, "
+            "or set --gradient_checkpointing true"
+        )
+        if self.sharded:  # the other ranks would not gather the layers a second time
+            raise CpoFastError(advice)
+        optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            return self._backward(halved(), total, clock)
+        except torch.OutOfMemoryError as error:
+            raise CpoFastError(f"{advice} (packs of half the size did not fit, either)") from error
 
     def _set_aside(
         self, step: StepBatch, grad_norm: float, loss: float, progress: Progress
@@ -335,10 +375,17 @@ class Trainer:
                 file.write(json.dumps(line) + "\n")
         progress.nonfinite_in_a_row += 1
         if progress.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            bad = [
+                name
+                for name, value in self.model.model.named_parameters()
+                if not value.detach().isfinite().all()
+            ]
+            weights = f" Weights that were so before: {', '.join(bad[:5])}." if bad else ""
             raise CpoFastError(
                 f"{self.stage} step {progress.step}: loss {loss}, gradient norm {grad_norm}, and "
                 f"so for {progress.nonfinite_in_a_row} steps in a row. The weights were left as "
-                f"they were; {path} names the samples. Look at them, or lower the learning rate"
+                f"they were.{weights} {path} names the samples. Look at them, or lower the "
+                "learning rate"
             )
 
     def _plan(self, settings: dict[str, Any]) -> tuple[list[Step], float]:

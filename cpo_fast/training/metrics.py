@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cpo_fast.errors import CpoFastError
+
 TIMING_FIELDS = ("pairs_per_second", "samples_per_second", "tokens_per_second_per_gpu",
                  "logical_tokens_per_second", "seconds", "time")  # fmt: skip
 """The fields of a row that differ between two runs of the same command."""
@@ -54,8 +56,14 @@ class MetricsLog:
             return
         clean = finite(row)
         self.rows.append(clean)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean, allow_nan=False) + "\n")
+        except OSError as error:
+            raise CpoFastError(
+                f"{self.path} cannot be written ({error}); checkpoints are as they were, go on "
+                "with --resume_from_checkpoint auto once it can"
+            ) from error
 
     def of_stage(self, stage: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["stage"] == stage]
