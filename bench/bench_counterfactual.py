@@ -12,13 +12,17 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
 
 import pytest
 
 from cpo_fast.concepts import label_report, labeller, load_graph
+from cpo_fast.concepts.graph import read_graph_json
 from cpo_fast.concepts.labeller import ruled_out, sentence_mentions, sentences
-from cpo_fast.counterfactual import checks, counterfactuals, rewrite, text
+from cpo_fast.concepts.mine import evidence, mine, proposals
+from cpo_fast.counterfactual import checks, counterfactuals, prompt, rewrite, text
+from cpo_fast.counterfactual.generate import balance
 from cpo_fast.counterfactual.text import split
 from cpo_fast.data import open_studies
 from cpo_fast.data.openi import MESH_TERMS
@@ -169,11 +173,33 @@ def main() -> None:
         for name, value in quality(graph, made).items():
             print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
         print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
+    prices = balance(studies, graph)
+    made = list(counterfactuals(studies, graph, prices=prices))
+    print("seed 42, balanced targets")
+    for name, value in quality(graph, made).items():
+        print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
+    print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
+    texts = [study.report.text for study in everything]
+    for name, stream in (
+        ("200,000 reports, Open-I over and over", islice(cycle(texts), 200_000)),
+        ("10,000 reports, no sentence twice", unrepeated(texts, 10_000)),
+    ):
+        forget()
+        start = time.process_time()
+        counts = mine(read_graph_json(), stream)
+        proposals(evidence(graph, counts))
+        print(f"mining, {name}: {time.process_time() - start:.1f} s of one core")
+
+
+def unrepeated(texts: list[str], number: int) -> Iterator[str]:
+    """Reports whose sentences all differ, so that no memory of sentences helps."""
+    for index, report in enumerate(islice(cycle(texts), number)):
+        yield " ".join(f"{sentence} {index}." for sentence in report.split(". "))
 
 
 def forget() -> None:
     """Empty the memories of sentences, so that every round starts cold."""
-    for module in (labeller, checks, rewrite, text):
+    for module in (labeller, checks, prompt, rewrite, text):
         for item in vars(module).values():
             if hasattr(item, "cache_clear"):
                 item.cache_clear()

@@ -39,10 +39,10 @@ def _asserted(lines: Iterable[str]) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _told(text: str) -> tuple[frozenset[str], Counter[str], int]:
-    """An original: its asserted findings, its words, and how many they are."""
-    words = text.lower().split()
-    return _asserted(sentences(text)), Counter(words), len(words)
+def _told(text: str) -> tuple[frozenset[str], frozenset[str], Counter[str], int]:
+    """An original: its sentences, its asserted findings, its words, and how many they are."""
+    words, lines = text.lower().split(), sentences(text)
+    return frozenset(lines), _asserted(lines), Counter(words), len(words)
 
 
 _LUNG = frozenset(
@@ -75,9 +75,9 @@ def _bound(text: str, gone: frozenset[str]) -> set[str]:
     return tied - free
 
 
-def _leaked(original: str, lines: Iterable[str]) -> bool:
-    new = frozenset[object]().union(*map(telling, lines))
-    return bool(new) and not new <= frozenset[object]().union(*map(telling, sentences(original)))
+def _leaked(old: frozenset[str], lines: Iterable[str]) -> bool:
+    new = frozenset[object]().union(*(telling(s) for s in lines if s not in old))
+    return bool(new) and not new <= frozenset[object]().union(*map(telling, old))
 
 
 def check(
@@ -92,7 +92,7 @@ def check(
     (no words of a prompt or a chat).
     """
     before, after = original.text, counterfactual.text
-    old, words, count = _told(before)
+    old_lines, old, words, count = _told(before)
     parts = [sentences(p) for p in (counterfactual.findings, counterfactual.impression) if p]
     lines = [line for part in parts for line in part]
     new = _asserted(lines)
@@ -113,5 +113,5 @@ def check(
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
         "length": low <= len(after) <= high,
         "edits": changed <= MAX_EDITED * count + EDIT_ALLOWANCE,
-        "no_leak": not _leaked(before, lines),
+        "no_leak": not _leaked(old_lines, lines),
     }

@@ -162,7 +162,8 @@ def _drafted(entries: Iterator[_Entry], graph: ConceptGraph, writer: Writer) -> 
             failed = tuple(name for name, good in entry.checks.items() if not good)
             last = task.attempt + 1 == ATTEMPTS or isinstance(draft, GaveUpError)
             entry.open = bool(failed) and not last
-            entry.task = replace(task, attempt=task.attempt + 1, failed=failed)
+            if entry.open:
+                entry.task = replace(task, attempt=task.attempt + 1, failed=failed)
         while queue and not queue[0].open:
             yield queue.popleft()
         waiting = sum(entry.open for entry in queue)
