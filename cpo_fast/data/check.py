@@ -264,7 +264,8 @@ def table(checked: Checked, examples: int = 3) -> str:
     ]
     for reason, count in facts["rejected"].items():
         ids = [record.id for record in checked.rejected if record.reason == reason][:examples]
-        rows.append((f"  {reason}", f"{count}  e.g. {', '.join(map(_short, ids))}"))
+        named = ", ".join(_short(id) for id in ids if id)
+        rows.append((f"  {reason}", f"{count}  e.g. {named}" if named else str(count)))
     for split, sizes in facts.get("splits", {}).items():
         rows.append((split, f"{sizes['studies']} studies of {sizes['patients']} patients"))
     single = (

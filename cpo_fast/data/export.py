@@ -30,6 +30,7 @@ Row = dict[str, Any]
 _THOUGHT = re.compile(r"<think> (.*) </think> (.*)", re.DOTALL)
 _ANSWER = re.compile(r"The disease of this patient is ([^\n]+)\.")
 _PLACE = re.compile(r"(?:.*/)?p(1\d{7})/s(5\d{7})/([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+")
+_OWN = ("rejected_images", "rejected_prompt")
 _ALL_IMAGES = 1_000
 
 
@@ -61,8 +62,7 @@ def _no_own_prompts(one: Preference, form: str) -> None:
 
 
 def jsonl_rows(one: Preference) -> list[Row]:
-    """Our preference rows: one for all answers that see the same images."""
-    _no_own_prompts(one, "jsonl")
+    """Our preference rows: one for all answers that see the same images after the same prompt."""
     row: Row = {
         "id": one.id,
         "images": _images(one.images),
@@ -72,11 +72,12 @@ def jsonl_rows(one: Preference) -> list[Row]:
     if one.weight != 1.0:
         row["weight"] = one.weight
     rows: list[Row] = []
-    for text, images, _ in _parts(one):
-        own = {} if images is None else {"rejected_images": _images(images)}
-        last = rows[-1] if rows else {}
-        if rows and last.get("rejected_images") == own.get("rejected_images"):
-            last["rejected_responses"].append(text)
+    for text, images, prompt in _parts(one):
+        own: Row = {} if images is None else {"rejected_images": _images(images)}
+        if prompt is not None:
+            own["rejected_prompt"] = list(prompt)
+        if rows and all(rows[-1].get(name) == own.get(name) for name in _OWN):
+            rows[-1]["rejected_responses"].append(text)
         else:
             rows.append({**row, "rejected_responses": [text], **own})
     return rows or [{**row, "rejected_responses": []}]

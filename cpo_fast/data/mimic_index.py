@@ -77,6 +77,12 @@ _Metadata = dict[str, tuple[int, str, str]]  # dicom -> view, date, time
 _Bad = list[RejectedRecord]
 
 
+def _id(cell: str, pattern: re.Pattern[str]) -> str:
+    """What a rejected row is called: its id, or nothing (its line tells), for a cell that is no id
+    may hold a patient's words."""
+    return cell if pattern.fullmatch(cell) else ""
+
+
 def _read_split(path: str, bad: _Bad) -> _Studies:
     studies: _Studies = {}
     seen: set[str] = set()
@@ -85,7 +91,7 @@ def _read_split(path: str, bad: _Bad) -> _Studies:
     for line, (dicom, study, patient, split) in rows:
 
         def note(reason: str, detail: str, line: int = line, study: str = study) -> None:
-            bad.append(RejectedRecord(path, line, study[:64], reason, detail))
+            bad.append(RejectedRecord(path, line, _id(study, _STUDY), reason, detail))
 
         # Paths are made of these ids, so nothing but ids may pass.
         ids = _DICOM.fullmatch(dicom) and _STUDY.fullmatch(study) and _SUBJECT.fullmatch(patient)
@@ -112,7 +118,7 @@ def _read_metadata(path: str, bad: _Bad) -> _Metadata:
     for line, (dicom, view, date, time) in rows:
         if dicom in known:
             detail = "dicom_id stands twice"
-            bad.append(RejectedRecord(path, line, dicom[:64], "duplicate-id", detail))
+            bad.append(RejectedRecord(path, line, _id(dicom, _DICOM), "duplicate-id", detail))
         else:
             seen = FRONTAL if view.upper() in FRONTAL_VIEWS else OTHER if view else BLANK
             known[dicom] = (seen, date.removesuffix(".0")[:16], time[:32])
@@ -127,13 +133,13 @@ def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
     for line, (study, *values) in rows:
         if study in labels:
             detail = "study_id stands twice"
-            bad.append(RejectedRecord(path, line, study[:64], "duplicate-id", detail))
+            bad.append(RejectedRecord(path, line, _id(study, _STUDY), "duplicate-id", detail))
             continue
         try:
             labels[study] = tuple(_VALUES[value] for value in values)
         except KeyError:
             detail = "a label is none of 1.0, 0.0, -1.0 and empty"
-            bad.append(RejectedRecord(path, line, study[:64], "bad-label", detail))
+            bad.append(RejectedRecord(path, line, _id(study, _STUDY), "bad-label", detail))
             labels[study] = ()
     return labels
 

@@ -102,7 +102,8 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
 
 
 def parse_trl(row: Row, root: str, id: str) -> Preference:
-    """trl, and our own rows, which may hold `rejected_responses` in place of `rejected`.
+    """trl, and our own rows, which may hold `rejected_responses` in place of `rejected`, and
+    `rejected_images` or `rejected_prompt` for what the rejected answers were given instead.
 
     The prompt is implicit (what both answers share) when there is none or when it is text and the
     answers are conversations. Images without a placeholder stand before what the first user says.
@@ -126,8 +127,18 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
     answers = [response(one, name) for one in rejected]
     images = image_refs(row.get("images"), root) or image_refs(row.get("image"), root, "image")
     own = row.get("rejected_images")
+    own_images = image_refs(own, root, "rejected_images") if own else None
+    own_prompt = None
+    if (other_prompt := row.get("rejected_prompt")) is not None:
+        turns = messages(other_prompt, "rejected_prompt")
+        count = len(images if own_images is None else own_images)
+        own_prompt = with_images(turns, count, insert=not placeholders(turns))
     said = prompt[0]["content"] if prompt and not isinstance(given, list) else None
-    plain = isinstance(said, str) and all(isinstance(one, str) for one in (chosen, *rejected))
+    plain = (
+        isinstance(said, str)
+        and own_prompt is None
+        and all(isinstance(one, str) for one in (chosen, *rejected))
+    )
     if plain and images:
         plain = IMAGE_TOKEN in str(said)
         if plain and str(said).count(IMAGE_TOKEN) != len(images):
@@ -141,7 +152,8 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
         response(chosen, "chosen"),
         answers,
         images,
-        image_refs(own, root, "rejected_images") if own else None,
+        own_images,
+        own_prompt,
         plain=plain,
     )
 
