@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,35 @@ def test_checkpointing_with_adapters():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     packed_logps(packed, batch).mean().backward()
     assert_same_grads(trainable_grads(model), want)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_say_the_same_without_compiling_anew(checkpointing):
+    from torch._dynamo.utils import counters
+
+    model = adapted(vision_language_model()).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = [pack_of(groups_of(samples)) for samples in (mixed(), TEXTS, [preference("c", 1)])]
+
+    def step(packed, batch):
+        policy = packed_logps(packed, batch)
+        loss = dpo_loss(policy, packed_logps(packed, batch, reference=True), batch)
+        loss.backward()
+        return loss.item(), trainable_grads(model)
+
+    eager = PackedModel(model)
+    want = [step(eager, batch) for batch in batches]
+    compiled = PackedModel(model, compile=True)
+    graphs = []
+    for batch, (loss, grads) in zip(batches, want, strict=True):
+        got, got_grads = step(compiled, batch)
+        assert got == pytest.approx(loss, abs=1e-5)
+        assert_same_grads(got_grads, grads)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2] > 0
 
 
 def test_bfloat16():

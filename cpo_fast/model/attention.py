@@ -249,7 +249,20 @@ def branch_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    return branch_layout.attend(query, key, value, scale=scaling, dropout=dropout), None
+    return _attend(branch_layout, query, key, value, scaling, dropout), None
+
+
+@torch.compiler.disable
+def _attend(
+    layout: Layout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Left out of a compiled layer, which would be compiled anew for the layout of every pack."""
+    return layout.attend(query, key, value, scale=scale, dropout=dropout)
 
 
 AttentionInterface.register(BRANCHES, branch_attention)

@@ -31,9 +31,17 @@ class PackedModel:
     branch in one flash attention call; CUDA, half precision, torch 2.12) or "flex" (flex_attention
     with a block mask; CUDA); all give the same numbers. Raises UsageError for an unknown one, for
     one that the model's device or dtype cannot use, and for models with sliding-window layers.
+    `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
+    with a break at attention over branches, whose layout changes from pack to pack.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str = "gathered") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        attention: str = "gathered",
+        compile: bool = False,
+    ) -> None:
         from peft import PeftModel
 
         if attention not in ATTENTIONS:
@@ -61,6 +69,9 @@ class PackedModel:
         self._base.set_attn_implementation(
             implementation if self.vision is None else {"text_config": implementation}
         )
+        if compile:
+            for layer in self.trunk.layers:
+                layer.compile(dynamic=True)
         self._last: _Prepared | None = None
 
     def hidden(self, batch: PackedBatch, *, reference: bool = False) -> torch.Tensor:

@@ -89,6 +89,7 @@ class TrainArguments:
     fsdp: bool = _flag(False, "full tuning shards the decoder layers over the processes (FSDP2)")
     bf16: bool = _flag(False, "bfloat16 weights and autocast")
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass")
+    torch_compile: bool = _flag(False, "compile the decoder layers (a minute, once)")
 
     # --- loss
     beta: float = _flag(0.1, "strength of the pull towards the reference")
@@ -131,6 +132,13 @@ class TrainArguments:
     max_nonfinite_steps: int = _flag(3, "stop after so many steps in a row that are not finite")
     save_steps: int = _flag(0, "a checkpoint every so many steps (0: at the end)")
     save_total_limit: int | None = _flag(None, "keep this many checkpoints per stage")
+    metric_for_best_model: str | None = _flag(
+        None, "held-out metric of CPO (loss, rewards/margins...); each new best is saved and kept"
+    )
+    sft_metric_for_best_model: str | None = _flag(None, "held-out metric of SFT: loss")
+    load_best_model_at_end: bool = _flag(
+        False, "stages end with their best checkpoint, not their last (by loss if not told)"
+    )
     max_new_tokens: int = _flag(256, "longest generated answer in the evaluation")
     eval_batch_size: int = _flag(64, "studies per generation batch in the evaluation")
     num_examples: int = _flag(4, "example studies in the report")
@@ -150,6 +158,8 @@ class TrainArguments:
             raise UsageError(f"--loss_type {self.loss_type} has no reference to precompute")
         if self.fsdp and self.use_peft and self.sft_use_peft:
             raise UsageError("--fsdp shards full tuning; set --use_peft or --sft_use_peft false")
+        if self.torch_compile and self.fsdp:
+            raise UsageError("--torch_compile and --fsdp have not been made to work together")
         for name in POSITIVE:
             for prefixed in (name, f"sft_{name}"):
                 if getattr(self, prefixed, 1) < 1:

@@ -14,7 +14,7 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.base import Base
-from cpo_fast.training.checkpoint import latest_checkpoint, resume_point
+from cpo_fast.training.checkpoint import result_checkpoint, resume_point
 from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
@@ -122,7 +122,9 @@ def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
     merged = stage_dir / MERGED
     if args.sft_checkpoint is not None:
         return base.path
-    return merged if merged.is_dir() else latest_checkpoint(stage_dir) or base.path
+    if merged.is_dir():
+        return merged
+    return result_checkpoint(stage_dir, best=args.load_best_model_at_end) or base.path
 
 
 def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | None:
@@ -203,7 +205,7 @@ def lora(args: TrainArguments, model: Any, *, freeze_vit: bool) -> Any:
 def prepare(args: TrainArguments, model: Any) -> PackedModel:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PackedModel(model, attention=args.attn_implementation)
+    return PackedModel(model, attention=args.attn_implementation, compile=args.torch_compile)
 
 
 def run_stage(
