@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder of a model or of an adapter")
-    add("--dataset", required=True, help="MIMIC-CXR folder or 'open-i'")
+    add("--dataset", required=True, help="MIMIC-CXR folder, 'open-i', or a CSV (see evaluate_csv)")
     add("--output_dir", required=True, type=Path, help="where the results are written (mode 0700)")
     add("--suite", default="classification,report", help=f"of {','.join(SUITES)}")
     add("--split", default="test", help="which studies: train, validate or test")
@@ -97,26 +98,22 @@ def evaluate(args: argparse.Namespace) -> Path:
     """Run the suites; writes config.json, summary.json, evaluation.json and report.html."""
     from transformers.utils import logging
 
-    from cpo_fast.evaluation.generate import diagnose
+    from cpo_fast.evaluate_csv import evaluate_csv, is_csv
     from cpo_fast.evaluation.summary import (
         evaluation_examples,
         evaluation_summary,
         write_examples,
     )
-    from cpo_fast.report import write_report
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     loaded = load(args)
+    if is_csv(args.dataset):
+        evaluation, cohort = evaluate_csv(args, loaded)
+        make_private(args.output_dir)
+        return write_results(args, cohort, evaluation)
     cohort = read(args, loaded)
-    answers = diagnose(
-        loaded.model,
-        loaded.tokenizer,
-        cohort.prompts,
-        loaded.pixels,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-    )
+    answers = diagnose_cohort(args, loaded, cohort)
     evaluation = evaluation_summary(
         truth=cohort.truth,
         training_truth=cohort.training_truth,
@@ -130,7 +127,9 @@ def evaluate(args: argparse.Namespace) -> Path:
     if "report" not in args.suite:
         del evaluation["text"]
     if "zero_shot" in args.suite:
-        evaluation["zero_shot"] = {loaded.name: zero_shot(args, loaded, cohort, answers)}
+        patients = [study.patient_id for study in cohort.studies]
+        figures = zero_shot(args, loaded, cohort, answers, patients=patients)
+        evaluation["zero_shot"] = {loaded.name: figures}
     probed: list[dict[str, Any]] = []
     if "drift" in args.suite:
         figures, probed = drift(args, loaded, cohort, answers)
@@ -143,6 +142,13 @@ def evaluate(args: argparse.Namespace) -> Path:
         uncertain=args.uncertain_labels,
     )
     write_examples(args.output_dir, examples, probed)
+    return write_results(args, cohort, evaluation)
+
+
+def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str, Any]) -> Path:
+    """summary.json, config.json, rejected_records.jsonl and the page of them."""
+    from cpo_fast.report import write_report
+
     reasons: dict[str, int] = {}
     for record in cohort.rejected:
         reasons[record.reason] = reasons.get(record.reason, 0) + 1
@@ -153,6 +159,20 @@ def evaluate(args: argparse.Namespace) -> Path:
     lines = "".join(json.dumps(record.to_json()) + "\n" for record in cohort.rejected)
     (args.output_dir / "rejected_records.jsonl").write_text(lines, encoding="utf-8")
     return write_report(args.output_dir)
+
+
+def diagnose_cohort(args: argparse.Namespace, loaded: Loaded, cohort: Cohort) -> list[str]:
+    """The model's answer to every prompt of the cohort."""
+    from cpo_fast.evaluation.generate import diagnose
+
+    return diagnose(
+        loaded.model,
+        loaded.tokenizer,
+        cohort.prompts,
+        loaded.pixels,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
 
 
 def load(args: argparse.Namespace) -> Loaded:
@@ -214,7 +234,13 @@ def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:
 
 
 def zero_shot(
-    args: argparse.Namespace, loaded: Loaded, cohort: Cohort, answers: Sequence[str]
+    args: argparse.Namespace,
+    loaded: Loaded,
+    cohort: Cohort,
+    answers: Sequence[str],
+    *,
+    findings: Sequence[str] = LABEL_NAMES,
+    patients: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """AUC per finding: the likelihood of its sentence after the model's own thought."""
     from cpo_fast.evaluation.classification import auc
@@ -235,12 +261,13 @@ def zero_shot(
     scores = score_answers(
         PackedModel(loaded.model),
         prompts,
-        finding_candidates(loaded.tokenizer),
+        finding_candidates(loaded.tokenizer, findings),
         loaded.pixels,
         image_token_id=image_token_id(loaded.tokenizer),
         packing_length=args.packing_length,
     )
-    return auc(cohort.truth, finding_distribution(scores).numpy(), seed=args.seed)
+    likelihoods = finding_distribution(scores).numpy()
+    return auc(cohort.truth, likelihoods, findings=findings, patients=patients, seed=args.seed)
 
 
 def drift(

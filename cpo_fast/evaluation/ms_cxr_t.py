@@ -70,7 +70,8 @@ def read_ms_cxr_t(path: Path) -> list[TemporalCase]:
             if value:
                 labels[name] = value
         if labels:
-            cases.append(TemporalCase(*(row[name].strip() for name in IDS), labels))
+            ids = {name: row[name].strip() for name in IDS}
+            cases.append(TemporalCase(**ids, progression=labels))
     if not cases:
         raise DataError(f"{path} has no row with a progression label")
     return cases

@@ -25,7 +25,8 @@ ROW = 0.34  # inches per line of a chart with one line per finding
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one appearance; `series` distinguishes runs, `models` the stages of one run."""
+    """Colours of one appearance; `series` distinguishes runs, `models` the stages of one run
+    and the arms of the study."""
 
     paper: str
     ink: str
@@ -41,7 +42,14 @@ LIGHT = Theme(
     faint="#6b737d",
     grid="#e4e7eb",
     series=("#1f6f78", "#c2571a", "#5b5fc7", "#8a7a12", "#a23b72", "#4d5661"),
-    models={"majority": "#8b939c", "untrained": "#b08d57", "sft": "#2f6db5", "cpo": "#c2571a"},
+    models={
+        "majority": "#8b939c",
+        "untrained": "#b08d57",
+        "sft": "#2f6db5",
+        "cpo": "#c2571a",
+        "dpo_random": "#1f7a5c",
+        "cpo_answers": "#8a5fc7",
+    },
 )
 DARK = Theme(
     paper="#171b20",
@@ -49,7 +57,14 @@ DARK = Theme(
     faint="#98a1ab",
     grid="#2c333b",
     series=("#5fb9c2", "#f0935a", "#9c9ff0", "#d3c04c", "#e07fb0", "#b3bcc6"),
-    models={"majority": "#9aa3ad", "untrained": "#cfae78", "sft": "#6ea8ea", "cpo": "#f0935a"},
+    models={
+        "majority": "#9aa3ad",
+        "untrained": "#cfae78",
+        "sft": "#6ea8ea",
+        "cpo": "#f0935a",
+        "dpo_random": "#5cc29a",
+        "cpo_answers": "#b79bf0",
+    },
 )
 
 Draw = Callable[["Axes", Theme], None]

@@ -130,7 +130,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
                 figure_row(
                     name,
                     [get(m, "findings", name, metric) for m in models.values()],
-                    note=f"{support} studies",
+                    note=f"{support} stud{'y' if support == 1 else 'ies'}",
                 )
                 for name, support in found.items()
             )
@@ -139,6 +139,7 @@ def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     tables += _text(objects(evaluation.get("text")))
     tables += _zero_shot(objects(evaluation.get("zero_shot")))
     tables += _drift(objects(evaluation.get("drift")))
+    tables += _progression(objects(evaluation.get("ms_cxr_t")))
     return tables
 
 
@@ -246,6 +247,25 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     )
     columns = ("", *(name_of(model) for model in models))
     return [Table("Drift of the diagnosis along the thought", columns, tuple(rows), note)]
+
+
+def _progression(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """MS-CXR-T, one table per model: both protocols side by side."""
+    tables = []
+    for name, found in models.items():
+        a, b = get(found, "A"), get(found, "B")
+        columns = ((a, "micro"), (a, "macro"), (b, "top_1"))
+        rows = [Row("Mean", tuple(_percent_cell(get(part, key)) for part, key in columns))]
+        for finding, figures in objects(a.get("findings")).items():
+            cells = tuple(_percent_cell(get(p, "findings", finding, key)) for p, key in columns)
+            rows.append(Row(finding, cells, f"{figures.get('cases', 0)} cases"))
+        heads = ("", "A, micro", "A, macro", "B, top-1")
+        tables.append(Table(f"MS-CXR-T, {name_of(name)}", heads, tuple(rows)))
+    return tables
+
+
+def _percent_cell(figure: Mapping[str, Any]) -> Cell:
+    return Cell(percent(figure.get("value")), interval(figure))
 
 
 def speed_table(run: Run) -> Table | None:

@@ -145,6 +145,7 @@ def training(args: argparse.Namespace, seed: int, folder: Path, **more: Any) -> 
         "learning_rate": args.learning_rate,
         "beta": args.beta,
         "eval_steps": 0,
+        "resume_from_checkpoint": "auto",
     } | more
     return parse_train(
         [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -43,7 +43,7 @@ def results(
     return {
         "settings": dict(settings),
         "seeds": list(seeds),
-        "arms": {arm: means(figures) for arm, figures in by_arm.items()},
+        "arms": {arm: means(figures, shares=True) for arm, figures in by_arm.items()},
         "differences": {
             f"{a} - {b}": means([_minus(x, y) for x, y in zip(by_arm[a], by_arm[b], strict=True)])
             for a, b in pairs
@@ -53,12 +53,18 @@ def results(
     }
 
 
-def means(seeds: Sequence[Figures]) -> dict[str, Figure]:
-    """Mean over seeds of every figure, leaving out where it is undefined."""
-    return {key: mean([one.get(key) for one in seeds]) for key in seeds[0]}
+def means(seeds: Sequence[Figures], *, shares: bool = False) -> dict[str, Figure]:
+    """Mean over seeds of every figure, leaving out where it is undefined.
+
+    `shares`: the figures lie in 0..1 (but for counts), and so do their intervals.
+    """
+    return {
+        key: mean([one.get(key) for one in seeds], shares=shares and not key.endswith("/studies"))
+        for key in seeds[0]
+    }
 
 
-def mean(values: Sequence[float | None]) -> Figure:
+def mean(values: Sequence[float | None], *, shares: bool = False) -> Figure:
     from scipy.stats import t
 
     known = [value for value in values if value is not None]
@@ -70,6 +76,8 @@ def mean(values: Sequence[float | None]) -> Figure:
         spread = math.sqrt(sum((x - middle) ** 2 for x in known) / (len(known) - 1))
         half = float(t.ppf(0.975, len(known) - 1)) * spread / math.sqrt(len(known))
         bounds = [middle - half, middle + half]
+        if shares:
+            bounds = [max(0.0, bounds[0]), min(1.0, bounds[1])]
     return {"value": middle, "interval": bounds, "seeds": len(known)}
 
 
@@ -181,14 +189,15 @@ DIFFERENCE_COLUMNS = {
 }
 
 
-def _differences(pairs: Mapping[str, Any]) -> Table:
-    def points(value: Any) -> str:
-        return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+def _points(value: Any) -> str:
+    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
+
+def _differences(pairs: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             " − ".join(NAMES[part] for part in pair.split(" - ")),
-            tuple(_cell(figures, key, points) for key in DIFFERENCE_COLUMNS),
+            tuple(_cell(figures, key, _points) for key in DIFFERENCE_COLUMNS),
         )
         for pair, figures in pairs.items()
     ]
@@ -207,19 +216,25 @@ def _per_finding(arms: Mapping[str, Any], metric: str, caption: str) -> Table:
 
 
 def verdict(outcome: Mapping[str, Any]) -> str:
-    """One sentence that says what came out, whichever way it came out."""
-    parts = []
-    for key, label in (("accuracy/mean5", "accuracy"), ("swap/synonym", "variation by synonyms")):
+    """What came out, whichever way it came out, in a sentence or two."""
+    sentences = []
+    for key, label in (
+        ("accuracy/mean5", "Accuracy, mean of the five findings"),
+        ("swap/synonym", "Variation by near-synonyms"),
+    ):
+        parts = []
         for other in (SFT, RANDOM):
             figure = outcome["differences"][f"{CPO} - {other}"][key]
-            bounds = figure["interval"]
-            if figure["value"] is None or bounds is None:
+            if figure["value"] is None:
                 continue
-            sure = bounds[0] > 0 or bounds[1] < 0
-            how = f"{100 * figure['value']:+.1f} hundredths".replace("-", "−")
-            word = "" if sure else ", which is not more than chance would give"
-            parts.append(f"{label} differs from {NAMES[other]} by {how}{word}")
-    return f"CPO's {'; its '.join(parts)}." if parts else "One seed alone says nothing on chance."
+            bounds = figure["interval"]
+            sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+            how = f"{100 * figure['value']:+.1f}".replace("-", "−")
+            known = interval(figure, _points) or "one seed"
+            word = "a difference" if sure else "no difference shown"
+            parts.append(f"{how} against {NAMES[other]} ({known}: {word})")
+        sentences.append(f"{label}: CPO {' and '.join(parts)}." if parts else "")
+    return " ".join(sentence for sentence in sentences if sentence) + " In hundredths."
 
 
 def as_markdown(outcome: Mapping[str, Any]) -> str:

@@ -1,0 +1,93 @@
+"""The drift probe over one report against separate forwards: the same figures, every position.
+
+`pytest --benchmark bench/bench_probe.py`. Naive is what a loop over a model does: for every
+position of the thought and every finding one forward of prompt, beginning and answer.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.evaluation.drift import probe
+from cpo_fast.evaluation.likelihood import finding_candidates
+from cpo_fast.model.build import tiny_text_model
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.model.tokenizer import train_tokenizer
+from cpo_fast.types import Prompt
+
+TOKENS = 150
+FINDINGS = tuple(name for name in LABEL_NAMES if name != "Emphysema")  # CheXpert's 14
+WORDS = ["heart", "lungs", "clear", "no", "effusion", "opacity", "left", "small", "seen"]
+
+
+@cache
+def setting() -> tuple[Any, Any, Prompt, str]:
+    """(model, tokenizer, prompt, thought of 150 tokens or a few more)."""
+    draw = random.Random(0)
+    answers = [f"The disease of this patient is {name}." for name in LABEL_NAMES]
+    tokenizer = train_tokenizer([" ".join(WORDS), *answers] * 3, vocab_size=600)
+    model = tiny_text_model(tokenizer, seed=0).eval()
+    prompt = Prompt(tuple(tokenizer("the lungs are clear " * 12)["input_ids"]))
+    thought = ""
+    while len(tokenizer(f"<think> {thought}".strip())["input_ids"]) < TOKENS:
+        thought += draw.choice(WORDS) + " "
+    return model, tokenizer, prompt, thought.strip()
+
+
+def naive() -> tuple[np.ndarray, float]:
+    """(z [positions, C], seconds) by one forward per position and finding."""
+    model, tokenizer, prompt, thought = setting()
+    stream = tokenizer(f"<think> {thought}", add_special_tokens=False)["input_ids"]
+    close = tokenizer(" </think>", add_special_tokens=False)["input_ids"]
+    endings = [[*close, *ids] for ids in finding_candidates(tokenizer, FINDINGS)]
+    table: list[list[float]] = []
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for j in range(len(stream) + 1):
+            row = []
+            for ending in endings:
+                ids = torch.tensor([[*prompt.input_ids, *stream[:j], *ending]])
+                logits = model(ids).logits[0, -len(ending) - 1 : -1].float()
+                logps = logits.log_softmax(-1)
+                row.append(float(logps[range(len(ending)), ending].sum()))
+            table.append(row)
+    seconds = time.perf_counter() - begun
+    scores = np.array(table)
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True), seconds
+
+
+def test_every_position_of_a_report(benchmark: Any) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer, prompt, thought = setting()
+    packed = PackedModel(model)
+
+    def run() -> Any:
+        return probe(packed, tokenizer, prompt, thought, findings=FINDINGS)
+
+    drift = run()
+    length = len(drift.tokens)
+    assert length >= TOKENS
+    z, seconds = naive()
+    np.testing.assert_allclose(drift.distribution, z, atol=1e-5)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    median = benchmark.stats.stats.median
+    benchmark.extra_info.update(
+        tokens=length,
+        candidates=len(FINDINGS),
+        naive_seconds=round(seconds, 3),
+        times_faster=round(seconds / median, 1),
+    )
+    print(f"\nnaive {seconds:.2f} s, probe {median:.3f} s: {seconds / median:.1f} x")
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "--benchmark", "-s"]))
