@@ -197,7 +197,7 @@ def test_opcheck(dtype: torch.dtype, head: bool) -> None:
     coef, leaves = torch.randn(T), tuple(x.detach() for x in args[:4])
     torch.library.opcheck(
         torch.ops.cpo_fast.cpu_head_grads.default,
-        (coef, *leaves, stats, residual, 5.0, 1.0, -100, True, head, 2**20),
+        (coef, *leaves, stats, residual, 5.0, 1.0, -100, True, head, False, 2**20),
         test_utils=tests,
     )
 
@@ -320,3 +320,44 @@ def test_amx_offset_is_raised_as_logits_grow() -> None:
     (want_grad,) = torch.autograd.grad(want.sum(), exact)
     torch.testing.assert_close(logps.double(), want, rtol=1e-5, atol=1e-4)
     assert (grad.double() - want_grad).norm() < 0.01 * want_grad.norm()
+
+
+@needs_amx
+@pytest.mark.parametrize(("n", "d", "v"), [(300, 200, 4099), (33, 64, 320), (1, 7, 40)])
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_amx_trained_head(n: int, d: int, v: int, scale: float) -> None:
+    """Log-probs of float32 sums, and a dW no worse than eager's, whole or in small blocks."""
+    g = torch.Generator().manual_seed(7)
+    hidden = torch.randn(n, d, generator=g).bfloat16()
+    weight = (scale * torch.randn(v, d, generator=g)).bfloat16()
+    labels = torch.randint(0, v, (n,), generator=g)
+    labels[1::7] = -100
+    coef = torch.randn(n, generator=g)
+
+    def run(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        logps = linear_logprobs(*leaves, labels, temperature=0.8, impl=impl)
+        grads = torch.autograd.grad((logps * coef).sum(), leaves)
+        return [x.detach().double() for x in (logps, *grads)]
+
+    exact, eager = run(torch.float64, "reference"), run(torch.bfloat16, "reference")
+    ours = run(torch.bfloat16, "cpu")
+    assert (ours[0] <= 0).all()
+    assert (ours[0] - exact[0]).abs().max() < 1e-4
+    for got, theirs, want in zip(ours[1:], eager[1:], exact[1:], strict=True):
+        allowed = 2 * (theirs - want).norm() + 2**-8 * want.norm()
+        assert (got - want).norm() <= allowed
+
+
+@needs_amx
+def test_amx_head_gradient_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels, *_ = tensors(torch.bfloat16)
+    weight.requires_grad_()
+
+    def run() -> Tensor:
+        logps = linear_logprobs(hidden, weight, labels, impl="cpu")
+        return torch.autograd.grad(logps.sum(), weight)[0]
+
+    whole = run()
+    monkeypatch.setattr(cpu, "_ENTRIES", 100)
+    torch.testing.assert_close(run(), whole)

@@ -8,8 +8,9 @@ reach memory (csrc/cpu/amx.h); all others are blocks between two vendor GEMMs (c
 
 A head that is trained needs the residual, onehot - p, once more: dW = residual^T (coefficient * H).
 It is kept from the forward pass where all of it fits the workspace (three GEMMs), else computed
-again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four). The
-residual must come from logits rounded as those of the log-sum-exp: such a head is not for AMX.
+again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four). It
+must come from logits as exact as those of the log-sum-exp: AMX computes it again in any case, from
+float32 logits, and is faster so than three vendor GEMMs with their row kernels.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def token_logps(
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     room = limit(hidden.device)
     size = hidden.shape[0] * weight.shape[0] * _compute_dtype(hidden.dtype).itemsize
+    use_amx = fused(hidden.dtype, hidden.shape[1], bias, softcap or 0.0, room)
     logps, ref_logps, *_ = _forward(
         hidden,
         weight,
@@ -59,8 +61,8 @@ def token_logps(
         1 / temperature,
         ignore_index,
         graph and hidden.requires_grad,
-        graph and head_grad and size <= room,
-        not head_grad and fused(hidden.dtype, hidden.shape[1], bias, softcap or 0.0, room),
+        graph and head_grad and size <= room and not use_amx,
+        use_amx,
         room,
     )
     return logps, None if ref_hidden is None else ref_logps.detach()
@@ -216,6 +218,7 @@ def _head_grads(
     ignore_index: int,
     want_weight: bool,
     want_bias: bool,
+    use_amx: bool,
     room: int,
 ) -> tuple[Tensor, Tensor]:
     """dW [V, D] and dbias [V] = sum over tokens of coef * (onehot - p) * (h, 1); empty if
@@ -239,11 +242,15 @@ def _head_grads(
     weight_grad = torch.zeros((V, D) if want_weight else (0, D), dtype=weight.dtype)
     bias_grad = torch.zeros(V if want_bias else 0)
 
+    packed = rows.pack(inputs) if use_amx else None
     with torch.autocast("cpu", enabled=False):
         (logits,) = workspace.take(0 if keeps else n * width, dtype=dtype)
         for first in range(0, V if n else 0, width):
             block = weight[first : first + width].to(dtype)
-            if keeps:
+            if packed is not None:
+                z = logits[: n * block.shape[0]].view(-1, n).t()
+                rows.residual_transposed(packed, block, first, stats, z.t())
+            elif keeps:
                 z = kept.block(first)
             else:
                 z = torch.mm(inputs, block.t(), out=logits[: n * block.shape[0]].view(n, -1))
@@ -273,6 +280,7 @@ def _(
     ignore_index: int,
     want_weight: bool,
     want_bias: bool,
+    use_amx: bool,
     room: int,
 ) -> tuple[Tensor, Tensor]:
     V, D = weight.shape
@@ -283,18 +291,18 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, _, softcap, scale, ignore_index, *_, room = inputs
+    hidden, weight, labels, bias, _, softcap, scale, ignore_index, *_, use_amx, room = inputs
     _, _, grad, stats, residual = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, labels, bias, grad, stats, residual)
-    ctx.options = (softcap, scale, ignore_index, room)
+    ctx.options = (softcap, scale, ignore_index, use_amx, room)
 
 
 def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(other is not None for other in others):
         raise RuntimeError("cpo_fast: only first derivatives of the log-probs are implemented")
     hidden, weight, labels, bias, grad, stats, residual = ctx.saved_tensors
-    softcap, scale, ignore_index, room = ctx.options
+    softcap, scale, ignore_index, use_amx, room = ctx.options
     grads: list[Tensor | None] = [None] * 12
     if coef is None:
         return tuple(grads)
@@ -315,6 +323,7 @@ def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Te
             ignore_index,
             of_weight,
             of_bias,
+            use_amx,
             room,
         )
         grads[1] = weight_grad if of_weight else None

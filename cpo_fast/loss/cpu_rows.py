@@ -14,6 +14,7 @@ from cpo_fast import _cpu  # type: ignore[attr-defined]
 
 _LOWEST = torch.finfo(torch.float32).min
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # rows.h
+_TILE_ROW = 32  # bfloat16 numbers of a cache line
 _isa = ""  # the widest that the processor has
 
 
@@ -191,3 +192,38 @@ class Rows:
             self.how[0],
         )
         return state, ref_state
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D] bfloat16 as `residual_transposed` wants it."""
+        n, D = hidden.shape
+        packed = hidden.new_empty(_cpu.amx_packed_size(n, D) + _TILE_ROW)
+        packed = packed[-packed.data_ptr() // 2 % _TILE_ROW :]  # from a cache line on
+        _cpu.amx_pack(hidden.data_ptr(), n, D, packed.data_ptr(), self.how[0])
+        return packed
+
+    def residual_transposed(
+        self,
+        packed: Tensor,
+        block: Tensor,  # [cols, D] bfloat16
+        first: int,
+        stats: Tensor,  # [3, n]: log-sum-exp, 1 - p_y, slope
+        out: Tensor,  # [cols, n] bfloat16
+    ) -> None:
+        """out = p - onehot of the entries first.., from float32 logits, by AMX."""
+        cols, D = block.shape
+        padded = block.new_empty((self.how[0] * 32 + 1) * (D + 63))
+        _cpu.amx_residual(
+            packed.data_ptr(),
+            block.data_ptr(),
+            self.labels.data_ptr(),
+            stats[0].data_ptr(),
+            stats[1].data_ptr(),
+            first,
+            self.n,
+            D,
+            cols,
+            self.scale,
+            out.data_ptr(),
+            (padded.data_ptr() + 63) // 64 * 64,
+            self.how[0],
+        )

@@ -108,4 +108,24 @@ PYBIND11_MODULE(_cpu, m) {
                   at<void>(workspace), threads});
       },
       release());
+
+  m.def("amx_packed_size", amx_packed_size);
+
+  m.def(
+      "amx_pack",
+      [](uintptr_t hidden, int64_t n, int64_t D, uintptr_t packed, int threads) {
+        amx_pack(at<const uint16_t>(hidden), n, D, at<uint16_t>(packed), threads);
+      },
+      release());
+
+  m.def(
+      "amx_residual",
+      [](uintptr_t packed, uintptr_t weight, uintptr_t labels, uintptr_t lse, uintptr_t others,
+         int64_t first, int64_t n, int64_t D, int64_t cols, float scale, uintptr_t out,
+         uintptr_t padded, int threads) {
+        amx_residual({at<const uint16_t>(packed), at<const uint16_t>(weight),
+                      at<const int64_t>(labels), at<const double>(lse), at<const double>(others),
+                      first, n, D, cols, scale, at<uint16_t>(out), at<uint16_t>(padded), threads});
+      },
+      release());
 }
