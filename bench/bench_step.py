@@ -52,7 +52,7 @@ PAIRS = 2 * STUDIES
 TRL_BATCH = 4
 PACKING_LENGTH = 4096
 ROUNDS = 3
-LOOP_STEPS = 4
+LOOP_STEPS = 3
 LOOP_ROUNDS = 2
 CASES = {
     # name: (image side in pixels, words of the prompt's text); a word is about one token

@@ -132,7 +132,10 @@ def test_cpo_alone_starts_from_an_earlier_runs_files(finished: Path, tmp_path: P
     assert [row for row in without_timing(folder) if row["stage"] == "sft"]
 
 
-@pytest.mark.parametrize("flag", ["--expand_pairs", "--no_packing", "--gradient_checkpointing"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--expand_pairs", "--no_packing", "--gradient_checkpointing", "--precompute_ref_log_probs"],
+)
 def test_how_pairs_are_computed_does_not_change_the_first_loss(
     finished: Path, tmp_path: Path, flag: str
 ) -> None:
