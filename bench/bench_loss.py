@@ -185,7 +185,7 @@ if "cpu" in available_impls("cpu"):
 
     PROVIDERS[f"ours, vendor GEMM + {_cpu.isa('')}"] = functools.partial(ours, isa=_cpu.isa(""))
     if _cpu.amx_available():
-            PROVIDERS["ours, by itself (AMX)"] = ours
+        PROVIDERS["ours, by itself (AMX)"] = ours
 else:
     PROVIDERS["ours, reference"] = ours
 
