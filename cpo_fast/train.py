@@ -113,13 +113,13 @@ def evaluate(
         evaluation_summary,
         write_examples,
     )
-    from cpo_fast.training.checkpoint import latest_checkpoint
+    from cpo_fast.training.checkpoint import result_checkpoint
     from cpo_fast.training.stages import load, pair_logps, sft_model
 
     models: dict[str, Path] = {"untrained": base.path}
     if (sft := sft_model(args, folder, base)) != base.path:
         models["sft"] = sft
-    if cpo := latest_checkpoint(folder.path / "cpo"):
+    if cpo := result_checkpoint(folder.path / "cpo", best=args.load_best_model_at_end):
         models["cpo"] = cpo
     tested = {group.id: group for group in samples.sft["test"]}
     studies = [study for study in corpus.studies["test"] if study.study_id in tested]

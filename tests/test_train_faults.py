@@ -154,7 +154,7 @@ def test_out_of_memory_is_tried_again_in_halves_with_the_same_result(
     assert train(data, tmp_path / "tight") == 0
     assert losses(tmp_path / "tight") == pytest.approx(losses(tmp_path / "roomy"), abs=1e-5)
     last = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text().splitlines()[5])
-    assert last["oom_retries"] == 6
+    assert last["oom_retries"] == 5  # the last step of the epoch is smaller and fits
 
 
 def test_out_of_memory_twice_stops_with_advice(

@@ -43,6 +43,19 @@ def latest_checkpoint(stage_dir: Path) -> Path | None:
     return None
 
 
+def result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
+    """What a stage ended with: its newest whole checkpoint or, with `best`, the one it calls best.
+
+    Without any whole checkpoint None.
+    """
+    newest = latest_checkpoint(stage_dir)
+    if newest is None or not best:
+        return newest
+    state = json.loads((newest / STATE).read_text(encoding="utf-8"))
+    named = stage_dir / f"checkpoint-{state.get('best_global_step')}"
+    return named if damage_of(named) is None else newest
+
+
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest; None when every byte is as written."""
     try:
@@ -75,10 +88,12 @@ def write_checkpoint(
     tensors: dict[str, torch.Tensor],
     *,
     save_total_limit: int | None = None,
+    keep: Path | None = None,
 ) -> Path:
     """Write `stage_dir/checkpoint-<step>`; a crash leaves the earlier checkpoints as they were.
 
-    `trainer_state` is JSON, `tensors` what AdamW and the random number generators hold.
+    The best one, `keep`, is kept beyond `save_total_limit`. `trainer_state` is JSON, `tensors` is
+    what AdamW holds. Raises CpoFastError when the file system takes no more.
     """
     target, partial = stage_dir / f"checkpoint-{step}", stage_dir / f".partial-{step}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +112,8 @@ def write_checkpoint(
         ) from error
     if save_total_limit is not None:
         for old in checkpoints(stage_dir)[: -max(save_total_limit, 1)]:
-            shutil.rmtree(old)
+            if old != keep:
+                shutil.rmtree(old)
     return target
 
 

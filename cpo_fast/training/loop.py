@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cpo_fast.errors import CpoFastError, DataError
+from cpo_fast.errors import CpoFastError, DataError, UsageError
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
@@ -60,7 +60,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     nonfinite_in_a_row: int = 0
-    oom_retries: int = 0
+    best: dict[str, Any] = field(default_factory=dict)  # metric, value, step
     final: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, Any] = field(default_factory=dict)
 
@@ -87,6 +87,7 @@ class Trainer:
     stop: StopRequest
     resume: Path | None = None
     world: World = field(default_factory=World)
+    oom_retries: int = field(default=0, init=False)
 
     def run(self) -> StageResult:
         """Train until the steps or epochs asked for are done; the last step is always saved.
@@ -99,6 +100,11 @@ class Trainer:
 
         settings = self.args.of_stage(self.stage)
         steps, steps_per_epoch = self._plan(settings)
+        metric = settings["metric_for_best_model"]
+        if metric is None and self.args.load_best_model_at_end:
+            metric = "loss"
+        if metric is not None and not self.eval_groups:
+            raise DataError(f"{self.stage}: no sample is held out to tell the best model by")
         names = {p: name for name, p in self.model.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             list(names),
@@ -156,17 +162,19 @@ class Trainer:
                     "learning_rate": learning_rate,
                     "num_tokens": round(self.world.sum([clock.num_tokens])[0]),
                 }
-                if retries := round(self.world.sum([progress.oom_retries])[0]):
+                if retries := round(self.world.sum([self.oom_retries])[0]):
                     row["oom_retries"] = retries
                 self.log.write({**at, **row, **clock.row()})
                 progress.final |= row
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
+            better = False
             if self.eval_groups and (last or _every(self.args.eval_steps, number)):
                 evaluated = self.evaluate()
+                better = self._is_best(metric, evaluated, progress)
                 self.log.write({**at, **evaluated})
                 progress.final |= evaluated
                 clock.resume()
-            if last or stopping or _every(self.args.save_steps, number):
+            if last or stopping or better or _every(self.args.save_steps, number):
                 progress.seconds = time.perf_counter() - begun
                 progress.throughput = clock.stage() or progress.throughput
                 state = {
@@ -178,6 +186,10 @@ class Trainer:
                     "scheduler": _plain(scheduler.state_dict()),
                     "ranks": self._ranks(sums, rejected, clock),
                 }
+                if progress.best:
+                    state["best_metric"] = progress.best["value"]
+                    state["best_global_step"] = progress.best["step"]
+                    state["best_model_checkpoint"] = str(self._checkpoint(progress.best["step"]))
                 checkpoint = self._write_checkpoint(state, optimizer_tensors(optimizer, names))
                 clock.resume()
             bar.update()
@@ -189,6 +201,8 @@ class Trainer:
                     f"{len(steps)}; go on with --resume_from_checkpoint auto"
                 )
         bar.close()
+        if self.args.load_best_model_at_end:
+            checkpoint = self._checkpoint(progress.best["step"])
         set_aside = [
             RejectedRecord(**record)
             for of_rank in self.world.gather(rejected)
@@ -214,6 +228,25 @@ class Trainer:
         row = self.objective.row(Sums.together(self.world.gather(sums.take())))
         return {f"eval_{name}": value for name, value in row.items()}
 
+    def _checkpoint(self, step: int) -> Path:
+        return self.stage_dir / f"checkpoint-{step}"
+
+    def _is_best(self, metric: str | None, evaluated: dict[str, float], progress: Progress) -> bool:
+        """Whether this evaluation is the best so far; kept in `progress` when it is."""
+        if metric is None:
+            return False
+        name = f"eval_{metric.removeprefix('eval_')}"
+        if name not in evaluated:
+            raise UsageError(
+                f"--metric_for_best_model {metric}: {self.stage} has {', '.join(evaluated)}"
+            )
+        value = evaluated[name]
+        sign = -1 if name.endswith("loss") else 1  # transformers' rule of what is better
+        if math.isnan(value) or (progress.best and value * sign <= progress.best["value"] * sign):
+            return False
+        progress.best = {"metric": name, "value": value, "step": progress.step}
+        return True
+
     def _ranks(
         self, sums: Sums, rejected: list[dict[str, Any]], clock: Clock
     ) -> list[dict[str, Any]]:
@@ -223,6 +256,7 @@ class Trainer:
                 "sums": sums.peek(),
                 "rejected": rejected,
                 "num_tokens": clock.num_tokens,
+                "oom_retries": self.oom_retries,
                 "generators": generators(),
             }
         )
@@ -244,6 +278,7 @@ class Trainer:
             sums.add(one["sums"])
             rejected += one["rejected"]
             clock.num_tokens += one["num_tokens"]
+            self.oom_retries += one["oom_retries"]
         if rank < len(ranks):
             restore_generators(ranks[rank]["generators"])
 
@@ -271,6 +306,7 @@ class Trainer:
                 finite(state),
                 tensors,
                 save_total_limit=self.args.save_total_limit,
+                keep=Path(state["best_model_checkpoint"]) if state["progress"]["best"] else None,
             )
             return str(written)
 
@@ -303,7 +339,7 @@ class Trainer:
             own, full = Sums(), str(error)  # the retry is outside: `error` holds the activations
         if full is not None:
             own = self._again_in_halves(halved, full, total, optimizer, clock)
-            progress.oom_retries += 1
+            self.oom_retries += 1
         with clock.phase("optimiser"):
             parameters = optimizer.param_groups[0]["params"]
             limit = self.args.max_grad_norm or math.inf

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cpo_fast.model.build import add_lora, freeze_vision, load_model, merge, save_model
@@ -50,11 +51,20 @@ def train_sft(
     objective = SFTObjective(packed, impl=args.loss_impl)
     result = run_stage(args, folder, base, "sft", packed, objective, samples.sft, stop, resume)
     if args.sft_use_peft:
-        target = folder.path / "sft" / MERGED
-        folder.world.on_main(
-            lambda: save_model(merge(model), target, tokenizer=base.tokenizer, images=base.images)
-        )
+        folder.world.on_main(lambda: save_merged(args, folder, base, model, result.checkpoint))
     record(folder, "sft", result)
+
+
+def save_merged(
+    args: TrainArguments, folder: RunFolder, base: Base, model: Any, checkpoint: Path
+) -> None:
+    """SFT's adapter, the last or the best, merged into the base as a whole model."""
+    if args.load_best_model_at_end:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    target = folder.path / "sft" / MERGED
+    save_model(merge(model), target, tokenizer=base.tokenizer, images=base.images)
 
 
 def train_cpo(
