@@ -33,6 +33,14 @@ def test_mentions_know_denial_and_doubt() -> None:
     assert Miner(GRAPH).mentions("No edema. Mild edema.")["Edema"] == 1
 
 
+def test_normal_statements_deny_attributes_that_they_do_not_name() -> None:
+    miner = Miner(GRAPH)
+    assert miner.mentions("Heart size is normal. Trachea is midline.") == {"M14": 0, "A9": 0}
+    assert miner.mentions("Costophrenic angles are sharp.") == {"M11": 0}
+    assert miner.mentions("The lungs are not clear.") == {}
+    assert miner.mentions("Normal heart. Mild cardiomegaly.")["M14"] == 1
+
+
 def test_counts_and_evidence() -> None:
     counts = mine(read_graph_json(), CORPUS)
     assert counts.reports == len(CORPUS)
@@ -82,6 +90,24 @@ def test_command_mines_a_folder(tmp_path: Path) -> None:
     assert mined["reports"] == len(REPORTS)
     assert mined["asserted"]["Emphysema"] == 1
     assert "clavicle" not in output.read_text()
+
+
+@pytest.mark.parametrize("suffix", ["graphml", "json"])
+def test_command_writes_the_weighted_graph(suffix: str, tmp_path: Path) -> None:
+    import networkx
+
+    data = write_open_i(tmp_path / "reports", REPORTS)
+    graph = tmp_path / f"graph.{suffix}"
+    command = ["mine", "--dataset", str(data), "--output", str(tmp_path / "m.json")]
+    assert main([*command, "--workers", "1", "--weighted_graph", str(graph)]) == 0
+    if suffix == "graphml":
+        read = networkx.read_graphml(graph)
+    else:
+        read = networkx.node_link_graph(json.loads(graph.read_text()), edges="edges")
+    edge = read.edges["Emphysema", "F2"]
+    assert (edge["relation"], edge["together"]) == ("association", 1)
+    assert edge["pmi"] > 0
+    assert main([*command, "--weighted_graph", str(tmp_path / "graph.txt")]) == 1
 
 
 EXTRACTION = {

@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     mined = commands.add_parser("mine", help="counts, PMI and exclusion tests of a corpus")
     mined.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
     mined.add_argument("--output", required=True, type=Path, help="a .json file")
+    mined.add_argument(
+        "--weighted_graph", type=Path, help="the graph with the corpus' weights: .graphml or .json"
+    )
     mined.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     mined.set_defaults(run=_mine)
     merged = commands.add_parser("merge", help="an LLM's extraction into a graph file")
@@ -125,26 +128,37 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    _write_network(load_graph(args.graph), args.output, "--output")
+
+
+def _write_network(graph: ConceptGraph, path: Path, flag: str) -> None:
+    """The graph as GraphML or node-link JSON, as the name says."""
     import networkx
 
-    graph = load_graph(args.graph).network.copy()
-    suffix = args.output.suffix
-    if suffix == ".json":
-        with _open_output(args.output) as out:
-            json.dump(networkx.node_link_data(graph, edges="edges"), out, indent=1)
-    elif suffix == ".graphml":
-        for _, data in graph.nodes(data=True):  # GraphML knows no lists
+    network = graph.network.copy()
+    if path.suffix == ".json":
+        with _open_output(path) as out:
+            json.dump(networkx.node_link_data(network, edges="edges"), out, indent=1)
+    elif path.suffix == ".graphml":
+        for _, data in network.nodes(data=True):  # GraphML knows no lists
             data.update({k: ", ".join(v) for k, v in data.items() if isinstance(v, tuple)})
-        with _open_output(args.output) as out:
-            out.writelines(line + "\n" for line in networkx.generate_graphml(graph))
+        for *_, data in network.edges(data=True):  # and no null: a PMI of pairs never together
+            for key in [k for k, v in data.items() if v is None]:
+                del data[key]
+        with _open_output(path) as out:
+            out.writelines(line + "\n" for line in networkx.generate_graphml(network))
     else:
-        raise UsageError(f"--output {args.output}: the name must end in .json or .graphml")
+        raise UsageError(f"{flag} {path}: the name must end in .json or .graphml")
 
 
 def _mine(args: argparse.Namespace) -> None:
-    from cpo_fast.concepts.mine import evidence, mine, proposals
+    from cpo_fast.concepts.mine import evidence, mine, proposals, with_weights
     from cpo_fast.data import open_studies
 
+    if args.weighted_graph and args.weighted_graph.suffix not in (".graphml", ".json"):
+        raise UsageError(
+            f"--weighted_graph {args.weighted_graph}: the name must end in .json or .graphml"
+        )
     graph_json = read_graph_json(args.graph)
     graph = graph_from_json(graph_json)
     studies = open_studies(args.dataset)
@@ -165,6 +179,8 @@ def _mine(args: argparse.Namespace) -> None:
             out,
             indent=1,
         )
+    if args.weighted_graph:
+        _write_network(with_weights(graph, edges), args.weighted_graph, "--weighted_graph")
     print(f"{args.output}: {counts.reports} reports, {len(edges)} pairs")
     for change, number in Counter(row["change"] for row in proposed).most_common():
         print(f"  {change}: {number} proposed")

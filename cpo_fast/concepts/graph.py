@@ -3,6 +3,7 @@
 The file lists 53 imaging attributes in four categories and 12 diseases with their hallmarks,
 associations and exclusions (the relations of CPO, arXiv 2505.13081); what is neither associated
 nor excluded is irrelevant. In a phrase, `...` stands for up to five words of the same clause.
+`negated` are normal statements that deny an attribute without naming it.
 Exclusions in `same_region_exclusions`, and contradictions of scope "region", hold within one
 hemithorax only.
 """
@@ -62,7 +63,8 @@ def read_graph_json(path: str | Path | None = None) -> Any:
 def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
     """The graph that a parsed graph file holds; raises DataError as `load_graph` does."""
     check = _Checks(file)
-    attributes = _attributes(check.mapping(data, "attributes", "the file"), check)
+    rows_of = check.mapping(data, "attributes", "the file")
+    attributes = _attributes(rows_of, check)
     rows = check.mapping(data, "diseases", "the file")
     diseases = {name: _disease(name, row, attributes, check) for name, row in rows.items()}
     contradictions = _contradictions(
@@ -74,7 +76,13 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
 
     network = networkx.Graph(name="cpo_fast concept graph")
     for key, node in attributes.items():
-        network.add_node(key, kind="attribute", category=node.category, label=node.name)
+        network.add_node(
+            key,
+            kind="attribute",
+            category=node.category,
+            label=node.name,
+            negated=check.strings(rows_of[key], "negated", f"attribute {key}", required=False),
+        )
     for name, disease in diseases.items():
         row = rows[name]
         network.add_node(

@@ -74,7 +74,11 @@ class Miner:
 
     def __init__(self, graph: ConceptGraph) -> None:
         self._patterns = {k: phrase_pattern(a.phrases) for k, a in graph.attributes.items()}
-        union = "|".join(p.pattern for p in self._patterns.values())
+        nodes = graph.network.nodes
+        denials = {k: nodes[k]["negated"] for k in graph.attributes if nodes[k]["negated"]}
+        self._denials = {k: phrase_pattern(phrases) for k, phrases in denials.items()}
+        both = [*self._patterns.values(), *self._denials.values()]
+        union = "|".join(p.pattern for p in both)
         self._any = re.compile(union)
         self._diseases = frozenset(graph.diseases)
         self._sentence = lru_cache(maxsize=1 << 17)(self._find)
@@ -85,6 +89,10 @@ class Miner:
             for key, pattern in self._patterns.items():
                 for match in pattern.finditer(sentence):
                     found.append((key, polarity(sentence, match.start(), match.end())))
+            for key, pattern in self._denials.items():
+                for match in pattern.finditer(sentence):
+                    if polarity(sentence, match.start(), match.end()) == 1:
+                        found.append((key, 0))
         return tuple(found)
 
     def mentions(self, text: str) -> dict[str, int]:
