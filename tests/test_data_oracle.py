@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from packing_samples import image, images, tokenizer
+from test_model_qwen_vocabulary import qwen as rebuilt
 
 from cpo_fast.data import open_preferences
 from cpo_fast.packing import encode
@@ -49,7 +50,7 @@ TEXT_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+def theirs(row: dict[str, Any], words: Any) -> tuple[list[int], list[int], list[int]]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -57,22 +58,22 @@ def theirs(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
         output_dir="unused", max_length=None, use_cpu=True, bf16=False, report_to="none"
     )
     made = DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer()),
+        SimpleNamespace(_tokenizer=words),
         Dataset.from_list([row]),
-        tokenizer(),
+        words,
         config,
         "train",
     )[0]
     return made["prompt_ids"], made["chosen_ids"], made["rejected_ids"]
 
 
-def ours(folder: Path, row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
+def ours(folder: Path, row: dict[str, Any], words: Any) -> tuple[list[int], list[int], list[int]]:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row))
     source = open_preferences(str(path), dataset_format="trl")
     found = list(source)
     assert source.rejected == []
-    group = encode(found[0], tokenizer(), images().grid, max_length=5000)
+    group = encode(found[0], words, images().grid, max_length=5000)
     return list(group.prompt.input_ids), list(group.chosen), list(group.rejected[0])
 
 
@@ -80,12 +81,13 @@ def ours(folder: Path, row: dict[str, Any]) -> tuple[list[int], list[int], list[
 @pytest.mark.parametrize("name", TEXT_ROWS)
 def test_text(tmp_path: Path, name: str) -> None:
     row = TEXT_ROWS[name]
-    prompt, chosen, rejected = ours(tmp_path, row)
-    assert (prompt, chosen, rejected) == theirs(row)
+    prompt, chosen, rejected = ours(tmp_path, row, tokenizer())
+    assert (prompt, chosen, rejected) == theirs(row, tokenizer())
     if name == "strings-that-merge":
         assert prompt != tokenizer()(row["prompt"])["input_ids"]  # else the case shows nothing
 
 
+qwen = rebuilt  # a fixture
 IMAGE = {"type": "image"}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 IMAGE_ROWS: dict[str, dict[str, Any]] = {
@@ -103,21 +105,34 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMAGE_ROWS)
-def test_images(tmp_path: Path, name: str) -> None:
+def compare_images(folder: Path, row: dict[str, Any], words: Any) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
     from trl_oracle import processor
 
     from cpo_fast.data.images import load_image
 
-    row, picture = IMAGE_ROWS[name], image(100, 80)
-    collator = DataCollatorForVisionPreference(processor=processor(tokenizer(), images()))
+    picture = image(100, 80)
+    collator = DataCollatorForVisionPreference(processor=processor(words, images()))
     batch = collator([{**row, "images": [load_image(picture)]}])
     data = base64.b64encode(picture.data or b"").decode()
-    prompt, chosen, rejected = ours(tmp_path, {**row, "images": [{"bytes": data, "path": None}]})
+    given = {**row, "images": [{"bytes": data, "path": None}]}
+    prompt, chosen, rejected = ours(folder, given, words)
     for place, answer in enumerate((chosen, rejected)):
         kept = batch["attention_mask"][place].bool()
         scored = batch["completion_mask"][place].bool()
         assert batch["input_ids"][place][kept & ~scored].tolist() == prompt
         assert batch["input_ids"][place][kept & scored].tolist() == answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGE_ROWS)
+def test_images(tmp_path: Path, name: str) -> None:
+    compare_images(tmp_path, IMAGE_ROWS[name], tokenizer())
+
+
+@pytest.mark.slow
+def test_all_of_them_with_the_vocabulary_of_qwen(tmp_path: Path, qwen: Any) -> None:
+    for row in TEXT_ROWS.values():
+        assert ours(tmp_path, row, qwen) == theirs(row, qwen)
+    for row in IMAGE_ROWS.values():
+        compare_images(tmp_path, row, qwen)
