@@ -102,7 +102,7 @@ def probe(
     *,
     findings: Sequence[str] = LABEL_NAMES,
     image_token_id: int | None = None,
-    tokens_per_pass: int = 1024,
+    tokens_per_pass: int = 512,
 ) -> Drift:
     """z_j at every position of `<think> {thought}`, from no token of it to all.
 
@@ -130,7 +130,7 @@ def swap_effects(
     *,
     findings: Sequence[str] = LABEL_NAMES,
     image_token_id: int | None = None,
-    tokens_per_pass: int = 1024,
+    tokens_per_pass: int = 512,
 ) -> tuple[np.ndarray, list[Effect]]:
     """(z [C] after the thought as it stands, the effect of every swap on it)."""
     endings = _endings(tokenizer, findings)

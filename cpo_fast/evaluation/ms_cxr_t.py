@@ -98,7 +98,8 @@ def progression_accuracy(
         right = truth == np.array([one.get(name, "-") for one in predicted])
         micro = _share(right, truth != "", weights)
         classes = [_share(right, truth == c, weights) for c in CLASSES if (truth == c).any()]
-        macro = np.nanmean(classes, axis=0) if classes else np.full(len(weights), np.nan)
+        masked = np.ma.masked_invalid(classes or [np.full(len(weights), np.nan)])
+        macro = masked.mean(axis=0).filled(np.nan)  # over the classes that a resample holds
         table[name] = (int((truth != "").sum()), micro, macro)
     return _summary(PROTOCOL_A, table, ("micro", "macro"))
 

@@ -4,13 +4,17 @@ Words are compared in lower case without punctuation. BLEU is nltk's corpus BLEU
 pycocoevalcap's on the same words). ROUGE-L is the COCO variant: the F-measure with beta 1.2, from
 the longest common subsequence of the whole texts, averaged over studies; the `rouge-score` package
 computes another one (beta 1). CIDEr is the CIDEr-D of pycocoevalcap, where that is installed.
+METEOR is 1.5, by the Java program that pycocoevalcap carries (nltk's is another metric); what is
+not there is named as missing. Label F1 compares the findings that our labeller reads in both texts.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import UsageError
@@ -34,7 +38,8 @@ def words(text: str) -> list[str]:
 
 
 def text_metrics(references: Sequence[str], candidates: Sequence[str]) -> dict[str, Any]:
-    """{"bleu_1".."bleu_4", "rouge_l", "cider" where installed, "studies", "variants"} of N pairs.
+    """{"bleu_1".."bleu_4", "rouge_l", "meteor" and "cider" where installed, "label_f1", "studies",
+    "variants", "missing" [metric names]} of N pairs.
 
     Raises UsageError for unequal lengths or no text.
     """
@@ -48,9 +53,47 @@ def text_metrics(references: Sequence[str], candidates: Sequence[str]) -> dict[s
     result.update({f"bleu_{n}": value for n, value in enumerate(bleu(wanted, given), start=1)})
     scores = [rouge_l(want, got) for want, got in zip(wanted, given, strict=True)]
     result["rouge_l"] = sum(scores) / len(scores)
-    if importlib.util.find_spec("pycocoevalcap"):
+    result["label_f1"] = label_f1(references, candidates)
+    coco = importlib.util.find_spec("pycocoevalcap")
+    if coco:
         result["cider"] = cider(wanted, given)
+    if coco and shutil.which("java") and _meteor_jar():
+        result["meteor"] = meteor(wanted, given)
+    result["missing"] = [name for name in ("cider", "meteor") if name not in result]
     return result
+
+
+def label_f1(references: Sequence[str], candidates: Sequence[str]) -> float | None:
+    """F1 pooled over studies and findings of what `concepts.label_report` asserts in both texts.
+
+    None where neither side asserts anything.
+    """
+    from cpo_fast.concepts import label_report
+
+    def asserted(text: str) -> set[str]:
+        return {name for name, value in label_report(text).items() if value == 1}
+
+    hit = named = 0
+    for reference, candidate in zip(references, candidates, strict=True):
+        want, got = asserted(reference), asserted(candidate)
+        hit += len(want & got)
+        named += len(want) + len(got)
+    return 2 * hit / named if named else None
+
+
+def _meteor_jar() -> bool:
+    coco = importlib.util.find_spec("pycocoevalcap")
+    folders = (coco.submodule_search_locations if coco else None) or ()
+    return any((Path(folder) / "meteor" / "meteor-1.5.jar").is_file() for folder in folders)
+
+
+def meteor(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> float:
+    """METEOR 1.5 (Denkowski and Lavie 2014) by pycocoevalcap's Java program."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    wanted = {i: [" ".join(words)] for i, words in enumerate(references)}
+    given = {i: [" ".join(words)] for i, words in enumerate(candidates)}
+    return float(Meteor().compute_score(wanted, given)[0])
 
 
 def bleu(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> list[float]:

@@ -66,7 +66,7 @@ def score_tree(
     *,
     trunk: Sequence[int],
     image_token_id: int | None = None,
-    tokens_per_pass: int = 1024,
+    tokens_per_pass: int = 512,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Summed log-probability of each of N continuations after `prompt`: [N] float64 on the CPU.

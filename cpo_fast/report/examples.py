@@ -19,6 +19,7 @@ from cpo_fast.types import ImageRef
 
 IMAGE_PIXELS = 448  # longest side of an image: twice what a page shows of it
 SHOWN_CHARACTERS = 700  # of a model's thought
+SHOWN_UNPARSED = 160  # of one that leads to no diagnosis
 LONGEST_REPORT = 12_000  # characters; comparing words takes time that grows with the square
 
 
@@ -75,7 +76,7 @@ def _answer(name: str, text: str, labels: Sequence[str]) -> Answer:
     else:
         verdict = word = "partly" if set(names) & set(labels) else "wrong"
         word = "partly right" if verdict == "partly" else word
-    thought = _cut(thought_of(text), SHOWN_CHARACTERS)
+    thought = _cut(thought_of(text), SHOWN_CHARACTERS if names else SHOWN_UNPARSED)
     return Answer(name_of(name), verdict, word, ", ".join(names), thought)
 
 

@@ -268,8 +268,16 @@ def _cards(run: Run) -> list[dict[str, str]]:
         cards.append({"label": "Studies used", "value": t.number(data["used"]), "note": note})
     times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]
     if known := [x for x in times if t.is_number(x)]:
-        cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": "all stages"})
+        cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": _timed(run)})
     return cards
+
+
+def _timed(run: Run) -> str:
+    """The stages whose time is known, in words."""
+    timed = [
+        name for name, s in t.objects(run.part("stages")).items() if t.is_number(s.get("seconds"))
+    ]
+    return ", ".join(t.name_of(name) for name in timed)
 
 
 def _shares(run: Run) -> list[dict[str, Any]]:

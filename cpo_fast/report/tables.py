@@ -194,7 +194,7 @@ def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     if not models:
         return []
     labels = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {"rouge_l": "ROUGE-L"}
-    labels |= {"meteor": "METEOR", "cider": "CIDEr-D"}
+    labels |= {"meteor": "METEOR", "cider": "CIDEr-D", "label_f1": "Label F1, pooled"}
     rows = [
         figure_row(label, [{"value": m.get(key)} for m in models.values()], number)
         for key, label in labels.items()
@@ -203,6 +203,8 @@ def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     columns = ("", *(name_of(model) for model in models))
     note = str(next(iter(models.values())).get("variants", ""))
     note = note[:1].upper() + note[1:] + "." if note else ""
+    if missing := strings(next(iter(models.values())).get("missing")):
+        note += f" Not installed here: {', '.join(labels.get(name, name) for name in missing)}."
     return [Table("Thought against the radiologist's report", columns, tuple(rows), note)]
 
 
