@@ -50,14 +50,20 @@ _POST_UNC = re.compile(UNCERTAIN_AFTER)
 _BREAK = re.compile(SCOPE_BREAK)
 _DOUBT_BREAK = re.compile(UNCERTAIN_BREAK)
 _PSEUDO = re.compile(PSEUDO_NEGATION)
-_SENTENCE = re.compile(r"(?<=[.?!])\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|\s(?=\d{1,2}\. +[A-Za-z])")
+_SENTENCE = re.compile(r"(?<=[.?!])\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|\s(?=\d{1,2}\. +[a-z])")
 _ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)]|-)\s*")
 
 
 def sentences(text: str) -> list[str]:
     """`text` cut at full stops, blank lines and list marks; lower case, white space made single."""
-    plain = (" ".join(part.split()).lower() for part in _SENTENCE.split(text))
-    return [s for s in (_ENUMERATOR.sub("", part) for part in plain) if s]
+    return list(_cut(text))
+
+
+@lru_cache(maxsize=1 << 6)
+def _cut(text: str) -> tuple[str, ...]:
+    # Remembered for the moment: one report is read by several rules in a row.
+    plain = [" ".join(part.split()) for part in _SENTENCE.split(text.lower())]
+    return tuple([s for s in [_ENUMERATOR.sub("", part) for part in plain] if s])
 
 
 @lru_cache(maxsize=1 << 17)

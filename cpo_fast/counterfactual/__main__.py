@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -232,12 +233,17 @@ def _private(path: Path, keep: bool) -> IO[str]:
         raise UsageError(f"--output {path}: can't be written ({error.strerror})") from error
     file = os.fdopen(handle, "r+", encoding="utf-8", newline="\n")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"--output {path}: another run is writing it; wait for its end"
+                ) from None
+        if not keep:
+            file.truncate(0)
     except OSError as error:
-        file.close()
-        raise UsageError(f"--output {path}: another run is writing it; wait for its end") from error
-    if not keep:
-        file.truncate(0)
+        raise UsageError(f"--output {path}: is no plain file ({error.strerror})") from error
     return file
 
 
