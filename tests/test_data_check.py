@@ -236,7 +236,8 @@ def test_it_prints_within_eighty_columns(mimic: Path, monkeypatch: pytest.Monkey
     for image in mimic.rglob("p10000003/*/*.jpg"):
         image.unlink()
     monkeypatch.chdir(mimic.parent)
-    checked = check(open_studies(mimic.name))
+    mimic.rename("a-rather-long-name-of-a-folder" * 4)
+    checked = check(open_studies("a-rather-long-name-of-a-folder" * 4))
     rows = table(checked).splitlines()
     assert max(map(len, rows)) <= 80
     assert any("report-empty" in row and "e.g. s5000000" in row for row in rows)

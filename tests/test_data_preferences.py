@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,24 @@ def test_what_counts_as_a_preference_file(tmp_path: Path) -> None:
     assert not is_preference_file("open-i")
     assert not is_preference_file(str(path), "mimic-cxr")
     assert not is_preference_file(str(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, array: bool) -> None:
+    path = tmp_path / "rows.json"
+    with path.open("w") as file:
+        file.write("[" if array else "")
+        for i in range(4_000):
+            row = {"prompt": f"Q{i}", "chosen": "x" * 3000, "rejected": "y" * 3000}
+            file.write((",\n" if i and array else "") + json.dumps(row) + ("" if array else "\n"))
+        file.write("]" if array else "")
+    source = open_preferences(str(path))
+    tracemalloc.start()
+    count = sum(1 for _ in source)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 4_000
+    assert peak < 8_000_000 < path.stat().st_size // 2
 
 
 FIELDS = (

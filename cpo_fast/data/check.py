@@ -239,11 +239,11 @@ _BAR = 18
 
 
 def _lines(name: str, value: str, column: int) -> Iterator[str]:
-    """A row of the table, wrapped between words."""
+    """A row of the table, wrapped between words (a long path anywhere)."""
     room = WIDTH - column - 2
     parts = [value]
     if len(value) > room:
-        parts = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
+        parts = textwrap.wrap(value, room, break_on_hyphens=False)
     for place, part in enumerate(parts):
         yield f"{'' if place else name:<{column}}  {part}".rstrip()
 
@@ -253,8 +253,8 @@ def _listed(counts: Mapping[str, object]) -> str:
 
 
 def table(checked: Checked, examples: int = 3) -> str:
-    """The facts as lines of at most 80 columns (a longer path apart); ids of `examples` records for
-    each reason, never text."""
+    """The facts as lines of at most 80 columns; ids of `examples` records for each reason, never
+    text."""
     facts = checked.facts
     rows: list[tuple[str, str]] = [
         ("data set", f"{facts['dataset']} ({facts['kind']})"),
