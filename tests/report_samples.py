@@ -65,8 +65,28 @@ def write_run(folder: Path, *, seed: int = 0, report: str = REPORT, steps: int =
         "answers": answers,
     }
     missing = example | {"study_id": HOSTILE, "image": "gone.png", "counterfactual": None}
-    write_examples(folder, [example, missing])
+    write_examples(folder, [example, missing], [_drift(report)])
     return folder
+
+
+def _drift(report: str) -> dict[str, Any]:
+    """A probed study whose thought is `report`, word by word, and an unbreakable last token."""
+    tokens = [f" {word}" for word in report.split()] + [" " + "x" * 120]
+    moves = [abs(math.sin(i)) / 2 for i in range(len(tokens))]
+    swap = {"before": "small " + "y" * 90, "after": "large", "variation": 0.2, "divergence": 0.1}
+    z = [1 / len(NAMES)] * len(NAMES)
+    kinds = ("synonym", "side", "negation", "hallmark")
+    return {
+        "model": "cpo",
+        "study_id": "50000001",
+        "tokens": tokens,
+        "variation": moves,
+        "divergence": [move / 2 for move in moves],
+        "findings": list(NAMES),
+        "start": z,
+        "end": z,
+        "swaps": [swap | {"kind": kind, "distribution": z} for kind in kinds],
+    }
 
 
 def _config(seed: int) -> dict[str, Any]:

@@ -237,3 +237,14 @@ def test_equal_texts_score_one():
     result = text.text_metrics(REFERENCES, REFERENCES)
     assert result["bleu_4"] == pytest.approx(1.0)
     assert result["rouge_l"] == pytest.approx(1.0)
+
+
+def test_label_f1_and_what_is_missing_is_named(monkeypatch):
+    said = "There is pulmonary edema. Cardiomegaly. No pneumothorax."
+    assert text.label_f1([said], [said]) == 1.0
+    assert text.label_f1([said], ["Cardiomegaly."]) == pytest.approx(2 * 1 / (2 + 1))
+    assert text.label_f1(["Lines."], ["Lines."]) is None
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    found = text.text_metrics([said], [said])
+    assert "meteor" in found["missing"] and "meteor" not in found
+    assert found["label_f1"] == 1.0
