@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.data.labels import NO_FINDING
 from cpo_fast.errors import UsageError
 
 VARIANTS = (
@@ -66,12 +67,14 @@ def text_metrics(references: Sequence[str], candidates: Sequence[str]) -> dict[s
 def label_f1(references: Sequence[str], candidates: Sequence[str]) -> float | None:
     """F1 pooled over studies and findings of what `concepts.label_report` asserts in both texts.
 
-    None where neither side asserts anything.
+    "No Finding" does not count (words that say nothing would earn it); None where neither side
+    asserts anything.
     """
     from cpo_fast.concepts import label_report
 
     def asserted(text: str) -> set[str]:
-        return {name for name, value in label_report(text).items() if value == 1}
+        labels = label_report(text).items()
+        return {name for name, value in labels if value == 1 and name != NO_FINDING}
 
     hit = named = 0
     for reference, candidate in zip(references, candidates, strict=True):
