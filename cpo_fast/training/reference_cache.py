@@ -77,6 +77,8 @@ class ReferenceCache:
         A group whose image does not decode keeps none. Raises UsageError when the file, or a part
         of it, was made with another key, Interrupted when a stop was asked for meanwhile.
         """
+        if not groups:
+            return []
         key = cache_key(self.model, groups, self.base, adapters_off=self.adapters_off)
         values = self._read(self.path, key)
         if values is None:
