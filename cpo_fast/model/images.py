@@ -1,5 +1,5 @@
-"""Images as Qwen2.5-VL wants them: grid from the header, pixel values from transformers' own
-processor.
+"""Images as Qwen2.5-VL wants them: grid from the header, pixel values as transformers' processor
+makes them (bit for bit: a test holds the two together), in half its time.
 
 transformers' AutoProcessor and Qwen2_5_VLProcessor need torchvision, of which there is no working
 CPU build; its PIL-backed image processor does not, and gives the same preprocessor_config.json.
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cpo_fast.data.images import image_size, load_image
+from cpo_fast.data.images import image_size, load_shades
+from cpo_fast.data.pixels import pixel_values
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.packing.encode import MERGE_SIZE, Grid
 from cpo_fast.types import ImageRef
@@ -110,5 +111,12 @@ class ImageProcessor:
         """(pixel values [t * h * w, 1176] float32, grid [3] int64); raises load_image's
         RecordErrors.
         """
-        done = self.processor(images=[load_image(ref)], return_tensors="pt")
-        return done["pixel_values"], done["image_grid_thw"][0]
+        values, grid = pixel_values(
+            load_shades(ref),
+            min_pixels=self.processor.size["shortest_edge"],
+            max_pixels=self.processor.size["longest_edge"],
+            mean=self.processor.image_mean,
+            std=self.processor.image_std,
+            scale=self.processor.rescale_factor,
+        )
+        return torch.from_numpy(values), torch.tensor(grid)

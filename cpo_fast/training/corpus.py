@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cpo_fast.concepts import load_graph
 from cpo_fast.concepts.graph import DEFAULT_GRAPH
 from cpo_fast.counterfactual import counterfactuals, preference, sft_preference, study_labels
-from cpo_fast.data import open_studies
+from cpo_fast.data import is_preference_file, open_preferences, open_studies
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
@@ -27,7 +27,6 @@ from cpo_fast.types import (
 )
 
 SPLITS = ("train", "validate", "test")
-PREFERENCE_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 # --- files -> studies ----------------------------------------------------------------------------
@@ -45,9 +44,7 @@ class Corpus:
 def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     """Read the data set; what cannot be used is set aside, and too much of it stops the run."""
     dataset = args.dataset
-    if Path(dataset).suffix in PREFERENCE_SUFFIXES:
-        from cpo_fast.data.preferences import open_preferences
-
+    if is_preference_file(dataset, args.dataset_format):
         source: Any = open_preferences(
             dataset, dataset_format=args.dataset_format, image_root=args.image_root
         )
