@@ -229,3 +229,13 @@ def test_a_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
     status, _, err = two(data, tmp_path / "run", "--model_name_or_path", "/nowhere")
     assert status != 0
     assert "/nowhere: no such model folder" in err
+
+
+def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_path: Path) -> None:
+    flags = ["--num_studies", "60", "--max_pixels", "12544", "--packing_length", "600",
+             "--stages", "graph,counterfactual,sft,cpo", "--max_eval_samples", "6",
+             "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]  # fmt: skip
+    assert one(Path("phantom"), tmp_path / "one", *flags) == 0
+    status, _, err = two(Path("phantom"), tmp_path / "two", *flags, "--fsdp", "true")
+    assert status == 0, err
+    assert_same(tmp_path / "one", tmp_path / "two")
