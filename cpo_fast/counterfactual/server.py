@@ -205,6 +205,7 @@ class ServerWriter:
             except OSError as error:
                 last = error
                 continue
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._secure:
                 context = ssl.create_default_context()
                 sock = context.wrap_socket(sock, server_hostname=self._host)
