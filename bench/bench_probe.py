@@ -1,7 +1,9 @@
 """The drift probe over one report against separate forwards: the same figures, every position.
 
 `pytest --benchmark bench/bench_probe.py`. Naive is what a loop over a model does: for every
-position of the thought and every finding one forward of prompt, beginning and answer.
+position of the thought and every finding one forward of prompt, beginning and answer. How many
+times faster is told in CPU time of one thread, probe and naive in turn: a busy machine bends wall
+time.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ def setting() -> tuple[Any, Any, Prompt, str]:
 
 
 def naive() -> tuple[np.ndarray, float]:
-    """(z [positions, C], seconds) by one forward per position and finding."""
+    """(z [positions, C], CPU seconds) by one forward per position and finding."""
     model, tokenizer, prompt, thought = setting()
     stream = tokenizer(f"<think> {thought}", add_special_tokens=False)["input_ids"]
     close = tokenizer(" </think>", add_special_tokens=False)["input_ids"]
     endings = [[*close, *ids] for ids in finding_candidates(tokenizer, FINDINGS)]
     table: list[list[float]] = []
-    begun = time.perf_counter()
+    begun = time.process_time()
     with torch.inference_mode():
         for j in range(len(stream) + 1):
             row = []
@@ -59,7 +61,7 @@ def naive() -> tuple[np.ndarray, float]:
                 logps = logits.log_softmax(-1)
                 row.append(float(logps[range(len(ending)), ending].sum()))
             table.append(row)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     scores = np.array(table)
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True), seconds
@@ -76,17 +78,23 @@ def test_every_position_of_a_report(benchmark: Any) -> None:
     drift = run()
     length = len(drift.tokens)
     assert length >= TOKENS
-    z, seconds = naive()
+    rounds = []
+    for _ in range(2):
+        begun = time.process_time()
+        run()
+        own = time.process_time() - begun
+        z, seconds = naive()
+        rounds.append((seconds / own, seconds))
     np.testing.assert_allclose(drift.distribution, z, atol=1e-5)
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
-    median = benchmark.stats.stats.median
+    faster, seconds = min(rounds)
     benchmark.extra_info.update(
         tokens=length,
         candidates=len(FINDINGS),
-        naive_seconds=round(seconds, 3),
-        times_faster=round(seconds / median, 1),
+        naive_cpu_seconds=round(seconds, 3),
+        times_faster=round(faster, 1),
     )
-    print(f"\nnaive {seconds:.2f} s, probe {median:.3f} s: {seconds / median:.1f} x")
+    print(f"\nnaive {seconds:.2f} s of CPU time, the probe is {faster:.1f} x faster")
 
 
 if __name__ == "__main__":
