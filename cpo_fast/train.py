@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import warnings
 from dataclasses import replace
 from importlib import metadata
@@ -66,7 +67,10 @@ def run(args: TrainArguments) -> dict[str, Any]:
     if not world.is_main:
         return {}
     if "evaluate" in args.stage_names:
+        begun = time.perf_counter()
         evaluate(args, folder, corpus, samples, texts, base)
+        seconds = round(time.perf_counter() - begun, 2)
+        folder.summary["stages"]["evaluate"] = {"seconds": seconds}
     folder.finish(versions())
     print(f"report: {write_report(folder.path)}")
     return folder.summary

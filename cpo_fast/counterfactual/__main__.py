@@ -10,7 +10,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.formats import FORMATS, rows
-from cpo_fast.counterfactual.generate import balance, counterfactuals
+from cpo_fast.counterfactual.generate import balance, counterfactuals, placed
 from cpo_fast.counterfactual.local import load_local
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.counterfactual.server import ServerWriter
@@ -203,18 +202,6 @@ def _run(args: argparse.Namespace) -> int:
     for reason, number in writer.faults.most_common():
         print(f"  while writing, {reason}: {number}")
     return 0 if passed or done else 1
-
-
-def placed(study: Study, folder: Path) -> Study:
-    """The study with images that can be found from a file in `folder`: relative to it where they
-    lie below it, else absolute."""
-    home = folder.resolve()
-    images = []
-    for image in study.images:
-        path = Path(image.root, image.path).resolve() if image.root else Path(image.path)
-        path = path.relative_to(home) if path.is_relative_to(home) else path
-        images.append(replace(image, path=str(path), root=""))
-    return replace(study, images=tuple(images))
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 from cpo_fast.concepts.labeller import (
     label_report,
@@ -194,3 +195,15 @@ def _record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactua
         seed=entry.task.seed,
         checks=entry.checks,
     )
+
+
+def placed(study: Study, folder: Path) -> Study:
+    """The study with images that can be found from a file in `folder`: relative to it where they
+    lie below it, else absolute."""
+    home = folder.resolve()
+    images = []
+    for image in study.images:
+        path = Path(image.root, image.path).resolve() if image.root else Path(image.path)
+        path = path.relative_to(home) if path.is_relative_to(home) else path
+        images.append(replace(image, path=str(path), root=""))
+    return replace(study, images=tuple(images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,13 @@ from tqdm import tqdm
 
 from cpo_fast.concepts import load_graph
 from cpo_fast.concepts.graph import DEFAULT_GRAPH
-from cpo_fast.counterfactual import counterfactuals, preference, sft_preference, study_labels
+from cpo_fast.counterfactual import (
+    counterfactuals,
+    placed,
+    preference,
+    sft_preference,
+    study_labels,
+)
 from cpo_fast.data import is_preference_file, open_preferences, open_studies
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.training.arguments import TrainArguments
@@ -139,8 +146,10 @@ def make_counterfactuals(
         if not given.is_file():
             raise UsageError(f"{given}: no such file; add counterfactual to --stages")
         return read_counterfactuals(given)
+    begun = time.perf_counter()
     studies = [study for split in SPLITS for study in corpus.studies[split]]
-    made = counterfactuals(studies, graph, num_targets=args.num_targets, seed=args.seed)
+    found = (placed(study, folder.path) for study in studies)
+    made = counterfactuals(found, graph, num_targets=args.num_targets, seed=args.seed)
     bar = tqdm(made, desc="counterfactuals", unit="report", disable=None,
                total=len(studies) * args.num_targets)  # fmt: skip
     passed = []
@@ -152,6 +161,7 @@ def make_counterfactuals(
             folder.reject(
                 [RejectedRecord(str(path), None, one.id, "counterfactual-checks", failed)]
             )
+    folder.summary["stages"]["counterfactual"] = {"seconds": round(time.perf_counter() - begun, 2)}
     write_private(path, (one.to_json() for one in passed))
     folder.summary["data"]["counterfactuals"] = len(passed)
     if args.print_example and passed:
