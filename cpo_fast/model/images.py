@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cpo_fast.data.images import image_size, load_shades
-from cpo_fast.data.pixels import pixel_values
+from cpo_fast.data.pixels import FRAMES, PATCH, pixel_values, resized
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.packing.encode import MERGE_SIZE, Grid
 from cpo_fast.types import ImageRef
@@ -38,6 +38,12 @@ class ImageProcessor:
             raise UsageError(
                 f"the image processor merges {processor.merge_size} patches a side; only "
                 f"{MERGE_SIZE} (Qwen2.5-VL) is supported"
+            )
+        if (processor.patch_size, processor.temporal_patch_size) != (PATCH, FRAMES):
+            raise UsageError(
+                f"the image processor cuts patches of {processor.patch_size} pixels and "
+                f"{processor.temporal_patch_size} frames; only {PATCH} and {FRAMES} (Qwen2.5-VL) "
+                "are supported"
             )
         self.processor = processor
 
@@ -91,21 +97,17 @@ class ImageProcessor:
 
     def grid(self, ref: ImageRef) -> Grid:
         """(t, h, w) in patches, from the image's header; raises image_size's RecordErrors."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        width, height = image_size(ref)
-        patch = self.processor.patch_size
         try:
-            resized = smart_resize(
-                height,
-                width,
-                factor=patch * MERGE_SIZE,
+            width, height = resized(
+                *image_size(ref),
                 min_pixels=self.processor.size["shortest_edge"],
                 max_pixels=self.processor.size["longest_edge"],
             )
-        except ValueError:
-            raise RecordError("image-too-thin", f"{ref.path}: {width} x {height} pixels") from None
-        return 1, resized[0] // patch, resized[1] // patch
+        except RecordError as error:
+            if error.reason != "image-too-thin":
+                raise
+            raise RecordError(error.reason, f"{ref.path}: {error.detail}") from None
+        return 1, height // PATCH, width // PATCH
 
     def pixels(self, ref: ImageRef) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixel values [t * h * w, 1176] float32, grid [3] int64); raises load_image's
