@@ -37,7 +37,7 @@ def the_gpu() -> Place:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda", 0)
-    if not cuda.available(device):
+    if cuda.obstacle(device):
         pytest.skip("cpo_fast._cuda is not built, or the device is not of capability 8.x or 9.0")
     site = {"device": 0, "stream": torch.cuda.current_stream(0).cuda_stream}
     return Place(cuda._kernels(), device, site)

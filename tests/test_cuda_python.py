@@ -219,7 +219,7 @@ def test_no_gradient_work_unless_asked(kernels: StandIn) -> None:
 def test_cpo_loss_is_log_2_when_policy_equals_reference(
     kernels: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "available", lambda device: True)
+    monkeypatch.setattr(cuda, "obstacle", lambda device: None)
     case = inputs(60, 300, 16, torch.bfloat16, bias=False)
     segments = torch.arange(60) // 10
     pairs = torch.tensor([[0, 1], [2, 3], [2, 4]])
@@ -263,7 +263,7 @@ def test_the_fused_path_is_refused_with_its_reason() -> None:
 
 
 def test_cpu_tensors_never_reach_a_kernel() -> None:
-    assert not cuda.available(torch.device("cpu"))
+    assert cuda.obstacle(torch.device("cpu")) == "for CUDA tensors only"
     assert cuda.supports(torch.bfloat16) and not cuda.supports(torch.float32)
     with pytest.raises(ValueError, match="CUDA tensors"):
         cuda._site(torch.zeros(1))

@@ -217,7 +217,7 @@ else:
 
 def test_preference_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, an implementation that has not been measured there is not chosen by itself."""
-    everything = {name: SimpleNamespace(available=lambda device: True) for name in api._IMPLS}
+    everything = {name: SimpleNamespace(obstacle=lambda device: None) for name in api._IMPLS}
     monkeypatch.setattr(api, "_modules", everything)
     names = available_impls("cuda")
     assert names.index("cuda") < names.index("triton")

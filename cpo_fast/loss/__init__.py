@@ -11,7 +11,7 @@ Stands on its own (torch only). Letters: T tokens, V vocabulary, D hidden size, 
 
 An implementation is a module with three functions:
 
-    available(device) -> bool           can it run on this device, in this process?
+    obstacle(device) -> str | None      why it cannot run on this device, in this process
     supports(dtype) -> bool             does it take this dtype?
     token_logps(hidden, weight, labels, bias, ref_hidden, *, softcap, temperature, ignore_index)
         -> (logps [T], ref_logps [T] or None)

@@ -39,23 +39,34 @@ class CPOOutput(NamedTuple):
     rejected_rewards: Tensor  # [P]
 
 
-_modules: dict[str, Any] = {}  # those asked for so far; None: cannot be imported here
+_modules: dict[str, Any] = {}  # those asked for so far, or why they cannot be imported here
 
 
-def _load(name: str) -> ModuleType | None:
+def _load(name: str) -> ModuleType | ImportError:
     if name not in _modules:
         try:
             _modules[name] = importlib.import_module(f"cpo_fast.loss.{name}")
-        except ImportError:
-            _modules[name] = None
+        except ImportError as error:
+            _modules[name] = error
     return _modules[name]
+
+
+def impl_obstacles(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Every implementation, the preferred one last, and why it takes no tensors on `device`
+    (None: it does)."""
+    device = torch.device(device)
+    modules = {name: _load(name) for name in _IMPLS}
+    return {
+        name: f"cannot be imported: {module}"
+        if isinstance(module, ImportError)
+        else module.obstacle(device)
+        for name, module in modules.items()
+    }
 
 
 def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Names that `impl=` accepts for tensors on `device`, the preferred one last."""
-    device = torch.device(device)
-    modules = ((name, _load(name)) for name in _IMPLS)
-    return tuple(name for name, module in modules if module and module.available(device))
+    return tuple(name for name, obstacle in impl_obstacles(device).items() if obstacle is None)
 
 
 @functools.cache
@@ -90,7 +101,7 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _supports(name: str, dtype: torch.dtype) -> bool:
     module = _load(name)
-    return module is not None and module.supports(dtype)
+    return isinstance(module, ModuleType) and module.supports(dtype)
 
 
 def _autocast(tensor: MaybeTensor) -> MaybeTensor:

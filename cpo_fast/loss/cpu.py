@@ -26,8 +26,8 @@ from cpo_fast.loss.workspace import limit
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
 
 
-def available(device: torch.device) -> bool:
-    return device.type == "cpu"
+def obstacle(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "for CPU tensors only"
 
 
 def supports(dtype: torch.dtype) -> bool:

@@ -39,14 +39,17 @@ _FUSED_WINS: frozenset[tuple[int, int]] = frozenset()
 """(D, V) for which `fused` was measured to be faster than `rows`; nothing has been measured yet."""
 
 
-def available(device: torch.device) -> bool:
+def obstacle(device: torch.device) -> str | None:
     """Built, and a device that its machine code runs on: compute capability 8.x or 9.0."""
-    if device.type != "cuda" or importlib.util.find_spec("cpo_fast._cuda") is None:
-        return False
+    if device.type != "cuda":
+        return "for CUDA tensors only"
+    if importlib.util.find_spec("cpo_fast._cuda") is None:
+        return "cpo_fast._cuda is not built (no nvcc at install time?)"
     if torch.version.cuda is None or not torch.cuda.is_available():
-        return False
+        return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    return major == 8 or (major, minor) == (9, 0)
+    built = major == 8 or (major, minor) == (9, 0)
+    return None if built else f"compute capability {major}.{minor}; built for 8.x and 9.0"
 
 
 def supports(dtype: torch.dtype) -> bool:

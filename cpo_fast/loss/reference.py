@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def available(device: torch.device) -> bool:
-    return True
+def obstacle(device: torch.device) -> str | None:
+    return None
 
 
 def supports(dtype: torch.dtype) -> bool:

@@ -32,15 +32,17 @@ from cpo_fast.loss.workspace import limit
 _FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial results (156 MB at V=152k)
 
 
-def available(device: torch.device) -> bool:
+def obstacle(device: torch.device) -> str | None:
     """Triton installed, and a GPU of compute capability 8.0 or later, or the interpreter."""
     if importlib.util.find_spec("triton") is None:
-        return False
+        return "triton is not installed"
     if device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "on CPU tensors only for tests, with TRITON_INTERPRET=1"
     if device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+        return "torch finds no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor}; 8.0 is the least"
 
 
 def supports(dtype: torch.dtype) -> bool:
