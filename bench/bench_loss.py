@@ -19,7 +19,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +37,7 @@ from bench.loss_peers import (
     truth,
     version,
 )
+from bench.memory import extra_memory
 from cpo_fast.loss import available_impls, cpo_loss
 
 ROUNDS = 5
@@ -101,22 +101,6 @@ def floor(T: int, D: int, V: int) -> Callable[[], None]:
 @functools.cache
 def exact(shape: tuple[int, ...], case: str) -> tuple[Tensor, Tensor]:
     return truth(problem(shape, case))
-
-
-def extra_memory(run: Callable[[], object]) -> int | None:
-    """Bytes by which the resident set grew beyond what was there, at its peak."""
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = status("VmRSS")
-    except OSError:
-        return None
-    run()
-    return max(status("VmHWM") - before, 0)
 
 
 def drop_workspace() -> None:

@@ -11,205 +11,57 @@ response rows only, which flatters the ratio here.
 `test_training_loop` times whole training loops instead, ours by the run's own Trainer, trl's by
 DPOTrainer.train(): steps of 8 pairs with feed, schedule, clipping and log, start-up and the first
 step left out; rounds of the two alternate. MFU is of model FLOPs (cpo_fast/model/flops.py) against
-a square matrix product measured in the same process, or a GPU's data sheet.
+a square matrix product measured in the same process. Real sizes: bench/step_sizes.py.
 """
 
 from __future__ import annotations
 
-import io
-import random
 import statistics
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from cpo_fast.loss import cpo_loss
+from bench.memory import extra_memory
+from bench.packed_step import PackedStep
+from bench.step_data import VISUAL_504, work
+from bench.trl_step import TrlStep, trainer
 from cpo_fast.model.build import add_lora, tiny_model, tiny_text_model
-from cpo_fast.model.flops import mfu, pack_flops, peak_flops
-from cpo_fast.model.images import ImageProcessor
+from cpo_fast.model.flops import mfu, peak_flops
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.model.tokenizer import train_tokenizer
-from cpo_fast.packing import collate, encode_all, image_token_id, plan_epoch
+from cpo_fast.packing import image_token_id
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.training.objectives import CPOObjective
-from cpo_fast.types import ImageRef, Preference
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 STUDIES = 4
 PAIRS = 2 * STUDIES
 TRL_BATCH = 4
 PACKING_LENGTH = 4096
-ROUNDS = 3
+ROUNDS = 5
 LOOP_STEPS = 3
-LOOP_ROUNDS = 2
+LOOP_ROUNDS = 3
 CASES = {
     # name: (image side in pixels, words of the prompt's text); a word is about one token
-    "image, prompt 380": (504, 40),
+    "image, prompt 380": (VISUAL_504, 40),
     "text, prompt 380": (0, 360),
     "text, prompt 63": (0, 45),
 }
 
 
-def words(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choice(VOCABULARY) for _ in range(count))
-
-
-VOCABULARY = ["".join(random.Random(i).choices("aeioulnrstmdp", k=3 + i % 6)) for i in range(1200)]
-
-
-def samples(side: int, prompt_words: int) -> list[Preference]:
-    """Responses of 100 to 250 tokens, an image of side x side grey noise where asked for."""
-    rng = random.Random(0)
-    out = []
-    for study in range(STUDIES):
-        text = {"type": "text", "text": words(rng, prompt_words)}
-        pictures: tuple[ImageRef, ...] = ()
-        if side:
-            pixels = np.random.default_rng(study).integers(0, 256, (side, side), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG")
-            pictures = (ImageRef(f"{study}.png", data=file.getvalue()),)
-        content = [*[{"type": "image"}] * len(pictures), text]
-        answers = [words(rng, rng.randint(95, 235)) for _ in range(3)]
-        prompt = ({"role": "user", "content": content},)
-        out.append(Preference(str(study), prompt, answers[0], tuple(answers[1:]), pictures))
-    return out
-
-
-def ours(
-    setup: SimpleNamespace, *, attention: str = "gathered", unshared: bool = False
-) -> Callable:
-    """One optimiser step over all pairs; returns the mean loss.
-
-    `unshared` computes prompt + chosen and prompt + rejected anew for every pair, as peers do; only
-    the image is still encoded once per study.
-    """
-    model = add_lora(setup.model(), r=8, alpha=32)
-    packed = PackedModel(model, attention=attention)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    (step,) = plan_epoch(
-        setup.groups, pairs_per_step=PAIRS, packing_length=PACKING_LENGTH, seed=0, epoch=0
-    )
-
-    phases = Phases(packed)
-
-    def run() -> float:
-        total = 0.0
-        for pack in step:
-            if unshared:
-                pack = tuple((group, (k,)) for group, which in pack for k in which)
-            with phases("data"):
-                batch = collate(
-                    setup.groups,
-                    pack,
-                    pixels=setup.images.pixels,
-                    image_token_id=image_token_id(setup.tokenizer),
-                    share_prompt=not unshared,
-                )
-            with phases("policy"):
-                hidden = packed.hidden(batch)
-            with phases("reference"):
-                reference = packed.hidden(batch, reference=True)
-            with phases("loss"):
-                out = cpo_loss(
-                    hidden,
-                    packed.head()[0],
-                    batch.labels,
-                    batch.segment_ids,
-                    batch.pairs,
-                    ref_hidden=reference,
-                    num_segments=batch.num_segments,
-                )
-                loss = out.losses.sum() / PAIRS
-            with phases("backward"):
-                loss.backward()
-            total += loss.item()
-            run.tokens += len(batch.input_ids)
-            run.flops += pack_flops(packed, batch).total
-        with phases("optimiser"):
-            optimizer.step()
-            optimizer.zero_grad()
-        return total
-
-    run.tokens, run.flops, run.phases = 0, 0.0, phases
-    return run
-
-
-class Phases:
-    """Seconds of each part of a step; the vision tower's are taken out of the policy's."""
-
-    def __init__(self, packed: PackedModel) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        if packed.vision is not None:
-            packed.vision.register_forward_pre_hook(lambda *_: self._vision(-1))
-            packed.vision.register_forward_hook(lambda *_: self._vision(+1))
-
-    def _vision(self, sign: int) -> None:
-        self.seconds["vision"] += sign * time.perf_counter()
-        self.seconds["policy"] -= sign * time.perf_counter()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begun
-
-    def shares(self) -> dict[str, float]:
-        total = sum(self.seconds.values())
-        return {name: seconds / total for name, seconds in self.seconds.items()}
-
-
-def trl(setup: SimpleNamespace, folder: Path) -> Callable:
-    """The same step by trl, in micro-batches of TRL_BATCH pairs."""
-    from trl_oracle import trainer
-
-    made = trainer(
-        setup.model(),
-        setup.preferences,
-        setup.tokenizer,
-        setup.images,
-        output_dir=str(folder),
-        r=8,
-        alpha=32,
-        per_device_train_batch_size=TRL_BATCH,
-    )
-    made.model.train()
-    optimizer = torch.optim.AdamW([p for p in made.model.parameters() if p.requires_grad], lr=0.0)
-
-    def run() -> float:
-        total = 0.0
-        for start in range(0, PAIRS, TRL_BATCH):
-            rows = [made.train_dataset[i] for i in range(start, start + TRL_BATCH)]
-            inputs = made.data_collator(rows)
-            loss = made.compute_loss(made.model, inputs) * TRL_BATCH / PAIRS
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    return run
+def ours(setup: SimpleNamespace, *, attention: str = "gathered", unshared: bool = False):
+    packed = PackedModel(add_lora(setup.model(), r=8, alpha=32), attention=attention)
+    return PackedStep(packed, setup.work, packing_length=PACKING_LENGTH, unshared=unshared)
 
 
 @pytest.fixture(params=CASES)
 def setup(request) -> SimpleNamespace:
     side, prompt_words = CASES[request.param]
-    preferences = samples(side, prompt_words)
-    texts = [words(random.Random(i), 200) for i in range(200)]
-    tokenizer = train_tokenizer(texts, vocab_size=4096)
-    images = ImageProcessor.create(max_pixels=max(side, 56) ** 2)
+    data = work(studies=STUDIES, side=side, prompt_words=prompt_words)
     sizes = {
         "hidden_size": 256,
         "num_hidden_layers": 4,
@@ -219,19 +71,11 @@ def setup(request) -> SimpleNamespace:
 
     def model():
         if not side:
-            return tiny_text_model(tokenizer, **sizes)
+            return tiny_text_model(data.tokenizer, **sizes)
         vision = {"vision_hidden_size": 128, "vision_layers": 4, "vision_intermediate_size": 256}
-        return tiny_model(tokenizer, **sizes, **vision)
+        return tiny_model(data.tokenizer, **sizes, **vision)
 
-    groups = encode_all(preferences, tokenizer, images.grid, max_length=4096).groups
-    return SimpleNamespace(
-        name=request.param,
-        preferences=preferences,
-        tokenizer=tokenizer,
-        images=images,
-        model=model,
-        groups=groups,
-    )
+    return SimpleNamespace(name=request.param, work=data, model=model)
 
 
 class Clocked:
@@ -252,7 +96,7 @@ class Clocked:
 def test_training_step(benchmark, setup, tmp_path, capsys):
     step = ours(setup)
     peers = {
-        "trl": trl(setup, tmp_path),
+        "trl": TrlStep(setup.model(), setup.work, folder=str(tmp_path), batch=TRL_BATCH),
         "unshared": ours(setup, unshared=True),
         "dense mask": ours(setup, attention="sdpa"),
     }
@@ -261,13 +105,10 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
     physical, flops = step.tokens, step.flops
     for name, peer in peers.items():
         assert abs(peer() - want) < 1e-5, name
-    logical = sum(
-        2 * len(g.prompt.input_ids) + len(g.chosen) + len(rejected)
-        for g in setup.groups
-        for rejected in g.rejected
-    )
+    logical = setup.work.logical_tokens
+    memory = {name: extra_memory(run) for name, run in {"ours": step, **peers}.items()}
 
-    step.phases.seconds.clear()
+    step.clear()
     mine = Clocked(step)
     clocked = {name: Clocked(peer) for name, peer in peers.items()}
 
@@ -296,6 +137,7 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
         "flops_per_token": flops / physical,
         "mfu": utilisation,
         "time_shares": shares,
+        "peak_memory_bytes": memory,
         "threads": torch.get_num_threads(),
     }
     with capsys.disabled():
@@ -308,6 +150,8 @@ def test_training_step(benchmark, setup, tmp_path, capsys):
             f"{logical} unshared ({logical / physical:.2f} x); {torch.get_num_threads()} threads\n"
             f"{flops / physical / 1e6:.1f} MFLOP per token, MFU {utilisation:.0%}; time: "
             + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            + "\nMiB that a step takes at its peak: "
+            + ", ".join(f"{name} {(size or 0) / 2**20:.0f}" for name, size in memory.items())
         )
 
 
@@ -346,10 +190,10 @@ def our_loop(setup: SimpleNamespace, folder: Path) -> StepTimes:
         stage="cpo",
         model=packed,
         objective=CPOObjective(packed),
-        groups=setup.groups,
+        groups=setup.work.groups,
         eval_groups=(),
-        pixels=setup.images.pixels,
-        image_token_id=image_token_id(setup.tokenizer),
+        pixels=setup.work.images.pixels,
+        image_token_id=image_token_id(setup.work.tokenizer),
         args=args,
         log=MetricsLog(folder / "metrics.jsonl"),
         stage_dir=folder / "cpo",
@@ -363,7 +207,6 @@ def our_loop(setup: SimpleNamespace, folder: Path) -> StepTimes:
 def trl_loop(setup: SimpleNamespace, folder: Path) -> StepTimes:
     """DPOTrainer.train() in micro-batches of TRL_BATCH pairs."""
     from transformers import TrainerCallback
-    from trl_oracle import trainer
 
     times = StepTimes()
 
@@ -373,9 +216,9 @@ def trl_loop(setup: SimpleNamespace, folder: Path) -> StepTimes:
 
     made = trainer(
         setup.model(),
-        setup.preferences,
-        setup.tokenizer,
-        setup.images,
+        setup.work.preferences,
+        setup.work.tokenizer,
+        setup.work.images,
         output_dir=str(folder),
         r=8,
         alpha=32,

@@ -51,23 +51,22 @@ def trainer(
 ) -> Any:
     """A DPOTrainer with LoRA on the language model's linears and the reference by adapters off.
 
-    fp32, no checkpointing, nothing truncated: as ours runs. `options` go to DPOConfig.
+    fp32, no checkpointing, on the CPU, nothing truncated: as ours runs. `options` go to DPOConfig.
     """
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    config = DPOConfig(
-        output_dir=output_dir,
-        max_length=None,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        **options,
-    )
+    defaults = {
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    config = DPOConfig(output_dir=output_dir, **{**defaults, **options})
     has_images = any(p.images for p in preferences)
     return DPOTrainer(
         model=model,

@@ -1,0 +1,57 @@
+"""The step of PackedStep by trl's DPOTrainer, in micro-batches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.step_data import Work
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from trl_oracle import trainer
+
+
+class TrlStep:
+    """Call it for one optimiser step over all pairs, `batch` of them at a time; returns the mean
+    loss. `options` go to DPOConfig.
+    """
+
+    def __init__(self, model: Any, work: Work, *, folder: str, batch: int, **options: Any) -> None:
+        self.trainer = trainer(
+            model,
+            work.preferences,
+            work.tokenizer,
+            work.images,
+            output_dir=folder,
+            r=8,
+            alpha=32,
+            per_device_train_batch_size=batch,
+            **options,
+        )
+        self.pairs, self.batch = work.pairs, batch
+        model = self.trainer.model
+        model.train()
+        if options.get("gradient_checkpointing"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0)
+
+    def __call__(self) -> float:
+        made = self.trainer
+        total = 0.0
+        for start in range(0, self.pairs, self.batch):
+            rows = [
+                made.train_dataset[i] for i in range(start, min(start + self.batch, self.pairs))
+            ]
+            inputs = made._prepare_inputs(made.data_collator(rows))
+            with made.compute_loss_context_manager():
+                loss = made.compute_loss(made.model, inputs) * len(rows) / self.pairs
+            loss.backward()
+            total += loss.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
