@@ -167,27 +167,36 @@ class Counterfactual:
         return cls(**fields)
 
 
+Answer = str | tuple[Mapping[str, Any], ...]
+"""One answer of the assistant, or several messages {"role", "content"}."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
     """Text of one chosen answer against K rejected (K = 0 for SFT); what preference files hold.
+
+    An answer is what the assistant says next or, as a tuple, the messages that go on from the
+    prompt, tools and users among them: all of them are scored, as in trl.
 
     `prompt` is a list of messages {"role", "content"} without the answer; an image stands in a
     content list as {"type": "image"}, one for each of `images`. `rejected_images[k]`, where not
     None, replaces the images for the k-th rejected answer (a perception counterfactual), and
     `rejected_prompts[k]` its prompt. `plain`: the prompt is one text that the answers continue
-    without a chat template, as trl takes strings.
+    without a chat template, as trl takes strings. `template` is what the chat template is given
+    besides the messages (`tools` and the row's `chat_template_kwargs`).
     """
 
     id: str
     prompt: tuple[Mapping[str, Any], ...]
-    chosen: str
-    rejected: tuple[str, ...] = ()
+    chosen: Answer
+    rejected: tuple[Answer, ...] = ()
     images: tuple[ImageRef, ...] = ()
     rejected_images: tuple[tuple[ImageRef, ...] | None, ...] = ()
     source: str = "thinking"
     weight: float = 1.0
     rejected_prompts: tuple[tuple[Mapping[str, Any], ...] | None, ...] = ()
     plain: bool = False
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 # --- packing -------------------------------------------------------------------------------------

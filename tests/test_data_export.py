@@ -18,6 +18,7 @@ from cpo_fast.data.export import FORMATS, Exported, export
 from cpo_fast.data.labels import question, thought
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError
+from cpo_fast.training.corpus import split_preferences
 from cpo_fast.types import ImageRef, Preference
 
 KINDS = {"jsonl": "preferences", "ccf": "ccf", "trl": "trl", "swift": "ms-swift"}
@@ -146,6 +147,27 @@ def test_what_a_format_cannot_hold_is_counted(tmp_path: Path, pictured: Preferen
         assert (done.records, done.rejected) == (1, {reason: 1})
 
 
+@pytest.mark.parametrize("form", ["jsonl", "trl"])
+def test_answers_of_several_messages_come_back(tmp_path: Path, form: str) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "ratio"}]}
+    turns = (call, {"role": "tool", "content": "0.6"}, {"role": "assistant", "content": "Large."})
+    template = {"tools": [{"name": "ratio"}], "mood": "calm"}
+    one = replace(talk(tmp_path), chosen=turns, rejected=("y", (call,)), template=template)
+    ((found,), _) = there_and_back(tmp_path, form, one)
+    assert alike(found) == alike(one)
+    for bad, reason in ((one, "tools"), (replace(one, template={}), "several-turns")):
+        with pytest.raises(DataError, match=f"{reason}: 1"):
+            export(Given([bad]), tmp_path / "x", "swift")
+
+
+def test_answers_alone_are_not_compared() -> None:
+    prompts = ({"role": "user", "content": "Why?"},)
+    own = Preference("a", prompts, "x", ("y",), rejected_prompts=(prompts,))
+    texts = split_preferences([own, replace(own, rejected=(), rejected_prompts=())], 0.0, 1)
+    assert texts.cpo["train"] == [own]
+    assert [(one.rejected, one.rejected_prompts) for one in texts.sft["train"]] == [((), ())] * 2
+
+
 def test_studies_become_rows_of_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     studies = [
         {"study": 50000001, "labels": {"Edema": "1.0"}, "report": f" FINDINGS: {SECRET}"},
@@ -168,6 +190,11 @@ def test_studies_become_rows_of_fine_tuning(tmp_path: Path, capsys: pytest.Captu
     assert rows["jsonl"]["rejected_responses"] == []
     assert rows["swift"]["messages"][-1]["content"] == answer
     assert rows["swift"]["images"] == [study.images[0].path]
+    for form in FORMATS:
+        source = open_preferences(str(tmp_path / form), image_root=str(root))
+        (found,) = source
+        assert (source.kind, source.alone, source.rejected) == (KINDS[form], 1, [])
+        assert (found.chosen, found.rejected, found.images) == (answer, (), study.images)
     assert rows["ccf"][0]["counterfact"] == {} and rows["ccf"][0]["sid"] == "50000001"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,21 @@ def said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "ratio", "arguments": {"side": 2}}}],
+}
+TOOL = {"type": "function", "function": {"name": "ratio", "parameters": {"type": "object"}}}
+TEMPLATE = """
+{%- if tools %}{{ tools | tojson }}{% endif %}{{ mood }}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if not loop.last and m.role == "assistant" %}({% endif %}{{ m.content or "" }}
+{%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""Renders tools, options and calls, and a turn otherwise once another follows it."""
+
+
 TEXT_ROWS: dict[str, dict[str, Any]] = {
     "conversation": {
         "prompt": [SYSTEM, USER],
@@ -43,7 +59,29 @@ TEXT_ROWS: dict[str, dict[str, Any]] = {
     },
     "new-line-first": {"prompt": [USER], "chosen": said("\n\nEdema"), "rejected": said("\nNone")},
     "implicit": {"chosen": [USER, *said("Enlarged.")], "rejected": [USER, *said("Clear.")]},
+    "implicit-longer": {
+        "chosen": [USER, *said("Enlarged.")],
+        "rejected": [USER, *said("Enlarged."), USER, *said("Clear.")],
+    },
+    "several-messages": {
+        "prompt": [SYSTEM, USER],
+        "chosen": [*said("Which view?"), USER, *said("Cardiomegaly.")],
+        "rejected": [*said(" Clear."), USER],
+    },
+    "implicit-turns": {
+        "chosen": [USER, *said("Which?"), USER, *said("Edema."), USER, *said("Large.")],
+        "rejected": [USER, *said("Which?"), USER, *said("Clear."), USER, *said("Small.")],
+    },
+    "goes-on": {"prompt": [USER, *said("The")], "chosen": said("heart"), "rejected": said("lung")},
+    "tools": {
+        "prompt": [USER],
+        "chosen": [CALL, {"role": "tool", "content": "0.6"}, *said("Enlarged.")],
+        "rejected": [CALL],
+        "tools": json.dumps([TOOL]),
+        "chat_template_kwargs": {"mood": "calm"},
+    },
     "strings": {"prompt": "The heart is", "chosen": " enlarged.", "rejected": " small."},
+    "strings-longer": {"chosen": "The heart", "rejected": "The heart is"},
     "strings-implicit": {"chosen": "The heart is enlarged.", "rejected": "The heart is clear."},
     "strings-with-end": {"prompt": "Q: ", "chosen": "A.<|im_end|>", "rejected": "B."},
     "strings-that-merge": {"prompt": "The heart is enlar", "chosen": "ged.", "rejected": "ge"},
@@ -87,6 +125,17 @@ def test_text(tmp_path: Path, name: str) -> None:
         assert prompt != tokenizer()(row["prompt"])["input_ids"]  # else the case shows nothing
 
 
+@pytest.mark.slow
+def test_a_template_that_shows_tools_and_rewrites_earlier_turns(tmp_path: Path) -> None:
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = TEMPLATE
+    for name in ("tools", "several-messages", "goes-on", "turns"):
+        row = TEXT_ROWS[name]
+        assert ours(tmp_path, row, words) == theirs(row, words), name
+    _, chosen, _ = ours(tmp_path, TEXT_ROWS["tools"], words)
+    assert "ratio" in words.decode(chosen)
+
+
 qwen = rebuilt  # a fixture
 IMAGE = {"type": "image"}
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -101,6 +150,12 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
         "chosen": said("\nEdema"),
         "rejected": said("Clear."),
     },
+    "several-messages": {
+        "prompt": [USER],
+        "chosen": [*said("Which view?"), USER, *said("Cardiomegaly.")],
+        "rejected": [*said("Clear."), USER],
+    },
+    "goes-on": {"prompt": [USER, *said("The")], "chosen": said("heart"), "rejected": said("lung")},
     "strings": {"prompt": f"{SEEN}The heart is", "chosen": " enlarged.", "rejected": " clear."},
 }
 

@@ -339,7 +339,14 @@ GOOD = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
         ({"prompt": [said(SECRET, "system")], "images": ["a"]}, "no-user-message"),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown-content"),
         ({"prompt": [{"role": "user", "content": [IMAGE]}]}, "image-placeholder-mismatch"),
-        ({"chosen": [said("a"), said(SECRET)]}, "not-one-answer"),
+        ({"chosen": [said("a"), said(SECRET, "judge")]}, "unknown-role"),
+        ({"chosen": [said("a"), {"role": "user", "content": [IMAGE]}]}, "image-in-response"),
+        ({"chosen": [said("a"), 5]}, "wrong-type"),
+        ({"chosen": []}, "empty-response"),
+        ({"tools": SECRET}, "wrong-type"),
+        ({"tools": 5}, "wrong-type"),
+        ({"chat_template_kwargs": [SECRET]}, "wrong-type"),
+        ({"chat_template_kwargs": {"chat_template": SECRET}}, "bad-template-option"),
         ({"chosen": [said(SECRET, "user")]}, "unknown-role"),
         ({"chosen": [{"role": "assistant", "content": [IMAGE]}]}, "image-in-response"),
         ({"chosen": [said("half a pair \ud800 " + SECRET)]}, "bad-unicode"),
@@ -350,7 +357,6 @@ GOOD = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
         ({"weight": -1}, "bad-weight"),
         ({"weight": 1e999}, "json-nan"),
         ({"weight": True}, "bad-weight"),
-        ({"rejected_responses": []}, "no-rejected"),
     ],
 )
 def test_bad_rows_are_set_aside_by_reason(tmp_path: Path, changes: dict, reason: str) -> None:
@@ -458,3 +464,48 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
         for part in message["content"]
     )
     assert placeholders == len(found.images)
+
+
+def test_answers_of_several_messages(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "ratio"}]}
+    turns = (said("a"), said("why", "user"), said("b"))
+    row = {**GOOD, "chosen": [*turns], "rejected": [call], "tools": '[{"name": "ratio"}]'}
+    found = one(tmp_path, {**row, "chat_template_kwargs": {"mood": "calm", "none": None}}, "trl")
+    assert (found.chosen, found.rejected) == (turns, ((call,),))
+    assert found.template == {"tools": [{"name": "ratio"}], "mood": "calm"}
+    _, reasons, _ = read(tmp_path, {**GOOD, "chosen": [*turns], "rejected": [*turns]})
+    assert reasons == ["chosen-equals-rejected"]
+    others = {**GOOD, "chosen": [*turns], "rejected": [said("c"), said("d", "user")]}
+    (both,), reasons, _ = read(tmp_path, {**GOOD, "chosen": [*turns]}, others)
+    assert (len(both.rejected), reasons) == (2, [])
+
+
+def test_a_rejected_response_of_several_messages_has_a_prompt_of_its_own(tmp_path: Path) -> None:
+    row = {"messages": [USER, said("x")], "rejected_response": [said("y"), said("z")]}
+    found = one(tmp_path, row, "ms-swift")
+    assert (found.chosen, found.rejected) == ("x", ("z",))
+    assert found.rejected_prompts == ((*found.prompt, said("y")),)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": [USER], "completion": [said("x")]}, "trl"),
+        ({"prompt": [USER], "chosen": "x", "rejected_responses": []}, "preferences"),
+        ({"messages": [USER, said("x")]}, "ms-swift"),
+        ({"report": "r", "diagnose": "d", "counterfact": {}}, "ccf"),
+    ],
+)
+def test_answers_without_a_pair(tmp_path: Path, row: dict, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    source = open_preferences(str(path))
+    found = list(source)
+    assert [(f.rejected, bool(f.chosen)) for f in found] == [((), True)] * 2
+    assert (source.kind, source.alone, source.merged, source.rejected) == (kind, 2, 0, [])
+
+
+def test_a_swift_row_whose_rejected_answer_is_null_has_none(tmp_path: Path) -> None:
+    row = {"messages": [USER, said("x")], "rejected_response": "y"}
+    _, reasons, _ = read(tmp_path, row, {**row, "rejected_response": None})
+    assert reasons == ["no-rejected"]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cpo_fast.data.images import image_size, load_image
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.data.lengths import Lengths, quantiles
+from cpo_fast.data.preference_values import words
 from cpo_fast.data.preferences import PreferenceSource
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
@@ -112,11 +113,12 @@ class PreferenceTally(Tally):
         self.sources[record.source] += 1
         prompt = json.dumps(record.prompt)
         self.lengths["prompt"].append(len(prompt))
-        self.lengths["chosen"].append(len(record.chosen))
-        self.lengths["rejected"].extend(map(len, record.rejected))
+        self.lengths["chosen"].append(len(words(record.chosen)))
+        said = [words(answer) for answer in record.rejected]
+        self.lengths["rejected"].extend(map(len, said))
         names = [ref.path or hashlib.sha256(ref.data or b"").hexdigest() for ref in record.images]
         prompt += json.dumps(record.rejected_prompts)
-        row = _digest(prompt, record.chosen, *record.rejected, *names)
+        row = _digest(prompt, words(record.chosen), *said, *names)
         self.repeated += row in self.rows
         self.rows.add(row)
 
@@ -169,7 +171,8 @@ def check(
     """Read all of `source` and look at its images as far as `images`, one of `IMAGE_CHECKS`, says.
 
     `lengths` counts tokens. Images and tokens are looked at in a share `sample` of the records,
-    chosen by their ids. A record with an image that fails is set aside as a whole. `read` counts
+    chosen by their ids. A record with an image that fails, or with messages that
+    the chat template refuses, is set aside as a whole. `read` counts
     records, `used` those that remain. Raises DataError when the data set cannot be read, and
     UsageError as `Lengths.add`.
     """
@@ -184,12 +187,12 @@ def check(
         try:
             for ref in _images_of(record) if sampled and images != "none" else ():
                 look(ref)
+            if lengths is not None and sampled:
+                lengths.add(record)
         except RecordError as error:
             bad.append(RejectedRecord(source.path, None, id, error.reason, error.detail))
             continue
         tally.add(record)
-        if lengths is not None and sampled:
-            lengths.add(record)
     rejected = [*source.rejected, *bad]
     reasons = Counter(record.reason for record in rejected)
     facts = {
@@ -204,6 +207,7 @@ def check(
     }
     if isinstance(source, PreferenceSource):
         facts["merged_rows"] = source.merged
+        facts["answers_alone"] = source.alone
         facts["unused_reference_logps"] = source.ref_logps
     if lengths is not None:
         facts |= lengths.facts()

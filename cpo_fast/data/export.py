@@ -23,7 +23,7 @@ from cpo_fast.data.lengths import as_preference
 from cpo_fast.data.preference_values import IMAGE_TAG
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.types import ImageRef, Preference
+from cpo_fast.types import Answer, ImageRef, Preference
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def _images(refs: Sequence[ImageRef]) -> list[str | Row]:
     return [_image(ref) for ref in refs]
 
 
-def _parts(one: Preference) -> Iterator[tuple[str, tuple[ImageRef, ...] | None, Any]]:
+def _parts(one: Preference) -> Iterator[tuple[Answer, tuple[ImageRef, ...] | None, Any]]:
     """(rejected answer, its images or None, its prompt or None)."""
     count = len(one.rejected)
     yield from zip(
@@ -61,25 +61,37 @@ def _no_own_prompts(one: Preference, form: str) -> None:
         raise RecordError("prompts-differ", f"{form} has one prompt for both answers")
 
 
+def _said(answer: Answer) -> str | list[Row]:
+    return answer if isinstance(answer, str) else [dict(turn) for turn in answer]
+
+
+def _template(one: Preference) -> Row:
+    """The fields for what the chat template is given besides the messages."""
+    options = {name: value for name, value in one.template.items() if name != "tools"}
+    row: Row = {"chat_template_kwargs": options} if options else {}
+    return row | ({"tools": one.template["tools"]} if "tools" in one.template else {})
+
+
 def jsonl_rows(one: Preference) -> list[Row]:
     """Our preference rows: one for all answers that see the same images after the same prompt."""
     row: Row = {
         "id": one.id,
         "images": _images(one.images),
         "prompt": one.prompt[0]["content"] if one.plain else list(one.prompt),
-        "chosen": one.chosen,
+        "chosen": _said(one.chosen),
     }
     if one.weight != 1.0:
         row["weight"] = one.weight
+    row.update(_template(one))
     rows: list[Row] = []
     for text, images, prompt in _parts(one):
         own: Row = {} if images is None else {"rejected_images": _images(images)}
         if prompt is not None:
             own["rejected_prompt"] = list(prompt)
         if rows and all(rows[-1].get(name) == own.get(name) for name in _OWN):
-            rows[-1]["rejected_responses"].append(text)
+            rows[-1]["rejected_responses"].append(_said(text))
         else:
-            rows.append({**row, "rejected_responses": [text], **own})
+            rows.append({**row, "rejected_responses": [_said(text)], **own})
     return rows or [{**row, "rejected_responses": []}]
 
 
@@ -92,11 +104,13 @@ def trl_rows(one: Preference) -> list[Row]:
         raise RecordError("rejected-images", "trl shows both answers the same images")
     images = {"images": _images(one.images)} if one.images else {}
 
-    def said(text: str) -> str | list[Row]:
-        return text if one.plain else [{"role": "assistant", "content": text}]
+    def said(answer: Answer) -> str | list[Row]:
+        if one.plain or not isinstance(answer, str):
+            return _said(answer)
+        return [{"role": "assistant", "content": answer}]
 
     prompt = one.prompt[0]["content"] if one.plain else list(one.prompt)
-    row = {"id": one.id, **images, "prompt": prompt}
+    row = {"id": one.id, **images, "prompt": prompt, **_template(one)}
     if not one.rejected:
         return [{**row, "completion": said(one.chosen)}]
     return [{**row, "chosen": said(one.chosen), "rejected": said(text)} for text in one.rejected]
@@ -116,8 +130,17 @@ def swift_rows(one: Preference) -> list[Row]:
     """Rows of ms-swift: the last of `messages` is the chosen answer, images are tags."""
     if one.plain:
         raise RecordError("plain-text", "ms-swift has conversations only")
+    prompts = (one.prompt, *(prompt or () for prompt in one.rejected_prompts))
+    if one.template or any(
+        turn.keys() > {"role", "content"} for turns in prompts for turn in turns
+    ):
+        raise RecordError(
+            "tools", "tools and options of a chat template are written otherwise there"
+        )
     answers = (one.chosen, *one.rejected)
-    if any(IMAGE_TAG in answer for answer in answers):
+    if any(not isinstance(answer, str) for answer in answers):
+        raise RecordError("several-turns", "ms-swift scores the last answer of a conversation only")
+    if any(IMAGE_TAG in str(answer) for answer in answers):
         raise RecordError("image-tag-in-text", "ms-swift would take it for an image")
     prompt = [_tagged(message) for message in one.prompt]
     chosen = {"role": "assistant", "content": one.chosen}
@@ -139,11 +162,14 @@ def ccf_rows(one: Preference) -> list[Row]:
     _no_own_prompts(one, "ccf")
     if any(one.rejected_images) or len(one.images) > 1:
         raise RecordError("several-images", "ccf has one image for all answers")
-    chosen = _THOUGHT.fullmatch(one.chosen)
+    answers = [answer for answer in (one.chosen, *one.rejected) if isinstance(answer, str)]
+    if len(answers) < 1 + len(one.rejected):
+        raise RecordError("not-a-thought", "an answer has several messages")
+    chosen = _THOUGHT.fullmatch(answers[0])
     if chosen is None:
         raise RecordError("not-a-thought", "the chosen answer is not <think> report </think> ...")
     told: dict[str, str] = {}
-    for text in one.rejected:
+    for text in answers[1:]:
         found = _THOUGHT.fullmatch(text)
         named = found and _ANSWER.fullmatch(found[2])
         if found is None or not named or named[1] in told:

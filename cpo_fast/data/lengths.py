@@ -100,7 +100,9 @@ class Lengths:
         return sum(visual_tokens(*image_size(ref), **bounds) - 1 for ref in images)
 
     def add(self, record: Study | Preference) -> None:
-        """Raises UsageError for a tokenizer without a chat template where one is needed."""
+        """Raises UsageError for a tokenizer without a chat template where one is needed,
+        RecordError for messages that the template refuses.
+        """
         one = as_preference(record, self.max_images)
         if self.tokenizer.chat_template is None and not one.plain:
             raise UsageError(

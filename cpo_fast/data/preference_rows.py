@@ -21,12 +21,14 @@ from cpo_fast.data.preference_values import (
     object_of,
     placeholders,
     response,
+    same_answer,
     tags_to_parts,
+    template_options,
     text_of,
     with_images,
 )
 from cpo_fast.errors import RecordError
-from cpo_fast.types import ImageRef, Preference
+from cpo_fast.types import Answer, ImageRef, Preference
 
 Row = Mapping[str, Any]
 
@@ -41,18 +43,17 @@ def _preference(
     row: Row,
     id: str,
     prompt: tuple[Message, ...],
-    chosen: str,
-    rejected: Sequence[str],
+    chosen: Answer,
+    rejected: Sequence[Answer],
     images: tuple[ImageRef, ...] = (),
     rejected_images: tuple[ImageRef, ...] | None = None,
     rejected_prompt: tuple[Message, ...] | None = None,
     plain: bool = False,
+    template: Mapping[str, Any] | None = None,
 ) -> Preference:
-    if not rejected:
-        raise RecordError("no-rejected", "there is nothing to prefer the chosen answer to")
     other_images = rejected_images is not None and rejected_images != images
     differs = other_images or rejected_prompt is not None
-    if not differs and any(text.strip() == chosen.strip() for text in rejected):
+    if not differs and any(same_answer(text, chosen) for text in rejected):
         raise RecordError("chosen-equals-rejected", "the two texts are the same")
     if other_images and rejected_prompt is None and len(rejected_images or ()) != len(images):
         raise RecordError(
@@ -78,13 +79,19 @@ def _preference(
         weight=float(weight),
         rejected_prompts=(rejected_prompt,) * len(rejected) if rejected_prompt else (),
         plain=plain,
+        template=template or {},
     )
 
 
+def _no_rejected() -> RecordError:
+    return RecordError("no-rejected", "there is nothing to prefer the chosen answer to")
+
+
 def _shared_start(chosen: list[Any], rejected: list[Any]) -> int:
-    """How many messages two conversations have in common at their start."""
-    pairs = zip(chosen, rejected, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
+    """How many messages, or characters, two answers have in common at their start; as in trl the
+    shorter one keeps its last."""
+    last = min(len(chosen), len(rejected)) - 1
+    return next((n for n in range(last) if chosen[n] != rejected[n]), max(last, 0))
 
 
 def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
@@ -96,7 +103,7 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
         return messages(chosen[:cut], "chosen"), chosen[cut:], rejected[cut:]
     chosen, rejected = text_of(chosen, "chosen"), text_of(rejected, "rejected")
     cut = _shared_start(list(chosen), list(rejected))
-    if cut and cut < min(len(chosen), len(rejected)) and chosen[cut - 1] == " ":
+    if cut and chosen[cut] != rejected[cut] and chosen[cut - 1] == " ":
         cut -= 1  # as trl does: the space belongs to the answers
     return messages(chosen[:cut], "chosen") if cut else [], chosen[cut:], rejected[cut:]
 
@@ -109,15 +116,20 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
     answers are conversations. Images without a placeholder stand before what the first user says.
     Where prompt and answers are all strings they are plain text, without a chat template; with
     images they are so only if the prompt holds the model's own placeholder for each.
+    A row of trl's SFTTrainer has `completion` in place of the two answers, one of ours no
+    `rejected_responses` in its list: an answer to learn, without a pair.
     `ref_chosen_logps` and `ref_rejected_logps` are not used: the reference is the run's own model.
     """
-    chosen = row.get("chosen")
+    alone = row.get("completion") if "chosen" not in row else None
+    chosen = row.get("chosen") if alone is None else alone
     several = row.get("rejected_responses")
     given = row.get("prompt")
     conversation = isinstance(chosen, list) and isinstance(given, str)
     rejected: list[Any]
     if several is not None:
         prompt, rejected = messages(given, "prompt"), list_of(several, "rejected_responses")
+    elif alone is not None:
+        prompt, rejected = messages(given, "prompt"), []
     elif given is None or conversation:
         prompt, chosen, other = _implicit(chosen, row.get("rejected"))
         rejected = [other]
@@ -155,13 +167,16 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
         own_images,
         own_prompt,
         plain=plain,
+        template=template_options(row),
     )
 
 
 def parse_swift(row: Row, root: str, id: str) -> Preference:
     """ms-swift: the last of `messages` is the chosen answer, `<image>` tags mark the images.
 
-    `rejected_messages` that begin otherwise give the rejected answer a prompt of its own.
+    `rejected_messages` that begin otherwise, and a `rejected_response` of several messages, give
+    the rejected answer a prompt of its own: of each conversation the last answer is scored. A row
+    without any field for it has no rejected answer.
     """
     turns = messages(row.get("messages"), "messages")
     if not turns or turns[-1]["role"] != "assistant":
@@ -173,11 +188,18 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
     images = image_refs(row.get("images"), root)
     own = row.get("rejected_images")
     own_images = image_refs(own, root, "rejected_images") if own else None
-    rejected, own_prompt = chosen, None
+    rejected, own_prompt, others = chosen, None, None
     if (given := row.get("rejected_response")) is not None:
-        rejected = response(given, "rejected_response")
+        if isinstance(given, list):
+            asked = max((n for n, t in enumerate(turns, 1) if t["role"] != "assistant"), default=0)
+            others = [*turns[:asked], *messages(given, "rejected_response")]
+        else:
+            rejected = response(given, "rejected_response")
     elif (given := row.get("rejected_messages")) is not None:
         others = messages(given, "rejected_messages")
+    elif own_images is None and any(name.startswith("rejected_") for name in row):
+        raise _no_rejected()
+    if others is not None:
         rejected = response(others[-1:], "rejected_messages")
         if others[:-1] != turns[:-1]:
             count = len(images if own_images is None else own_images)
@@ -187,7 +209,7 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
         id,
         with_images(tags_to_parts([*system, *turns[:-1]]), len(images), insert=True),
         chosen,
-        (rejected,),
+        (rejected,) if any(name.startswith("rejected_") for name in row) else (),
         images,
         own_images,
         own_prompt,
@@ -242,6 +264,8 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
         raise RecordError("empty-response", f"{field} is empty")
     listed.sort(key=lambda pair: pair[0])
     best, chosen = listed[0]
+    if listed[-1][0] == best:
+        raise _no_rejected()
     if "context" in row:
         prompt = messages(row["context"], "context")
     else:
@@ -269,6 +293,12 @@ def _ccf_image(row: Row) -> tuple[str, str]:
     return f"s{study}", f"files/p{patient[:2]}/p{patient}/s{study}/{dicom}.jpg"
 
 
+def _told(value: Any, field: str) -> str:
+    if not text_of(value, field).strip():
+        raise RecordError("empty-response", f"{field} is empty")
+    return str(value)
+
+
 def parse_ccf(row: Row, root: str, id: str) -> Preference:
     """CXR-CounterFact: every counterfactual of the item is rejected, in its order.
 
@@ -286,7 +316,7 @@ def parse_ccf(row: Row, root: str, id: str) -> Preference:
     if not report.strip() or not diagnose.strip():
         raise RecordError("empty-response", "report or diagnose is empty")
     rejected = [
-        thought(response(text, "counterfact"), (text_of(name, "counterfact"),))
+        thought(_told(text, "counterfact"), (text_of(name, "counterfact"),))
         for name, text in object_of(row.get("counterfact"), "counterfact").items()
     ]
     chosen = f"<think> {report} </think> {diagnose}"
@@ -304,7 +334,7 @@ def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
         raise RecordError("counterfactual-checks", f"{failed} of {len(checks)} checks failed")
     images = image_refs(row.get("images"), root)
     names = [text_of(name, "labels") for name in list_of(row.get("labels"), "labels")]
-    chosen = thought(response(row.get("report"), "report"), names or (NO_FINDING,))
+    chosen = thought(_told(row.get("report"), "report"), names or (NO_FINDING,))
     own = image_refs(row.get("rejected_images"), root, "rejected_images") or None
     if row.get("kind") == "perception":
         if own is None:
@@ -313,7 +343,7 @@ def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
     else:
         own = None
         target = text_of(row.get("target"), "target")
-        rejected = thought(response(row.get("counterfactual"), "counterfactual"), (target,))
+        rejected = thought(_told(row.get("counterfactual"), "counterfactual"), (target,))
     study = text_of(row.get("study_id"), "study_id")
     return _preference(
         {**row, "id": study}, id, question(len(images)), chosen, (rejected,), images, own
@@ -343,8 +373,9 @@ def tell(row: Row) -> str | None:
         return "ranked"
     if {"conversations", "chosen", "rejected"} <= names:
         return "llama-factory"
-    if "messages" in names and any(name.startswith("rejected_") for name in names):
+    if "messages" in names:
         return "ms-swift"
     if {"chosen", "rejected_responses"} <= names:
         return "preferences"
-    return "trl" if {"chosen", "rejected"} <= names else None
+    pair, alone = {"chosen", "rejected"}, {"prompt", "completion"}
+    return "trl" if pair <= names or alone <= names else None

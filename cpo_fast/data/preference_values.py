@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpo_fast.errors import RecordError
-from cpo_fast.types import ImageRef
+from cpo_fast.types import Answer, ImageRef
 
 Message = Mapping[str, Any]
 
@@ -106,6 +107,17 @@ def _part(part: Any, field: str) -> dict[str, Any]:
     raise RecordError("unknown-content", f"{field} has a part that is neither text nor image")
 
 
+_NOT_OPTIONS = frozenset(
+    {"chat_template", "conversation", "tools", "tokenize", "add_generation_prompt"}
+    | {"continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
+    | {"padding", "truncation", "max_length", "tokenizer_kwargs"}
+)
+"""Arguments of `apply_chat_template` that a file may not set."""
+
+_EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+"""What a chat template may render of a message beside its role and content."""
+
+
 def message_of(
     value: Any, field: str, role_key: str = "role", text_key: str = "content"
 ) -> Message:
@@ -114,9 +126,23 @@ def message_of(
     if role is None:
         raise RecordError("unknown-role", f"{field} has a {role_key} that is not known")
     content = message.get(text_key)
+    extras = {name: message[name] for name in _EXTRAS if message.get(name) is not None}
+    if content is None and extras.get("tool_calls"):
+        content = ""
     if isinstance(content, list):
-        return {"role": role, "content": [_part(part, field) for part in content]}
-    return {"role": role, "content": text_of(content, field)}
+        content = [_part(part, field) for part in content]
+    else:
+        content = text_of(content, field)
+    return {"role": role, "content": content, **filled(extras, field)}
+
+
+def filled(value: Any, field: str) -> Any:
+    """What a file says in JSON, without the nulls with which Parquet fills records up."""
+    if isinstance(value, dict):
+        return {key: filled(one, field) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [filled(one, field) for one in value]
+    return text_of(value, field) if isinstance(value, str) else value
 
 
 def messages(value: Any, field: str) -> list[Message]:
@@ -126,38 +152,85 @@ def messages(value: Any, field: str) -> list[Message]:
     return [message_of(entry, field) for entry in list_of(value, field)]
 
 
-def response(value: Any, field: str) -> str:
-    """An answer: text, a message, or a list of exactly one message of the assistant."""
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise RecordError("not-one-answer", f"{field} has {len(value)} messages, not one")
-        value = value[0]
-    if isinstance(value, dict):
-        message = message_of(value, field)
-        if message["role"] != "assistant":
-            raise RecordError("unknown-role", f"{field} is not said by the assistant")
-        value = message["content"]
-        if isinstance(value, list):
-            if any(part["type"] != "text" for part in value):
-                raise RecordError("image-in-response", f"{field} holds an image")
-            value = "".join(part["text"] for part in value)
-    if not text_of(value, field).strip():
+def response(value: Any, field: str) -> Answer:
+    """An answer: text, a message of the assistant, or a list of messages.
+
+    One message without more than its text is that text; more messages stay what they are.
+    """
+    turns = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    turns = [message_of(turn, field) for turn in (turns if isinstance(turns, list) else [turns])]
+    if not turns:
+        raise RecordError("empty-response", f"{field} has no message")
+    if any(part["type"] != "text" for turn in turns for part in parts_of(turn)):
+        raise RecordError("image-in-response", f"{field} holds an image")
+    alone = len(turns) == 1
+    if alone and turns[0]["role"] != "assistant":
+        raise RecordError("unknown-role", f"{field} is not said by the assistant")
+    if not any(text_in(turn).strip() or turn.get("tool_calls") for turn in turns):
         raise RecordError("empty-response", f"{field} is empty")
-    return str(value)
+    simple = alone and turns[0].keys() == {"role", "content"}
+    return text_in(turns[0]) if simple else tuple(turns)
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of trl gives the chat template: its tools, and options by their names."""
+    given: dict[str, Any] = {}
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools else None
+        except (ValueError, RecursionError):
+            raise RecordError("wrong-type", "tools is not JSON") from None
+    if tools is not None:
+        given["tools"] = filled(list_of(tools, "tools"), "tools")
+    options = row.get("chat_template_kwargs")
+    if options is not None:
+        options = filled(object_of(options, "chat_template_kwargs"), "chat_template_kwargs")
+        if taken := _NOT_OPTIONS & options.keys():
+            raise RecordError(
+                "bad-template-option",
+                f"chat_template_kwargs may not set {', '.join(sorted(taken))}",
+            )
+        given.update(options)
+    return given
+
+
+def parts_of(message: Message) -> list[Mapping[str, Any]]:
+    """The parts of a message's content."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def text_in(message: Message) -> str:
+    return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
+
+
+def words(answer: Answer) -> str:
+    """All that an answer says, as one text: to count, to compare, to train a tokenizer on."""
+    if isinstance(answer, str):
+        return answer
+    return "\n".join(
+        text_in(turn) + "".join(json.dumps(turn[name]) for name in _EXTRAS if name in turn)
+        for turn in answer
+    )
+
+
+def same_answer(one: Answer, other: Answer) -> bool:
+    """Whether two answers say the same, white space around them aside."""
+    if isinstance(one, str) and isinstance(other, str):
+        return one.strip() == other.strip()
+    return one == other
 
 
 def placeholders(prompt: Sequence[Message]) -> int:
-    parts = (part for m in prompt if isinstance(m["content"], list) for part in m["content"])
-    return sum(part["type"] == "image" for part in parts)
+    return sum(part["type"] == "image" for message in prompt for part in parts_of(message))
 
 
 def _before_first_user(prompt: list[Message], count: int) -> list[Message]:
     """`count` image placeholders put in front of what the first user says."""
     for place, message in enumerate(prompt):
         if message["role"] == "user":
-            said = message["content"]
-            parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
-            first = {**message, "content": [dict(_IMAGE) for _ in range(count)] + parts}
+            first = {**message, "content": [dict(_IMAGE)] * count + [*parts_of(message)]}
             return [*prompt[:place], first, *prompt[place + 1 :]]
     raise RecordError("no-user-message", "the images have no message of a user to stand in")
 

@@ -27,7 +27,7 @@ MAX_REJECTED = 64
 
 _PEEK = 1000
 _FIELDS = (
-    "chosen + rejected (trl), messages + rejected_response (ms-swift), conversations + chosen + "
+    "chosen + rejected or prompt + completion (trl), messages (ms-swift), conversations + chosen + "
     "rejected (LLaMA-Factory), context + completions or prompt + answers (ranked), report + "
     "counterfact (CXR-CounterFact), chosen + rejected_responses or report + counterfactual (ours)"
 )
@@ -44,7 +44,7 @@ def is_preference_file(dataset: str, dataset_format: str = "auto") -> bool:
 
 def _adds_nothing(group: Preference, one: Preference) -> bool:
     own = one.rejected_images or one.rejected_prompts
-    return not own and set(one.rejected) <= set(group.rejected)
+    return not own and all(answer in group.rejected for answer in one.rejected)
 
 
 def _joined(one: Preference, other: Preference) -> Preference:
@@ -64,7 +64,8 @@ def _prompts(one: Preference) -> tuple[tuple[Message, ...] | None, ...]:
 class PreferenceSource(Source[Preference]):
     """The preferences of one file, streamed; `kind` is its format.
 
-    `merged` counts the rows that joined the preference before them; `read` does not. `ref_logps`
+    `merged` counts the rows that joined the preference before them; `read` does not. `alone` counts
+    those without a rejected answer, which serve supervised fine-tuning only. `ref_logps`
     counts the rows that bring log-probs of a reference, which are not used: ours are those of the
     model that the run starts from.
     """
@@ -76,8 +77,7 @@ class PreferenceSource(Source[Preference]):
         place = Path(path).resolve()
         folder = place if place.is_dir() else place.parent
         self.root = str(folder) if image_root is None else image_root
-        self.merged = 0
-        self.ref_logps = 0
+        self.merged = self.alone = self.ref_logps = 0
         if dataset_format == "auto":
             self.kind = self._told()
 
@@ -94,10 +94,11 @@ class PreferenceSource(Source[Preference]):
         """Whether two rows are about the same answer. The ids of counterfactuals are those of
         studies and must agree; the ids of rows differ from row to row."""
         return (
-            one.chosen == other.chosen
+            bool(one.rejected and other.rejected)
+            and one.chosen == other.chosen
             and one.images == other.images
             and one.prompt == other.prompt
-            and one.plain == other.plain
+            and (one.plain, one.template) == (other.plain, other.template)
             and one.source == other.source
             and one.weight == other.weight
             and (one.id == other.id or self.kind != "counterfactuals")
@@ -106,7 +107,7 @@ class PreferenceSource(Source[Preference]):
     def _records(self) -> Iterator[Preference]:
         parse = PARSERS[self.kind]
         stem = Path(self.path).stem
-        self.merged = self.ref_logps = 0
+        self.merged = self.alone = self.ref_logps = 0
         group: Preference | None = None
         for number, (line, row) in enumerate(records(self.path), 1):
             id = f"{stem}:{number}"
@@ -127,6 +128,7 @@ class PreferenceSource(Source[Preference]):
             except RecordError as error:
                 self._reject(self.path, line, id, error.reason, error.detail)
                 continue
+            self.alone += not one.rejected
             if group is not None:
                 yield group
             group = one
@@ -141,8 +143,9 @@ def open_preferences(
 
     `dataset_format` is one of `PREFERENCE_FORMATS`; image paths are relative to `image_root`, by
     default the file's folder (or the folder itself), and may not leave it. Returns an iterable of
-    Preference with `kind`, `path`, `read`, `merged`, `ref_logps` and `rejected`. Raises UsageError
-    for an unknown format name, DataError when the file cannot be read or its fields tell no format.
+    Preference with `kind`, `path`, `read`, `merged`, `alone`, `ref_logps` and `rejected`. Raises
+    UsageError for an unknown format name, DataError when the file cannot be read or its fields tell
+    no format.
     """
     if dataset_format not in PREFERENCE_FORMATS:
         raise UsageError(

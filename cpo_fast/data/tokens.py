@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.errors import UsageError
-from cpo_fast.types import Preference
+from cpo_fast.data.preference_values import words
+from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.types import Answer, Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,9 @@ def token_ids(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Ids
     """The ids of prompt, chosen and rejected answers.
 
     Where the end of a text prompt merges with one of its answers into a token, that token belongs
-    to all answers of the prompt. Raises UsageError for a chat template that does not only append.
+    to all answers of the prompt, as does what the chat template renders otherwise once an answer
+    follows. Raises UsageError when the two have not a token in common, RecordError for messages
+    that the template refuses.
     """
     own = preference.rejected_prompts or (None,) * len(preference.rejected)
     answers = zip(preference.rejected, own, strict=True)
@@ -65,51 +68,71 @@ def _ids(
     tokenizer: PreTrainedTokenizerBase,
     preference: Preference,
     prompt: Messages,
-    answers: Sequence[str],
+    answers: Sequence[Answer],
 ) -> tuple[list[int], list[list[int]]]:
     """The ids of one prompt and of the answers that follow it."""
     if preference.plain:
-        text, texts = str(prompt[0]["content"]), list(answers)
-        if not preference.images:
-            end = str(tokenizer.eos_token or "")
-            texts = [answer if answer.endswith(end) else answer + end for answer in texts]
+        text = str(prompt[0]["content"])
+        end = "" if preference.images else str(tokenizer.eos_token or "")
+        said = [words(answer) for answer in answers]
+        texts = [text + (one if one.endswith(end) else one + end) for one in said]
     else:
-        text, texts = _rendered(tokenizer, prompt, answers)
+        text, texts = _rendered(tokenizer, preference, prompt, answers)
     if preference.images:
-        ids, *apart = tokenizer([text, *texts], add_special_tokens=False)["input_ids"]
-        return ids, apart
-    ids, *whole = tokenizer(
-        [text, *(text + answer for answer in texts)], add_special_tokens=preference.plain
-    )["input_ids"]
+        text = text[: min(_common(text, one) for one in texts)]
+        apart = [text, *(one[len(text) :] for one in texts)]
+        ids, *said_ids = tokenizer(apart, add_special_tokens=False)["input_ids"]
+        return ids, said_ids
+    ids, *whole = tokenizer([text, *texts], add_special_tokens=preference.plain)["input_ids"]
     cut = min(_common(ids, one) for one in whole)
+    if ids and not cut:
+        raise UsageError(
+            "the chat template renders the prompt wholly otherwise once an answer follows; "
+            "give the tokenizer another template"
+        )
     return ids[:cut], [one[cut:] for one in whole]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences share at their start."""
+def _common(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
+    """How many ids or characters two sequences share at their start."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, answers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    preference: Preference,
+    prompt: Messages,
+    answers: Sequence[Answer],
 ) -> tuple[str, list[str]]:
-    """The prompt as text, and what the template appends to it for each answer."""
-    messages = [_flattened(message) for message in prompt]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # one conversation, not a batch of them
-    texts = []
-    for answer in answers:
-        turn = {"role": "assistant", "content": answer}
-        whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
-        assert isinstance(whole, str)
-        if not whole.startswith(text):
-            raise UsageError(
-                "the chat template renders the prompt differently once an answer follows; "
-                "give the tokenizer a template that only appends"
+    """The prompt as text, and the whole conversation with each answer.
+
+    The two need not begin alike: a template may render earlier turns otherwise once others follow.
+    """
+
+    from jinja2 import TemplateError
+
+    def text(messages: list[dict[str, Any]], **options: Any) -> str:
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, **preference.template, **options
             )
-        texts.append(whole.removeprefix(text))
-    return text, texts
+        except TemplateError:
+            raise RecordError(
+                "template-refuses", f"{len(messages)} messages, the last by {messages[-1]['role']}"
+            ) from None
+        assert isinstance(rendered, str)  # one conversation, not a batch of them
+        return rendered
+
+    asked = [_flattened(message) for message in prompt]
+    goes_on = bool(preference.images) and asked[-1]["role"] == "assistant"
+    wholes = []
+    for answer in answers:
+        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        wholes.append(text([*asked, *map(_flattened, turns)]))
+    if goes_on:  # trl's collator for images alone lets an answer go on with the last turn
+        return text(asked, continue_final_message=True), wholes
+    return text(asked, add_generation_prompt=True), wholes
 
 
 def _flattened(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from cpo_fast.data.preference_values import same_answer, words
 from cpo_fast.data.tokens import token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
@@ -172,12 +173,12 @@ def _check_responses(
     preference: Preference, replaced: Sequence[tuple[ImageRef, ...] | None]
 ) -> None:
     for answer in (preference.chosen, *preference.rejected):
-        if not answer.strip():
+        if not words(answer).strip():
             raise RecordError("empty-response", "chosen or rejected is empty")
     own_prompts = preference.rejected_prompts or (None,) * len(replaced)
     for answer, images, own in zip(preference.rejected, replaced, own_prompts, strict=True):
         same = own is None and (images is None or images == preference.images)
-        if same and answer.strip() == preference.chosen.strip():
+        if same and same_answer(answer, preference.chosen):
             raise RecordError("chosen-equals-rejected", "the two texts are the same")
 
 

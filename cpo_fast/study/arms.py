@@ -12,7 +12,7 @@ from cpo_fast.counterfactual import preference, study_labels
 from cpo_fast.data.labels import answer, diagnosis, thought
 from cpo_fast.errors import DataError
 from cpo_fast.training.run_folder import write_private
-from cpo_fast.types import Counterfactual, Study
+from cpo_fast.types import Answer, Counterfactual, Study
 
 SFT, RANDOM, ANSWERS, CPO = "sft", "dpo_random", "cpo_answers", "cpo"
 ARMS = {
@@ -23,7 +23,7 @@ ARMS = {
 }
 """Arm -> how it is called in tables; the paper's names are those of its tables 2 and 5."""
 
-Sides = tuple[str, Sequence[str]]
+Sides = tuple[Answer, Sequence[Answer]]
 
 
 def write_arms(

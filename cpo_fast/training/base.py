@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.data.preference_values import words
 from cpo_fast.errors import UsageError
 from cpo_fast.model.build import load_tokenizer, save_model, tiny_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
@@ -53,12 +54,12 @@ def base_model(args: TrainArguments, folder: RunFolder, texts: Texts) -> Base:
 
 def write_tiny_model(args: TrainArguments, path: Path, texts: Texts) -> None:
     """A random model of real classes, its tokenizer trained on the text of the training split."""
-    words = [
-        text
+    said = [
+        words(answer)
         for one in (*texts.sft["train"], *texts.cpo["train"])
-        for text in (one.chosen, *one.rejected)
+        for answer in (one.chosen, *one.rejected)
     ]
-    tokenizer = train_tokenizer(words)
+    tokenizer = train_tokenizer(said)
     if texts.has_images():
         images = ImageProcessor.create(min_pixels=args.min_pixels, max_pixels=args.max_pixels)
         save_model(tiny_model(tokenizer, seed=args.seed), path, tokenizer=tokenizer, images=images)

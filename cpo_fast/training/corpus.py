@@ -80,6 +80,8 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
     for reason, count in source.reasons().items():
         print(f"data: {count} set aside: {reason}")
+    if alone := sum(not one.rejected for one in corpus.preferences):
+        print(f"data: {alone} have no rejected answer: they are used for SFT only")
     stop_if_too_bad(args, folder, len(source.rejected), source.read)
     return corpus
 
@@ -191,11 +193,14 @@ def read_counterfactuals(path: Path) -> list[Counterfactual]:
 
 
 def split_preferences(preferences: Sequence[Preference], share: float, seed: int) -> Texts:
-    """Hold out a share by a hash of the ids, so that the order of the file does not matter."""
+    """Hold out a share by a hash of the ids, so that the order of the file does not matter.
+    An answer without a rejected one serves the SFT stage alone."""
     texts = Texts({s: [] for s in SPLITS}, {s: [] for s in SPLITS})
     for one in preferences:
+        answer = replace(one, rejected=(), rejected_images=(), rejected_prompts=())
         digest = hashlib.sha256(f"{seed}/{one.id}".encode()).digest()
         split = "validate" if int.from_bytes(digest[:4], "big") < share * 2**32 else "train"
-        texts.sft[split].append(replace(one, rejected=(), rejected_images=()))
-        texts.cpo[split].append(one)
+        texts.sft[split].append(answer)
+        if one.rejected:
+            texts.cpo[split].append(one)
     return texts
