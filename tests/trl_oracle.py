@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpo_fast.data.images import load_image
@@ -47,11 +48,14 @@ def trainer(
     output_dir: str,
     r: int,
     alpha: int,
+    kind: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A DPOTrainer with LoRA on the language model's linears and the reference by adapters off.
+    """A DPOTrainer with LoRA on the language model's linears and the reference by adapters off;
+    with r = 0, of all weights, with a copy of the model for the reference.
 
-    fp32, no checkpointing, on the CPU, nothing truncated: as ours runs. `options` go to DPOConfig.
+    fp32, no checkpointing, on the CPU, nothing truncated: as ours runs. `kind` is called in place
+    of DPOTrainer; `options` go to DPOConfig.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -68,16 +72,18 @@ def trainer(
     }
     config = DPOConfig(output_dir=output_dir, **{**defaults, **options})
     has_images = any(p.images for p in preferences)
-    return DPOTrainer(
+    adapter = LoraConfig(
+        r=max(r, 1),
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        exclude_modules=r"(.*\.)?visual\..*" if has_images else None,
+        task_type="CAUSAL_LM",
+    )
+    return (kind or DPOTrainer)(
         model=model,
+        ref_model=None if r else copy.deepcopy(model),
         args=config,
         train_dataset=Dataset.from_list(rows(preferences)),
         processing_class=processor(tokenizer, images) if has_images else tokenizer,
-        peft_config=LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            target_modules="all-linear",
-            exclude_modules=r"(.*\.)?visual\..*" if has_images else None,
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapter if r else None,
     )
