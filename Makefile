@@ -4,9 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE := 1
+LOWEST := $(VENV)/lowest
+LOWEST_TESTS := tests/test_first_step.py tests/test_loss_types.py tests/test_model_packed.py \
+	tests/test_packing_collate.py tests/test_model_build.py tests/test_data_arrow_files.py \
+	tests/test_data_dicom.py tests/test_concepts_graph.py tests/test_evaluation_metrics.py \
+	tests/test_report_page.py tests/test_train_run.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: help setup train test quick real real-data bench lint clean
+.PHONY: help setup train test quick lowest real real-data bench lint docs doctor dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +42,23 @@ $(VENV)/real-data: $(VENV)/installed
 real: setup real-data ## all stages on the real Open-I reports (runs/real)
 	$(BIN)/python -m cpo_fast.train --config examples/real.yaml
 
+lowest: $(LOWEST)/installed ## some tests at the lowest versions that pyproject.toml admits
+	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest -q -k "not compiled" $(LOWEST_TESTS)
+$(LOWEST)/installed: constraints-lowest.txt $(VENV)/installed
+	rm -rf $(LOWEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--target $(LOWEST) -r constraints-lowest.txt
+	touch $@
+
+docs: setup ## the pages of docs/ and the API reference as HTML (docs/_build/html); warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+doctor: setup ## what this installation can do, and why not more
+	$(BIN)/python -m cpo_fast.doctor
+
+dist: setup ## sdist and wheel, built in isolation (dist/)
+	$(BIN)/python -m build
+
 bench: setup ## pytest --benchmark, with the peers installed
 	$(PIP) -e '.[dev,bench]'
 	$(BIN)/python -m pytest --benchmark
@@ -45,4 +67,4 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cpo_fast
 
 clean: ## remove what was built (not .venv, not runs/)
-	rm -rf build *.egg-info cpo_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info cpo_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,62 @@
+"""`cpo-fast COMMAND ...`: every command of the package under one name.
+
+`cpo-fast train --max_steps 5` is `python -m cpo_fast.train --max_steps 5`, flag for flag. Nothing
+is imported but the command that is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cpo_fast.version import __version__
+
+COMMANDS = {
+    "train": "the whole road: data, counterfactuals, SFT, CPO, evaluation, report",
+    "data": "check a data set before training on it; export it for other tools",
+    "concepts": "label reports; show, mine and export the concept graph",
+    "counterfactual": "write counterfactual reports",
+    "phantom": "write the drawn test data set",
+    "evaluate": "what a model can do on a data set",
+    "study": "the paper's comparison on the phantom, several seeds",
+    "export": "make a whole model of an adapter",
+    "report": "the page of one run, or several runs compared",
+    "doctor": "what this installation can do, and why not more",
+}
+"""Each is the module `cpo_fast.NAME`, with a `main(argv)` that returns the exit status."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of the command; 2 where there is no such command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    name = f"cpo_fast.{words[0]}"
+    try:  # a folder of modules has its command in __main__
+        module = importlib.import_module(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name != f"{name}.__main__":
+            raise
+        module = importlib.import_module(name)
+    return module.main(words[1:])
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return "\n".join(
+        ["usage: cpo-fast COMMAND [--flag value ...]", "", *lines, "",
+         "`cpo-fast COMMAND --help` lists the flags. --version prints the version."]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""`python -m cpo_fast.doctor`: what this installation can do, and why not more.
+
+Prints versions, devices and the implementations of the loss op, each with what keeps it from
+working, and tries those that work against the reference. Every look is guarded, so that a broken
+package is a line of the answer and not its end. Paste the output into a bug report: it holds no
+paths of data and no environment variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from cpo_fast.version import __version__
+
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "flash-attn": "flash_attn"}
+"""The modules of packages whose name is another."""
+FOR_DEVELOPERS = ("dev", "bench", "docs")
+TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # log-probs near -6 in float32; in bfloat16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 when everything that is required works, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cpo_fast.doctor", description=__doc__, allow_abbrev=False
+    )
+    parser.parse_args(argv)
+    faults = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters is a line of its own
+        for title, look in SECTIONS.items():
+            print(title)
+            for line, fault in guarded(look):
+                print(f"  {line}", flush=True)
+                if fault:
+                    faults.append(fault)
+    print("verdict")
+    print("  " + (f"not usable: {'; '.join(faults)}" if faults else "everything required works"))
+    return 1 if faults else 0
+
+
+Lines = Iterator[tuple[str, str | None]]  # what is printed, and the fault that it is, if any
+
+
+def guarded(look: Callable[[], Lines]) -> Lines:
+    """The lines of `look`; if it fails, that is the last one."""
+    try:
+        yield from look()
+    except (Exception, SystemExit) as error:
+        yield f"broken   {reason(error)}", reason(error)
+
+
+def reason(error: BaseException) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def system() -> Lines:
+    yield f"cpo_fast {__version__} in {Path(__file__).parent}", None
+    yield f"python   {platform.python_version()}, {platform.platform()}", None
+    yield f"cpu      {processor()}, {os.cpu_count()} logical cores", None
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def packages() -> Lines:
+    """Every dependency that the installed metadata declare: its version, and whether it imports."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(text) for text in metadata.requires("cpo_fast") or ()]
+    except metadata.PackageNotFoundError:
+        yield (
+            "unknown  cpo_fast runs from its source: it is not installed, and declares nothing",
+            None,
+        )
+        return
+    extras = metadata.metadata("cpo_fast").get_all("Provides-Extra") or []
+    for need in declared:
+        if need.marker is None or need.marker.evaluate({"extra": ""}):
+            state, line = package(need.name, str(need.specifier), need.specifier.contains)
+            yield f"{state:8} {line}", None if state == "ok" else f"{need.name} is {state}"
+    for extra in extras:
+        for need in declared:
+            if (
+                extra in FOR_DEVELOPERS
+                or need.marker is None
+                or need.marker.evaluate({"extra": ""})
+            ):
+                continue
+            if need.marker.evaluate({"extra": extra}):
+                state, line = package(need.name, str(need.specifier), need.specifier.contains)
+                yield f"{state:8} {line} (optional: cpo_fast[{extra}])", None
+
+
+def package(name: str, asked: str, fits: Callable[..., bool]) -> tuple[str, str]:
+    """("ok" | "missing" | "outside" | "broken", a line about it)."""
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing", f"{name}, asked for: {asked}"
+    line = f"{name} {version}"
+    if not fits(version, prereleases=True):
+        return "outside", f"{line}, asked for: {asked}"
+    try:
+        importlib.import_module(MODULES.get(name.lower(), name))
+    except (Exception, SystemExit) as error:
+        return "broken", f"{line}: {reason(error)}"
+    return "ok", line
+
+
+def devices() -> Lines:
+    import torch
+
+    yield (
+        f"cpu      {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        None,
+    )
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            memory = f"{about.total_memory / 2**30:.0f} GiB"
+            yield f"cuda:{index}   {about.name}, {about.major}.{about.minor}, {memory}", None
+    elif torch.version.cuda is None:
+        yield "no cuda  this torch is built without CUDA", None
+    else:
+        yield f"no cuda  torch is built for CUDA {torch.version.cuda}, but finds no device", None
+
+
+def native() -> Lines:
+    """The compiled parts; without them the package works, slower."""
+    for name, builder in (("_cpu", "a C++ compiler"), ("_cuda", "nvcc")):
+        try:
+            module = importlib.import_module(f"cpo_fast.{name}")
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError)
+            why = f"not built: {builder} is needed at install time" if missing else reason(error)
+            yield f"{'missing' if missing else 'broken':8} cpo_fast.{name}, {why}", None
+        else:
+            best = f", row kernels: {module.isa('')}" if hasattr(module, "isa") else ""
+            amx = ", AMX" if hasattr(module, "amx_available") and module.amx_available() else ""
+            yield f"ok       cpo_fast.{name}{best}{amx}", None
+
+
+def implementations() -> Lines:
+    """Per device, what runs there, what of it was right just now, and what does not run and why."""
+    import torch
+
+    from cpo_fast.loss.api import impl_obstacles
+
+    for device in ("cpu", "cuda"):
+        for name, obstacle in reversed(impl_obstacles(device).items()):
+            label = f"{name} on {device}"
+            if obstacle is None and (device == "cpu" or torch.cuda.is_available()):
+                yield from guarded(partial(attempt, device, name, label))
+            elif obstacle is not None and not obstacle.startswith("for "):  # another device's
+                yield f"no       {label}: {obstacle}", None
+
+
+def attempt(device: str, name: str, label: str) -> Lines:
+    error = deviation(device, name)
+    if error <= TOLERANCE[device]:
+        yield f"ok       {label}, off the reference by {error:.0e}", None
+    else:
+        yield f"wrong    {label}, off the reference by {error:.0e}", f"{label} is wrong"
+
+
+def deviation(device: str, name: str) -> float:
+    """Largest difference of log-probs and gradient to float64, on a head with loose ends."""
+    import torch
+
+    from cpo_fast import linear_logprobs
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 48, generator=draw).to(dtype)
+    weight = (torch.randn(301, 48, generator=draw) / 7).to(dtype)
+    labels = torch.randint(0, 301, (37,), generator=draw)
+
+    def outcome(place: str, dtype: torch.dtype, impl: str) -> torch.Tensor:
+        states = hidden.to(place, dtype).requires_grad_()
+        logps = linear_logprobs(states, weight.to(place, dtype), labels.to(place), impl=impl)
+        (gradient,) = torch.autograd.grad(logps.sum(), states)
+        return torch.cat((logps.detach(), gradient.flatten())).double().cpu()
+
+    error = outcome(device, dtype, name) - outcome("cpu", torch.float64, "reference")
+    return float(error.abs().max())
+
+
+SECTIONS = {
+    "system": system,
+    "packages": packages,
+    "devices": devices,
+    "native parts": native,
+    "loss op": implementations,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
