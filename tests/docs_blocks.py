@@ -1,0 +1,181 @@
+"""The code blocks of README.md and docs/, and how each is tested.
+
+A page is run from its top to its bottom in one folder: Python blocks share a namespace, bash blocks
+find what earlier blocks wrote. What an invisible comment on the line before a block says differs:
+
+    <!-- test: replace A => B -->   run with this part of its text replaced (one comment for each)
+    <!-- test: parse, WHY -->       not run; the flags of each command go through its real parser
+    <!-- test: file NAME -->        written to that file, for the blocks after it
+
+Blocks of languages that are no code (text, yaml, json) are not run: yaml has to be a
+valid --config, json has to be JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[1]
+CODE = ("python", "bash")
+NO_CODE = ("text", "yaml", "json")
+MARK = re.compile(r"<!-- test: (.*?) -->", re.S)
+
+
+@dataclass
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+    marks: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    def mark(self, kind: str) -> list[str]:
+        return [m[len(kind) :].lstrip(", ") for m in self.marks if re.match(rf"{kind}\b", m)]
+
+    def replaced(self) -> str:
+        """The text with the replacements of its marks; each has to be found."""
+        text = self.text
+        for mark in self.mark("replace"):
+            before, after = (part.strip() for part in mark.split(" => "))
+            assert before in text, f"{self.place}: {before!r} does not stand in the block"
+            text = text.replace(before, after)
+        return text
+
+
+def pages() -> list[Path]:
+    """Every page that users read, sorted."""
+    docs = [p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(docs)]
+
+
+def blocks(path: Path) -> list[Block]:
+    """The fenced blocks of a page. A code block by indentation is an error: it would escape."""
+    found: list[Block] = []
+    marks: list[str] = []
+    block: Block | None = None
+    page = str(path.relative_to(ROOT))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if block is not None:
+            if line.strip() == "```":
+                found.append(block)
+                block = None
+            else:
+                block.text += line + "\n"
+        elif fence := re.fullmatch(r"\s*```(.*)", line):
+            block = Block(page, number, fence[1].strip(), "", marks)
+            marks = []
+        elif mark := MARK.fullmatch(line.strip()):
+            marks.append(mark[1])
+        else:
+            assert not marks, f"{page}:{number}: a test mark stands right before its block"
+            code = re.match(
+                r"    (python|pip|make|cpo-fast|pytest|torchrun|OMP_|import |from )", line
+            )
+            assert not code, f"{page}:{number}: code belongs into a fenced block"
+    assert block is None, f"{page}: the block at line {block and block.line} is not closed"
+    return found
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """The words of every command of a script, without comments; lines that go on are joined."""
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+class Parsed(BaseException):
+    """Ends a command after its parser has accepted the flags."""
+
+
+def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
+    """What the parser of `cpo_fast.<name>` says against these flags, if anything."""
+    from cpo_fast import cli
+
+    if name not in cli.COMMANDS:
+        return f"no command {name}"
+    plain = argparse.ArgumentParser.parse_args
+    errors = io.StringIO()
+    try:
+        if name == "train":
+            from cpo_fast.training.arguments import parse_arguments
+
+            with contextlib.redirect_stderr(errors):
+                parse_arguments(argv)
+            return None
+        with monkeypatch.context() as patch, contextlib.redirect_stderr(errors):
+
+            def parse_and_stop(self: argparse.ArgumentParser, *words: Any, **more: Any) -> NoReturn:
+                plain(self, *words, **more)
+                raise Parsed
+
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+            cli.main([name, *argv])
+    except Parsed:
+        return None
+    except SystemExit:
+        return errors.getvalue().strip().splitlines()[-1]
+    except Exception as error:
+        return str(error)
+    return "the command ended before it parsed its flags"
+
+
+def parse_block(block: Block, monkeypatch: Any) -> int:
+    """Check a block without running it; how many commands of ours it had."""
+    text = block.replaced()
+    done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, f"{block.place}: {done.stderr}"
+    ours = 0
+    for words in commands(text):
+        line = shlex.join(words)
+        for index, word in enumerate(words):
+            name = None
+            if word.startswith("cpo_fast.") and words[index - 1] == "-m":
+                name = word.removeprefix("cpo_fast.")
+            elif word == "cpo-fast":
+                index, name = index + 1, words[index + 1]
+            if name is None:
+                continue
+            error = parse_flags(name, words[index + 1 :], monkeypatch)
+            assert error is None, f"{block.place}: {line}: {error}"
+            ours += 1
+        if words[0] == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            get_args_parser().parse_args(words[1:])
+        if "pytest" in words:
+            files = [word.split("::")[0] for word in words if word.startswith(("bench/", "tests/"))]
+            assert all((ROOT / name).is_file() for name in files), f"{block.place}: {line}"
+            ours += len(files)
+        if words[0] == "make":
+            make = ["make", "-n", *words[1:]]
+            done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{block.place}: {line}: {done.stderr}"
+            ours += 1
+    return ours
+
+
+def check_data(block: Block, folder: Path) -> None:
+    """A block that is no code has to be what its language says."""
+    if block.language == "json":
+        json.loads(block.text)
+    elif block.language == "yaml":
+        from cpo_fast.training.arguments import read_config
+
+        path = folder / "block.yaml"
+        path.write_text(block.text)
+        read_config(path)

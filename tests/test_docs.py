@@ -1,0 +1,105 @@
+"""Every code block of README.md and docs/ is run, or says why it is only parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, pages, parse_block
+
+PARSED_ONLY = {
+    "README.md": 4,
+    "CONTRIBUTING.md": 2,
+    "docs/distributed.md": 3,
+    "docs/migrating-ms-swift.md": 1,
+    "docs/migrating-trl.md": 1,
+    "docs/tutorial-mimic.md": 1,
+}
+"""How many blocks of a page are parsed and not run. A new one is a decision: it stands here."""
+
+PAGES = [path for path in pages() if blocks(path)]
+
+
+def run_bash(script: str, folder: Path, commands: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, commands = tmp_path / "page", tmp_path / "bin"
+    folder.mkdir()
+    commands.mkdir()
+    # This checkout's command, whatever is installed; test_packaging.py runs the installed one.
+    script = f'#!/bin/sh\nexec "{sys.executable}" -m cpo_fast.cli "$@"\n'
+    (commands / "cpo-fast").write_text(script)
+    (commands / "cpo-fast").chmod(0o755)
+    monkeypatch.chdir(folder)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        for name in block.mark("file"):
+            (folder / name).write_text(block.replaced())
+        if block.mark("parse"):
+            assert parse_block(block, monkeypatch) > 0, f"{block.place}: nothing to parse"
+        elif block.language == "python":
+            code = compile(block.replaced(), block.place, "exec")
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(code, namespace)
+        elif block.language == "bash":
+            run_bash(block.replaced(), folder, commands)
+        else:
+            check_data(block, tmp_path)
+
+
+def test_no_block_escapes() -> None:
+    """Every block has a known language; what is only parsed gives its reason and is counted."""
+    counts: Counter[str] = Counter()
+    parsed: Counter[str] = Counter()
+    for page in pages():
+        for block in blocks(page):
+            if block.language.startswith("{"):  # a directive of the generator
+                continue
+            assert block.language in (*CODE, *NO_CODE), f"{block.place}: {block.language!r}"
+            for mark in block.marks:
+                kind = mark.split()[0].strip(",")
+                assert kind in ("replace", "parse", "file"), f"{block.place}: {mark}"
+                counts[kind] += 1
+            for why in block.mark("parse"):
+                assert len(why) > 10, f"{block.place}: parse, and why?"
+                print(f"parsed only: {block.place}: {why}")
+                parsed[block.page] += 1
+            counts[block.language] += 1
+    print(f"blocks and marks: {dict(counts)}")
+    assert dict(parsed) == PARSED_ONLY
+
+
+@pytest.mark.slow
+def test_pages_build_without_warnings(tmp_path: Path) -> None:
+    """Broken links, pages that no index reaches and bad docstrings are warnings: errors here."""
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    done = subprocess.run(
+        [*command, "docs", str(tmp_path / "html")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert "segment_ids" in page
+    assert "<math" in (tmp_path / "html" / "op.html").read_text(encoding="utf-8")
