@@ -3,7 +3,8 @@
 A page is run from its top to its bottom in one folder: Python blocks share a namespace, bash blocks
 find what earlier blocks wrote. What an invisible comment on the line before a block says differs:
 
-    <!-- test: replace A => B -->   run with this part of its text replaced (one comment for each)
+    <!-- test: replace A => B -->   run with this part of its text replaced (one comment for each;
+                                    \\n is a line break)
     <!-- test: parse, WHY -->       not run; the flags of each command go through its real parser
     <!-- test: file NAME -->        written to that file, for the blocks after it
 
@@ -52,7 +53,7 @@ class Block:
         for mark in self.mark("replace"):
             before, after = (part.strip() for part in mark.split(" => "))
             assert before in text, f"{self.place}: {before!r} does not stand in the block"
-            text = text.replace(before, after)
+            text = text.replace(before, after.replace("\\n", "\n"))
         return text
 
 

@@ -14,11 +14,14 @@ import pytest
 from docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, pages, parse_block
 
 PARSED_ONLY = {
-    "README.md": 4,
+    "README.md": 3,
     "CONTRIBUTING.md": 2,
+    "docs/counterfactuals.md": 2,
     "docs/distributed.md": 3,
+    "docs/evidence.md": 1,
     "docs/migrating-ms-swift.md": 1,
     "docs/migrating-trl.md": 1,
+    "docs/performance.md": 1,
     "docs/tutorial-mimic.md": 1,
 }
 """How many blocks of a page are parsed and not run. A new one is a decision: it stands here."""
