@@ -7,229 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_oracle import (
+    TEXTS,
+    adapted,
+    assert_same_grads,
+    dpo_loss,
+    groups_of,
+    pack_of,
+    packed_logps,
+    separate_logps,
+    trainable_grads,
+)
 from packing_samples import (
     image,
-    images,
     mixed,
     preference,
-    strengthen,
     text_model,
-    tokenizer,
     vision_language_model,
 )
-from torch.nn.functional import logsigmoid
 
 from cpo_fast.errors import UsageError
-from cpo_fast.model.attention import FlexLayout, dense_mask
 from cpo_fast.model.build import add_lora, freeze_vision
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import collate, encode_all, image_token_id, plan_epoch
+from cpo_fast.packing import plan_epoch
 from cpo_fast.types import ImageRef
 
 RADIOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cxr_images" / "png"
-
-
-def attend_each_sequence(
-    q, k, v, query_ends, key_ends, longest_q, longest_k, *, scale, window_size, enable_gqa
-):
-    """Stands in for torch's varlen_attn, which runs on CUDA only: its definition in plain torch."""
-    assert window_size == (-1, 0) and query_ends.dtype == key_ends.dtype == torch.int32
-    assert query_ends[-1] == len(q) and key_ends[-1] == len(k) == len(v)
-    assert longest_q == query_ends.diff().max() and longest_k == key_ends.diff().max()
-    out = []
-    for i in range(len(query_ends) - 1):
-        rows, columns = (slice(ends[i], ends[i + 1]) for ends in (query_ends, key_ends))
-        heads = [x.transpose(0, 1) for x in (q[rows], k[columns], v[columns])]
-        if enable_gqa:
-            heads[1:] = [x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in heads[1:]]
-        n, m = heads[0].shape[1], heads[1].shape[1]
-        seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)  # causal from the lower right
-        scores = (heads[0] @ heads[1].transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
-        out.append((scores.softmax(-1) @ heads[2]).transpose(0, 1))
-    return torch.cat(out)
-
-
-@pytest.fixture(autouse=True)
-def cuda_attention_on_cpu(request, monkeypatch):
-    """Lets tests of "varlen" and "flex" run here; what is left untested are the kernels."""
-    monkeypatch.setattr("cpo_fast.model.attention.SHORTEST_FLEX", 64)
-    if "flex" in request.node.name:
-        monkeypatch.setattr("cpo_fast.model.packed._check_flex", lambda model: None)
-    if "varlen" in request.node.name:
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_each_sequence)
-        monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda model: None)
-
-
-def groups_of(samples, processor=None):
-    grid = (processor or images()).grid
-    return encode_all(samples, tokenizer(), grid, max_length=4000).groups
-
-
-def pack_of(groups, pack=None, processor=None, **options):
-    pack = pack or tuple((i, tuple(range(len(g.rejected)))) for i, g in enumerate(groups))
-    pad = image_token_id(tokenizer())
-    pixels = (processor or images()).pixels
-    return collate(groups, pack, pixels=pixels, image_token_id=pad, **options)
-
-
-def adapted(model, *, freeze_vit=True, scale=0.05):
-    """LoRA with a B that is not zero, as after some training."""
-    model = add_lora(model, r=4, alpha=8, freeze_vit=freeze_vit)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def packed_logps(packed: PackedModel, batch, *, reference=False) -> torch.Tensor:
-    """[R] log-probabilities of the labels."""
-    weight, _ = packed.head()
-    logits = packed.hidden(batch, reference=reference) @ weight.T
-    return logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
-
-
-def separate_logps(model, groups, batch, processor=None) -> torch.Tensor:
-    """[R] the same from one forward of the whole model, with its own attention, per segment."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation("eager")
-    by_id = {group.id: group for group in groups}
-    pad = image_token_id(tokenizer())
-    out = []
-    for name in batch.segment_names:
-        owner, role = name.split("/")
-        group = by_id[owner]
-        prompt, response = group.prompt, group.chosen
-        if role != "chosen":
-            k = int(role.removeprefix("rejected_")) - 1
-            response = group.rejected[k]
-            prompt = (group.rejected_prompts[k] if group.rejected_prompts else None) or prompt
-        ids = torch.tensor([prompt.input_ids + response])
-        inputs = {}
-        if prompt.images:
-            values, grids = zip(*map((processor or images()).pixels, prompt.images), strict=True)
-            inputs = {
-                "pixel_values": torch.cat(values),
-                "image_grid_thw": torch.stack(grids),
-                "mm_token_type_ids": (ids == pad).int(),
-            }
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
-        scored = logits[len(prompt.input_ids) - 1 : -1].log_softmax(-1)
-        out.append(scored.gather(1, torch.tensor(response)[:, None])[:, 0])
-    return torch.cat(out)
-
-
-def dpo_loss(logps, ref_logps, batch, beta=0.1) -> torch.Tensor:
-    zeros = torch.zeros(batch.num_segments)
-    ratio = zeros.index_add(0, batch.segment_ids, logps - ref_logps)
-    chosen, rejected = batch.pairs.T
-    return -logsigmoid(beta * (ratio[chosen] - ratio[rejected])).mean()
-
-
-def trainable_grads(model) -> dict[str, torch.Tensor]:
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    return grads
-
-
-def assert_same_grads(got, want, rtol=1e-4):
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        scale = expected.abs().max()
-        assert scale > 0, name
-        assert (got[name] - expected).abs().max() <= rtol * scale, name
-
-
-TEXTS = [preference("a", 1), preference("seven", 7, words=2), preference("b", 3, words=9)]
-
-
-def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        intermediate_size=96,
-        pad_token_id=tokenizer().pad_token_id,
-    )
-    return strengthen(LlamaForCausalLM(config))
-
-
-EVERY_KIND = [*mixed(), *TEXTS, preference("seven-images", 7, image(90, 60))]
-CASES = {
-    "images": (vision_language_model, mixed()),
-    "every-kind": (vision_language_model, EVERY_KIND),
-    "vlm-text": (vision_language_model, TEXTS),
-    "qwen2": (text_model, TEXTS),
-    "llama": (llama, TEXTS),
-}
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen", "flex"])
-@pytest.mark.parametrize("case", CASES)
-def test_logps_and_reference_equal_separate_forwards(case, attention):
-    build, samples = CASES[case]
-    model, groups = adapted(build()), groups_of(samples)
-    batch = pack_of(groups)
-    with torch.no_grad():
-        want = separate_logps(model, groups, batch)
-        with model.disable_adapter():
-            want_reference = separate_logps(model, groups, batch)
-        packed = PackedModel(model, attention=attention)
-        got = packed_logps(packed, batch)
-        got_reference = packed_logps(packed, batch, reference=True)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    torch.testing.assert_close(got_reference, want_reference, rtol=0, atol=1e-5)
-    assert (want - want_reference).abs().max() > 0.1  # the adapter matters
-    swapped = want[batch.labels.roll(1) != batch.labels]
-    assert swapped.std() > 0.5  # and so does the context
-
-
-def test_flex_rows_have_few_lengths_and_fillers_see_themselves():
-    lengths = set()
-    for words in range(1, 40):
-        batch = pack_of(groups_of([preference("a", 3, words=words)]))
-        layout = FlexLayout(batch)
-        tokens = len(batch.input_ids)
-        length = tokens + layout.filler
-        lengths.add(length)
-        index = torch.arange(length)
-        zero = torch.tensor(0)
-        seen = layout.mask.mask_mod(zero, zero, index[:, None], index[None, :])
-        assert torch.equal(seen[:tokens, :tokens], dense_mask(batch)[0, 0])
-        assert not seen[:tokens, tokens:].any()
-        assert torch.equal(seen[tokens:], torch.eye(length, dtype=torch.bool)[tokens:])
-    assert len(lengths) < 5 and all(length & (length - 1) == 0 for length in lengths)
-
-
-@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen"])
-@pytest.mark.parametrize("case", ["images", "qwen2"])
-def test_adapter_gradients_equal_separate_forwards(case, attention):
-    build, samples = CASES[case]
-    model, groups = adapted(build(), freeze_vit=case != "images"), groups_of(samples)
-    batch = pack_of(groups)
-    with torch.no_grad(), model.disable_adapter():
-        reference = separate_logps(model, groups, batch)
-    dpo_loss(separate_logps(model, groups, batch), reference, batch).backward()
-    want = trainable_grads(model)
-    packed = PackedModel(model, attention=attention)
-    dpo_loss(
-        packed_logps(packed, batch), packed_logps(packed, batch, reference=True), batch
-    ).backward()
-    assert_same_grads(trainable_grads(model), want)
-
-
-@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen"])
-def test_before_training_policy_is_reference(attention):
-    model, batch = add_lora(vision_language_model()), pack_of(groups_of(mixed()))
-    packed = PackedModel(model.train(), attention=attention)
-    policy, reference = packed.hidden(batch), packed.hidden(batch, reference=True)
-    assert torch.equal(policy, reference)
-    assert policy.requires_grad and not reference.requires_grad
 
 
 def test_a_frozen_tower_runs_once_and_a_trainable_one_per_model():

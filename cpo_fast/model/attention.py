@@ -2,15 +2,17 @@
 
 Four ways to the same result. One dense mask over the whole row is the specification. The others
 do no work across branches: `gathered` by one SDPA call per prompt and branch, K and V gathered for
-it (the CPU default), `varlen` by one call of torch's variable-length flash attention for the whole
-pack, gathered likewise, `flex` by torch's flex_attention, which skips blocks that a mask leaves
-empty (both CUDA). Those are an attention function of ours, registered through transformers' public
-AttentionInterface and handed its layout as a keyword of the forward; without a layout (as in
-`generate`) it is plain SDPA.
+it (the CPU default), `varlen` by one call of a variable-length flash attention (torch's or
+flash-attn's) for the whole pack, gathered likewise, `flex` by torch's flex_attention, which skips
+blocks that a mask leaves empty (both CUDA). Those are an attention function of ours, registered
+through transformers' public AttentionInterface and handed its layout as a keyword of the forward;
+without a layout (as in `generate`) it is plain SDPA.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, groupby
 from typing import Any, Protocol
@@ -29,6 +31,11 @@ BRANCHES = "cpo_fast_branches"
 
 SHORTEST_FLEX = 1024
 """Rows of fewer tokens are filled up to this many for flex_attention."""
+
+FLEX_GRAPHS = 32
+"""Versions of flex_attention that may be compiled: up to 1,024 x 2^7 tokens take 8 lengths, each
+with and without gradients, and these where a first layer's queries need none.
+"""
 
 
 def dense_mask(batch: PackedBatch) -> torch.Tensor:
@@ -119,11 +126,12 @@ class GatheredLayout:
 
 
 class VarlenLayout:
-    """Every prompt and branch is a sequence of torch.nn.attention.varlen: its queries as they stand
-    in the row, its keys the prompt and itself, causal from the lower right corner.
+    """Every prompt and branch is a sequence of one variable-length flash attention call: its
+    queries as they stand in the row, its keys the prompt and itself, causal from the lower right
+    corner.
 
-    CUDA with bfloat16 or float16 only. The layout is tested on the CPU with a stand-in for the
-    kernel; the kernel itself is untested on a GPU.
+    CUDA with bfloat16 or float16 only. The layout is tested on the CPU with stand-ins for the
+    kernels; the kernels themselves are untested on a GPU.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
@@ -156,11 +164,12 @@ class VarlenLayout:
         scale: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
+        kernel = varlen_kernel()
+        if kernel is None:
+            raise UsageError("attention='varlen' needs torch 2.12 or later, or flash-attn")
         if dropout:
             raise UsageError("attention='varlen' has no dropout; set attention_dropout to 0")
-        out: Any = varlen_attn(
+        out = kernel(
             query[0].transpose(0, 1),  # [T, H, d]
             key[0].transpose(0, 1).index_select(0, self.key_index),
             value[0].transpose(0, 1).index_select(0, self.key_index),
@@ -168,21 +177,54 @@ class VarlenLayout:
             self.key_ends,
             self.longest_query,
             self.longest_key,
-            scale=scale,
-            window_size=(-1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            scale,
         )
         return out[None]
+
+
+@cache
+def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """Causal attention of sequences in one row: torch's own where it groups heads (2.12 on), else
+    flash-attn's where that is installed, else None.
+
+    Called with q [T, H, d], k and v [keys, H_kv, d], the ends of every sequence's queries and keys
+    (int32, from 0 on), the longest of both, and the scale.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        pass
+    else:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+
+            def by_torch(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+                *ends, scale = rest
+                grouped = q.shape[1] != k.shape[1]
+                window = (-1, 0)  # causal
+                return varlen_attn(
+                    q, k, v, *ends, scale=scale, window_size=window, enable_gqa=grouped
+                )
+
+            return by_torch
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def by_flash_attn(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        *ends, scale = rest
+        return flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=True)
+
+    return by_flash_attn
 
 
 class FlexLayout:
     """torch's flex_attention with a block mask made of the study and branch of every token.
 
     CUDA. It is compiled for a length, so rows are filled up to a power of two from `SHORTEST_FLEX`
-    on: few lengths, few compilations (8 of them would be 131,072 tokens; past 8 torch silently
-    stops to compile). A filler sees itself alone, which costs next to nothing. The forward is
-    tested on the CPU, where flex_attention runs uncompiled and without a backward; untested on a
-    GPU.
+    on: few lengths, few compilations. A filler sees itself alone, which costs next to nothing. On a
+    CPU flex_attention has no backward in public; forward (compiled, too) and backward (its own
+    dense form) are tested there. Untested on a GPU.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
@@ -229,7 +271,12 @@ class FlexLayout:
 def _flex_attention(device_type: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if device_type == "cpu" else torch.compile(flex_attention, dynamic=False)
+    if device_type == "cpu":
+        return flex_attention
+    # With fullgraph, torch says so where it would otherwise silently run uncompiled.
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    # torch's own limit of 8 would be reached by four lengths with and without gradients.
+    return torch._dynamo.config.patch(recompile_limit=FLEX_GRAPHS)(compiled)
 
 
 def branch_attention(

@@ -28,9 +28,10 @@ class PackedModel:
     """Runs `model` over PackedBatches.
 
     `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask), "varlen" (K/V per
-    branch in one flash attention call; CUDA, half precision, torch 2.12) or "flex" (flex_attention
-    with a block mask; CUDA); all give the same numbers. Raises UsageError for an unknown one, for
-    one that the model's device or dtype cannot use, and for models with sliding-window layers.
+    branch in one flash attention call; CUDA, half precision, torch 2.12 or flash-attn) or "flex"
+    (flex_attention with a block mask; CUDA); all give the same numbers. Raises UsageError for an
+    unknown one, for one that the model's device or dtype cannot use, and for models with
+    sliding-window layers.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
     with a break at attention over branches, whose layout changes from pack to pack.
     """
@@ -161,14 +162,12 @@ class _Prepared:
 
 
 def _check_varlen(model: PreTrainedModel) -> None:
-    import inspect
+    from cpo_fast.model.attention import varlen_kernel
 
-    from torch.nn.attention.varlen import varlen_attn
-
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+    if varlen_kernel() is None:
         raise UsageError(
-            f"attention='varlen' needs torch 2.12 or later, this is {torch.__version__}; "
-            "use 'gathered' or 'sdpa'"
+            "attention='varlen' needs torch 2.12 or later, or flash-attn; this is torch "
+            f"{torch.__version__} without it; use 'gathered' or 'sdpa'"
         )
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         raise UsageError(
