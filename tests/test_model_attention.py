@@ -184,7 +184,7 @@ def test_flex_is_compiled_once_for_a_length(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen", "flash-attn", "flex"])
-@pytest.mark.parametrize("case", ["images", "qwen2"])
+@pytest.mark.parametrize("case", ["images", "qwen2", "llama"])
 def test_adapter_gradients_equal_separate_forwards(case, attention):
     build, samples = CASES[case]
     model, groups = adapted(build(), freeze_vit=case != "images"), groups_of(samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,12 @@ from packing_samples import (
     mixed,
     preference,
     text_model,
+    tokenizer,
     vision_language_model,
 )
 
 from cpo_fast.errors import UsageError
-from cpo_fast.model.build import add_lora, freeze_vision
+from cpo_fast.model.build import add_lora, freeze_vision, tiny_model
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import plan_epoch
 from cpo_fast.types import ImageRef
@@ -80,6 +82,50 @@ def test_prompts_shared_and_copied_agree():
         torch.testing.assert_close(
             packed_logps(packed, copied), packed_logps(packed, shared), rtol=0, atol=1e-5
         )
+
+
+def saved_bytes(model, compute) -> int:
+    """What `compute` keeps for its backward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_memory_grows_with_the_row_not_with_prompts_times_responses():
+    """But for the prompt's K and V, which every branch copies; their share is about 7B's here."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 1}
+    model = add_lora(tiny_model(tokenizer(), intermediate_size=640, **sizes))
+    packed = PackedModel(model)
+    found = {}
+    for rejected in (1, 3, 7):
+        sample = preference("a", rejected, image(112, 112))
+        long = dict(sample.prompt[0])
+        long["content"] = [*long["content"], {"type": "text", "text": "opacity " * 300}]
+        groups = groups_of([replace(sample, prompt=(long,))])
+        shared, copied = pack_of(groups), pack_of(groups, share_prompt=False)
+        prompt = len(groups[0].prompt.input_ids)
+        responses = len(groups[0].chosen) + sum(map(len, groups[0].rejected))
+        assert len(shared.input_ids) == prompt + responses
+        assert len(copied.input_ids) == (rejected + 1) * prompt + responses
+        found[rejected] = {
+            name: (len(batch.input_ids), saved_bytes(model, lambda b=batch: packed.hidden(b)))
+            for name, batch in (("shared", shared), ("copied", copied))
+        }
+    tokens, size = found[1]["shared"]
+    per_token = size / tokens
+    for rejected in (3, 7):
+        tokens, size = found[rejected]["shared"]
+        assert size < 1.1 * per_token * tokens
+        assert size < found[rejected]["copied"][1] / 2
 
 
 def test_full_tuning_and_gradient_checkpointing():

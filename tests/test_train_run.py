@@ -87,6 +87,7 @@ def test_the_summary_holds_its_contract(finished: Path) -> None:
     assert {"steps", "seconds", "pairs_per_second", "physical_tokens_per_second",
             "logical_tokens_per_second", "final"} <= cpo.keys()  # fmt: skip
     assert cpo["logical_tokens_per_second"] > cpo["physical_tokens_per_second"]
+    assert 0 < cpo["packing_efficiency"] <= 1
     assert summary["data"]["read"] == 90
     assert set(summary["evaluation"]["classification"]) == {"majority", "untrained", "sft", "cpo"}
 

@@ -279,6 +279,7 @@ def speed_table(run: Run) -> Table | None:
         ("pairs_per_second", "Pairs (SFT: samples) per second", number),
         ("physical_tokens_per_second", "Tokens computed per second", number),
         ("logical_tokens_per_second", "Tokens per second as if unshared", number),
+        ("packing_efficiency", "Tokens in packs, of --packing_length", percent),
     )
     rows = tuple(
         Row(label, tuple(Cell(show(stage.get(key))) for stage in stages.values()))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cpo_fast.errors import CpoFastError, DataError, UsageError
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import Step, plan_epoch
+from cpo_fast.packing import Step, packing_efficiency, plan_epoch
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import (
     generators,
@@ -208,8 +208,10 @@ class Trainer:
             for of_rank in self.world.gather(rejected)
             for record in of_rank
         ]
+        efficiency = packing_efficiency(self.groups, steps, self.args.packing_length)
+        throughput = progress.throughput | {"packing_efficiency": round(efficiency, 4)}
         return StageResult(
-            len(steps), progress.seconds, checkpoint, progress.final, progress.throughput, set_aside
+            len(steps), progress.seconds, checkpoint, progress.final, throughput, set_aside
         )
 
     @torch.no_grad()
