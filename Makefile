@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/test_first_step.py tests/test_loss_types.py tests/test_mod
 	tests/test_report_page.py tests/test_train_run.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: help setup train test quick lowest real real-data bench lint docs doctor dist clean
+.PHONY: help setup train test quick lowest real real-data bench gpu-check lint docs doctor dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ dist: setup ## sdist and wheel, built in isolation (dist/)
 bench: setup ## pytest --benchmark, with the peers installed
 	$(PIP) -e '.[dev,bench]'
 	$(BIN)/python -m pytest --benchmark
+
+GPU_OUT ?= runs/gpu-check
+gpu-check: ## check and measure everything on a GPU in under 9 minutes, offline, .venv or not (GPU_OUT, GPU_ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_check --out $(GPU_OUT) $(GPU_ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cpo_fast

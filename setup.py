@@ -16,6 +16,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 NVCC_FLAGS = [
@@ -49,6 +50,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         kernels = [source for source in ext.sources if source.endswith(".cu")]
+        inputs = [*ext.sources, *ext.depends, __file__]
+        if not self.force and not newer_group(inputs, self.get_ext_fullpath(ext.name), "newer"):
+            return  # built, and nothing has changed since
         try:
             ext.extra_objects = [self.compile_cuda(source) for source in kernels]
             ext.sources = [source for source in ext.sources if source not in kernels]

@@ -1,7 +1,7 @@
 """The Python around the CUDA kernels, on the CPU against stand-ins that take the same addresses.
 
 What is tested is chunking, strides, saved factors, gradients and operators; the kernels themselves
-are checked by test_cuda_compile.py, test_cuda_index.py and, on a GPU, tests/gpu.
+are checked by test_cuda_compile.py, test_cuda_index.py and test_cuda_kernels.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpo_fast.loss import chunked, cpo_loss, cuda, reference
+from cpo_fast.loss import chunked, cpo_loss, cuda, linear_logprobs, reference
+from cpo_fast.loss.segments import segment_sums as plain_segment_sums
 
 
 def at(address: int, shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> Tensor:
@@ -83,6 +84,19 @@ class StandIn:
             picked = labels.clamp(min=0)[:, None]
             exp.scatter_(1, picked, gradient.gather(1, picked))
             at(a["exp"], (rows, V), a["exp_stride"], torch.bfloat16)[:] = exp.bfloat16()
+
+    def segment_sums(self, **a: Any) -> None:
+        self.calls.append("segment_sums")
+        T, S = a["tokens"], a["segments"]
+        if T * S == 0:
+            return
+        logps = at(a["logps"], (T,), 1, torch.float32)
+        segments = at(a["segment_ids"], (T,), 1, torch.int64)
+        scored = at(a["labels"], (T,), 1, torch.int64) != a["ignore_index"]
+        for s in range(S):
+            mine = segments == s
+            at(a["sums"], (S,), 1, torch.float64)[s] = logps[mine].double().sum()
+            at(a["counts"], (S,), 1, torch.int64)[s] = (mine & scored).sum()
 
     def row_scale(self, **a: Any) -> None:
         dtype, shape = getattr(torch, a["dtype"]), (a["tokens"], a["width"])
@@ -222,6 +236,7 @@ def test_cpo_loss_is_log_2_when_policy_equals_reference(
     monkeypatch.setattr(cuda, "obstacle", lambda device: None)
     case = inputs(60, 300, 16, torch.bfloat16, bias=False)
     segments = torch.arange(60) // 10
+    segments[55:] = -1
     pairs = torch.tensor([[0, 1], [2, 3], [2, 4]])
     found = {}
     for impl in ("cuda", "reference"):
@@ -236,6 +251,56 @@ def test_cpo_loss_is_log_2_when_policy_equals_reference(
     for got, want in zip(found["cuda"], found["reference"], strict=True):
         assert got is not None and want is not None
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.abs().max()))
+
+
+def test_segment_sums(kernels: StandIn) -> None:
+    logps = torch.randn(40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    segments = torch.arange(40) % 7 - 1
+    labels = torch.arange(40).where(segments >= 0, -100)
+    labels[5] = -100
+    scored = logps * (labels != -100)
+    found = cuda.segment_sums(scored, segments, labels, 8, -100)
+    want = plain_segment_sums(scored, segments, labels, 8, -100)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    upstream = torch.arange(8, dtype=torch.float64)
+    (got,) = torch.autograd.grad(found[0], logps, upstream, retain_graph=True)
+    assert torch.equal(got, torch.autograd.grad(want[0], logps, upstream)[0])
+    assert cuda.segment_sums(logps, segments.clamp(max=-1), labels, 0, -100)[0].shape == (0,)
+    arguments = (logps, segments, labels, 8, -100)
+    torch.library.opcheck(torch.ops.cpo_fast.cuda_segment_sums, arguments)
+
+
+def test_what_was_measured_to_win_is_taken(
+    kernels: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "obstacle", lambda device: None)
+    case = inputs(20, 50, 16, torch.bfloat16, bias=False)
+    arguments = [case[k].clone() for k in ("hidden", "weight", "labels")]
+
+    def kernels_run(**options: Any) -> list[str]:
+        kernels.calls.clear()
+        linear_logprobs(*arguments, **options)
+        return kernels.calls
+
+    assert kernels_run() == [], "nothing was measured: impl=None goes elsewhere"
+    assert kernels_run(impl="cuda") == ["row_kernel"]
+    monkeypatch.setitem(cuda.MEASURED, (50, 16), cuda.Measured("fused", "this test"))
+    assert kernels_run() == ["linear_lse"]
+    assert kernels_run(bias=torch.zeros(50).bfloat16()) == ["row_kernel"], "fused takes no bias"
+    arguments[1] = arguments[1][:49]
+    assert kernels_run() == [], "another head"
+    arguments[0], arguments[1] = arguments[0].float(), case["weight"].float()
+    assert kernels_run() == [], "a dtype that these kernels do not take"
+
+
+def test_a_path_can_be_forced(kernels: StandIn) -> None:
+    case = inputs(20, 50, 16, torch.bfloat16, bias=False)
+    with cuda.forced_path("fused"):
+        run(cuda, case, False)
+    assert "row_kernel" not in kernels.calls
+    kernels.calls.clear()
+    run(cuda, case, False)
+    assert "linear_lse" not in kernels.calls
 
 
 @pytest.mark.parametrize("fused", [False, True])

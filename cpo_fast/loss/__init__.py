@@ -5,9 +5,11 @@ Stands on its own (torch only). Letters: T tokens, V vocabulary, D hidden size, 
     api.py        checks its arguments, chooses an implementation, sums tokens to segments
     losses.py     each preference loss once, on vectors over pairs
     checks.py     what an argument must be, said before any work is done
+    segments.py   sums over the tokens of a segment
     reference.py  eager PyTorch: the specification
     cpu.py        the native CPU implementation (csrc/cpu)
     triton.py     the Triton implementation (kernels/)
+    cuda.py       the CUDA C++ implementation (csrc/cuda)
 
 An implementation is a module with three functions:
 
@@ -23,6 +25,9 @@ arithmetic without gradients, so that equal hidden states give bitwise equal log
 `weight.requires_grad` says that the head
 is trained even where no graph is recorded: arithmetic may depend on it. Implementations never
 import one another.
+
+It may also have `segment_sums`, which then stands for that of segments.py, and `wins(V, D)`: was it
+measured to be the fastest for heads [V, D]?
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from cpo_fast.loss import checks
 from cpo_fast.loss.losses import LOSS_TYPES, plackett_luce
+from cpo_fast.loss.segments import segment_sums
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
-# From the least to the most preferred. "cuda" has not run on a GPU yet, so only `impl="cuda"` asks
-# for it where Triton is installed.
+# From the least to the most preferred. "cuda" has not run on a GPU yet: where Triton is installed,
+# only `impl="cuda"` asks for it, or its table of heads for which it was measured to win.
 _IMPLS = ("reference", "cuda", "triton", "cpu")
 
 
@@ -79,13 +80,18 @@ def _warn_no_native() -> None:
     )
 
 
-def _resolve(impl: str | None, device: str, dtype: torch.dtype) -> str:
-    """The implementation's name; an explicit one is used or refused, never replaced."""
+def _resolve(impl: str | None, device: str, dtype: torch.dtype, V: int, D: int) -> str:
+    """The implementation's name; an explicit one is used or refused, never replaced.
+
+    None takes the one that was measured to win for heads [V, D], else the preferred one.
+    """
     names = available_impls(device)
     if impl is None:
         if device == "cpu" and dtype != torch.float64 and "cpu" not in names:
             _warn_no_native()
-        return [name for name in names if _supports(name, dtype)][-1]
+        names = tuple(name for name in names if _supports(name, dtype))
+        winners = [name for name in names if getattr(_modules[name], "wins", lambda *_: False)(V, D)]
+        return (winners or names)[-1]
     if impl not in names:
         raise ValueError(
             f"impl must be None or one of {', '.join(names)} on {device}, got {impl!r}"
@@ -139,7 +145,8 @@ def linear_logprobs(
     checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
     checks.index_range("labels", labels, 0, weight.shape[0], also=ignore_index)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
-    logps, _ = _modules[_resolve(impl, hidden.device.type, hidden.dtype)].token_logps(
+    module = _modules[_resolve(impl, hidden.device.type, hidden.dtype, *map(int, weight.shape))]
+    logps, _ = module.token_logps(
         hidden,
         weight,
         labels,
@@ -235,8 +242,8 @@ def cpo_loss(
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     options = {"softcap": softcap, "temperature": 1.0, "ignore_index": ignore_index}
     same_head = ref_weight is None and ref_bias is None
-    token_logps = _modules[_resolve(impl, hidden.device.type, hidden.dtype)].token_logps
-    tokens, ref_tokens = token_logps(
+    module = _modules[_resolve(impl, hidden.device.type, hidden.dtype, *map(int, weight.shape))]
+    tokens, ref_tokens = module.token_logps(
         hidden,
         weight,
         labels,
@@ -250,19 +257,16 @@ def cpo_loss(
         if weight.requires_grad:
             ref_head.requires_grad_()
         with torch.no_grad():
-            ref_tokens, _ = token_logps(
+            ref_tokens, _ = module.token_logps(
                 _autocast(ref_hidden), ref_head, labels, _autocast(shift), None, **options
             )
 
-    # Sums over segments.
-    segment = segment_ids.clamp(min=0)
-    zeros = torch.zeros(S, dtype=torch.float64, device=device)
-    logps = zeros.index_add(0, segment, tokens.double())  # [S]
-    counts = zeros.index_add(0, segment, (labels != ignore_index).double())  # [S]
+    sums = getattr(module, "segment_sums", segment_sums)
+    logps, counts = sums(tokens, segment_ids, labels, S, ignore_index)  # [S], [S]
     if ref_tokens is not None:
-        ref = zeros.index_add(0, segment, ref_tokens.double())
+        ref, _ = sums(ref_tokens, segment_ids, labels, S, ignore_index)
     else:
-        ref = zeros if ref_logps is None else ref_logps.detach().double()
+        ref = torch.zeros_like(logps) if ref_logps is None else ref_logps.detach().double()
 
     loss, losses = _pair_losses(
         logps,

@@ -71,14 +71,16 @@ def chunks(
 def fp32_sums() -> Iterator[None]:
     """Keep cuBLAS from adding the parts of a split sum in 16 bits, which its default allows."""
     settings = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(settings, name) for name in names]
-    for name in names:
+    before = {}
+    for name in (f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")):
+        before[name] = getattr(settings, name)
+        if hasattr(settings, f"{name}_split_k"):  # set together with it, where there is one
+            before[name] = (before[name], getattr(settings, f"{name}_split_k"))
         setattr(settings, name, False)
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
+        for name, value in before.items():
             setattr(settings, name, value)
 
 

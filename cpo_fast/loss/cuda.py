@@ -22,21 +22,50 @@ the CPU, and the Python of this file runs in tests against stand-ins for the ker
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
 
 _STEP, _FUSED_STEP = 128, 256  # rows of a vendor GEMM's tile; of a cluster of the WGMMA kernel
 _FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
 
-_FUSED_WINS: frozenset[tuple[int, int]] = frozenset()
-"""(D, V) for which `fused` was measured to be faster than `rows`; nothing has been measured yet."""
+
+class Measured(NamedTuple):
+    """The faster path for a head, where this implementation beat all others."""
+
+    path: str  # "rows" or "fused"
+    origin: str  # device, versions of torch and CUDA, commit; the report that holds the figures
+
+
+MEASURED: dict[tuple[int, int], Measured] = {}
+"""By (V, D). Nothing has been measured yet; `make gpu-check` prints the entries that its figures
+justify. Without an entry `impl=None` does not come here and `impl="cuda"` takes `rows`."""
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Take "rows" or "fused" whatever was measured: for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def wins(V: int, D: int) -> bool:
+    return (V, D) in MEASURED
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -70,9 +99,11 @@ def token_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """See the package docstring. Raises ValueError where `path="fused"` cannot take the inputs."""
     obstacle = _fused_obstacle(hidden, bias, softcap)
+    path = path or _forced
     if path is None:
-        measured = (hidden.shape[1], weight.shape[0]) in _FUSED_WINS
-        path = "fused" if measured and obstacle is None else "rows"
+        V, D = weight.shape
+        best = MEASURED[V, D].path if wins(V, D) else "rows"
+        path = best if obstacle is None else "rows"
     elif path not in ("rows", "fused"):
         raise ValueError(f"path must be 'rows' or 'fused', got {path!r}")
     elif path == "fused" and obstacle is not None:
@@ -234,6 +265,15 @@ def _scale(rows: Tensor, coefficients: Tensor) -> Tensor:
     return out
 
 
+def segment_sums(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """See segments.py; one CTA per segment sums in a fixed order."""
+    return torch.ops.cpo_fast.cuda_segment_sums(
+        logps.contiguous(), segment_ids.contiguous(), labels.contiguous(), segments, ignore_index
+    )
+
+
 # --- operators ------------------------------------------------------------------------------------
 
 
@@ -328,6 +368,46 @@ def _logps_fake(
         per_token[2],
         hidden.new_empty(T if keep else 0, padded(weight.shape[0])),
     )
+
+
+@torch.library.custom_op("cpo_fast::cuda_segment_sums", mutates_args=())
+def _segment_sums(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    sums = logps.new_empty(segments, dtype=torch.float64)
+    counts = logps.new_empty(segments, dtype=torch.int64)
+    _kernels().segment_sums(
+        logps=logps.data_ptr(),
+        segment_ids=segment_ids.data_ptr(),
+        labels=labels.data_ptr(),
+        ignore_index=ignore_index,
+        tokens=logps.shape[0],
+        segments=segments,
+        sums=sums.data_ptr(),
+        counts=counts.data_ptr(),
+        **_site(logps),
+    )
+    return sums, counts.double()
+
+
+@_segment_sums.register_fake
+def _segment_sums_fake(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    sums, counts = (logps.new_empty(segments, dtype=torch.float64) for _ in range(2))
+    return sums, counts
+
+
+def _sums_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[1])
+
+
+def _sums_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return spread(grad_sums, *ctx.saved_tensors), None, None, None, None
+
+
+_segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
 
 
 @torch.library.custom_op("cpo_fast::cuda_row_scale", mutates_args=())

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
 
 _FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial results (156 MB at V=152k)
@@ -166,6 +167,45 @@ def _logps_fake(
         hidden.new_empty(T if want_hidden else 0, D),
         hidden.new_empty(T if keep_slopes else 0, padded(weight.shape[0])),
     )
+
+
+def segment_sums(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """See segments.py; one program per segment sums in a fixed order."""
+    return torch.ops.cpo_fast.triton_segment_sums(
+        logps.contiguous(), segment_ids.contiguous(), labels.contiguous(), segments, ignore_index
+    )
+
+
+@torch.library.custom_op("cpo_fast::triton_segment_sums", mutates_args=())
+def _segment_sums(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    from cpo_fast.kernels.pair_reduction import segment_sums
+
+    sums, counts = segment_sums(logps, labels, segment_ids, segments, ignore_index=ignore_index)
+    return sums, counts.double()
+
+
+@_segment_sums.register_fake
+def _segment_sums_fake(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    sums, counts = (logps.new_empty(segments, dtype=torch.float64) for _ in range(2))
+    return sums, counts
+
+
+def _sums_save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[1])
+
+
+def _sums_backward(ctx, grad_sums, _):  # type: ignore[no-untyped-def]
+    return spread(grad_sums, *ctx.saved_tensors), None, None, None, None
+
+
+_segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
 
 
 @torch.library.custom_op("cpo_fast::triton_row_scale", mutates_args=())

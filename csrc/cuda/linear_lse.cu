@@ -402,7 +402,7 @@ int64_t linear_workspace_bytes(int rows, int vocab) {
 
 void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream_t stream) {
   if (args.rows == 0) return;
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const OnDevice current(device);
   if (!is_hopper(device)) throw std::runtime_error("linear_lse needs compute capability 9.0");
   const LinearPlan plan = linear_plan(args.rows, args.vocab);
   auto* const workspace = static_cast<uint8_t*>(args.workspace);

@@ -64,14 +64,14 @@ __global__ void __launch_bounds__(kThreads) row_scale(const ScaleArgs args) {
 
 void launch_segment_sums(const SegmentArgs& args, int device, cudaStream_t stream) {
   if (args.segments == 0) return;
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const OnDevice current(device);
   segment_sums<<<args.segments, kThreads, 0, stream>>>(args);
   check(cudaGetLastError(), "segment sums");
 }
 
 void launch_row_scale(const ScaleArgs& args, Half type, int device, cudaStream_t stream) {
   if (args.tokens == 0) return;
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const OnDevice current(device);
   const int blocks = std::min(args.tokens, 8 * attribute(cudaDevAttrMultiProcessorCount, device));
   if (type == Half::bfloat16) {
     row_scale<__nv_bfloat16><<<blocks, kThreads, 0, stream>>>(args);

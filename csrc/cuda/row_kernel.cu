@@ -283,7 +283,7 @@ void launch(const RowArgs& args, int device, cudaStream_t stream) {
 
 void launch_row_kernel(const RowArgs& args, Half type, int device, cudaStream_t stream) {
   if (args.rows == 0) return;
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const OnDevice current(device);
   const bool transform = args.bias != nullptr || args.softcap > 0.0f;
   if (type == Half::bfloat16) {
     transform ? launch<__nv_bfloat16, true>(args, device, stream)

@@ -313,7 +313,15 @@ void __syncthreads() {
 }
 
 extern "C" {
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+static int current_device = 0;
+cudaError_t cudaSetDevice(int device) {
+  current_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "emulated error"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {

@@ -1,0 +1,319 @@
+"""Every implementation against float64 and against the rules of the loss op.
+
+The truth is the reference implementation in float64 on the same inputs. An implementation may err
+twice as much as eager PyTorch in the same precision, plus a rounding; NaN never passes. On a GPU
+nothing may wait for the device, and results are the same from run to run, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu.units import NotHere, Setting, Unit
+from bench.gpu.variants import obstacle, using, variants
+from cpo_fast.loss import cpo_loss, linear_logprobs
+
+IGNORED = -100
+KINDS = ("random", "flat", "peaked", "negative")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMALL = [(37, 1013, 24), (1, 77, 8), (5, 1, 16), (33, 129, 7)]  # T, V, D
+LARGE = [(129, 50257, 896), (700, 32000, 1024), (300, 151936, 2048), (260, 152064, 3584)]
+
+
+@contextlib.contextmanager
+def workspace(mib: int) -> Iterator[None]:
+    before = os.environ.get("CPO_FAST_WORKSPACE_MIB")
+    os.environ["CPO_FAST_WORKSPACE_MIB"] = str(mib)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CPO_FAST_WORKSPACE_MIB"]
+        else:
+            os.environ["CPO_FAST_WORKSPACE_MIB"] = before
+
+
+class Inputs:
+    """Fresh random inputs of a kind; `leaves` gives copies to take gradients of."""
+
+    def __init__(
+        self,
+        kind: str,
+        T: int,
+        V: int,
+        D: int,
+        dtype: torch.dtype,
+        device: str,
+        *,
+        bias: bool = False,
+        seed: int = 0,
+    ) -> None:
+        g = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device)
+
+        hidden = normal(T, D)
+        weight = normal(V, D) * (3 / D**0.5)
+        self.labels = torch.randint(0, V, (T,), generator=g, device=device)
+        if kind == "flat":
+            hidden *= 1e-3
+        elif kind == "peaked":  # most mass on the label, or on something else
+            scale = torch.linspace(0, 4, T, device=device)[:, None]
+            hidden = weight[self.labels] * scale + 0.1 * hidden
+        elif kind == "negative":  # every logit far below zero
+            hidden, weight = 30 * hidden.abs(), -weight.abs()
+        self.labels[torch.rand(T, generator=g, device=device) < 0.15] = IGNORED
+        self.tensors = [hidden.to(dtype), weight.to(dtype)]
+        if bias:
+            self.tensors.append(normal(V).to(dtype))
+        self.upstream = normal(T)
+        self.segments = torch.arange(T, device=device) * 4 // max(T, 4)
+        self.pairs = torch.tensor([[0, 1], [2, 3]], device=device)
+
+    def leaves(self, dtype: torch.dtype | None = None, head: bool = True) -> list[Tensor]:
+        found = [x.detach().to(dtype or x.dtype, copy=True) for x in self.tensors]
+        for i, leaf in enumerate(found):
+            leaf.requires_grad_(i == 0 or head)
+        return found
+
+    def score(self, dtype: torch.dtype, impl: str, **options: Any) -> list[Tensor]:
+        """Log-probs and the gradients of a random weighting of them."""
+        leaves = self.leaves(dtype)
+        bias = leaves[2] if len(leaves) == 3 else None
+        logps = linear_logprobs(*leaves[:2], self.labels, bias=bias, impl=impl, **options)
+        grads = torch.autograd.grad((logps * self.upstream).sum(), leaves)
+        return [logps.detach(), *grads]
+
+    def loss(self, hidden: Tensor, weight: Tensor, ref: Tensor, impl: str) -> Any:
+        return cpo_loss(
+            hidden,
+            weight,
+            self.labels,
+            self.segments,
+            self.pairs,
+            ref_hidden=ref,
+            num_segments=4,
+            impl=impl,
+        )
+
+
+# --- rules: functions of (variant, device, quick) that return figures or raise AssertionError -----
+
+
+def accuracy(
+    variant: str,
+    device: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    kind: str = "random",
+    mib: int = 1024,
+    **options: Any,
+) -> dict[str, Any]:
+    bias = options.pop("bias", False)
+    plain = not bias and "softcap" not in options
+    if reason := obstacle(variant, dtype, shape[2], plain=plain, device=device):
+        raise NotHere(reason)
+    data = Inputs(kind, *shape, dtype, device, bias=bias)
+    exact = data.score(torch.float64, "reference", **options)
+    eager = data.score(dtype, "reference", **options)
+    with using(variant) as impl, workspace(mib):
+        ours = data.score(dtype, impl, **options)
+    assert (ours[0] <= 0).all(), "a log-prob is positive"
+    eps = torch.finfo(dtype).eps
+    errors = {}
+    for name, truth, theirs, got in zip(
+        ("logps", "hidden", "weight", "bias"), exact, eager, ours, strict=False
+    ):
+        assert got.isfinite().all(), f"{name} is not finite"
+        (error, worst), (other, other_worst) = (
+            (float((x.double() - truth).norm()), float((x.double() - truth).abs().max()))
+            for x in (got, theirs)
+        )
+        errors[name] = error / (float(truth.norm()) + 1e-30)
+        allowed = 2 * other + eps * float(truth.norm()) + 1e-6
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+        allowed = 2 * other_worst + 3 * eps * float(truth.abs().max()) + 1e-6
+        assert worst <= allowed, f"{name}: largest error {worst:.2e}, allowed {allowed:.2e}"
+    return {"errors": errors}
+
+
+def preferred_dtype(variant: str, device: str) -> torch.dtype:
+    return torch.float16 if variant == "triton" and device == "cpu" else torch.bfloat16
+
+
+def log_2_of_equals(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """Equal hidden states: the loss is log 2 and the margins are 0, a pair longer than a chunk."""
+    shape = (300, 1013, 24) if quick else (1500, 32003, 512)
+    data = Inputs("random", *shape, preferred_dtype(variant, device), device)
+    for head in (False, True):
+        for mib in (1, 1024):
+            hidden, weight = data.leaves(head=head)
+            with using(variant) as impl, workspace(mib):
+                out = data.loss(hidden, weight, hidden.detach().clone(), impl)
+            assert torch.equal(out.logps, out.ref_logps), "log-probs differ from their reference"
+            assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
+            assert abs(float(out.loss) - math.log(2)) < 1e-7, f"loss {float(out.loss)}"
+    return {}
+
+
+def nothing_to_score(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    data = Inputs("random", 40, 300, 24, preferred_dtype(variant, device), device)
+    data.labels[:] = IGNORED
+    leaves = data.leaves()
+    with using(variant) as impl:
+        out = data.loss(*leaves, leaves[0].detach() * 2, impl)
+        grads = torch.autograd.grad(out.loss, leaves)
+    assert float(out.loss) == 0 and (out.logps == 0).all()
+    assert all((grad == 0).all() for grad in grads)
+    return {}
+
+
+def backward_twice(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """With retain_graph the same gradient again; gradients through every output add up."""
+    data = Inputs("random", 90, 1013, 24, preferred_dtype(variant, device), device)
+    for mib in (1, 1024):
+        leaves = data.leaves()
+        with using(variant) as impl, workspace(mib):
+            out = data.loss(*leaves, leaves[0].detach().roll(1, 0), impl)
+            first = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+            again = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+            other = torch.autograd.grad(out.logps.sum(), leaves, retain_graph=True)
+            both = torch.autograd.grad(out.loss + out.logps.sum(), leaves)
+        for a, b, c, d in zip(first, again, other, both, strict=True):
+            assert torch.equal(a, b), "the second backward gives something else"
+            error = (a.double() + c.double() - d.double()).abs().max()
+            assert error <= 4 * torch.finfo(a.dtype).eps * d.double().abs().max(), float(error)
+    return {}
+
+
+def same_bits(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """Losses, log-probs and gradients are the same from run to run."""
+    if variant == "reference" and device == "cuda":
+        raise NotHere("not promised: PyTorch's index_add adds by atomics")
+    shape = (120, 1013, 24) if quick else (3000, 50257, 896)
+    data = Inputs("random", *shape, preferred_dtype(variant, device), device)
+    data.segments = data.segments[torch.randperm(shape[0], device=device)]
+    for mib in (1 if quick else 64, 1024):
+        runs = []
+        for _ in range(3 if quick else 6):
+            leaves = data.leaves()
+            with using(variant) as impl, workspace(mib):
+                out = data.loss(*leaves, leaves[0].detach().roll(1, 0), impl)
+                grads = torch.autograd.grad(out.loss, leaves)
+            runs.append([x.detach() for x in (*out, *grads)])
+        for other in runs[1:]:
+            assert all(map(torch.equal, runs[0], other)), "bits change from run to run"
+    return {}
+
+
+def compiled(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """torch.compile without graph breaks gives what eager gives."""
+    data = Inputs("random", 64, 300, 24, preferred_dtype(variant, device), device)
+    ref = data.tensors[0].roll(1, 0)
+    with using(variant) as impl:
+
+        def step(hidden: Tensor, weight: Tensor) -> Tensor:
+            return data.loss(hidden, weight, ref, impl).loss
+
+        found = []
+        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            leaves = data.leaves()
+            loss = function(*leaves)
+            found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*found, strict=True):
+        error = float((a.double() - b.double()).abs().max())
+        allowed = 4 * torch.finfo(a.dtype).eps * float(a.double().abs().max())
+        assert error <= allowed, f"{error:.2e} > {allowed:.2e}"
+    return {}
+
+
+def autocast(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """Float32 leaves under autocast: as if cast before, gradients in float32."""
+    dtype = preferred_dtype(variant, device)
+    data = Inputs("random", 64, 300, 24, torch.float32, device)
+    leaves = data.leaves()
+    with using(variant) as impl, torch.autocast(device, dtype):
+        logps = linear_logprobs(*leaves, data.labels, impl=impl)
+    grads = torch.autograd.grad(logps.sum(), leaves)
+    with using(variant) as impl:
+        want = linear_logprobs(*(x.to(dtype) for x in data.tensors), data.labels, impl=impl)
+    assert torch.equal(logps, want) and all(grad.dtype == torch.float32 for grad in grads)
+    return {}
+
+
+def operators(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """torch.library.opcheck of the custom operators, with what a call gives them."""
+    family = {"triton": "triton", "cuda rows": "cuda", "cuda fused": "cuda"}.get(variant)
+    if family is None:
+        raise NotHere("plain PyTorch, or checked by the ordinary tests")
+    dtype = preferred_dtype(variant, device)
+    data = Inputs("random", 20, 50, 16, dtype, device)
+    hidden, weight = data.leaves()
+    labels = data.labels.clamp(min=-1)
+    ops, fused = torch.ops.cpo_fast, variant == "cuda fused"
+    if family == "cuda":
+        arguments = (hidden, weight, labels, None, data.tensors[0], 0.0, 1.0, fused)
+        torch.library.opcheck(ops.cuda_logps, (*arguments, True, True, True, 2**20))
+        sums = ops.cuda_segment_sums
+    else:
+        arguments = (hidden, weight, labels, None, data.tensors[0], None, 1.0, -1)
+        torch.library.opcheck(ops.triton_logps, (*arguments, True, True, True, 2**20))
+        sums = ops.triton_segment_sums
+    logps = torch.randn(20, device=device, requires_grad=True)
+    torch.library.opcheck(sums, (logps, data.segments, data.labels, 4, IGNORED))
+    return {}
+
+
+RULES: dict[str, Callable[[str, str, bool], dict[str, Any]]] = {
+    "equal states give log 2": log_2_of_equals,
+    "nothing to score": nothing_to_score,
+    "backward twice": backward_twice,
+    "same bits every run": same_bits,
+    "torch.compile": compiled,
+    "autocast": autocast,
+    "opcheck": operators,
+}
+
+
+def units(setting: Setting) -> list[Unit]:
+    from bench.gpu.device_rules import DEVICE_RULES
+
+    device, quick = setting.device, setting.quick
+    found: list[Unit] = []
+
+    def add(variant: str, name: str, function: Callable[..., Any], *args: Any, **kw: Any) -> None:
+        run = functools.partial(function, variant, device, *args, **kw)
+        found.append(Unit(f"{variant}: {name}", run, limit=90))
+
+    for variant in variants(device):
+        # What is most likely to be wrong comes first.
+        if variant != "reference":
+            for dtype in DTYPES:
+                kind_of = str(dtype).removeprefix("torch.")
+                for shape in SMALL[:2] if quick else SMALL:
+                    size = "T={} V={} D={}".format(*shape)
+                    add(variant, f"{kind_of} {size}", accuracy, shape, dtype)
+                for kind in KINDS[1:]:
+                    add(variant, f"{kind_of} {kind}", accuracy, SMALL[0], dtype, kind)
+                options = {"softcap": 6.0, "temperature": 0.7, "bias": True}
+                add(variant, f"{kind_of} all options", accuracy, SMALL[0], dtype, **options)
+                if not quick:
+                    for shape in LARGE:
+                        size = "T={} V={} D={}".format(*shape)
+                        add(variant, f"{kind_of} {size}", accuracy, shape, dtype)
+                    add(variant, f"{kind_of} in chunks", accuracy, LARGE[1], dtype, mib=16)
+        for name, rule in RULES.items():
+            add(variant, name, rule, quick)
+        if device == "cuda" and variant != "reference":
+            for name, device_rule in DEVICE_RULES.items():
+                add(variant, name, device_rule)
+    return found

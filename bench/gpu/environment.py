@@ -1,0 +1,89 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.units import ROOT, Setting, Unit
+
+PACKAGES = ["torch", "triton", "transformers", "peft", "trl", "liger-kernel"]
+PACKAGES += ["cut-cross-entropy", "flash-attn", "pytest"]
+SOURCES = ("csrc/cuda", "kernels", "cpo_fast/loss", "bench")
+
+
+def output(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def source_hash() -> str:
+    """Of the files that the figures depend on, for a copy of the tree without its history."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cpp", ".h"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def report(device: str) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {
+        "device": processor(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "versions": {package: version(package) for package in PACKAGES},
+        "cuda_of_torch": torch.version.cuda,
+        "commit": output("git", "rev-parse", "HEAD"),
+        "changed_files": len((output("git", "status", "--porcelain") or "").splitlines()),
+        "source_hash": source_hash(),
+        "nvcc": (output("nvcc", "--version") or "").rpartition("\n")[2] or None,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        query = "driver_version,power.limit,clocks.sm,clocks.mem,temperature.gpu"
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "devices": torch.cuda.device_count(),
+            query: output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"),
+        }
+    return found
+
+
+def units(setting: Setting) -> list[Unit]:
+    return [Unit("machine", lambda: report(setting.device))]

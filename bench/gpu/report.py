@@ -1,0 +1,293 @@
+"""From the records of a GPU check to Markdown, and to the short table that ends it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+Record = dict[str, Any]
+
+CHECKS = ("correctness", "suite", "sanitizer")
+"""Phases in which a failure means that something is wrong with us."""
+BAD = ("failed", "error", "crashed", "timeout")
+ONLINE = ", reference on-line"
+LSE_ONLY = "log-probs alone"
+OURS = ("triton", "cuda rows", "cuda fused", "cpu", "reference")
+SUITES = {"test_triton": ("triton",), "test_cuda": ("cuda rows", "cuda fused")}
+ROUNDING = 2**-8  # of bfloat16: the band of the rule on errors
+GIB = 2**30
+
+
+def broken(records: list[Record]) -> list[Record]:
+    """Checks that failed, and a build that did."""
+    phases = (*CHECKS, "build")
+    return [r for r in records if r["phase"] in phases and r["status"] in BAD]
+
+
+def red(records: list[Record]) -> set[str]:
+    """Variants that broke a rule: no speed is claimed for them."""
+    found: set[str] = set()
+    for record in broken(records):
+        head, _, tail = record["key"].partition(": ")
+        if record["phase"] == "correctness":
+            found.add(head)
+        elif record["phase"] == "sanitizer":
+            found.add(tail)
+        else:
+            for prefix, variants in SUITES.items():
+                if record["key"].startswith(prefix):
+                    found.update(variants)
+    return found
+
+
+def timed(records: list[Record]) -> list[Record]:
+    """Measurements of the loss op, without those of variants that turned red since."""
+    bad = red(records)
+    return [
+        r
+        for r in records
+        if r["phase"] == "loss" and r["status"] == "ok" and r["provider"] not in bad
+    ]
+
+
+def within_rule(record: Record, records: list[Record]) -> bool | None:
+    """At most twice eager's error plus a rounding; None where eager was not measured."""
+    same = ("case", "tokens", "hidden", "vocabulary")
+    for other in records:
+        if other["provider"] == "eager" and all(other.get(k) == record.get(k) for k in same):
+            errors, theirs = record.get("errors", {}), other.get("errors", {})
+            return all(errors[k] <= 2 * theirs[k] + ROUNDING for k in errors)
+    return None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mib(record: Record) -> str:
+    extra = record.get("extra_bytes")
+    return "" if extra is None else f"{extra / 2**20:.0f}"
+
+
+def head_of(record: Record) -> tuple[int, int]:
+    return record["vocabulary"], record["hidden"]
+
+
+def winners(records: list[Record]) -> list[str]:
+    """Entries for cpo_fast/loss/cuda.py: heads for which one CUDA path beat everything of ours in
+    every case that was measured with all of them."""
+    times: dict[tuple[int, int], dict[tuple[Any, ...], dict[str, float]]] = {}
+    for r in timed(records):
+        if r["provider"] in OURS and r["case"] != LSE_ONLY:
+            case = (r["case"], r["tokens"])
+            times.setdefault(head_of(r), {}).setdefault(case, {})[r["provider"]] = r["seconds"]
+    found = []
+    for (V, D), cases in sorted(times.items()):
+        full = [t for t in cases.values() if {"triton", "cuda rows"} <= set(t)]
+        for path in ("rows", "fused"):
+            name = f"cuda {path}"
+            if full and all(name in t and min(t, key=t.__getitem__) == name for t in full):
+                origin = machine_line(records)
+                found.append(f'({V}, {D}): Measured("{path}", "{origin}"),')
+    return found
+
+
+def machine(records: list[Record]) -> Record:
+    return next((r for r in records if r["phase"] == "environment" and r["status"] == "ok"), {})
+
+
+def machine_line(records: list[Record]) -> str:
+    m = machine(records)
+    if not m:
+        return "unknown machine"
+    commit = (m["commit"] or f"sources {m['source_hash']}")[:12]
+    changed = f" with {m['changed_files']} changed files" if m["changed_files"] else ""
+    torch, triton = (m["versions"].get(name) for name in ("torch", "triton"))
+    return f"{m['device']}, torch {torch}, triton {triton}, commit {commit}{changed}"
+
+
+def verdict(data: Record) -> str:
+    bad, left = broken(data["records"]), Counter(e["phase"] for e in data["not_run"])
+    words = []
+    if bad:
+        words.append(f"RED: {len(bad)} checks failed")
+        names = sorted(red(data["records"]))
+        if names:
+            words.append(f"no speed is claimed for {', '.join(names)}")
+    else:
+        passed = sum(r["phase"] in CHECKS and r["status"] == "ok" for r in data["records"])
+        words.append(f"{passed} checks passed, none failed")
+    if left:
+        words.append("not reached: " + ", ".join(f"{n} of {p}" for p, n in left.items()))
+    if "finished" not in data:
+        words.append("the run is not finished")
+    return "; ".join(words) + "."
+
+
+def requirements(records: list[Record]) -> list[list[str]]:
+    """[what, wanted, measured] of the targets that these records speak of."""
+    rows: list[list[str]] = []
+    op = timed(records)
+    for case, most in (("frozen head", 1.10), ("trained head", 1.12)):
+        here = [r for r in op if r["case"] == case + ONLINE and r["tokens"] == 8192]
+        here = [r for r in here if r["hidden"] == 3584]
+        mine = [r for r in here if r["provider"] in OURS]
+        if not mine:
+            continue
+        best = min(mine, key=lambda r: r["seconds"])
+        what = f"7B, T = 8192, {case}, best of ours ({best['provider']})"
+        rows.append([f"{what}: x floor", f"<= {most}", f"{best['ratio_to_floor']:.3f}"])
+        peers = [r for r in here if r["provider"] not in OURS]
+        if peers:
+            fastest = min(peers, key=lambda r: r["seconds"])
+            gain = fastest["seconds"] / best["seconds"]
+            rows.append([f"{what} v {fastest['provider']}", ">= 1.4 x", f"{gain:.2f} x"])
+        if case == "frozen head" and best.get("extra_bytes") is not None:
+            extra = best["extra_bytes"] / GIB
+            rows.append([f"{what}: extra memory", "<= 1.2 GiB", f"{extra:.2f} GiB"])
+    lse = [r for r in op if r["case"] == LSE_ONLY and r["hidden"] == 3584 and r["tokens"] == 8192]
+    if lse:
+        best = min(lse, key=lambda r: r["seconds"])
+        share = best["flops_per_second"] / best["floor_flops_per_second"]
+        what = f"7B, T = 8192, log-probs alone ({best['provider']}): of the bare product's rate"
+        rows.append([what, ">= 90 %", f"{share:.0%}"])
+    for r in records:
+        if r["phase"] == "steps" and r["status"] == "ok" and r["size"] == "7B":
+            mine, trl = (r["steps"].get(name, {}) for name in ("ours", "trl"))
+            if "mfu" in mine:
+                rows.append([r["key"] + ": MFU", ">= 45 %", f"{mine['mfu']:.0%}"])
+            if "pairs_per_second" in trl:
+                gain = mine["pairs_per_second"] / trl["pairs_per_second"]
+                rows.append([r["key"] + ": v trl", ">= 3 x", f"{gain:.2f} x"])
+    return rows
+
+
+def short(data: Record) -> str:
+    """The table that ends a run."""
+    records = data["records"]
+    lines = [machine_line(records), verdict(data)]
+    for r in broken(records)[:8]:
+        lines.append(f"  {r['status']}: {r['key']}: {r['reason']}"[:160])
+    for r in records:
+        if r["phase"] == "ceilings" and r["status"] == "ok":
+            rate = (
+                f"{r['bytes_per_second'] / 1e9:.4g} GB/s"
+                if "bytes_per_second" in r
+                else f"{r['flops_per_second'] / 1e12:.4g} TFLOP/s"
+            )
+            lines.append(f"{r['key']:60} {rate}")
+    for what, wanted, measured in requirements(records):
+        lines.append(f"{what[:60]:60} {measured}  (wanted {wanted})")
+    for r in timed(records)[:24]:
+        name = f"T={r['tokens']} D={r['hidden']} {r['case']}: {r['provider']}"
+        lines.append(
+            f"{name[:60]:60} {r['seconds'] * 1e3:9.2f} ms {r['ratio_to_floor']:6.2f} x floor"
+        )
+    return "\n".join(lines)
+
+
+def render(data: Record) -> str:
+    """The whole report, from whatever has been recorded so far."""
+    records: list[Record] = data["records"]
+    by_phase: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_phase[record["phase"]].append(record)
+    parts = ["# GPU check", f"{machine_line(records)}. Started {data['started']}.", verdict(data)]
+    if m := machine(records):
+        shown = {k: v for k, v in m.items() if k not in ("phase", "key", "status", "unit_seconds")}
+        versions = shown.pop("versions")
+        rows = [[k, str(v)] for k, v in shown.items()]
+        rows += [[name, version or "not installed"] for name, version in versions.items()]
+        parts += ["## Machine", table(["what", "value"], rows)]
+    if rows := requirements(records):
+        parts += ["## What must hold", table(["what", "wanted", "measured"], rows)]
+    checks = [r for phase in ("build", *CHECKS) for r in by_phase[phase]]
+    if checks:
+        parts.append("## Checks")
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for r in checks:
+            name = r["key"].partition(": ")[0] if r["phase"] == "correctness" else ""
+            counts[f"{r['phase']} {name}".strip()][r["status"]] += 1
+        statuses = ("ok", "skipped", *BAD)
+        rows = [[name, *(str(c[s] or "") for s in statuses)] for name, c in counts.items()]
+        parts.append(table(["", *statuses], rows))
+        for title, wanted in (("Failures", BAD), ("Skipped", ("skipped",))):
+            found = [r for r in checks if r["status"] in wanted]
+            if found:
+                lines = [f"- {r['phase']}, {r['key']}: {r['reason']}" for r in found]
+                parts += [f"### {title}", "\n".join(lines)]
+    if ceilings := [r for r in by_phase["ceilings"] if r["status"] == "ok"]:
+        rows = [
+            [
+                r["key"],
+                f"{r['bytes_per_second'] / 1e9:.5g} GB/s"
+                if "bytes_per_second" in r
+                else f"{r['flops_per_second'] / 1e12:.5g} TFLOP/s, {r['size']} cubed",
+            ]
+            for r in ceilings
+        ]
+        parts += ["## Ceilings", table(["what", "measured"], rows)]
+    parts += loss_part(records)
+    for r in by_phase["steps"]:
+        if r["status"] == "ok":
+            rows = [
+                [name, *(step_cell(s, key) for key in STEP_COLUMNS)]
+                for name, s in r["steps"].items()
+            ]
+            missing = f" Not installed: {', '.join(r['peers_missing'])}." * bool(r["peers_missing"])
+            text = f"{r['pairs']} pairs, {r['dtype']}, attention {r['attention']}.{missing}"
+            parts += [f"## {r['key']}", text, table(["", *STEP_COLUMNS], rows)]
+    quiet = [r for r in records if r["phase"] in ("ceilings", "loss", "steps")]
+    if lines := [
+        f"- {r['phase']}, {r['key']}: {r['status']}, {r['reason']}" for r in quiet if "reason" in r
+    ]:
+        parts += ["## Not measured", "\n".join(lines)]
+    if data["not_run"]:
+        lines = [f"- {entry['phase']}, {entry['key']}" for entry in data["not_run"]]
+        parts += ["## Not reached in the time", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+STEP_COLUMNS = ("pairs_per_second", "seconds", "mfu", "peak_memory_bytes", "loss", "error")
+
+
+def step_cell(step: Record, key: str) -> str:
+    value = step.get(key)
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def loss_part(records: list[Record]) -> list[str]:
+    op = timed(records)
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for r in op:
+        groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
+    parts = ["## Loss op"] if groups else []
+    for (T, D, V, case), found in groups.items():
+        rows = []
+        for r in sorted(found, key=lambda r: r["seconds"]):
+            errors = r.get("errors", {})
+            rule = within_rule(r, op) if r["provider"] in OURS and errors else None
+            spread = r["times"]["op"]
+            rows.append(
+                [
+                    r["provider"],
+                    f"{r['seconds'] * 1e3:.3f}",
+                    f"{spread['least'] * 1e3:.3f} to {spread['most'] * 1e3:.3f}",
+                    f"{r['ratio_to_floor']:.3f}",
+                    mib(r),
+                    *(f"{errors[k]:.1e}" if k in errors else "" for k in ("loss", "gradient")),
+                    {True: "yes", False: "NO", None: ""}[rule],
+                ]
+            )
+        rate = found[0]["floor_flops_per_second"] / 1e12
+        floor = f"Floor {found[0]['floor_seconds'] * 1e3:.3f} ms ({rate:.4g} TFLOP/s)."
+        header = ["provider", "ms", "rounds", "x floor", "extra MiB", "loss error"]
+        header += ["gradient error", "within the rule"]
+        parts += [f"### T = {T}, D = {D}, V = {V}: {case}", floor, table(header, rows)]
+    if lines := winners(records):
+        text = "Heads for which a CUDA path won everywhere, for MEASURED in cpo_fast/loss/cuda.py:"
+        parts += ["### Choice by default", text, "\n".join(f"    {line}" for line in lines)]
+    return parts

@@ -1,0 +1,72 @@
+"""NVIDIA's compute-sanitizer over every kernel on small shapes, where it is installed.
+
+`python -m bench.gpu.sanitizer VARIANT` is what runs under it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from bench.gpu.units import ROOT, NotHere, Setting, Unit
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+VARIANTS = ("cuda rows", "cuda fused", "triton")
+KERNELS = "row_|linear_|combine|patch_redone|segment_sums"  # ours; not those of the vendor's GEMM
+FAILED = 86
+
+
+def run(tool: str, variant: str, device: str) -> dict[str, Any]:
+    if device == "cpu":
+        raise NotHere("there is nothing to check on a CPU")
+    if shutil.which("compute-sanitizer") is None:
+        raise NotHere("compute-sanitizer is not installed")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FAILED)]
+    command += ["--kernel-name", f"regex:{KERNELS}", "--print-limit", "20"]
+    command += [sys.executable, "-m", "bench.gpu.sanitizer", variant]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    if "not supported" in done.stdout or "Failed to initialize" in done.stdout:
+        raise NotHere(f"compute-sanitizer does not work here: {done.stdout[-200:]}")
+    if done.returncode == 3:
+        raise NotHere(f"{variant} does not run on this device")
+    summary = re.findall(r"={9} (.*(?:SUMMARY|Error:|Warning:|hazard).*)", done.stdout)
+    assert done.returncode != FAILED, "; ".join(summary)[:400]
+    assert done.returncode == 0, done.stderr[-300:]
+    return {"summary": summary[-1:]}
+
+
+def units(setting: Setting) -> list[Unit]:
+    return [
+        Unit(f"{tool}: {variant}", functools.partial(run, tool, variant, setting.device), limit=75)
+        for tool in TOOLS
+        for variant in VARIANTS
+    ]
+
+
+def exercise(variant: str) -> int:
+    """Forward and backward on ragged shapes, in chunks and in one; 3 where it cannot run."""
+    import torch
+
+    from bench.gpu.correctness import Inputs, workspace
+    from bench.gpu.variants import using, variants
+
+    if variant not in variants("cuda"):
+        return 3
+    for shape in ((300, 1013, 72), (5, 20007, 64)):
+        data = Inputs("random", *shape, torch.bfloat16, "cuda")
+        for mib in (1, 64):
+            leaves = data.leaves()
+            with using(variant) as impl, workspace(mib):
+                out = data.loss(*leaves, leaves[0].detach().roll(1, 0) * 20, impl)
+                torch.autograd.grad(out.loss, leaves)
+    torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exercise(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""Runs the units of one phase in a process of its own: `python -m bench.gpu.worker`.
+
+A CUDA error spoils the process that met it, so the parent starts another one, which goes on behind
+the unit that failed. The parent is told what happens in lines of JSON through a pipe: the plan,
+then each unit's start and result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any, TextIO
+
+from bench.gpu.units import NotHere, Setting, Unit
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(phase: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
+    def tell(**line: Any) -> None:
+        pipe.write(json.dumps(line) + "\n")
+        pipe.flush()
+
+    units = importlib.import_module(f"bench.gpu.{phase}").units(setting)
+    units = [unit for unit in units if unit.key not in behind]
+    tell(plan=[unit.key for unit in units])
+    for unit in units:
+        tell(begin=unit.key, limit=unit.limit)
+        begun = time.monotonic()
+        status, figures, spoilt = outcome(unit)
+        tell(key=unit.key, status=status, unit_seconds=time.monotonic() - begun, **figures)
+        if spoilt:
+            break
+
+
+def outcome(unit: Unit) -> tuple[str, dict[str, Any], bool]:
+    """(status, figures or reason, whether this process can go on)."""
+    try:
+        return "ok", unit.run(), False
+    except NotHere as reason:
+        return "skipped", {"reason": str(reason)}, False
+    except AssertionError as broken:
+        traceback.print_exc()
+        return "failed", {"reason": str(broken) or "an assertion does not hold"}, False
+    except Exception as error:
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        memory = type(error).__name__ == "OutOfMemoryError"
+        spoilt = not memory and ("CUDA error" in str(error) or "AcceleratorError" in text)
+        return "error", {"reason": text}, spoilt
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":  # end with the parent, however that ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    name, settings, done, descriptor = sys.argv[1:]
+    with os.fdopen(int(descriptor), "w") as told:
+        main(name, Setting.loads(settings), set(json.loads(done)), told)

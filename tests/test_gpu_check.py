@@ -1,0 +1,205 @@
+"""`make gpu-check` without a GPU: the very same code on a CPU with tiny shapes, and how it bears
+units that fail, crash, hang or spoil their process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu_check
+from bench.gpu import report
+from bench.gpu.units import Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+MISBEHAVING = """
+import os, time
+from bench.gpu.units import NotHere, Unit
+
+def raising(error):
+    raise error
+
+def units(setting):
+    return [
+        Unit("fine", lambda: {"figure": 1.5}),
+        Unit("wrong", lambda: raising(AssertionError("3 > 2"))),
+        Unit("absent", lambda: raising(NotHere("no such thing here"))),
+        Unit("crash", lambda: os._exit(7)),
+        Unit("killed", lambda: os.kill(os.getpid(), 9)),
+        Unit("hang", lambda: time.sleep(60), limit=0.5),
+        Unit("spoilt", lambda: raising(RuntimeError("CUDA error: illegal memory access"))),
+        Unit("pid", lambda: {"pid": os.getpid()}),
+        Unit("last", lambda: {"pid": os.getpid()}),
+    ]
+"""
+
+
+def check(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.gpu_check", "--out", str(folder), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_every_phase_on_the_cpu(tmp_path: Path) -> None:
+    done = check(tmp_path, "--device", "cpu", "--quick", "--minutes", "5")
+    data = json.loads((tmp_path / "results.json").read_text())
+    bad = [record for record in data["records"] if record["status"] in report.BAD]
+    assert (done.returncode, bad, data["not_run"]) == (0, [], []), done.stderr
+    assert {record["phase"] for record in data["records"]} == set(gpu_check.PHASES)
+    timed = [r for r in data["records"] if r["phase"] == "loss" and r["status"] == "ok"]
+    assert {"eager"} < {r["provider"] for r in timed}
+    assert all(r["seconds"] > 0 and r["floor_seconds"] > 0 for r in timed)
+    text = (tmp_path / "report.md").read_text()
+    for words in ("## Machine", "## Checks", "## Ceilings", "## Loss op", "none failed"):
+        assert words in text
+    assert "none failed" in done.stdout and "x floor" in done.stdout
+    # Nothing is done twice.
+    before = len(data["records"])
+    again = check(tmp_path, "--device", "cpu", "--quick", "--resume", "--only", "ceilings")
+    after = json.loads((tmp_path / "results.json").read_text())["records"]
+    assert (again.returncode, len(after)) == (0, before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = check(tmp_path)
+    assert done.returncode == gpu_check.NO_GPU and "no CUDA device" in done.stderr
+
+
+@pytest.fixture
+def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    folder = tmp_path / "path" / "bench" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "misbehaving.py").write_text(MISBEHAVING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path / "path")]))
+    return "misbehaving"
+
+
+def run_phase(phase: str, folder: Path, seconds: float, resume: bool = False) -> dict[str, Any]:
+    results = gpu_check.Results(folder, resume)
+    setting = Setting("cpu", True, str(folder))
+    gpu_check.run_phase(phase, setting, time.monotonic() + seconds, results)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_unit_that_fails_costs_itself_only(tmp_path: Path, misbehaving: str) -> None:
+    data = run_phase(misbehaving, tmp_path, 60)
+    found = {record["key"]: record for record in data["records"]}
+    assert [(key, record["status"]) for key, record in found.items()] == [
+        ("fine", "ok"),
+        ("wrong", "failed"),
+        ("absent", "skipped"),
+        ("crash", "crashed"),
+        ("killed", "crashed"),
+        ("hang", "timeout"),
+        ("spoilt", "error"),
+        ("pid", "ok"),
+        ("last", "ok"),
+    ]
+    assert found["fine"]["figure"] == 1.5 and found["wrong"]["reason"] == "3 > 2"
+    assert "7" in found["crash"]["reason"] and "-9" in found["killed"]["reason"]
+    assert found["pid"]["pid"] == found["last"]["pid"], "a process is kept while it is sound"
+    assert data["not_run"] == []
+    assert "Traceback" in (tmp_path / "misbehaving.log").read_text()
+
+
+def test_the_time_is_kept_and_the_rest_is_named(tmp_path: Path, misbehaving: str) -> None:
+    begun = time.monotonic()
+    data = run_phase(misbehaving, tmp_path, -1)
+    assert data["records"] == [] and len(data["not_run"]) == 1
+    path = tmp_path / "path" / "bench" / "gpu" / "misbehaving.py"
+    path.write_text(MISBEHAVING.replace("limit=0.5", "limit=600"))
+    data = run_phase(misbehaving, tmp_path, 6)
+    assert time.monotonic() - begun < 20
+    assert [entry["key"] for entry in data["not_run"]] == ["hang", "spoilt", "pid", "last"]
+    assert "Not reached in the time" in (tmp_path / "report.md").read_text()
+    path.write_text(MISBEHAVING)
+    data = run_phase(misbehaving, tmp_path, 60, resume=True)
+    keys = [record["key"] for record in data["records"]]
+    assert len(keys) == 9 == len(set(keys)) and data["not_run"] == []
+
+
+def test_a_phase_that_cannot_start_is_named(tmp_path: Path) -> None:
+    data = run_phase("no_such_phase", tmp_path, 60)
+    assert data["records"] == [] and "its process fails" in data["not_run"][0]["key"]
+
+
+def record(phase: str, key: str, status: str = "ok", **figures: Any) -> dict[str, Any]:
+    reason = {} if status == "ok" else {"reason": "because"}
+    return {"phase": phase, "key": key, "status": status, "unit_seconds": 1.0, **reason, **figures}
+
+
+def timing(provider: str, ms: float, case: str = "frozen head", **figures: Any) -> dict[str, Any]:
+    spread = {"least": ms / 1e3, "most": ms / 1e3}
+    return record(
+        "loss",
+        f"{case}: {provider}",
+        provider=provider,
+        case=f"{case}, reference on-line",
+        tokens=8192,
+        hidden=3584,
+        vocabulary=152064,
+        seconds=ms / 1e3,
+        ratio_to_floor=ms / 34,
+        floor_seconds=0.034,
+        floor_flops_per_second=7.9e14,
+        extra_bytes=2**30,
+        times={"op": spread},
+        errors={"loss": 1e-3, "gradient": 2e-3},
+        **figures,
+    )
+
+
+def data_of(*records: dict[str, Any]) -> dict[str, Any]:
+    return {"started": "now", "finished": "later", "records": list(records), "not_run": []}
+
+
+def test_no_speed_is_claimed_on_red_tests() -> None:
+    timings = [timing("eager", 80), timing("triton", 36), timing("cuda rows", 35)]
+    good = record("correctness", "triton: bfloat16 flat")
+    bad = record("correctness", "cuda rows: bfloat16 flat", "failed")
+    assert gpu_check.exit_status(data_of(good, *timings)) == 0
+    data = data_of(good, bad, *timings)
+    assert gpu_check.exit_status(data) == 1
+    assert report.red(data["records"]) == {"cuda rows"}
+    text = report.render(data) + report.short(data)
+    assert "RED: 1 checks failed" in text and "because" in text
+    assert "35.000" not in text and "36.000" in text and "best of ours (triton)" in text
+    for phase, key, names in (
+        ("suite", "test_triton_loss.py", {"triton"}),
+        ("suite", "test_cuda_kernels.py", {"cuda rows", "cuda fused"}),
+        ("sanitizer", "racecheck: cuda fused", {"cuda fused"}),
+    ):
+        assert report.red([record(phase, key, "crashed")]) == names
+    # What a peer does wrong is not our failure; what was not reached is said.
+    assert gpu_check.exit_status(data_of(record("loss", "x: trl chunked", "error"))) == 0
+    unfinished = data_of(good) | {"not_run": [{"phase": "suite", "key": "a"}]}
+    assert gpu_check.exit_status(unfinished) == gpu_check.UNFINISHED
+
+
+def test_targets_and_the_table_of_winners() -> None:
+    records = [
+        timing("eager", 80),
+        timing("trl chunked", 51),
+        timing("triton", 36),
+        timing("cuda rows", 35),
+        timing("triton", 50, "trained head"),
+        timing("cuda rows", 49, "trained head"),
+    ]
+    rows = {what: (wanted, measured) for what, wanted, measured in report.requirements(records)}
+    assert rows["7B, T = 8192, frozen head, best of ours (cuda rows): x floor"][1] == "1.029"
+    assert rows["7B, T = 8192, frozen head, best of ours (cuda rows) v trl chunked"][1] == "1.46 x"
+    (line,) = report.winners(records)
+    assert line.startswith('(152064, 3584): Measured("rows", ')
+    records[-1] = timing("cuda rows", 51, "trained head")
+    assert report.winners(records) == [], "it must win in every case"
+    assert report.winners([r for r in records if r["provider"] != "triton"]) == []
+    wrong = timing("triton", 30) | {"errors": {"loss": 1e-3, "gradient": 0.1}}
+    assert report.within_rule(wrong, records) is False and report.within_rule(records[2], records)
