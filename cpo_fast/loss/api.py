@@ -90,8 +90,7 @@ def _resolve(impl: str | None, device: str, dtype: torch.dtype, V: int, D: int) 
         if device == "cpu" and dtype != torch.float64 and "cpu" not in names:
             _warn_no_native()
         names = tuple(name for name in names if _supports(name, dtype))
-        winners = [name for name in names if getattr(_modules[name], "wins", lambda *_: False)(V, D)]
-        return (winners or names)[-1]
+        return next((name for name in names if _wins(name, V, D)), names[-1])
     if impl not in names:
         raise ValueError(
             f"impl must be None or one of {', '.join(names)} on {device}, got {impl!r}"
@@ -108,6 +107,11 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _supports(name: str, dtype: torch.dtype) -> bool:
     module = _load(name)
     return isinstance(module, ModuleType) and module.supports(dtype)
+
+
+def _wins(name: str, V: int, D: int) -> bool:
+    module = _modules[name]
+    return hasattr(module, "wins") and module.wins(V, D)
 
 
 def _autocast(tensor: MaybeTensor) -> MaybeTensor:
