@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from cpo_fast.counterfactual.edit import edit_sentence, sides
+from cpo_fast.counterfactual.clauses import sides
+from cpo_fast.counterfactual.edit import edit_sentence
 from cpo_fast.counterfactual.lexicon import Lexicon, lexicon
 from cpo_fast.counterfactual.targets import draw
 from cpo_fast.counterfactual.text import NEW_ITEM, Unit, join, numbered_once, split, upper_case

@@ -1,0 +1,65 @@
+"""A sentence as clauses, and what its clauses have in common: verbs, lists, sides."""
+
+from __future__ import annotations
+
+import re
+
+VERB = r"(?:is|are|was|were|appears?|remains?|has been|have been)"
+_PREDICATE = re.compile(
+    rf"\b(?:{VERB}|has|have|shows?|demonstrates?|normal|clear|unremarkable|seen|noted|present|"
+    r"represents?|midline|intact|enlarged|stable|unchanged)\b"
+)
+_CONNECTOR = re.compile(
+    r"\s*;\s+|,?\s+(?:but|however|although|though|while|whereas)\s+|"
+    r",?\s+(?:and|with)\s+(?=(?:there (?:is|are)|no|without|(?:grossly )?clear|normal)\b)|"
+    r",?\s+otherwise,?\s+(?=(?:no|negative|without|clear|normal|unremarkable)\b)|"
+    r",?\s+and\s+(?=(?:the |both )?(?:lungs?|heart|mediastin\w+|pulmonary vascul\w+|cardi\w+)\b)|"
+    r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
+    r"\s+(?=without\b)|"
+    r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|"
+    r"No )\b)"  # a lost full stop
+)
+ITEM = re.compile(r"\s*,\s*(?:and/or|and|or|nor)\s+|\s*,\s*|\s+(?:and/or|and|or|nor)\s+")
+FRAGMENT = re.compile(
+    r"^(?:(?:pleural|pericardial|pulmonary|focal|acute|active|cardiac|interstitial|alveolar|bony|"
+    r"lobar|large|"
+    r"small|right|left|hilar|mediastinal|suspicious|vascular|confluent|patchy|lung|air ?space|"
+    r"peripheral|"
+    r"central|chronic|dense|sizable|bilateral|discrete|new|the|of|in|parenchymal|osseous|"
+    r"significant)\s*)+$"
+)
+_OPEN_END = re.compile(
+    r"\b(?:is|are|was|were|appears?|remains?|be|have|has|shows?|reveals?|demonstrates?|the|of|"
+    r"and|or)$"
+)
+_CONTRAST = re.compile(r"but|however|although|though|;")
+_SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
+
+
+def clauses(body: str) -> list[tuple[str, str]]:
+    """[(connector before, clause)]; a coordinator cuts only between two parts that say
+    something."""
+    out: list[tuple[str, str]] = []
+    start, connector = 0, ""
+    for match in _CONNECTOR.finditer(body):
+        left, right = body[start : match.start()], body[match.end() :]
+        tail = right.lstrip().lower()
+        negative = tail.startswith(("no ", "without", "negative", "there "))
+        contrast = _CONTRAST.search(match.group().lower()) and len(left.split()) > 1
+        says = contrast or _PREDICATE.search(left.lower())
+        if not left or not (negative or (says and _PREDICATE.search(tail))):
+            continue
+        if _OPEN_END.search(left.lower()):
+            continue
+        out.append((connector, left))
+        connector, start = match.group(), match.end()
+    out.append((connector, body[start:]))
+    return out
+
+
+def sides(text: str) -> frozenset[str]:
+    """The sides of the body that a lower-case text names."""
+    found: set[str] = set()
+    for word in _SIDE.findall(text):
+        found.update((word,) if word in ("right", "left") else ("right", "left"))
+    return frozenset(found)
