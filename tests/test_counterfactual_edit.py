@@ -53,6 +53,37 @@ EDITS = [
         "Lungs are clear without focal consolidation, effusion, or pneumothorax.",
         "No effusion or pneumothorax.",
     ),
+    # a chest that is normal throughout has no finding
+    ("Pneumonia", "Negative.", ""),
+    ("Edema", "Unremarkable radiographs of the chest.", ""),
+    ("Emphysema", "Stable normal chest x-XXXX.", ""),
+    ("Edema", "Otherwise normal chest x-XXXX.", "Otherwise normal chest x-XXXX."),
+    ("Edema", "Normal chest wall.", "Normal chest wall."),
+    # what is told in passing stays
+    (
+        "Cardiomegaly",
+        "Cardiac silhouette is within normal limits for size, with tortuous thoracic aorta.",
+        "Tortuous thoracic aorta.",
+    ),
+    ("Atelectasis", "Subcutaneous emphysema noted.", "Subcutaneous emphysema noted."),
+    ("Atelectasis", "Emphysema noted.", ""),
+    (
+        "Consolidation",
+        "Follow-up is suggested to confirm clearing of the opacities.",
+        "Follow-up is suggested to confirm clearing of the opacities.",
+    ),
+    # a clause keeps its subject
+    (
+        "Atelectasis",
+        "Lungs are expanded and clear of airspace disease or consolidation.",
+        "Lungs are clear of airspace disease or consolidation.",
+    ),
+    (
+        "Edema",
+        "Heart size is mildly enlarged, pulmonary vascularity within normal limits.",
+        "Heart size is mildly enlarged.",
+    ),
+    ("Pneumonia", "Grossly, the lungs are clear and expanded.", ""),
     # normal statements lose the subjects that the target contradicts
     ("Cardiomegaly", "Heart and mediastinum are normal.", "Mediastinum is normal."),
     ("Cardiomegaly", "Heart size and vascularity appear normal.", "Vascularity appears normal."),

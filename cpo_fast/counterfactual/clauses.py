@@ -9,11 +9,18 @@ _PREDICATE = re.compile(
     rf"\b(?:{VERB}|has|have|shows?|demonstrates?|normal|clear|unremarkable|seen|noted|present|"
     r"represents?|midline|intact|enlarged|stable|unchanged)\b"
 )
+_ASIDE = (
+    r"(?:an? )?(?:\w+ )?(?:redemonstration|tortuo\w+|unfolding|ectasia|ectatic|atheroscl\w+|"
+    r"calcif\w+|prominent|sternotomy|postoperative|granuloma\w*)\b"
+)
+"""A finding told in passing behind "with": it stays when what stands before it goes."""
 _CONNECTOR = re.compile(
     r"\s*;\s+|,?\s+(?:but|however|although|though|while|whereas)\s+|"
     r",?\s+(?:and|with)\s+(?=(?:there (?:is|are)|no|without|(?:grossly )?clear|normal)\b)|"
     r",?\s+otherwise,?\s+(?=(?:no|negative|without|clear|normal|unremarkable)\b)|"
     r",?\s+and\s+(?=(?:the |both )?(?:lungs?|heart|mediastin\w+|pulmonary vascul\w+|cardi\w+)\b)|"
+    rf",?\s+with\s+(?={_ASIDE})|"
+    r",\s+(?=(?:the )?pulmonary vascul\w+ )|"
     r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
     r"\s+(?=without\b)|"
     r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|"
@@ -26,8 +33,9 @@ FRAGMENT = re.compile(
     r"small|right|left|hilar|mediastinal|suspicious|vascular|confluent|patchy|lung|air ?space|"
     r"peripheral|"
     r"central|chronic|dense|sizable|bilateral|discrete|new|the|of|in|parenchymal|osseous|"
-    r"significant)\s*)+$"
+    r"significant|grossly|overall)\s*)+$"
 )
+_SAYS = re.compile(rf"{_PREDICATE.pattern}|^{_ASIDE}")
 _OPEN_END = re.compile(
     r"\b(?:is|are|was|were|appears?|remains?|be|have|has|shows?|reveals?|demonstrates?|the|of|"
     r"and|or)$"
@@ -47,7 +55,7 @@ def clauses(body: str) -> list[tuple[str, str]]:
         negative = tail.startswith(("no ", "without", "negative", "there "))
         contrast = _CONTRAST.search(match.group().lower()) and len(left.split()) > 1
         says = contrast or _PREDICATE.search(left.lower())
-        if not left or not (negative or (says and _PREDICATE.search(tail))):
+        if not left or not (negative or (says and _SAYS.search(tail))):
             continue
         if _OPEN_END.search(left.lower()):
             continue

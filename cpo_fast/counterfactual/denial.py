@@ -39,8 +39,9 @@ _DENIES_BEFORE = re.compile(
     r"ance)(?: of)?|"
     r"rather than|removal of|nor|never|nonconsolidating)\b(?!.*\b(?:which|with|but|is|are|was|"
     r"were|and there|"
-    r"change|changed|significantly|since|compared|excluded?)\b)"
+    r"change|changed|significantly|since|compared|excluded?|may|might|could|represent\w*)\b)"
 )
+_ADVICE = re.compile(r"\b(?:follow ?-?up|recommend\w*|advised)\b")
 _DENIES_AFTER = re.compile(
     r"^[^,;]{0,30}?\b(?:(?:is|are|was|were|has|have|been) (?:\w+ )?(?:not|no longer|resolved|"
     r"cleared|unlikely|absent|"
@@ -90,7 +91,9 @@ def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
 
 def denied_in(lower: str, lex: Lexicon) -> bool:
     """Whether a clause that is no plain denial still denies the target by some word near its
-    name."""
+    name; advice ("follow up to confirm clearing") does not."""
+    if _ADVICE.search(lower):
+        return False
     for match in lex.denied.finditer(lower):
         before, after = lower[: match.start()][-80:], lower[match.end() :][:60]
         if _DENIES_BEFORE.search(before) or _DENIES_AFTER.search(after):

@@ -17,7 +17,9 @@ from cpo_fast.counterfactual.normal import INFLATED, TOPICS, edit_normal
 from cpo_fast.counterfactual.text import capitalised
 
 _ALL_NORMAL = re.compile(
-    r"^(?:normal|negative|unremarkable)(?: \w+)? (?:chest|examination|exam|study)\b|"
+    r"^(?:(?:stable|grossly|essentially|radiographically|there is|this is|an?) )*"
+    r"(?:normal|negative|unremarkable)(?: \w+)? "
+    r"(?:chest(?! wall)|examination|exam|study|radiographs?|x-\w+|films?)\b|"
     r"^(?:the )?chest (?:radiograph|x-?\w+|examination|exam|"
     r"film)?\s*(?:is )?(?:within )?(?:normal|unremarkable|negative)|"
     r"^normal$|^negative$"
@@ -44,6 +46,9 @@ _SAYS_NOTHING_ACUTE = re.compile(
     r"(?: (?:evidence|convincing|definite|evident|of))*\s+(?:acute|active)\b(?:\s+\w+){1,3}$"
 )
 _BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
+_CLEAR_OF = re.compile(r"(?:grossly )?(?:clear|free) (?:of|from)\b")
+_LUNGS_ARE = re.compile(r"(?:(?:the|both) )?lungs? (?:is|are|appear|remain)\b", re.I)
+_NOT_MEANT = re.compile(r"\b(?:no|without|not)\b|\bsubcutaneous $")
 _EXEMPT = re.compile(r"\b(?:besides|except|apart from|aside from|other than)\b")
 
 
@@ -94,13 +99,16 @@ def _suspect(lower: str, lex: Lexicon) -> bool:
         or any(p.search(lower) for name, p in TOPICS if name in lex.topics)
         or ("inflation" in lex.topics and INFLATED.search(lower))
         or BROAD.search(lower)
-        or _ALL_NORMAL.search(lower)
+        or _ALL_NORMAL.search(lower.rstrip(" .!?"))
     )
 
 
 def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> str:
     connector, first = kept[0]
     if dropped_head:
+        if _CLEAR_OF.match(first.lower()):  # "the lungs are expanded and clear of ..."
+            subject = _LUNGS_ARE.match(body)
+            first = f"{subject.group() if subject else 'The lungs are'} {first}"
         first = re.sub(r"^without(?: any)?\b", "no", first, flags=re.I)
         if body[:1].isupper():
             first = capitalised(first)
@@ -159,6 +167,4 @@ def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
 
 def _asserts(pattern: re.Pattern[str], lower: str) -> bool:
     match = pattern.search(lower)
-    return (
-        match is not None and re.search(r"\b(?:no|without|not)\b", lower[: match.start()]) is None
-    )
+    return match is not None and _NOT_MEANT.search(lower[: match.start()]) is None
