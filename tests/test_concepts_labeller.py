@@ -152,10 +152,13 @@ def test_command_names_a_bad_line(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text('{"id": "a", "report": "SECRET effusion."}\n' + line + "\n")
+    good = '{"id": "a", "report": "SECRET effusion."}\n'
+    source.write_text(good + line + "\n" + good + "x" * (5 << 20) + "\n" + good)
     assert main(["label", "--input", str(source), "--output", str(tmp_path / "o")]) == 1
+    assert len((tmp_path / "o").read_text().splitlines()) == 3
     message = capsys.readouterr().err
-    assert f"{source}, line 2" in message
+    assert "2 lines are set aside" in message
+    assert f"{source}, line 2" in message and f"{source}, line 4: more than 4 MiB" in message
     assert "SECRET" not in message
 
 

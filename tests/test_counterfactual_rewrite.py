@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -27,8 +28,9 @@ from cpo_fast.counterfactual import (
     study_labels,
 )
 from cpo_fast.counterfactual.checks import check
+from cpo_fast.counterfactual.generate import read_study
 from cpo_fast.counterfactual.rewrite import rewrite
-from cpo_fast.counterfactual.targets import candidates, pick, target_scores
+from cpo_fast.counterfactual.targets import candidates, drift_proneness, pick, target_scores
 from cpo_fast.counterfactual.text import split
 from cpo_fast.counterfactual.wording import WORDINGS, fill
 from cpo_fast.errors import UsageError
@@ -166,12 +168,27 @@ def test_targets_are_neither_present_nor_uncertain_nor_implied() -> None:
 def test_near_diseases_come_first_and_excluded_ones_last() -> None:
     ranks = {"Edema": 0, "Emphysema": 0}
     for number in range(200):
-        scores = target_scores(GRAPH, str(number), {"Atelectasis": 1}, {}, frozenset(), 42)
+        scores = target_scores(GRAPH, str(number), {"Atelectasis": 1}, {}, (), frozenset(), 42)
         order = pick(scores, {}, 11)
         for name in ranks:
             ranks[name] += order.index(name)
         assert len(set(order)) == len(order)
     assert ranks["Emphysema"] > ranks["Edema"]
+
+
+def test_the_wording_of_a_report_draws_targets_that_share_it() -> None:
+    shared = drift_proneness(GRAPH, ["D6"])  # reticular interstitial opacities
+    assert shared["Pneumonia"] == shared["Edema"] == 1 / 3
+    assert shared["Pneumothorax"] == 0
+    assert not any(drift_proneness(GRAPH, []).values())
+    both = drift_proneness(GRAPH, ["D6", "A5"])
+    assert sum(both.values()) == pytest.approx(1) and both["Pneumonia"] < shared["Pneumonia"]
+    plain = Report("Reticular markings are seen. Heart size is normal.", "")
+    named = Counter[str]()
+    for number in range(60):
+        _, _, scores = read_study(study(plain, number), GRAPH, 42)
+        named.update(pick(scores, {}, 2))
+    assert {name for name, _ in named.most_common(2)} <= {n for n, v in shared.items() if v}
 
 
 def test_the_choice_depends_on_seed_and_study_alone() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,10 +15,13 @@ from tqdm import tqdm
 
 from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
-from cpo_fast.errors import CpoFastError, DataError, UsageError
+from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.types import ConceptGraph
 
 _MAX_LINE = 4 << 20
+_MAX_EXTRACTION = 1 << 30
+"""Bytes of a line of reports, and of an extraction (200,000 reports make some 60 MB)."""
+_SHOWN = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,30 +84,50 @@ def _open_output(path: Path) -> IO[str]:
 
 def _label(args: argparse.Namespace) -> None:
     try:
-        source = args.input.open("r", encoding="utf-8")
+        source = args.input.open("rb")
     except OSError as error:
         raise UsageError(f"--input {args.input}: can't be read ({error.strerror})") from error
+    bad: list[str] = []
+    labelled = 0
     with source, _open_output(args.output) as out:
-        number = 0
-        try:
-            for number, line in enumerate(tqdm(source, "label", disable=None), start=1):
-                if line.strip():
-                    key, report = _record(line, args.input, number)
-                    out.write(json.dumps({"id": key, "labels": label_report(report)}) + "\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{args.input}, after line {number}: is not UTF-8 text") from error
+        for number, line in enumerate(tqdm(_lines(source), "label", disable=None), start=1):
+            try:
+                key, report = _record(line)
+            except RecordError as error:
+                bad.append(f"{args.input}, line {number}: {error.detail}")
+                continue
+            if report is not None:
+                out.write(json.dumps({"id": key, "labels": label_report(report)}) + "\n")
+                labelled += 1
+    print(f"{args.output}: {labelled} reports labelled")
+    if bad:
+        shown = "\n  ".join(bad[:_SHOWN])
+        more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise DataError(f"{len(bad)} lines are set aside:\n  {shown}{more}")
 
 
-def _record(line: str, path: Path, number: int) -> tuple[Any, str]:
-    where = f"{path}, line {number}"
+def _lines(source: IO[bytes]) -> Iterator[bytes]:
+    """Lines, those of more than `_MAX_LINE` bytes cut; what is over is passed over in pieces."""
+    while line := source.readline(_MAX_LINE + 1):
+        yield line
+        while len(line) > _MAX_LINE and not line.endswith(b"\n"):
+            line = source.readline(_MAX_LINE + 1) or b"\n"
+
+
+def _record(line: bytes) -> tuple[Any, str | None]:
+    """(id, report) of a line, no report for an empty one."""
     if len(line) > _MAX_LINE:
-        raise DataError(f"{where}: more than 4 MiB; one report per line is expected")
+        raise RecordError("record-too-long", "more than 4 MiB; one report per line is expected")
+    if not line.strip():
+        return None, None
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON") from error
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise RecordError("not-utf8", "is not UTF-8 text") from None
+    except (ValueError, RecursionError):
+        raise RecordError("json-invalid", "is not JSON") from None
     if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("report"), str):
-        raise DataError(f'{where}: needs "id" and "report" (a string)')
+        raise RecordError("missing-field", 'needs "id" and "report" (a string)')
     return row["id"], row["report"]
 
 
@@ -129,6 +153,7 @@ def _stats(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     _write_network(load_graph(args.graph), args.output, "--output")
+    print(args.output)
 
 
 def _write_network(graph: ConceptGraph, path: Path, flag: str) -> None:
@@ -190,7 +215,9 @@ def _merge(args: argparse.Namespace) -> None:
     from cpo_fast.concepts.extraction import merge_extraction
 
     merged, done = merge_extraction(
-        read_graph_json(args.graph), read_graph_json(args.input), str(args.input)
+        read_graph_json(args.graph),
+        read_graph_json(args.input, "extraction", _MAX_EXTRACTION),
+        str(args.input),
     )
     with _open_output(args.output) as out:
         json.dump(merged, out, indent=1)
@@ -204,6 +231,7 @@ def _plot(args: argparse.Namespace) -> None:
     from cpo_fast.concepts.plot import draw
 
     draw(load_graph(args.graph), args.output)
+    print(args.output)
 
 
 if __name__ == "__main__":

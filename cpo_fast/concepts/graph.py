@@ -44,20 +44,23 @@ def load_graph(path: str | Path | None = None) -> ConceptGraph:
     return graph_from_json(read_graph_json(file), str(file))
 
 
-def read_graph_json(path: str | Path | None = None) -> Any:
-    """The parsed JSON of the package's graph file or of `path`, not yet checked. Raises
-    DataError."""
+def read_graph_json(
+    path: str | Path | None = None, what: str = "concept graph", limit: int = _MAX_BYTES
+) -> Any:
+    """The parsed JSON of the package's graph file or of `path` (at most `limit` bytes), not yet
+    checked. Raises DataError, which calls the file `what`."""
     file = DEFAULT_GRAPH if path is None else Path(path)
     try:
-        if file.stat().st_size > _MAX_BYTES:
+        if file.stat().st_size > limit:
             raise DataError(
-                f"{file}: a concept graph of more than 32 MiB is not read; is it the right file?"
+                f"{file}: {what}s of more than {limit >> 20} MiB are not read; is it the right "
+                f"file?"
             )
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{file}: the concept graph can't be read ({error.strerror}).") from error
+        raise DataError(f"{file}: the {what} can't be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: the concept graph is not valid JSON ({error}).") from error
+        raise DataError(f"{file}: the {what} is not valid JSON ({error}).") from error
 
 
 def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:

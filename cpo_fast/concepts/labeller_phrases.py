@@ -289,7 +289,9 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"^normal chest|chest (?:x-?ray |x-xxxx |radiograph |film )?is normal|negative chest|"
-        r"^normal (?:exam|study)",
+        r"^normal (?:exam|study)|^(?:normal|negative)\W*$|"
+        r"^(?:(?:stable|there is an?) )?(?:normal|negative|unremarkable) (?:\w+ )?"
+        r"(?:radiographs?|films?|x-\w+|chest(?! wall))\b",
         (),
     ),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from cpo_fast.concepts.labeller import (
     sentence_mentions,
     sentences,
 )
+from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.checks import check
+from cpo_fast.counterfactual.lexicon import GraphKey
 from cpo_fast.counterfactual.prompt import Task
 from cpo_fast.counterfactual.targets import even_prices, pick, target_scores
 from cpo_fast.counterfactual.wording import WORDINGS
@@ -114,7 +117,15 @@ def read_study(
     labels = _filled(study, stated)
     merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
     against = frozenset[str]().union(*map(opposed, lines))
-    return labels, merged, target_scores(graph, study.study_id, merged, stated, against, seed)
+    told = _miner(GraphKey(graph)).mentions(study.report.text)
+    asserted = [name for name in graph.attributes if told.get(name) == 1]
+    scores = target_scores(graph, study.study_id, merged, stated, asserted, against, seed)
+    return labels, merged, scores
+
+
+@lru_cache(maxsize=4)
+def _miner(key: GraphKey) -> Miner:
+    return Miner(key.graph)
 
 
 def _entries(

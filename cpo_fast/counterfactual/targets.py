@@ -1,9 +1,10 @@
-"""Which diseases a report is rewritten towards: near in the graph, plausible, reproducible."""
+"""Which diseases a report is rewritten towards: near in the graph, told by the same words,
+plausible, reproducible."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from functools import lru_cache
 
 import numpy as np
@@ -12,8 +13,9 @@ from cpo_fast.counterfactual.lexicon import GraphKey
 from cpo_fast.counterfactual.wording import WORDINGS
 from cpo_fast.types import ConceptGraph, Labels
 
-NEARNESS, STATED, CONFLICT, CHANCE = 1.0, 0.1, 0.5, 0.5
-"""Weights of the score: attributes shared with a present disease; the report speaks of the target;
+NEARNESS, DRIFT, STATED, CONFLICT, CHANCE = 1.0, 1.0, 0.1, 0.5, 0.5
+"""Weights of the score: attributes shared with a present disease; how prone the wording of the
+report is to drift to the target (`drift_proneness`); the report speaks of the target;
 a present disease or the anatomy told excludes it; a draw by seed and study, which spreads targets
 where nothing else decides."""
 
@@ -25,10 +27,36 @@ def draw(seed: int, *names: str) -> int:
 
 
 @lru_cache(maxsize=4)
-def _nearness(key: GraphKey) -> dict[tuple[str, str], float]:
+def nearness(key: GraphKey) -> dict[tuple[str, str], float]:
     """Jaccard index of the associated attributes of each pair of diseases."""
     rows = {name: frozenset(d.associations) for name, d in key.graph.diseases.items()}
     return {(a, b): len(rows[a] & rows[b]) / len(rows[a] | rows[b]) for a in rows for b in rows}
+
+
+def drift_proneness(graph: ConceptGraph, asserted: Collection[str]) -> dict[str, float]:
+    """How far the attributes that a report asserts speak for each disease, 0 to 1.
+
+    A reader who knows the graph alone takes one of the attributes and guesses among the diseases
+    that show it; the value is the chance that the guess is this disease. Where it is high for a
+    disease that is absent, the same words carry two diagnoses, and a small change of them can move
+    a model from one to the other. All 0 where the report asserts no attribute.
+    """
+    shown_by = _shown_by(GraphKey(graph))
+    told = [shown_by[name] for name in asserted if shown_by.get(name)]
+    return {
+        disease: sum(1 / len(names) for names in told if disease in names) / max(len(told), 1)
+        for disease in graph.diseases
+    }
+
+
+@lru_cache(maxsize=4)
+def _shown_by(key: GraphKey) -> dict[str, frozenset[str]]:
+    """The diseases with which each attribute is associated."""
+    diseases = key.graph.diseases.items()
+    return {
+        attribute: frozenset(name for name, d in diseases if attribute in d.associations)
+        for attribute in key.graph.attributes
+    }
 
 
 def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
@@ -46,16 +74,19 @@ def target_scores(
     study_id: str,
     labels: Labels,
     stated: Labels,
+    asserted: Collection[str],
     against: Set[str],
     seed: int,
 ) -> dict[str, float]:
     """Each possible target of a study and how relevant it is.
 
     `labels` say what is present, `stated` what the text says (a denied disease is spoken of),
-    `against` names the diseases whose anatomy the text contradicts. Depends on the seed, the study
-    id and the labels alone, so that any shard finds the same.
+    `asserted` holds the attributes that it asserts, `against` names the diseases whose anatomy the
+    text contradicts. Depends on the seed, the study id and the text and labels of the study alone,
+    so that any shard finds the same.
     """
-    near = _nearness(GraphKey(graph))
+    near = nearness(GraphKey(graph))
+    drift = drift_proneness(graph, asserted)
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
 
     def score(name: str) -> float:
@@ -63,7 +94,8 @@ def target_scores(
         conflict = name in against or any(labels.get(o) in (1, -1) for o in graph.excluded[name])
         chance = draw(seed, study_id, name) / 2.0**64
         named = stated.get(name) == 0
-        return NEARNESS * nearest + STATED * named - CONFLICT * conflict + CHANCE * chance
+        likely = NEARNESS * nearest + DRIFT * drift[name] + STATED * named
+        return likely - CONFLICT * conflict + CHANCE * chance
 
     return {name: score(name) for name in candidates(graph, labels)}
 
