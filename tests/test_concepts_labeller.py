@@ -60,6 +60,7 @@ SENTENCES = [
     ("Smooth apical pleural thickening on both sides.", "Pleural Other", 1),
     ("A 9 mm nodule projects over the right upper lobe.", "Lung Lesion", 1),
     ("No suspicious nodules or masses.", "Lung Lesion", 0),
+    ("Left central venous catheter fracture is seen.", "Fracture", None),
 ]
 
 
@@ -67,6 +68,12 @@ SENTENCES = [
 def test_a_sentence_is_labelled(text: str, finding: str, label: int | None) -> None:
     assert label_report(text)[finding] == label
     assert label_report(text.upper())[finding] == label
+
+
+@pytest.mark.parametrize("line", ["negative.", "unremarkable radiographs of the chest.", "normal."])
+def test_a_chest_that_is_normal_throughout_rules_everything_out(line: str) -> None:
+    assert {"Edema", "Pleural Other", "Emphysema"} <= ruled_out(line)
+    assert not ruled_out("otherwise " + line) and not ruled_out("normal chest wall.")
 
 
 def test_positive_beats_uncertain_beats_negative() -> None:

@@ -61,7 +61,11 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"enlarge[dment]*|prominen(?:t|ce)|wide|fullness)",
         r"cardiomediastinal silhouette (?:(?!not\b)\w+ ){0,4}enlarged",
     ),
-    "Fracture": (r"fractur\w*", r"compression deformit\w+", r"rib deformit\w+"),
+    "Fracture": (
+        r"(?<!catheter )(?<!lead )(?<!wire )fractur\w*",
+        r"compression deformit\w+",
+        r"rib deformit\w+",
+    ),
     "Lung Lesion": (
         r"nodul(?:e|es|ar|arity)\b(?! (?:goiter|thyroid))",
         r"\bmass(?:es)?\b(?! effect)",
@@ -288,7 +292,8 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("Pleural Effusion", "Pneumothorax"),
     ),
     (
-        r"^normal chest|chest (?:x-?ray |x-xxxx |radiograph |film )?is normal|negative chest|"
+        r"^normal chest(?! wall)|chest (?:x-?ray |x-xxxx |radiograph |film )?is normal|"
+        r"negative chest|"
         r"^normal (?:exam|study)|^(?:normal|negative)\W*$|"
         r"^(?:(?:stable|there is an?) )?(?:normal|negative|unremarkable) (?:\w+ )?"
         r"(?:radiographs?|films?|x-\w+|chest(?! wall))\b",
