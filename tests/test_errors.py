@@ -1,0 +1,114 @@
+"""Every class of error: what a user sees of it, and that it says what, where and what to do.
+
+A new subclass of CpoFastError has to be given a case here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from counterfactual_samples import OPACITY, study
+
+import cpo_fast
+from cpo_fast import train
+from cpo_fast.cli import main
+from cpo_fast.concepts import load_graph
+from cpo_fast.counterfactual.generate import counterfactuals
+from cpo_fast.counterfactual.prompt import Task
+from cpo_fast.counterfactual.writers import Draft, GaveUpError, GraphWriter
+from cpo_fast.data.images import load_image
+from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
+from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted
+from cpo_fast.types import ConceptGraph, ImageRef
+
+COVERED = {CpoFastError, UsageError, DataError, RecordError, Interrupted, GaveUpError}
+
+
+def all_errors() -> set[type[CpoFastError]]:
+    for module in pkgutil.walk_packages(cpo_fast.__path__, "cpo_fast."):
+        if not re.search(r"\.(kernels|integrations|_cpu|_cuda|__main__)\b", module.name):
+            importlib.import_module(module.name)
+    found = {CpoFastError}
+    while more := {s for c in found for s in c.__subclasses__()} - found:
+        found |= more
+    return found
+
+
+def test_every_class_has_a_case() -> None:
+    assert all_errors() == COVERED
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stands on stderr: one message, no traceback."""
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "Traceback" not in error, error
+    return error
+
+
+def test_usage_names_the_flag_and_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--stages", "sft,cop"]) == 2
+    error = one_line(capsys)
+    assert "--stages sft,cop" in error and "graph,counterfactual,sft,cpo,evaluate" in error
+
+
+def test_data_names_the_place_and_what_was_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "out")]
+    assert main(["data", "check", *flags]) == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+    assert main(["train", *flags, "--model_name_or_path", "tiny"]) in (1, 2)
+    assert str(tmp_path / "nothing") in one_line(capsys)
+
+
+def test_record_has_a_reason_to_count_and_no_text(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_text("PATIENT NAME, which is no image")
+    with pytest.raises(RecordError) as caught:
+        load_image(ImageRef("image.png", str(tmp_path)))
+    assert caught.value.reason == "image-unreadable"
+    assert str(caught.value).startswith("image-unreadable") and "PATIENT" not in str(caught.value)
+    assert str(RecordError("no-rejected")) == "no-rejected"
+
+
+def test_a_writer_that_gives_up_is_not_asked_again() -> None:
+    class Mute(GraphWriter):
+        asked = 0
+
+        def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
+            self.asked += len(tasks)
+            return [GaveUpError("prompt-too-long", "9000 tokens") for _ in tasks]
+
+    writer = Mute()
+    records = list(counterfactuals([study(OPACITY)], load_graph(), generator=writer))
+    assert writer.asked == len(records) == 2
+    assert [record.checks for record in records] == [{"prompt-too-long": False}] * 2
+
+
+def test_interrupted_is_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real signals are in test_train_resume.py."""
+
+    def stopped(args: object) -> None:
+        raise Interrupted("saved runs/x/cpo/checkpoint-7; go on with --resume_from_checkpoint auto")
+
+    monkeypatch.setattr(train, "run", stopped)
+    assert main(["train"]) == EXIT_STATUS == 3
+    error = capsys.readouterr().err
+    assert "checkpoint-7" in error and "--resume_from_checkpoint" in error
+
+
+def test_any_other_error_of_ours_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(args: object) -> None:
+        raise CpoFastError("loss is not finite at step 3; see nonfinite_steps.jsonl")
+
+    monkeypatch.setattr(train, "run", failed)
+    assert main(["train"]) == 1
+    assert one_line(capsys).endswith("nonfinite_steps.jsonl")
