@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,8 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, image_token_id, plan_epoch
 from cpo_fast.packing.plan import Pack, part_tokens
 from cpo_fast.types import PackedBatch, PreferenceGroup
+
+Mode = Literal["shared", "unshared", "unpacked"]
 
 
 class Phases:
@@ -57,8 +60,8 @@ class PackedStep:
     """Call it for one optimiser step: preprocessing, policy and reference forward, loss, backward,
     AdamW (with a learning rate of 0, so that every call computes the same); returns the mean loss.
 
-    `unshared` computes prompt + chosen and prompt + rejected anew for every pair, as peers do; only
-    the image is still encoded once per study.
+    `mode` "unshared" computes prompt + chosen and prompt + rejected anew for every pair, as peers
+    do; only the image is still encoded once per study. "unpacked" computes one study at a time.
     """
 
     def __init__(
@@ -67,12 +70,12 @@ class PackedStep:
         work: Work,
         *,
         packing_length: int,
-        unshared: bool = False,
+        mode: Mode = "shared",
         loss_impl: str | None = None,
     ) -> None:
         self.packed = packed
         self.work = work
-        self.shared = not unshared
+        self.shared = mode != "unshared"
         self.loss_impl = loss_impl
         trained = [p for p in packed.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)
@@ -80,7 +83,11 @@ class PackedStep:
         (step,) = plan_epoch(
             work.groups, pairs_per_step=self.pairs, packing_length=packing_length, seed=0, epoch=0
         )
-        self.packs = unshared_packs(work.groups, step, packing_length) if unshared else list(step)
+        self.packs = list(step)
+        if mode == "unshared":
+            self.packs = unshared_packs(work.groups, step, packing_length)
+        elif mode == "unpacked":
+            self.packs = [(part,) for pack in step for part in pack]
         self.device = packed.head()[0].device
         self.phases = Phases(packed, self.device)
         self.clear()

@@ -41,6 +41,14 @@ class Work:
         return sum(len(group.rejected) for group in self.groups)
 
     @property
+    def physical_tokens(self) -> int:
+        """prompt, chosen and every rejected response of a study once."""
+        return sum(
+            len(group.prompt.input_ids) + len(group.chosen) + sum(map(len, group.rejected))
+            for group in self.groups
+        )
+
+    @property
     def logical_tokens(self) -> int:
         """prompt + chosen and prompt + rejected of every pair."""
         return sum(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.memory import extra_memory
-from bench.packed_step import PackedStep
+from bench.packed_step import Mode, PackedStep
 from bench.step_data import VISUAL_504, Work, work
 from bench.trl_step import TrlStep
 from cpo_fast.model.build import add_lora
@@ -57,7 +57,7 @@ SIZES = {
     "3B": Size(2048, 36, 16, 2, 11008, 151936, True),
     "7B": Size(3584, 28, 28, 4, 18944, 152064, False),
 }
-PEERS = ("unshared", "gathered", "sdpa", "varlen", "flex", "trl")
+PEERS = ("unshared", "unpacked", "gathered", "sdpa", "varlen", "flex", "trl")
 
 
 def random_model(size: Size, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -129,13 +129,13 @@ def run(
     """Figures of one optimiser step over 2 x `studies` pairs, ready for JSON.
 
     `size` is one of SIZES; `device` by default "cuda" where there is one, `dtype` bfloat16 there
-    and float32 on a CPU. `peers` are "unshared" (every prompt anew for every pair), the name of
-    another attention implementation, or "trl" (DPOTrainer's step in micro-batches of `trl_batch`
-    pairs); one after another, as two models may not fit together. `loss` is the mean loss, about
-    0.6931 as nothing is trained yet. Every kind of step has its own entry under `steps`, ours under
-    "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`, `loss`, and for steps of ours
-    `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that fails (out of memory, not
-    installed) has `error` instead.
+    and float32 on a CPU. `peers` are "unshared" (every prompt anew for every pair), "unpacked" (one
+    study at a time), the name of another attention implementation, or "trl" (DPOTrainer's step in
+    micro-batches of `trl_batch` pairs); one after another, as two models may not fit together.
+    `loss` is the mean loss, about 0.6931 as nothing is trained yet. Every kind of step has its own
+    entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`,
+    `loss`, and for steps of ours `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that
+    fails (out of memory, not installed) has `error` instead.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
@@ -147,14 +147,14 @@ def run(
     data = work(studies=studies, side=side, prompt_words=40)
     peak = peak_flops(where, dtype)
 
-    def ours(attention: str, unshared: bool = False) -> PackedStep:
+    def ours(attention: str, mode: Mode = "shared") -> PackedStep:
         model = add_lora(random_model(SIZES[size], data.tokenizer, where, dtype), r=8, alpha=32)
         model.train()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         packed = PackedModel(model, attention=attention)
         return PackedStep(
-            packed, data, packing_length=packing_length, unshared=unshared, loss_impl=loss_impl
+            packed, data, packing_length=packing_length, mode=mode, loss_impl=loss_impl
         )
 
     steps: dict[str, dict[str, Any]] = {}
@@ -174,8 +174,8 @@ def run(
                         gradient_checkpointing=gradient_checkpointing,
                     )
                     del model
-                elif name == "unshared":
-                    step = ours(attention, unshared=True)
+                elif name in ("unshared", "unpacked"):
+                    step = ours(attention, name)
                 else:
                     step = ours(attention if name == "ours" else name)
                 steps[name] = _figures(step, data, where, rounds, peak)

@@ -13,11 +13,16 @@ from bench.step_sizes import SIZES, random_model, run
 
 def test_figures_of_a_step_at_the_tiny_size():
     found = run(
-        "tiny", device="cpu", studies=2, side=112, peers=("unshared", "sdpa", "flex"), rounds=1
+        "tiny",
+        device="cpu",
+        studies=2,
+        side=112,
+        peers=("unshared", "unpacked", "sdpa", "flex"),
+        rounds=1,
     )
     assert found["pairs"] == 4
     steps = found["steps"]
-    for name in ("ours", "unshared", "sdpa"):
+    for name in ("ours", "unshared", "unpacked", "sdpa"):
         figures = steps[name]
         assert math.isclose(figures["loss"], math.log(2), abs_tol=1e-5)
         assert figures["pairs_per_second"] > 0 and figures["mfu"] > 0
@@ -25,7 +30,9 @@ def test_figures_of_a_step_at_the_tiny_size():
         want = {"data", "vision", "policy", "reference", "loss", "backward", "optimiser"}
         assert set(figures["time_shares"]) == want
     assert steps["unshared"]["physical_tokens"] == found["logical_tokens"]
-    assert steps["ours"]["physical_tokens"] == steps["sdpa"]["physical_tokens"]
+    for name in ("unpacked", "sdpa"):
+        assert steps["ours"]["physical_tokens"] == steps[name]["physical_tokens"]
+    assert steps["ours"]["packs"] == 1 and steps["unpacked"]["packs"] == 2
     assert steps["ours"]["physical_tokens"] < found["logical_tokens"] / 1.5
     assert "needs a CUDA model" in steps["flex"]["error"]
 
