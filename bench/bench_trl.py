@@ -18,7 +18,7 @@ import torch
 from bench.bench_step import PAIRS, TRL_BATCH, Clocked, setup  # noqa: F401
 from bench.trl_step import TrlStep
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def test_drop_in_step(benchmark, setup, tmp_path, capsys):  # noqa: F811

@@ -48,7 +48,8 @@ def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") ->
     The sum is made in float32 and rounded once, to `dtype` ("auto": that of the base model's
     files). The folder (mode 0700) is written beside its place and renamed: it is whole or not
     there. Raises UsageError when `checkpoint` is no adapter or was damaged, or when `output_dir`
-    holds something.
+    holds something. Where the adapter lies in the folder of a finished run, README.md is a model
+    card with the run's data, settings and evaluation.
     """
     import torch
     from peft import PeftModel
@@ -56,6 +57,7 @@ def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") ->
 
     from cpo_fast.model.build import load_model, load_tokenizer, merge, save_model
     from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.report.model_card import card_of_export
     from cpo_fast.training.checkpoint import MANIFEST, damage_of
 
     if not (checkpoint / "adapter_config.json").is_file():
@@ -80,6 +82,7 @@ def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") ->
         whole: Any = merge(model)
         whole = whole.to(base_dtype or torch.float32)
         save_model(whole, partial, tokenizer=load_tokenizer(checkpoint), images=images)
+        card_of_export(checkpoint, partial)
         if output_dir.exists():
             output_dir.rmdir()
         partial.rename(output_dir)

@@ -50,6 +50,7 @@ def run(args: TrainArguments) -> dict[str, Any]:
     from transformers.utils import logging
 
     from cpo_fast.report import write_report
+    from cpo_fast.report.model_card import write_cards
     from cpo_fast.training.stages import train_cpo, train_sft
 
     os.umask(0o077)
@@ -72,6 +73,7 @@ def run(args: TrainArguments) -> dict[str, Any]:
         seconds = round(time.perf_counter() - begun, 2)
         folder.summary["stages"]["evaluate"] = {"seconds": seconds}
     folder.finish(versions())
+    write_cards(folder.path)
     print(f"report: {write_report(folder.path)}")
     return folder.summary
 
@@ -164,7 +166,7 @@ def evaluate(
         examples = evaluation_examples(
             studies,
             answers,
-            texts.counterfactuals,
+            [one for one in texts.counterfactuals if one.kind == "thinking"],
             count=args.num_examples,
             uncertain=args.uncertain_labels,
         )

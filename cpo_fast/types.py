@@ -150,13 +150,17 @@ class Counterfactual:
     generator: str = "graph"
     seed: int = 42
     checks: Mapping[str, bool] = field(default_factory=dict)
+    rejected_images: tuple[str, ...] = ()  # what a perception counterfactual shows instead
 
     @property
     def passed(self) -> bool:
         return all(self.checks.values())
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(replace(self, checks=dict(self.checks)))
+        row = asdict(replace(self, checks=dict(self.checks)))
+        if not self.rejected_images:
+            del row["rejected_images"]
+        return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Counterfactual:
@@ -164,6 +168,7 @@ class Counterfactual:
         fields = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         for name in ("images", "labels", "counterfactual_labels"):
             fields[name] = tuple(row[name])
+        fields["rejected_images"] = tuple(row.get("rejected_images") or ())
         return cls(**fields)
 
 
@@ -198,6 +203,15 @@ class Preference:
     plain: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source of each rejected answer: perception where it stands before other images."""
+        shown = self.rejected_images or (None,) * len(self.rejected)
+        return tuple(
+            self.source if images is None or images == self.images else "perception"
+            for images in shown
+        )
+
 
 # --- packing -------------------------------------------------------------------------------------
 
@@ -227,6 +241,15 @@ class PreferenceGroup:
     source: str = "thinking"
     weight: float = 1.0
     ref_logps: tuple[float, ...] = ()  # cached log-probs of the reference: chosen, then rejected
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source of each rejected response: perception where its prompt shows other images."""
+        prompts = self.rejected_prompts or (None,) * len(self.rejected)
+        return tuple(
+            self.source if own is None or own.images == self.prompt.images else "perception"
+            for own in prompts
+        )
 
 
 @dataclass(frozen=True, slots=True)

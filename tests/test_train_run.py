@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cpo_fast.train import main
+from cpo_fast.training.checkpoint import damage_of
 from cpo_fast.training.metrics import TIMING_FIELDS
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,10 @@ def test_the_run_leaves_what_the_layout_promises(finished: Path) -> None:
         assert (finished / name).is_file(), name
     assert not list(finished.rglob("*.bin")) and not list(finished.rglob("*.pt"))
     assert finished.stat().st_mode & 0o777 == 0o700
+    for model in ("sft/checkpoint-6", "cpo/checkpoint-4"):
+        card = (finished / model / "README.md").read_text(encoding="utf-8")
+        assert card.startswith("---\nlibrary_name: ") and "### Diagnosis, overall" in card
+        assert damage_of(finished / model) is None
     for private in ("counterfactuals.jsonl", "evaluation.json", "report.html"):
         assert (finished / private).stat().st_mode & 0o777 == 0o600
 

@@ -25,7 +25,7 @@ from cpo_fast.counterfactual.server import ServerWriter
 from cpo_fast.counterfactual.writers import GraphWriter, Writer
 from cpo_fast.data import open_studies
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.types import Counterfactual, ImageRef, Study
+from cpo_fast.types import Counterfactual, Study
 
 GENERATORS = ("graph", "local", "server")
 
@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace) -> int:
                 if study.study_id not in finished:
                     yield placed(study, folder)
 
-        made: Iterable[tuple[Counterfactual, tuple[ImageRef, ...]]]
+        made: Iterable[Counterfactual]
         if args.kind == "perception":
             everyone = tqdm(source, "images", disable=None, unit=" studies")
             pool = build_pool((placed(study, folder) for study in everyone), graph)
@@ -172,7 +172,7 @@ def _run(args: argparse.Namespace) -> int:
             if args.balance_targets:
                 everyone = tqdm(source, "targets", disable=None, unit=" studies")
                 prices = balance(everyone, graph, num_targets=args.num_targets, seed=args.seed)
-            alone = counterfactuals(
+            made = counterfactuals(
                 studies(),
                 graph,
                 num_targets=args.num_targets,
@@ -182,14 +182,13 @@ def _run(args: argparse.Namespace) -> int:
                 prices=prices,
                 skip=done,
             )
-            made = ((cf, ()) for cf in alone)
         passed, failed = 0, Counter[str]()
         write = _Writer(good, args.format)
-        for _, group in groupby(made, key=lambda pair: pair[0].study_id):
+        for _, group in groupby(made, key=lambda cf: cf.study_id):
             passing = []
-            for cf, images in group:
+            for cf in group:
                 if cf.passed:
-                    passing.append((cf, images))
+                    passing.append(cf)
                 else:
                     reason = ",".join(name for name, ok in cf.checks.items() if not ok)
                     failed[reason] += 1
@@ -287,12 +286,8 @@ class _Writer:
         if form == "ccf":
             file.write("[\n")
 
-    def study(self, passing: list[tuple[Counterfactual, tuple[ImageRef, ...]]]) -> None:
-        for row, (_, images) in zip(
-            rows([cf for cf, _ in passing], self.form), passing, strict=self.form != "ccf"
-        ):
-            if images:
-                row["rejected_images"] = [image.path for image in images]
+    def study(self, passing: list[Counterfactual]) -> None:
+        for row in rows(passing, self.form):
             if self.form == "ccf":
                 self.file.write((",\n" if self.count else "") + _line(row).rstrip("\n"))
             else:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.generate import study_labels
-from cpo_fast.counterfactual.preference import sft_preference
 from cpo_fast.counterfactual.targets import draw
-from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, NO_FINDING, diagnosis
+from cpo_fast.data.labels import LABEL_NAMES, NO_FINDING, diagnosis
 from cpo_fast.types import ConceptGraph, Counterfactual, ImageRef, Preference, Study
 
 PER_KEY, AT_RANDOM = 24, 24
@@ -102,8 +101,8 @@ def _row(study: Study, miner: Miner) -> Neighbour:
 
 def perception_counterfactuals(
     studies: Iterable[Study], pool: Pool, graph: ConceptGraph, *, seed: int = 42
-) -> Iterator[tuple[Counterfactual, tuple[ImageRef, ...]]]:
-    """(record, images to reject) for each study: kind "perception", id "study/perception".
+) -> Iterator[Counterfactual]:
+    """A record of each study with the images to reject: kind "perception", id "study/perception".
 
     The record repeats the study's report and labels; `counterfactual_labels` are those of the
     image to reject, and the target is the first of them that the study lacks (or the first, where
@@ -117,39 +116,36 @@ def perception_counterfactuals(
         shown = tuple(n for n in LABEL_NAMES if other and n in other.names)
         lacking = [n for n in shown if n not in own.names]
         names = diagnosis(study_labels(study))
-        yield (
-            Counterfactual(
-                id=f"{study.study_id}/perception",
-                study_id=study.study_id,
-                patient_id=study.patient_id,
-                images=tuple(image.path for image in study.images),
-                report=study.report.text,
-                labels=names,
-                target=next(iter(lacking or shown), ""),
-                counterfactual=study.report.text,
-                counterfactual_labels=shown,
-                kind="perception",
-                seed=seed,
-                checks={"image": bool(study.images), "neighbour": other is not None},
-            ),
-            other.images if other else (),
+        yield Counterfactual(
+            id=f"{study.study_id}/perception",
+            study_id=study.study_id,
+            patient_id=study.patient_id,
+            images=tuple(image.path for image in study.images),
+            report=study.report.text,
+            labels=names,
+            target=next(iter(lacking or shown), ""),
+            counterfactual=study.report.text,
+            counterfactual_labels=shown,
+            kind="perception",
+            seed=seed,
+            checks={"image": bool(study.images), "neighbour": other is not None},
+            rejected_images=tuple(image.path for image in other.images) if other else (),
         )
 
 
-def perception_preference(
-    study: Study,
-    rejected_images: tuple[ImageRef, ...],
-    *,
-    prompt: str = DEFAULT_PROMPT,
-    uncertain: str = "negative",
-) -> Preference:
-    """The study's answer before its own image preferred to the same answer before another's.
+def with_perception(one: Preference, rejected_images: tuple[ImageRef, ...]) -> Preference:
+    """A study's preference (or, without any rejected answer yet, its SFT sample) that also prefers
+    the answer before its own image to the same answer before another's.
 
     Raises ValueError when either has no image.
     """
-    if not study.images or not rejected_images:
-        raise ValueError(f"study {study.study_id}: a perception pair needs two images")
-    sft = sft_preference(study, prompt=prompt, uncertain=uncertain)
-    number = len(study.images)  # the prompt has a place for each
-    rejected = (rejected_images * number)[:number]
-    return replace(sft, rejected=(sft.chosen,), rejected_images=(rejected,), source="perception")
+    if not one.images or not rejected_images:
+        raise ValueError(f"study {one.id}: a perception pair needs two images")
+    number = len(one.images)  # the prompt has a place for each
+    shown = (rejected_images * number)[:number]
+    return replace(
+        one,
+        rejected=(*one.rejected, one.chosen),
+        rejected_images=(*(None for _ in one.rejected), shown),
+        source=one.source if one.rejected else "perception",
+    )

@@ -17,7 +17,8 @@ def preference(
     reference_rejected: Sequence[float],
     *,
     beta: float,
-    groups: Sequence[str] | None = None,
+    groups: Sequence[Any] | None = None,
+    sources: Sequence[str] | None = None,
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
@@ -28,7 +29,9 @@ def preference(
     "chosen_reward", "rejected_reward" (means), "policy_accuracy" (the policy's own log-probs alone,
     whatever the reference)}; the accuracies and the margin as {"value", "interval"}, 95 % by
     bootstrap over `groups` ([P] names, such as study ids; pairs of one study are not independent)
-    or over pairs. Raises UsageError for unequal lengths, no pair, or values that are not finite.
+    or over pairs. With `sources` [P] (thinking, perception) of more than one kind, "sources" holds
+    the same figures of each. Raises UsageError for unequal lengths, no pair, or values that are not
+    finite.
     """
     columns = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     vectors = [np.asarray(column, dtype=np.float64).reshape(-1) for column in columns]
@@ -39,8 +42,9 @@ def preference(
         raise UsageError("no held-out pair to evaluate")
     if not all(np.isfinite(vector).all() for vector in vectors):
         raise UsageError("the log-probs contain NaN or infinity")
-    if groups is not None and len(groups) != pairs:
-        raise UsageError(f"{pairs} pairs, but {len(groups)} group names")
+    for given, what in ((groups, "group names"), (sources, "sources")):
+        if given is not None and len(given) != pairs:
+            raise UsageError(f"{pairs} pairs, but {len(given)} {what}")
     chosen = beta * (vectors[0] - vectors[2])
     rejected = beta * (vectors[1] - vectors[3])
     keys = np.arange(pairs) if groups is None else np.unique(list(groups), return_inverse=True)[1]
@@ -51,7 +55,7 @@ def preference(
         low, high = np.quantile(spread, [0.025, 0.975])
         return {"value": float(values.mean()), "interval": [float(low), float(high)]}
 
-    return {
+    figures: dict[str, Any] = {
         "pairs": pairs,
         "accuracy": figure((chosen > rejected).astype(np.float64)),
         "margin": figure(chosen - rejected),
@@ -59,6 +63,16 @@ def preference(
         "rejected_reward": float(rejected.mean()),
         "policy_accuracy": figure((vectors[0] > vectors[1]).astype(np.float64)),
     }
+    names = list(dict.fromkeys(sources or ()))
+    if sources is not None and len(names) > 1:
+        figures["sources"] = {}
+        for name in names:
+            where = np.asarray([source == name for source in sources])
+            own = [vector[where] for vector in vectors]
+            figures["sources"][name] = preference(
+                *own, beta=beta, groups=list(keys[where]), bootstrap=bootstrap, seed=seed
+            )
+    return figures
 
 
 def _pair_weights(keys: np.ndarray, bootstrap: int, seed: int) -> np.ndarray:

@@ -171,7 +171,7 @@ def collate(
         for k in which:
             pairs.append((chosen, rejected[k]))
             weights.append(group.weight)
-            sources.append(group.source if own_prompts[k] is None else "perception")
+            sources.append(group.sources[k])
             prompt = own_prompts[k] or group.prompt
             logical_tokens += chosen_tokens + len(prompt.input_ids) + len(group.rejected[k])
         if not which:

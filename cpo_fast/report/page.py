@@ -151,6 +151,12 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...
     ("reward_margin", "reward margin", (("rewards/margins", "training"),), {"zero_line": True}),
     ("reward_accuracy", "reward accuracy", (("rewards/accuracies", "training"),), {"share": True}),
     (
+        "margin_of_source",
+        "reward margin by source",
+        (("rewards/margins/thinking", "thinking"), ("rewards/margins/perception", "perception")),
+        {"zero_line": True},
+    ),
+    (
         "rewards",
         "rewards",
         (("rewards/chosen", "original"), ("rewards/rejected", "counterfactual")),

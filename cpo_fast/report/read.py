@@ -75,7 +75,7 @@ def read_run(path: Path | str) -> Run:
         targets=Counter(
             str(row.get("target"))
             for row in _lines(folder / "counterfactuals.jsonl", notes)
-            if row.get("target")
+            if row.get("target") and row.get("kind") != "perception"
         ),
         rejected=[
             row

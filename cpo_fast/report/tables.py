@@ -171,6 +171,11 @@ def _differences(pairs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     if not models:
         return []
+    models = {
+        name if source is None else f"{name_of(name)}, {source}": figures
+        for name, model in models.items()
+        for source, figures in ((None, model), *objects(model.get("sources")).items())
+    }
     columns = tuple(name_of(model) for model in models)
     wanted = (
         ("accuracy", "Reward accuracy", percent),

@@ -7,6 +7,8 @@ script); the embedded default (phantom.yaml beside this file) replaces some for 
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +18,7 @@ from cpo_fast.errors import UsageError
 
 ATTENTIONS = ("gathered", "sdpa", "varlen", "flex")  # those of cpo_fast.model.packed
 STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
+SOURCES = ("thinking", "perception")  # of counterfactuals, as CPO++ names them
 POSITIVE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -29,7 +32,12 @@ POSITIVE = (
     "max_nonfinite_steps",
     "ddp_timeout",
 )
+PRESETS = ("default", "paper", "lowmem")
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _flag(default: Any, text: str, **more: Any) -> Any:
@@ -47,6 +55,7 @@ class TrainArguments:
         ",".join(STAGES), "comma-separated stages; the rest is taken from output_dir"
     )
     seed: int = _flag(42, "seed of everything that is random")
+    preset: str = _flag("default", "settings that other flags win over: default, paper or lowmem")
 
     # --- data
     dataset: str = _flag("phantom", "MIMIC-CXR folder, 'open-i', a preference file, or 'phantom'")
@@ -61,6 +70,7 @@ class TrainArguments:
     max_eval_samples: int | None = _flag(None, "evaluate on at most this many studies and groups")
     max_bad_fraction: float = _flag(0.05, "stop when more than this share of records is set aside")
     max_length: int = _flag(4096, "longest prompt + response in tokens")
+    sft_max_length: int | None = _flag(None, "the same in SFT (default: --max_length)")
     truncation: str = _flag("drop", "over-long samples: 'drop', 'truncate_response' or 'error'")
     max_pixels: int = _flag(1003520, "largest image area after resizing, in pixels")
     min_pixels: int = _flag(3136, "smallest image area after resizing, in pixels")
@@ -69,6 +79,9 @@ class TrainArguments:
     # --- counterfactuals
     concept_graph: str | None = _flag(None, "JSON file of a concept graph instead of the package's")
     counterfactuals: str | None = _flag(None, "counterfactuals.jsonl of an earlier run")
+    counterfactual_sources: str | None = _flag(
+        None, "thinking, perception or both (default: thinking; all that a preference file holds)"
+    )
     num_targets: int = _flag(2, "target diseases per study")
     rejected_answer: str = _flag("target", "rejected answers name the 'target' or 'all' findings")
 
@@ -95,6 +108,11 @@ class TrainArguments:
     beta: float = _flag(0.1, "strength of the pull towards the reference")
     loss_type: str = _flag("sigmoid", "any loss type of cpo_fast.cpo_loss")
     label_smoothing: float = _flag(0.0, "for the losses that know it")
+    thinking_weight: float = _flag(1.0, "weight of pairs with a counterfactual text; 0: none")
+    perception_weight: float = _flag(1.0, "weight of pairs with another image; 0: none")
+    normalize_source_weights: bool = _flag(
+        True, "the loss is divided by the weights' sum (else by the number of pairs)"
+    )
     rpo_alpha: float = _flag(0.0, "weight of the chosen answers' NLL added to each pair's loss")
     precompute_ref_log_probs: bool = _flag(False, "compute the reference once, ahead of CPO")
     loss_impl: str | None = _flag(None, "implementation of the loss op (default: the best)")
@@ -116,6 +134,11 @@ class TrainArguments:
     learning_rate: float = _flag(2e-5, "peak learning rate of CPO")
     sft_learning_rate: float = _flag(1e-4, "peak learning rate of SFT")
     lr_scheduler_type: str = _flag("cosine", "a schedule of transformers.get_scheduler")
+    sft_lr_scheduler_type: str | None = _flag(None, "that of SFT (default: --lr_scheduler_type)")
+    lr_scheduler_kwargs: str | None = _flag(
+        None, """its options in JSON, e.g. '{"min_lr": 1e-7}'"""
+    )
+    sft_lr_scheduler_kwargs: str | None = _flag(None, "those of --sft_lr_scheduler_type")
     warmup_ratio: float = _flag(0.0, "share of the CPO steps that warm up")
     sft_warmup_ratio: float = _flag(0.05, "share of the SFT steps that warm up")
     weight_decay: float = _flag(0.05, "AdamW weight decay")
@@ -154,6 +177,11 @@ class TrainArguments:
         self._one_of("truncation", ("drop", "truncate_response", "error"))
         self._one_of("rejected_answer", ("target", "all"))
         self._one_of("attn_implementation", ATTENTIONS)
+        self._check_sources()
+        for name in ("lr_scheduler_kwargs", "sft_lr_scheduler_kwargs"):
+            self._check_json(name)
+        if self.sft_lr_scheduler_kwargs and not self.sft_lr_scheduler_type:
+            raise UsageError("--sft_lr_scheduler_kwargs are those of --sft_lr_scheduler_type")
         if self.precompute_ref_log_probs and self.loss_type in ("simpo", "orpo"):
             raise UsageError(f"--loss_type {self.loss_type} has no reference to precompute")
         if self.fsdp and self.use_peft and self.sft_use_peft:
@@ -162,7 +190,8 @@ class TrainArguments:
             raise UsageError("--torch_compile and --fsdp have not been made to work together")
         for name in POSITIVE:
             for prefixed in (name, f"sft_{name}"):
-                if getattr(self, prefixed, 1) < 1:
+                value = getattr(self, prefixed, None)
+                if value is not None and value < 1:
                     raise UsageError(f"--{prefixed} must be at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError("--max_bad_fraction is a share between 0 and 1")
@@ -171,21 +200,61 @@ class TrainArguments:
         if getattr(self, name) not in choices:
             raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
 
+    def _check_json(self, name: str) -> None:
+        try:
+            usable = isinstance(json.loads(getattr(self, name) or "{}"), dict)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise UsageError(f"--{name} must be a JSON object, such as '{{\"min_lr\": 1e-7}}'")
+
+    def _check_sources(self) -> None:
+        if unknown := set(_names(self.counterfactual_sources or "")) - set(SOURCES):
+            raise UsageError(
+                f"--counterfactual_sources {', '.join(sorted(unknown))}: choose from "
+                f"{', '.join(SOURCES)}"
+            )
+        for name in SOURCES:
+            if not 0 <= getattr(self, f"{name}_weight") < math.inf:
+                raise UsageError(f"--{name}_weight must be a number from 0 up")
+        if not any(self.source_weights(SOURCES).values()):
+            raise UsageError(
+                "no pair is left: --thinking_weight or --perception_weight must be above 0 for one "
+                "of --counterfactual_sources"
+            )
+
+    def source_weights(self, default: tuple[str, ...]) -> dict[str, float]:
+        """The sources to learn from, `default` where the flag is not given, and their weights.
+
+        One whose weight is 0 is no source: its pairs are neither made nor counted.
+        """
+        asked = _names(self.counterfactual_sources or "") or default
+        weights = {name: getattr(self, f"{name}_weight") for name in SOURCES if name in asked}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
     @property
     def stage_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.stages.split(",") if name.strip())
+        return _names(self.stages)
 
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The optimisation settings of "sft" or "cpo" under their plain names."""
         own = {f.name.removeprefix("sft_") for f in fields(self) if f.name.startswith("sft_")}
         prefix = "sft_" if stage == "sft" else ""
-        return {name: getattr(self, prefix + name) for name in own if hasattr(self, name)}
+        settings = {name: getattr(self, prefix + name) for name in own if hasattr(self, name)}
+        if stage == "sft" and settings["max_length"] is None:
+            settings["max_length"] = self.max_length
+        if stage == "sft" and settings["lr_scheduler_type"] is None:
+            settings |= {name: getattr(self, name) for name in settings if "lr_scheduler" in name}
+        given = settings["lr_scheduler_kwargs"]
+        return settings | {"lr_scheduler_kwargs": json.loads(given) if given else None}
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
-    """Read `[--config run.yaml] [--flag value ...]`; flags win over the file.
+    """Read `[--config run.yaml] [--preset name] [--flag value ...]`; flags win over the file, and
+    the file over the preset.
 
-    Without `--config`, `--dataset` and `--model_name_or_path` the embedded default is the file. A
+    Without `--config`, `--dataset` and `--model_name_or_path` the embedded default is taken, whose
+    settings give way to those of a preset. A
     wrong flag ends the program with argparse's message and status 2; UsageError names what is wrong
     in a file.
     """
@@ -201,10 +270,16 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
     parser.add_argument("--config", default=None, help="YAML file of flags (without the dashes)")
     given = {word.split("=", 1)[0] for word in argv if word.startswith("--")}
     known = parser.parse_args(argv)
+    config: dict[str, Any] = {}
     if known.config is not None:
-        parser.set_defaults(**read_config(Path(known.config)))
+        config = read_config(Path(known.config))
     elif not given & {"--dataset", "--model_name_or_path"}:
         parser.set_defaults(**read_config(EMBEDDED))
+    preset = known.preset if "--preset" in given else config.get("preset", known.preset)
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+    parser.set_defaults(**read_config(Path(__file__).with_name("presets") / f"{preset}.yaml"))
+    parser.set_defaults(**config)
     values = vars(parser.parse_args(argv))
     del values["config"]
     return TrainArguments(**values)

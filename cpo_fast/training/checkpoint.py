@@ -25,6 +25,7 @@ from cpo_fast.training.sharding import like, whole
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+CARD = "README.md"
 TENSORS = "optimizer.safetensors"
 
 
@@ -129,7 +130,8 @@ def _write(
     state = json.dumps(trainer_state, indent=2, allow_nan=False) + "\n"
     (partial / STATE).write_text(state, encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(partial)): _digest(path) for path in files}
+    names = [path for path in files if path.name != CARD]  # which may be written anew
+    manifest = {str(path.relative_to(partial)): _digest(path) for path in names}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (*files, partial / MANIFEST, partial):
         _sync(path)

@@ -6,8 +6,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,18 @@ from cpo_fast.counterfactual import (
     sft_preference,
     study_labels,
 )
+from cpo_fast.counterfactual.perception import (
+    build_pool,
+    perception_counterfactuals,
+    with_perception,
+)
 from cpo_fast.data import is_preference_file, open_preferences, open_studies
 from cpo_fast.errors import DataError, UsageError
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
 from cpo_fast.types import (
     Counterfactual,
+    ImageRef,
     Preference,
     RejectedRecord,
     Study,
@@ -113,8 +121,10 @@ class Texts:
 def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -> Texts:
     """The graph and counterfactual stages; a preference file needs neither."""
     if corpus.preferences:
-        return split_preferences(corpus.preferences, args.eval_fraction, args.seed)
+        kept = of_sources(corpus.preferences, args.source_weights(SOURCES))
+        return split_preferences(kept, args.eval_fraction, args.seed)
     counterfactuals = make_counterfactuals(args, folder, corpus)
+    home = Path(args.counterfactuals).parent if args.counterfactuals else folder.path
     of_study: dict[str, list[Counterfactual]] = {}
     for one in counterfactuals:
         of_study.setdefault(one.study_id, []).append(one)
@@ -122,16 +132,58 @@ def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -
     for split, studies in corpus.studies.items():
         texts.sft[split] = [sft_preference(s, uncertain=args.uncertain_labels) for s in studies]
         texts.cpo[split] = [
-            preference(
-                study,
-                of_study[study.study_id],
-                rejected_answer=args.rejected_answer,
-                uncertain=args.uncertain_labels,
-            )
+            study_preference(args, study, of_study[study.study_id], home)
             for study in studies
             if study.study_id in of_study
         ]
     return texts
+
+
+def study_preference(
+    args: TrainArguments, study: Study, cfs: Sequence[Counterfactual], home: Path
+) -> Preference:
+    """The study's answer against all its counterfactuals, those of thinking first: the chosen
+    answer is computed once. `home` is what the paths of the counterfactuals are relative to."""
+    thinking = [cf for cf in cfs if cf.kind == "thinking"]
+    if thinking:
+        made = preference(
+            study, thinking, rejected_answer=args.rejected_answer, uncertain=args.uncertain_labels
+        )
+    else:
+        made = sft_preference(study, uncertain=args.uncertain_labels)
+    for cf in cfs:
+        if cf.kind == "perception":
+            root = study.images[0].root if study.images else ""
+            shown = tuple(below(root, home / path) for path in cf.rejected_images)
+            made = with_perception(made, shown)
+    return made
+
+
+def below(root: str, path: Path) -> ImageRef:
+    """The image as studies name it: by its path below the root of the data set."""
+    whole, top = path.resolve(), Path(root).resolve()
+    return ImageRef(str(whole.relative_to(top) if whole.is_relative_to(top) else whole), root)
+
+
+def of_sources(preferences: Sequence[Preference], sources: Collection[str]) -> list[Preference]:
+    """The preferences with the rejected answers of these sources only; says how many it leaves
+    out. One without any left serves SFT alone."""
+    kept, left_out = [], Counter[str]()
+    for one in preferences:
+        names = one.sources
+        where = [k for k, name in enumerate(names) if name in sources]
+        left_out.update(name for name in names if name not in sources)
+        if len(where) < len(names):
+            parts: dict[str, Any] = {
+                name: tuple(value[k] for k in where) if value else ()
+                for name in ("rejected", "rejected_images", "rejected_prompts")
+                for value in (getattr(one, name),)
+            }
+            one = replace(one, **parts)
+        kept.append(one)
+    for name, count in left_out.items():
+        print(f"data: {count} {name} pairs left out by --counterfactual_sources or --{name}_weight")
+    return kept
 
 
 def make_counterfactuals(
@@ -139,7 +191,8 @@ def make_counterfactuals(
 ) -> list[Counterfactual]:
     """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
     path = folder.path / "counterfactuals.jsonl"
-    graph = load_graph(args.concept_graph)
+    sources = args.source_weights(("thinking",))
+    load_graph(args.concept_graph)  # a bad file is told before any work
     if "graph" in args.stage_names and folder.writes:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
     makes = "counterfactual" in args.stage_names and folder.writes
@@ -147,15 +200,19 @@ def make_counterfactuals(
         given = Path(args.counterfactuals or path)
         if not given.is_file():
             raise UsageError(f"{given}: no such file; add counterfactual to --stages")
-        return read_counterfactuals(given)
+        found = [one for one in read_counterfactuals(given) if one.kind in sources]
+        if missing := [name for name in sources if all(one.kind != name for one in found)]:
+            raise UsageError(
+                f"{given} has no {' and no '.join(missing)} counterfactual; make them with "
+                "counterfactual in --stages, or leave them out of --counterfactual_sources"
+            )
+        return found
     begun = time.perf_counter()
-    studies = [study for split in SPLITS for study in corpus.studies[split]]
-    found = (placed(study, folder.path) for study in studies)
-    made = counterfactuals(found, graph, num_targets=args.num_targets, seed=args.seed)
-    bar = tqdm(made, desc="counterfactuals", unit="report", disable=None,
-               total=len(studies) * args.num_targets)  # fmt: skip
+    made = (one for split in SPLITS for one in generated(args, folder, corpus.studies[split]))
+    studies = sum(map(len, corpus.studies.values()))
+    expected = studies * sum(args.num_targets if s == "thinking" else 1 for s in sources)
     passed = []
-    for one in bar:
+    for one in tqdm(made, desc="counterfactuals", unit="report", disable=None, total=expected):
         if one.passed:
             passed.append(one)
         else:
@@ -163,13 +220,38 @@ def make_counterfactuals(
             folder.reject(
                 [RejectedRecord(str(path), None, one.id, "counterfactual-checks", failed)]
             )
+    counts = Counter(one.kind for one in passed)
+    if missing := [name for name in sources if not counts[name]]:
+        raise DataError(
+            f"no {' and no '.join(missing)} counterfactual passes its checks; see "
+            f"{folder.path / 'rejected_records.jsonl'}"
+        )
     folder.summary["stages"]["counterfactual"] = {"seconds": round(time.perf_counter() - begun, 2)}
     write_private(path, (one.to_json() for one in passed))
     folder.summary["data"]["counterfactuals"] = len(passed)
+    if len(sources) > 1:
+        folder.summary["data"]["counterfactual_sources"] = dict(counts)
     if args.print_example and passed:
         show(passed[0])
-    print(f"counterfactuals: {len(passed)} of {len(studies) * args.num_targets} pass all checks")
+    print(f"counterfactuals: {len(passed)} of {expected} pass all checks")
     return passed
+
+
+def generated(
+    args: TrainArguments, folder: RunFolder, studies: Sequence[Study]
+) -> Iterator[Counterfactual]:
+    """The counterfactuals of one split, study by study; images are swapped within the split."""
+    graph = load_graph(args.concept_graph)
+    found = [placed(study, folder.path) for study in studies]
+    sources = args.source_weights(("thinking",))
+    made: list[Iterator[Counterfactual]] = []
+    if "thinking" in sources:
+        made.append(counterfactuals(found, graph, num_targets=args.num_targets, seed=args.seed))
+    if "perception" in sources:
+        made.append(
+            perception_counterfactuals(found, build_pool(found, graph), graph, seed=args.seed)
+        )
+    return chain(*made)
 
 
 def show(one: Counterfactual) -> None:

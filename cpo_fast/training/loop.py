@@ -114,10 +114,11 @@ class Trainer:
             foreach=False if self.sharded else None,  # it does not mix shards and whole tensors
         )
         scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
+            settings["lr_scheduler_type"],
             optimizer,
             num_warmup_steps=math.ceil(settings["warmup_ratio"] * len(steps)),
             num_training_steps=len(steps),
+            scheduler_specific_kwargs=settings["lr_scheduler_kwargs"],
         )
         torch.manual_seed(self.args.seed + self.world.rank)
         progress, sums, clock = Progress(), Sums(), Clock(self.world)

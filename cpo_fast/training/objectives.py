@@ -7,8 +7,8 @@ total, so that the packing does not change the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,11 @@ class CPOObjective:
 
     A batch with `ref_logps` needs no reference. Else `reference` is the frozen copy for full
     tuning; None means the model with its adapters off.
+
+    `source_weights` weigh the pairs of each source (CPO++, arXiv 2604.15705): the loss of a step is
+    sum(w loss) over its pairs, divided by sum(w) if `normalize`, else by the number of pairs. With
+    more than one source a row has every metric of each (`loss/thinking`) beside the total, and how
+    many pairs there were (`pairs/thinking`).
     """
 
     model: PackedModel
@@ -66,16 +71,28 @@ class CPOObjective:
     label_smoothing: float = 0.0
     rpo_alpha: float = 0.0
     impl: str | None = None
+    source_weights: Mapping[str, float] = field(default_factory=dict)
+    normalize: bool = True
 
     def weigh(self, batch: PackedBatch) -> float:
-        return float(self._weights(batch).sum())
+        return float(self._divisors(batch).sum())
 
     def _weights(self, batch: PackedBatch) -> torch.Tensor:
-        """Each pair's weight; plackett_luce counts a group once, whatever its number of pairs."""
+        """Each pair's own weight, whatever its source; plackett_luce counts a group once, whatever
+        its number of pairs."""
         if self.loss_type != "plackett_luce":
             return batch.pair_weights
         chosen = batch.pairs[:, 0]
         return batch.pair_weights / torch.bincount(chosen, minlength=batch.num_segments)[chosen]
+
+    def _factors(self, batch: PackedBatch) -> torch.Tensor:
+        """What each pair's source weighs."""
+        factors = [self.source_weights.get(name, 1.0) for name in batch.pair_sources]
+        return batch.pair_weights.new_tensor(factors)
+
+    def _divisors(self, batch: PackedBatch) -> torch.Tensor:
+        weights = self._weights(batch)
+        return weights * self._factors(batch) if self.normalize else weights
 
     def score(self, batch: PackedBatch) -> CPOOutput:
         """The loss op on the batch; `loss` in it is that of this pack alone."""
@@ -110,30 +127,50 @@ class CPOObjective:
     def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
         out = self.score(batch)
         weights = self._weights(batch)
-        loss = (out.losses * weights).sum()
+        loss = (out.losses * weights * self._factors(batch)).sum()
         chosen, rejected = batch.pairs.unbind(1)
         tokens = torch.bincount(batch.segment_ids, minlength=batch.num_segments)
-        return loss, {
-            "loss": loss,
-            "weight": weights.sum(),
-            "samples": len(batch.pairs),
-            "rewards/chosen": out.chosen_rewards.sum(),
-            "rewards/rejected": out.rejected_rewards.sum(),
-            "rewards/accuracies": _wins(out.chosen_rewards, out.rejected_rewards).sum(),
-            "logps/chosen": out.logps[chosen].sum(),
-            "logps/rejected": out.logps[rejected].sum(),
-            "nll_loss": -(out.logps[chosen] / tokens[chosen]).sum(),
+        columns = {
+            "rewards/chosen": out.chosen_rewards,
+            "rewards/rejected": out.rejected_rewards,
+            "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).double(),
+            "logps/chosen": out.logps[chosen],
+            "logps/rejected": out.logps[rejected],
+            "nll_loss": -(out.logps[chosen] / tokens[chosen]),
         }
+        values: Values = {
+            "loss": loss,
+            "weight": self._divisors(batch).sum(),
+            "samples": len(batch.pairs),
+            **{name: column.sum() for name, column in columns.items()},
+        }
+        for source in self.source_weights if len(self.source_weights) > 1 else ():
+            where = torch.tensor([name == source for name in batch.pair_sources]).to(weights.device)
+            if where.any():
+                values |= {
+                    f"{source}:loss": (out.losses * weights)[where].sum(),
+                    f"{source}:weight": weights[where].sum(),
+                    f"{source}:samples": int(where.sum()),
+                    **{f"{source}:{name}": column[where].sum() for name, column in columns.items()},
+                }
+        return loss, values
 
     def row(self, sums: dict[str, float]) -> dict[str, float]:
-        pairs = sums["samples"]
-        row = {name: value / pairs for name, value in sums.items() if "/" in name}
-        row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
-        return {"loss": sums["loss"] / sums["weight"], **row, "nll_loss": sums["nll_loss"] / pairs}
+        row = _means({name: value for name, value in sums.items() if ":" not in name})
+        for source in self.source_weights if len(self.source_weights) > 1 else ():
+            start = f"{source}:"
+            own = {n.removeprefix(start): v for n, v in sums.items() if n.startswith(start)}
+            row[f"pairs/{source}"] = own.get("samples", 0.0)
+            if own:
+                row |= {f"{name}/{source}": value for name, value in _means(own).items()}
+        return row
 
 
-def _wins(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    return (chosen > rejected).double()
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    pairs = sums["samples"]
+    row = {name: value / pairs for name, value in sums.items() if "/" in name}
+    row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
+    return {"loss": sums["loss"] / sums["weight"], **row, "nll_loss": sums["nll_loss"] / pairs}
 
 
 MakeObjective = Callable[[PackedModel], Objective]

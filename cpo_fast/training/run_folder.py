@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "output_dir",
     "stages",
     "max_minutes",
+    "preset",
     "save_steps",
     "save_total_limit",
     "dataloader_num_workers",

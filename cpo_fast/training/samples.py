@@ -27,6 +27,7 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
     samples = Samples({}, {})
     bad = 0
     for stage in ("sft", "cpo"):
+        max_length = args.of_stage(stage)["max_length"]
         for split, preferences in getattr(texts, stage).items():
             if not preferences:
                 getattr(samples, stage)[split] = []
@@ -35,7 +36,7 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                 preferences,
                 base.tokenizer,
                 base.images.grid if base.images else None,
-                max_length=args.max_length,
+                max_length=max_length,
                 over_long=cast(OverLong, args.truncation),
                 file=f"{args.dataset} ({stage}, {split})",
             )
@@ -43,7 +44,9 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
             folder.reject(done.rejected)
             bad += len(done.rejected)
             if done.truncated:
-                print(f"{stage}: {done.truncated} responses cut to --max_length {args.max_length}")
+                print(
+                    f"{stage}: {done.truncated} responses cut to {max_length} tokens (--max_length)"
+                )
     total = sum(len(split) for stage in (texts.sft, texts.cpo) for split in stage.values())
     stop_if_too_bad(args, folder, bad, total)
     return samples

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cpo_fast.model.build import add_lora, freeze_vision, load_model, merge, save_model
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id, plan_epoch
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.base import Base
 from cpo_fast.training.checkpoint import result_checkpoint, resume_point
 from cpo_fast.training.feed import StepFeed, step_loader
@@ -95,9 +95,17 @@ def train_cpo(
         label_smoothing=args.label_smoothing,
         rpo_alpha=args.rpo_alpha,
         impl=args.loss_impl,
+        source_weights=source_weights(args, splits["train"]),
+        normalize=args.normalize_source_weights,
     )
     result = run_stage(args, folder, base, "cpo", packed, objective, splits, stop, resume)
     record(folder, "cpo", result)
+
+
+def source_weights(args: TrainArguments, groups: list[PreferenceGroup]) -> dict[str, float]:
+    """The weights of the sources that the training groups hold."""
+    held = {name for group in groups for name in group.sources}
+    return {name: w for name, w in args.source_weights(SOURCES).items() if name in held}
 
 
 def with_reference(
@@ -152,7 +160,8 @@ def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | Non
 def pair_logps(
     args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
 ) -> dict[str, list[Any]]:
-    """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups."""
+    """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups
+    and sources."""
     packed = PackedModel(model.eval(), attention=args.attn_implementation)
     reference = None
     if not args.use_peft:
@@ -179,6 +188,7 @@ def pair_logps(
             found["reference_chosen"] += out.ref_logps[chosen].tolist()
             found["reference_rejected"] += out.ref_logps[rejected].tolist()
             names = [batch.segment_names[index] for index in chosen.tolist()]
+            found["sources"] += batch.pair_sources
             found["groups"] += [name.rsplit("/", 1)[0] for name in names]
     return dict(found)
 

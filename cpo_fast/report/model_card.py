@@ -1,0 +1,245 @@
+"""The README.md of a model folder: what a hub shows of a model, out of the run's own files.
+
+Figures and settings only: no text of a report, no id of a study, no path of this machine. Nothing
+is uploaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.report.read import Run, read_run
+from cpo_fast.report.tables import (
+    Cell,
+    Row,
+    Table,
+    counts,
+    evaluation_tables,
+    name_of,
+    number,
+    seconds,
+    speed_table,
+)
+
+TITLES = {
+    "sft": "supervised fine-tuning on radiology reports",
+    "cpo": "counterfactual preference optimisation (CPO)",
+}
+PAPERS = {
+    "cpo": "[arXiv 2505.13081](https://arxiv.org/abs/2505.13081)",
+    "perception": "[arXiv 2604.15705](https://arxiv.org/abs/2604.15705)",
+}
+SHARED = (
+    "seed", "max_length", "truncation", "max_pixels", "max_images", "lora_r", "lora_alpha",
+    "lora_dropout", "lora_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "bf16",
+)  # fmt: skip
+"""Settings of both stages; a stage's own are those with an `sft_` twin."""
+OF_CPO = (
+    "loss_type", "beta", "label_smoothing", "rpo_alpha", "counterfactual_sources",
+    "thinking_weight", "perception_weight", "normalize_source_weights", "num_targets",
+    "rejected_answer", "expand_pairs",
+)  # fmt: skip
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
+def write_cards(run_dir: Path) -> list[Path]:
+    """Write README.md (0600, as the rest of the run) into every model folder that the run's
+    summary.json names, and into that of the merged SFT model. Returns the files."""
+    run = read_run(run_dir)
+    written = []
+    for stage in ("sft", "cpo"):
+        named = run.part("stages", stage).get("checkpoint")
+        checkpoint = run_dir / stage / Path(named).name if isinstance(named, str) else None
+        for folder in (checkpoint, run_dir / stage / "merged"):
+            if folder is not None and folder.is_dir():
+                written.append(write_card(folder, run, stage))
+    return written
+
+
+def card_of_export(checkpoint: Path, folder: Path) -> Path | None:
+    """The card of a whole model merged from `checkpoint`, where that lies in the folder of a
+    finished run (run/stage/checkpoint-N); else None."""
+    stage, run_dir = checkpoint.resolve().parent.name, checkpoint.resolve().parents[1]
+    if stage not in TITLES or not (run_dir / "summary.json").is_file():
+        return None
+    return write_card(folder, read_run(run_dir), stage)
+
+
+def write_card(folder: Path, run: Run, stage: str) -> Path:
+    path = folder / "README.md"
+    path.unlink(missing_ok=True)  # peft leaves a template there
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(model_card(folder, run, stage))
+    return path
+
+
+def model_card(folder: Path, run: Run, stage: str) -> str:
+    """Markdown with the hub's YAML header, for the model that `stage` left in `folder`."""
+    adapter = (folder / "adapter_config.json").is_file()
+    sees = (folder / "preprocessor_config.json").is_file()
+    base = base_model(run.config)
+    phantom = run.config.get("dataset") == "phantom"
+    kind = "phantom" if phantom else run.part("data").get("kind")
+    name = f"{base.split('/')[-1] if base else _base_words(run.config)}, {stage.upper()}"
+    parts = [
+        _header(base, adapter=adapter, sees=sees, stage=stage),
+        f"# {name}",
+        f"{'A LoRA adapter' if adapter else 'A model'} from {TITLES[stage]} with cpo_fast "
+        f"{run.part('versions').get('cpo_fast', '')}".rstrip()
+        + f", on data of the kind `{kind}`. It answers with a report and a diagnosis: "
+        "`<think> report </think> The disease of this patient is ...`",
+        _method(run, stage),
+        "**Not a medical device.** The model was evaluated as below and in no other way; it may "
+        "not be used for diagnosis."
+        + (" The phantom's radiographs are drawn by a program." if phantom else ""),
+        "## Use",
+        _use(adapter=adapter, sees=sees),
+        "## Data",
+        *_markdown(_data(run)),
+        "## Hyper-parameters",
+        *_markdown(_settings(run.config, stage, adapter)),
+        "## Training",
+        *_markdown(_training(run, stage)),
+    ]
+    tables = evaluation_tables(run.part("evaluation"))
+    if tables:
+        parts.append("## Evaluation")
+        parts.append(
+            "On the run's test split; intervals (95 %, bootstrap) in brackets. "
+            "All models of the run are shown."
+        )
+        for table in tables:
+            parts += [f"### {table.caption}", *_markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def base_model(config: Mapping[str, Any]) -> str | None:
+    """The hub's name of the base model, where the path is a hub's cache or says org/name."""
+    path = str(config.get("model_name_or_path") or "")
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)(?:/|$)", path)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    return path if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) else None
+
+
+def _base_words(config: Mapping[str, Any]) -> str:
+    name = Path(str(config.get("model_name_or_path") or "model")).name
+    return "A tiny random model" if name == "tiny" else name
+
+
+def _header(base: str | None, *, adapter: bool, sees: bool, stage: str) -> str:
+    tags = ["cpo_fast", stage, "chest-x-ray", "radiology"]
+    tags += ["preference-optimization", "dpo"] if stage == "cpo" else []
+    lines = [
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}",
+        *([f"base_model: {base}"] if base else []),
+        "tags:",
+        *(f"- {tag}" for tag in [*tags, *(["lora"] if adapter else [])]),
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _method(run: Run, stage: str) -> str:
+    if stage == "sft":
+        return "It was trained on the radiologists' reports and diagnoses."
+    text = (
+        "It was trained to prefer the radiologist's report and diagnosis to a counterfactual one, "
+        f"as described in {PAPERS['cpo']}"
+    )
+    if "perception" in counts(run.part("data", "counterfactual_sources")):
+        text += (
+            ", and the answer before its own image to the same answer before another patient's "
+            f"({PAPERS['perception']})"
+        )
+    return text + ". The reference was the SFT model."
+
+
+def _use(*, adapter: bool, sees: bool) -> str:
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if adapter:
+        lines.insert(0, "from peft import PeftModel")
+        lines += [
+            'base = "..."  # the SFT model that this adapter was trained on',
+            f"model = {auto}.from_pretrained(base)",
+            'model = PeftModel.from_pretrained(model, "...")  # this folder',
+        ]
+    else:
+        lines += [f'model = {auto}.from_pretrained("...")  # this folder']
+    lines.append('tokenizer = AutoTokenizer.from_pretrained("...")')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _data(run: Run) -> Table:
+    data = run.part("data")
+    rows = [_row("Records read", data.get("read")), _row("Records used", data.get("used"))]
+    rejected = counts(data.get("rejected"))
+    rows += [_row(f"Set aside: {reason}", count) for reason, count in rejected.items()]
+    rows.append(_row("Counterfactuals", data.get("counterfactuals")))
+    sources = counts(data.get("counterfactual_sources"))
+    rows += [_row(f"Counterfactuals, {source}", count) for source, count in sources.items()]
+    return Table("", ("", "Number"), tuple(row for row in rows if row.cells[0].text != "–"))
+
+
+def _settings(config: Mapping[str, Any], stage: str, adapter: bool) -> Table:
+    own = sorted(name.removeprefix("sft_") for name in config if name.startswith("sft_"))
+    names = [name for name in own if name in config and name not in SHARED]
+    prefix = "sft_" if stage == "sft" else ""
+    values = {name: config.get(prefix + name) for name in names}
+    for name in SHARED:
+        values[name] = config.get(name)
+        if prefix and config.get(prefix + name) is not None:
+            values[name] = config[prefix + name]
+    if stage == "cpo":
+        values |= {name: config.get(name) for name in OF_CPO}
+    if not values.get("use_peft", adapter):
+        values = {name: value for name, value in values.items() if name not in LORA}
+    if config.get("world_size", 1) > 1:
+        values["processes"] = config["world_size"]
+    unused = "num_train_epochs" if (values.get("max_steps") or 0) > 0 else "max_steps"
+    rows = [
+        Row(f"`{name}`", (Cell(value if isinstance(value, str) else json.dumps(value)),))
+        for name, value in values.items()
+        if value is not None and name != unused
+    ]
+    return Table("", ("Flag", "Value"), tuple(rows))
+
+
+def _training(run: Run, stage: str) -> Table:
+    part = run.part("stages", stage)
+    rows = [_row("Optimiser steps", part.get("steps"))]
+    rows.append(Row("Wall time", (Cell(seconds(part.get("seconds"))),)))
+    speed = speed_table(replace(run, summary={"stages": {stage: part}}))
+    rows += [row for row in speed.rows if " per second" in row.head] if speed else []
+    for name, value in run.part("stages", stage, "final").items():
+        if name == "loss" or name.startswith(("eval_", "rewards/")):
+            rows.append(_row(f"Last `{name}`", value))
+    versions = run.part("versions")
+    note = "Computed with " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."
+    return Table("", ("", name_of(stage)), tuple(rows), note if versions else "")
+
+
+def _row(head: str, value: Any) -> Row:
+    return Row(head, (Cell(number(value)),))
+
+
+def _markdown(table: Table) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [line([name or " " for name in table.columns]), "|" + "---|" * len(table.columns)]
+    for row in table.rows:
+        head = f"{row.head} ({row.note})" if row.note else row.head
+        rows.append(
+            line([head, *(f"{c.text} ({c.note})" if c.note else c.text for c in row.cells)])
+        )
+    return ["\n".join(rows), *([table.note] if table.note else [])]

@@ -1,0 +1,128 @@
+"""DPO of all weights under bare FSDP2, policy and reference sharded:
+
+    torchrun --nproc_per_node 2 examples/fsdp2.py MODEL_FOLDER PAIRS.jsonl OUTPUT_FOLDER
+
+The loss op wants the output head whole. FSDP2 gathers a module's weights while its forward runs, so
+the loss is computed in the forward of the module that owns the head. On the CPU (gloo) as on GPUs
+(nccl); not run on a GPU so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpo_fast import cpo_loss
+
+
+class Preference(nn.Module):
+    """Policy and reference, whose forward is the mean DPO loss of a batch."""
+
+    def __init__(self, policy: Any, reference: Any, beta: float) -> None:
+        super().__init__()
+        self.policy, self.reference = policy, reference.requires_grad_(False)
+        self.beta = beta
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """ids, mask and labels [2B, T]: all chosen, then all rejected; labels are shifted here."""
+        hidden = self.policy.model(ids, mask)[0][:, :-1]
+        with torch.no_grad():
+            ref_hidden = self.reference.model(ids, mask)[0][:, :-1]
+        labels = labels[:, 1:]
+        rows = torch.arange(len(ids), device=ids.device)
+        out = cpo_loss(
+            hidden.flatten(0, 1),
+            self.policy.lm_head.weight,
+            labels.flatten(),
+            rows[:, None].expand_as(labels).flatten(),
+            torch.stack(rows.chunk(2), 1),
+            ref_hidden=ref_hidden.flatten(0, 1),
+            ref_weight=self.reference.lm_head.weight,
+            beta=self.beta,
+            num_segments=len(ids),
+        )
+        return out.loss
+
+
+def shard(module: Preference, device: torch.device) -> Preference:
+    """Each decoder layer by itself, the rest (embeddings, norm, head) with the root."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for model in (module.policy, module.reference):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    if device.type == "cpu":  # gloo sums, it does not average
+        for part in (*module.policy.model.layers, module):
+            part.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+def encode(tokenizer: Any, pairs: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and labels [2B, T] of B pairs of text; the answers alone are scored."""
+    sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in pairs]
+    heads = [tokenizer(prompt)["input_ids"] for prompt, _ in sides]
+    tails = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in sides]
+    ids = {"input_ids": [head + tail for head, tail in zip(heads, tails, strict=True)]}
+    batch = tokenizer.pad(ids, return_tensors="pt", padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, head in zip(labels, heads, strict=True):
+        row[: len(head)] = -100
+    return batch["input_ids"], batch["attention_mask"], labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--batch", type=int, default=1, help="pairs per process and step")
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+        for _ in range(2)
+    )
+    module = shard(Preference(policy, reference, args.beta), device)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
+    pairs = [json.loads(line) for line in args.pairs.read_text().splitlines()]
+    step = args.batch * size
+    for start in range(0, len(pairs) - step + 1, step):
+        own = pairs[start + rank * args.batch :][: args.batch]
+        loss = module(*(part.to(device) for part in encode(tokenizer, own)))
+        loss.backward()  # FSDP2 averages the gradients over the processes
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        if rank == 0:
+            print(f"loss {mean.item() / size:.7f}", flush=True)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=whole)  # every process takes part
+    if rank == 0:
+        tokenizer.save_pretrained(args.output)
+        policy.save_pretrained(args.output, state_dict=weights)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Every example runs on a tiny model and computes what plain transformers and PyTorch compute."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from packing_samples import text_model, tokenizer
+
+from cpo_fast.model.build import save_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORDS = ["clear lungs", "a small effusion", "an enlarged heart", "basal atelectasis"]
+PAIRS = [
+    {
+        "prompt": f"Report of patient {i}? ",
+        "chosen": f"There are {WORDS[i % 4]} and {WORDS[(i * 7 + 1) % 4]}.",
+        "rejected": f"There is {WORDS[(i + 1) % 4]}, line {i * 3}.",
+    }
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, and files of pairs and prompts."""
+    place = tmp_path_factory.mktemp("examples")
+    save_model(text_model(), place / "model", tokenizer=tokenizer())
+    pairs = "".join(json.dumps(row) + "\n" for row in PAIRS)
+    (place / "pairs.jsonl").write_text(pairs, encoding="utf-8")
+    prompts = [{"prompt": row["prompt"], "findings": ["e", "effusion"]} for row in PAIRS[:2]]
+    lines = "".join(json.dumps(row) + "\n" for row in prompts)
+    (place / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    return place
+
+
+def losses_of(output: str) -> list[float]:
+    return [float(number) for number in re.findall(r"loss (-?[\d.]+)", output)]
+
+
+def ran(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> list[float]:
+    """The losses that an example prints."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return losses_of(capsys.readouterr().out)
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def summed(model: Any, prompt: str, answer: str) -> torch.Tensor:
+    """The log-prob of an answer by the model's own logits."""
+    head = tokenizer()(prompt)["input_ids"]
+    tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
+    logps = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+    return sum(logps[len(head) - 1 + i, token] for i, token in enumerate(tail))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def unpatched(folder: Path) -> tuple[list[float], Any]:
+    """Losses of three steps of two pairs, and the model after them."""
+    model, reference = loaded(folder / "model"), loaded(folder / "model")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for start in (0, 2, 4):
+        margins = []
+        for row in PAIRS[start : start + 2]:
+            ours, theirs = (
+                summed(m, row["prompt"], row["chosen"]) - summed(m, row["prompt"], row["rejected"])
+                for m in (model, reference)
+            )
+            margins.append(ours - theirs.detach())
+        loss = -F.logsigmoid(0.1 * torch.stack(margins)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+def test_the_plain_loop(folder: Path, unpatched: Any, capsys: Any, monkeypatch: Any) -> None:
+    assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 40
+    arguments = (folder / "model", folder / "pairs.jsonl")
+    losses = ran(capsys, monkeypatch, "plain_loop.py", *arguments)
+    assert losses == pytest.approx(unpatched[0], abs=2e-5)
+    assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_fsdp2_in_two_processes(folder: Path, unpatched: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(EXAMPLES / "fsdp2.py"), str(folder / "model"),
+               str(folder / "pairs.jsonl"), str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, model = unpatched
+    assert losses_of(done.stdout) == pytest.approx(losses, abs=2e-5)
+    saved = loaded(tmp_path / "out").state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_trl_with_the_drop_in(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Its equality to trl is tested in test_integrations_trl.py; here, that it runs and learns."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    ran(capsys, monkeypatch, "trl_dpo.py", folder / "model", folder / "pairs.jsonl", tmp_path)
+    (state,) = tmp_path.glob("checkpoint-5/trainer_state.json")
+    rows = [row for row in json.loads(state.read_text())["log_history"] if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and len(rows) == 5
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_grpo_runs(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    arguments = (folder / "model", folder / "prompts.jsonl", "--max_new_tokens", "12")
+    losses = ran(capsys, monkeypatch, "grpo.py", *arguments)
+    assert len(losses) == 2 and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_grpos_loss_and_gradient_are_those_of_whole_logits(
+    folder: Path, temperature: float
+) -> None:
+    grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))
+    model, reference = loaded(folder / "model"), loaded(folder / "model")
+    torch.manual_seed(0)
+    prompts = ["Report of patient 1? ", "What does the radiograph show in patient 12? "]
+    rollout = grpo["Rollout"](
+        model, tokenizer(), prompts, 3, max_new_tokens=9, temperature=temperature
+    )
+    rewards = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, 2.0]])
+    advantages = grpo["group_advantages"](rewards).flatten()
+    assert advantages[3:].abs().max() == 0 and abs(advantages[:3].sum()) < 1e-5
+    weights = torch.rand(len(rollout.labels))
+    with torch.no_grad():
+        old = rollout.logps(model, temperature)
+        for one in (model, reference):
+            for parameter in one.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        ref = rollout.logps(reference, temperature)
+    loss = grpo["grpo_loss"](
+        rollout.logps(model, temperature), old, ref, advantages[rollout.rows], weights
+    )
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    # The same, answer by answer, from logits over prompt and answer without padding.
+    total, at = torch.zeros(()), 0
+    for row in range(6):
+        start = int(rollout.mask[row].argmax())
+        scored = rollout.scored[row].nonzero()[:, 0]
+        ids = rollout.ids[row, start : int(scored[-1]) + 2]
+        policy, kept = (
+            (m(ids[None]).logits[0] / temperature).log_softmax(-1) for m in (model, reference)
+        )
+        for position in (scored - start).tolist():
+            token = ids[position + 1]
+            ratio = torch.exp(policy[position, token] - old[at])
+            d = kept[position, token].detach() - policy[position, token]
+            gain = torch.min(
+                ratio * advantages[row], torch.clamp(ratio, 0.8, 1.2) * advantages[row]
+            )
+            total = total - weights[at] * (gain - 0.04 * (torch.exp(d) - d - 1))
+            at += 1
+    assert at == len(rollout.labels)
+    want = total / weights.sum()
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+    for parameter, mine in zip(model.parameters(), found, strict=True):
+        worst = (parameter.grad - mine).abs().max()
+        assert worst <= 1e-3 * parameter.grad.abs().max() + 1e-6

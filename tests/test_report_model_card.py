@@ -1,0 +1,108 @@
+"""The model card: what a hub reads, figures of the run, nothing of a patient or a machine."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from report_samples import REPORT, write_run
+
+from cpo_fast.report.model_card import base_model, card_of_export, write_cards
+from cpo_fast.training.arguments import parse_arguments
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run: an adapter of CPO that sees images, and SFT's checkpoint and merged model."""
+    folder = write_run(tmp_path / "run")
+    flags = ["--dataset", str(tmp_path / "secret"), "--preset", "paper", "--beta", "0.25",
+             "--counterfactual_sources", "thinking,perception"]  # fmt: skip
+    config = asdict(parse_arguments(flags)) | {"world_size": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    summary = json.loads((folder / "summary.json").read_text())
+    for stage, step in (("sft", 6), ("cpo", 4)):
+        checkpoint = folder / stage / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "preprocessor_config.json").write_text("{}")
+        (checkpoint / "adapter_config.json").write_text("{}")
+        # as a run names it whose folder was moved later
+        summary["stages"].setdefault(stage, {})["checkpoint"] = f"/elsewhere/{checkpoint.name}"
+    (folder / "sft" / "merged").mkdir()
+    summary["data"] |= {"kind": "mimic-cxr", "counterfactuals": 12}
+    summary["data"]["counterfactual_sources"] = {"thinking": 8, "perception": 4}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def header(path: Path) -> dict[str, Any]:
+    _, yaml_part, _ = path.read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(yaml_part)
+
+
+def test_the_header_is_what_a_hub_reads(run: Path) -> None:
+    folders = [path.parent.name for path in write_cards(run)]
+    assert folders == ["checkpoint-6", "merged", "checkpoint-4"]
+    found = header(run / "cpo" / "checkpoint-4" / "README.md")
+    assert found["library_name"] == "peft" and found["pipeline_tag"] == "image-text-to-text"
+    assert {"cpo", "dpo", "lora", "cpo_fast"} <= set(found["tags"])
+    assert "base_model" not in found  # a folder on this machine is no name on a hub
+    merged_card = header(run / "sft" / "merged" / "README.md")
+    assert merged_card["library_name"] == "transformers"
+    assert merged_card["pipeline_tag"] == "text-generation"
+
+
+def test_figures_settings_and_nothing_private(run: Path, monkeypatch: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a card needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    path = next(path for path in write_cards(run) if path.parent.name == "checkpoint-4")
+    card = path.read_text(encoding="utf-8")
+    assert path.stat().st_mode & 0o777 == 0o600
+    summary = json.loads((run / "summary.json").read_text())
+    assert "| `beta` | 0.25 |" in card and "| `learning_rate` | 2e-05 |" in card
+    assert "| `counterfactual_sources` | thinking,perception |" in card
+    assert "| `processes` | 2 |" in card and "sft_" not in card
+    assert "| Counterfactuals, perception | 4 |" in card and "2604.15705" in card
+    for reason in summary["data"]["rejected"]:
+        assert f"| Set aside: {reason} |" in card
+    assert "### Diagnosis, overall" in card and "### Preference for the original report" in card
+    for private in (REPORT, *REPORT.split("."), "secret", str(run), "/elsewhere", "/data/"):
+        assert len(private.strip()) < 4 or private.strip() not in card, private
+    ids = [json.loads(line)["id"] for line in (run / "rejected_records.jsonl").open()]
+    assert ids and not any(name in card for name in ids if len(name) > 3)
+    sft = (run / "sft" / "checkpoint-6" / "README.md").read_text(encoding="utf-8")
+    assert "| `learning_rate` | 0.0001 |" in sft and "| `lr_scheduler_type` | cosine_with" in sft
+    assert "max_steps" not in card and "on data of the kind `mimic-cxr`" in card
+    assert "`beta`" not in sft and "`max_length` | 2048" in sft
+
+
+def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert card_of_export(run / "cpo" / "checkpoint-4", out) == out / "README.md"
+    assert header(out / "README.md")["library_name"] == "transformers"
+    assert card_of_export(tmp_path / "alone" / "x" / "adapter", out) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/hub/models--Qwen--Qwen2.5-VL-7B-Instruct/snapshots/0a1b", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("Qwen/Qwen2.5-VL-3B", "Qwen/Qwen2.5-VL-3B"),
+        ("/models/Qwen2.5-VL-3B", None),
+        ("../models", None),
+        ("tiny", None),
+    ],
+)
+def test_the_base_models_name_on_a_hub(path: str, name: str | None) -> None:
+    assert base_model({"model_name_or_path": path}) == name
+
+
+def test_a_run_without_a_checkpoint_gets_no_card(tmp_path: Path) -> None:
+    assert write_cards(write_run(tmp_path / "run")) == []
