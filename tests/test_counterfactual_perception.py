@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.perception import (
     build_pool,
     perception_counterfactuals,
-    perception_preference,
+    with_perception,
 )
+from cpo_fast.counterfactual.preference import sft_preference
 from cpo_fast.data.preference_rows import parse_counterfactual
-from cpo_fast.types import ImageRef, Report
+from cpo_fast.types import Counterfactual, ImageRef, Report
 
 GRAPH = load_graph()
 PLAIN = Report("The heart is normal. The lungs are clear.", "No acute disease.")
@@ -29,10 +31,10 @@ STUDIES = [
 def test_the_other_image_makes_the_answer_wrong() -> None:
     pool = build_pool(STUDIES, GRAPH)
     found = list(perception_counterfactuals(STUDIES, pool, GRAPH))
-    assert [cf.study_id for cf, _ in found] == [s.study_id for s in STUDIES]
-    for cf, images in found:
+    assert [cf.study_id for cf in found] == [s.study_id for s in STUDIES]
+    for cf in found:
         assert cf.passed and cf.kind == "perception"
-        assert images and images[0].path not in cf.images
+        assert cf.rejected_images and cf.rejected_images[0] not in cf.images
         shown = set(cf.counterfactual_labels)
         assert not set(cf.labels) <= shown
         assert cf.counterfactual == cf.report
@@ -42,8 +44,8 @@ def test_the_other_image_makes_the_answer_wrong() -> None:
 def test_the_nearest_in_attributes_is_taken() -> None:
     near = Report("Lungs are hyperinflated with flattened diaphragms. Left pleural effusion.", "")
     pool = build_pool([*STUDIES, study(near, 99)], GRAPH)
-    (_, images), *_ = perception_counterfactuals([study(INFLATED, 100)], pool, GRAPH)
-    assert images[0].path == "p/99.jpg"
+    (cf,) = perception_counterfactuals([study(INFLATED, 100)], pool, GRAPH)
+    assert cf.rejected_images == ("p/99.jpg",)
 
 
 def test_the_choice_does_not_depend_on_the_shard() -> None:
@@ -55,32 +57,37 @@ def test_the_choice_does_not_depend_on_the_shard() -> None:
 
 def test_a_study_without_image_or_neighbour_is_set_aside() -> None:
     pool = build_pool(STUDIES[:1], GRAPH)
-    alone, _ = next(perception_counterfactuals(STUDIES[:1], pool, GRAPH))
+    alone = next(perception_counterfactuals(STUDIES[:1], pool, GRAPH))
     assert alone.checks == {"image": True, "neighbour": False}
     bare = study(NORMAL, 7)
     bare = type(bare)(bare.study_id, bare.patient_id, bare.report)
-    without, images = next(perception_counterfactuals([bare], pool, GRAPH))
-    assert without.checks["image"] is False and images == ()
+    without = next(perception_counterfactuals([bare], pool, GRAPH))
+    assert without.checks["image"] is False and without.rejected_images == ()
 
 
 def test_the_preference_changes_the_image_alone() -> None:
     other = (ImageRef("p/9.jpg"),)
-    made = perception_preference(STUDIES[0], other)
+    own = sft_preference(STUDIES[0])
+    made = with_perception(own, other)
     assert made.rejected == (made.chosen,)
     assert made.rejected_images == (other,) and made.images == STUDIES[0].images
-    assert made.source == "perception"
+    assert made.source == "perception" and made.sources == ("perception",)
+    both = with_perception(replace(own, rejected=("a", "b")), other)
+    assert both.rejected == ("a", "b", own.chosen)
+    assert both.sources == ("thinking", "thinking", "perception")
     with pytest.raises(ValueError, match="two images"):
-        perception_preference(STUDIES[0], ())
+        with_perception(own, ())
 
 
 def test_rows_are_read_back_by_the_preference_reader() -> None:
     pool = build_pool(STUDIES, GRAPH)
-    cf, images = next(perception_counterfactuals(STUDIES, pool, GRAPH))
-    row = json.loads(json.dumps({**cf.to_json(), "rejected_images": [i.path for i in images]}))
+    cf = next(perception_counterfactuals(STUDIES, pool, GRAPH))
+    row = json.loads(json.dumps(cf.to_json()))
+    assert Counterfactual.from_json(row) == cf
     made = parse_counterfactual(row, "", "x")
     assert made.source == "perception"
     assert made.rejected == (made.chosen,)
-    assert made.rejected_images[0] == images
+    assert made.rejected_images[0] == tuple(map(ImageRef, cf.rejected_images))
 
 
 def test_command_needs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

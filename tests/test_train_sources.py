@@ -13,6 +13,7 @@ from packing_samples import image, images, preference, tokenizer, vision_languag
 from safetensors.torch import load_file
 from test_train_run import rows, train, without_timing
 
+from cpo_fast.data import open_studies
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.packed import PackedModel
@@ -193,17 +194,13 @@ def test_a_run_on_the_phantom_with_both(plain: Path, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "margin by source" in page and "CPO, perception" in page
     lines = [json.loads(line) for line in (tmp_path / "counterfactuals.jsonl").open()]
-    splits = {}  # patient -> split; another's image comes from the same split
-    for line in (tmp_path / "data" / "mimic-cxr-2.0.0-split.csv").read_text().splitlines()[1:]:
-        _, _, patient, split = line.split(",")
-        splits[f"p{patient}"] = split
+    split_of = {study.patient_id: study.split for study in open_studies(str(tmp_path / "data"))}
     for line in lines:
-        if line["kind"] == "perception":
+        if line["kind"] == "perception":  # another patient's image, from the same split
             (path,) = line["rejected_images"]
             assert (tmp_path / path).is_file()
-            other = Path(path).parts[3]
-            assert other != f"p{line['patient_id']}".replace("pp", "p")
-            assert splits[other] == splits[f"p{line['patient_id']}".replace("pp", "p")]
+            other, own = Path(path).parts[3], line["patient_id"]
+            assert other != own and split_of[other] == split_of[own]
 
 
 @pytest.mark.slow
