@@ -57,6 +57,38 @@ void check_units(int rows, int vocab) {
   for (int count : split_seen) CHECK(count == 1);
 }
 
+// Every logit of a ragged matrix comes from its own row of H and of W, is summed once and stored
+// once: box_row's stand-in for boxes outside is read by nothing that counts.
+void check_tiles(int rows, int vocab) {
+  const LinearPlan plan = linear_plan(rows, vocab);
+  for (int64_t row_tile = 0; row_tile < int64_t{plan.row_pairs} * kCluster; ++row_tile) {
+    for (int r = 0; r < kTileM; ++r) {
+      const int64_t row = row_tile * kTileM + r;
+      if (row < rows) CHECK(box_row(row_tile * kTileM, rows) + r == row);
+    }
+  }
+  int64_t summed = 0;
+  std::vector<int> stored(row_vecs(vocab), 0);
+  for (int tile = 0; tile < plan.vocab_tiles; ++tile) {
+    for (int column = 0; column < kTileN; ++column) {
+      const int64_t global = int64_t{tile} * kTileN + column;
+      if (global >= vocab) continue;
+      ++summed;
+      const int half = column / kHalfN;
+      const int64_t first = int64_t{tile} * kTileN + half * kHalfN;
+      CHECK(box_row(first, vocab) + column % kHalfN == global);
+    }
+    for (int four = 0; four < kTileN / kVec / 4; ++four) {
+      for (int q = 0; q < 4; ++q) {
+        const int vector = tile * kTileN / kVec + 4 * four + q;
+        if (vector < row_vecs(vocab)) ++stored[vector];
+      }
+    }
+  }
+  CHECK(summed == vocab);
+  for (int count : stored) CHECK(count == 1);
+}
+
 void check_accumulators() {
   std::vector<int> seen(64 * kTileN, 0);
   for (int thread = 0; thread < 128; ++thread) {
@@ -170,7 +202,17 @@ int main() {
   CHECK(offset_2d(100000, 152064, 5) == int64_t{15206400005});
   CHECK(box_row(0, 1) == 0 && box_row(127, 128) == 127 && box_row(128, 128) == 0);
 
+  for (int rows = 1; rows <= 1030; ++rows) check_tiles(rows, 1 + rows * 7 % 1500);
+  for (int vocab = 1; vocab <= 2100; ++vocab) check_tiles(1 + vocab % 600, vocab);
+  for (int vocab : {50257, 151936, 152064, 262144}) check_tiles(8192, vocab);
+
   check_accumulators();
+  for (int stage = 0; stage < kStages; ++stage) {
+    for (int group = 0; group < kTileM / 64; ++group) {
+      check_swizzle(stage * kStageBytes + group * (kBytesH / 2), 64);
+    }
+    check_swizzle(stage * kStageBytes + kBytesH, kTileN);
+  }
   check_swizzle(0, kTileM);
   check_swizzle(5 * 1024, kTileN);
   check_swizzle(kStages * kStageBytes - kBytesW, kTileN);

@@ -247,6 +247,7 @@ def linear(
         factors=found["factors"] if with_exp else None,
     )
     if with_exp:
+        assert (exp[(labels < 0) | (labels >= V), :V] == 0).all()
         assert (exp[:, V : (V + 7) // 8 * 8] == 0).all()
         assert exp[:, (V + 7) // 8 * 8 :].isnan().all()
         found["gradient"] = exp[:, :V].double() * found["factors"].double()[:, None]
@@ -316,6 +317,24 @@ def test_linear_exp_repairs_offsets_out_of_reach(place: Place) -> None:
     offsets[514] -= 300  # everything overflows: the third; the second is left as it is
     offsets[515] = NAN
     check_linear(place, T, V, D, offsets=offsets)
+
+
+@on_hopper
+def test_linear_exp_of_ignored_rows_is_zero_whatever_they_hold(place: Place) -> None:
+    needs_hopper(place)
+    T, V, D = 140, 300, 40
+    hidden = normal(place, T, D).bfloat16()
+    weight = normal(place, V, D, seed=1).bfloat16()
+    labels = labels_for(place, T, V)
+    ignored = (labels < 0) | (labels >= V)
+    offsets = linear(place, hidden, weight, labels)["lse"]
+    want = linear(place, hidden, weight, labels, offsets=offsets)
+    hidden[ignored] = NAN
+    offsets[ignored] = NAN
+    found = linear(place, hidden, weight, labels, offsets=offsets)
+    assert (found["gradient"][ignored] == 0).all() and (found["logps"][ignored] == 0).all()
+    for name in ("logps", "gradient"):
+        assert torch.equal(found[name][~ignored], want[name][~ignored])
 
 
 @on_hopper

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.gpu.correctness import RULES
 from cpo_fast.loss import chunked, cpo_loss, cuda, linear_logprobs, reference
 from cpo_fast.loss.segments import segment_sums as plain_segment_sums
 
@@ -79,7 +80,7 @@ class StandIn:
             scored = labels >= 0
             factors = -(offsets - lse).exp() / a["temperature"]
             at(a["factors"], (rows,), 1, torch.float32)[:] = torch.where(scored, factors, 0)
-            exp = (z - offsets[:, None]).exp()
+            exp = (z - offsets[:, None]).exp() * scored[:, None]
             gradient = gradient / a["temperature"] / factors[:, None]
             picked = labels.clamp(min=0)[:, None]
             exp.scatter_(1, picked, gradient.gather(1, picked))
@@ -293,6 +294,21 @@ def test_what_was_measured_to_win_is_taken(
     assert kernels_run() == [], "a dtype that these kernels do not take"
 
 
+@pytest.mark.parametrize("variant", ["cuda rows", "cuda fused"])
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "same bits every run"])
+def test_the_rules_that_a_gpu_is_asked_for(
+    kernels: StandIn, monkeypatch: pytest.MonkeyPatch, rule: str, variant: str
+) -> None:
+    monkeypatch.setattr(cuda, "obstacle", lambda device: None)
+    monkeypatch.setattr(cuda, "_has_wgmma", constant_under_compile)
+    RULES[rule](variant, "cpu", True)
+
+
+@torch.compiler.assume_constant_result
+def constant_under_compile(device: torch.device) -> bool:
+    return bool(torch.tensor([1.0]).item())  # would break the graph if it were traced
+
+
 def test_a_path_can_be_forced(kernels: StandIn) -> None:
     case = inputs(20, 50, 16, torch.bfloat16, bias=False)
     with cuda.forced_path("fused"):
@@ -343,4 +359,20 @@ def test_chunk_plan(V: int, D: int) -> None:
         assert rows == T or rows % 128 == 0
         assert (pairs := chunked.chunk_rows(T, V, D, 2, 132, 2**30, 256)) == T or pairs % 256 == 0
     assert chunked.chunk_rows(8192, 152064, 3584, 2, 132, 1) == 1
+    # Counted another way: of all chunk sizes that fit, none keeps the machine busy for longer.
+    T, room = 8192, 2**30
+
+    def busy(rows: int) -> float:
+        """The share of tile slots that hold work, both products and all chunks together."""
+        work = slots = 0
+        for size in [rows] * (T // rows) + [T % rows] * (T % rows > 0):
+            for width, terms in ((V, D), (D, V)):
+                tiles = math.ceil(size / 128) * math.ceil(width / 256)
+                work += size / 128 * width / 256 * terms
+                slots += math.ceil(tiles / 132) * 132 * terms
+        return work / slots
+
+    chosen = chunked.chunk_rows(T, V, D, 2, 132, room)
+    fits = range(128, min(T, room // (2 * chunked.padded(V))) + 1, 128)
+    assert busy(chosen) >= max(map(busy, fits)) - 1e-12
     assert chunked.padded(V) % 64 == 0 and 0 <= chunked.padded(V) - V < 64

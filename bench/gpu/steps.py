@@ -33,14 +33,19 @@ def step(size: str, peers: tuple[str, ...], device: str, options: dict[str, Any]
 
 def units(setting: Setting) -> list[Unit]:
     if setting.quick:
-        options = {"studies": 2, "rounds": 1, "side": 56}
+        options = {"studies": 1, "rounds": 1, "side": 56}
         run = functools.partial(step, "tiny", ("unshared",), setting.device, options)
         return [Unit("step of tiny", run, limit=120)]
+    import torch
+
+    # Packs of 8192 tokens keep some 60 GB for the backward of 7B.
+    large = torch.cuda.get_device_properties(0).total_memory > 100e9
     found = []
     for batch in (8, 4):  # trl's best is what counts
         for size in ("7B", "3B"):
             peers = ("trl", "unshared") if batch == 8 else ("trl",)
             options = {"studies": 16, "trl_batch": batch, "rounds": 3}
+            options["packing_length"] = 8192 if large else 4096
             run = functools.partial(step, size, peers, setting.device, options)
             found.append(Unit(f"step of {size}, trl in batches of {batch}", run, limit=150))
     return found

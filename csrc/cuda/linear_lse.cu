@@ -125,6 +125,7 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
           const int i = 4 * (4 * four + v) + 2 * h;
           word[v] = pack<__nv_bfloat16>(exp2_fast(acc[i] * c - rows.offset[h]),
                                         exp2_fast(acc[i + 1] * c - rows.offset[h]));
+          if (rows.label[h] < 0) word[v] = 0;  // no gradient of an ignored row, whatever it holds
         }
         transpose_quad(word, q);
         const int vector = tile_column / kVec + 4 * four + q;
@@ -217,6 +218,9 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
     const auto release = [&](int used) {
       if (lane < kCluster) barrier_arrive(&empty[used], lane);
     };
+    // The second group starts as many steps behind the first as the ring has stages, and stays
+    // behind: while one is in its epilogue, the other has the tensor cores to itself.
+    bool waits_for_a_full_ring = group == kConsumers;
     float acc[kAccumulators];
     for (int64_t u = cluster; u < job.plan.units; u += clusters) {
       const LinearUnit unit = linear_unit(job.plan, u);
@@ -233,6 +237,10 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
         if constexpr (kExp) {
           if (row < args.rows) rows.offset[h] = args.offsets[row] * kLog2e;
         }
+      }
+      if (waits_for_a_full_ring) {
+        barrier_wait(&full[(job.k_tiles < kStages ? job.k_tiles : kStages) - 1], 0);
+        waits_for_a_full_ring = false;
       }
       for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
         for (int k = 0; k < job.k_tiles; ++k) {
@@ -317,7 +325,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine(const Job job) {
   args.lse[row] = result.lse;
   if (job.redo != nullptr) {
     const float offset = args.offsets[row];
-    if (fabsf(offset - result.lse) <= kOffsetReach) {
+    if (label < 0 || fabsf(offset - result.lse) <= kOffsetReach) {
       patch_label(args, row, label, result.lse, offset, result.others);
     } else {  // also for NaN
       job.redo[row / kPairRows] = 1;

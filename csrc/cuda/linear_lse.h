@@ -31,7 +31,8 @@ struct LinearArgs {
   void* workspace;  // linear_workspace_bytes(...), aligned to 16 bytes
   // Only with E; all of them or none. bfloat16 inputs only: float16 has no range for exp(z -
   // offset).
-  void* exp;             // E [rows, exp_stride] bf16; columns vocab.. rounded up to 8 are set to 0
+  void* exp;             // E [rows, exp_stride] bf16; columns vocab.. rounded up to 8 are set to 0,
+                         // and the rows whose label is ignored
   int64_t exp_stride;    // in values, a multiple of 8
   const float* offsets;  // [rows] any estimate of the LSE, such as the reference model's
   float* factors;        // [rows] out; 0 where the label is ignored
