@@ -1,4 +1,4 @@
-"""The loss op against its peers: time, CPU time, extra memory and error, in one table with ratios.
+"""The loss op against its peers on the CPU: time, CPU time, extra memory and error, in one table.
 
 Every provider computes the sigmoid loss of the same pairs from the same hidden states and gives the
 gradient of `hidden` (and of the head, where it is trained). Each round of a provider is preceded by
@@ -7,8 +7,9 @@ head with an on-line reference cannot do without (H W^T twice, P W), in chunks o
 preallocated. Ratios are of medians; on a busy machine look at those of CPU time. Errors of loss and
 gradient are those against float64 on the same inputs, relative, in the Euclidean norm.
 
-CPO_FAST_BENCH_SHAPES="512,896,151936;2048,896,151936" sets other sizes (tokens, hidden,
-vocabulary).
+Sizes are those of the 0.5B model at 256 to 2048 tokens; CPO_FAST_BENCH_SHAPES="all" takes the 3B
+and the 7B model and 4096 and 8192 tokens too (hours), and "512,896,151936;2048,896,151936" others
+(tokens, hidden, vocabulary). `bench.gpu_check` measures the same on a GPU.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,21 +42,29 @@ from bench.loss_peers import (
 )
 from bench.memory import extra_memory
 from cpo_fast.loss import available_impls, cpo_loss
+from cpo_fast.loss.workspace import limit
 
 ROUNDS = 5
-SHAPES = [
-    tuple(map(int, shape.split(",")))
-    for shape in os.environ.get("CPO_FAST_BENCH_SHAPES", "512,896,151936").split(";")
-]
+MODELS = [(896, 151936), (2048, 151936), (3584, 152064)]  # D, V of Qwen2.5-VL's 0.5B, 3B, 7B
+LARGEST = (8192, 896, 152064)  # for the bound on memory
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    if text == "all":
+        return [(T, *model) for model in MODELS for T in (256, 512, 1024, 2048, 4096, 8192)]
+    if not text:
+        return [(T, *MODELS[0]) for T in (256, 512, 2048)]
+    return [tuple(map(int, shape.split(","))) for shape in text.split(";")]
+
+
+SHAPES = shapes(os.environ.get("CPO_FAST_BENCH_SHAPES", ""))
 
 
 def ours(p: Problem, isa: str = "", impl: str | None = None) -> Tensor:
     source = {"ref_hidden": p.ref_hidden} if p.online else {"ref_logps": p.ref_logps}
     with contextlib.ExitStack() as stack:
         if isa:
-            from cpo_fast.loss.cpu_rows import forced_isa
-
-            stack.enter_context(forced_isa(isa))
+            stack.enter_context(cpu_rows.forced_isa(isa))
         return cpo_loss(
             p.hidden,
             p.weight,
@@ -70,10 +81,11 @@ def ours(p: Problem, isa: str = "", impl: str | None = None) -> Tensor:
 PROVIDERS: dict[str, Callable[[Problem], Tensor]] = dict(PEERS)
 if "cpu" in available_impls("cpu"):
     from cpo_fast import _cpu
+    from cpo_fast.loss import cpu_rows
 
     PROVIDERS[f"ours, vendor GEMM + {_cpu.isa('')}"] = functools.partial(ours, isa=_cpu.isa(""))
-    if _cpu.amx_available():
-        PROVIDERS["ours, by itself (AMX)"] = ours
+    if cpu_rows.default_engine:
+        PROVIDERS[f"ours, by itself ({cpu_rows.default_engine})"] = ours
 else:
     PROVIDERS["ours, reference"] = ours
 
@@ -105,10 +117,8 @@ def exact(shape: tuple[int, ...], case: str) -> tuple[Tensor, Tensor]:
 
 def drop_workspace() -> None:
     """What our op keeps for its next call counts as extra memory, too."""
-    with contextlib.suppress(ImportError):
-        from cpo_fast.loss.cpu_rows import workspace
-
-        workspace.memory = torch.empty(0, dtype=torch.uint8)
+    if "cpu" in available_impls("cpu"):
+        cpu_rows.workspace.memory = torch.empty(0, dtype=torch.uint8)
 
 
 # --- the benchmark --------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
         pytest.skip(f"{package} is not installed")
     p = problem(shape, case)
     bare = floor(*shape)
-    wall, cpu, bare_wall, bare_cpu = [], [], [], []
+    wall, cpu, bare_wall, bare_cpu, forward = [], [], [], [], []
 
     def timed(run: Callable[[], object], walls: list[float], cpus: list[float]) -> object:
         begun, used = time.perf_counter(), time.process_time()
@@ -144,8 +154,10 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
 
     def step() -> Tensor:
         p.hidden.grad = p.weight.grad = None
+        begun = time.perf_counter()
         with torch.set_grad_enabled(p.backward):
             loss = PROVIDERS[provider](p)
+        forward.append(time.perf_counter() - begun)
         if p.backward:
             loss.backward()
         return loss.detach()
@@ -167,6 +179,7 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
     if p.hidden.grad is not None:
         errors["gradient"] = float((p.hidden.grad.double() - exact_grad).norm() / exact_grad.norm())
     seconds, used = statistics.median(wall), statistics.median(cpu)
+    of_forward = statistics.median(forward[-ROUNDS:])
     ratio, cpu_ratio = seconds / statistics.median(bare_wall), used / statistics.median(bare_cpu)
     T, D, V = shape
     benchmark.extra_info.update(
@@ -178,7 +191,10 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
         dtype="bfloat16",
         input_bytes=2 * (2 * T * D + V * D),
         logits_bytes=2 * T * V,
+        workspace_bytes=limit(torch.device("cpu")),
         extra_bytes=memory,
+        forward_seconds=of_forward,
+        backward_seconds=seconds - of_forward if p.backward else None,
         cpu_seconds=used,
         floor_seconds=statistics.median(bare_wall),
         floor_cpu_seconds=statistics.median(bare_cpu),
@@ -186,10 +202,51 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
         cpu_ratio_to_floor=cpu_ratio,
         errors=errors,
         threads=torch.get_num_threads(),
+        processor=processor(),
         versions={"torch": torch.__version__, **{n: version(n) for n in PACKAGES.values()}},
     )
+    both = f"{of_forward:7.3f} + {seconds - of_forward:6.3f}" if p.backward else " " * 16
     lines.append(
-        f"{case:33} {provider:28} {seconds:7.3f} s {ratio:5.2f} x floor  CPU {used:7.3f} s "
-        f"{cpu_ratio:5.2f} x  +{(memory or 0) / 2**20:6.0f} MiB  "
+        f"T{T} D{D} {case:33} {provider:30} {seconds:7.3f} s ({both}) {ratio:5.2f} x floor  "
+        f"CPU {used:7.3f} s {cpu_ratio:5.2f} x  +{(memory or 0) / 2**20:6.0f} MiB  "
         + "  ".join(f"{name} err {value:.1e}" for name, value in errors.items())
     )
+
+
+@pytest.mark.skipif("cpu" not in available_impls("cpu"), reason="cpo_fast._cpu is not built")
+def test_memory_of_the_largest(benchmark) -> None:
+    """8192 tokens of a frozen head, reference on-line: workspace + 4 bytes for each of T x D."""
+    T, D, _ = LARGEST
+    p = problem(LARGEST, "frozen head, reference on-line")
+    small = problem((16, D, LARGEST[2]), "frozen head, reference on-line")
+    ours(small).backward()  # what is set up once is no matter of size
+
+    def step(isa: str) -> None:
+        p.hidden.grad = None
+        ours(p, isa).backward()
+
+    grown: list[int | None] = []
+    for isa in (_cpu.isa(""), cpu_rows.default_engine):
+        drop_workspace()
+        grown.append(extra_memory(functools.partial(step, isa)))
+    allowed = limit(torch.device("cpu")) + 4 * T * D * 4
+    names = (f"vendor GEMM + {_cpu.isa('')}", f"by itself ({cpu_rows.default_engine})")
+    benchmark.extra_info.update(
+        shape=LARGEST, allowed_bytes=allowed, extra_bytes=dict(zip(names, grown, strict=True))
+    )
+    for name, extra in zip(names, grown, strict=True):
+        if extra is not None:
+            lines.append(
+                f"memory at T{T} D{D} V{LARGEST[2]}, {name}: "
+                f"+{extra / 2**20:.0f} MiB, allowed {allowed / 2**20:.0f}"
+            )
+            assert extra <= allowed
+    benchmark.pedantic(step, ("",), rounds=1)
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -23,6 +23,7 @@ CASES = {
     "frozen head, reference cached": (False, False, True),
     "frozen head, forward only": (False, True, False),
     "trained head, reference on-line": (True, True, True),
+    "trained head, reference cached": (True, False, True),
 }
 """Head trained, reference on-line, backward."""
 PACKAGES = {

@@ -153,8 +153,10 @@ def native() -> Lines:
             yield f"{'missing' if missing else 'broken':8} cpo_fast.{name}, {why}", None
         else:
             best = f", row kernels: {module.isa('')}" if hasattr(module, "isa") else ""
-            amx = ", AMX" if hasattr(module, "amx_available") and module.amx_available() else ""
-            yield f"ok       cpo_fast.{name}{best}{amx}", None
+            if hasattr(module, "fused_available"):
+                engines = [e for e in ("amx", "avx512_bf16") if module.fused_available(e)]
+                best += f", fused kernel: {engines[0] if engines else 'none'}"
+            yield f"ok       cpo_fast.{name}{best}", None
 
 
 def implementations() -> Lines:

@@ -1,26 +1,27 @@
-"""The native CPU implementation: a fused AMX kernel, or vendor GEMMs around row kernels (csrc/cpu).
+"""The native CPU implementation: a fused kernel, or vendor GEMMs around row kernels (csrc/cpu).
 
 For each token d logp / d h is one vector g, whatever loss follows, so the forward pass computes it
 while the logits are at hand, and the backward pass is one scalar per token times g: two GEMMs in
 all, nothing recomputed. The vocabulary is worked off in blocks; sums over blocks are float32, under
-an offset per token that is raised when needed. Plain bfloat16 logits on a processor with AMX never
-reach memory (csrc/cpu/amx.h); all others are blocks between two vendor GEMMs (csrc/cpu/rows.h).
+an offset per token that is raised when needed. bfloat16 logits on a processor with AMX or
+AVX512-BF16 never reach memory (csrc/cpu/fused.h); all others are blocks between two vendor GEMMs
+(csrc/cpu/rows.h).
 
 A head that is trained needs the residual, onehot - p, once more: dW = residual^T (coefficient * H).
 It is kept from the forward pass where all of it fits the workspace (three GEMMs), else computed
-again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four). It
-must come from logits as exact as those of the log-sum-exp: AMX computes it again in any case, from
-float32 logits, and is faster so than three vendor GEMMs with their row kernels.
+again, vocabulary block by block over all tokens, so that one GEMM sums each row of dW (four).
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.cpu_rows import Rows, fused, workspace
+from cpo_fast import _cpu  # type: ignore[attr-defined]
+from cpo_fast.loss.cpu_rows import Rows, fused_engine, large_empty, slots, workspace
 from cpo_fast.loss.workspace import limit
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
@@ -50,7 +51,7 @@ def token_logps(
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     room = limit(hidden.device)
     size = hidden.shape[0] * weight.shape[0] * _compute_dtype(hidden.dtype).itemsize
-    use_amx = fused(hidden.dtype, hidden.shape[1], bias, softcap or 0.0, room)
+    engine = fused_engine(hidden.dtype, hidden.shape[1], room)
     logps, ref_logps, *_ = _forward(
         hidden,
         weight,
@@ -61,8 +62,9 @@ def token_logps(
         1 / temperature,
         ignore_index,
         graph and hidden.requires_grad,
-        graph and head_grad and size <= room and not use_amx,
-        use_amx,
+        graph and head_grad and size <= room,
+        engine,
+        slots() if engine else 1,
         room,
     )
     return logps, None if ref_hidden is None else ref_logps.detach()
@@ -95,30 +97,40 @@ def _forward(
     ignore_index: int,
     want_grad: bool,
     want_residual: bool,
-    use_amx: bool,
+    engine: str,
+    slots: int,
     room: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs [T] of policy and reference, g [T, D], stats [4, T], residual [T * V].
+    """Log-probs [T] of policy and reference, g [T, D], stats, residual [T * V].
 
-    stats are the log-sum-exp, 1 - p_y, the soft-cap's slope at the label, and the factor that makes
-    onehot - p of the residual's rows. What is not wanted is empty.
+    stats [3 + slots, T] are the log-sum-exp, 1 - p_y, the soft-cap's slope at the label, and the
+    factors that make onehot - p of the residual's slots. What is not wanted is empty.
     """
     (T, D), V = hidden.shape, weight.shape[0]
     dtype = _compute_dtype(hidden.dtype)
     rows = Rows(labels, ignore_index, bias, softcap, scale)
     n = rows.n
-    chunk, width = _plan(n, V, D, dtype.itemsize, room)
-    logits, product = workspace.take(chunk * width, chunk * D, dtype=dtype)
     grad = torch.zeros((T, D) if want_grad else (0, D))
     policy = rows.scored(hidden, dtype)
     reference = None if ref_hidden is None else rows.scored(ref_hidden, dtype)
-    kept = _Residual(n, V, width, dtype, T if want_residual else 0)
+    memory = large_empty(T * V if want_residual else 0, dtype=dtype)
+    offsets = torch.zeros(slots, n, dtype=torch.float64)
 
-    if use_amx:
-        state, ref_state = rows.fold(policy, reference, weight, grad if want_grad else None)
+    if engine:
+        state, ref_state = rows.fold(
+            engine,
+            policy,
+            reference,
+            weight,
+            grad if want_grad else None,
+            memory if want_residual else None,
+            offsets,
+        )
     else:
         state, ref_state = rows.new_state(), rows.new_state()
+        chunk, width = _plan(n, V, D, dtype.itemsize, room)
         logits, product = workspace.take(chunk * width, chunk * D, dtype=dtype)
+        kept = _Kept(memory, n, V, width)
         with torch.autocast("cpu", enabled=False):
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
@@ -137,25 +149,26 @@ def _forward(
                     if want_grad:
                         part = torch.mm(z, block, out=product[: (stop - start) * D].view(-1, D))
                         rows.accumulate(grad, part, start, state)
+        if want_residual:
+            kept.settle(state, rows.labels)
+        offsets[:] = state[0]
 
     logps, stats = rows.finish(state, grad if want_grad else None, weight)
     ref_logps = torch.empty(0)
     if reference is not None:
         ref_logps, _ = rows.finish(ref_state, None, weight)
-    factor = torch.zeros(1, T, dtype=torch.float64)
+    factors = torch.zeros(slots, T, dtype=torch.float64)
     if want_residual:
-        factor[0, rows.index] = -scale * torch.exp(state[0] - stats[0, rows.index])
-        kept.settle(state, rows.labels)
-    return logps, ref_logps, grad, torch.cat([stats, factor]), kept.memory
+        factors[:, rows.index] = -scale * torch.exp(offsets - stats[0, rows.index])
+    return logps, ref_logps, grad, torch.cat([stats, factors]), memory
 
 
-class _Residual:
-    """Exponentials of all blocks, [n, cols] each, one behind the other; room for T rows."""
+class _Kept:
+    """Exponentials of all blocks of the row kernels, [n, cols] each, one behind the other."""
 
-    def __init__(self, n: int, V: int, width: int, dtype: torch.dtype, T: int) -> None:
-        self.n, self.V, self.width = n, V, width
-        self.memory = torch.empty(T * V, dtype=dtype)
-        self.offsets = torch.empty(-(-V // width) if T else 0, n, dtype=torch.float64)
+    def __init__(self, memory: Tensor, n: int, V: int, width: int) -> None:
+        self.memory, self.n, self.V, self.width = memory, n, V, width
+        self.offsets = torch.empty(-(-V // width) if memory.numel() else 0, n, dtype=torch.float64)
 
     def block(self, first: int) -> Tensor:
         cols = min(self.width, self.V - first)
@@ -188,7 +201,8 @@ def _(
     ignore_index: int,
     want_grad: bool,
     want_residual: bool,
-    use_amx: bool,
+    engine: str,
+    slots: int,
     room: int,
 ) -> tuple[Tensor, ...]:
     T, D = hidden.shape
@@ -197,7 +211,7 @@ def _(
         float32.new_empty(T),
         float32.new_empty(0 if ref_hidden is None else T),
         float32.new_empty((T, D) if want_grad else (0, D)),
-        float32.new_empty((4, T), dtype=torch.float64),
+        float32.new_empty((3 + slots, T), dtype=torch.float64),
         float32.new_empty(
             T * weight.shape[0] if want_residual else 0, dtype=_compute_dtype(hidden.dtype)
         ),
@@ -218,51 +232,70 @@ def _head_grads(
     ignore_index: int,
     want_weight: bool,
     want_bias: bool,
-    use_amx: bool,
+    engine: str,
+    slots: int,
     room: int,
 ) -> tuple[Tensor, Tensor]:
     """dW [V, D] and dbias [V] = sum over tokens of coef * (onehot - p) * (h, 1); empty if
     unwanted."""
-    D, V = hidden.shape[1], weight.shape[0]
+    V, D = weight.shape
     dtype = _compute_dtype(hidden.dtype)
     rows = Rows(labels, ignore_index, bias, softcap, scale)
     n = rows.n
-    _, width = _plan(n, V, D, dtype.itemsize, room)
-    kept = _Residual(n, V, width, dtype, 0)
-    kept.memory = residual
     inputs = rows.scored(hidden, dtype)
     stats = stats[:, rows.index].contiguous()
-    # What makes onehot - p of a row: its own factor where exponentials were kept, else -scale.
-    keeps = residual.numel() > 0
-    factor = coef[rows.index] * (stats[3] if keeps else -scale)  # [n]
-    scaled = (inputs * factor.unsqueeze(1)).to(dtype)
-    factor = factor.float()
-    if not keeps:  # blocks over all tokens must fit the workspace
-        width = max(min(V, _ENTRIES, room // (max(n, 1) * dtype.itemsize)), 1)
-    weight_grad = torch.zeros((V, D) if want_weight else (0, D), dtype=weight.dtype)
+    coef = coef[rows.index]
+    weight_grad = large_empty(V if want_weight else 0, D, dtype=weight.dtype)
     bias_grad = torch.zeros(V if want_bias else 0)
 
-    packed = rows.pack(inputs) if use_amx else None
-    with torch.autocast("cpu", enabled=False):
-        (logits,) = workspace.take(0 if keeps else n * width, dtype=dtype)
-        for first in range(0, V if n else 0, width):
-            block = weight[first : first + width].to(dtype)
-            if packed is not None:
-                z = logits[: n * block.shape[0]].view(-1, n).t()
-                rows.residual_transposed(packed, block, first, stats, z.t())
-            elif keeps:
-                z = kept.block(first)
+    def add(z: Tensor, first: int, last: int, factor: Tensor) -> None:
+        """The entries first .. last - 1: z [n, cols] times factor [n] makes onehot - p."""
+        factor = (coef * factor).float()
+        if want_weight:
+            scaled = (inputs * factor.unsqueeze(1)).to(dtype)
+            out = weight_grad[first:last]
+            if out.dtype == dtype:
+                torch.mm(z.t(), scaled, out=out)
             else:
-                z = torch.mm(inputs, block.t(), out=logits[: n * block.shape[0]].view(n, -1))
-                rows.residual_block(z, first, stats[:3])
-            if want_weight:
-                out = weight_grad[first : first + width]
-                if out.dtype == dtype:
-                    torch.mm(z.t(), scaled, out=out)
+                out.copy_(torch.mm(z.t(), scaled))
+        if want_bias and z.is_contiguous():
+            rows.column_sums(z, factor, bias_grad[first:last])
+        elif want_bias:
+            step = 2**20 // n + 1
+            for sums, part in zip(
+                bias_grad[first:last].split(step), z.t().split(step), strict=True
+            ):
+                torch.mv(part.float(), factor, out=sums)
+
+    with torch.autocast("cpu", enabled=False):
+        if n == 0:
+            weight_grad.zero_()
+        elif residual.numel() and engine:
+            kept = residual[: V * n].view(V, n).t()
+            ends = [_cpu.fused_slot(V, slots, slot) for slot in range(slots + 1)]
+            for slot, (first, last) in enumerate(itertools.pairwise(ends)):
+                if first < last:
+                    add(kept[:, first:last], first, last, stats[3 + slot])
+        elif residual.numel():
+            _, width = _plan(n, V, D, dtype.itemsize, room)
+            blocks = _Kept(residual, n, V, width)
+            for first in range(0, V, width):
+                add(blocks.block(first), first, min(first + width, V), stats[3])
+        else:
+            width = max(min(V, _ENTRIES, room // (n * dtype.itemsize)), 1)  # over all tokens
+            (logits,) = workspace.take(n * width, dtype=dtype)
+            packed = rows.pack(inputs) if engine else None
+            minus_scale = torch.full_like(coef, -scale)
+            for first in range(0, V, width):
+                block = weight[first : first + width].to(dtype)
+                part = logits[: n * block.shape[0]]
+                if packed is not None:
+                    z = part.view(-1, n).t()
+                    rows.residual_transposed(engine, packed, block, first, stats[:3], z.t())
                 else:
-                    out.copy_(torch.mm(z.t(), scaled))
-            if want_bias:
-                rows.column_sums(z, factor, bias_grad[first : first + width])
+                    z = torch.mm(inputs, block.t(), out=part.view(n, -1))
+                    rows.residual_block(z, first, stats[:3])
+                add(z, first, first + block.shape[0], minus_scale)
     return weight_grad, bias_grad.to(bias.dtype if bias is not None else weight.dtype)
 
 
@@ -280,7 +313,8 @@ def _(
     ignore_index: int,
     want_weight: bool,
     want_bias: bool,
-    use_amx: bool,
+    engine: str,
+    slots: int,
     room: int,
 ) -> tuple[Tensor, Tensor]:
     V, D = weight.shape
@@ -291,19 +325,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, _, softcap, scale, ignore_index, *_, use_amx, room = inputs
+    hidden, weight, labels, bias, _, softcap, scale, ignore_index, *_ = inputs
     _, _, grad, stats, residual = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, labels, bias, grad, stats, residual)
-    ctx.options = (softcap, scale, ignore_index, use_amx, room)
+    ctx.options = (softcap, scale, ignore_index, *inputs[-3:])
 
 
 def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(other is not None for other in others):
         raise RuntimeError("cpo_fast: only first derivatives of the log-probs are implemented")
     hidden, weight, labels, bias, grad, stats, residual = ctx.saved_tensors
-    softcap, scale, ignore_index, use_amx, room = ctx.options
-    grads: list[Tensor | None] = [None] * 12
+    softcap, scale, ignore_index, engine, slots, room = ctx.options
+    grads: list[Tensor | None] = [None] * 13
     if coef is None:
         return tuple(grads)
     if ctx.needs_input_grad[0]:
@@ -323,7 +357,8 @@ def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Te
             ignore_index,
             of_weight,
             of_bias,
-            use_amx,
+            engine,
+            slots,
             room,
         )
         grads[1] = weight_grad if of_weight else None

@@ -1,8 +1,7 @@
-"""The row kernels of csrc/cpu on tensors, and the memory that they work in."""
+"""The kernels of csrc/cpu on tensors, and the memory that they work in."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,33 +14,61 @@ from cpo_fast import _cpu  # type: ignore[attr-defined]
 _LOWEST = torch.finfo(torch.float32).min
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # rows.h
 _TILE_ROW = 32  # bfloat16 numbers of a cache line
-_isa = ""  # the widest that the processor has
+ENGINES = ("amx", "avx512_bf16")  # of the fused kernel, the fastest first
+
+
+def _fastest_engine() -> str:
+    return next((engine for engine in ENGINES if _cpu.fused_available(engine)), "")
+
+
+default_engine = _fastest_engine()
+_isa, _engine = "", default_engine  # "": the widest that the processor has; none
 
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Use the row kernels of this instruction set ("portable", "avx2", "avx512"), never AMX.
+    """Use this engine of the fused kernel ("amx", "avx512_bf16"), or never the fused kernel, and
+    these row kernels ("portable", "avx2", "avx512").
 
     For tests and benchmarks.
 
     Raises ValueError for one that the processor does not have.
     """
-    global _isa
-    before, _isa = _isa, _cpu.isa(name)
+    global _isa, _engine
+    before = _isa, _engine
+    if name in ENGINES:
+        if not _cpu.fused_available(name):
+            raise ValueError(f"this processor has no instruction set {name!r}")
+        _engine = name
+    else:
+        _isa, _engine = _cpu.isa(name), ""
     try:
         yield
     finally:
-        _isa = before
+        _isa, _engine = before
 
 
-_AMX = _cpu.amx_available()
-_AMX_BYTES = _cpu.amx_workspace(1024, 2**31, True, True, os.cpu_count() or 1) // 1024  # times D
+def slots() -> int:
+    """Parts of the vocabulary that the fused kernel sums by themselves, at least one a thread."""
+    return max(torch.get_num_threads(), 8)
 
 
-def fused(dtype: torch.dtype, D: int, bias: Tensor | None, softcap: float, room: int) -> bool:
-    """Whether the AMX kernel does these calls: bfloat16, plain logits, enough workspace."""
-    plain = dtype == torch.bfloat16 and bias is None and softcap == 0
-    return plain and _AMX and not _isa and room >= D * _AMX_BYTES
+def fused_engine(dtype: torch.dtype, D: int, room: int) -> str:
+    """The engine of the fused kernel for such hidden states; "": none, or too little workspace."""
+    if dtype != torch.bfloat16 or not _engine:
+        return ""
+    few, many = (
+        _cpu.fused_workspace(D, slots(), True, True, True, torch.get_num_threads())
+        for D in (32, 1056)
+    )
+    return _engine if few + (D + 31) * (many - few) // 1024 <= room else ""
+
+
+def large_empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """torch.empty, of huge pages where the system gives some."""
+    memory = torch.empty(shape, dtype=dtype)
+    _cpu.huge_pages(memory.data_ptr(), memory.nbytes)
+    return memory
 
 
 class _Workspace(threading.local):
@@ -54,7 +81,7 @@ class _Workspace(threading.local):
         """Flat tensors of these sizes; what an earlier call got is overwritten."""
         bytes_ = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]
         if sum(bytes_) > self.memory.numel():
-            self.memory = torch.empty(sum(bytes_), dtype=torch.uint8)
+            self.memory = large_empty(sum(bytes_), dtype=torch.uint8)
         parts = self.memory[: sum(bytes_)].split(bytes_)
         return [part.view(dtype)[:size] for part, size in zip(parts, sizes, strict=True)]
 
@@ -165,17 +192,23 @@ class Rows:
 
     def fold(
         self,
+        engine: str,
         hidden: Tensor,  # [n, D]
         ref: Tensor | None,  # [n, D]
         weight: Tensor,  # [V, D]
         grad: Tensor | None,  # [T, D] float32
+        kept: Tensor | None,  # [V, n] bfloat16
+        offsets: Tensor,  # [slots, n] float64
     ) -> tuple[Tensor, Tensor]:
-        """Final states of policy and reference, and E W in the scored rows of grad, by AMX."""
+        """Final states of policy and reference by the fused kernel; E W in the scored rows of grad,
+        and E in `kept`, under `offsets`, with minus the sum of the others at the labels."""
         state, ref_state = self.new_state(), self.new_state()
-        V, D = weight.shape
-        size = _cpu.amx_workspace(D, V, ref is not None, grad is not None, self.how[0])
+        (V, D), slots = weight.shape, len(offsets)
+        wanted = ref is not None, grad is not None, kept is not None
+        size = _cpu.fused_workspace(D, slots, *wanted, self.how[0])
         (memory,) = workspace.take(size, dtype=torch.uint8)
-        _cpu.amx_fold(
+        _cpu.fused_fold(
+            engine,
             hidden.data_ptr(),
             0 if ref is None else ref.data_ptr(),
             weight.data_ptr(),
@@ -184,11 +217,14 @@ class Rows:
             self.n,
             D,
             V,
-            self.scale,
+            *self.transform,
             state.data_ptr(),
             ref_state.data_ptr(),
             0 if grad is None else grad.data_ptr(),
+            0 if kept is None else kept.data_ptr(),
+            offsets.data_ptr(),
             memory.data_ptr(),
+            slots,
             self.how[0],
         )
         return state, ref_state
@@ -196,33 +232,34 @@ class Rows:
     def pack(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] bfloat16 as `residual_transposed` wants it."""
         n, D = hidden.shape
-        packed = hidden.new_empty(_cpu.amx_packed_size(n, D) + _TILE_ROW)
+        packed = hidden.new_empty(_cpu.fused_packed_size(n, D) + _TILE_ROW)
         packed = packed[-packed.data_ptr() // 2 % _TILE_ROW :]  # from a cache line on
-        _cpu.amx_pack(hidden.data_ptr(), n, D, packed.data_ptr(), self.how[0])
+        _cpu.fused_pack(hidden.data_ptr(), n, D, packed.data_ptr(), self.how[0])
         return packed
 
     def residual_transposed(
         self,
+        engine: str,
         packed: Tensor,
         block: Tensor,  # [cols, D] bfloat16
         first: int,
         stats: Tensor,  # [3, n]: log-sum-exp, 1 - p_y, slope
         out: Tensor,  # [cols, n] bfloat16
     ) -> None:
-        """out = p - onehot of the entries first.., from float32 logits, by AMX."""
+        """out = p - onehot of the entries first.., from float32 logits, by the fused kernel."""
         cols, D = block.shape
         padded = block.new_empty((self.how[0] * 32 + 1) * (D + 63))
-        _cpu.amx_residual(
+        _cpu.fused_residual(
+            engine,
             packed.data_ptr(),
             block.data_ptr(),
             self.labels.data_ptr(),
-            stats[0].data_ptr(),
-            stats[1].data_ptr(),
+            *self.transform,
+            *(row.data_ptr() for row in stats),
             first,
             self.n,
             D,
             cols,
-            self.scale,
             out.data_ptr(),
             (padded.data_ptr() + 63) // 64 * 64,
             self.how[0],

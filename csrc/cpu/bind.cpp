@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "amx.h"
+#include "fused.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -16,6 +16,12 @@ const Isa& isa_of(const std::string& name) {
   const Isa* isa = choose(name.c_str());
   if (!isa) throw std::invalid_argument("this processor has no instruction set '" + name + "'");
   return *isa;
+}
+
+Engine engine_of(const std::string& name) {
+  if (name == "amx") return Engine::amx;
+  if (name == "avx512_bf16") return Engine::avx512_bf16;
+  throw std::invalid_argument("no engine '" + name + "'");
 }
 
 template <typename T>
@@ -93,39 +99,50 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
 
-  m.def("amx_available", amx_available);
+  m.def("huge_pages", [](uintptr_t memory, int64_t bytes) { huge_pages(at<void>(memory), bytes); });
 
-  m.def("amx_workspace", amx_workspace);
+  m.def("fused_available", [](const std::string& engine) { return fused_available(engine_of(engine)); });
+
+  m.def("fused_workspace", fused_workspace);
+
+  m.def("fused_slot", fused_slot);
 
   m.def(
-      "amx_fold",
-      [](uintptr_t hidden, uintptr_t ref, uintptr_t weight, uintptr_t labels, uintptr_t index,
-         int64_t n, int64_t D, int64_t V, float scale, uintptr_t state, uintptr_t ref_state,
-         uintptr_t grad, uintptr_t workspace, int threads) {
-        amx_fold({at<const uint16_t>(hidden), at<const uint16_t>(ref), at<const uint16_t>(weight),
-                  at<const int64_t>(labels), at<const int64_t>(index), n, D, V, scale,
-                  state_at(state, n, 0), state_at(ref_state, n, 0), at<float>(grad),
-                  at<void>(workspace), threads});
+      "fused_fold",
+      [](const std::string& engine, uintptr_t hidden, uintptr_t ref, uintptr_t weight,
+         uintptr_t labels, uintptr_t index, int64_t n, int64_t D, int64_t V, uintptr_t bias,
+         float softcap, float scale, uintptr_t state, uintptr_t ref_state, uintptr_t grad,
+         uintptr_t kept, uintptr_t offsets, uintptr_t workspace, int slots, int threads) {
+        fused_fold(engine_of(engine),
+                   {at<const uint16_t>(hidden), at<const uint16_t>(ref), at<const uint16_t>(weight),
+                    at<const int64_t>(labels), at<const int64_t>(index), n, D, V,
+                    {at<const float>(bias), softcap, scale}, state_at(state, n, 0),
+                    state_at(ref_state, n, 0), at<float>(grad), at<uint16_t>(kept),
+                    at<double>(offsets), at<void>(workspace), slots, threads});
       },
       release());
 
-  m.def("amx_packed_size", amx_packed_size);
+  m.def("fused_packed_size", fused_packed_size);
 
   m.def(
-      "amx_pack",
+      "fused_pack",
       [](uintptr_t hidden, int64_t n, int64_t D, uintptr_t packed, int threads) {
-        amx_pack(at<const uint16_t>(hidden), n, D, at<uint16_t>(packed), threads);
+        fused_pack(at<const uint16_t>(hidden), n, D, at<uint16_t>(packed), threads);
       },
       release());
 
   m.def(
-      "amx_residual",
-      [](uintptr_t packed, uintptr_t weight, uintptr_t labels, uintptr_t lse, uintptr_t others,
-         int64_t first, int64_t n, int64_t D, int64_t cols, float scale, uintptr_t out,
+      "fused_residual",
+      [](const std::string& engine, uintptr_t packed, uintptr_t weight, uintptr_t labels,
+         uintptr_t bias, float softcap, float scale, uintptr_t lse, uintptr_t others,
+         uintptr_t slope, int64_t first, int64_t n, int64_t D, int64_t cols, uintptr_t out,
          uintptr_t padded, int threads) {
-        amx_residual({at<const uint16_t>(packed), at<const uint16_t>(weight),
-                      at<const int64_t>(labels), at<const double>(lse), at<const double>(others),
-                      first, n, D, cols, scale, at<uint16_t>(out), at<uint16_t>(padded), threads});
+        fused_residual(engine_of(engine),
+                       {at<const uint16_t>(packed), at<const uint16_t>(weight),
+                        at<const int64_t>(labels), at<const double>(lse), at<const double>(others),
+                        at<const double>(slope), first, n, D, cols,
+                        {at<const float>(bias), softcap, scale}, at<uint16_t>(out),
+                        at<uint16_t>(padded), threads});
       },
       release());
 }
