@@ -5,14 +5,20 @@ parts. The tree is generated: tables of full size (227,835 studies of 65,379 pat
 images), but report files for the first 5,000 studies only, since a file system full of small files
 says more about the disk than about the reader. Images are grey JPEGs of 2,544 x 3,056 pixels, the
 commonest size of MIMIC-CXR-JPG; what they show is smoothed noise. Times are of one core.
+
+`python bench/bench_data.py --full_tree FOLDER` makes every entry (all reports, an empty file for
+each image: 900,000 in all, 2.5 GB, kept there) and times index and reports by the clock, with
+nothing of the disk in memory where the kernel lets us drop its caches (as root on Linux).
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import io
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -24,6 +30,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from cpo_fast.data import mimic_index, open_studies
 from cpo_fast.data.images import load_shades
@@ -56,8 +63,9 @@ def table(root: Path, name: str) -> str:
     return str(root / f"mimic-cxr-2.0.0-{name}.csv.gz")
 
 
-def write_tree(root: Path) -> None:
-    """The tables and some reports of a data set of MIMIC-CXR's size, made up."""
+def write_tree(root: Path, *, full: bool = False) -> None:
+    """The tables and some reports (all of them and the images' names, if `full`) of a data set of
+    MIMIC-CXR's size, made up."""
     rng = np.random.default_rng(0)
     patient = np.sort(np.r_[np.arange(PATIENTS), rng.integers(0, PATIENTS, STUDIES - PATIENTS)])
     study = 50_000_000 + rng.choice(9_999_999, STUDIES, replace=False)
@@ -93,10 +101,12 @@ def write_tree(root: Path) -> None:
         ),
     )
     write("chexpert", ((people[i], numbers[i], *label[i]) for i in range(STUDIES)))
-    for i in range(WITH_REPORTS):
+    for i in tqdm(range(STUDIES if full else WITH_REPORTS), "reports", disable=None):
         folder = root / f"files/p{str(people[i])[:2]}/p{people[i]}"
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"s{numbers[i]}").mkdir(parents=True, exist_ok=True)
         (folder / f"s{numbers[i]}.txt").write_text(_REPORT.format(number=i))
+    for dicom, i in zip(dicoms, owners, strict=True) if full else ():
+        (root / f"files/p{str(people[i])[:2]}/p{people[i]}/s{numbers[i]}/{dicom}.jpg").touch()
 
 
 def radiograph() -> bytes:
@@ -162,7 +172,51 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def forget_disk() -> bool:
+    """Have the kernel drop what it holds of the disk; whether it did."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def full_tree(root: Path) -> None:
+    """Index and reports of a whole tree by the clock, cold and warm, and the memory they take."""
+    if not Path(table(root, "chexpert")).exists():
+        root.mkdir(parents=True, exist_ok=True)
+        write_tree(root, full=True)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        cold = forget_disk()
+        begun = time.perf_counter()
+        source = open_studies(str(root))
+        print(
+            f"index of {STUDIES} studies, {'cold' if cold else 'warm'} disk: "
+            f"{time.perf_counter() - begun:.1f} s"
+        )
+        begun, peaks = time.perf_counter(), []
+        for number, _ in enumerate(source, 1):
+            if number in (STUDIES // 10, STUDIES):
+                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+                print(
+                    f"  {number} studies with their reports: {time.perf_counter() - begun:.1f} s, "
+                    f"peak memory {peaks[-1]:.0f} MiB"
+                )
+        forget_disk()
+        begun = time.perf_counter()
+        open_studies(str(root))
+        print(f"index kept from before, cold disk: {time.perf_counter() - begun:.2f} s")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full_tree", type=Path, help="folder of a tree with every entry")
+    args = parser.parse_args()
+    if args.full_tree:
+        full_tree(args.full_tree)
+        return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
