@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import tracemalloc
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 from data_samples import SECRET, dicom, image_bytes
 from hypothesis import given
 from hypothesis import strategies as st
+from packing_samples import tokenizer
 
 from cpo_fast.data import is_preference_file, open_preferences
 from cpo_fast.data.images import load_image
 from cpo_fast.data.labels import DEFAULT_PROMPT
 from cpo_fast.data.preference_rows import PARSERS, tell
+from cpo_fast.data.preference_values import words
+from cpo_fast.data.tokens import token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import Counterfactual, ImageRef, Preference
 
@@ -28,8 +32,8 @@ def said(text: str, role: str = "assistant") -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def text(words: str) -> dict[str, str]:
-    return {"type": "text", "text": words}
+def text(said: str) -> dict[str, str]:
+    return {"type": "text", "text": said}
 
 
 def read(tmp_path: Path, *rows: Any, **options: str) -> tuple[list[Preference], list[str], str]:
@@ -427,14 +431,17 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, array: bool) -> None
 
 
 FIELDS = (
-    "answers chosen completions context conversations counterfact counterfactual dicom_id id image "
+    "answers chat_template_kwargs chosen completion completions context conversations counterfact "
+    "counterfactual dicom_id id image "
     "images kind labels messages pid prompt rejected rejected_images rejected_messages "
-    "rejected_response rejected_responses report sid study_id system target weight"
+    "rejected_response rejected_responses report sid study_id system target tools weight"
 )
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["x", "y", ""])
 KEYS = st.sampled_from(["role", "content", "type", "text", "from", "value", "rank", "completion",
-                        "answer", "bytes", "path"])  # fmt: skip
+                        "answer", "bytes", "path", "tool_calls", "function", "name", "messages",
+                        "chat_template"])  # fmt: skip
 WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "image", "text", "<image>"])
+TOKENIZER = tokenizer()
 VALUES = st.recursive(
     LEAVES | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -452,8 +459,10 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
         found = PARSERS[kind](row, "/root", "id")
     except RecordError:
         return
-    assert found.chosen.strip()
-    assert found.rejected
+    assert all(words(answer).strip() for answer in (found.chosen, *found.rejected))
+    with contextlib.suppress(RecordError):  # messages that the template refuses
+        ids = token_ids(found, TOKENIZER)
+        assert len(ids.rejected) == len(found.rejected)
     if found.plain:
         assert isinstance(found.prompt[0]["content"], str)
         return

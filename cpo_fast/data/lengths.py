@@ -104,10 +104,6 @@ class Lengths:
         RecordError for messages that the template refuses.
         """
         one = as_preference(record, self.max_images)
-        if self.tokenizer.chat_template is None and not one.plain:
-            raise UsageError(
-                "the tokenizer has no chat template; give that of an instruction-tuned model"
-            )
         ids = token_ids(one, self.tokenizer)
         try:
             prompt = len(ids.prompt) + self._images(one.images)

@@ -108,9 +108,10 @@ def _part(part: Any, field: str) -> dict[str, Any]:
 
 
 _NOT_OPTIONS = frozenset(
-    {"chat_template", "conversation", "tools", "tokenize", "add_generation_prompt"}
-    | {"continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask"}
-    | {"padding", "truncation", "max_length", "tokenizer_kwargs"}
+    {"chat_template", "conversation", "conversations", "messages", "documents", "tools", "self"}
+    | {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "padding"}
+    | {"return_tensors", "return_assistant_tokens_mask", "truncation", "max_length"}
+    | {"tokenizer_kwargs"}
 )
 """Arguments of `apply_chat_template` that a file may not set."""
 

@@ -41,8 +41,8 @@ def token_ids(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Ids
 
     Where the end of a text prompt merges with one of its answers into a token, that token belongs
     to all answers of the prompt, as does what the chat template renders otherwise once an answer
-    follows. Raises UsageError when the two have not a token in common, RecordError for messages
-    that the template refuses.
+    follows. Raises UsageError for a tokenizer without a chat template where one is needed, or when
+    the two have not a token in common; RecordError for messages that the template refuses.
     """
     own = preference.rejected_prompts or (None,) * len(preference.rejected)
     answers = zip(preference.rejected, own, strict=True)
@@ -112,14 +112,21 @@ def _rendered(
 
     from jinja2 import TemplateError
 
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            "the tokenizer has no chat template; give that of an instruction-tuned model"
+        )
+
     def text(messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             rendered = tokenizer.apply_chat_template(
                 messages, tokenize=False, **preference.template, **options
             )
-        except TemplateError:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RecordError(
-                "template-refuses", f"{len(messages)} messages, the last by {messages[-1]['role']}"
+                "template-refuses",
+                f"{type(error).__name__} at {len(messages)} messages, tools "
+                f"{'given' if 'tools' in preference.template else 'none'}",
             ) from None
         assert isinstance(rendered, str)  # one conversation, not a batch of them
         return rendered
