@@ -112,9 +112,10 @@ def _check(args: argparse.Namespace) -> int:
     write(checked, args.output_dir)
     print(table(checked))
     if checked.facts["used"] == 0 or checked.bad_fraction > args.max_bad_fraction:
+        allowed = f"more than --max_bad_fraction {args.max_bad_fraction} allows"
         print(
             f"error: {len(checked.rejected)} of {checked.facts['read']} records are set aside, "
-            f"more than --max_bad_fraction {args.max_bad_fraction} allows; "
+            f"{allowed if checked.facts['used'] else 'none is left'}; "
             f"see {args.output_dir}/rejected_records.jsonl",
             file=sys.stderr,
         )

@@ -274,7 +274,7 @@ def table(checked: Checked, examples: int = 3) -> str:
         rows.append((split, f"{sizes['studies']} studies of {sizes['patients']} patients"))
     single = (
         "patients_in_several_splits unlabelled repeated_reports merged_rows repeated_preferences "
-        "unused_reference_logps"
+        "answers_alone unused_reference_logps"
     )
     rows += [(name.replace("_", " "), str(facts[name])) for name in single.split() if name in facts]
     for name in ("images_per_record", "findings_per_study", "rejected_per_preference", "sources"):
@@ -283,7 +283,8 @@ def table(checked: Checked, examples: int = 3) -> str:
             rows.append((name.replace("_", " "), listed))
     for unit in ("characters", "tokens"):
         for name, values in facts.get(unit, {}).items():
-            rows.append((f"{unit}, {name}", _listed(values)))
+            if values:
+                rows.append((f"{unit}, {name}", _listed(values)))
     if over := facts.get("over_max_length"):
         share = f"{over['records']} ({100 * over['share']:.2f} %)"
         rows.append((f"longer than {over['max_length']}", share))
