@@ -1,0 +1,51 @@
+"""Runs under the presets: the settings that only they use arrive where they act."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpo_fast.train import main
+
+pytestmark = pytest.mark.slow
+
+
+def train(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    data = folder / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"Report of patient {i}?",
+            "chosen": f"A small effusion in line {i}.",
+            "rejected": f"The heart is enlarged, {i}.",
+        }
+        for i in range(12)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = ["--dataset", str(data), "--output_dir", str(folder / "out"), "--stages", "sft,cpo",
+               "--sft_use_peft", "false", "--sft_per_device_train_batch_size", "2",
+               "--sft_gradient_accumulation_steps", "1", "--gradient_accumulation_steps", "1",
+               "--dataloader_num_workers", "0", "--eval_fraction", "0"]  # fmt: skip
+    assert main([*command, *flags]) == 0
+    lines = (folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_paper(tmp_path: Path) -> None:
+    rows = train(tmp_path, "--preset", "paper", "--bf16", "false", "--sft_learning_rate", "1e-4")
+    rates = {stage: [row["learning_rate"] for row in rows if row["stage"] == stage]
+             for stage in ("sft", "cpo")}  # fmt: skip
+    assert len(rates["sft"]) == 6 and len(rates["cpo"]) == 3  # 12 samples by 2, 12 pairs by 4
+    assert rates["sft"][0] < max(rates["sft"]) <= 1e-4  # one step warms up
+    assert 1e-7 < rates["sft"][-1] < rates["sft"][-2] and rates["cpo"][0] == 2e-5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["preset"], config["bf16"], config["expand_pairs"]) == ("paper", False, True)
+
+
+def test_lowmem(tmp_path: Path) -> None:
+    rows = train(tmp_path, "--preset", "lowmem", "--max_steps", "1", "--sft_max_steps", "1")
+    cpo = [row for row in rows if row["stage"] == "cpo"]
+    assert cpo[0]["loss"] == pytest.approx(0.693147, abs=5e-3)  # in bf16, of a cached reference
+    assert list((tmp_path / "out").glob("reference*"))
