@@ -7,8 +7,8 @@ head with an on-line reference cannot do without (H W^T twice, P W), in chunks o
 preallocated. Ratios are of medians; on a busy machine look at those of CPU time. Errors of loss and
 gradient are those against float64 on the same inputs, relative, in the Euclidean norm.
 
-Sizes are those of the 0.5B model at 256 to 2048 tokens; CPO_FAST_BENCH_SHAPES="all" takes the 3B
-and the 7B model and 4096 and 8192 tokens too (hours), and "512,896,151936;2048,896,151936" others
+Sizes are those of the 0.5B model at 256 to 1024 tokens; CPO_FAST_BENCH_SHAPES="all" takes the 3B
+and the 7B model and up to 8192 tokens too (hours), and "512,896,151936;2048,896,151936" others
 (tokens, hidden, vocabulary). `bench.gpu_check` measures the same on a GPU.
 """
 
@@ -53,7 +53,7 @@ def shapes(text: str) -> list[tuple[int, ...]]:
     if text == "all":
         return [(T, *model) for model in MODELS for T in (256, 512, 1024, 2048, 4096, 8192)]
     if not text:
-        return [(T, *MODELS[0]) for T in (256, 512, 2048)]
+        return [(T, *MODELS[0]) for T in (256, 512, 1024)]
     return [tuple(map(int, shape.split(","))) for shape in text.split(";")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from cpo_fast.loss import CPOLoss, api, available_impls, cpo_loss, linear_logprobs
 
@@ -45,6 +48,7 @@ BAD = {
     "segments-low": ("segment_ids", torch.full((T,), -2), ValueError, "-1, got -2"),
     "pairs-shape": ("pairs", torch.zeros(3, 3).long(), ValueError, r"\[P, 2\]"),
     "pairs-high": ("pairs", torch.tensor([[0, 2]]), ValueError, r"\[0, 2\), got 2"),
+    "pairs-low": ("pairs", torch.tensor([[-1, 1]]), ValueError, r"\[0, 2\), got -1"),
     "pairs-dtype": ("pairs", torch.tensor([[0.0, 1.0]]), TypeError, "int64"),
     "ref-shape": ("ref_hidden", torch.randn(T - 1, D), ValueError, r"\[8, D\]"),
     "ref-missing": ("ref_hidden", None, ValueError, "exactly one of ref_hidden and ref_logps"),
@@ -71,8 +75,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_argument_is_named(case: str) -> None:
+def test_bad_argument_is_named_before_any_work(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, value, error, expected = BAD[case]
+    for impl in available_impls("cpu"):
+        monkeypatch.setattr(
+            f"cpo_fast.loss.{impl}.token_logps", lambda *_, **__: pytest.fail("work")
+        )
     arguments = good() | {name: value}
     shown = {"num_segments": "segment_ids"}.get(name, name) if case == "num-segments" else name
     with pytest.raises(error, match=expected) as raised:
@@ -164,6 +172,29 @@ def test_sharded_trained_weight_is_refused(mesh: DeviceMesh) -> None:
     leaf = g["weight"].clone().requires_grad_()
     linear_logprobs(g["hidden"], leaf, g["labels"]).sum().backward()
     torch.testing.assert_close(weight.grad.full_tensor(), leaf.grad)
+
+
+def test_head_of_fsdp2(mesh: DeviceMesh) -> None:
+    """Trained inside the forward of the module that FSDP2 shards, frozen from outside, too."""
+
+    class Head(nn.Linear):
+        def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+            return linear_logprobs(hidden, self.weight, labels, bias=self.bias)
+
+    plain = Head(D, V)
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=mesh)
+    assert isinstance(sharded.weight, DTensor)
+    g = good()
+    for head in (plain, sharded):
+        head(g["hidden"], g["labels"]).sum().backward()
+    for got, want in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad.full_tensor(), want.grad)
+    sharded.requires_grad_(False)
+    got = linear_logprobs(g["hidden"], sharded.weight, g["labels"], bias=sharded.bias)
+    assert torch.equal(
+        got, linear_logprobs(g["hidden"], plain.weight, g["labels"], bias=plain.bias)
+    )
 
 
 def test_sharded_hidden_is_refused(mesh: DeviceMesh) -> None:

@@ -280,3 +280,31 @@ def test_long_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         ref_hidden=(hidden * 0.9).double(),
     )
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_more_than_2_31_logits(dtype: torch.dtype) -> None:
+    """The last tokens, whose logits lie beyond what 32 bits count."""
+    tokens, vocabulary = 20_000, 107_400
+    g = torch.Generator().manual_seed(8)
+    hidden = torch.randn(tokens, 2, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, 2, generator=g).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=g)
+    logps = linear_logprobs(hidden, weight, labels, impl="cpu")
+    (grad,) = torch.autograd.grad(logps[-64:].sum(), hidden)
+    assert tokens * vocabulary > 2**31 and (grad[:-64] == 0).all()
+    last = hidden.detach()[-64:].double().requires_grad_()
+    want = linear_logprobs(last, weight.double(), labels[-64:])
+    (want_grad,) = torch.autograd.grad(want.sum(), last)
+    torch.testing.assert_close(logps[-64:].double(), want, rtol=3e-3, atol=1e-3)
+    torch.testing.assert_close(grad[-64:].double(), want_grad, rtol=2e-2, atol=2e-2)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        inputs = tensors(dtype)
+        before = [x.clone() for x in inputs]
+        leaves = [x.requires_grad_() for x in inputs[:2]]
+        out = cpo_loss(*leaves, *inputs[2:], ref_hidden=inputs[0].detach(), impl="cpu")
+        out.loss.backward()
+        assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import (
     DEVICE,
@@ -59,6 +61,19 @@ def run(
     return [logps.detach(), *grads]  # type: ignore[list-item]
 
 
+def assert_errors_are_those_of_eager(
+    dtype: torch.dtype, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], **options: Any
+) -> None:
+    upstream = torch.randn(inputs[0].shape[0])
+    truth = run("reference", torch.float64, inputs, upstream, **options)
+    eager = run("reference", dtype, inputs, upstream, **options)
+    ours = run("triton", dtype, inputs, upstream, **options)
+    for value, other, exact in zip(ours, eager, truth, strict=True):
+        band = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+        assert value.dtype == other.dtype
+        assert_as_good(value, other, exact, band)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("shape", "name"),
@@ -71,15 +86,32 @@ def test_implementation(
     h, w, labels = head_of(*shape, dtype)
     options = dict(OPTIONS[name])
     bias = torch.randn(2 * shape[1]).to(dtype)[::2] if options.pop("bias", False) else None
-    upstream = torch.randn(shape[0])
-    inputs = (h, w, labels, bias)
-    truth = run("reference", torch.float64, inputs, upstream, **options)
-    eager = run("reference", dtype, inputs, upstream, **options)
-    ours = run("triton", dtype, inputs, upstream, **options)
-    for value, other, exact in zip(ours, eager, truth, strict=True):
-        band = 4 * torch.finfo(dtype).eps * float(exact.abs().max())
-        assert value.dtype == other.dtype
-        assert_as_good(value, other, exact, band)
+    assert_errors_are_those_of_eager(dtype, (h, w, labels, bias), **options)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 200), st.integers(1, 40)),
+    dtype=st.sampled_from(FLOATS),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 3.0, 30.0]),
+    temperature=st.sampled_from([1.0, 0.5, 2.0]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_shape_and_option(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    bias: bool,
+    softcap: float | None,
+    temperature: float,
+    seed: int,
+) -> None:
+    with torch.random.fork_rng(), torch.device(DEVICE):
+        torch.manual_seed(seed)
+        shift = torch.randn(shape[1]).to(dtype) if bias else None
+        assert_errors_are_those_of_eager(
+            dtype, (*head_of(*shape, dtype), shift), softcap=softcap, temperature=temperature
+        )
 
 
 def test_recomputed_chunks_give_the_gradients_of_one_chunk(monkeypatch: Any) -> None:

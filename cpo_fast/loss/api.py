@@ -80,38 +80,41 @@ def _warn_no_native() -> None:
     )
 
 
-def _resolve(impl: str | None, device: str, dtype: torch.dtype, V: int, D: int) -> str:
-    """The implementation's name; an explicit one is used or refused, never replaced.
-
-    None takes the one that was measured to win for heads [V, D], else the preferred one.
+def _candidates(impl: str | None, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of implementations, the preferred one last; an explicit one is used or refused, never
+    replaced.
     """
     names = available_impls(device)
     if impl is None:
         if device == "cpu" and dtype != torch.float64 and "cpu" not in names:
             _warn_no_native()
-        names = tuple(name for name in names if _supports(name, dtype))
-        return next((name for name in names if _wins(name, V, D)), names[-1])
+        return tuple(name for name in names if _supports(name, dtype))
     if impl not in names:
         raise ValueError(
             f"impl must be None or one of {', '.join(names)} on {device}, got {impl!r}"
         )
     if not _supports(impl, dtype):
         raise TypeError(f"impl {impl!r} does not take hidden of {dtype}; use 'reference'")
-    return impl
+    return (impl,)
 
 
 # As torch.compiler.assume_constant_result does it, which takes a second to import the compiler.
-_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _chosen(impl: str | None, hidden: Tensor, weight: Tensor) -> ModuleType:
+    """The candidate that was measured to win for such a head [V, D], else the preferred one."""
+    names = _candidates(impl, hidden.device.type, hidden.dtype)
+    V, D = weight.shape  # symbols, perhaps, of torch.compile
+    for name in names[:-1]:
+        if hasattr(_modules[name], "wins") and _modules[name].wins(V, D):
+            return _modules[name]
+    return _modules[names[-1]]
 
 
 def _supports(name: str, dtype: torch.dtype) -> bool:
     module = _load(name)
     return isinstance(module, ModuleType) and module.supports(dtype)
-
-
-def _wins(name: str, V: int, D: int) -> bool:
-    module = _modules[name]
-    return hasattr(module, "wins") and module.wins(V, D)
 
 
 def _autocast(tensor: MaybeTensor) -> MaybeTensor:
@@ -149,7 +152,7 @@ def linear_logprobs(
     checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
     checks.index_range("labels", labels, 0, weight.shape[0], also=ignore_index)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
-    module = _modules[_resolve(impl, hidden.device.type, hidden.dtype, *map(int, weight.shape))]
+    module = _chosen(impl, hidden, weight)
     logps, _ = module.token_logps(
         hidden,
         weight,
@@ -246,7 +249,7 @@ def cpo_loss(
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     options = {"softcap": softcap, "temperature": 1.0, "ignore_index": ignore_index}
     same_head = ref_weight is None and ref_bias is None
-    module = _modules[_resolve(impl, hidden.device.type, hidden.dtype, *map(int, weight.shape))]
+    module = _chosen(impl, hidden, weight)
     tokens, ref_tokens = module.token_logps(
         hidden,
         weight,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast import _cpu  # type: ignore[attr-defined]
+from cpo_fast._cpu import fused_available  # an ImportError where _cpu is of an older version
 
 _LOWEST = torch.finfo(torch.float32).min
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # rows.h
@@ -18,7 +19,7 @@ ENGINES = ("amx", "avx512_bf16")  # of the fused kernel, the fastest first
 
 
 def _fastest_engine() -> str:
-    return next((engine for engine in ENGINES if _cpu.fused_available(engine)), "")
+    return next((engine for engine in ENGINES if fused_available(engine)), "")
 
 
 default_engine = _fastest_engine()
@@ -37,7 +38,7 @@ def forced_isa(name: str) -> Iterator[None]:
     global _isa, _engine
     before = _isa, _engine
     if name in ENGINES:
-        if not _cpu.fused_available(name):
+        if not fused_available(name):
             raise ValueError(f"this processor has no instruction set {name!r}")
         _engine = name
     else:
