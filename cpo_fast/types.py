@@ -188,7 +188,8 @@ class Preference:
     None, replaces the images for the k-th rejected answer (a perception counterfactual), and
     `rejected_prompts[k]` its prompt. `plain`: the prompt is one text that the answers continue
     without a chat template, as trl takes strings. `template` is what the chat template is given
-    besides the messages (`tools` and the row's `chat_template_kwargs`).
+    besides the messages (`tools` and the row's `chat_template_kwargs`). `sighted`: no images, but a
+    file whose rows may have some, which trl tokenises otherwise.
     """
 
     id: str
@@ -202,6 +203,7 @@ class Preference:
     rejected_prompts: tuple[tuple[Mapping[str, Any], ...] | None, ...] = ()
     plain: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)
+    sighted: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -160,7 +160,7 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_images(folder: Path, row: dict[str, Any], words: Any) -> None:
+def compare_images(folder: Path, row: dict[str, Any], words: Any, *, seen: bool = True) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
     from trl_oracle import processor
 
@@ -168,9 +168,9 @@ def compare_images(folder: Path, row: dict[str, Any], words: Any) -> None:
 
     picture = image(100, 80)
     collator = DataCollatorForVisionPreference(processor=processor(words, images()))
-    batch = collator([{**row, "images": [load_image(picture)]}])
+    batch = collator([{**row, "images": [load_image(picture)] if seen else []}])
     data = base64.b64encode(picture.data or b"").decode()
-    given = {**row, "images": [{"bytes": data, "path": None}]}
+    given = {**row, "images": [{"bytes": data, "path": None}] if seen else []}
     prompt, chosen, rejected = ours(folder, given, words)
     for place, answer in enumerate((chosen, rejected)):
         kept = batch["attention_mask"][place].bool()
@@ -183,6 +183,12 @@ def compare_images(folder: Path, row: dict[str, Any], words: Any) -> None:
 @pytest.mark.parametrize("name", IMAGE_ROWS)
 def test_images(tmp_path: Path, name: str) -> None:
     compare_images(tmp_path, IMAGE_ROWS[name], tokenizer())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conversation", "goes-on", "new-line-first", "strings"])
+def test_a_row_without_images_in_a_file_that_has_some(tmp_path: Path, qwen: Any, name: str) -> None:
+    compare_images(tmp_path, TEXT_ROWS[name], qwen, seen=False)
 
 
 @pytest.mark.slow

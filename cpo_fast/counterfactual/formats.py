@@ -29,7 +29,7 @@ def trl_row(cf: Counterfactual) -> dict[str, Any]:
     """A conversational preference row of trl, images by path."""
     return {
         "id": cf.id,
-        "images": list(cf.images),
+        **({"images": list(cf.images)} if cf.images else {}),  # [] would ask trl for a VLM
         "prompt": list(question(len(cf.images))),
         "chosen": [{"role": "assistant", "content": thought(cf.report, cf.labels)}],
         "rejected": [{"role": "assistant", "content": thought(cf.counterfactual, (cf.target,))}],

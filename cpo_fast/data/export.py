@@ -45,6 +45,10 @@ def _images(refs: Sequence[ImageRef]) -> list[str | Row]:
     return [_image(ref) for ref in refs]
 
 
+def _seen(one: Preference) -> Row:
+    return {"images": _images(one.images)} if one.images or one.sighted else {}
+
+
 def _parts(one: Preference) -> Iterator[tuple[Answer, tuple[ImageRef, ...] | None, Any]]:
     """(rejected answer, its images or None, its prompt or None)."""
     count = len(one.rejected)
@@ -76,7 +80,7 @@ def jsonl_rows(one: Preference) -> list[Row]:
     """Our preference rows: one for all answers that see the same images after the same prompt."""
     row: Row = {
         "id": one.id,
-        "images": _images(one.images),
+        **_seen(one),
         "prompt": one.prompt[0]["content"] if one.plain else list(one.prompt),
         "chosen": _said(one.chosen),
     }
@@ -102,7 +106,6 @@ def trl_rows(one: Preference) -> list[Row]:
     _no_own_prompts(one, "trl")
     if any(one.rejected_images):
         raise RecordError("rejected-images", "trl shows both answers the same images")
-    images = {"images": _images(one.images)} if one.images else {}
 
     def said(answer: Answer) -> str | list[Row]:
         if one.plain or not isinstance(answer, str):
@@ -110,7 +113,7 @@ def trl_rows(one: Preference) -> list[Row]:
         return [{"role": "assistant", "content": answer}]
 
     prompt = one.prompt[0]["content"] if one.plain else list(one.prompt)
-    row = {"id": one.id, **images, "prompt": prompt, **_template(one)}
+    row = {"id": one.id, **_seen(one), "prompt": prompt, **_template(one)}
     if not one.rejected:
         return [{**row, "completion": said(one.chosen)}]
     return [{**row, "chosen": said(one.chosen), "rejected": said(text)} for text in one.rejected]

@@ -50,6 +50,7 @@ def _preference(
     rejected_prompt: tuple[Message, ...] | None = None,
     plain: bool = False,
     template: Mapping[str, Any] | None = None,
+    sighted: bool = False,
 ) -> Preference:
     other_images = rejected_images is not None and rejected_images != images
     differs = other_images or rejected_prompt is not None
@@ -80,6 +81,7 @@ def _preference(
         rejected_prompts=(rejected_prompt,) * len(rejected) if rejected_prompt else (),
         plain=plain,
         template=template or {},
+        sighted=sighted,
     )
 
 
@@ -168,6 +170,7 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
         own_prompt,
         plain=plain,
         template=template_options(row),
+        sighted=row.get("images") == [],
     )
 
 

@@ -71,14 +71,15 @@ def _ids(
     answers: Sequence[Answer],
 ) -> tuple[list[int], list[list[int]]]:
     """The ids of one prompt and of the answers that follow it."""
+    sees = bool(preference.images) or preference.sighted
     if preference.plain:
         text = str(prompt[0]["content"])
-        end = "" if preference.images else str(tokenizer.eos_token or "")
+        end = "" if sees else str(tokenizer.eos_token or "")
         said = [words(answer) for answer in answers]
         texts = [text + (one if one.endswith(end) else one + end) for one in said]
     else:
         text, texts = _rendered(tokenizer, preference, prompt, answers)
-    if preference.images:
+    if sees:
         text = text[: min(_common(text, one) for one in texts)]
         apart = [text, *(one[len(text) :] for one in texts)]
         ids, *said_ids = tokenizer(apart, add_special_tokens=False)["input_ids"]
@@ -132,7 +133,7 @@ def _rendered(
         return rendered
 
     asked = [_flattened(message) for message in prompt]
-    goes_on = bool(preference.images) and asked[-1]["role"] == "assistant"
+    goes_on = (preference.images or preference.sighted) and asked[-1]["role"] == "assistant"
     wholes = []
     for answer in answers:
         turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
