@@ -33,7 +33,7 @@ from bench.loss_peers import (
 )
 from cpo_fast.loss import cpo_loss, linear_logprobs
 
-FROZEN, _, FORWARD, TRAINED = CASES
+FROZEN, _, FORWARD, TRAINED, _ = CASES
 HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
 TOKENS = (8192, 1024, 2048, 4096, 16384)
 LSE_ONLY = "log-probs alone"
