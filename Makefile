@@ -38,9 +38,9 @@ test: setup real-data ## all tests
 quick: setup ## the tests that take no more than a few seconds
 	$(PYTEST) -m 'not slow'
 
-real-data: $(VENV)/real-data ## the 3,955 real Open-I reports (the wheel that carries them, without its dependencies)
+real-data: $(VENV)/real-data ## 3,955 real Open-I reports and Qwen's vocabulary (wheels that carry them, without their dependencies)
 $(VENV)/real-data: $(VENV)/installed
-	$(PIP) --no-deps torchxrayvision
+	$(PIP) --no-deps torchxrayvision dashscope
 	touch $@
 
 real: setup real-data ## all stages on the real Open-I reports (runs/real)
