@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
+    "--threads=2",  # one per target
     "--compiler-options=-fPIC,-fvisibility=hidden",
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -54,7 +56,8 @@ class BuildNative(build_ext):
         if not self.force and not newer_group(inputs, self.get_ext_fullpath(ext.name), "newer"):
             return  # built, and nothing has changed since
         try:
-            ext.extra_objects = [self.compile_cuda(source) for source in kernels]
+            with ThreadPoolExecutor() as pool:
+                ext.extra_objects = list(pool.map(self.compile_cuda, kernels))
             ext.sources = [source for source in ext.sources if source not in kernels]
             super().build_extension(ext)
         except Exception as error:  # whatever a compiler does wrong costs this implementation only

@@ -203,3 +203,5 @@ def test_targets_and_the_table_of_winners() -> None:
     assert report.winners([r for r in records if r["provider"] != "triton"]) == []
     wrong = timing("triton", 30) | {"errors": {"loss": 1e-3, "gradient": 0.1}}
     assert report.within_rule(wrong, records) is False and report.within_rule(records[2], records)
+    assert report.red([*records, wrong]) == {"triton"}, "an error beyond the rule is red, too"
+    assert gpu_check.exit_status(data_of(*records, wrong)) == 1
