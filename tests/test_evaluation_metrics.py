@@ -115,7 +115,7 @@ def test_auc_agrees_with_sklearn_also_when_resampled():
     assert result["findings"]["Atelectasis"]["value"] == expected[0]
     assert result["findings"]["Fracture"] == {"value": None, "interval": None}
     assert result["macro"]["value"] == pytest.approx(np.mean(expected))
-    weights = c._weights(120, 30, 1)
+    weights = c.study_weights(120, 30, 1)
     target = matrix(truth)[:, 0]
     ours = c._weighted_auc(target, scores[:, 0], weights)
     theirs = [roc_auc_score(target, scores[:, 0], sample_weight=w) for w in weights]
@@ -194,6 +194,8 @@ def test_bleu_agrees_with_nltk():
 def test_text_metrics_agree_with_the_coco_package():
     pytest.importorskip("pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
     wanted = {i: [" ".join(text.words(r))] for i, r in enumerate(REFERENCES)}
@@ -203,7 +205,14 @@ def test_text_metrics_agree_with_the_coco_package():
     for n, score in enumerate(scores, start=1):
         assert result[f"bleu_{n}"] == pytest.approx(score, abs=1e-9)
     assert result["rouge_l"] == pytest.approx(Rouge().compute_score(wanted, given)[0], abs=1e-12)
-    assert "cider" in result
+    score, own = Cider().compute_score(wanted, given)
+    assert result["cider"] == pytest.approx(score, abs=1e-9)
+    assert min(own) <= result["intervals"]["cider"][0] <= result["cider"]
+    if "meteor" in result["missing"]:
+        return
+    assert result["meteor"] == pytest.approx(Meteor().compute_score(wanted, given)[0], abs=1e-9)
+    low, high = result["intervals"]["meteor"]
+    assert low <= result["meteor"] <= high
 
 
 def test_rouge_l_of_a_case_worked_out_by_hand():
@@ -227,6 +236,22 @@ def test_common_subsequence_agrees_with_the_table():
         assert text.common_subsequence(first, second) == table[-1, -1]
 
 
+def test_text_intervals_are_those_of_redrawn_studies(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)  # METEOR's program is slow to start
+    wanted = [*REFERENCES, "Mild pulmonary edema.", "No pneumothorax. Stable cardiomegaly.", "Ok."]
+    given = [*CANDIDATES, "Pulmonary edema is mild.", "Cardiomegaly.", ""]
+    found = text.text_metrics(wanted, given, bootstrap=40, seed=5)
+    weights = c.study_weights(len(wanted), 40, 5)
+    draws = [[i for i, n in enumerate(row) for _ in range(int(n))] for row in weights]
+    redrawn = [text.text_metrics([wanted[i] for i in draw], [given[i] for i in draw], bootstrap=1)
+               for draw in draws]  # fmt: skip
+    for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "label_f1"):
+        values = [one[name] for one in redrawn if one[name] is not None]
+        expected = np.quantile(values, [0.025, 0.975])
+        assert found["intervals"][name] == pytest.approx(expected, abs=1e-12), name
+        assert min(values) <= found[name] <= max(values)
+
+
 def test_no_match_at_all_is_zero_not_tiny():
     assert text.bleu([["a", "b"]], [["c", "d"]]) == [0.0, 0.0, 0.0, 0.0]
     found = text.bleu([list("abcdefgh")], [list("abcxdefy")])
@@ -241,9 +266,9 @@ def test_equal_texts_score_one():
 
 def test_label_f1_and_what_is_missing_is_named(monkeypatch):
     said = "There is pulmonary edema. Cardiomegaly. No pneumothorax."
-    assert text.label_f1([said], [said]) == 1.0
-    assert text.label_f1([said], ["Cardiomegaly."]) == pytest.approx(2 * 1 / (2 + 1))
-    assert text.label_f1(["Lines."], ["Lines."]) is None
+    assert text.text_metrics([said], ["Cardiomegaly."])["label_f1"] == pytest.approx(2 / (2 + 1))
+    silent = text.text_metrics(["Lines."], ["Lines."])
+    assert silent["label_f1"] is None and silent["intervals"]["label_f1"] is None
     monkeypatch.setattr("shutil.which", lambda name: None)
     found = text.text_metrics([said], [said])
     assert "meteor" in found["missing"] and "meteor" not in found

@@ -9,12 +9,12 @@ import pytest
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual import counterfactuals
 from cpo_fast.data import open_studies
-from cpo_fast.data.labels import parse_answer
+from cpo_fast.data.labels import DEFAULT_PROMPT, parse_answer
 from cpo_fast.data.preferences import open_preferences
 from cpo_fast.errors import DataError
 from cpo_fast.phantom import write_phantom
 from cpo_fast.study.__main__ import main, parse_arguments, settings
-from cpo_fast.study.arms import ANSWERS, ARMS, CPO, RANDOM, SFT, write_arms
+from cpo_fast.study.arms import ANSWERS, ARMS, CPO, DIRECT, RANDOM, SFT, write_arms
 from cpo_fast.study.figures import as_markdown, mean, results, verdict
 from cpo_fast.study.measure import answer_figures, drifted_studies
 from cpo_fast.study.page import write_study_page
@@ -31,7 +31,11 @@ def test_every_arm_has_the_same_studies_and_as_many_pairs(phantom, tmp_path):
     files = write_arms(tmp_path, studies, [one for one in cfs if one.passed], seed=3)
     read = {arm: list(open_preferences(str(path), image_root=str(phantom)))
             for arm, path in files.items()}  # fmt: skip
-    assert set(read) == {RANDOM, ANSWERS, CPO}
+    assert set(read) == {SFT, RANDOM, ANSWERS, CPO}
+    learned = [(p.id.partition("/")[0], p.chosen) for p in read.pop(SFT)]
+    assert learned == [(p.id, p.chosen) for arm in (CPO, ANSWERS) for p in read[arm]]
+    assert [read[arm][0].prompt[0]["content"][1]["text"] for arm in (CPO, RANDOM, ANSWERS)] == [
+        DEFAULT_PROMPT, DEFAULT_PROMPT, DIRECT]  # fmt: skip
     shape = [(p.id, len(p.rejected), p.images) for p in read[CPO]]
     assert shape and all(len(p.images) == 1 for p in read[CPO])
     for arm in (RANDOM, ANSWERS):

@@ -127,7 +127,7 @@ def auc(
     if patients is not None and len(patients) != len(truth):
         raise UsageError(f"{len(truth)} studies, but {len(patients)} patients")
     if patients is None:
-        weights = _weights(len(truth), bootstrap, seed)
+        weights = study_weights(len(truth), bootstrap, seed)
     else:
         weights = patient_weights(patients, bootstrap, seed)
     values = np.full(len(findings), np.nan)
@@ -186,7 +186,7 @@ def _occurring(table: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(table["positive"].any(axis=0))
 
 
-def _weights(studies: int, bootstrap: int, seed: int) -> np.ndarray:
+def study_weights(studies: int, bootstrap: int, seed: int) -> np.ndarray:
     """How often each study is drawn: [bootstrap, N] float64, every row sums to N."""
     draw = np.random.default_rng(seed)
     return draw.multinomial(studies, np.full(studies, 1.0 / studies), bootstrap).astype(np.float64)
@@ -231,7 +231,7 @@ def _ratios(counts: Counts) -> Counts:
 
 
 def _resampled(table: dict[str, np.ndarray], bootstrap: int, seed: int) -> Counts:
-    weights = _weights(len(table["exact"]), bootstrap, seed)
+    weights = study_weights(len(table["exact"]), bootstrap, seed)
     return _metrics(_counts(table, weights), _occurring(table))
 
 

@@ -75,7 +75,7 @@ def evaluation_summary(
     }
     if reports is not None:
         summary["text"] = {
-            name: text_metrics(reports, [thought_of(text) for text in texts])
+            name: text_metrics(reports, [thought_of(text) for text in texts], **options)
             for name, texts in answers.items()
         }
     return summary

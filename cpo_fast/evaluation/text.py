@@ -6,6 +6,11 @@ the longest common subsequence of the whole texts, averaged over studies; the `r
 computes another one (beta 1). CIDEr is the CIDEr-D of pycocoevalcap, where that is installed.
 METEOR is 1.5, by the Java program that pycocoevalcap carries (nltk's is another metric); what is
 not there is named as missing. Label F1 compares the findings that our labeller reads in both texts.
+
+Intervals are 95 %, by bootstrap over studies: the counts behind BLEU and label F1 are summed anew
+in every draw, ROUGE-L and CIDEr-D are means of the studies' own scores (document frequencies of all
+studies). METEOR's program sums inside itself; its interval is that of the mean of the studies'
+scores, moved to the corpus score.
 """
 
 from __future__ import annotations
@@ -13,16 +18,20 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpo_fast.data.labels import NO_FINDING
 from cpo_fast.errors import UsageError
+from cpo_fast.evaluation.classification import figure, study_weights
 
 VARIANTS = (
     "lower-case words without punctuation; BLEU: nltk corpus BLEU, no smoothing; "
-    "ROUGE-L: COCO variant (beta 1.2)"
+    "ROUGE-L: COCO variant (beta 1.2); 95 % intervals by bootstrap over studies"
 )
 ROUGE_BETA = 1.2
 
@@ -38,11 +47,18 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+(?:[.'/-]\w+)*", text.lower())
 
 
-def text_metrics(references: Sequence[str], candidates: Sequence[str]) -> dict[str, Any]:
-    """{"bleu_1".."bleu_4", "rouge_l", "meteor" and "cider" where installed, "label_f1", "studies",
-    "variants", "missing" [metric names]} of N pairs.
+def text_metrics(
+    references: Sequence[str],
+    candidates: Sequence[str],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """{"bleu_1".."bleu_4", "rouge_l", "meteor" and "cider" where installed, "label_f1",
+    "intervals" {metric: [low, high]}, "studies", "variants", "missing" [metric names]} of N pairs.
 
-    Raises UsageError for unequal lengths or no text.
+    An interval is None where its metric is undefined. Raises UsageError for unequal lengths or no
+    text.
     """
     if len(references) != len(candidates):
         raise UsageError(f"{len(references)} reference reports, but {len(candidates)} texts")
@@ -50,25 +66,41 @@ def text_metrics(references: Sequence[str], candidates: Sequence[str]) -> dict[s
         raise UsageError("no report to compare with")
     wanted = [words(text) for text in references]
     given = [words(text) for text in candidates]
-    result: dict[str, Any] = {"studies": len(references), "variants": VARIANTS}
-    result.update({f"bleu_{n}": value for n, value in enumerate(bleu(wanted, given), start=1)})
-    scores = [rouge_l(want, got) for want, got in zip(wanted, given, strict=True)]
-    result["rouge_l"] = sum(scores) / len(scores)
-    result["label_f1"] = label_f1(references, candidates)
+    weights = study_weights(len(wanted), bootstrap, seed)
+    values: dict[str, float | None] = {}
+    spread: dict[str, np.ndarray] = {}
+    drawn = _bleu_draws(wanted, given, weights)
+    for n, value in enumerate(bleu(wanted, given), start=1):
+        values[f"bleu_{n}"], spread[f"bleu_{n}"] = value, drawn[:, n - 1]
+    scores = {
+        "rouge_l": np.array([rouge_l(want, got) for want, got in zip(wanted, given, strict=True)])
+    }
+    values["rouge_l"] = float(scores["rouge_l"].mean())
     coco = importlib.util.find_spec("pycocoevalcap")
     if coco:
-        result["cider"] = cider(wanted, given)
+        values["cider"], scores["cider"] = cider(wanted, given)
     if coco and shutil.which("java") and _meteor_jar():
-        result["meteor"] = meteor(wanted, given)
-    result["missing"] = [name for name in ("cider", "meteor") if name not in result]
-    return result
+        values["meteor"], scores["meteor"] = meteor(wanted, given)
+    for name, own in scores.items():
+        spread[name] = weights @ own / len(wanted) + (values[name] - own.mean())
+    hits = label_hits(references, candidates)
+    values["label_f1"] = _pooled_f1(hits.sum(axis=0, keepdims=True)).item()
+    spread["label_f1"] = _pooled_f1(weights @ hits)
+    figures = {name: figure(value, spread[name]) for name, value in values.items()}
+    return {
+        "studies": len(references),
+        "variants": VARIANTS,
+        **{name: one["value"] for name, one in figures.items()},
+        "intervals": {name: one["interval"] for name, one in figures.items()},
+        "missing": [name for name in ("cider", "meteor") if name not in values],
+    }
 
 
-def label_f1(references: Sequence[str], candidates: Sequence[str]) -> float | None:
-    """F1 pooled over studies and findings of what `concepts.label_report` asserts in both texts.
+def label_hits(references: Sequence[str], candidates: Sequence[str]) -> np.ndarray:
+    """[N, 2] float64: findings that `concepts.label_report` asserts in both texts, and in each
+    added up.
 
-    "No Finding" does not count (words that say nothing would earn it); None where neither side
-    asserts anything.
+    "No Finding" does not count: words that say nothing would earn it.
     """
     from cpo_fast.concepts import label_report
 
@@ -76,12 +108,40 @@ def label_f1(references: Sequence[str], candidates: Sequence[str]) -> float | No
         labels = label_report(text).items()
         return {name for name, value in labels if value == 1 and name != NO_FINDING}
 
-    hit = named = 0
+    rows = []
     for reference, candidate in zip(references, candidates, strict=True):
         want, got = asserted(reference), asserted(candidate)
-        hit += len(want & got)
-        named += len(want) + len(got)
-    return 2 * hit / named if named else None
+        rows.append((len(want & got), len(want) + len(got)))
+    return np.array(rows, dtype=np.float64)
+
+
+def _pooled_f1(hits: np.ndarray) -> np.ndarray:
+    """F1 of rows of summed `label_hits` [B, 2]; NaN where neither side asserts anything."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(2 * hits[:, 0] / hits[:, 1])
+
+
+def _bleu_draws(
+    references: Sequence[list[str]], candidates: Sequence[list[str]], weights: np.ndarray
+) -> np.ndarray:
+    """BLEU-1..4 [B, 4] of the corpora in which study i stands weights[b, i] times."""
+    rows = []
+    for wanted, given in zip(references, candidates, strict=True):
+        matched, total = [], []
+        for n in range(1, 5):
+            own, other = (
+                Counter(zip(*(text[i:] for i in range(n)), strict=False))
+                for text in (given, wanted)
+            )
+            matched.append((own & other).total())
+            total.append(max(1, own.total()))  # as nltk counts a text shorter than n
+        rows.append([*matched, *total, len(given), len(wanted)])
+    sums = weights @ np.array(rows, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(sums[:, :4] / sums[:, 4:8])
+        brevity = np.minimum(0.0, 1.0 - sums[:, 9] / sums[:, 8])
+    means = np.cumsum(logs, axis=1) / np.arange(1, 5)
+    return np.exp(np.nan_to_num(brevity, nan=-np.inf)[:, None] + means)
 
 
 def _meteor_jar() -> bool:
@@ -90,13 +150,18 @@ def _meteor_jar() -> bool:
     return any((Path(folder) / "meteor" / "meteor-1.5.jar").is_file() for folder in folders)
 
 
-def meteor(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> float:
-    """METEOR 1.5 (Denkowski and Lavie 2014) by pycocoevalcap's Java program."""
+def meteor(
+    references: Sequence[list[str]], candidates: Sequence[list[str]]
+) -> tuple[float, np.ndarray]:
+    """METEOR 1.5 (Denkowski and Lavie 2014) by pycocoevalcap's Java program: of the corpus, and
+    [N] of the texts.
+    """
     from pycocoevalcap.meteor.meteor import Meteor
 
     wanted = {i: [" ".join(words)] for i, words in enumerate(references)}
     given = {i: [" ".join(words)] for i, words in enumerate(candidates)}
-    return float(Meteor().compute_score(wanted, given)[0])
+    score, own = Meteor().compute_score(wanted, given)
+    return float(score), np.array(own, dtype=np.float64)
 
 
 def bleu(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> list[float]:
@@ -139,10 +204,15 @@ def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - column.bit_count()
 
 
-def cider(references: Sequence[list[str]], candidates: Sequence[list[str]]) -> float:
-    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, document frequencies from `references`."""
+def cider(
+    references: Sequence[list[str]], candidates: Sequence[list[str]]
+) -> tuple[float, np.ndarray]:
+    """CIDEr-D (Vedantam et al. 2015) by pycocoevalcap, document frequencies from `references`: the
+    mean, and [N] of the texts.
+    """
     from pycocoevalcap.cider.cider import Cider
 
     wanted = {i: [" ".join(words)] for i, words in enumerate(references)}
     given = {i: [" ".join(words)] for i, words in enumerate(candidates)}
-    return float(Cider().compute_score(wanted, given)[0])
+    score, own = Cider().compute_score(wanted, given)
+    return float(score), np.array(own, dtype=np.float64)

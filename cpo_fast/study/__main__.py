@@ -93,30 +93,49 @@ def keep_settings(args: argparse.Namespace) -> None:
 
 def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     """{arm: figures} of one seed, "majority" first."""
-    from cpo_fast.data import open_studies
-    from cpo_fast.study.arms import SFT, write_arms
+    from cpo_fast.study.arms import ARMS, QUESTIONS, SFT, SFT_ANSWERS
     from cpo_fast.study.measure import Scale, majority, measure
-    from cpo_fast.training.corpus import read_counterfactuals
 
     folder = args.output_dir / f"seed-{seed}"
-    base = folder / SFT
-    models = {SFT: trained("sft", args, seed, base, stages="graph,counterfactual,sft",
-                           num_studies=args.num_studies)}  # fmt: skip
-    data = base / "data"
-    cfs = read_counterfactuals(base / "counterfactuals.jsonl")
-    files = write_arms(folder, list(open_studies(str(data))), cfs, seed=seed)
-    flags = {"image_root": data, "sft_checkpoint": models[SFT], "eval_fraction": 0}
+    data, files = corpus(folder, args.num_studies, seed)
+    flags = {"image_root": data, "eval_fraction": 0}
+    models = {SFT: trained("sft", args, seed, folder / SFT, dataset=files.pop(SFT), **flags)}
+    models[SFT_ANSWERS] = models[SFT]
+    flags["sft_checkpoint"] = models[SFT]
     for arm, file in files.items():
-        models[arm] = trained("cpo", args, seed, folder / arm, stages="cpo", dataset=file, **flags)
+        models[arm] = trained("cpo", args, seed, folder / arm, dataset=file, **flags)
     scale = Scale(args.test_samples, args.reports, max_new_tokens=160, max_pixels=12544)
     arms: dict[str, dict[str, Any]] = {"majority": majority(data, args.test_samples)}
-    for arm, path in models.items():
+    for arm in ARMS:
         done = folder / arm / "measured.json"
         if not done.is_file():
             print(f"study: seed {seed}, measuring {arm}", flush=True)
-            write_json(done, measure(path, data, scale))
+            make_private(done.parent)
+            write_json(done, measure(models[arm], data, scale, asked=QUESTIONS[arm]))
         arms[arm] = json.loads(done.read_text(encoding="utf-8"))
     return arms
+
+
+def corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[str, Path]]:
+    """A seed's phantom and {arm: what it learns from}, unless an earlier call made them."""
+    from tqdm import tqdm
+
+    from cpo_fast.concepts import load_graph
+    from cpo_fast.counterfactual import counterfactuals
+    from cpo_fast.data import open_studies
+    from cpo_fast.phantom import write_phantom
+    from cpo_fast.study.arms import write_arms
+
+    data, listed = folder / "data", folder / "files.json"  # written when all is there
+    if not listed.is_file():
+        make_private(folder)
+        write_phantom(data, num_studies=num_studies, seed=seed)
+        studies = [study for study in open_studies(str(data)) if study.split == "train"]
+        made = counterfactuals(studies, load_graph(), num_targets=2, seed=seed)
+        bar = tqdm(made, desc="counterfactuals", unit="report", disable=None)
+        files = write_arms(folder, studies, [one for one in bar if one.passed], seed=seed)
+        write_json(listed, {arm: str(path) for arm, path in files.items()})
+    return data, {arm: Path(path) for arm, path in json.loads(listed.read_text()).items()}
 
 
 def trained(stage: str, args: argparse.Namespace, seed: int, folder: Path, **more: Any) -> Path:
@@ -127,11 +146,12 @@ def trained(stage: str, args: argparse.Namespace, seed: int, folder: Path, **mor
     if path.is_file():
         summary = json.loads(path.read_text(encoding="utf-8"))
     else:
-        summary = train.run(training(args, seed, folder, **more))
+        print(f"study: seed {seed}, training {folder.name}", flush=True)
+        summary = train.run(training(args, seed, folder, stage, **more))
     return Path(summary["stages"][stage]["checkpoint"])
 
 
-def training(args: argparse.Namespace, seed: int, folder: Path, **more: Any) -> Any:
+def training(args: argparse.Namespace, seed: int, folder: Path, stage: str, **more: Any) -> Any:
     """The flags of one training run: the embedded default with the study's scale."""
     from cpo_fast.training.arguments import EMBEDDED
     from cpo_fast.training.arguments import parse_arguments as parse_train
@@ -139,6 +159,7 @@ def training(args: argparse.Namespace, seed: int, folder: Path, **more: Any) -> 
     flags = {
         "config": EMBEDDED,
         "output_dir": folder,
+        "stages": stage,
         "seed": seed,
         "sft_num_train_epochs": args.sft_epochs,
         "max_steps": args.steps,

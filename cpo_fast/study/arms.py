@@ -1,4 +1,10 @@
-"""What each arm of the study learns from: one preference file per arm, the same studies in each."""
+"""What each arm of the study learns from: one file per arm, the same studies in each.
+
+SFT learns two questions about every study: the default one, answered by thought and diagnosis, and
+`DIRECT`, answered by the diagnosis alone. A tower that starts from random weights hardly learns
+from reports, whose words can mostly be guessed from the words before; the short answers teach it to
+see, and ask the model without the thought, as the paper's table 5 does.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.counterfactual import preference, study_labels
-from cpo_fast.data.labels import answer, diagnosis, thought
+from cpo_fast.data.labels import DEFAULT_PROMPT, answer, diagnosis, question, thought
 from cpo_fast.errors import DataError
 from cpo_fast.training.run_folder import write_private
 from cpo_fast.types import Answer, Counterfactual, Study
 
-SFT, RANDOM, ANSWERS, CPO = "sft", "dpo_random", "cpo_answers", "cpo"
+DIRECT = "Name the diseases of this patient."
+"""The question that is answered without a thought."""
+
+SFT_ANSWERS, SFT, RANDOM, ANSWERS, CPO = (
+    "sft_answers", "sft", "dpo_random", "cpo_answers", "cpo"
+)  # fmt: skip
 ARMS = {
+    SFT_ANSWERS: "SFT without the thought",
     SFT: "SFT",
     RANDOM: "DPO, random negatives",
     ANSWERS: "CPO without the thought",
     CPO: "CPO",
 }
-"""Arm -> how it is called in tables; the paper's names are those of its tables 2 and 5."""
+"""Arm -> how it is called in tables; the paper's names are those of its tables 2 and 5.
+The first two are one model, asked both questions.
+"""
+
+QUESTIONS = dict.fromkeys(ARMS, DEFAULT_PROMPT) | dict.fromkeys((SFT_ANSWERS, ANSWERS), DIRECT)
 
 Sides = tuple[Answer, Sequence[Answer]]
 
@@ -29,10 +45,12 @@ Sides = tuple[Answer, Sequence[Answer]]
 def write_arms(
     folder: Path, studies: Sequence[Study], cfs: Sequence[Counterfactual], *, seed: int
 ) -> dict[str, Path]:
-    """One .jsonl per arm but SFT: {arm: path}, mode 0600. Row i is about the same study in each.
+    """One .jsonl per arm that is trained: {arm: path}, mode 0600.
 
     Only training studies with counterfactuals count; each row has as many rejected answers as its
-    study has counterfactuals. Raises DataError when there are none.
+    study has counterfactuals. Row i is about the same study in each but SFT's, which holds the rows
+    of CPO with and without the thought; it learns their chosen sides. Raises DataError when there
+    are none.
     """
     of_study: dict[str, list[Counterfactual]] = {}
     for one in cfs:
@@ -51,19 +69,25 @@ def write_arms(
         CPO: lambda study: _counterfactual(study, of_study[study.study_id]),
     }
     paths = {}
-    for arm, sides in makers.items():
+    rows = {
+        arm: [_row(study, QUESTIONS[arm], sides(study)) for study in used]
+        for arm, sides in makers.items()
+    }
+    thinking, direct = ([one | {"id": f"{one['id']}/{kind}"} for one in rows[kind]]
+                        for kind in (CPO, ANSWERS))  # fmt: skip
+    rows = {SFT: thinking + direct} | rows
+    for arm, own in rows.items():
         paths[arm] = folder / f"{arm}.jsonl"
-        rows = (_row(study, of_study[study.study_id], sides(study)) for study in used)
-        write_private(paths[arm], rows)
+        write_private(paths[arm], own)
     return paths
 
 
-def _row(study: Study, cfs: Sequence[Counterfactual], sides: Sides) -> dict[str, Any]:
+def _row(study: Study, asked: str, sides: Sides) -> dict[str, Any]:
     chosen, rejected = sides
     return {
         "id": study.study_id,
         "images": [image.path for image in study.images],
-        "prompt": list(preference(study, cfs).prompt),
+        "prompt": list(question(len(study.images), asked)),
         "chosen": chosen,
         "rejected_responses": list(rejected),
     }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpo_fast.report.tables import Cell, Row, Table, interval, number, percent
-from cpo_fast.study.arms import ANSWERS, ARMS, CPO, RANDOM, SFT
+from cpo_fast.study.arms import ANSWERS, ARMS, CPO, RANDOM, SFT, SFT_ANSWERS
 from cpo_fast.study.measure import PAPER_FINDINGS
 
 Figures = Mapping[str, float | None]
@@ -23,7 +23,7 @@ PAPER_TABLE_2 = {
     RANDOM: (63.2, 72.4, 76.7, 93.5, 76.3, 76.4),
     CPO: (77.7, 72.7, 87.4, 95.8, 75.3, 81.8),
 }
-PAPER_TABLE_5 = {"neither": 73.8, SFT: 74.9, ANSWERS: 78.3, CPO: 81.8}
+PAPER_TABLE_5 = {SFT_ANSWERS: 73.8, SFT: 74.9, ANSWERS: 78.3, CPO: 81.8}
 OTHER = "the paper: 7B model, MIMIC-CXR, MS-CXR-T; other data, another scale and protocol"
 NAMES = {"majority": "Majority guess"} | ARMS
 
@@ -39,7 +39,8 @@ def results(
     for measured in seeds.values():
         for arm, figures in measured.items():
             by_arm.setdefault(arm, []).append(figures)
-    pairs = [(CPO, SFT), (CPO, RANDOM), (CPO, ANSWERS), (RANDOM, SFT), (ANSWERS, SFT)]
+    pairs = [(CPO, SFT), (CPO, RANDOM), (CPO, ANSWERS), (RANDOM, SFT), (ANSWERS, SFT_ANSWERS),
+             (SFT, SFT_ANSWERS)]  # fmt: skip
     return {
         "settings": dict(settings),
         "seeds": list(seeds),
@@ -124,25 +125,24 @@ def _table_2(arms: Mapping[str, Any], note: str) -> Table:
 
 
 def _table_5(arms: Mapping[str, Any]) -> Table:
-    def row(head: str, arm: str | None, thought: str, cpo: str, paper: float) -> Row:
-        own = _cell(arms[arm], "accuracy/mean5") if arm else Cell("–")
-        f1 = _cell(arms[arm], "f1/mean5") if arm else Cell("–")
-        drift = _cell(arms[arm], "swap/synonym", number) if arm else Cell("–")
-        cells = (Cell(thought), Cell(cpo), own, f1, drift, Cell(f"{paper:.1f}\u00a0%"))
-        return Row(head, cells)
+    def row(arm: str, thought: str, cpo: str) -> Row:
+        own = [_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
+        drift = _cell(arms[arm], "swap/synonym", number)
+        paper = Cell(f"{PAPER_TABLE_5[arm]:.1f}\u00a0%")
+        return Row(NAMES[arm], (Cell(thought), Cell(cpo), *own, drift, paper))
 
     rows = (
-        row("SFT without the thought", None, "", "", PAPER_TABLE_5["neither"]),
-        row("SFT", SFT, "yes", "", PAPER_TABLE_5[SFT]),
-        row("CPO without the thought", ANSWERS, "", "yes", PAPER_TABLE_5[ANSWERS]),
-        row("CPO", CPO, "yes", "yes", PAPER_TABLE_5[CPO]),
+        row(SFT_ANSWERS, "", ""),
+        row(SFT, "yes", ""),
+        row(ANSWERS, "", "yes"),
+        row(CPO, "yes", "yes"),
     )
     return Table(
         "Thought and CPO, as the paper's table 5",
         ("", "Thought", "CPO", "Accuracy", "F1", "Synonym drift", "Paper"),
         rows,
-        "Means of the five findings. All arms here start from the one SFT model that thinks, so "
-        "that the paper's first row has no counterpart.",
+        "Means of the five findings. The two rows of SFT are one model, asked for the diagnosis "
+        "with and without a thought; the arms start from it.",
     )
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.data.labels import LABEL_NAMES, parse_answer
+from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, parse_answer
 from cpo_fast.errors import DataError
 from cpo_fast.evaluate import Cohort, Loaded, load, parse_arguments, read
 from cpo_fast.phantom.wording import DRIFTS
+from cpo_fast.types import Prompt
 
 PAPER_FINDINGS = {
     "Con": "Consolidation",
@@ -38,14 +39,16 @@ class Scale:
     max_pixels: int
 
 
-def measure(model: Path, data: Path, scale: Scale) -> dict[str, float | None]:
-    """The figures of one model on the test split of the phantom in `data`.
+def measure(
+    model: Path, data: Path, scale: Scale, *, asked: str = DEFAULT_PROMPT
+) -> dict[str, float | None]:
+    """The figures of one model on the test split of the phantom in `data`, asked so.
 
     "accuracy/F", "f1/F" per finding F and "/mean5" (the paper's five), "/mean" (all that occur);
     "exact", "unparsable" (shares); "drifted/accuracy" (all findings) and "drifted/pairs" (those
     that drift) on the studies whose reports use a drifting word, "drifted/studies"; "swap/K" and
     "flip/K", mean total variation and share of changed likeliest finding under swaps of kind K in
-    the radiologist's report. None where undefined.
+    the radiologist's report, whatever the model was asked. None where undefined.
     """
     from cpo_fast.evaluation.generate import diagnose
 
@@ -62,7 +65,7 @@ def measure(model: Path, data: Path, scale: Scale) -> dict[str, float | None]:
     texts = diagnose(
         loaded.model,
         loaded.tokenizer,
-        cohort.prompts,
+        asked_so(loaded, cohort, asked),
         loaded.pixels,
         max_new_tokens=scale.max_new_tokens,
         batch_size=160,
@@ -73,6 +76,16 @@ def measure(model: Path, data: Path, scale: Scale) -> dict[str, float | None]:
     return answer_figures(cohort.truth, parsed, where) | swap_figures(
         loaded, cohort, scale.drift_samples
     )
+
+
+def asked_so(loaded: Loaded, cohort: Cohort, asked: str) -> list[Prompt]:
+    """The cohort's prompts with this question."""
+    from cpo_fast.counterfactual import sft_preference
+    from cpo_fast.packing import encode
+
+    grid = loaded.images.grid if loaded.images else None
+    asked_for = [sft_preference(study, prompt=asked) for study in cohort.studies]
+    return [encode(one, loaded.tokenizer, grid, max_length=4096).prompt for one in asked_for]
 
 
 def answer_figures(
