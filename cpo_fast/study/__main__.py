@@ -17,7 +17,7 @@ from typing import Any
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate import make_private, write_json
 
-QUICK = {"seeds": 2, "num_studies": 1600, "sft_epochs": 4.0, "test_samples": 120, "reports": 32}
+QUICK = {"seeds": 2, "num_studies": 2000, "sft_epochs": 3.0, "test_samples": 120, "reports": 32}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +42,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two seeds at a smaller scale, within ten minutes")
     add("--seeds", type=int, default=5, help="independent repetitions: data, model, order")
     add("--first_seed", type=int, default=42, help="seeds count up from here")
-    add("--num_studies", type=int, default=2000, help="size of each phantom")
-    add("--sft_epochs", type=float, default=5.0, help="epochs of SFT")
+    add("--num_studies", type=int, default=3200, help="size of each phantom")
+    add("--sft_epochs", type=float, default=3.0, help="epochs of SFT")
     add("--steps", type=int, default=60, help="optimiser steps of every arm, of 16 pairs each")
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate of every arm")
     add("--beta", type=float, default=0.1, help="beta of every arm")
