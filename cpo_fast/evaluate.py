@@ -20,7 +20,7 @@ from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 
 if TYPE_CHECKING:
     from cpo_fast.model.images import ImageProcessor
-    from cpo_fast.types import Prompt, RejectedRecord, Study
+    from cpo_fast.types import Preference, Prompt, RejectedRecord, Study
 
 SUITES = ("classification", "report", "zero_shot", "drift")
 
@@ -37,6 +37,18 @@ class Loaded:
     @property
     def pixels(self) -> Any:
         return self.images.pixels if self.images else None
+
+    def prompt(self, asked: Preference, *, max_length: int) -> Prompt:
+        """`asked` tokenised. Its images are decoded once here, so that a damaged one is a
+        RecordError of its study and does not end the run later.
+        """
+        from cpo_fast.packing import encode
+
+        grid = self.images.grid if self.images else None
+        prompt = encode(asked, self.tokenizer, grid, max_length=max_length).prompt
+        for image in asked.images if self.images else ():
+            self.images.pixels(image)
+        return prompt
 
 
 @dataclass
@@ -152,6 +164,8 @@ def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str
     reasons: dict[str, int] = {}
     for record in cohort.rejected:
         reasons[record.reason] = reasons.get(record.reason, 0) + 1
+    for reason, count in sorted(reasons.items()):
+        print(f"data: {count} set aside: {reason} (rejected_records.jsonl)")
     data = {"read": cohort.read, "used": len(cohort.studies), "rejected": reasons}
     write_json(args.output_dir / "summary.json", {"evaluation": evaluation, "data": data})
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -199,16 +213,14 @@ def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:
     from cpo_fast.counterfactual import sft_preference, study_labels
     from cpo_fast.data import open_studies
     from cpo_fast.data.labels import diagnosis
-    from cpo_fast.packing import encode
     from cpo_fast.types import RejectedRecord
 
     source = open_studies(
         args.dataset, dataset_format=args.dataset_format, image_root=args.image_root
     )
     cohort = Cohort([], [], [], [], 0, [])
-    grid = loaded.images.grid if loaded.images else None
     for found in tqdm(source, desc="read", unit="study", disable=None):
-        images = found.images[:1] if grid else ()
+        images = found.images[:1] if loaded.images else ()
         study = replace(found, images=images, labels=study_labels(found))
         names = diagnosis(study.labels, uncertain=args.uncertain_labels)
         if study.split == "train":
@@ -217,14 +229,14 @@ def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:
             continue
         asked = sft_preference(study, uncertain=args.uncertain_labels)
         try:
-            group = encode(asked, loaded.tokenizer, grid, max_length=args.max_length)
+            prompt = loaded.prompt(asked, max_length=args.max_length)
         except RecordError as error:
             cohort.rejected.append(
                 RejectedRecord(str(args.dataset), None, study.study_id, error.reason, error.detail)
             )
             continue
         cohort.studies.append(study)
-        cohort.prompts.append(group.prompt)
+        cohort.prompts.append(prompt)
         cohort.truth.append(names)
     cohort.read = source.read
     cohort.rejected[:0] = source.rejected

@@ -55,7 +55,7 @@ def _labelled(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any],
     found = read_labelled_csv(
         Path(args.dataset), Path(args.image_root), uncertain=args.uncertain_labels
     )
-    cohort = Cohort([], [], [], [], len(found.images), [])
+    cohort = Cohort([], [], [], [], len(found.images) + len(found.rejected), found.rejected)
     for one in found.images[: args.max_samples]:
         study = Study(one.image.path, one.patient, Report(), (one.image,), split=args.split)
         if (prompt := _prompt(args, loaded, cohort, study)) is not None:
@@ -82,8 +82,8 @@ def _temporal(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any],
     from cpo_fast.evaluation import ms_cxr_t
     from cpo_fast.types import Report, Study
 
-    cases = ms_cxr_t.read_ms_cxr_t(Path(args.dataset))
-    cohort = Cohort([], [], [], [], len(cases), [])
+    cases, unusable = ms_cxr_t.read_ms_cxr_t(Path(args.dataset))
+    cohort = Cohort([], [], [], [], len(cases) + len(unusable), unusable)
     kept = []
     for case in cases[: args.max_samples]:
         images = tuple(_path(args.image_root, one)
@@ -160,14 +160,12 @@ def _prompt(
 ) -> Prompt | None:
     """The tokenised question about the study's images; None, and set aside, if that fails."""
     from cpo_fast.data.labels import question as ask
-    from cpo_fast.packing import encode
     from cpo_fast.types import Preference, RejectedRecord
 
     messages = ask(len(study.images), question) if question else ask(len(study.images))
     about = Preference(study.study_id, messages, "?", images=study.images)
-    grid = loaded.images.grid if loaded.images else None
     try:
-        return encode(about, loaded.tokenizer, grid, max_length=args.max_length).prompt
+        return loaded.prompt(about, max_length=args.max_length)
     except RecordError as error:
         cohort.rejected.append(
             RejectedRecord(str(args.dataset), None, study.study_id, error.reason, error.detail)

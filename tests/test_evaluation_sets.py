@@ -88,7 +88,8 @@ def test_chexpert_knows_patients_and_uncertain_labels(folder):
 def test_padchest_lists_are_literals_and_nothing_else(folder):
     found = read_labelled_csv(write(folder, PADCHEST), folder)
     assert found.findings == ("Cardiomegaly", "Pleural effusion")
-    assert len(found.images) == 2, "the row whose labels are cut off is left out"
+    assert len(found.images) == 2
+    assert [(one.line, one.reason) for one in found.rejected] == [(4, "labels-unreadable")]
     hostile = "ImageID,Labels\na.png,\"__import__('os').getcwd()\"\n"
     with pytest.raises(DataError, match="no row"):
         read_labelled_csv(write(folder, hostile), folder)
@@ -101,6 +102,17 @@ def test_padchest_lists_are_literals_and_nothing_else(folder):
 def test_unknown_columns_and_empty_sets_are_named(folder, text, message):
     with pytest.raises(DataError, match=message):
         read_labelled_csv(write(folder, text), folder)
+
+
+def test_rows_that_cannot_be_used_are_set_aside_with_their_line(folder):
+    text = CHEST_XRAY_14 + ",Mass,0,3\nd.png,,0,4\n"
+    found = read_labelled_csv(write(folder, text), folder)
+    assert len(found.images) == 3
+    assert [(o.line, o.reason) for o in found.rejected] == [(5, "no-image"), (6, "no-labels")]
+    text = CHEXPERT + "valid/patient64543/study1/c.png,F,,yes,\n"
+    found = read_labelled_csv(write(folder, text), folder)
+    assert [(o.line, o.reason) for o in found.rejected] == [(4, "label-value")]
+    assert "yes" not in found.rejected[0].detail
 
 
 def test_auc_intervals_draw_whole_patients():
@@ -117,7 +129,11 @@ def test_auc_intervals_draw_whole_patients():
 
 
 def test_ms_cxr_t_is_read(folder):
-    first, second = read_ms_cxr_t(write(folder, TEMPORAL))
+    (first, second), aside = read_ms_cxr_t(write(folder, TEMPORAL))
+    assert [(one.line, one.reason) for one in aside] == [(4, "no-progression-label")]
+    (only,), aside = read_ms_cxr_t(write(folder, TEMPORAL.replace("improving", "better")))
+    assert only == second
+    assert (aside[0].line, aside[0].id, aside[0].reason) == (2, "50000002", "progression-value")
     assert first.progression == {"Edema": "improving", "Pleural Effusion": "stable"}
     assert (second.subject_id, second.previous_dicom_id) == ("10000002", "a.png")
 
@@ -126,8 +142,7 @@ def test_ms_cxr_t_is_read(folder):
     ("text", "message"),
     [
         (TEMPORAL.replace("edema_progression", "edema"), "lacks the columns edema_progression"),
-        (TEMPORAL.replace("improving", "better"), ":2: edema_progression should be one of"),
-        (TEMPORAL.split("10000001")[0], "no row with a progression label"),
+        (TEMPORAL.split("10000001")[0], "no usable row with a progression label"),
     ],
 )
 def test_damaged_ms_cxr_t_is_named(folder, text, message):
@@ -172,9 +187,15 @@ def evaluate(model, dataset, out, **more) -> int:
 
 def test_the_command_on_a_labelled_set(folder, model):
     out = folder / "out"
-    path = write(folder, CHEST_XRAY_14)
+    (folder / "damaged.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    path = write(folder, CHEST_XRAY_14 + ",Mass,0,3\ngone.png,Mass,0,3\ndamaged.png,Mass,0,3\n")
     assert evaluate(model, path, out, image_root=folder) == 0
-    evaluation = json.loads((out / "summary.json").read_text())["evaluation"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["data"] == {"read": 6, "used": 3, "rejected": {
+        "no-image": 1, "image-missing": 1, "image-unreadable": 1}}  # fmt: skip
+    lines = (out / "rejected_records.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in lines} == {"", "gone.png", "damaged.png"}
+    evaluation = summary["evaluation"]
     assert evaluation["split"] == "ChestXray14" and evaluation["studies"] == 3
     assert set(evaluation["zero_shot"]["random"]["findings"]) == {
         "Mass", "Pleural Effusion", "Pleural Thickening"}  # fmt: skip

@@ -2,7 +2,8 @@
 
 The three are told apart by their columns. Findings keep the words of their set (they become
 candidate sentences for the model), except that ChestXray14's "Effusion" is "Pleural Effusion".
-Blank means not present; CheXpert's uncertain -1 counts as the caller says.
+Blank means not present; CheXpert's uncertain -1 counts as the caller says. A row that cannot be
+used is set aside with its line and the reason.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import csv
 import gzip
 import io
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpo_fast.errors import DataError
-from cpo_fast.types import FINDINGS, ImageRef
+from cpo_fast.errors import DataError, RecordError
+from cpo_fast.types import FINDINGS, ImageRef, RejectedRecord
 
 NORMAL = {"no finding", "normal"}
 MAX_ROW = 1_000_000  # characters of one field
+CHEXPERT_VALUES = {"": 0, "0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1}
+
+Row = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class LabelledSet:
     kind: str
     findings: tuple[str, ...]
     images: list[LabelledImage]
+    rejected: list[RejectedRecord] = field(default_factory=list)
 
 
 def rows(path: Path) -> tuple[list[str], Iterator[dict[str, str]]]:
@@ -56,71 +61,72 @@ def rows(path: Path) -> tuple[list[str], Iterator[dict[str, str]]]:
 def read_labelled_csv(path: Path, images: Path, *, uncertain: str = "negative") -> LabelledSet:
     """The images of a CSV below the folder `images`, which they may not leave.
 
-    Raises DataError when the columns tell no known set or no row is left.
+    Raises DataError when the columns tell no known set or no row can be used.
     """
     columns, found = rows(path)
+    read: Callable[[Row], LabelledImage]
     if {"Image Index", "Finding Labels"} <= set(columns):
-        result = _chest_xray_14(found, images)
+        kind, known, read = "ChestXray14", None, lambda row: _chest_xray_14(row, images)
     elif "Path" in columns and (present := [name for name in columns if name in FINDINGS]):
-        result = _chexpert(found, images, present, uncertain)
+        known = tuple(name for name in present if name.lower() not in NORMAL)
+        kind, read = "CheXpert", lambda row: _chexpert(row, images, present, uncertain)
     elif {"ImageID", "Labels"} <= set(columns):
-        result = _padchest(found, images)
+        kind, known, read = "PadChest", None, lambda row: _padchest(row, images)
     else:
         raise DataError(
             f"{path}: its columns ({', '.join(columns[:8])}) are neither those of ChestXray14 "
             "(Image Index, Finding Labels), CheXpert (Path and findings) nor PadChest (ImageID, "
             "Labels)"
         )
-    if not result.images:
-        raise DataError(f"{path} has no row")
-    return result
-
-
-def _chest_xray_14(found: Iterator[Mapping[str, str]], images: Path) -> LabelledSet:
-    listed = []
-    for row in found:
-        names = [name.strip().replace("_", " ") for name in row["Finding Labels"].split("|")]
-        names = ["Pleural Effusion" if name == "Effusion" else name for name in names]
-        listed.append(_image(row["Image Index"], images, row.get("Patient ID", ""), names))
-    return LabelledSet("ChestXray14", _seen(listed), listed)
-
-
-def _chexpert(
-    found: Iterator[Mapping[str, str]], images: Path, findings: list[str], uncertain: str
-) -> LabelledSet:
-    values = {"1", "1.0"} | ({"-1", "-1.0"} if uncertain == "positive" else set())
-    listed = []
-    for row in found:
-        # Paths begin with the archive's own name, which the folder given usually is.
-        path = re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
-        patient = re.search(r"patient\d+", path)
-        names = [name for name in findings if row[name].strip() in values]
-        listed.append(_image(path, images, patient[0] if patient else "", names))
-    kept = tuple(name for name in findings if name.lower() not in NORMAL)
-    return LabelledSet("CheXpert", kept, listed)
-
-
-def _padchest(found: Iterator[Mapping[str, str]], images: Path) -> LabelledSet:
-    listed = []
-    for row in found:
+    listed, rejected = [], []
+    for line, row in enumerate(found, start=2):
         try:
-            names = ast.literal_eval(row["Labels"] or "[]")
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue  # the set holds a few rows whose labels are cut off
-        if isinstance(names, list):
-            words = [str(name).strip().capitalize() for name in names if str(name).strip()]
-            folder = row.get("ImageDir", "")
-            path = row["ImageID"]
-            if folder and (images / folder / path).is_file():
-                path = f"{folder}/{path}"
-            listed.append(_image(path, images, row.get("PatientID", ""), words))
-    return LabelledSet("PadChest", _seen(listed), listed)
+            listed.append(read(row))
+        except RecordError as error:
+            rejected.append(RejectedRecord(str(path), line, "", error.reason, error.detail))
+    if not listed:
+        raise DataError(f"{path} has no row that can be used ({len(rejected)} set aside)")
+    seen = tuple(sorted({name for one in listed for name in one.names}))
+    return LabelledSet(kind, seen if known is None else known, listed, rejected)
+
+
+def _chest_xray_14(row: Row, images: Path) -> LabelledImage:
+    names = [name.strip().replace("_", " ") for name in row["Finding Labels"].split("|")]
+    if names == [""]:
+        raise RecordError("no-labels", "the column Finding Labels is empty")
+    names = ["Pleural Effusion" if name == "Effusion" else name for name in names]
+    return _image(row["Image Index"], images, row.get("Patient ID", ""), names)
+
+
+def _chexpert(row: Row, images: Path, findings: list[str], uncertain: str) -> LabelledImage:
+    # Paths begin with the archive's own name, which the folder given usually is.
+    path = re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
+    patient = re.search(r"patient\d+", path)
+    names = []
+    for name in findings:
+        if (value := CHEXPERT_VALUES.get(row[name].strip())) is None:
+            raise RecordError("label-value", f"{name} is none of 1, 0, -1 and blank")
+        if value == 1 or (value == -1 and uncertain == "positive"):
+            names.append(name)
+    return _image(path, images, patient[0] if patient else "", names)
+
+
+def _padchest(row: Row, images: Path) -> LabelledImage:
+    try:
+        names = ast.literal_eval(row["Labels"] or "[]")
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        names = None
+    if not isinstance(names, list):  # the set holds a few rows whose labels are cut off
+        raise RecordError("labels-unreadable", "the column Labels holds no list")
+    words = [str(name).strip().capitalize() for name in names if str(name).strip()]
+    folder, path = row.get("ImageDir", ""), row["ImageID"]
+    if folder and (images / folder / path).is_file():
+        path = f"{folder}/{path}"
+    return _image(path, images, row.get("PatientID", ""), words)
 
 
 def _image(path: str, images: Path, patient: str, names: list[str]) -> LabelledImage:
+    if not path.strip():
+        raise RecordError("no-image", "the row names no image")
     known = tuple(dict.fromkeys(name for name in names if name.lower() not in NORMAL))
     return LabelledImage(ImageRef(path, str(images)), patient or path, known)
-
-
-def _seen(listed: list[LabelledImage]) -> tuple[str, ...]:
-    return tuple(sorted({name for one in listed for name in one.names}))

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cpo_fast.errors import DataError, UsageError
+from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.evaluation.classification import figure, patient_weights
 from cpo_fast.evaluation.csv_sets import rows
+from cpo_fast.types import RejectedRecord
 
 FINDINGS = {
     "consolidation": "Consolidation",
@@ -48,33 +49,46 @@ def is_ms_cxr_t(columns: Sequence[str]) -> bool:
     return {"dicom_id", "previous_dicom_id"} <= set(columns)
 
 
-def read_ms_cxr_t(path: Path) -> list[TemporalCase]:
-    """The rows of MS_CXR_T_temporal_image_classification_v1.0.0.csv in their order.
+def read_ms_cxr_t(path: Path) -> tuple[list[TemporalCase], list[RejectedRecord]]:
+    """The rows of MS_CXR_T_temporal_image_classification_v1.0.0.csv in their order, and those set
+    aside: a progression outside CLASSES, or none at all.
 
-    Raises DataError for a missing column, a progression outside CLASSES, or no labelled row.
+    Raises DataError for a missing column or no labelled row.
     """
     columns, found = rows(path)
     wanted = [*IDS, *(f"{name}_progression" for name in FINDINGS)]
     if missing := [name for name in wanted if name not in columns]:
         raise DataError(f"{path} lacks the columns {', '.join(missing)}: is it MS-CXR-T's table?")
-    cases = []
-    for number, row in enumerate(found, start=2):
-        labels = {}
-        for column, name in FINDINGS.items():
-            value = row[f"{column}_progression"].strip().lower()
-            if value and value not in CLASSES:
-                raise DataError(
-                    f"{path}:{number}: {column}_progression should be one of "
-                    f"{', '.join(CLASSES)} or blank"
-                )
-            if value:
-                labels[name] = value
-        if labels:
-            ids = {name: row[name].strip() for name in IDS}
-            cases.append(TemporalCase(**ids, progression=labels))
+    cases: list[TemporalCase] = []
+    rejected: list[RejectedRecord] = []
+    for line, row in enumerate(found, start=2):
+        ids = {name: row[name].strip() for name in IDS}
+        try:
+            cases.append(TemporalCase(**ids, progression=_progression(row)))
+        except RecordError as error:
+            rejected.append(
+                RejectedRecord(str(path), line, ids["study_id"], error.reason, error.detail)
+            )
     if not cases:
-        raise DataError(f"{path} has no row with a progression label")
-    return cases
+        raise DataError(
+            f"{path} has no usable row with a progression label ({len(rejected)} set aside)"
+        )
+    return cases, rejected
+
+
+def _progression(row: Mapping[str, str]) -> dict[str, str]:
+    labels = {}
+    for column, name in FINDINGS.items():
+        value = row[f"{column}_progression"].strip().lower()
+        if value and value not in CLASSES:
+            raise RecordError(
+                "progression-value", f"{column}_progression is none of {', '.join(CLASSES)}, blank"
+            )
+        if value:
+            labels[name] = value
+    if not labels:
+        raise RecordError("no-progression-label")
+    return labels
 
 
 def progression_accuracy(

@@ -81,11 +81,9 @@ def measure(
 def asked_so(loaded: Loaded, cohort: Cohort, asked: str) -> list[Prompt]:
     """The cohort's prompts with this question."""
     from cpo_fast.counterfactual import sft_preference
-    from cpo_fast.packing import encode
 
-    grid = loaded.images.grid if loaded.images else None
     asked_for = [sft_preference(study, prompt=asked) for study in cohort.studies]
-    return [encode(one, loaded.tokenizer, grid, max_length=4096).prompt for one in asked_for]
+    return [loaded.prompt(one, max_length=4096) for one in asked_for]
 
 
 def answer_figures(
