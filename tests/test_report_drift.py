@@ -36,7 +36,7 @@ def test_a_probed_study_becomes_tokens_figures_and_a_table():
     assert "0.400, is at token 2" in shown.panels[0].alt
     assert shown.panels[1].title == "synonym  opacity → another", "the worst that keeps meaning"
     first = shown.swaps.rows[0]
-    assert first.cells[0].text == "negation" and first.cells[-1].text == "Pneumonia"
+    assert first.note == "negation" and first.cells[-1].text == "Pneumonia"
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,7 @@ def test_hostile_text_stays_text(run):
     assert HOSTILE in page.text
     assert not {"script", "iframe", "link", "object", "base", "form"} & {t for t, _ in page.tags}
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
-    sources = [attrs.get("src") or attrs.get("srcset") for tag, attrs in page.tags
-               if tag in ("img", "source")]  # fmt: skip
+    sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(sources) > 20
     assert all(source.startswith("data:image/") for source in sources)
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
@@ -203,6 +202,12 @@ def test_a_browser_shows_it_whole_and_quietly(browser, run, comparison, which, w
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     drawn = "[...document.images].filter(i => i.complete && i.naturalWidth > 0).length"
     assert browser.evaluate(drawn) == browser.evaluate("document.images.length") > 5
+    shown = """[...document.querySelectorAll('.panel img')].filter(i => i.offsetWidth)
+        .map(i => i.className)"""
+    assert set(browser.evaluate(shown)) == {"dark" if width == 390 else "light"}
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    assert set(browser.evaluate(shown)) == {"light"}, "a dark screen does not print dark figures"
+    browser.ask("Emulation.setEmulatedMedia", media="")
     # Only a table may be wider than the page, and it scrolls inside its own frame.
     outside = """[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&
         e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.className)"""

@@ -122,6 +122,11 @@ def test_wrong_usage_is_named(tmp_path, capsys):
     (tmp_path / "settings.json").write_text(json.dumps({"steps": 1}))
     assert main(["--output_dir", str(tmp_path)]) == 2
     assert "written with other values of" in capsys.readouterr().err
+    again = ["--output_dir", str(tmp_path / "b"), "--sft_from"]
+    assert main([*again, str(tmp_path / "gone")]) == 2
+    assert "holds no study" in capsys.readouterr().err
+    assert main([*again, str(tmp_path)]) == 2
+    assert "other values of num_studies" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -137,3 +142,8 @@ def test_a_miniature_from_end_to_end_and_again(tmp_path):
     before = (tmp_path / "seed-42" / CPO / "summary.json").stat().st_mtime_ns
     assert main(flags) == 0
     assert (tmp_path / "seed-42" / CPO / "summary.json").stat().st_mtime_ns == before
+    flags[1] = str(tmp_path / "faster")
+    assert main([*flags, "--learning_rate", "1e-3", "--sft_from", str(tmp_path)]) == 0
+    second = json.loads((tmp_path / "faster" / "study.json").read_text())
+    assert second["by_seed"][SFT] == found["by_seed"][SFT]
+    assert not (tmp_path / "faster" / "seed-42" / SFT).exists()

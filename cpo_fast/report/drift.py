@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN_SWAPS = 12
 NAMED_TOKENS = 4  # the largest moves carry their token's text in the curve
+APART = 0.2  # of the curve's length, between two such texts
+SHOWN_FINDINGS = 8  # bars; the others' share is told in the title of the axis
 KINDS = {
     "synonym": "near-synonym",
     "side": "other side",
@@ -66,15 +68,15 @@ def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
         Row(
             f"{swap.get('before')} → {swap.get('after')}",
             (
-                Cell(KINDS.get(str(swap.get("kind")), str(swap.get("kind")))),
                 Cell(number(swap["variation"])),
                 Cell(number(swap.get("divergence"))),
                 Cell(_likeliest(findings, numbers(swap["distribution"]))),
             ),
+            KINDS.get(str(swap.get("kind")), str(swap.get("kind"))),
         )
         for swap in sorted(swaps, key=lambda swap: -float(swap["variation"]))[:SHOWN_SWAPS]
     )
-    columns = ("Swap", "Kind", "Variation", "Divergence, bits", "Likeliest finding then")
+    columns = ("Swap", "Variation", "Divergence, bits", "Likeliest finding then")
     note = f"Without a swap the likeliest finding is {_likeliest(findings, before)}."
     return DriftStudy(
         study_id=str(entry.get("study_id") or "without id"),
@@ -116,24 +118,27 @@ def curve(
     slug: str, tokens: Sequence[str], variation: Sequence[float], divergence: Sequence[float]
 ) -> Panel:
     """Total variation and Jensen-Shannon divergence per token; the largest moves are named."""
-    largest = sorted(range(len(tokens)), key=lambda j: -variation[j])[:NAMED_TOKENS]
+    ranked = sorted(range(len(tokens)), key=lambda j: -variation[j])
+    named: list[int] = []
+    for j in ranked[: 3 * NAMED_TOKENS]:
+        if tokens[j].strip() and all(abs(j - other) > APART * len(tokens) for other in named):
+            named.append(j)
 
     def draw(axes: Axes, theme: Theme) -> None:
         at = range(1, len(tokens) + 1)
         axes.fill_between(at, variation, color=theme.series[0], alpha=0.18, linewidth=0)
         axes.plot(at, variation, color=theme.series[0], label="total variation", linewidth=1.2)
         axes.plot(at, divergence, color=theme.series[1], label="Jensen-Shannon, bits", linewidth=1)
-        for j in largest:
-            if tokens[j].strip():
-                axes.annotate(tokens[j].strip()[:14], (j + 1, variation[j]), xytext=(0, 3),
-                              textcoords="offset points", ha="center", fontsize=8,
-                              color=theme.ink)  # fmt: skip
+        for j in named[:NAMED_TOKENS]:
+            axes.annotate(tokens[j].strip()[:14], (j + 1, variation[j]), xytext=(0, 3),
+                          textcoords="offset points", ha="center", fontsize=8,
+                          color=theme.ink)  # fmt: skip
         axes.set_ylim(0, max(0.05, 1.2 * max(variation)))
         axes.set_xlabel("token of the thought")
         axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2,
                     labelcolor=theme.ink)  # fmt: skip
 
-    j = largest[0]
+    j = ranked[0]
     alt = (
         f"Change of the diagnosis per token over {len(tokens)} tokens; the largest, total "
         f"variation {variation[j]:.3f}, is at token {j + 1}."
@@ -148,19 +153,27 @@ def bars(
     before: Sequence[float],
     after: Sequence[float],
 ) -> Panel:
-    """Probability of every finding before and after a swap, findings down."""
+    """Probability of the likeliest findings before and after a swap, findings down."""
+    larger = [max(pair) for pair in zip(before, after, strict=True)]
+    shown = sorted(sorted(range(len(findings)), key=lambda i: -larger[i])[:SHOWN_FINDINGS])
+    rest = [sum(z) - sum(z[i] for i in shown) for z in (before, after)]
 
     def draw(axes: Axes, theme: Theme) -> None:
         from matplotlib.ticker import PercentFormatter
 
-        rows = range(len(findings))
-        axes.barh([i - 0.19 for i in rows], before, 0.36, color=theme.models["sft"], label="before")
-        axes.barh([i + 0.19 for i in rows], after, 0.36, color=theme.models["cpo"], label="after")
-        axes.set_yticks(rows, findings, color=theme.ink, fontsize=8.5)
-        axes.set_ylim(len(findings) - 0.5, -0.5)
+        rows = range(len(shown))
+        for shift, name, z, color in ((-0.19, "before", before, theme.models["sft"]),
+                                      (0.19, "after", after, theme.models["cpo"])):  # fmt: skip
+            axes.barh([i + shift for i in rows], [z[i] for i in shown], 0.36, color=color,
+                      label=name)  # fmt: skip
+        axes.set_yticks(rows, [findings[i] for i in shown], color=theme.ink, fontsize=8.5)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        if len(shown) < len(findings):
+            axes.set_xlabel(f"all others together: {100 * rest[0]:.1f} % before, "
+                            f"{100 * rest[1]:.1f} % after", fontsize=8)  # fmt: skip
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        axes.legend(loc="lower right", labelcolor=theme.ink)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=2, labelcolor=theme.ink)
 
-    alt = f"Probability of each finding before and after the swap {title}."
-    return Panel(slug, title, alt, draw, height=1.2 + 0.24 * len(findings))
+    alt = f"Probability of the likeliest findings before and after the swap {title}."
+    return Panel(slug, title, alt, draw, height=1.2 + 0.24 * len(shown))

@@ -45,6 +45,7 @@ LIGHT = Theme(
     models={
         "majority": "#8b939c",
         "untrained": "#b08d57",
+        "sft_answers": "#7fa3cc",
         "sft": "#2f6db5",
         "cpo": "#c2571a",
         "dpo_random": "#1f7a5c",
@@ -60,6 +61,7 @@ DARK = Theme(
     models={
         "majority": "#9aa3ad",
         "untrained": "#cfae78",
+        "sft_answers": "#a9c6e6",
         "sft": "#6ea8ea",
         "cpo": "#f0935a",
         "dpo_random": "#5cc29a",

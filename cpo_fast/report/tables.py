@@ -200,15 +200,14 @@ def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         return []
     labels = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {"rouge_l": "ROUGE-L"}
     labels |= {"meteor": "METEOR", "cider": "CIDEr-D", "label_f1": "Label F1, pooled"}
+
+    def shown(model: Mapping[str, Any], key: str) -> dict[str, Any]:
+        intervals = model.get("intervals")
+        bounds = intervals.get(key) if isinstance(intervals, dict) else None
+        return {"value": model.get(key), "interval": bounds}
+
     rows = [
-        figure_row(
-            label,
-            [
-                {"value": m.get(key), "interval": objects(m.get("intervals")).get(key)}
-                for m in models.values()
-            ],
-            number,
-        )
+        figure_row(label, [shown(model, key) for model in models.values()], number)
         for key, label in labels.items()
         if any(key in m for m in models.values())
     ]

@@ -17,6 +17,9 @@ from typing import Any
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate import make_private, write_json
 
+SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
+"""Settings that decide an SFT model's figures."""
+
 QUICK = {"seeds": 2, "num_studies": 2000, "sft_epochs": 3.0, "test_samples": 120, "reports": 32}
 
 
@@ -39,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/study"), help="results (mode 0700)")
+    add("--sft_from", type=Path, help="another study's folder: its data and SFT models are used")
     add("--quick", action="store_true", help="two seeds at a smaller scale, within ten minutes")
     add("--seeds", type=int, default=5, help="independent repetitions: data, model, order")
     add("--first_seed", type=int, default=42, help="seeds count up from here")
@@ -80,15 +84,25 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_settings(args: argparse.Namespace) -> None:
-    """UsageError when the folder holds results of other settings than these."""
-    path = args.output_dir / "settings.json"
-    if path.is_file() and (earlier := json.loads(path.read_text())) != settings(args):
-        changed = [name for name, value in settings(args).items() if earlier.get(name) != value]
-        raise UsageError(
-            f"{path} was written with other values of {', '.join(changed)}: use the same flags or "
-            "another --output_dir"
-        )
-    write_json(path, settings(args))
+    """UsageError when the folder holds results of other settings than these, or the one of
+    --sft_from models or data of others.
+    """
+    own = settings(args)
+    shared = {name: own[name] for name in SHARED}
+    for folder, wanted in ((args.sft_from, shared), (args.output_dir, own)):
+        path = folder / "settings.json" if folder else None
+        if path is None or (folder == args.output_dir and not path.is_file()):
+            continue
+        if not path.is_file():
+            raise UsageError(f"--sft_from {folder} holds no study: it has no settings.json")
+        earlier = json.loads(path.read_text())
+        changed = [name for name, value in wanted.items() if earlier.get(name) != value]
+        if changed:
+            raise UsageError(
+                f"{path} was written with other values of {', '.join(changed)}: use the same flags "
+                "or another folder"
+            )
+    write_json(args.output_dir / "settings.json", own)
 
 
 def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
@@ -97,9 +111,10 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     from cpo_fast.study.measure import Scale, majority, measure
 
     folder = args.output_dir / f"seed-{seed}"
-    data, files = corpus(folder, args.num_studies, seed)
+    base = (args.sft_from or args.output_dir) / f"seed-{seed}"
+    data, files = corpus(base, args.num_studies, seed)
     flags = {"image_root": data, "eval_fraction": 0}
-    models = {SFT: trained("sft", args, seed, folder / SFT, dataset=files.pop(SFT), **flags)}
+    models = {SFT: trained("sft", args, seed, base / SFT, dataset=files.pop(SFT), **flags)}
     models[SFT_ANSWERS] = models[SFT]
     flags["sft_checkpoint"] = models[SFT]
     for arm, file in files.items():
@@ -107,7 +122,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     scale = Scale(args.test_samples, args.reports, max_new_tokens=160, max_pixels=12544)
     arms: dict[str, dict[str, Any]] = {"majority": majority(data, args.test_samples)}
     for arm in ARMS:
-        done = folder / arm / "measured.json"
+        done = (base if arm in (SFT, SFT_ANSWERS) else folder) / arm / "measured.json"
         if not done.is_file():
             print(f"study: seed {seed}, measuring {arm}", flush=True)
             make_private(done.parent)
