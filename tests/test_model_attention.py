@@ -22,6 +22,7 @@ from packed_oracle import (
 )
 from packing_samples import mixed, preference, vision_language_model
 
+from cpo_fast.errors import UsageError
 from cpo_fast.model.attention import FlexLayout, _flex_attention, dense_mask, varlen_kernel
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.packed import PackedModel
@@ -207,3 +208,12 @@ def test_before_training_policy_is_reference(attention):
     policy, reference = packed.hidden(batch), packed.hidden(batch, reference=True)
     assert torch.equal(policy, reference)
     assert policy.requires_grad and not reference.requires_grad
+
+
+def test_no_kernel_of_that_kind_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_first_varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as where it is not installed
+    varlen_kernel.cache_clear()
+    with pytest.raises(UsageError, match="flash-attn"):
+        PackedModel(vision_language_model(), attention="varlen")
+    varlen_kernel.cache_clear()
