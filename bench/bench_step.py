@@ -48,7 +48,7 @@ ABSENT = {
 """Peers that are not timed here, and why."""
 TRL_BATCH = 4
 PACKING_LENGTH = 4096
-ROUNDS = 5
+ROUNDS = 3
 LOOP_STEPS = 3
 LOOP_ROUNDS = 3
 CASES = {
