@@ -74,6 +74,11 @@ EDITS = [
     ),
     # a clause keeps its subject
     (
+        "Pneumothorax",
+        "Stable chest without active process and without evidence of progression.",
+        "Stable chest without evidence of progression.",
+    ),
+    (
         "Atelectasis",
         "Lungs are expanded and clear of airspace disease or consolidation.",
         "Lungs are clear of airspace disease or consolidation.",

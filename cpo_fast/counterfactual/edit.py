@@ -114,6 +114,9 @@ def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> 
             first = capitalised(first)
     text = first
     for connector, clause in kept[1:]:
+        goes_on = "and" in connector and clause.lower().startswith("without")
+        if goes_on and "without" not in text.lower():
+            connector = " "  # what "and without" went on with is gone
         text += connector + clause
     return text
 
