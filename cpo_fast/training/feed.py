@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +90,15 @@ def _images(group: PreferenceGroup) -> Iterator[ImageRef]:
 def _leave_signals_to_the_run(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole process group
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """When an error ends the run, Python asks daemonic children to end by SIGTERM, which the
+    workers pass over, and would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator[StepBatch]:
