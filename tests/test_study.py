@@ -14,7 +14,17 @@ from cpo_fast.data.preferences import open_preferences
 from cpo_fast.errors import DataError
 from cpo_fast.phantom import write_phantom
 from cpo_fast.study.__main__ import main, parse_arguments, settings
-from cpo_fast.study.arms import ANSWERS, ARMS, CPO, DIRECT, RANDOM, SFT, write_arms
+from cpo_fast.study.arms import (
+    ANSWERS,
+    ARMS,
+    CPO,
+    DIRECT,
+    PLUS,
+    RANDOM,
+    SFT,
+    write_arms,
+    write_plus,
+)
 from cpo_fast.study.figures import as_markdown, mean, results, verdict
 from cpo_fast.study.measure import answer_figures, drifted_studies
 from cpo_fast.study.page import write_study_page
@@ -46,6 +56,12 @@ def test_every_arm_has_the_same_studies_and_as_many_pairs(phantom, tmp_path):
         assert "<think>" not in bare.chosen and parse_answer(bare.chosen)
         assert parse_answer(bare.chosen) == parse_answer(full.chosen)
         assert list(map(parse_answer, bare.rejected)) == list(map(parse_answer, full.rejected))
+    write_plus(tmp_path / "plus.jsonl", files[CPO], studies, seed=3)
+    plus = list(open_preferences(str(tmp_path / "plus.jsonl"), image_root=str(phantom)))
+    assert [p for p in plus if p.source == "thinking"] == read[CPO]
+    seen = [p for p in plus if p.source == "perception"]
+    assert [p.id for p in seen] == [p.id for p in read[CPO]]
+    assert all(p.rejected == (p.chosen,) and p.rejected_images[0] != p.images for p in seen)
     reports = {f"<think> {s.report.text} </think>": s for s in studies}
     for one in read[RANDOM]:
         for text in one.rejected:
@@ -140,8 +156,13 @@ def test_a_miniature_from_end_to_end_and_again(tmp_path):
                  for arm in (RANDOM, ANSWERS, CPO)]  # fmt: skip
     assert {one["stages"]["cpo"]["steps"] for one in summaries} == {1}
     before = (tmp_path / "seed-42" / CPO / "summary.json").stat().st_mtime_ns
-    assert main(flags) == 0
+    assert main([*flags, "--cpo_plus"]) == 0  # the arm is added to what is there
     assert (tmp_path / "seed-42" / CPO / "summary.json").stat().st_mtime_ns == before
+    more = json.loads((tmp_path / "study.json").read_text())
+    assert list(more["arms"]) == ["majority", *ARMS, PLUS]
+    assert f"{PLUS} - {CPO}" in more["differences"]
+    rows = (tmp_path / "seed-42" / PLUS / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0]).keys() >= {"pairs/perception", "pairs/thinking"}
     flags[1] = str(tmp_path / "faster")
     assert main([*flags, "--learning_rate", "1e-3", "--sft_from", str(tmp_path)]) == 0
     second = json.loads((tmp_path / "faster" / "study.json").read_text())

@@ -53,6 +53,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--beta", type=float, default=0.1, help="beta of every arm")
     add("--test_samples", type=int, default=200, help="test studies that each model answers")
     add("--reports", type=int, default=60, help="of them, whose reports are probed by swaps")
+    add("--cpo_plus", action="store_true", help="one more arm: with perception pairs, too (CPO++)")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
@@ -107,7 +108,8 @@ def keep_settings(args: argparse.Namespace) -> None:
 
 def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     """{arm: figures} of one seed, "majority" first."""
-    from cpo_fast.study.arms import ARMS, QUESTIONS, SFT, SFT_ANSWERS
+    from cpo_fast.data import open_studies
+    from cpo_fast.study.arms import ARMS, CPO, PLUS, QUESTIONS, SFT, SFT_ANSWERS, write_plus
     from cpo_fast.study.measure import Scale, majority, measure
 
     folder = args.output_dir / f"seed-{seed}"
@@ -117,11 +119,16 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     models = {SFT: trained("sft", args, seed, base / SFT, dataset=files.pop(SFT), **flags)}
     models[SFT_ANSWERS] = models[SFT]
     flags["sft_checkpoint"] = models[SFT]
+    if args.cpo_plus:
+        make_private(folder)
+        files[PLUS] = folder / f"{PLUS}.jsonl"
+        if not (folder / PLUS / "summary.json").is_file():
+            write_plus(files[PLUS], files[CPO], list(open_studies(str(data))), seed=seed)
     for arm, file in files.items():
         models[arm] = trained("cpo", args, seed, folder / arm, dataset=file, **flags)
     scale = Scale(args.test_samples, args.reports, max_new_tokens=160, max_pixels=12544)
     arms: dict[str, dict[str, Any]] = {"majority": majority(data, args.test_samples)}
-    for arm in ARMS:
+    for arm in (*ARMS, *([PLUS] if args.cpo_plus else [])):
         done = (base if arm in (SFT, SFT_ANSWERS) else folder) / arm / "measured.json"
         if not done.is_file():
             print(f"study: seed {seed}, measuring {arm}", flush=True)

@@ -8,13 +8,16 @@ see, and ask the model without the thought, as the paper's table 5 does.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual import preference, study_labels
+from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.data.labels import DEFAULT_PROMPT, answer, diagnosis, question, thought
 from cpo_fast.errors import DataError
 from cpo_fast.training.run_folder import write_private
@@ -37,7 +40,13 @@ ARMS = {
 The first two are one model, asked both questions.
 """
 
-QUESTIONS = dict.fromkeys(ARMS, DEFAULT_PROMPT) | dict.fromkeys((SFT_ANSWERS, ANSWERS), DIRECT)
+PLUS = "cpo_plus"
+MORE = {PLUS: "CPO++"}
+"""The arm that is trained when it is asked for."""
+
+QUESTIONS = dict.fromkeys([*ARMS, *MORE], DEFAULT_PROMPT) | dict.fromkeys(
+    (SFT_ANSWERS, ANSWERS), DIRECT
+)
 
 Sides = tuple[Answer, Sequence[Answer]]
 
@@ -80,6 +89,25 @@ def write_arms(
         paths[arm] = folder / f"{arm}.jsonl"
         write_private(paths[arm], own)
     return paths
+
+
+def write_plus(path: Path, cpo: Path, studies: Sequence[Study], *, seed: int) -> None:
+    """CPO++'s file: the rows of CPO's, each followed by its chosen answer before its own image
+    against the same answer before another patient's."""
+    rows = {row["id"]: row for row in map(json.loads, cpo.open(encoding="utf-8"))}
+    used = [replace(study, images=study.images[:1]) for study in studies if study.study_id in rows]
+    graph = load_graph()
+    pool = build_pool(used, graph)
+
+    def both() -> Iterator[dict[str, Any]]:
+        for one in perception_counterfactuals(used, pool, graph, seed=seed):
+            row = rows[one.study_id]
+            yield row
+            if one.passed:
+                answers, shown = [row["chosen"]], list(one.rejected_images)
+                yield row | {"rejected_responses": answers, "rejected_images": shown}
+
+    write_private(path, both())
 
 
 def _row(study: Study, asked: str, sides: Sides) -> dict[str, Any]:

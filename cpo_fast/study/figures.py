@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpo_fast.report.tables import Cell, Row, Table, interval, number, percent
-from cpo_fast.study.arms import ANSWERS, ARMS, CPO, RANDOM, SFT, SFT_ANSWERS
+from cpo_fast.study.arms import ANSWERS, ARMS, CPO, MORE, PLUS, RANDOM, SFT, SFT_ANSWERS
 from cpo_fast.study.measure import PAPER_FINDINGS
 
 Figures = Mapping[str, float | None]
@@ -25,7 +25,7 @@ PAPER_TABLE_2 = {
 }
 PAPER_TABLE_5 = {SFT_ANSWERS: 73.8, SFT: 74.9, ANSWERS: 78.3, CPO: 81.8}
 OTHER = "the paper: 7B model, MIMIC-CXR, MS-CXR-T; other data, another scale and protocol"
-NAMES = {"majority": "Majority guess"} | ARMS
+NAMES = {"majority": "Majority guess"} | ARMS | MORE
 
 
 def results(
@@ -41,6 +41,8 @@ def results(
             by_arm.setdefault(arm, []).append(figures)
     pairs = [(CPO, SFT), (CPO, RANDOM), (CPO, ANSWERS), (RANDOM, SFT), (ANSWERS, SFT_ANSWERS),
              (SFT, SFT_ANSWERS)]  # fmt: skip
+    if PLUS in by_arm:
+        pairs += [(PLUS, CPO), (PLUS, SFT)]
     return {
         "settings": dict(settings),
         "seeds": list(seeds),

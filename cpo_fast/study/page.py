@@ -8,7 +8,7 @@ from typing import Any
 
 from cpo_fast.report.figures import intervals
 from cpo_fast.report.page import pictures, render, write_private
-from cpo_fast.study.arms import ARMS
+from cpo_fast.study.arms import ARMS, MORE
 from cpo_fast.study.figures import tables, verdict
 from cpo_fast.study.measure import PAPER_FINDINGS
 
@@ -17,13 +17,14 @@ def write_study_page(path: Path, outcome: Mapping[str, Any]) -> Path:
     """Write `path` (0600) and its figures beside it from what study.json holds."""
     rows = [*PAPER_FINDINGS.values(), "Mean of the five"]
     keys = [*PAPER_FINDINGS.values(), "mean5"]
+    arms = {arm: name for arm, name in (ARMS | MORE).items() if arm in outcome["arms"]}
     panels = [
         intervals(
             f"study_{metric}",
             title,
             rows,
-            {arm: [outcome["arms"][arm][f"{metric}/{key}"] for key in keys] for arm in ARMS},
-            ARMS,
+            {arm: [outcome["arms"][arm][f"{metric}/{key}"] for key in keys] for arm in arms},
+            arms,
         )
         for metric, title in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding"))
     ]
