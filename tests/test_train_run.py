@@ -66,6 +66,16 @@ def test_the_run_leaves_what_the_layout_promises(finished: Path) -> None:
         assert (finished / private).stat().st_mode & 0o777 == 0o600
 
 
+def test_an_export_of_the_run_has_its_card(finished: Path, tmp_path: Path) -> None:
+    from cpo_fast.export import main as export
+
+    flags = ["--merge", str(finished / "cpo" / "checkpoint-4"), "--output_dir", str(tmp_path / "m")]
+    assert export(flags) == 0
+    card = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
+    assert "| Records read | 90 |" in card and "### Diagnosis, overall" in card
+
+
 def test_the_policy_equals_the_reference_at_the_first_step(finished: Path) -> None:
     first = next(row for row in rows(finished) if row["stage"] == "cpo")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
