@@ -11,6 +11,8 @@ more for a reference that is computed on-line.
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import dataclass
 
 import torch
@@ -38,32 +40,43 @@ class Flops:
         return self.vision + self.trunk + self.attention + self.head
 
 
+class FlopCounter:
+    """Counts the model FLOPs of packs; the model's weights are looked at once, when it is made."""
+
+    def __init__(self, model: PackedModel) -> None:
+        config = model.trunk.config
+        self.frozen, self.trained = _linear_weights(model.trunk)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.attention = config.num_hidden_layers * 2 * heads * head_dim
+        head, _ = model.head()
+        self.head, self.head_trained = head.numel(), head.requires_grad
+        self.per_patch = 0.0
+        self.tower_trained = False
+        if model.vision is not None:
+            frozen, trained = _linear_weights(model.vision)
+            merger = getattr(model.vision, "merger", None)
+            merged = sum(_linear_weights(merger)) if merger is not None else 0
+            self.per_patch = frozen + trained - merged * 3 / 4  # it runs once per four patches
+            self.tower_trained = bool(trained)
+
+    def __call__(self, batch: PackedBatch, *, reference: bool = True) -> Flops:
+        """Model FLOPs of `batch`; `reference` says that its forward is made, too (not cached)."""
+        once = 2.0 * (2 if reference else 1)  # forward passes
+        tokens, rows = len(batch.input_ids), len(batch.score_rows)
+        weights = self.frozen + self.trained
+        trunk = tokens * (weights * (once + 2) + 2 * self.trained)
+        pairs = sum(_visible(prompt, branches) for prompt, branches in studies_of(batch))
+        attention = pairs * self.attention * (once + 4)
+        logits = rows * self.head * (once + (4 if self.head_trained else 2))
+        patches = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        vision = patches * self.per_patch * (once + 4 if self.tower_trained else 2.0)
+        return Flops(vision, trunk, attention, logits)
+
+
 def pack_flops(model: PackedModel, batch: PackedBatch, *, reference: bool = True) -> Flops:
-    """Model FLOPs of `batch`; `reference` says that its forward is made, too (not cached)."""
-    config = model.trunk.config
-    frozen, trained = _linear_weights(model.trunk)
-    once = 2.0 * (2 if reference else 1)  # forward passes
-    tokens, rows = len(batch.input_ids), len(batch.score_rows)
-    weights = frozen + trained
-    trunk = tokens * (weights * (once + 2) + 2 * trained)
-
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head_dim
-    pairs = sum(_visible(prompt, branches) for prompt, branches in studies_of(batch))
-    attention = pairs * config.num_hidden_layers * 2 * width * (once + 4)
-
-    head, _ = model.head()
-    logits = rows * head.numel() * (once + (4 if head.requires_grad else 2))
-
-    vision = 0.0
-    if model.vision is not None and batch.pixel_values is not None:
-        frozen, trained = _linear_weights(model.vision)
-        merger = getattr(model.vision, "merger", None)
-        merged = sum(_linear_weights(merger)) if merger is not None else 0
-        per_patch = frozen + trained - merged * 3 / 4  # the merger runs once per four patches
-        runs = 2.0 if not trained else once + 4
-        vision = len(batch.pixel_values) * per_patch * runs
-    return Flops(vision, trunk, attention, logits)
+    """Model FLOPs of one batch; of many, a FlopCounter."""
+    return FlopCounter(model)(batch, reference=reference)
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:
@@ -71,6 +84,7 @@ def mfu(flops: float, seconds: float, peak: float) -> float:
     return flops / seconds / peak
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that `device` could reach: a data sheet's for a known GPU in half precision, else
     measured with a square matrix product of that dtype (four of 1024 x 1024, the best of them).
@@ -80,8 +94,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for word, peak in PEAKS.items():
             if word in name:
                 return peak
-    import time
-
     size = 1024
     square = torch.randn(size, size, device=device).to(dtype)
     best = 0.0

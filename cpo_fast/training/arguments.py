@@ -149,6 +149,8 @@ class TrainArguments:
     # --- keeping track
     logging_steps: int = _flag(1, "a row of metrics.jsonl every so many steps")
     eval_steps: int = _flag(0, "held-out loss and rewards every so many steps (0: at the end)")
+    report_to: str = _flag("none", "tensorboard, wandb, trackio, mlflow, comma-separated, or none")
+    dry_run: bool = _flag(False, "print the plan with memory and time, and write nothing")
     resume_from_checkpoint: str | None = _flag(None, "'auto', or a checkpoint folder to go on from")
     ddp_timeout: int = _flag(1800, "seconds that several processes wait for one another")
     max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")

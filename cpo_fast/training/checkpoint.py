@@ -16,17 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.training.sharding import like, whole
+from cpo_fast.training.distributed import World
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 CARD = "README.md"
-TENSORS = "optimizer.safetensors"
 
 
 def checkpoints(stage_dir: Path) -> list[Path]:
@@ -52,7 +50,7 @@ def result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
     newest = latest_checkpoint(stage_dir)
     if newest is None or not best:
         return newest
-    state = json.loads((newest / STATE).read_text(encoding="utf-8"))
+    state = read_state(newest)
     named = stage_dir / f"checkpoint-{state.get('best_global_step')}"
     return named if damage_of(named) is None else newest
 
@@ -84,118 +82,74 @@ def resume_point(stage_dir: Path, resume_from_checkpoint: str | None) -> Path | 
 def write_checkpoint(
     stage_dir: Path,
     step: int,
-    save_model: Callable[[Path], None],
+    write: Callable[[Path], None],
     trainer_state: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
     *,
+    world: World,
     save_total_limit: int | None = None,
     keep: Path | None = None,
 ) -> Path:
     """Write `stage_dir/checkpoint-<step>`; a crash leaves the earlier checkpoints as they were.
 
-    The best one, `keep`, is kept beyond `save_total_limit`. `trainer_state` is JSON, `tensors` is
-    what AdamW holds. Raises CpoFastError when the file system takes no more.
+    Every rank calls it, and `write` on every rank fills the folder that it is given with the model
+    and AdamW's state. The best checkpoint, `keep`, is kept beyond `save_total_limit`.
+    `trainer_state` is JSON. Raises CpoFastError when the file system takes no more.
     """
     target, partial = stage_dir / f"checkpoint-{step}", stage_dir / f".partial-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write(partial, save_model, trainer_state, tensors)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+
+    def finish() -> None:
+        _seal(partial, trainer_state)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
         _sync(stage_dir)
-    except (OSError, SafetensorError) as error:
+
+    try:
+        world.on_main(begin)
+        write(partial)
+        world.on_main(finish)
+    except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CpoFastError(
-            f"{target} cannot be written ({error}); the checkpoints before it are as they were. "
-            "Make room (--save_total_limit) or mend the file system, then go on with "
+            f"{target} cannot be written ({_cause(error)}); the checkpoints before it are as they "
+            "were. Make room (--save_total_limit) or mend the file system, then go on with "
             "--resume_from_checkpoint auto"
         ) from error
-    if save_total_limit is not None:
+    if save_total_limit is not None and world.is_main:
         for old in checkpoints(stage_dir)[: -max(save_total_limit, 1)]:
             if old != keep:
                 shutil.rmtree(old)
     return target
 
 
-def _write(
-    partial: Path,
-    save_model: Callable[[Path], None],
-    trainer_state: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    partial.mkdir(parents=True, mode=0o700)
-    save_model(partial)
-    save_file(tensors, partial / TENSORS)
+def _seal(partial: Path, trainer_state: dict[str, Any]) -> None:
+    """The state and the manifest; every file reaches the disk."""
     state = json.dumps(trainer_state, indent=2, allow_nan=False) + "\n"
     (partial / STATE).write_text(state, encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     names = [path for path in files if path.name != CARD]  # which may be written anew
     manifest = {str(path.relative_to(partial)): _digest(path) for path in names}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, partial / MANIFEST, partial):
+    folders = sorted({path.parent for path in files})
+    for path in (*files, partial / MANIFEST, *folders, partial):
         _sync(path)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(trainer state, tensors) as `write_checkpoint` got them."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return state, load_file(path / TENSORS)
+def read_state(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint."""
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
-) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name (`<kind>/<name>`), whole and on the CPU.
-
-    Every rank calls it.
-    """
-    tensors = {}
-    for parameter, name in names.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
-    return tensors
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: dict[torch.nn.Parameter, str],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Inverse of `optimizer_tensors`; UsageError when the parameters are not the same ones."""
-    saved: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        kind, name = key.split("/", 1)
-        saved.setdefault(name, {})[kind] = value
-    if missing := sorted(set(saved) ^ set(names.values())):
-        raise UsageError(
-            f"the checkpoint trains other parameters than this run ({missing[0]} and "
-            f"{len(missing) - 1} more); resume with the flags that it was written with"
-        )
-    for parameter, name in names.items():
-        optimizer.state[parameter] = {
-            key: value if key == "step" else like(value, parameter)
-            for key, value in saved[name].items()
-        }
-
-
-def generators() -> dict[str, str]:
-    """The state of this process's random number generators, in hexadecimal."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
-
-
-def restore_generators(states: dict[str, str]) -> None:
-    """Inverse of `generators`."""
-    read = {
-        name: torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
-        for name, state in states.items()
-    }
-    torch.set_rng_state(read["cpu"])
-    if "cuda" in read and torch.cuda.is_available():
-        torch.cuda.set_rng_state(read["cuda"])
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong, on whichever rank."""
+    if isinstance(error, CheckpointException):
+        inner = next(iter(error.failures.values()))[0]
+        return _cause(inner)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _number(name: str) -> re.Match[str] | None:

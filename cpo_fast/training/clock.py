@@ -1,12 +1,15 @@
-"""Throughput and time shares of a stage, start-up and warm-up steps left out."""
+"""Throughput, MFU, memory and time shares of a stage, start-up and warm-up steps left out."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+import torch
 
 from cpo_fast.training.distributed import World
 from cpo_fast.types import PackedBatch
@@ -19,21 +22,37 @@ class Clock:
     """Counts samples and tokens against the wall time of training steps, not evaluation or saving.
 
     Physical tokens are those computed; logical tokens are what the same pairs would take unshared.
-    Rates are those of all processes of `world` together, unless they say otherwise.
+    Rates are those of all processes of `world` together, unless they say otherwise. `flops` gives
+    the model FLOPs of a batch (model/flops.py), `peak` the FLOP/s that one device could reach;
+    without them there is no MFU.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(
+        self,
+        world: World,
+        flops: Callable[[PackedBatch], float] | None = None,
+        peak: float | None = None,
+    ) -> None:
         self.world = world
         self.steps = 0
         self.num_tokens = 0
+        self.flops = flops
+        self.peak = peak
         self._row = _Count()
         self._stage = _Count()
+        self._row_phases: dict[str, float] = defaultdict(float)
         self._phases: dict[str, float] = defaultdict(float)
+        self._apart: dict[str, list[float]] = defaultdict(list)
         self._mark = time.perf_counter()
 
-    def resume(self) -> None:
-        """Start counting here: evaluation or a checkpoint before it is nobody's throughput."""
-        self._mark = time.perf_counter()
+    @contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """Evaluation or a checkpoint: timed by itself, nobody's throughput."""
+        begun = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._apart[name].append(now - begun)
+        self._mark += now - begun
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`, counting the time that each one was waited for as the phase "data"."""
@@ -51,16 +70,20 @@ class Clock:
         """Host time of a phase; on CUDA the work that was queued may end in a later phase."""
         begun = time.perf_counter()
         yield
+        seconds = time.perf_counter() - begun
+        self._row_phases[name] += seconds
         if self.steps >= WARM_UP_STEPS:
-            self._phases[name] += time.perf_counter() - begun
+            self._phases[name] += seconds
 
     def count_step(self, batches: Iterable[PackedBatch]) -> None:
-        now = time.perf_counter()
-        count = _Count(seconds=now - self._mark)
+        count = _Count()
         for batch in batches:
             count.samples += len(batch.pairs) or batch.num_segments
             count.physical += batch.input_ids.numel()
             count.logical += batch.logical_tokens
+            count.flops += self.flops(batch) if self.flops is not None else 0.0
+        now = time.perf_counter()
+        count.seconds = now - self._mark
         self._mark = now
         self._row.add(count)
         if self.steps >= WARM_UP_STEPS:
@@ -69,33 +92,55 @@ class Clock:
         self.num_tokens += count.physical
 
     def row(self) -> dict[str, float]:
-        """Timing fields since the last row."""
-        rates = self._row.rates(self.world)
+        """Timing fields since the last row, `time/...` as shares; memory is the run's peak."""
+        total = self._row.seconds
+        shares = {name: seconds / total for name, seconds in sorted(self._row_phases.items())}
+        shares["other"] = max(0.0, 1.0 - sum(shares.values()))
+        rates = self._row.rates(self.world, self.peak)
         self._row = _Count()
+        self._row_phases.clear()
         tokens = rates.pop("physical_tokens_per_second")
         rates["tokens_per_second_per_gpu"] = round(tokens / self.world.size, 1)
-        return rates
+        rates["peak_memory_gib"] = round(max(self.world.gather(peak_memory())) / 2**30, 3)
+        return rates | {f"time/{name}": round(share, 4) for name, share in shares.items()}
 
     def stage(self) -> dict[str, float | dict[str, float]]:
-        """Throughput of the whole stage and the share of each phase in its time."""
-        total = self._stage.seconds or float("nan")
+        """Throughput of the whole stage, the share of each phase in its steps, and the mean
+        seconds of an evaluation and of a checkpoint."""
+        apart: dict[str, float | dict[str, float]] = {
+            f"seconds_per_{name}": round(sum(each) / len(each), 3)
+            for name, each in self._apart.items()
+        }
+        if not (total := self._stage.seconds):
+            return apart
         shares = {name: round(value / total, 4) for name, value in sorted(self._phases.items())}
-        return {**self._stage.rates(self.world), "time": shares} if self._stage.seconds else {}
+        return {**self._stage.rates(self.world, self.peak), **apart, "time": shares}
+
+
+def peak_memory() -> int:
+    """Bytes: the most that PyTorch held on this process's GPU, else the process's in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Count:
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds = self.flops = 0.0
         self.samples = self.physical = self.logical = 0
 
     def add(self, other: _Count) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def rates(self, world: World) -> dict[str, float]:
-        samples, physical, logical = world.sum([self.samples, self.physical, self.logical])
-        return {
+    def rates(self, world: World, peak: float | None) -> dict[str, float]:
+        counts = [self.samples, self.physical, self.logical, self.flops]
+        samples, physical, logical, flops = world.sum(counts)
+        rates = {
             "pairs_per_second": round(samples / self.seconds, 3),
             "physical_tokens_per_second": round(physical / self.seconds, 1),
             "logical_tokens_per_second": round(logical / self.seconds, 1),
         }
+        if peak is not None:
+            rates["mfu"] = round(flops / self.seconds / (peak * world.size), 4)
+        return rates

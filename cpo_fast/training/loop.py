@@ -1,4 +1,4 @@
-"""The training loop of both stages: plan, feed, forward, backward, step, metrics, checkpoints.
+"""The training loop of both stages: plan, feed, step, metrics, evaluation, checkpoints.
 
 An optimiser step is a fixed number of pairs (SFT: samples); how they are packed, and on how many
 processes, decides only how they are computed. The plan of an epoch is a pure function of (data,
@@ -7,37 +7,34 @@ seed, epoch); every rank goes through the same steps and takes the same decision
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from tqdm import tqdm
+from safetensors.torch import save_file
 
-from cpo_fast.errors import CpoFastError, DataError, UsageError
+from cpo_fast.errors import DataError, UsageError
+from cpo_fast.model.flops import FlopCounter, peak_flops
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import Step, packing_efficiency, plan_epoch
+from cpo_fast.packing import packing_efficiency
 from cpo_fast.training.arguments import TrainArguments
-from cpo_fast.training.checkpoint import (
-    generators,
-    optimizer_tensors,
-    read_checkpoint,
-    restore_generators,
-    restore_optimizer,
-    write_checkpoint,
-)
+from cpo_fast.training.bar import StageBar
+from cpo_fast.training.checkpoint import write_checkpoint
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World
-from cpo_fast.training.feed import Pixels, StepBatch, StepFeed, step_loader
+from cpo_fast.training.feed import Pixels, StepFeed, step_loader
 from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.training.metrics import MetricsLog, Sums, finite
 from cpo_fast.training.objectives import Objective
-from cpo_fast.training.sharding import filler, is_sharded, sum_and_clip, whole_weights
+from cpo_fast.training.plan import epoch_steps, stage_steps
+from cpo_fast.training.sharding import is_sharded, unaliased, write_model, write_shards
+from cpo_fast.training.state import OPTIMIZER, StageState
+from cpo_fast.training.step import Stepper
 from cpo_fast.types import PackedBatch, PreferenceGroup, RejectedRecord
 
 
@@ -54,22 +51,12 @@ class StageResult:
 
 
 @dataclass
-class Progress:
-    """What a resumed stage must know beside weights and optimiser; a part of trainer_state.json."""
-
-    step: int = 0
-    seconds: float = 0.0
-    nonfinite_in_a_row: int = 0
-    best: dict[str, Any] = field(default_factory=dict)  # metric, value, step
-    final: dict[str, float] = field(default_factory=dict)
-    throughput: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
 class Trainer:
     """One stage ("sft" or "cpo") on one device per process of `world`.
 
-    `save_model` writes the model into a folder, with these weights where it holds shards only.
+    `save_model(folder, sharded)` writes the model as it is loaded again: all of it, or all but the
+    weights where this process holds shards of them; returns the names of the weights left out in
+    that layout.
     """
 
     stage: str
@@ -82,12 +69,11 @@ class Trainer:
     args: TrainArguments
     log: MetricsLog
     stage_dir: Path
-    save_model: Callable[[Path, dict[str, torch.Tensor] | None], None]
+    save_model: Callable[[Path, bool], dict[str, str]]
     device: torch.device
     stop: StopRequest
     resume: Path | None = None
     world: World = field(default_factory=World)
-    oom_retries: int = field(default=0, init=False)
 
     def run(self) -> StageResult:
         """Train until the steps or epochs asked for are done; the last step is always saved.
@@ -96,152 +82,184 @@ class Trainer:
         Interrupted when a stop was asked for (a checkpoint is written first), and CpoFastError when
         `max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
         """
-        from transformers import get_scheduler
-
-        settings = self.args.of_stage(self.stage)
-        steps, steps_per_epoch = self._plan(settings)
-        metric = settings["metric_for_best_model"]
-        if metric is None and self.args.load_best_model_at_end:
-            metric = "loss"
-        if metric is not None and not self.eval_groups:
-            raise DataError(f"{self.stage}: no sample is held out to tell the best model by")
-        names = {p: name for name, p in self.model.model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            list(names),
-            lr=settings["learning_rate"],
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            weight_decay=self.args.weight_decay,
-            foreach=False if self.sharded else None,  # it does not mix shards and whole tensors
+        self._prepare()
+        state, stepper, clock, log = self.state, self.stepper, self.clock, self.log
+        progress = state.progress
+        log.rewind(self.stage, progress.step)
+        self.begun = time.perf_counter() - progress.seconds
+        feed = StepFeed(self.groups, self.steps, self.pixels, self.image_token_id)
+        loader = step_loader(
+            feed, num_workers=self.args.dataloader_num_workers, start=progress.step
         )
-        scheduler = get_scheduler(
-            settings["lr_scheduler_type"],
-            optimizer,
-            num_warmup_steps=math.ceil(settings["warmup_ratio"] * len(steps)),
-            num_training_steps=len(steps),
-            scheduler_specific_kwargs=settings["lr_scheduler_kwargs"],
-        )
-        torch.manual_seed(self.args.seed + self.world.rank)
-        progress, sums, clock = Progress(), Sums(), Clock(self.world)
-        rejected: list[dict[str, Any]] = []
-        if self.resume is not None:
-            state, tensors = read_checkpoint(self.resume)
-            progress = Progress(**state["progress"])
-            restore_optimizer(optimizer, names, tensors)
-            scheduler.load_state_dict(state["scheduler"])
-            optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
-            self._restore_rank(state["ranks"], sums, rejected, clock)
-        self.log.rewind(self.stage, progress.step)
-        begun = time.perf_counter() - progress.seconds
-        checkpoint = self.resume or self.stage_dir
-        feed = self._feed(self.groups, steps)
-        workers = self.args.dataloader_num_workers
-        loader = step_loader(feed, num_workers=workers, start=progress.step)
-        bar = tqdm(
-            total=len(steps), initial=progress.step, desc=self.stage, unit="step", disable=None
-        )
+        bar = StageBar(self.stage, len(self.steps), progress.step, shows=self.world.is_main)
         self.model.model.train()
-        for number, batch in enumerate(clock.waiting(loader), start=progress.step + 1):
-            progress.step = number
-            rejected += [record.to_json() for record in batch.rejected]
-            halved = partial(feed.halved, number - 1)
-            grad_norm = self._step(batch, halved, optimizer, sums, clock, progress)
-            learning_rate = scheduler.get_last_lr()[0]
-            scheduler.step()
-            clock.count_step(batch.batches)
-            last = number == len(steps)
-            stopping = self.world.any(self.stop.pending())
-            at: dict[str, Any] = {
-                "stage": self.stage,
-                "step": number,
-                "epoch": round(number / steps_per_epoch, 4),
-            }
-            if last or _every(self.args.logging_steps, number):
-                taken = Sums.together(self.world.gather(sums.take()))
-                row = {
-                    **(self.objective.row(taken) if taken else {"loss": math.nan}),
-                    "grad_norm": grad_norm,
-                    "learning_rate": learning_rate,
-                    "num_tokens": round(self.world.sum([clock.num_tokens])[0]),
-                }
-                if retries := round(self.world.sum([self.oom_retries])[0]):
-                    row["oom_retries"] = retries
-                self.log.write({**at, **row, **clock.row()})
-                progress.final |= row
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
-            better = False
-            if self.eval_groups and (last or _every(self.args.eval_steps, number)):
-                evaluated = self.evaluate()
-                better = self._is_best(metric, evaluated, progress)
-                self.log.write({**at, **evaluated})
-                progress.final |= evaluated
-                clock.resume()
-            if last or stopping or better or _every(self.args.save_steps, number):
-                progress.seconds = time.perf_counter() - begun
-                progress.throughput = clock.stage() or progress.throughput
-                state = {
-                    "global_step": number,
-                    "max_steps": len(steps),
-                    "epoch": at["epoch"],
-                    "log_history": self.log.of_stage(self.stage),
-                    "progress": asdict(progress),
-                    "scheduler": _plain(scheduler.state_dict()),
-                    "ranks": self._ranks(sums, rejected, clock),
-                }
-                if progress.best:
-                    state["best_metric"] = progress.best["value"]
-                    state["best_global_step"] = progress.best["step"]
-                    state["best_model_checkpoint"] = str(self._checkpoint(progress.best["step"]))
-                checkpoint = self._write_checkpoint(state, optimizer_tensors(optimizer, names))
-                clock.resume()
-            bar.update()
-            if stopping and not last:
-                bar.close()
-                reasons = [reason for reason in self.world.gather(self.stop.reason) if reason]
-                raise Interrupted(
-                    f"stopped by {reasons[0]} after {self.stage} step {number} of "
-                    f"{len(steps)}; go on with --resume_from_checkpoint auto"
-                )
-        bar.close()
-        if self.args.load_best_model_at_end:
-            checkpoint = self._checkpoint(progress.best["step"])
+        try:
+            if progress.owes_evaluation:
+                self._after_step()  # a stop had cut it short
+            for number, batch in enumerate(clock.waiting(loader), start=progress.step + 1):
+                outcome = stepper(number, batch, partial(feed.halved, number - 1))
+                if not outcome.finished:
+                    self._leave()
+                progress.step = number
+                progress.nonfinite_in_a_row = stepper.nonfinite_in_a_row
+                state.rejected += [record.to_json() for record in batch.rejected]
+                state.oom_retries += outcome.oom_retries
+                if outcome.sums is not None:
+                    state.sums.add(outcome.sums)
+                    progress.watch.see(outcome.loss, outcome.grad_norm)
+                learning_rate = state.scheduler.get_last_lr()[0]
+                state.scheduler.step()
+                clock.count_step(batch.batches)
+                loss = None
+                if self._last() or _every(self.args.logging_steps, number):
+                    loss = self._log_row(outcome.grad_norm, learning_rate)
+                self._after_step()
+                bar.update(loss)
+        finally:
+            bar.close()
+        assert self.saved is not None
+        best = self.args.load_best_model_at_end
+        checkpoint = self._checkpoint(progress.best["step"]) if best else self.saved
         set_aside = [
             RejectedRecord(**record)
-            for of_rank in self.world.gather(rejected)
+            for of_rank in self.world.gather(state.rejected)
             for record in of_rank
         ]
-        efficiency = packing_efficiency(self.groups, steps, self.args.packing_length)
+        efficiency = packing_efficiency(self.groups, self.steps, self.args.packing_length)
         throughput = progress.throughput | {"packing_efficiency": round(efficiency, 4)}
         return StageResult(
-            len(steps), progress.seconds, checkpoint, progress.final, throughput, set_aside
+            len(self.steps),
+            progress.seconds,
+            checkpoint,
+            progress.final,
+            throughput | clock.stage(),
+            set_aside,
         )
 
+    def _prepare(self) -> None:
+        """The plan, and everything that changes, new or as the checkpoint left it."""
+        args = self.args
+        self.steps, self.steps_per_epoch = stage_steps(args, self.stage, self.groups, self.world)
+        self.metric = args.of_stage(self.stage)["metric_for_best_model"]
+        if self.metric is None and args.load_best_model_at_end:
+            self.metric = "loss"
+        if self.metric is not None and not self.eval_groups:
+            raise DataError(f"{self.stage}: no sample is held out to tell the best model by")
+        self.clock = new_clock(self.model, self.stage, args, self.device, self.world)
+        self.sharded = is_sharded(list(self.model.model.parameters()))
+        self.state = StageState(
+            args,
+            self.stage,
+            self.model.model,
+            len(self.steps),
+            sharded=self.sharded,
+            world=self.world,
+            clock=self.clock,
+        )
+        torch.manual_seed(args.seed + self.world.rank)
+        self.saved = self.resume
+        if self.resume is not None:
+            self.state.restore(self.resume)
+        nonfinite = MetricsLog(
+            self.log.path.with_name("nonfinite_steps.jsonl"),
+            fresh=() if self.resume else (self.stage,),
+            writes=self.log.writes,
+        )
+        nonfinite.rewind(self.stage, self.state.progress.step)
+        self.stepper = Stepper(
+            self.stage,
+            self.model,
+            self.objective,
+            self.state.optimizer,
+            self.groups[0],
+            self.device,
+            self.clock,
+            max_grad_norm=args.max_grad_norm,
+            max_nonfinite_steps=args.max_nonfinite_steps,
+            nonfinite=nonfinite,
+            nonfinite_in_a_row=self.state.progress.nonfinite_in_a_row,
+            stop=self.stop,
+            world=self.world,
+        )
+
+    def _last(self) -> bool:
+        return self.state.progress.step == len(self.steps)
+
+    def _at(self) -> dict[str, Any]:
+        """What every row begins with."""
+        step = self.state.progress.step
+        return {"stage": self.stage, "step": step, "epoch": round(step / self.steps_per_epoch, 4)}
+
+    def _log_row(self, grad_norm: float, learning_rate: float) -> float:
+        """Write the row of this step; returns its loss."""
+        state = self.state
+        taken = Sums.together(self.world.gather(state.sums.take()))
+        row = {
+            **(self.objective.row(taken) if taken else {"loss": math.nan}),
+            "grad_norm": grad_norm,
+            **state.progress.watch.row(),
+            "learning_rate": learning_rate,
+            "num_tokens": round(self.world.sum([self.clock.num_tokens])[0]),
+        }
+        if retries := round(self.world.sum([state.oom_retries])[0]):
+            row["oom_retries"] = retries
+        self.log.write({**self._at(), **row, **self.clock.row()})
+        state.progress.final |= row
+        return row["loss"]
+
+    def _after_step(self) -> None:
+        """Evaluate, save and stop, as far as each is due."""
+        progress = self.state.progress
+        last = self._last()
+        better = False
+        if self.eval_groups and (last or _every(self.args.eval_steps, progress.step)):
+            with self.clock.apart("evaluation"):
+                evaluated = self.evaluate()
+            progress.owes_evaluation = evaluated is None
+            if evaluated is not None:
+                better = self._is_best(evaluated)
+                self.log.write({**self._at(), **evaluated})
+                progress.final |= evaluated
+        stopping = self.stepper.stopping(together=True)
+        if last or stopping or better or _every(self.args.save_steps, progress.step):
+            self._save()
+        if stopping and (not last or progress.owes_evaluation):
+            self._leave()
+
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The objective's metrics over the held-out groups, each with `eval_` in front."""
+    def evaluate(self) -> dict[str, float] | None:
+        """The objective's metrics over the held-out groups, each with `eval_` in front.
+
+        None when a stop was asked for meanwhile.
+        """
         size = self.args.of_stage(self.stage)["per_device_train_batch_size"]
-        steps = self._plan_epoch(self.eval_groups, size * 4, epoch=0, shuffle=False)
-        sums = Sums()
+        steps = epoch_steps(self.args, self.eval_groups, size * 4, self.world, shuffle=False)
+        feed = StepFeed(self.eval_groups, steps, self.pixels, self.image_token_id)
+        sums, cut_short = Sums(), False
         self.model.model.eval()
-        for step in step_loader(self._feed(self.eval_groups, steps), num_workers=0):
-            for batch, counts in self._level(step):
+        for step in step_loader(feed, num_workers=0):
+            cut_short = self.stepper.stopping(together=self.sharded)
+            if cut_short:
+                break
+            for batch, counts in self.stepper.level(step.batches):
                 values = self.objective.summed(batch.to(self.device))[1]
                 if counts:
                     sums.add(values)
         self.model.model.train()
+        if self.world.any(cut_short):
+            return None
         row = self.objective.row(Sums.together(self.world.gather(sums.take())))
         return {f"eval_{name}": value for name, value in row.items()}
 
-    def _checkpoint(self, step: int) -> Path:
-        return self.stage_dir / f"checkpoint-{step}"
-
-    def _is_best(self, metric: str | None, evaluated: dict[str, float], progress: Progress) -> bool:
-        """Whether this evaluation is the best so far; kept in `progress` when it is."""
-        if metric is None:
+    def _is_best(self, evaluated: dict[str, float]) -> bool:
+        """Whether this evaluation is the best so far; kept in the progress when it is."""
+        if self.metric is None:
             return False
-        name = f"eval_{metric.removeprefix('eval_')}"
+        progress = self.state.progress
+        name = f"eval_{self.metric.removeprefix('eval_')}"
         if name not in evaluated:
             raise UsageError(
-                f"--metric_for_best_model {metric}: {self.stage} has {', '.join(evaluated)}"
+                f"--metric_for_best_model {self.metric}: {self.stage} has {', '.join(evaluated)}"
             )
         value = evaluated[name]
         sign = -1 if name.endswith("loss") else 1  # transformers' rule of what is better
@@ -250,229 +268,80 @@ class Trainer:
         progress.best = {"metric": name, "value": value, "step": progress.step}
         return True
 
-    def _ranks(
-        self, sums: Sums, rejected: list[dict[str, Any]], clock: Clock
-    ) -> list[dict[str, Any]]:
-        """What every rank must know beside what all share, by rank."""
-        return self.world.gather(
-            {
-                "sums": sums.peek(),
-                "rejected": rejected,
-                "num_tokens": clock.num_tokens,
-                "oom_retries": self.oom_retries,
-                "generators": generators(),
+    def _checkpoint(self, step: int) -> Path:
+        return self.stage_dir / f"checkpoint-{step}"
+
+    def _save(self) -> None:
+        progress = self.state.progress
+        progress.seconds = time.perf_counter() - self.begun
+        progress.throughput |= self.clock.stage()
+        with self.clock.apart("checkpoint"):
+            content = {
+                "global_step": progress.step,
+                "max_steps": len(self.steps),
+                "epoch": self._at()["epoch"],
+                "log_history": self.log.of_stage(self.stage),
+                **self.state.to_json(),
             }
-        )
-
-    def _restore_rank(
-        self,
-        ranks: list[dict[str, Any]],
-        sums: Sums,
-        rejected: list[dict[str, Any]],
-        clock: Clock,
-    ) -> None:
-        """Inverse of `_ranks`; rank 0 takes over from ranks that there are no longer.
-
-        A rank that there was not draws its dropout from a generator of its own.
-        """
-        rank, size = self.world.rank, self.world.size
-        own = ranks[rank : rank + 1] + (ranks[size:] if rank == 0 else [])
-        for one in own:
-            sums.add(one["sums"])
-            rejected += one["rejected"]
-            clock.num_tokens += one["num_tokens"]
-            self.oom_retries += one["oom_retries"]
-        if rank < len(ranks):
-            restore_generators(ranks[rank]["generators"])
-
-    @cached_property
-    def sharded(self) -> bool:
-        return is_sharded(list(self.model.model.parameters()))
-
-    def _level(self, step: StepBatch) -> list[tuple[PackedBatch, bool]]:
-        """The step's batches and whether they count: sharded layers compute equally often on all
-        ranks, whatever images failed."""
-        batches = [(batch, True) for batch in step.batches]
-        if self.sharded:
-            most = max(self.world.gather(len(batches)))
-            batches += [(filler(self.groups[0]), False)] * (most - len(batches))
-        return batches
-
-    def _write_checkpoint(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
-        weights = whole_weights(self.model.model, self.world) if self.sharded else None
-
-        def write() -> str:
-            written = write_checkpoint(
+            best = progress.best
+            if best:
+                content["best_metric"] = best["value"]
+                content["best_global_step"] = best["step"]
+                content["best_model_checkpoint"] = str(self._checkpoint(best["step"]))
+            self.saved = write_checkpoint(
                 self.stage_dir,
-                state["global_step"],
-                lambda path: self.save_model(path, weights),
-                finite(state),
-                tensors,
+                progress.step,
+                self._write_tensors,
+                finite(content),
+                world=self.world,
                 save_total_limit=self.args.save_total_limit,
-                keep=Path(state["best_model_checkpoint"]) if state["progress"]["best"] else None,
-            )
-            return str(written)
-
-        return Path(self.world.on_main(write))
-
-    def _feed(self, groups: Sequence[PreferenceGroup], steps: Sequence[Step]) -> StepFeed:
-        return StepFeed(groups, steps, self.pixels, self.image_token_id)
-
-    def _step(
-        self,
-        step: StepBatch,
-        halved: Callable[[], StepBatch],
-        optimizer: torch.optim.Optimizer,
-        sums: Sums,
-        clock: Clock,
-        progress: Progress,
-    ) -> float:
-        """One optimiser step: the packs' summed losses, divided by the weight of the whole step.
-
-        Out of memory, it is computed once more as `halved` gives it.
-        Returns the gradient norm, over all ranks. A step whose norm is not finite does not reach
-        the weights.
-        """
-        total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
-        if not total:  # every image of the step failed; it stays in the count of steps
-            return 0.0
-        try:
-            own, full = self._backward(step, total, clock), None
-        except torch.OutOfMemoryError as error:
-            own, full = Sums(), str(error)  # the retry is outside: `error` holds the activations
-        if full is not None:
-            own = self._again_in_halves(halved, full, total, optimizer, clock)
-            self.oom_retries += 1
-        with clock.phase("optimiser"):
-            parameters = optimizer.param_groups[0]["params"]
-            limit = self.args.max_grad_norm or math.inf
-            grad_norm = sum_and_clip(parameters, limit, self.world)
-            if math.isfinite(grad_norm):
-                optimizer.step()
-                sums.add(own.take())
-                progress.nonfinite_in_a_row = 0
-            else:
-                self._set_aside(step, grad_norm, own.take().get("loss", 0.0) / total, progress)
-            optimizer.zero_grad(set_to_none=True)
-        return grad_norm
-
-    def _backward(self, step: StepBatch, total: float, clock: Clock) -> Sums:
-        """Add the gradients of the step's packs to what is there; returns their sums."""
-        own = Sums()
-        for batch, counts in self._level(step):
-            with clock.phase("forward"):
-                loss, values = self.objective.summed(batch.to(self.device))
-            if counts:
-                own.add(values)
-            with clock.phase("backward"):
-                (loss / total if counts else loss * 0.0).backward()
-        return own
-
-    def _again_in_halves(
-        self,
-        halved: Callable[[], StepBatch],
-        reason: str,
-        total: float,
-        optimizer: torch.optim.Optimizer,
-        clock: Clock,
-    ) -> Sums:
-        """The whole step once more in packs of half the size: some gradients were added already."""
-        advice = (
-            f"{self.stage}: out of memory ({reason.splitlines()[0]}). Lower --packing_length, "
-            "or set --gradient_checkpointing true"
-        )
-        if self.sharded:  # the other ranks would not gather the layers a second time
-            raise CpoFastError(advice)
-        optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        try:
-            return self._backward(halved(), total, clock)
-        except torch.OutOfMemoryError as error:
-            raise CpoFastError(f"{advice} (packs of half the size did not fit, either)") from error
-
-    def _set_aside(
-        self, step: StepBatch, grad_norm: float, loss: float, progress: Progress
-    ) -> None:
-        """Name the samples of a step that is not finite; stop when it keeps happening.
-
-        `loss` is this rank's share of the step's loss.
-        """
-        own = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
-        names = sorted({name for of_rank in self.world.gather(own) for name in of_rank})
-        loss = sum(self.world.gather(loss))
-        path = self.log.path.with_name("nonfinite_steps.jsonl")
-        line = {
-            "stage": self.stage,
-            "step": progress.step,
-            "loss": str(loss),
-            "grad_norm": str(grad_norm),
-            "ids": names,
-        }
-        if self.world.is_main:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        progress.nonfinite_in_a_row += 1
-        if progress.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            bad = [
-                name
-                for name, value in self.model.model.named_parameters()
-                if not value.detach().isfinite().all()
-            ]
-            weights = f" Weights that were so before: {', '.join(bad[:5])}." if bad else ""
-            raise CpoFastError(
-                f"{self.stage} step {progress.step}: loss {loss}, gradient norm {grad_norm}, and "
-                f"so for {progress.nonfinite_in_a_row} steps in a row. The weights were left as "
-                f"they were.{weights} {path} names the samples. Look at them, or lower the "
-                "learning rate"
+                keep=self._checkpoint(best["step"]) if best else None,
             )
 
-    def _plan(self, settings: dict[str, Any]) -> tuple[list[Step], float]:
-        """The steps of the whole stage, and how many of them make an epoch."""
-        per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-        per_step *= self.world.size
-        if not self.groups:
-            raise DataError(f"{self.stage}: no training sample is left; see rejected_records.jsonl")
-        first = self._plan_epoch(self.groups, per_step, epoch=0)
-        if settings["max_steps"] > 0:
-            wanted = settings["max_steps"]
-        else:
-            wanted = max(1, round(settings["num_train_epochs"] * len(first)))
-        steps = list(first)
-        epoch = 0
-        while len(steps) < wanted:
-            epoch += 1
-            steps += self._plan_epoch(self.groups, per_step, epoch=epoch)
-        return steps[:wanted], float(len(first))
+    def _write_tensors(self, folder: Path) -> None:
+        """The model, and AdamW's state beside it; every rank calls it."""
+        if self.sharded:
+            names = self.world.on_main(lambda: self.save_model(folder, True))
+            weights = unaliased(self.model.model)
+            write_model({names[name]: value for name, value in weights.items()}, folder, self.world)
+            write_shards(self.state.optimizer_tensors(), folder / OPTIMIZER)
+            return
 
-    def _plan_epoch(
-        self,
-        groups: Sequence[PreferenceGroup],
-        pairs_per_step: int,
-        *,
-        epoch: int,
-        shuffle: bool = True,
-    ) -> list[Step]:
-        steps = plan_epoch(
-            groups,
-            pairs_per_step=pairs_per_step,
-            packing_length=self.args.packing_length,
-            seed=self.args.seed,
-            epoch=epoch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            expand_pairs=self.args.expand_pairs,
-            shuffle=shuffle,
+        def write() -> None:
+            self.save_model(folder, False)
+            (folder / OPTIMIZER).mkdir()
+            tensors = self.state.optimizer_tensors()
+            save_file(
+                {name: value.cpu().contiguous() for name, value in tensors.items()},
+                folder / OPTIMIZER / "adamw.safetensors",
+            )
+
+        self.world.on_main(write)
+
+    def _leave(self) -> NoReturn:
+        """Raise Interrupted; what the steps before have done is saved first, if it is not yet."""
+        step = self.state.progress.step
+        if step and (self.saved is None or self.saved.name != self._checkpoint(step).name):
+            self._save()
+        reason = next(reason for reason in self.world.gather(self.stop.reason) if reason)
+        raise Interrupted(
+            f"stopped by {reason} after {self.stage} step {step} of {len(self.steps)}; go on "
+            "with --resume_from_checkpoint auto"
         )
-        if self.args.packing:
-            return steps
-        return [replace(s, packs=tuple((part,) for pack in s for part in pack)) for s in steps]
+
+
+def new_clock(
+    model: PackedModel, stage: str, args: TrainArguments, device: torch.device, world: World
+) -> Clock:
+    """A clock that knows the FLOPs of the stage's batches and what the device could do."""
+    count = FlopCounter(model)
+    on_line = stage == "cpo" and args.loss_type not in ("simpo", "orpo")
+
+    def flops(batch: PackedBatch) -> float:
+        return count(batch, reference=on_line and batch.ref_logps is None).total
+
+    return Clock(world, flops, peak_flops(device, torch.bfloat16 if args.bf16 else torch.float32))
 
 
 def _every(steps: int, number: int) -> bool:
     return steps > 0 and number % steps == 0
-
-
-def _plain(scheduler_state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's numbers; its functions are made anew."""
-    return {k: v for k, v in scheduler_state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}

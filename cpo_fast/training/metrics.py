@@ -14,7 +14,9 @@ import torch
 from cpo_fast.errors import CpoFastError
 
 TIMING_FIELDS = ("pairs_per_second", "samples_per_second", "tokens_per_second_per_gpu",
-                 "logical_tokens_per_second", "seconds", "time")  # fmt: skip
+                 "logical_tokens_per_second", "mfu", "peak_memory_gib", "time/data",
+                 "time/forward", "time/backward", "time/wait", "time/optimiser",
+                 "time/other")  # fmt: skip
 """The fields of a row that differ between two runs of the same command."""
 
 
@@ -30,6 +32,7 @@ class MetricsLog:
         """
         self.path = path
         self.writes = writes
+        self.also: Callable[[dict[str, Any]], None] | None = None  # gets every new row, too
         self.rows: list[dict[str, Any]] = []
         if writes and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -43,7 +46,7 @@ class MetricsLog:
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop all other rows, from the file, too."""
-        if not self.writes:
+        if not self.writes or not self.path.is_file():
             return
         self.rows = [row for row in self.rows if wanted(row)]
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -56,6 +59,8 @@ class MetricsLog:
             return
         clean = finite(row)
         self.rows.append(clean)
+        if self.also is not None:
+            self.also(clean)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean, allow_nan=False) + "\n")

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ MAY_CHANGE = (
     *BATCH,
     *(f"sft_{name}" for name in BATCH),
     "resume_from_checkpoint",
+    "report_to",
+    "dry_run",
     "ddp_timeout",
     "fsdp",
     "overwrite_output_dir",
@@ -44,20 +48,23 @@ MAY_CHANGE = (
 class RunFolder:
     """`output_dir` of a run. Opening it writes config.json and clears the stages that will run.
 
-    Only rank 0 of `world` writes; the others read what it left there.
+    Only rank 0 of `world` writes; the others read what it left there. In a dry run nobody writes:
+    what is read but not there (phantom, tiny model) is made in a temporary folder that goes at the
+    end of the process.
     Raises UsageError when a stage that will run has checkpoints there already, unless
     `overwrite_output_dir` says that they may go.
     """
 
     def __init__(self, args: TrainArguments, world: World | None = None) -> None:
         self.world = world or World()
+        self.dry = args.dry_run
         self.path = Path(args.output_dir)
         self.rejected: list[RejectedRecord] = []
         self.summary: dict[str, Any] = {"stages": {}}
         trained: list[str] = []
         if args.resume_from_checkpoint is None:
             trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
-        elif self.writes:
+        elif self.world.is_main:
             self._same_settings(args)
         if not self.writes:
             self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=False)
@@ -74,7 +81,22 @@ class RunFolder:
 
     @property
     def writes(self) -> bool:
-        return self.world.is_main
+        return self.world.is_main and not self.dry
+
+    @property
+    def makes(self) -> bool:
+        """Whether this process makes what the run is made of; else it reads rank 0's files."""
+        return self.world.is_main or self.dry
+
+    @cached_property
+    def made(self) -> Path:
+        """The folder for data and models that the run itself makes."""
+        if not self.dry:
+            return self.path
+        memory = Path("/dev/shm")
+        place = str(memory) if os.access(memory, os.W_OK) else None
+        self._temporary = tempfile.TemporaryDirectory(prefix="cpo_fast-", dir=place)
+        return Path(self._temporary.name)
 
     def _same_settings(self, args: TrainArguments) -> None:
         """A resumed run must be the run that was begun; UsageError names what differs."""
@@ -123,6 +145,7 @@ class RunFolder:
     def reject(self, records: Iterable[RejectedRecord]) -> None:
         """Append to rejected_records.jsonl; records are counted by reason in summary.json."""
         if not self.writes:
+            self.rejected += records if self.dry else []
             return
         with (self.path / "rejected_records.jsonl").open("a", encoding="utf-8") as file:
             for record in records:

@@ -8,15 +8,21 @@ op needs the head whole, and their forward is not called through the decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from cpo_fast.packing import collate
 from cpo_fast.training.distributed import World
 from cpo_fast.types import PackedBatch, PreferenceGroup, Prompt
+
+FILE_SIZE = 5 * 10**9  # bytes of weights per file, as transformers cuts them
 
 
 def shard(model: Any, device: torch.device) -> Any:
@@ -43,27 +49,81 @@ def is_sharded(parameters: Sequence[torch.nn.Parameter]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor (a collective: every rank calls it), others as they are."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def unaliased(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict, shards as they are, each tied weight once."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    aliases = every - {name for name, _ in model.named_parameters()}
+    state = model.state_dict()
+    return {name: value.detach() for name, value in state.items() if name not in aliases}
 
 
-def like(value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A whole tensor placed and sharded as `parameter` is."""
-    moved = value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
-    return moved
+def write_shards(
+    tensors: dict[str, torch.Tensor], folder: Path, *, files: dict[str, int] | None = None
+) -> None:
+    """Every rank writes what it holds to safetensors files in `folder`; no tensor is gathered.
+
+    With `files` (tensor -> number of its file, from 1) rank 0 then makes whole tensors of the files
+    of shards, in the layout that transformers loads. Raises CheckpointException on every rank when
+    one cannot write.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    whole = files is not None
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=whole
+    )
+    dcp.save(tensors, storage_writer=writer)
 
 
-def whole_weights(model: torch.nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """The state dict with every tensor whole, on the CPU of rank 0; empty on the others."""
-    weights = {}
-    for name, value in model.state_dict().items():
-        gathered = whole(value.detach())
-        if world.is_main:
-            weights[name] = gathered.cpu()
-    return weights
+def write_model(weights: dict[str, torch.Tensor], folder: Path, world: World) -> None:
+    """The weights as model.safetensors, or as several files of some 5 GB with their index.
+
+    They come from all ranks' shards; every rank calls it, with the same names.
+    """
+    files, size = {}, 0
+    for name, value in weights.items():
+        size += value.numel() * value.element_size()
+        files[name] = 1 + size // FILE_SIZE
+    number = {index: rank for rank, index in enumerate(sorted(set(files.values())), start=1)}
+    files = {name: number[index] for name, index in files.items()}
+    write_shards(weights, folder, files=files)
+
+    def tidy() -> None:
+        shutil.rmtree(folder / "sharded")
+        if len(number) == 1:
+            (only,) = folder.glob("model-*.safetensors")
+            only.rename(folder / "model.safetensors")
+            (folder / "model.safetensors.index.json").unlink()
+
+    world.on_main(tidy)
+
+
+def names_in_files(model: Any, write: Callable[[dict[str, torch.Tensor]], Path]) -> dict[str, str]:
+    """What transformers calls each weight of `model` in its files, which differs for some models.
+
+    `write` saves a state dict as transformers does and returns the file; it gets numbers for
+    weights here, and the file is removed again.
+    """
+    numbers = {name: torch.tensor([i]) for i, name in enumerate(unaliased(model))}
+    file = write(numbers)
+    names = {int(value): name for name, value in load_file(file).items()}
+    file.unlink()
+    return {name: names[int(i)] for name, i in numbers.items()}
+
+
+def read_tensors(folder: Path, place: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in `folder`, whole or in shards of any number of ranks.
+
+    `place` gives the tensor that a name is read into, maybe a shard of it: only that is read.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {name: place(name) for name in reader.read_metadata().state_dict_metadata}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)  # every rank reads by itself
+    return tensors
 
 
 def sum_and_clip(parameters: Sequence[torch.nn.Parameter], limit: float, world: World) -> float:

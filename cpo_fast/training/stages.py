@@ -23,7 +23,7 @@ from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.reference_cache import ReferenceCache
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.training.samples import Samples
-from cpo_fast.training.sharding import shard
+from cpo_fast.training.sharding import names_in_files, shard
 from cpo_fast.types import PreferenceGroup
 
 MERGED = "merged"  # the folder beside SFT's checkpoints that holds its adapter merged into the base
@@ -241,10 +241,17 @@ def run_stage(
 ) -> StageResult:
     """Train one stage on its "train" split, watching the "validate" split."""
 
-    def save(path: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        save_model(
-            packed.model, path, tokenizer=base.tokenizer, images=base.images, weights=weights
-        )
+    def save(path: Path, sharded: bool) -> dict[str, str]:
+        def write(weights: dict[str, torch.Tensor] | None) -> Path:
+            save_model(
+                packed.model, path, tokenizer=base.tokenizer, images=base.images, weights=weights
+            )
+            return path / "model.safetensors"
+
+        if sharded:
+            return names_in_files(packed.model, write)
+        write(None)
+        return {}
 
     return Trainer(
         stage=stage,

@@ -1,0 +1,179 @@
+"""One optimiser step: its packs forward and backward, the gradient summed, clipped and applied.
+
+What can go wrong with numbers and memory goes wrong here: a step that is not finite never reaches
+the weights, one that does not fit is computed again in smaller packs, and one that a stop request
+cuts short leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from cpo_fast.errors import CpoFastError
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.training.clock import Clock
+from cpo_fast.training.distributed import World
+from cpo_fast.training.feed import StepBatch
+from cpo_fast.training.metrics import MetricsLog, Sums
+from cpo_fast.training.objectives import Objective
+from cpo_fast.training.sharding import filler, is_sharded, sum_and_clip
+from cpo_fast.training.state import generators, restore_generators
+from cpo_fast.types import PackedBatch, PreferenceGroup
+
+
+class Stops(Protocol):
+    """What is asked between packs whether the run shall end; interrupt.StopRequest is one."""
+
+    def pending(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did. Not `finished`: a stop came between two packs, and nothing was changed."""
+
+    grad_norm: float = 0.0
+    loss: float = 0.0
+    sums: dict[str, float] | None = None  # this rank's; None where the step did not count
+    oom_retries: int = 0
+    finished: bool = True
+
+
+@dataclass
+class Stepper:
+    """Computes the steps of one stage. `nonfinite` is the log that names bad ones, if any."""
+
+    stage: str
+    model: PackedModel
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    like: PreferenceGroup  # any sample of the stage; fillers are made after it
+    device: torch.device
+    clock: Clock
+    max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = 3
+    nonfinite: MetricsLog | None = None
+    nonfinite_in_a_row: int = 0
+    stop: Stops | None = None
+    world: World = World()  # noqa: RUF009 (frozen)
+
+    @cached_property
+    def sharded(self) -> bool:
+        return is_sharded(list(self.model.model.parameters()))
+
+    def level(self, batches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, bool]]:
+        """The batches and whether they count: sharded layers compute equally often on all
+        ranks, whatever images failed."""
+        levelled = [(batch, True) for batch in batches]
+        if self.sharded:
+            most = max(self.world.gather(len(levelled)))
+            levelled += [(filler(self.like), False)] * (most - len(levelled))
+        return levelled
+
+    def stopping(self, *, together: bool) -> bool:
+        """Whether a stop is asked for: on any rank when all ask `together`, else on this one."""
+        pending = self.stop is not None and self.stop.pending()
+        return self.world.any(pending) if together else pending
+
+    def __call__(self, number: int, step: StepBatch, halved: Callable[[], StepBatch]) -> Outcome:
+        """Step `number`: the packs' summed losses, divided by the weight of the whole step.
+
+        Out of memory, it is computed once more as `halved` gives it. Raises CpoFastError when that
+        does not fit either, or when `max_nonfinite_steps` steps in a row were not finite.
+        """
+        total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
+        if not total:  # every image of the step failed; it stays in the count of steps
+            return Outcome()
+        before = generators()
+        retries = 0
+        try:
+            own, full = self._backward(step, total), None
+        except torch.OutOfMemoryError as error:
+            own, full = None, str(error)  # the retry is outside: `error` holds the activations
+        if full is not None:
+            own = self._again_in_halves(halved, full, total)
+            retries = 1
+        with self.clock.phase("backward"):
+            sums = own.peek() if own is not None else {}  # waits for the device
+        with self.clock.phase("wait"):  # for the other ranks
+            summed, cut_short = self.world.sum([sums.get("loss", 0.0), float(own is None)])
+        if cut_short:
+            self.optimizer.zero_grad(set_to_none=True)
+            restore_generators(before)
+            return Outcome(finished=False)
+        loss = summed / total
+        with self.clock.phase("optimiser"):
+            parameters = self.optimizer.param_groups[0]["params"]
+            grad_norm = sum_and_clip(parameters, self.max_grad_norm or math.inf, self.world)
+            good = math.isfinite(grad_norm) and math.isfinite(loss)
+            if good:
+                self.optimizer.step()
+                self.nonfinite_in_a_row = 0
+            else:
+                self._set_aside(number, step, grad_norm, loss)
+            self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(grad_norm, loss, sums if good else None, retries)
+
+    def _backward(self, step: StepBatch, total: float) -> Sums | None:
+        """Add the gradients of the step's packs to what is there; returns their sums.
+
+        None when a stop was asked for before the last pack.
+        """
+        own = Sums()
+        batches = self.level(step.batches)
+        for index, (batch, counts) in enumerate(batches):
+            if index and self.stopping(together=self.sharded):
+                return None
+            with self.clock.phase("forward"):
+                loss, values = self.objective.summed(batch.to(self.device))
+            if counts:
+                own.add(values)
+            with self.clock.phase("backward"):
+                (loss / total if counts else loss * 0.0).backward()
+        return own
+
+    def _again_in_halves(
+        self, halved: Callable[[], StepBatch], reason: str, total: float
+    ) -> Sums | None:
+        """The whole step once more in packs of half the size: some gradients were added already."""
+        advice = (
+            f"{self.stage}: out of memory ({reason.splitlines()[0]}). Lower --packing_length, "
+            "or set --gradient_checkpointing true"
+        )
+        if self.sharded:  # the other ranks would not gather the layers a second time
+            raise CpoFastError(advice)
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            return self._backward(halved(), total)
+        except torch.OutOfMemoryError as error:
+            raise CpoFastError(f"{advice} (packs of half the size did not fit, either)") from error
+
+    def _set_aside(self, number: int, step: StepBatch, grad_norm: float, loss: float) -> None:
+        """Name the samples of a step that is not finite; stop when it keeps happening."""
+        own = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
+        names = sorted({name for of_rank in self.world.gather(own) for name in of_rank})
+        if self.nonfinite is not None:
+            numbers = {"loss": str(loss), "grad_norm": str(grad_norm)}
+            self.nonfinite.write({"stage": self.stage, "step": number, **numbers, "ids": names})
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            bad = [
+                name
+                for name, value in self.model.model.named_parameters()
+                if not value.detach().isfinite().all()
+            ]
+            path = self.nonfinite.path if self.nonfinite is not None else "The log"
+            weights = f" Weights that were so before: {', '.join(bad[:5])}." if bad else ""
+            raise CpoFastError(
+                f"{self.stage} step {number}: loss {loss}, gradient norm {grad_norm}, and "
+                f"so for {self.nonfinite_in_a_row} steps in a row. The weights were left as "
+                f"they were.{weights} {path} names the samples. Look at them, or lower the "
+                "learning rate"
+            )
