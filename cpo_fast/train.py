@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +22,7 @@ from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
 from cpo_fast.training.distributed import World, joined
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
+from cpo_fast.training.report_to import tracker_names, trackers
 from cpo_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: TrainArguments) -> dict[str, Any]:
-    """Run the stages that `args` names; returns what summary.json holds.
+    """Run the stages that `args` names; returns what summary.json holds (the plan in a dry run).
 
     Of several processes (torchrun), all train; the first one prepares, evaluates and reports.
     """
@@ -51,6 +54,7 @@ def run(args: TrainArguments) -> dict[str, Any]:
 
     from cpo_fast.report import write_report
     from cpo_fast.report.model_card import write_cards
+    from cpo_fast.training.dry_run import dry_run
     from cpo_fast.training.stages import train_cpo, train_sft
 
     os.umask(0o077)
@@ -58,9 +62,17 @@ def run(args: TrainArguments) -> dict[str, Any]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
+    reported = tracker_names(args.report_to)
+    if args.dry_run:  # an exception, so that its temporary folder goes
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     with joined(args.ddp_timeout) as world:
         args, folder, corpus, texts, base, samples = world.main_first(lambda: prepare(args, world))
-        with StopRequest(args.max_minutes) as stop:
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest(args.max_minutes))
+            if args.dry_run:
+                return dry_run(args, folder, samples, base, stop)
+            if folder.writes:
+                folder.metrics.also = stack.enter_context(trackers(reported, folder.path))
             if "sft" in args.stage_names:
                 train_sft(args, folder, samples, base, stop)
             if "cpo" in args.stage_names:
@@ -91,7 +103,7 @@ def prepare(
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
     folder = RunFolder(args, world)
     if args.dataset == "phantom":
-        data = write_phantom(folder.path / "data", num_studies=args.num_studies, seed=args.seed)
+        data = write_phantom(folder.made / "data", num_studies=args.num_studies, seed=args.seed)
         args = replace(args, dataset=str(data))
     corpus = read_corpus(args, folder)
     texts = write_preferences(args, folder, corpus)

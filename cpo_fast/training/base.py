@@ -42,7 +42,8 @@ def base_model(args: TrainArguments, folder: RunFolder, texts: Texts) -> Base:
     if str(path) == TINY:
         path = folder.path / "base"
         made_new = "sft" in args.stage_names and args.resume_from_checkpoint is None
-        if folder.writes and (made_new or not (path / "tokenizer.json").is_file()):
+        if folder.makes and (made_new or not (path / "tokenizer.json").is_file()):
+            path = folder.made / "base"
             write_tiny_model(args, path, texts)
     if not path.is_dir():
         raise UsageError(f"{path}: no such model folder (--model_name_or_path)")

@@ -195,7 +195,7 @@ def make_counterfactuals(
     load_graph(args.concept_graph)  # a bad file is told before any work
     if "graph" in args.stage_names and folder.writes:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
-    makes = "counterfactual" in args.stage_names and folder.writes
+    makes = "counterfactual" in args.stage_names and folder.makes
     if args.counterfactuals is not None or not makes:
         given = Path(args.counterfactuals or path)
         if not given.is_file():
@@ -227,7 +227,8 @@ def make_counterfactuals(
             f"{folder.path / 'rejected_records.jsonl'}"
         )
     folder.summary["stages"]["counterfactual"] = {"seconds": round(time.perf_counter() - begun, 2)}
-    write_private(path, (one.to_json() for one in passed))
+    if folder.writes:
+        write_private(path, (one.to_json() for one in passed))
     folder.summary["data"]["counterfactuals"] = len(passed)
     if len(sources) > 1:
         folder.summary["data"]["counterfactual_sources"] = dict(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,23 @@ def train_sft(
 ) -> None:
     """SFT of the chosen answers; an adapter is merged, so that CPO starts from a whole model."""
     resume = resume_of(args, folder, "sft")
+    packed, objective = sft_parts(args, folder, base, resume)
+    result = run_stage(args, folder, base, "sft", packed, objective, samples.sft, stop, resume)
+    if args.sft_use_peft:
+        model = packed.model
+        folder.world.on_main(lambda: save_merged(args, folder, base, model, result.checkpoint))
+    record(folder, "sft", result)
+
+
+def sft_parts(
+    args: TrainArguments, folder: RunFolder, base: Base, resume: Path | None
+) -> tuple[PackedModel, SFTObjective]:
+    """The model that SFT trains, and its objective."""
     model = trainable(
         args, base.path, resume, peft=args.sft_use_peft, freeze_vit=args.sft_freeze_vit
     )
     packed = prepare(args, model)
-    objective = SFTObjective(packed, impl=args.loss_impl)
-    result = run_stage(args, folder, base, "sft", packed, objective, samples.sft, stop, resume)
-    if args.sft_use_peft:
-        folder.world.on_main(lambda: save_merged(args, folder, base, model, result.checkpoint))
-    record(folder, "sft", result)
+    return packed, SFTObjective(packed, impl=args.loss_impl)
 
 
 def save_merged(
@@ -71,8 +80,22 @@ def train_cpo(
     args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
 ) -> None:
     """CPO from the SFT model; the reference is that model (adapters off, or a frozen copy)."""
-    start = sft_model(args, folder, base)
     resume = resume_of(args, folder, "cpo")
+    packed, reference = cpo_models(args, folder, base, resume)
+    splits = samples.cpo
+    if args.precompute_ref_log_probs:
+        splits = with_reference(args, folder, base, reference or packed, splits, stop)
+        reference = None  # its memory is free for the training
+    objective = cpo_objective(args, packed, reference, splits["train"])
+    result = run_stage(args, folder, base, "cpo", packed, objective, splits, stop, resume)
+    record(folder, "cpo", result)
+
+
+def cpo_models(
+    args: TrainArguments, folder: RunFolder, base: Base, resume: Path | None
+) -> tuple[PackedModel, PackedModel | None]:
+    """The policy, and its frozen copy as the reference where it has no adapters to turn off."""
+    start = sft_model(args, folder, base)
     model = trainable(args, start, resume, peft=args.use_peft, freeze_vit=args.freeze_vit)
     reference = None
     if not args.use_peft:
@@ -82,12 +105,17 @@ def train_cpo(
         if shared:
             shard(frozen, device())
         reference = PackedModel(frozen, attention=args.attn_implementation)
-    packed = prepare(args, model)
-    splits = samples.cpo
-    if args.precompute_ref_log_probs:
-        splits = with_reference(args, folder, base, reference or packed, splits, stop)
-        reference = None  # its memory is free for the training
-    objective = CPOObjective(
+    return prepare(args, model), reference
+
+
+def cpo_objective(
+    args: TrainArguments,
+    packed: PackedModel,
+    reference: PackedModel | None,
+    groups: Sequence[PreferenceGroup],
+) -> CPOObjective:
+    """The objective under the run's flags; `groups` are those that it trains on."""
+    return CPOObjective(
         packed,
         reference,
         beta=args.beta,
@@ -95,14 +123,12 @@ def train_cpo(
         label_smoothing=args.label_smoothing,
         rpo_alpha=args.rpo_alpha,
         impl=args.loss_impl,
-        source_weights=source_weights(args, splits["train"]),
+        source_weights=source_weights(args, groups),
         normalize=args.normalize_source_weights,
     )
-    result = run_stage(args, folder, base, "cpo", packed, objective, splits, stop, resume)
-    record(folder, "cpo", result)
 
 
-def source_weights(args: TrainArguments, groups: list[PreferenceGroup]) -> dict[str, float]:
+def source_weights(args: TrainArguments, groups: Sequence[PreferenceGroup]) -> dict[str, float]:
     """The weights of the sources that the training groups hold."""
     held = {name for group in groups for name in group.sources}
     return {name: w for name, w in args.source_weights(SOURCES).items() if name in held}
