@@ -47,6 +47,7 @@ def _wandb(folder: Path) -> tuple[Log, Close]:
         "disable_code": True,
         "x_disable_meta": True,
         "x_disable_stats": True,
+        "x_save_requirements": False,
     }
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
