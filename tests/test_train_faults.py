@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +14,14 @@ from typing import Any
 import packing_samples as samples
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cpo_fast.model.build import save_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.train import main
+from cpo_fast.training import feed, loop
 from cpo_fast.training.checkpoint import checkpoints, damage_of
+from cpo_fast.training.feed import StepFeed
 from cpo_fast.training.objectives import SFTObjective
 from cpo_fast.types import ImageRef, PackedBatch
 
@@ -80,6 +85,76 @@ def test_a_read_only_folder_is_named(
     remount(disk, "ro")
     assert train(data, disk / "run") == 2
     assert f"{disk / 'run'} cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_turns_read_only_while_saving(
+    data: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remount(disk, "size=200m")
+    write = loop.write_checkpoint
+
+    def turning(stage_dir: Path, step: int, *rest: Any, **options: Any) -> Path:
+        if step == 4:
+            remount(disk, "ro")
+        return write(stage_dir, step, *rest, **options)
+
+    monkeypatch.setattr(loop, "write_checkpoint", turning)
+    assert train(data, disk / "run") == 1
+    error = capsys.readouterr().err
+    assert "checkpoint-4 cannot be written" in error and "--resume_from_checkpoint auto" in error
+    assert [path.name for path in checkpoints(disk / "run" / "sft")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    remount(disk, "rw")
+    assert train(data, disk / "run", "--resume_from_checkpoint", "auto") == 0
+    assert damage_of(disk / "run" / "sft" / "checkpoint-6") is None
+
+
+def test_a_worker_that_dies_is_replaced_and_nothing_changes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, tmp_path / "straight") == 0
+    item = StepFeed.__getitem__
+
+    def dying(self: StepFeed, index: int) -> Any:
+        if index == 3 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, index)
+
+    monkeypatch.setattr(StepFeed, "__getitem__", dying)
+    assert train(data, tmp_path / "run", "--dataloader_num_workers", "1") == 0
+    assert "a worker process of the data feed died" in capsys.readouterr().err
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_workers_that_keep_dying_stop_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(feed, "DEATHS", 0)
+    monkeypatch.setattr(StepFeed, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert train(data, tmp_path / "run", "--dataloader_num_workers", "1") == 1
+    assert "lower --dataloader_num_workers" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_no_number_is_set_aside_and_the_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed = SFTObjective.summed
+    culprit: list[str] = []
+
+    def poisoned(self: SFTObjective, batch: PackedBatch) -> Any:
+        loss, values = summed(self, batch)
+        culprit[:] = culprit or [batch.segment_names[0]]
+        return (loss * torch.nan if culprit[0] in batch.segment_names else loss), values
+
+    monkeypatch.setattr(SFTObjective, "summed", poisoned)
+    assert train(data, tmp_path / "run", "--sft_max_steps", "4") == 0
+    (line,) = (tmp_path / "run" / "nonfinite_steps.jsonl").read_text().splitlines()
+    bad = json.loads(line)
+    assert bad["step"] == 1 and culprit[0].rsplit("/", 1)[0] in bad["ids"] and len(bad["ids"]) == 4
+    weights = load_file(tmp_path / "run" / "sft" / "checkpoint-4" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert losses(tmp_path / "run")[0] is None and all(losses(tmp_path / "run")[1:])
 
 
 def test_a_weight_that_is_no_number_is_named(

@@ -5,18 +5,21 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cpo_fast.errors import RecordError
+from cpo_fast.errors import CpoFastError, RecordError
 from cpo_fast.packing import Step, collate
 from cpo_fast.packing.plan import Pack
 from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt, RejectedRecord
 
 Pixels = Callable[[ImageRef], tuple[torch.Tensor, torch.Tensor]]
+
+DEATHS = 3  # of worker processes that a stage puts up with
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,33 @@ def _end_workers() -> None:
 
 
 def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator[StepBatch]:
-    """Yield the steps from `start` on, in order, whatever the number of workers."""
-    return iter(
+    """Yield the steps from `start` on, in order, whatever the number of workers.
+
+    Workers that die (killed, out of memory) are replaced and their steps made again: a step is a
+    pure function of its number. Raises CpoFastError when that keeps happening.
+    """
+    deaths = 0
+    while start < len(feed):
+        try:
+            for batch in _loader(feed, num_workers, start):
+                yield batch
+                start += 1
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            deaths += 1
+            if deaths > DEATHS:
+                raise CpoFastError(
+                    f"worker processes of the data feed died {deaths} times (memory, most likely: "
+                    "lower --dataloader_num_workers); go on with --resume_from_checkpoint auto"
+                ) from error
+            print("warning: a worker process of the data feed died; a new one goes on",
+                  file=sys.stderr)  # fmt: skip
+
+
+def _loader(feed: StepFeed, num_workers: int, start: int) -> Iterator[StepBatch]:
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = iter(
         DataLoader(
             feed,
             batch_size=None,
@@ -115,3 +143,6 @@ def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator
             worker_init_fn=_leave_signals_to_the_run,
         )
     )
+    # torch's handler would raise in the middle of a step; asking for the next batch tells, too.
+    signal.signal(signal.SIGCHLD, before)
+    return loader
