@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpo_fast.phantom import write_phantom
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import latest_checkpoint
 
@@ -232,10 +233,20 @@ def test_a_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
 
 
 def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_path: Path) -> None:
-    flags = ["--num_studies", "60", "--max_pixels", "12544", "--packing_length", "600",
+    """Some images do not decode, on one rank more than on the other."""
+    phantom = write_phantom(tmp_path / "data", num_studies=60)
+    broken = sorted(phantom.rglob("*.jpg"))[::12]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:-900])
+    flags = ["--max_pixels", "12544", "--packing_length", "600",
              "--stages", "graph,counterfactual,sft,cpo", "--max_eval_samples", "6",
              "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]  # fmt: skip
-    assert one(Path("phantom"), tmp_path / "one", *flags) == 0
-    status, _, err = two(Path("phantom"), tmp_path / "two", *flags, "--fsdp", "true")
+    assert one(phantom, tmp_path / "one", *flags) == 0
+    status, _, err = two(phantom, tmp_path / "two", *flags, "--fsdp", "true")
     assert status == 0, err
     assert_same(tmp_path / "one", tmp_path / "two")
+    first, second = (
+        sorted((tmp_path / name / "rejected_records.jsonl").read_text().splitlines())
+        for name in ("one", "two")
+    )
+    assert first == second and sum("image" in line for line in first) > 0
