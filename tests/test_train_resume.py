@@ -200,10 +200,13 @@ def test_a_stop_before_an_evaluation_leaves_it_to_the_resumed_run(
     assert outcome(folder) == outcome(straight)
 
 
-def test_max_minutes_stops_like_a_signal(data: Path, straight: Path, tmp_path: Path) -> None:
+def test_max_minutes_stops_like_a_signal(
+    data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "timed"
     assert main(command(data, folder, "--max_minutes", "1e-9")) == EXIT_STATUS
-    assert [path.name for path in checkpoints(folder / "sft")] == ["checkpoint-1"]
+    assert "stopped by --max_minutes after sft step 0 of 9" in capsys.readouterr().err
+    assert checkpoints(folder / "sft") == []  # not one step was whole: it begins again
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
     assert outcome(folder) == outcome(straight)
 
