@@ -295,8 +295,7 @@ def units(setting: Setting) -> list[Unit]:
         run = functools.partial(function, variant, device, *args, **kw)
         found.append(Unit(f"{variant}: {name}", run, limit=90))
 
-    for variant in variants(device):
-        # What is most likely to be wrong comes first.
+    for variant in reversed(variants(device)):  # what runs by default first
         if variant != "reference":
             for dtype in DTYPES:
                 kind_of = str(dtype).removeprefix("torch.")
