@@ -48,7 +48,7 @@ def check(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_every_phase_on_the_cpu(tmp_path: Path) -> None:
-    done = check(tmp_path, "--device", "cpu", "--quick", "--minutes", "5")
+    done = check(tmp_path, "--device", "cpu", "--quick", "--minutes", "15")
     data = json.loads((tmp_path / "results.json").read_text())
     bad = [record for record in data["records"] if record["status"] in report.BAD]
     assert (done.returncode, bad, data["not_run"]) == (0, [], []), done.stderr
