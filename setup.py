@@ -55,6 +55,7 @@ class BuildNative(build_ext):
         inputs = [*ext.sources, *ext.depends, __file__]
         if not self.force and not newer_group(inputs, self.get_ext_fullpath(ext.name), "newer"):
             return  # built, and nothing has changed since
+        force, self.force = self.force, True  # decided here: setuptools does not know of .cu files
         try:
             with ThreadPoolExecutor() as pool:
                 ext.extra_objects = list(pool.map(self.compile_cuda, kernels))
@@ -62,6 +63,8 @@ class BuildNative(build_ext):
             super().build_extension(ext)
         except Exception as error:  # whatever a compiler does wrong costs this implementation only
             self.warn(f"{ext.name} was not built ({error}); the package works without it")
+        finally:
+            self.force = force
 
     def compile_cuda(self, source: str) -> str:
         target = Path(self.build_temp) / f"{source}.o"
