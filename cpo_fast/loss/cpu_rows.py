@@ -54,14 +54,23 @@ def slots() -> int:
     return max(torch.get_num_threads(), 8)
 
 
+def _two_workspaces() -> tuple[int, int]:
+    """Bytes that the fused kernel works in at D = 32 and at D = 1056; they grow evenly with D."""
+    threads = torch.get_num_threads()
+    few, many = (_cpu.fused_workspace(D, slots(), True, True, True, threads) for D in (32, 1056))
+    return few, many
+
+
+# torch.compile cannot trace them; a compiled call keeps the number of threads it was made with.
+slots._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_two_workspaces._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def fused_engine(dtype: torch.dtype, D: int, room: int) -> str:
     """The engine of the fused kernel for such hidden states; "": none, or too little workspace."""
     if dtype != torch.bfloat16 or not _engine:
         return ""
-    few, many = (
-        _cpu.fused_workspace(D, slots(), True, True, True, torch.get_num_threads())
-        for D in (32, 1056)
-    )
+    few, many = _two_workspaces()
     return _engine if few + (D + 31) * (many - few) // 1024 <= room else ""
 
 
