@@ -46,8 +46,9 @@ class Loaded:
 
         grid = self.images.grid if self.images else None
         prompt = encode(asked, self.tokenizer, grid, max_length=max_length).prompt
-        for image in asked.images if self.images else ():
-            self.images.pixels(image)
+        if self.images is not None:
+            for image in asked.images:
+                self.images.pixels(image)
         return prompt
 
 
@@ -201,9 +202,16 @@ def load(args: argparse.Namespace) -> Loaded:
         raise UsageError(f"--model {path}: no such model folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    tokenizer = load_tokenizer(path)
+    known, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.vocab.values())
+    if largest >= known:
+        raise UsageError(
+            f"--model {path}: the tokenizer's ids go up to {largest}, but the model knows {known} "
+            "tokens; put the tokenizer beside it that it was trained with"
+        )
     sees = (path / "preprocessor_config.json").is_file()
     images = ImageProcessor.load(path, max_pixels=args.max_pixels) if sees else None
-    return Loaded(path.resolve().name, model.to(device), load_tokenizer(path), images)
+    return Loaded(path.resolve().name, model.to(device), tokenizer, images)
 
 
 def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from packing_samples import images, tokenizer, vision_language_model
@@ -10,7 +11,7 @@ from packing_samples import images, tokenizer, vision_language_model
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.evaluate import main
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
-from cpo_fast.model.build import save_model
+from cpo_fast.model.build import load_tokenizer, save_model
 from cpo_fast.phantom import write_phantom
 from cpo_fast.types import Counterfactual, ImageRef, Report, Study
 
@@ -59,6 +60,17 @@ def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, mess
     flags = {"--model": model, "--dataset": data, "--output_dir": tmp_path / "out"} | changed
     assert main([str(word) for pair in flags.items() for word in pair]) == status
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_named(data, model, tmp_path, capsys):
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    larger = load_tokenizer(other)
+    larger.add_tokens(["hilar", "apical"])
+    larger.save_pretrained(other)
+    flags = ["--model", str(other), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main(flags) == 2
+    assert "the tokenizer's ids go up to" in capsys.readouterr().err
 
 
 def study(number: int, *names: str, image: ImageRef | None = None) -> Study:

@@ -67,7 +67,7 @@ def text_metrics(
     wanted = [words(text) for text in references]
     given = [words(text) for text in candidates]
     weights = study_weights(len(wanted), bootstrap, seed)
-    values: dict[str, float | None] = {}
+    values: dict[str, float] = {}
     spread: dict[str, np.ndarray] = {}
     drawn = _bleu_draws(wanted, given, weights)
     for n, value in enumerate(bleu(wanted, given), start=1):
