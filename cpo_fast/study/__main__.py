@@ -20,7 +20,7 @@ from cpo_fast.evaluate import make_private, write_json
 SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
 """Settings that decide an SFT model's figures."""
 
-QUICK = {"seeds": 2, "num_studies": 2000, "sft_epochs": 3.0, "test_samples": 120, "reports": 32}
+QUICK = {"seeds": 2, "num_studies": 1600, "sft_epochs": 3.0, "test_samples": 100, "reports": 24}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

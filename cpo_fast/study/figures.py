@@ -94,7 +94,9 @@ def tables(outcome: Mapping[str, Any]) -> list[Table]:
     """Tables 2 and 5 of the paper with ours beside them, drift, F1 and differences."""
     arms = outcome["arms"]
     seeds = len(outcome["seeds"])
-    note = f"Means over {seeds} seeds with 95 % intervals (Student's t over seeds)."
+    note = (
+        f"Means over {seeds} seed{'s' * (seeds > 1)} with 95 % intervals (Student's t over seeds)."
+    )
     return [
         _table_2(arms, note),
         _table_5(arms),
