@@ -182,6 +182,14 @@ def forget_disk() -> bool:
     return True
 
 
+def _so_far(studies: int, begun: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"  {studies} studies with their reports: {time.perf_counter() - begun:.1f} s, "
+        f"peak memory {peak:.0f} MiB"
+    )
+
+
 def full_tree(root: Path) -> None:
     """Index and reports of a whole tree by the clock, cold and warm, and the memory they take."""
     if not Path(table(root, "chexpert")).exists():
@@ -196,14 +204,11 @@ def full_tree(root: Path) -> None:
             f"index of {STUDIES} studies, {'cold' if cold else 'warm'} disk: "
             f"{time.perf_counter() - begun:.1f} s"
         )
-        begun, peaks = time.perf_counter(), []
-        for number, _ in enumerate(source, 1):
-            if number in (STUDIES // 10, STUDIES):
-                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-                print(
-                    f"  {number} studies with their reports: {time.perf_counter() - begun:.1f} s, "
-                    f"peak memory {peaks[-1]:.0f} MiB"
-                )
+        begun, used = time.perf_counter(), 0
+        for used, _ in enumerate(source, 1):
+            if used == STUDIES // 10:
+                _so_far(used, begun)
+        _so_far(used, begun)
         forget_disk()
         begun = time.perf_counter()
         open_studies(str(root))
