@@ -158,6 +158,10 @@ def parse_block(block: Block, monkeypatch: Any) -> int:
             from torch.distributed.run import get_args_parser
 
             get_args_parser().parse_args(words[1:])
+        for module in (word for word in words if word.startswith("bench.")):
+            name = module.replace(".", "/") + ".py"
+            assert (ROOT / name).is_file(), f"{block.place}: {line}"
+            ours += 1
         if "pytest" in words:
             files = [word.split("::")[0] for word in words if word.startswith(("bench/", "tests/"))]
             assert all((ROOT / name).is_file() for name in files), f"{block.place}: {line}"

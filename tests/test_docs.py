@@ -22,6 +22,7 @@ PARSED_ONLY = {
     "docs/gpu.md": 1,
     "docs/migrating-ms-swift.md": 1,
     "docs/migrating-trl.md": 1,
+    "docs/packing.md": 2,
     "docs/performance.md": 1,
     "docs/tutorial-mimic.md": 2,
 }
