@@ -35,6 +35,7 @@ from bench.loss_peers import (
     SEGMENTS,
     CannotCompute,
     Problem,
+    Truth,
     problem,
     tensors,
     truth,
@@ -111,8 +112,12 @@ def floor(T: int, D: int, V: int) -> Callable[[], None]:
 
 
 @functools.cache
-def exact(shape: tuple[int, ...], case: str) -> tuple[Tensor, Tensor]:
+def exact(shape: tuple[int, ...], case: str) -> Truth:
     return truth(problem(shape, case))
+
+
+def relative_error(value: Tensor, want: Tensor) -> float:
+    return float((value.double() - want).norm() / want.norm())
 
 
 def drop_workspace() -> None:
@@ -174,10 +179,12 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
         rounds=ROUNDS,
     )
 
-    exact_loss, exact_grad = exact(shape, case)
-    errors = {"loss": abs(float(loss.double() / exact_loss) - 1)}
+    want = exact(shape, case)
+    errors = {"loss": abs(float(loss.double() / want.loss) - 1)}
     if p.hidden.grad is not None:
-        errors["gradient"] = float((p.hidden.grad.double() - exact_grad).norm() / exact_grad.norm())
+        errors["gradient"] = relative_error(p.hidden.grad, want.hidden_grad)
+    if p.weight.grad is not None and want.weight_grad is not None:
+        errors["dW"] = relative_error(p.weight.grad, want.weight_grad)
     seconds, used = statistics.median(wall), statistics.median(cpu)
     of_forward = statistics.median(forward[-ROUNDS:])
     ratio, cpu_ratio = seconds / statistics.median(bare_wall), used / statistics.median(bare_cpu)
@@ -215,7 +222,8 @@ def test_loss(benchmark, shape: tuple[int, ...], case: str, provider: str) -> No
 
 @pytest.mark.skipif("cpu" not in available_impls("cpu"), reason="cpo_fast._cpu is not built")
 def test_memory_of_the_largest(benchmark) -> None:
-    """8192 tokens of a frozen head, reference on-line: workspace + 4 bytes for each of T x D."""
+    """8192 tokens of a frozen head, reference on-line: workspace + four float32 numbers for each of
+    T x D."""
     T, D, _ = LARGEST
     p = problem(LARGEST, "frozen head, reference on-line")
     small = problem((16, D, LARGEST[2]), "frozen head, reference on-line")
@@ -229,7 +237,7 @@ def test_memory_of_the_largest(benchmark) -> None:
     for isa in (_cpu.isa(""), cpu_rows.default_engine):
         drop_workspace()
         grown.append(extra_memory(functools.partial(step, isa)))
-    allowed = limit(torch.device("cpu")) + 4 * T * D * 4
+    allowed = limit(torch.device("cpu")) + 4 * T * D * 4  # bytes
     names = (f"vendor GEMM + {_cpu.isa('')}", f"by itself ({cpu_rows.default_engine})")
     benchmark.extra_info.update(
         shape=LARGEST, allowed_bytes=allowed, extra_bytes=dict(zip(names, grown, strict=True))

@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +159,16 @@ def version(package: str) -> str | None:
         return None
 
 
-def truth(p: Problem, rows: int = 64) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of `hidden` in float64, `rows` tokens at a time."""
+class Truth(NamedTuple):
+    """What a provider is compared with, in float64."""
+
+    loss: Tensor  # []
+    hidden_grad: Tensor  # [T, D]
+    weight_grad: Tensor | None  # [V, D], None for a frozen head
+
+
+def truth(p: Problem, rows: int = 64) -> Truth:
+    """Loss and gradients in float64, `rows` tokens at a time."""
     weight = p.weight.detach().double()
 
     def score(hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,4 +185,16 @@ def truth(p: Problem, rows: int = 64) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         loss = preference(p, lambda hidden: values if hidden is p.hidden else ref)
     (coef,) = torch.autograd.grad(loss, values)
-    return loss.detach(), coef.unsqueeze(1) * slopes
+    weight_grad = None
+    if p.weight.requires_grad:
+        weight_grad = torch.zeros_like(weight)
+        for h, y, c in zip(
+            p.hidden.detach().double().split(rows),
+            p.labels.split(rows),
+            coef.split(rows),
+            strict=True,
+        ):
+            slope = (h @ weight.t()).softmax(-1).neg_()
+            slope[torch.arange(len(y), device=y.device), y] += 1
+            weight_grad.addmm_((c.unsqueeze(1) * slope).t(), h)
+    return Truth(loss.detach(), coef.unsqueeze(1) * slopes, weight_grad)

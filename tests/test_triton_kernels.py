@@ -209,8 +209,11 @@ def test_linear_lse_far_from_zero(offset: float) -> None:
 def test_linear_lse_does_not_depend_on_the_batch() -> None:
     h, w, labels = head_of(150, 300, 64, torch.float16)
     whole = linear_lse_logps(h, w, labels)
+    # The interpreter's products are the BLAS's, where a row's last bit may depend on its place.
+    exact = DEVICE == "cuda"
     for rows in (slice(0, 1), slice(3, 40), slice(140, 150)):
-        assert torch.equal(linear_lse_logps(h[rows], w, labels[rows]), whole[rows])
+        part = linear_lse_logps(h[rows], w, labels[rows])
+        assert torch.equal(part, whole[rows]) or (not exact and error(part, whole[rows]) <= 1e-5)
 
 
 # --- the pair reduction -----------------------------------------------------------------------
