@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast import _cpu  # type: ignore[attr-defined]
-from cpo_fast.loss.cpu_rows import Rows, fused_engine, large_empty, slots, workspace
+from cpo_fast.loss.cpu_rows import Rows, fused_engine, slots, workspace
 from cpo_fast.loss.workspace import limit
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
@@ -113,7 +113,7 @@ def _forward(
     grad = torch.zeros((T, D) if want_grad else (0, D))
     policy = rows.scored(hidden, dtype)
     reference = None if ref_hidden is None else rows.scored(ref_hidden, dtype)
-    memory = large_empty(T * V if want_residual else 0, dtype=dtype)
+    memory = torch.empty(T * V if want_residual else 0, dtype=dtype)
     offsets = torch.zeros(slots, n, dtype=torch.float64)
 
     if engine:
@@ -245,7 +245,7 @@ def _head_grads(
     inputs = rows.scored(hidden, dtype)
     stats = stats[:, rows.index].contiguous()
     coef = coef[rows.index]
-    weight_grad = large_empty(V if want_weight else 0, D, dtype=weight.dtype)
+    weight_grad = torch.empty(V if want_weight else 0, D, dtype=weight.dtype)
     bias_grad = torch.zeros(V if want_bias else 0)
 
     def add(z: Tensor, first: int, last: int, factor: Tensor) -> None:

@@ -74,13 +74,6 @@ def fused_engine(dtype: torch.dtype, D: int, room: int) -> str:
     return _engine if few + (D + 31) * (many - few) // 1024 <= room else ""
 
 
-def large_empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """torch.empty, of huge pages where the system gives some."""
-    memory = torch.empty(shape, dtype=dtype)
-    _cpu.huge_pages(memory.data_ptr(), memory.nbytes)
-    return memory
-
-
 class _Workspace(threading.local):
     """Memory that the next call uses again: fresh pages cost as much as a GEMM."""
 
@@ -91,7 +84,7 @@ class _Workspace(threading.local):
         """Flat tensors of these sizes; what an earlier call got is overwritten."""
         bytes_ = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]
         if sum(bytes_) > self.memory.numel():
-            self.memory = large_empty(sum(bytes_), dtype=torch.uint8)
+            self.memory = torch.empty(sum(bytes_), dtype=torch.uint8)
         parts = self.memory[: sum(bytes_)].split(bytes_)
         return [part.view(dtype)[:size] for part, size in zip(parts, sizes, strict=True)]
 

@@ -99,8 +99,6 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
 
-  m.def("huge_pages", [](uintptr_t memory, int64_t bytes) { huge_pages(at<void>(memory), bytes); });
-
   m.def("fused_available", [](const std::string& engine) { return fused_available(engine_of(engine)); });
 
   m.def("fused_workspace", fused_workspace);

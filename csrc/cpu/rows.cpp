@@ -1,8 +1,6 @@
 // Choice of the ISA, and the part of the row kernels that is a few numbers per row.
 #include "rows.h"
 
-#include <sys/mman.h>
-
 #include <cmath>
 #include <cstring>
 
@@ -37,13 +35,6 @@ float weight_at(const void* weight, Type type, int64_t i) {
 }
 
 }  // namespace
-
-void huge_pages(void* memory, int64_t bytes) {
-  constexpr uintptr_t kPage = 4096, kHuge = 1 << 21;
-  uintptr_t first = (uintptr_t(memory) + kPage - 1) / kPage * kPage;
-  uintptr_t last = (uintptr_t(memory) + bytes) / kPage * kPage;
-  if (last > first + 2 * kHuge) madvise((void*)first, last - first, MADV_HUGEPAGE);  // or not
-}
 
 void finish(const State& state, float scale, const int64_t* labels, const int64_t* index,
             int64_t rows, float* logps, double* lse, double* others, double* slope, float* grad,

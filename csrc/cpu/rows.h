@@ -66,10 +66,6 @@ extern const Isa kPortable, kAvx2, kAvx512;
 // The widest ISA that this processor has, or the named one; nullptr for a name it does not have.
 const Isa* choose(const char* name);
 
-// Ask for huge pages before memory is written for the first time: with small ones a buffer of 150 MB costs
-// half as much as a GEMM in page faults.
-void huge_pages(void* memory, int64_t bytes);
-
 // Log-probs and gradients from the final state; outputs at index[r]. `grad` [*, width] float32 holds the
 // accumulated E W on entry (nullptr: no gradient).
 void finish(const State& state, float scale, const int64_t* labels, const int64_t* index,
