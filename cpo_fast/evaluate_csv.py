@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
 
 if TYPE_CHECKING:
-    from cpo_fast.evaluate import Cohort, Loaded
     from cpo_fast.evaluation.ms_cxr_t import TemporalCase
     from cpo_fast.types import Prompt, Study
 
@@ -48,7 +48,6 @@ def evaluate_csv(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, An
 
 
 def _labelled(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
-    from cpo_fast.evaluate import Cohort, diagnose_cohort, zero_shot
     from cpo_fast.evaluation.csv_sets import read_labelled_csv
     from cpo_fast.types import Report, Study
 
@@ -78,7 +77,6 @@ def _labelled(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any],
 
 def _temporal(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
     from cpo_fast.data.labels import parse_answer
-    from cpo_fast.evaluate import Cohort, diagnose_cohort
     from cpo_fast.evaluation import ms_cxr_t
     from cpo_fast.types import Report, Study
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, parse_answer
 from cpo_fast.errors import DataError
-from cpo_fast.evaluate import Cohort, Loaded, load, parse_arguments, read
+from cpo_fast.evaluate import load, parse_arguments, read
+from cpo_fast.evaluation.cohort import Cohort, Loaded
 from cpo_fast.phantom.wording import DRIFTS
 from cpo_fast.types import Prompt
 
