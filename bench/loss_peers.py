@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpo_fast.loss import cpo_loss
+
 BETA = 0.1
 SEGMENTS = 4  # of equal length, as Liger wants them: chosen, chosen, rejected, rejected
 CASES = {
@@ -89,6 +91,22 @@ def preference(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
             ref = score(p.ref_hidden).double().view(SEGMENTS, -1).sum(1)
     ratio = (logps - ref)[p.pairs]
     return -F.logsigmoid(BETA * (ratio[:, 0] - ratio[:, 1])).mean()
+
+
+def ours(p: Problem, impl: str | None = None) -> Tensor:
+    """What the peers are compared with."""
+    source = {"ref_hidden": p.ref_hidden} if p.online else {"ref_logps": p.ref_logps}
+    return cpo_loss(
+        p.hidden,
+        p.weight,
+        p.labels,
+        p.segments,
+        p.pairs,
+        beta=BETA,
+        num_segments=SEGMENTS,
+        impl=impl,
+        **source,
+    ).loss
 
 
 def eager(p: Problem) -> Tensor:

@@ -19,20 +19,18 @@ from bench.gpu.timing import ROUNDS, extra_bytes, in_turn, release
 from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import using, variants
 from bench.loss_peers import (
-    BETA,
     CASES,
     PACKAGES,
     PEERS,
-    SEGMENTS,
     CannotCompute,
-    Problem,
     Truth,
+    ours,
     problem,
     tensors,
     truth,
     version,
 )
-from cpo_fast.loss import cpo_loss, linear_logprobs
+from cpo_fast.loss import linear_logprobs
 
 FROZEN, _, FORWARD, TRAINED, _ = CASES
 HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
@@ -47,21 +45,6 @@ def shapes(quick: bool) -> list[tuple[str, tuple[int, int, int]]]:
         return [("tiny", (64, 32, 1000))]
     order = [(T, name) for T in TOKENS for name in HEADS]
     return [(name, (T, *HEADS[name])) for T, name in order]
-
-
-def ours(p: Problem, impl: str) -> Tensor:
-    source = {"ref_hidden": p.ref_hidden} if p.online else {"ref_logps": p.ref_logps}
-    return cpo_loss(
-        p.hidden,
-        p.weight,
-        p.labels,
-        p.segments,
-        p.pairs,
-        beta=BETA,
-        num_segments=SEGMENTS,
-        impl=impl,
-        **source,
-    ).loss
 
 
 @functools.lru_cache(maxsize=1)

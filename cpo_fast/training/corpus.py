@@ -34,6 +34,7 @@ from cpo_fast.errors import DataError, UsageError
 from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
 from cpo_fast.types import (
+    ConceptGraph,
     Counterfactual,
     ImageRef,
     Preference,
@@ -192,7 +193,7 @@ def make_counterfactuals(
     """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
     path = folder.path / "counterfactuals.jsonl"
     sources = args.source_weights(("thinking",))
-    load_graph(args.concept_graph)  # a bad file is told before any work
+    graph = load_graph(args.concept_graph)  # a bad file is told before any work
     if "graph" in args.stage_names and folder.writes:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
     makes = "counterfactual" in args.stage_names and folder.makes
@@ -208,7 +209,8 @@ def make_counterfactuals(
             )
         return found
     begun = time.perf_counter()
-    made = (one for split in SPLITS for one in generated(args, folder, corpus.studies[split]))
+    parts = (corpus.studies[split] for split in SPLITS)
+    made = (one for part in parts for one in generated(args, folder, graph, part))
     studies = sum(map(len, corpus.studies.values()))
     expected = studies * sum(args.num_targets if s == "thinking" else 1 for s in sources)
     passed = []
@@ -239,10 +241,9 @@ def make_counterfactuals(
 
 
 def generated(
-    args: TrainArguments, folder: RunFolder, studies: Sequence[Study]
+    args: TrainArguments, folder: RunFolder, graph: ConceptGraph, studies: Sequence[Study]
 ) -> Iterator[Counterfactual]:
     """The counterfactuals of one split, study by study; images are swapped within the split."""
-    graph = load_graph(args.concept_graph)
     found = [placed(study, folder.path) for study in studies]
     sources = args.source_weights(("thinking",))
     made: list[Iterator[Counterfactual]] = []
