@@ -3,8 +3,7 @@
     pytest --benchmark bench/bench_import.py
 
 Each round is a fresh interpreter. `import cpo_fast` loads not even torch; "torch and the op" is the
-promise: less than 0.3 s beyond torch. The first call loads more: torch imports its compiler for an
-operator that is registered from Python.
+promise: less than 0.3 s beyond torch, and hardly more for the first call.
 """
 
 from __future__ import annotations

@@ -214,6 +214,19 @@ def test_import_loads_torch_only() -> None:
     assert out.stdout.strip() == "{'cpo_fast'} False"
 
 
+def test_a_step_with_the_op_loads_no_compiler() -> None:
+    code = """
+import sys, torch
+from cpo_fast.loss import linear_logprobs
+hidden = torch.ones(2, 4, requires_grad=True)
+weight = torch.ones(5, 4, requires_grad=True)
+linear_logprobs(hidden, weight, torch.tensor([0, 1])).sum().backward()
+print([m for m in ("torch._dynamo", "torch._inductor", "sympy") if m in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_choosing_loads_nothing_heavy() -> None:
     code = (
         "import sys; from cpo_fast.loss import cpo_loss, available_impls; available_impls('cpu');"

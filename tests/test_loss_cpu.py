@@ -160,6 +160,14 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
+def test_second_derivatives_of_the_head_are_refused() -> None:
+    hidden, weight, labels, *_ = tensors()
+    logps = linear_logprobs(hidden, weight.requires_grad_(), labels, impl="cpu")
+    (grad,) = torch.autograd.grad(logps.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        grad.sum().backward()
+
+
 def test_checkpointing() -> None:
     hidden, weight, labels, *_ = tensors()
     hidden.requires_grad_()

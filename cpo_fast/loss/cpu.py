@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cpo_fast import _cpu  # type: ignore[attr-defined]
 from cpo_fast.loss.cpu_rows import Rows, fused_engine, slots, workspace
+from cpo_fast.loss.operators import operator
 from cpo_fast.loss.workspace import limit
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
@@ -85,7 +86,7 @@ def _plan(n: int, V: int, D: int, itemsize: int, room: int) -> tuple[int, int]:
     return max(-(-n // chunks), 1), width
 
 
-@torch.library.custom_op("cpo_fast::cpu_logps", mutates_args=())
+@operator("cpu_logps")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -218,7 +219,7 @@ def _(
     )
 
 
-@torch.library.custom_op("cpo_fast::cpu_head_grads", mutates_args=())
+@operator("cpu_head_grads", differentiable=False)
 def _head_grads(
     coef: Tensor,
     hidden: Tensor,

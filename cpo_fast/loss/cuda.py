@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.operators import operator
 from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
 
@@ -284,7 +285,7 @@ def segment_sums(
 # --- operators ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("cpo_fast::cuda_logps", mutates_args=())
+@operator("cuda_logps")
 def _logps(
     hidden: Tensor,
     weight: Tensor,
@@ -377,7 +378,7 @@ def _logps_fake(
     )
 
 
-@torch.library.custom_op("cpo_fast::cuda_segment_sums", mutates_args=())
+@operator("cuda_segment_sums")
 def _segment_sums(
     logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -417,7 +418,7 @@ def _sums_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | Non
 _segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
 
 
-@torch.library.custom_op("cpo_fast::cuda_row_scale", mutates_args=())
+@operator("cuda_row_scale", differentiable=False)
 def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
     return _scale(rows, coefficients)
 
@@ -427,7 +428,7 @@ def _row_scale_fake(rows: Tensor, coefficients: Tensor) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
-@torch.library.custom_op("cpo_fast::cuda_head_grad", mutates_args=())
+@operator("cuda_head_grad", differentiable=False)
 def _head_grad(
     hidden: Tensor,
     weight: Tensor,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.operators import operator
 from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
 
@@ -84,7 +85,7 @@ def token_logps(
     return logps, None if ref_hidden is None else ref_logps
 
 
-@torch.library.custom_op("cpo_fast::triton_logps", mutates_args=())
+@operator("triton_logps")
 def _logps(
     hidden: Tensor,
     weight: Tensor,
@@ -178,7 +179,7 @@ def segment_sums(
     )
 
 
-@torch.library.custom_op("cpo_fast::triton_segment_sums", mutates_args=())
+@operator("triton_segment_sums")
 def _segment_sums(
     logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -208,7 +209,7 @@ def _sums_backward(ctx, grad_sums, _):  # type: ignore[no-untyped-def]
 _segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
 
 
-@torch.library.custom_op("cpo_fast::triton_row_scale", mutates_args=())
+@operator("triton_row_scale", differentiable=False)
 def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
     """rows [T, D] times coefficients [T] float32."""
     from cpo_fast.kernels.pair_reduction import row_scale
@@ -221,7 +222,7 @@ def _row_scale_fake(rows: Tensor, coefficients: Tensor) -> Tensor:
     return torch.empty_like(rows)
 
 
-@torch.library.custom_op("cpo_fast::triton_head_grad", mutates_args=())
+@operator("triton_head_grad", differentiable=False)
 def _head_grad(
     hidden: Tensor,
     weight: Tensor,
