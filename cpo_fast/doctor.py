@@ -127,10 +127,10 @@ def package(name: str, asked: str, fits: Callable[..., bool]) -> tuple[str, str]
 def devices() -> Lines:
     import torch
 
-    yield (
-        f"cpu      {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        None,
-    )
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    products = "" if fast else ", bfloat16 much slower than float32 (leave out --bf16)"
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield f"cpu      {torch.get_num_threads()} threads, {capability}{products}", None
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(index)

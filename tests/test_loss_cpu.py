@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -103,6 +105,49 @@ def test_workspace_bounds_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
         for a, b in zip(whole, run(), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
         assert max(sizes) <= max(room, 64 * (64 + D) * 4)
+
+
+@pytest.mark.parametrize("room", [1 << 28, 40 * V * 4], ids=["kept", "computed again"])
+@pytest.mark.parametrize("blocks_of_bfloat16", [True, False])
+def test_bfloat16_in_blocks_of_either_dtype(
+    blocks_of_bfloat16: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vendor GEMMs are slow in bfloat16, blocks are float32: as exact, or more."""
+    hidden, weight, labels, *_ = tensors(torch.bfloat16)
+    bias, coef = torch.randn(V).bfloat16(), torch.randn(T)
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        logps = linear_logprobs(*leaves[:2], labels, bias=leaves[2], impl=impl)
+        grads = torch.autograd.grad((logps * coef).sum(), leaves)
+        return [x.detach().double() for x in (logps, *grads)]
+
+    exact = run("reference", torch.float64)
+    eager = run("reference", torch.bfloat16)
+    monkeypatch.setattr(cpu, "_BLOCKS_OF_BFLOAT16", blocks_of_bfloat16)
+    monkeypatch.setattr(cpu, "limit", lambda device: room)
+    with cpu_rows.forced_isa("portable"):
+        ours = run("cpu", torch.bfloat16)
+    assert (ours[0] <= 0).all()
+    if not blocks_of_bfloat16:
+        assert (ours[0] - exact[0]).abs().max() < 1e-4
+    for got, theirs, want in zip(ours, eager, exact, strict=True):
+        assert (got - want).norm() <= 2 * (theirs - want).norm() + 2**-8 * want.norm()
+
+
+@given(
+    n=st.integers(1, 10_000),
+    V=st.integers(1, 300_000),
+    D=st.integers(1, 8192),
+    converts=st.booleans(),
+    room=st.integers(1 << 20, 1 << 30),
+)
+def test_blocks_fit_the_workspace(n: int, V: int, D: int, converts: bool, room: int) -> None:
+    chunk, width = cpu._plan(n, V, D, torch.float32, converts, room)
+    size = 4 * (chunk * (width + D) + converts * width * D)
+    assert 1 <= chunk <= n
+    assert 1 <= width <= V
+    assert size <= room or max(chunk, width) <= 64
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

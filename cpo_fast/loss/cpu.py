@@ -5,7 +5,8 @@ while the logits are at hand, and the backward pass is one scalar per token time
 all, nothing recomputed. The vocabulary is worked off in blocks; sums over blocks are float32, under
 an offset per token that is raised when needed. bfloat16 logits on a processor with AMX or
 AVX512-BF16 never reach memory (csrc/cpu/fused.h); all others are blocks between two vendor GEMMs
-(csrc/cpu/rows.h).
+(csrc/cpu/rows.h), in float32 where the inputs are float16, or bfloat16 on a processor whose vendor
+GEMM is slow in it.
 
 A head that is trained needs the residual, onehot - p, once more: dW = residual^T (coefficient * H).
 It is kept from the forward pass where all of it fits the workspace (three GEMMs), else computed
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast import _cpu  # type: ignore[attr-defined]
-from cpo_fast.loss.cpu_rows import Rows, fused_engine, slots, workspace
+from cpo_fast.loss.cpu_rows import ENGINES, Rows, fused_engine, slots, workspace
 from cpo_fast.loss.operators import operator
 from cpo_fast.loss.workspace import limit
 
@@ -71,19 +72,49 @@ def token_logps(
     return logps, None if ref_hidden is None else ref_logps.detach()
 
 
+def _fast_bfloat16() -> bool:
+    """Has this processor a bfloat16 product worth using? Without AVX512 PyTorch's own loops serve,
+    which take 35 times as long as a product in float32 (docs/performance.md)."""
+    return any(map(_cpu.fused_available, ENGINES)) or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+_BLOCKS_OF_BFLOAT16 = _fast_bfloat16()
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 cannot hold exp(z - k): its blocks are computed in float32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    """Of a block of logits. float16 cannot hold exp(z - k): its blocks are float32."""
+    if dtype == torch.bfloat16 and _BLOCKS_OF_BFLOAT16:
+        return dtype
+    return torch.float32
 
 
-def _plan(n: int, V: int, D: int, itemsize: int, room: int) -> tuple[int, int]:
-    """(tokens per chunk, vocabulary entries per block); the same whatever gradients are wanted."""
+def _plan(n: int, V: int, D: int, dtype: torch.dtype, converts: bool, room: int) -> tuple[int, int]:
+    """(tokens per chunk, vocabulary entries per block); the same whatever gradients are wanted.
+
+    `converts`: a block of the head is converted to dtype, and lies in the workspace, too.
+    """
     width = min(V, _ENTRIES)
     chunk = max(_TOKENS, _TOKENS * _ENTRIES // width)
-    while chunk * (width + D) * itemsize > room and max(chunk, width) > 64:
+
+    def size() -> int:
+        return (chunk * (width + D) + converts * width * D) * dtype.itemsize
+
+    while converts and size() > room and width > max(chunk, 64):
+        width = max(width // 2, 64)
+    while size() > room and max(chunk, width) > 64:
         chunk, width = max(chunk // 2, 64), max(width // 2, min(V, 64))
     chunks = max(-(-n // chunk), 1)
     return max(-(-n // chunks), 1), width
+
+
+def _block(weight: Tensor, first: int, width: int, converted: Tensor) -> Tensor:
+    """Rows first .. of the head [<= width, D], in the dtype of `converted`; there, if need be."""
+    block = weight[first : first + width]
+    if block.dtype == converted.dtype:
+        return block
+    return converted[: block.numel()].view_as(block).copy_(block)
 
 
 @operator("cpu_logps")
@@ -129,14 +160,17 @@ def _forward(
         )
     else:
         state, ref_state = rows.new_state(), rows.new_state()
-        chunk, width = _plan(n, V, D, dtype.itemsize, room)
-        logits, product = workspace.take(chunk * width, chunk * D, dtype=dtype)
+        converts = weight.dtype != dtype
+        chunk, width = _plan(n, V, D, dtype, converts, room)
+        logits, product, converted = workspace.take(
+            chunk * width, chunk * D, converts * width * D, dtype=dtype
+        )
         kept = _Kept(memory, n, V, width)
         with torch.autocast("cpu", enabled=False):
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
                 for first in range(0, V, width):
-                    block = weight[first : first + width].to(dtype)  # [cols, D]
+                    block = _block(weight, first, width, converted)  # [cols, D]
                     z = logits[: (stop - start) * block.shape[0]].view(stop - start, -1)
                     if reference is not None:
                         torch.mm(reference[start:stop], block.t(), out=z)
@@ -248,6 +282,8 @@ def _head_grads(
     coef = coef[rows.index]
     weight_grad = torch.empty(V if want_weight else 0, D, dtype=weight.dtype)
     bias_grad = torch.zeros(V if want_bias else 0)
+    converts = weight.dtype != dtype
+    converted = inputs.new_empty(0)  # a block of the head, then of its gradient
 
     def add(z: Tensor, first: int, last: int, factor: Tensor) -> None:
         """The entries first .. last - 1: z [n, cols] times factor [n] makes onehot - p."""
@@ -258,7 +294,8 @@ def _head_grads(
             if out.dtype == dtype:
                 torch.mm(z.t(), scaled, out=out)
             else:
-                out.copy_(torch.mm(z.t(), scaled))
+                product = converted[: out.numel()].view_as(out)
+                out.copy_(torch.mm(z.t(), scaled, out=product))
         if want_bias and z.is_contiguous():
             rows.column_sums(z, factor, bias_grad[first:last])
         elif want_bias:
@@ -278,17 +315,19 @@ def _head_grads(
                 if first < last:
                     add(kept[:, first:last], first, last, stats[3 + slot])
         elif residual.numel():
-            _, width = _plan(n, V, D, dtype.itemsize, room)
+            _, width = _plan(n, V, D, dtype, converts, room)
+            (converted,) = workspace.take(converts * width * D, dtype=dtype)
             blocks = _Kept(residual, n, V, width)
             for first in range(0, V, width):
                 add(blocks.block(first), first, min(first + width, V), stats[3])
         else:
-            width = max(min(V, _ENTRIES, room // (n * dtype.itemsize)), 1)  # over all tokens
-            (logits,) = workspace.take(n * width, dtype=dtype)
+            bytes_of_entry = (n + converts * D) * dtype.itemsize  # over all tokens
+            width = max(min(V, _ENTRIES, room // bytes_of_entry), 1)
+            logits, converted = workspace.take(n * width, converts * width * D, dtype=dtype)
             packed = rows.pack(inputs) if engine else None
             minus_scale = torch.full_like(coef, -scale)
             for first in range(0, V, width):
-                block = weight[first : first + width].to(dtype)
+                block = _block(weight, first, width, converted)
                 part = logits[: n * block.shape[0]]
                 if packed is not None:
                     z = part.view(-1, n).t()
