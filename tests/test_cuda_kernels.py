@@ -17,7 +17,7 @@ from cuda_places import Place, build_emulated, toolkit_include
 from test_cuda_python import check, inputs, run
 from torch import Tensor
 
-from cpo_fast.loss import cuda
+from cpo_fast.loss import cuda, cuda_launch
 
 pytestmark = pytest.mark.slow
 HOPPER, AMPERE = "emulated-hopper", "emulated-ampere"
@@ -40,7 +40,7 @@ def the_gpu() -> Place:
     if cuda.obstacle(device):
         pytest.skip("cpo_fast._cuda is not built, or the device is not of capability 8.x or 9.0")
     site = {"device": 0, "stream": torch.cuda.current_stream(0).cuda_stream}
-    return Place(cuda._kernels(), device, site)
+    return Place(cuda_launch.kernels(), device, site)
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
         module = request.getfixturevalue("emulated")
         site = {"device": 0 if request.param == HOPPER else 1, "stream": 0}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "_kernels", lambda: module)
-            patch.setattr(cuda, "_site", lambda tensor: site)
+            patch.setattr(cuda_launch, "kernels", lambda: module)
+            patch.setattr(cuda_launch, "site", lambda tensor: site)
             yield Place(module, torch.device("cpu"), site)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.correctness import RULES
-from cpo_fast.loss import chunked, cpo_loss, cuda, linear_logprobs, reference
+from cpo_fast.loss import chunked, cpo_loss, cuda, cuda_launch, linear_logprobs, reference
 from cpo_fast.loss.segments import segment_sums as plain_segment_sums
 
 
@@ -111,8 +111,8 @@ class StandIn:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     standin = StandIn()
-    monkeypatch.setattr(cuda, "_kernels", lambda: standin)
-    monkeypatch.setattr(cuda, "_site", lambda tensor: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda_launch, "kernels", lambda: standin)
+    monkeypatch.setattr(cuda_launch, "site", lambda tensor: {"device": 0, "stream": 0})
     return standin
 
 
@@ -347,7 +347,7 @@ def test_cpu_tensors_never_reach_a_kernel() -> None:
     assert cuda.obstacle(torch.device("cpu")) == "for CUDA tensors only"
     assert cuda.supports(torch.bfloat16) and not cuda.supports(torch.float32)
     with pytest.raises(ValueError, match="CUDA tensors"):
-        cuda._site(torch.zeros(1))
+        cuda_launch.site(torch.zeros(1))
 
 
 @pytest.mark.parametrize(("V", "D"), [(152064, 3584), (151936, 2048), (151936, 896), (50257, 768)])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.correctness import Inputs, workspace
+from bench.gpu.inputs import Inputs, workspace
 from bench.gpu.units import NotHere
 from bench.gpu.variants import using
 from cpo_fast.loss import linear_logprobs

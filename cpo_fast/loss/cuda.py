@@ -23,7 +23,6 @@ the CPU, and the Python of this file runs in tests against stand-ins for the ker
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,12 +31,12 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.cuda_launch import Head, aligned, scale_rows, sum_segments
 from cpo_fast.loss.operators import operator
 from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
 
 _STEP, _FUSED_STEP = 128, 256  # rows of a vendor GEMM's tile; of a cluster of the WGMMA kernel
-_FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
 
 
 class Measured(NamedTuple):
@@ -151,128 +150,6 @@ def _has_wgmma(device: torch.device) -> bool:
 _has_wgmma._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# --- launches: tensors to addresses ---------------------------------------------------------------
-
-
-def _kernels() -> Any:
-    return importlib.import_module("cpo_fast._cuda")
-
-
-def _site(tensor: Tensor) -> dict[str, Any]:
-    """Where a kernel on `tensor` runs: its dtype's name, device and current stream."""
-    if not tensor.is_cuda:
-        raise ValueError(f"the CUDA kernels take CUDA tensors, got one on {tensor.device}")
-    index = tensor.device.index
-    return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous from an address that 16-byte accesses may use."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-class _Head:
-    """A head and its options, for the launches of one call."""
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, softcap: float, temperature: float, fused: bool
-    ) -> None:
-        self.weight = _aligned(weight)
-        self.bias = None if bias is None else bias.float().contiguous()
-        self.softcap, self.temperature, self.fused = softcap, temperature, fused
-
-    def rows_chunk(
-        self,
-        hidden: Tensor,  # [C, D]
-        labels: Tensor,  # [C]
-        buffer: Tensor,  # [C, padded V] out
-        want: bool,  # d logp / d z in the buffer
-        logps: Tensor,  # [C] out
-        lse: Tensor,  # [C] out
-    ) -> None:
-        V = self.weight.shape[0]
-        torch.mm(hidden, self.weight.t(), out=buffer[:, :V])
-        _kernels().row_kernel(
-            dtype=_name(buffer),
-            logits=buffer.data_ptr(),
-            stride=buffer.stride(0),
-            rows=buffer.shape[0],
-            vocab=V,
-            grad_rows=buffer.shape[0] if want else 0,
-            labels=labels.data_ptr(),
-            bias=0 if self.bias is None else self.bias.data_ptr(),
-            softcap=self.softcap,
-            temperature=self.temperature,
-            logps=logps.data_ptr(),
-            lse=lse.data_ptr(),
-            **_site(buffer),
-        )
-
-    def fused_chunk(
-        self,
-        hidden: Tensor,  # [C, D]
-        labels: Tensor,  # [C]
-        buffer: Tensor | None,  # [C, padded V] out, E; None: log-probs only
-        offsets: Tensor,  # [C]
-        factors: Tensor,  # [C] out, with E
-        logps: Tensor,  # [C] out
-        lse: Tensor,  # [C] out
-    ) -> None:
-        (C, D), V = hidden.shape, self.weight.shape[0]
-        size = _kernels().linear_workspace_bytes(rows=C, vocab=V)
-        workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
-        _kernels().linear_lse(
-            dtype=_name(hidden),
-            hidden=hidden.data_ptr(),
-            hidden_stride=hidden.stride(0),
-            weight=self.weight.data_ptr(),
-            weight_stride=self.weight.stride(0),
-            rows=C,
-            vocab=V,
-            width=D,
-            labels=labels.data_ptr(),
-            temperature=self.temperature,
-            logps=logps.data_ptr(),
-            lse=lse.data_ptr(),
-            workspace=workspace.data_ptr(),
-            exp=0 if buffer is None else buffer.data_ptr(),
-            exp_stride=0 if buffer is None else buffer.stride(0),
-            offsets=0 if buffer is None else offsets.data_ptr(),
-            factors=0 if buffer is None else factors.data_ptr(),
-            **_site(hidden),
-        )
-
-    def lse_only(self, hidden: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> None:
-        """The fused path without gradients, on all rows [T, D]."""
-        for start in range(0, hidden.shape[0], _FUSED_ROWS):
-            part = slice(start, start + _FUSED_ROWS)
-            self.fused_chunk(hidden[part], labels[part], None, lse, lse, logps[part], lse[part])
-
-
-def _scale(rows: Tensor, coefficients: Tensor) -> Tensor:
-    """rows [T, D] times coefficients [T] float32, in rows' dtype; 0 x anything is 0."""
-    if rows.shape[1] % 8:
-        product = (rows * coefficients[:, None]).to(rows.dtype)
-        return product.masked_fill(coefficients[:, None] == 0, 0)
-    rows, coefficients = _aligned(rows), coefficients.contiguous()
-    out = torch.empty_like(rows)
-    _kernels().row_scale(
-        dtype=_name(rows),
-        rows=rows.data_ptr(),
-        coefficients=coefficients.data_ptr(),
-        out=out.data_ptr(),
-        tokens=rows.shape[0],
-        width=rows.shape[1],
-        **_site(rows),
-    )
-    return out
-
-
 def segment_sums(
     logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -306,8 +183,8 @@ def _logps(
     logits held at once; one row is held in any case.
     """
     (T, D), V = hidden.shape, weight.shape[0]
-    hidden, labels = _aligned(hidden), labels.contiguous()
-    head = _Head(weight, bias, softcap, temperature, fused)
+    hidden, labels = aligned(hidden), labels.contiguous()
+    head = Head(weight, bias, softcap, temperature, fused)
     logps = hidden.new_empty(T, dtype=torch.float32)
     lse = hidden.new_empty(T, dtype=torch.float32)
     ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
@@ -316,7 +193,7 @@ def _logps(
     product = hidden.new_empty(T if want_hidden else 0, D)
     kept = logits_buffer(hidden, T if keep else 0, V)
     if ref_hidden is not None:
-        ref_hidden = _aligned(ref_hidden)
+        ref_hidden = aligned(ref_hidden)
 
     if fused and ref_hidden is not None:
         head.lse_only(ref_hidden, labels, ref_logps, offsets)
@@ -382,20 +259,7 @@ def _logps_fake(
 def _segment_sums(
     logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    sums = logps.new_empty(segments, dtype=torch.float64)
-    counts = logps.new_empty(segments, dtype=torch.int64)
-    _kernels().segment_sums(
-        logps=logps.data_ptr(),
-        segment_ids=segment_ids.data_ptr(),
-        labels=labels.data_ptr(),
-        ignore_index=ignore_index,
-        tokens=logps.shape[0],
-        segments=segments,
-        sums=sums.data_ptr(),
-        counts=counts.data_ptr(),
-        **_site(logps),
-    )
-    return sums, counts.double()
+    return sum_segments(logps, segment_ids, labels, segments, ignore_index)
 
 
 @_segment_sums.register_fake
@@ -420,7 +284,7 @@ _segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
 
 @operator("cuda_row_scale", differentiable=False)
 def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
-    return _scale(rows, coefficients)
+    return scale_rows(rows, coefficients)
 
 
 @_row_scale.register_fake
@@ -445,8 +309,8 @@ def _head_grad(
 ) -> tuple[Tensor, Tensor]:
     """d loss / d weight [V, D] and d bias [V] (0 elements without a bias), in weight's dtype."""
     V, D = weight.shape
-    hidden, labels = _aligned(hidden), labels.contiguous()
-    head = _Head(weight, bias, softcap, temperature, fused)
+    hidden, labels = aligned(hidden), labels.contiguous()
+    head = Head(weight, bias, softcap, temperature, fused)
     keeps = kept.shape[0] > 0
     step = _FUSED_STEP if fused else _STEP
     bounds = [(0, hidden.shape[0])] if keeps else chunks(hidden, weight, room, step)
@@ -471,7 +335,7 @@ def _head_grad(
             elif not keeps:
                 head.rows_chunk(hidden[part], labels[part], buffer, True, *outputs)
             shares = coefficients[part] * factors[part]
-            scaled = _scale(hidden[part], shares)
+            scaled = scale_rows(hidden[part], shares)
             if single:
                 torch.mm(buffer[:, :V].t(), scaled, out=grad_weight)
             else:

@@ -1,0 +1,150 @@
+"""The kernels of csrc/cuda on tensors: addresses, strides, device and stream of every launch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
+
+
+def kernels() -> Any:
+    return importlib.import_module("cpo_fast._cuda")
+
+
+def site(tensor: Tensor) -> dict[str, Any]:
+    """Where a kernel on `tensor` runs: its dtype's name, device and current stream."""
+    if not tensor.is_cuda:
+        raise ValueError(f"the CUDA kernels take CUDA tensors, got one on {tensor.device}")
+    index = tensor.device.index
+    return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous from an address that 16-byte accesses may use."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+class Head:
+    """A head and its options, for the launches of one call."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, softcap: float, temperature: float, fused: bool
+    ) -> None:
+        self.weight = aligned(weight)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.softcap, self.temperature, self.fused = softcap, temperature, fused
+
+    def rows_chunk(
+        self,
+        hidden: Tensor,  # [C, D]
+        labels: Tensor,  # [C]
+        buffer: Tensor,  # [C, padded V] out
+        want: bool,  # d logp / d z in the buffer
+        logps: Tensor,  # [C] out
+        lse: Tensor,  # [C] out
+    ) -> None:
+        V = self.weight.shape[0]
+        torch.mm(hidden, self.weight.t(), out=buffer[:, :V])
+        kernels().row_kernel(
+            dtype=_name(buffer),
+            logits=buffer.data_ptr(),
+            stride=buffer.stride(0),
+            rows=buffer.shape[0],
+            vocab=V,
+            grad_rows=buffer.shape[0] if want else 0,
+            labels=labels.data_ptr(),
+            bias=0 if self.bias is None else self.bias.data_ptr(),
+            softcap=self.softcap,
+            temperature=self.temperature,
+            logps=logps.data_ptr(),
+            lse=lse.data_ptr(),
+            **site(buffer),
+        )
+
+    def fused_chunk(
+        self,
+        hidden: Tensor,  # [C, D]
+        labels: Tensor,  # [C]
+        buffer: Tensor | None,  # [C, padded V] out, E; None: log-probs only
+        offsets: Tensor,  # [C]
+        factors: Tensor,  # [C] out, with E
+        logps: Tensor,  # [C] out
+        lse: Tensor,  # [C] out
+    ) -> None:
+        (C, D), V = hidden.shape, self.weight.shape[0]
+        size = kernels().linear_workspace_bytes(rows=C, vocab=V)
+        workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+        kernels().linear_lse(
+            dtype=_name(hidden),
+            hidden=hidden.data_ptr(),
+            hidden_stride=hidden.stride(0),
+            weight=self.weight.data_ptr(),
+            weight_stride=self.weight.stride(0),
+            rows=C,
+            vocab=V,
+            width=D,
+            labels=labels.data_ptr(),
+            temperature=self.temperature,
+            logps=logps.data_ptr(),
+            lse=lse.data_ptr(),
+            workspace=workspace.data_ptr(),
+            exp=0 if buffer is None else buffer.data_ptr(),
+            exp_stride=0 if buffer is None else buffer.stride(0),
+            offsets=0 if buffer is None else offsets.data_ptr(),
+            factors=0 if buffer is None else factors.data_ptr(),
+            **site(hidden),
+        )
+
+    def lse_only(self, hidden: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> None:
+        """The fused path without gradients, on all rows [T, D]."""
+        for start in range(0, hidden.shape[0], _FUSED_ROWS):
+            part = slice(start, start + _FUSED_ROWS)
+            self.fused_chunk(hidden[part], labels[part], None, lse, lse, logps[part], lse[part])
+
+
+def scale_rows(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """rows [T, D] times coefficients [T] float32, in rows' dtype; 0 x anything is 0."""
+    if rows.shape[1] % 8:
+        product = (rows * coefficients[:, None]).to(rows.dtype)
+        return product.masked_fill(coefficients[:, None] == 0, 0)
+    rows, coefficients = aligned(rows), coefficients.contiguous()
+    out = torch.empty_like(rows)
+    kernels().row_scale(
+        dtype=_name(rows),
+        rows=rows.data_ptr(),
+        coefficients=coefficients.data_ptr(),
+        out=out.data_ptr(),
+        tokens=rows.shape[0],
+        width=rows.shape[1],
+        **site(rows),
+    )
+    return out
+
+
+def sum_segments(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Sums and counts [segments] in float64 of the log-probs [T] that have a label."""
+    sums = logps.new_empty(segments, dtype=torch.float64)
+    counts = logps.new_empty(segments, dtype=torch.int64)
+    kernels().segment_sums(
+        logps=logps.data_ptr(),
+        segment_ids=segment_ids.data_ptr(),
+        labels=labels.data_ptr(),
+        ignore_index=ignore_index,
+        tokens=logps.shape[0],
+        segments=segments,
+        sums=sums.data_ptr(),
+        counts=counts.data_ptr(),
+        **site(logps),
+    )
+    return sums, counts.double()
