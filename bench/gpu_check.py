@@ -133,20 +133,26 @@ class Worker:
 
 
 def run_phase(phase: str, setting: Setting, deadline: float, results: Results) -> None:
-    """Runs the units of a phase that have no record yet, in as many processes as it takes."""
+    """Runs the units of a phase that have no record yet, in as many processes as it takes.
+
+    Once a unit took too long, those of its group are left out: a kernel that waits for ever would
+    do so in each of them, and take the time of all others.
+    """
     behind = {record["key"] for record in results.records if record["phase"] == phase}
     log = results.folder / f"{phase}.log"
     plan: list[str] = []
+    left_out: list[str] = []
     barren = 0  # processes in a row that ended without a unit's result
     while time.monotonic() < deadline and barren < 2:
         worker = Worker(phase, setting, behind, log)
         until, running, begun, told = [deadline], None, time.monotonic(), False
+        group = ""
         try:
             for line in worker.lines(until):
                 if "plan" in line:
                     plan, told = line["plan"], not line["plan"]
                 elif "begin" in line:
-                    running, begun = line["begin"], time.monotonic()
+                    running, group, begun = line["begin"], line["group"], time.monotonic()
                     until[0] = min(deadline, begun + line["limit"])
                 else:
                     running, until[0], told = None, deadline, True
@@ -163,10 +169,13 @@ def run_phase(phase: str, setting: Setting, deadline: float, results: Results) -
             record["unit_seconds"] = time.monotonic() - begun
             results.add({**record, "reason": f"{ended}; see {log.name}"})
             told = True
+            if late and group:
+                left_out += [key for key in plan if key.startswith(group) and key not in behind]
+                behind.update(left_out)
         barren = 0 if told else barren + 1
         if told and running is None and not [key for key in plan if key not in behind]:
-            return
-    left = [key for key in plan if key not in behind]
+            break
+    left = left_out + [key for key in plan if key not in behind]
     if not plan and not behind:
         reason = "no time was left" if barren == 0 else f"its process fails; see {log.name}"
         left = [f"all of it: {reason}"]

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import report
-from bench.gpu.units import Setting
+from bench.gpu import report, worker
+from bench.gpu import sanitizer as sanitizing
+from bench.gpu.units import NotHere, Setting, Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 MISBEHAVING = """
@@ -124,6 +125,74 @@ def test_the_time_is_kept_and_the_rest_is_named(tmp_path: Path, misbehaving: str
     data = run_phase(misbehaving, tmp_path, 60, resume=True)
     keys = [record["key"] for record in data["records"]]
     assert len(keys) == 9 == len(set(keys)) and data["not_run"] == []
+
+
+HANGING = """
+import time
+from bench.gpu.units import Unit
+
+def units(setting):
+    hang = Unit("a: hang", lambda: time.sleep(60), limit=0.5, group="a: ")
+    return [hang, Unit("a: like it", lambda: {}, group="a: "), Unit("b: other", lambda: {})]
+"""
+
+
+def test_a_group_whose_unit_hangs_takes_no_more_time(tmp_path: Path, misbehaving: str) -> None:
+    path = tmp_path / "path" / "bench" / "gpu" / "misbehaving.py"
+    path.write_text(HANGING)
+    data = run_phase(misbehaving, tmp_path, 60)
+    found = [(record["key"], record["status"]) for record in data["records"]]
+    assert found == [("a: hang", "timeout"), ("b: other", "ok")]
+    assert [entry["key"] for entry in data["not_run"]] == ["a: like it"]
+
+
+def test_a_fault_of_the_device_is_met_by_the_unit_that_caused_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def synchronize() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def launcher() -> dict[str, Any]:
+        raise RuntimeError("row kernel: an illegal memory access was encountered")
+
+    unit, failing = Unit("a", lambda: {"figure": 1}), Unit("b", launcher)
+    assert worker.outcome(unit) == ("ok", {"figure": 1}, False)
+    assert worker.outcome(failing)[::2] == ("error", False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert worker.outcome(unit)[::2] == ("error", True)
+    assert worker.outcome(failing)[::2] == ("error", True)
+
+
+def sanitizer(monkeypatch: pytest.MonkeyPatch, *failing: str) -> list[list[str]]:
+    """Stands in for compute-sanitizer, which finds something in the variants named; its calls."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        status = sanitizing.FAILED if command[-1] in failing else 0
+        return subprocess.CompletedProcess(command, status, "========= ERROR SUMMARY: 1", "")
+
+    monkeypatch.setattr(sanitizing.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sanitizing.subprocess, "run", run)
+    return calls
+
+
+def test_initcheck_is_believed_only_where_pytorch_passes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = sanitizer(monkeypatch, "cuda rows")
+    with pytest.raises(AssertionError, match="SUMMARY"):
+        sanitizing.run("initcheck", "cuda rows", "cuda")
+    assert [call[-1] for call in calls] == ["cuda rows", "reference"]
+    assert not any("--kernel-name" in call for call in calls)
+    sanitizer(monkeypatch, "cuda rows", "reference")
+    with pytest.raises(NotHere, match="initcheck"):
+        sanitizing.run("initcheck", "cuda rows", "cuda")
+    calls = sanitizer(monkeypatch, "cuda rows", "reference")
+    with pytest.raises(AssertionError, match="SUMMARY"):
+        sanitizing.run("racecheck", "cuda rows", "cuda")
+    assert [call[-1] for call in calls] == ["cuda rows"] and "--kernel-name" in calls[0]
 
 
 def test_a_phase_that_cannot_start_is_named(tmp_path: Path) -> None:

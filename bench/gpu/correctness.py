@@ -212,7 +212,7 @@ def units(setting: Setting) -> list[Unit]:
 
     def add(variant: str, name: str, function: Callable[..., Any], *args: Any, **kw: Any) -> None:
         run = functools.partial(function, variant, device, *args, **kw)
-        found.append(Unit(f"{variant}: {name}", run, limit=90))
+        found.append(Unit(f"{variant}: {name}", run, limit=60, group=f"{variant}: "))
 
     for variant in reversed(variants(device)):  # what runs by default first
         if variant != "reference":

@@ -42,3 +42,4 @@ class Unit:
     key: str
     run: Callable[[], dict[str, Any]] = field(compare=False)
     limit: float = 60.0  # seconds until it is killed
+    group: str = ""  # how keys begin that are not tried any more once it took too long

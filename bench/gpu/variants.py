@@ -11,13 +11,13 @@ from cpo_fast.loss import available_impls
 
 
 def variants(device: str) -> list[str]:
-    """Names for `using`, "reference" first."""
+    """Names for `using`, "reference" first, the preferred one last."""
     names: list[str] = []
     for impl in available_impls(device):
         if impl == "cuda":
-            names.append("cuda rows")
             if torch.cuda.get_device_capability() == (9, 0):
                 names.append("cuda fused")
+            names.append("cuda rows")
         else:
             names.append(impl)
     return names

@@ -31,29 +31,47 @@ def main(phase: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
     units = [unit for unit in units if unit.key not in behind]
     tell(plan=[unit.key for unit in units])
     for unit in units:
-        tell(begin=unit.key, limit=unit.limit)
+        tell(begin=unit.key, limit=unit.limit, group=unit.group)
         begun = time.monotonic()
-        status, figures, spoilt = outcome(unit)
+        status, figures, ends = outcome(unit)
         tell(key=unit.key, status=status, unit_seconds=time.monotonic() - begun, **figures)
-        if spoilt:
+        if ends:
             break
 
 
 def outcome(unit: Unit) -> tuple[str, dict[str, Any], bool]:
     """(status, figures or reason, whether this process can go on)."""
     try:
-        return "ok", unit.run(), False
+        figures = unit.run()
+        settle()
+        return "ok", figures, False
     except NotHere as reason:
         return "skipped", {"reason": str(reason)}, False
     except AssertionError as broken:
         traceback.print_exc()
-        return "failed", {"reason": str(broken) or "an assertion does not hold"}, False
+        return "failed", {"reason": str(broken) or "an assertion does not hold"}, spoilt()
     except Exception as error:
         traceback.print_exc()
         text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         memory = type(error).__name__ == "OutOfMemoryError"
-        spoilt = not memory and ("CUDA error" in str(error) or "AcceleratorError" in text)
-        return "error", {"reason": text}, spoilt
+        return "error", {"reason": text}, spoilt() or (not memory and "CUDA error" in str(error))
+
+
+def settle() -> None:
+    """Waits for the device, so that the unit that launched a kernel meets its fault."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def spoilt() -> bool:
+    """A fault of a kernel stays: every later call of this process fails. PyTorch, Triton and our
+    launchers each word it in their own way, so the device is asked."""
+    try:
+        settle()
+    except Exception:
+        return True
+    return False
 
 
 if __name__ == "__main__":
