@@ -78,18 +78,18 @@ struct Exponential {
   Floats scale, part;
 };
 
-inline Exponential exponential(Floats x) {  // for -87 <= x <= 88; relative error below 2e-7
+// part = r + r^2 q(r), with q fitted (least greatest relative error of part, 1.4e-8).
+inline Exponential exponential(Floats x) {  // for -87 <= x <= 88; relative error below 1e-7
   Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves n in the low bits
   Floats n = shifted - 12582912.0f;
   Floats r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  Floats p = splat(1.0f / 720);
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  return {(Floats)(((Ints)shifted + 127) << 23), p * r};
+  Floats q = splat(0.0013882517f);
+  q = q * r + 0.0083665475f;
+  q = q * r + 0.0416672f;
+  q = q * r + 0.16666543f;
+  q = q * r + 0.49999997f;
+  return {(Floats)(((Ints)shifted + 127) << 23), r + q * r * r};
 }
 
 inline Floats exp_vector(Floats x) {  // 0 below kNothing; NaN stays NaN
