@@ -127,7 +127,8 @@ def package(name: str, asked: str, fits: Callable[..., bool]) -> tuple[str, str]
 def devices() -> Lines:
     import torch
 
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = torch.backends.mkldnn.is_available()
+    fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     products = "" if fast else ", bfloat16 much slower than float32 (leave out --bf16)"
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"cpu      {torch.get_num_threads()} threads, {capability}{products}", None

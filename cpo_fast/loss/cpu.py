@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cpo_fast import _cpu  # type: ignore[attr-defined]
 from cpo_fast.loss.cpu_rows import ENGINES, Rows, fused_engine, slots, workspace
-from cpo_fast.loss.operators import operator
+from cpo_fast.loss.operators import no_second_derivative, operator
 from cpo_fast.loss.workspace import limit
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
@@ -374,7 +374,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, coef: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(other is not None for other in others):
-        raise RuntimeError("cpo_fast: only first derivatives of the log-probs are implemented")
+        no_second_derivative()
     hidden, weight, labels, bias, grad, stats, residual = ctx.saved_tensors
     softcap, scale, ignore_index, engine, slots, room = ctx.options
     grads: list[Tensor | None] = [None] * 13

@@ -8,7 +8,7 @@ here, the same operator does without.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -51,11 +51,11 @@ def operator(name: str, *, differentiable: bool = True) -> Callable[[Function], 
     def decorate(function: Function) -> Operator:
         made = Operator(name, function)
         if not differentiable:
-            made.register_autograd(_no_second_derivative, lambda ctx, inputs, output: None)
+            made.register_autograd(no_second_derivative, lambda ctx, inputs, output: None)
         return made
 
     return decorate
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+def no_second_derivative(*_: Any) -> NoReturn:
     raise RuntimeError("cpo_fast: only first derivatives of the log-probs are implemented")
