@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are first imported: most never are.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(INSTALL) -c constraints.txt
 export HF_HUB_OFFLINE := 1
 # A file of tests stays in one process, and a process has one thread: two of two threads each would
 # wait for each other on two cores.
@@ -51,8 +53,7 @@ lowest: $(LOWEST)/installed ## some tests at the lowest versions that pyproject.
 		$(LOWEST_TESTS)
 $(LOWEST)/installed: constraints-lowest.txt $(VENV)/installed
 	rm -rf $(LOWEST)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-		--target $(LOWEST) -r constraints-lowest.txt
+	$(INSTALL) --no-deps --only-binary :all: --target $(LOWEST) -r constraints-lowest.txt
 	touch $@
 
 docs: setup ## the pages of docs/ and the API reference as HTML (docs/_build/html); warnings are errors
