@@ -99,13 +99,13 @@ FUSED_TARGET inline void mask(const Pending& tile, int64_t half, Job& job) {
   for (uint32_t here = _mm512_cmplt_epu32_mask(label, _mm512_set1_epi32(32)); here;
        here &= here - 1) {
     int lane = __builtin_ctz(here);
-    float& at = z[32 * (job.labels[token + lane] - tile.entry) + lane];
-    tile.side->labels[token + lane] = double(at) * job.fold->how.scale;
+    float* at = z + 32 * (job.labels[token + lane] - tile.entry) + lane;
+    tile.side->labels[token + lane] = double(*at) * job.fold->how.scale;
     if (job.fold->how.softcap > 0) {
-      double t = double(at) / job.fold->how.softcap;
-      tile.side->slopes[token + lane] = 1 - t * t;
+      double t = double(*at) / job.fold->how.softcap;
+      tile.side->slopes[token + lane] = tile.side->e ? at[1024] : 1 - t * t;
     }
-    at = kNever;
+    *at = kNever;
   }
 }
 

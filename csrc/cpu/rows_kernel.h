@@ -97,22 +97,22 @@ inline Floats exp_vector(Floats x) {  // 0 below kNothing; NaN stays NaN
   return x < kNothing ? Floats{} : e.scale + e.scale * e.part;
 }
 
-// tanh(x) = m / (m + 2) with m = exp(2 x) - 1, which keeps its digits near 0.
-inline Floats tanh_vector(Floats x) {
-  Floats bounded = x > 20.0f ? splat(20.0f) : x;
-  bounded = bounded < -20.0f ? splat(-20.0f) : bounded;
-  Exponential e = exponential(2.0f * bounded);
-  Floats m = e.scale * e.part + (e.scale - 1.0f);
-  return m / (m + 2.0f);
+// With e = exp(-2 |x|): |tanh(x)| = (1 - e) / (1 + e), which keeps its digits near 0, or 1 - 2 e / (1 + e),
+// which keeps them near 1. Its derivative 4 e / (1 + e)^2 keeps them everywhere; 1 - tanh^2 does not.
+inline Floats tanh_vector(Floats x, Floats* derivative) {
+  Floats size = x < 0.0f ? -x : x;
+  size = size > 20.0f ? splat(20.0f) : size;
+  Exponential exp = exponential(-2.0f * size);
+  Floats e = exp.scale + exp.scale * exp.part, below1 = (1.0f - exp.scale) - exp.scale * exp.part;
+  Floats quotient = (size < 0.5f ? below1 : 2.0f * e) / (1.0f + e);
+  Floats t = size < 0.5f ? quotient : 1.0f - quotient;
+  if (derivative) *derivative = 4.0f * e / ((1.0f + e) * (1.0f + e));
+  return x < 0.0f ? -t : t;
 }
 
 inline Floats transformed(Floats z, const float* bias, const Transform& how, Floats* slope) {
   if (bias) z += load(bias);
-  if (how.softcap > 0) {
-    Floats t = tanh_vector(z / how.softcap);
-    if (slope) *slope = 1.0f - t * t;
-    z = how.softcap * t;
-  }
+  if (how.softcap > 0) z = how.softcap * tanh_vector(z / how.softcap, slope);
   return z * how.scale;
 }
 
