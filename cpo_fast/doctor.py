@@ -127,9 +127,9 @@ def package(name: str, asked: str, fits: Callable[..., bool]) -> tuple[str, str]
 def devices() -> Lines:
     import torch
 
-    onednn = torch.backends.mkldnn.is_available()
-    fast = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    products = "" if fast else ", bfloat16 much slower than float32 (leave out --bf16)"
+    from cpo_fast.processor import fast_bfloat16
+
+    products = "" if fast_bfloat16() else ", bfloat16 much slower than float32 (leave out --bf16)"
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"cpu      {torch.get_num_threads()} threads, {capability}{products}", None
     if torch.cuda.is_available():

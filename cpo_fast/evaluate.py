@@ -142,10 +142,13 @@ def load(args: argparse.Namespace) -> Loaded:
 
     from cpo_fast.model.build import load_model, load_tokenizer
     from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.processor import warn_of_slow_bfloat16
 
     path = Path(args.model)
     if not path.is_dir():
         raise UsageError(f"--model {path}: no such model folder")
+    if args.bf16:
+        warn_of_slow_bfloat16()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     tokenizer = load_tokenizer(path)

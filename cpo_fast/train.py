@@ -95,12 +95,15 @@ def prepare(
 ) -> tuple[TrainArguments, RunFolder, Corpus, Texts, Base, Samples]:
     """What training needs, made by rank 0 and read from its files by the others."""
     from cpo_fast.phantom import write_phantom
+    from cpo_fast.processor import warn_of_slow_bfloat16
     from cpo_fast.training.base import base_model
     from cpo_fast.training.corpus import read_corpus, write_preferences
     from cpo_fast.training.samples import tokenise
 
     if args.fsdp and world.size == 1:
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
+    if args.bf16 and world.is_main:
+        warn_of_slow_bfloat16()
     folder = RunFolder(args, world)
     if args.dataset == "phantom":
         data = write_phantom(folder.made / "data", num_studies=args.num_studies, seed=args.seed)

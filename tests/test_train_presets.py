@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cpo_fast import processor
 from cpo_fast.train import main
 
 pytestmark = pytest.mark.slow
@@ -44,8 +45,11 @@ def test_paper(tmp_path: Path) -> None:
     assert (config["preset"], config["bf16"], config["expand_pairs"]) == ("paper", False, True)
 
 
-def test_lowmem(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow", [False, True])
+def test_lowmem(slow: bool, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(processor, "fast_bfloat16", lambda: not slow)
     rows = train(tmp_path, "--preset", "lowmem", "--max_steps", "1", "--sft_max_steps", "1")
     cpo = [row for row in rows if row["stage"] == "cpo"]
     assert cpo[0]["loss"] == pytest.approx(0.693147, abs=5e-3)  # in bf16, of a cached reference
     assert list((tmp_path / "out").glob("reference*"))
+    assert ("warning: --bf16 on a processor without AVX512" in capsys.readouterr().err) is slow

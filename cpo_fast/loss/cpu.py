@@ -25,6 +25,7 @@ from cpo_fast import _cpu  # type: ignore[attr-defined]
 from cpo_fast.loss.cpu_rows import ENGINES, Rows, fused_engine, slots, workspace
 from cpo_fast.loss.operators import no_second_derivative, operator
 from cpo_fast.loss.workspace import limit
+from cpo_fast.processor import fast_bfloat16
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
 
@@ -72,15 +73,7 @@ def token_logps(
     return logps, None if ref_hidden is None else ref_logps.detach()
 
 
-def _fast_bfloat16() -> bool:
-    """Has this processor a bfloat16 product worth using? Without AVX512 PyTorch's own loops serve,
-    which take 35 times as long as a product in float32 (docs/performance.md)."""
-    return any(map(_cpu.fused_available, ENGINES)) or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-_BLOCKS_OF_BFLOAT16 = _fast_bfloat16()
+_BLOCKS_OF_BFLOAT16 = fast_bfloat16() or any(map(_cpu.fused_available, ENGINES))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
