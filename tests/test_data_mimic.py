@@ -213,6 +213,7 @@ def test_a_missing_column(tmp_path: Path, name: str, column: str) -> None:
         gzip.compress(b'dicom_id,study_id,subject_id,split\n"unclosed,1,2,3\n'),
         gzip.compress(b""),
     ],
+    ids=["not gzip", "cut off", "not UTF-8", "a line of 2 MB", "an open quote", "empty"],
 )
 def test_a_damaged_table(tmp_path: Path, data: bytes) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
