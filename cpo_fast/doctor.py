@@ -127,7 +127,7 @@ def package(name: str, asked: str, fits: Callable[..., bool]) -> tuple[str, str]
 def devices() -> Lines:
     import torch
 
-    from cpo_fast.processor import fast_bfloat16
+    from cpo_fast.loss.processor import fast_bfloat16
 
     products = "" if fast_bfloat16() else ", bfloat16 much slower than float32 (leave out --bf16)"
     capability = torch.backends.cpu.get_cpu_capability()

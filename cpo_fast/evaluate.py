@@ -140,9 +140,9 @@ def load(args: argparse.Namespace) -> Loaded:
     """The model on the GPU if there is one, fp32 unless --bf16."""
     import torch
 
+    from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.model.build import load_model, load_tokenizer
     from cpo_fast.model.images import ImageProcessor
-    from cpo_fast.processor import warn_of_slow_bfloat16
 
     path = Path(args.model)
     if not path.is_dir():

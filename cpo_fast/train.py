@@ -94,8 +94,8 @@ def prepare(
     args: TrainArguments, world: World
 ) -> tuple[TrainArguments, RunFolder, Corpus, Texts, Base, Samples]:
     """What training needs, made by rank 0 and read from its files by the others."""
+    from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.phantom import write_phantom
-    from cpo_fast.processor import warn_of_slow_bfloat16
     from cpo_fast.training.base import base_model
     from cpo_fast.training.corpus import read_corpus, write_preferences
     from cpo_fast.training.samples import tokenise

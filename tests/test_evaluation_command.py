@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 
@@ -9,8 +10,9 @@ import pytest
 from packing_samples import images, tokenizer, vision_language_model
 
 from cpo_fast.data.labels import LABEL_NAMES
-from cpo_fast.evaluate import main
+from cpo_fast.evaluate import load, main
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
+from cpo_fast.loss import processor
 from cpo_fast.model.build import load_tokenizer, save_model
 from cpo_fast.phantom import write_phantom
 from cpo_fast.types import Counterfactual, ImageRef, Report, Study
@@ -60,6 +62,13 @@ def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, mess
     flags = {"--model": model, "--dataset": data, "--output_dir": tmp_path / "out"} | changed
     assert main([str(word) for pair in flags.items() for word in pair]) == status
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_slow_bfloat16_is_warned_of(model, monkeypatch, capsys, bf16):
+    monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
+    load(argparse.Namespace(model=str(model), bf16=bf16, max_pixels=50_000))
+    assert ("warning: --bf16" in capsys.readouterr().err) is bf16
 
 
 def test_a_tokenizer_of_another_model_is_named(data, model, tmp_path, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cpo_fast import processor
+from cpo_fast.loss import processor
 from cpo_fast.train import main
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,8 @@ def train(folder: Path, *flags: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_paper(tmp_path: Path) -> None:
+def test_paper(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
     rows = train(tmp_path, "--preset", "paper", "--bf16", "false", "--sft_learning_rate", "1e-4")
     rates = {stage: [row["learning_rate"] for row in rows if row["stage"] == stage]
              for stage in ("sft", "cpo")}  # fmt: skip
@@ -43,13 +44,17 @@ def test_paper(tmp_path: Path) -> None:
     assert 1e-7 < rates["sft"][-1] < rates["sft"][-2] and rates["cpo"][0] == 2e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["preset"], config["bf16"], config["expand_pairs"]) == ("paper", False, True)
+    assert "warning: --bf16" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_lowmem(slow: bool, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(processor, "fast_bfloat16", lambda: not slow)
+def test_lowmem(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
     rows = train(tmp_path, "--preset", "lowmem", "--max_steps", "1", "--sft_max_steps", "1")
     cpo = [row for row in rows if row["stage"] == "cpo"]
     assert cpo[0]["loss"] == pytest.approx(0.693147, abs=5e-3)  # in bf16, of a cached reference
     assert list((tmp_path / "out").glob("reference*"))
-    assert ("warning: --bf16 on a processor without AVX512" in capsys.readouterr().err) is slow
+    warning = "warning: --bf16 on a processor without AVX512"
+    assert warning in capsys.readouterr().err
+    monkeypatch.setattr(processor, "fast_bfloat16", lambda: True)
+    processor.warn_of_slow_bfloat16()
+    assert warning not in capsys.readouterr().err

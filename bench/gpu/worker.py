@@ -40,7 +40,7 @@ def main(phase: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
 
 
 def outcome(unit: Unit) -> tuple[str, dict[str, Any], bool]:
-    """(status, figures or reason, whether this process can go on)."""
+    """(status, figures or reason, whether this process must end)."""
     try:
         figures = unit.run()
         settle()

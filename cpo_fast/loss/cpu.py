@@ -24,8 +24,8 @@ from torch import Tensor
 from cpo_fast import _cpu  # type: ignore[attr-defined]
 from cpo_fast.loss.cpu_rows import ENGINES, Rows, fused_engine, slots, workspace
 from cpo_fast.loss.operators import no_second_derivative, operator
+from cpo_fast.loss.processor import fast_bfloat16
 from cpo_fast.loss.workspace import limit
-from cpo_fast.processor import fast_bfloat16
 
 _TOKENS, _ENTRIES = 512, 32768  # of a block of logits: few long parallel regions, 32 MiB
 
@@ -73,6 +73,7 @@ def token_logps(
     return logps, None if ref_hidden is None else ref_logps.detach()
 
 
+# The residual that the fused kernel keeps is bfloat16.
 _BLOCKS_OF_BFLOAT16 = fast_bfloat16() or any(map(_cpu.fused_available, ENGINES))
 
 

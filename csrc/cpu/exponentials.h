@@ -103,7 +103,8 @@ FUSED_TARGET inline void mask(const Pending& tile, int64_t half, Job& job) {
     tile.side->labels[token + lane] = double(*at) * job.fold->how.scale;
     if (job.fold->how.softcap > 0) {
       double t = double(*at) / job.fold->how.softcap;
-      tile.side->slopes[token + lane] = tile.side->e ? at[1024] : 1 - t * t;
+      bool stored = tile.side->e;  // the slopes, behind z: more digits than 1 - t^2 has
+      tile.side->slopes[token + lane] = stored ? at[1024] : 1 - t * t;
     }
     *at = kNever;
   }
