@@ -36,6 +36,27 @@ void check_row_shares(int vocab) {
   }
 }
 
+// In whole rounds every thread has a vector inside the vocabulary; the label is where it is read.
+void check_rounds(int vocab) {
+  int found = 0;
+  const int label = vocab / 3;
+  for (int rank = 0; rank < 2; ++rank) {
+    const RowShare share = row_share(vocab, rank);
+    const RowRounds rounds = row_rounds(vocab, share);
+    CHECK(rounds.whole >= 0 && rounds.whole <= rounds.all && rounds.all - rounds.whole <= 1);
+    const int end = rounds.whole * kPieceVecs;
+    CHECK(end <= share.vecs && (end == 0 || (share.first_vec + end) * kVec <= vocab));
+    CHECK(rounds.all * kPieceVecs >= share.vecs);
+    const LabelPlace at = label_place(label, share);
+    CHECK((at.round == -1) == (at.thread == -1) && label_place(-1, share).round == -1);
+    if (at.round < 0) continue;
+    ++found;
+    CHECK(at.round < rounds.all && at.thread < kRowThreads);
+    CHECK(share.first_vec + at.round * kPieceVecs + at.thread == label / kVec);
+  }
+  CHECK(found == 1);
+}
+
 void check_units(int rows, int vocab) {
   const LinearPlan plan = linear_plan(rows, vocab);
   CHECK(static_cast<int64_t>(plan.row_pairs) * kPairRows >= rows);
@@ -158,20 +179,20 @@ void check_logp(std::mt19937& random, double spread, double shift, double temper
   std::vector<float> z(columns);
   for (float& value : z) value = static_cast<float>(normal(random) + shift);
   const int label = static_cast<int>(random() % columns);
-  const float c = kLog2e / static_cast<float>(temperature);
+  const Scaling scale_of = scaling(static_cast<float>(temperature));
   std::vector<Partial> parts(random() % 9 + 1, empty_partial());
   double others = 0;
   for (int i = 0; i < columns; ++i) {
     if (i == label) continue;
     Partial& part = parts[random() % parts.size()];
-    part = merge(part, {z[i], 1.0f}, c);
+    part = merge(part, {z[i] * scale_of.c, std::exp2(std::fma(z[i], scale_of.c, -(z[i] * scale_of.c)))});
     others += std::exp((static_cast<double>(z[i]) - z[label]) / temperature);
   }
   Partial all = empty_partial();
-  for (const Partial& part : parts) all = merge(all, part, c);
-  const Partial turned = merge(parts[0], all, c), again = merge(all, parts[0], c);
-  CHECK(turned.max == again.max && turned.sum == again.sum);  // symmetric to the bit
-  const RowResult result = finish_row(all, z[label], true, static_cast<float>(1 / temperature));
+  for (const Partial& part : parts) all = merge(all, part);
+  const Partial turned = merge(parts[0], all), again = merge(all, parts[0]);
+  CHECK(turned.top == again.top && turned.sum == again.sum);  // symmetric to the bit
+  const RowResult result = finish_row(all, z[label], true, scale_of);
   const double logp = -std::log1p(others), scale = 1 + std::abs(logp) + std::abs(shift / temperature);
   CHECK(result.logp <= 0);
   CHECK(std::abs(result.logp - logp) <= 2e-6 * scale);
@@ -184,12 +205,19 @@ void check_logp(std::mt19937& random, double spread, double shift, double temper
 }
 
 int main() {
-  for (int vocab = 1; vocab < 20000; ++vocab) check_row_shares(vocab);
-  for (int vocab : {32000, 50257, 128256, 151936, 152064, 229376, 262144}) check_row_shares(vocab);
+  for (int vocab = 1; vocab < 20000; ++vocab) {
+    check_row_shares(vocab);
+    check_rounds(vocab);
+  }
+  for (int vocab : {32000, 50257, 128256, 151936, 152064, 229376, 262144}) {
+    check_row_shares(vocab);
+    check_rounds(vocab);
+  }
   CHECK(row_share(152064, 0).pieces <= kMaxPieces && row_share(229376, 0).pieces == kMaxPieces);
   CHECK(row_share(229377, 0).pieces > kMaxPieces);
   CHECK(kMaxPieces * kPieceVecs * 16 + 2048 <= 227 * 1024);
   CHECK(kStages * kStageBytes + 2048 <= 227 * 1024);
+  CHECK(kLag == CPO_LAG && kStages - 1 - kLag >= 1);  // a stage to load ahead of the first group
 
   for (int rows = 1; rows < 6000; rows += 97) {
     for (int vocab : {1, 255, 256, 257, 511, 513, 1000, 4099, 50257}) check_units(rows, vocab);
@@ -226,10 +254,34 @@ int main() {
       check_logp(random, 30, -1e4, temperature, 200);
     }
   }
+  const Scaling one = scaling(1.0f);
   // Nothing but the label, and nothing but an ignored label.
-  CHECK(finish_row(empty_partial(), 3.0f, true, 1.0f).logp == 0.0f);
-  CHECK(finish_row(empty_partial(), 3.0f, true, 1.0f).lse == 3.0f);
-  CHECK(finish_row({2.0f, 1.0f}, 0.0f, false, 1.0f).logp == 0.0f);
-  CHECK(finish_row({2.0f, 1.0f}, 0.0f, false, 1.0f).lse == 2.0f);
+  CHECK(finish_row(empty_partial(), 3.0f, true, one).logp == 0.0f);
+  CHECK(finish_row(empty_partial(), 3.0f, true, one).lse == 3.0f);
+  CHECK(finish_row({2.0f * kLog2e, 1.0f}, 0.0f, false, one).logp == 0.0f);
+  CHECK(std::abs(finish_row({2.0f * kLog2e, 1.0f}, 0.0f, false, one).lse - 2.0f) <= 1e-6f);
+  // A label that is masked: its log-prob has a value, and the others keep theirs.
+  const RowResult masked = finish_row({2.0f * kLog2e, 1.0f}, -3e38f, true, one);
+  CHECK(std::abs(masked.logp / 3e38f + 1) <= 1e-6f && std::abs(masked.lse - 2.0f) <= 1e-6f);
+  CHECK(masked.others == 1.0f && masked.factor == 1.0f);
+  CHECK(finish_row({2.0f * kLog2e, 1.0f}, -INFINITY, true, one).logp == -INFINITY);
+  // Infinite numbers, and sums that may only have overflowed, are shown.
+  CHECK(std::isnan(finish_row({2.0f, 1.0f}, INFINITY, true, one).logp));
+  CHECK(std::isnan(finish_row(empty_partial(), -3e38f, true, one).logp));
+  CHECK(std::isnan(finish_row({INFINITY, 0.0f}, 1.0f, true, one).logp));
+  CHECK(!counted(empty_partial()) && !counted({INFINITY, 0.0f}) && counted({-2.9e38f, 1.0f}));
+  // Of that size under rescue_scaling: equal logits share the mass, others have none.
+  for (const double temperature : {1.0, 1.5}) {
+    const Scaling rescue = rescue_scaling(static_cast<float>(temperature));
+    for (const float z : {-3.3e38f, 3.3e38f}) {
+      const Partial both = merge({z * rescue.c, 2.0f}, {z * 1.01f * rescue.c, 3.0f});
+      const float highest = z > 0 ? z * 1.01f : z;
+      const float sum = z > 0 ? 3.0f : 2.0f;
+      CHECK(counted(both) && both.top == highest * rescue.c && both.sum == sum);
+      const RowResult result = finish_row(both, highest, true, rescue);
+      CHECK(std::abs(result.logp + std::log1p(sum)) <= 1e-6);
+      CHECK(std::abs(result.lse * temperature / highest - 1) <= 1e-6);
+    }
+  }
   std::puts("ok");
 }

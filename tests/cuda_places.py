@@ -78,14 +78,14 @@ def translate(source: str) -> str:
     )
 
 
-def build_emulated(folder: Path, include: Path) -> Any:
-    """cpo_fast._cuda from csrc/cuda, for the CPU."""
+def build_emulated(folder: Path, include: Path, *macros: str) -> Any:
+    """cpo_fast._cuda from csrc/cuda, for the CPU; `macros` such as "-DCPO_LAG=1"."""
     for path in (ROOT / "csrc" / "cuda").iterdir():
         if path.name not in REPLACED:
             name = f"{path.stem}_cu.cpp" if path.suffix == ".cu" else path.name
             (folder / name).write_text(translate(path.read_text()))
     found = [folder, EMULATOR, include, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-O1", "-std=c++17", "-fPIC", "-w", *(f"-I{path}" for path in found)]
+    flags = ["-O1", "-std=c++17", "-fPIC", "-w", *macros, *(f"-I{path}" for path in found)]
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"

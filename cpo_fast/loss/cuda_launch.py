@@ -40,7 +40,7 @@ class Head:
         self, weight: Tensor, bias: Tensor | None, softcap: float, temperature: float, fused: bool
     ) -> None:
         self.weight = aligned(weight)
-        self.bias = None if bias is None else bias.float().contiguous()
+        self.bias = None if bias is None else aligned(bias.float())
         self.softcap, self.temperature, self.fused = softcap, temperature, fused
 
     def rows_chunk(

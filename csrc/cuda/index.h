@@ -47,6 +47,29 @@ CPO_HD constexpr int piece_vecs(const RowShare& share, int piece) {
   return left < kPieceVecs ? left : kPieceVecs;
 }
 
+// A share in rounds of kPieceVecs vectors, one per thread. In the rounds before `whole` every thread
+// has a vector, and every vector lies inside the vocabulary.
+struct RowRounds {
+  int whole;
+  int all;
+};
+CPO_HD constexpr RowRounds row_rounds(int vocab, const RowShare& share) {
+  const int left = vocab / kVec - share.first_vec;
+  return {(left < share.vecs ? left : share.vecs) / kPieceVecs, share.pieces};
+}
+
+// Where in a share the label is: its round and thread; round -1 where it is elsewhere or ignored.
+struct LabelPlace {
+  int round;
+  int thread;
+};
+CPO_HD constexpr LabelPlace label_place(int label, const RowShare& share) {
+  const int vec = label / kVec - share.first_vec;
+  return label >= 0 && vec >= 0 && vec < share.vecs
+             ? LabelPlace{vec / kPieceVecs, vec % kPieceVecs}
+             : LabelPlace{-1, -1};
+}
+
 // --- linear kernel: logits tile [128 rows, 256 columns] = H tile [128, D] x (W tile [256, D])^T --
 
 constexpr int kTileM = 128;                 // rows of a CTA: two warpgroups of 64
@@ -59,12 +82,31 @@ constexpr int kStages = 4;
 constexpr int kBytesH = kTileM * kTileK * 2;
 constexpr int kBytesW = kTileN * kTileK * 2;
 constexpr int kStageBytes = kBytesH + kBytesW;
-constexpr int kBand = 8;  // row pairs side by side: 2048 rows of H stay in L2 while W streams by
+
+// What one would tune on a device can be set by -DCPO_BAND=... and so on.
+#ifndef CPO_BAND
+#define CPO_BAND 8
+#endif
+#ifndef CPO_SPLIT_TILES
+#define CPO_SPLIT_TILES 2
+#endif
+#ifndef CPO_LAG
+#define CPO_LAG 2
+#endif
+
+// Row pairs side by side: 2048 rows of H stay in L2 while W streams by.
+constexpr int kBand = CPO_BAND;
 
 // Vocabulary tiles of a split, whose sums one CTA forms in registers. A constant, so that a token's
 // log-prob has the same bits whatever else is in the batch. With 2, V = 152064 and an even number of
 // row pairs the waves of 66 clusters (132 multiprocessors) come out even: 297 splits = 4.5 x 66.
-constexpr int kSplitTiles = 2;
+constexpr int kSplitTiles = CPO_SPLIT_TILES;
+
+// Steps of kTileK by which the second warpgroup starts behind the first. While one is in its
+// epilogue, the other should have the tensor cores; but a stage is free only when both have used
+// it, so that a lag of n leaves kStages - 1 - n stages to load ahead of the first.
+constexpr int kLag = CPO_LAG;
+static_assert(kBand > 0 && kSplitTiles > 0 && kLag >= 0 && kLag < kStages, "see CPO_BAND");
 
 // Work is cut into units: a row pair x a split.
 struct LinearPlan {

@@ -19,7 +19,9 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    // Always: a fresh thread, such as one of autograd's, has a current device but no current
+    // context, and the driver's encoder of tensor maps needs one.
+    check(cudaSetDevice(device), "cudaSetDevice");
     changed_ = before_ != device;
   }
   ~OnDevice() {

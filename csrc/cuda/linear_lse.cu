@@ -27,14 +27,22 @@ struct Job {
   LinearArgs args;
   LinearPlan plan;
   int k_tiles;
-  float2* partials;     // [rows, splits] max and sum over a split, without the label
+  float2* partials;     // [rows, splits] Partial of a split, without the label
   float* label_logits;  // [rows] raw logit of the label, written by the one thread that meets it
   int* redo;            // [row_pairs] 1: some row's offset is out of reach; null without E
-  bool only_redo;       // second pass: only the row pairs with redo 1, with the LSE as offset
 };
 
+// What a launch of linear_kernel makes.
+enum class Make {
+  kSums,       // log-probs only
+  kSumsAndE,   // and E under the given offsets; clears the redo flags
+  kRedoneE,    // E of the row pairs with a redo flag, under their LSE; nothing where there is none
+};
+
+template <Make kMake>
 __device__ __forceinline__ bool skipped(const Job& job, const LinearUnit& unit) {
-  return job.only_redo && job.redo[unit.row_pair] == 0;  // the same answer in a whole cluster
+  if constexpr (kMake != Make::kRedoneE) return false;
+  return job.redo[unit.row_pair] == 0;  // the same answer in a whole cluster
 }
 
 __device__ __forceinline__ int label_of(const LinearArgs& args, int row) {
@@ -66,76 +74,104 @@ struct Rows {
   int row[2];
   int label[2];
   float offset[2];  // times log2(e); with E only
+  float at_label[2];  // E at the label; of kRedoneE only
   Partial part[2];
 };
 
-// Takes one logits tile from the registers into the running sums, and with kExp writes E.
-template <bool kExp>
+// The accumulators of row h: one of these per pair of columns, in the order of the columns.
+#define CPO_EACH_OF_ROW(i, h) int i = 2 * (h); i < kAccumulators; i += i % 2 == 0 ? 1 : 3
+
+// Calls found(acc[i]) for the logit of the row's label. At most one tile of a row holds its label,
+// and one of the four lanes that share the row. The branch keeps the 64 comparisons (registers
+// cannot be indexed at run time) out of all other tiles.
+template <typename Found>
+__device__ __forceinline__ void at_label(float (&acc)[kAccumulators], int h, int local,
+                                         const Found& found) {
+  const int thread = static_cast<int>(threadIdx.x) % kGroup;
+  if (local < 0 || local >= kTileN || local / 2 % 4 != thread % 4) return;
+#pragma unroll
+  for (CPO_EACH_OF_ROW(i, h)) {
+    if (acc_column(thread, i) == local) found(acc[i]);
+  }
+}
+
+// Stores acc times `factor` as row h of E.
+__device__ __forceinline__ void store(const float (&acc)[kAccumulators], const Rows& rows, int h,
+                                      float factor, const LinearArgs& args, int tile_column) {
+  const int q = static_cast<int>(threadIdx.x) % 4;
+  uint4* const line = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.exp) +
+                                               offset_2d(rows.row[h], args.exp_stride, 0));
+#pragma unroll
+  for (int four = 0; four < kAccumulators / 16; ++four) {  // four vectors of eight columns
+    uint32_t word[4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const int i = 4 * (4 * four + v) + 2 * h;
+      word[v] = pack<__nv_bfloat16>(acc[i] * factor, acc[i + 1] * factor);
+      if (rows.label[h] < 0) word[v] = 0;  // no gradient of an ignored row, whatever it holds
+    }
+    transpose_quad(word, q);
+    const int vector = tile_column / kVec + 4 * four + q;
+    if (rows.row[h] < args.rows && vector < row_vecs(args.vocab)) {
+      line[vector] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+}
+
+// Takes one logits tile from the registers into the running sums, or E, or both.
+template <Make kMake>
 __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows, const Job& job,
                                          int tile, float c) {
   const LinearArgs& args = job.args;
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
-  const int q = thread % 4;
   const int tile_column = tile * kTileN;
   const bool ragged = tile_column + kTileN > args.vocab;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    // At most one tile of a row holds its label, and one of the four lanes that share the row. The
-    // branch keeps the 64 comparisons (registers cannot be indexed at run time) out of all other
-    // tiles.
     const int local = rows.label[h] - tile_column;
-    if (local >= 0 && local < kTileN && local / 2 % 4 == q) {
-#pragma unroll
-      for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) {
-        if (acc_column(thread, i) == local) {
-          job.label_logits[rows.row[h]] = acc[i];
-          acc[i] = -INFINITY;
-        }
-      }
+    if constexpr (kMake != Make::kRedoneE) {
+      at_label(acc, h, local, [&](float& logit) {
+        job.label_logits[rows.row[h]] = logit;
+        logit = -INFINITY;
+      });
     }
     if (ragged) {
 #pragma unroll
-      for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) {
+      for (CPO_EACH_OF_ROW(i, h)) {
         if (tile_column + acc_column(thread, i) >= args.vocab) acc[i] = -INFINITY;
       }
     }
-    float highest = rows.part[h].max;
+    if constexpr (kMake == Make::kRedoneE) {
 #pragma unroll
-    for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) {
-      highest = fmaxf(highest, acc[i]);
-    }
-    const float from = offset_of(highest);
-    float sums[2] = {0.0f, 0.0f};  // of this tile, in two chains
+      for (CPO_EACH_OF_ROW(i, h)) acc[i] = exp2_fast(fmaf(acc[i], c, -rows.offset[h]));
+      at_label(acc, h, local, [&](float& value) { value = rows.at_label[h]; });
+      store(acc, rows, h, 1.0f, args, tile_column);
+    } else {
+      float highest[2] = {-INFINITY, -INFINITY};  // in two chains each: of odd and even columns
 #pragma unroll
-    for (int i = 2 * h; i < kAccumulators; i += i % 2 == 0 ? 1 : 3) {
-      sums[i % 2] += exp2_fast((acc[i] - from) * c);
-    }
-    // fmaf by name: with and without E the same bits, not as the compiler likes to contract
-    const float shrink = exp2_fast((rows.part[h].max - from) * c);
-    rows.part[h] = {highest, fmaf(rows.part[h].sum, shrink, sums[0] + sums[1])};
-
-    if constexpr (kExp) {
-      uint4* const line = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(args.exp) +
-                                                   offset_2d(rows.row[h], args.exp_stride, 0));
+      for (CPO_EACH_OF_ROW(i, h)) highest[i % 2] = fmaxf(highest[i % 2], acc[i]);
+      const float top = fmaxf(rows.part[h].top, fmaxf(highest[0], highest[1]) * c);
+      float sums[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int four = 0; four < kAccumulators / 16; ++four) {  // four vectors of eight columns
-        uint32_t word[4];
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const int i = 4 * (4 * four + v) + 2 * h;
-          word[v] = pack<__nv_bfloat16>(exp2_fast(acc[i] * c - rows.offset[h]),
-                                        exp2_fast(acc[i + 1] * c - rows.offset[h]));
-          if (rows.label[h] < 0) word[v] = 0;  // no gradient of an ignored row, whatever it holds
-        }
-        transpose_quad(word, q);
-        const int vector = tile_column / kVec + 4 * four + q;
-        if (rows.row[h] < args.rows && vector < row_vecs(args.vocab)) {
-          line[vector] = make_uint4(word[0], word[1], word[2], word[3]);
-        }
+      for (CPO_EACH_OF_ROW(i, h)) {
+        acc[i] = exp2_fast(fmaf(acc[i], c, -top));
+        sums[i % 2] += acc[i];
+      }
+      // fmaf by name: with and without E the same bits, not as the compiler likes to contract
+      rows.part[h] = {top, fmaf(rows.part[h].sum, exp2_fast(rows.part[h].top - top),
+                                sums[0] + sums[1])};
+      if constexpr (kMake == Make::kSumsAndE) {
+        // E from the terms of the sum, without a second exponential. What vanishes in a term,
+        // 2^-126 below the highest logit so far, has no weight in the row either. The factor is
+        // finite where the offset is in reach, since `top` is below the LSE; 0 where nothing was
+        // counted, whatever the offset.
+        const float factor = top > kNothing ? exp2_fast(top - rows.offset[h]) : 0.0f;
+        store(acc, rows, h, factor, args, tile_column);
       }
     }
   }
 }
+#undef CPO_EACH_OF_ROW
 
 // Persistent clusters of two CTAs. CTA r of a cluster multiplies row tile 2 * row_pair + r with
 // every vocabulary tile of the unit; both need the same W tile, so each loads half of it into both.
@@ -149,7 +185,7 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
 // Stage and phase advance in the same way in all roles: the n-th use of a stage is phase n of its
 // barriers, parity n & 1. A producer waits for the release of use n - 1, parity (n - 1) & 1, which
 // a fresh barrier passes.
-template <typename T, bool kExp>
+template <typename T, Make kMake>
 __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap map_h,
                   const __grid_constant__ CUtensorMap map_w, const __grid_constant__ Job job) {
@@ -164,6 +200,16 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
   const int rank = static_cast<int>(cluster_rank());
   const int64_t cluster = blockIdx.x / kCluster;
   const int64_t clusters = gridDim.x / kCluster;
+
+  if constexpr (kMake == Make::kRedoneE) {
+    // Mostly there is nothing to do: a look at all flags at once, a few microseconds, instead of one
+    // per unit. Both CTAs of a cluster see the same flags, and nobody else waits for either.
+    bool any = false;
+    for (int pair = static_cast<int>(threadIdx.x); pair < job.plan.row_pairs; pair += kThreads) {
+      any |= job.redo[pair] != 0;
+    }
+    if (!__syncthreads_or(any)) return;
+  }
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -190,7 +236,7 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
       prefetch_map(&map_w);
       for (int64_t u = cluster; u < job.plan.units; u += clusters) {
         const LinearUnit unit = linear_unit(job.plan, u);
-        if (skipped(job, unit)) continue;
+        if (skipped<kMake>(job, unit)) continue;
         const int64_t row_tile = static_cast<int64_t>(unit.row_pair) * kCluster + rank;
         const int row_h = box_row(row_tile * kTileM, args.rows);
         for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
@@ -212,19 +258,24 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
   } else {  // consumers: 64 rows each
     take_registers<kConsumerRegisters>();
     const int thread = static_cast<int>(threadIdx.x) % kGroup;
-    const float c = kLog2e / args.temperature;
+    const float c = scaling(args.temperature).c;
     // One arrival per warp in each CTA of the cluster; all lanes have passed the wait for the
     // products.
     const auto release = [&](int used) {
       if (lane < kCluster) barrier_arrive(&empty[used], lane);
     };
-    // The second group starts as many steps behind the first as the ring has stages, and stays
-    // behind: while one is in its epilogue, the other has the tensor cores to itself.
-    bool waits_for_a_full_ring = group == kConsumers;
+    // The second group begins its first step when the data of the first group's step kLag are
+    // there (index.h).
+    bool starts_behind = group == kConsumers && kLag > 0;
     float acc[kAccumulators];
     for (int64_t u = cluster; u < job.plan.units; u += clusters) {
       const LinearUnit unit = linear_unit(job.plan, u);
-      if (skipped(job, unit)) continue;
+      if (skipped<kMake>(job, unit)) continue;
+      if constexpr (kMake == Make::kSumsAndE) {
+        if (threadIdx.x == kGroup && rank == 0 && unit.split == 0) {
+          job.redo[unit.row_pair] = 0;  // once per row pair, for `combine` to set
+        }
+      }
       Rows rows;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -234,13 +285,20 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
         rows.label[h] = label_of(args, row);
         rows.part[h] = empty_partial();
         rows.offset[h] = 0.0f;
-        if constexpr (kExp) {
+        if constexpr (kMake != Make::kSums) {
           if (row < args.rows) rows.offset[h] = args.offsets[row] * kLog2e;
         }
+        if constexpr (kMake == Make::kRedoneE) {
+          // As patch_label would make them for an offset that is the LSE.
+          rows.at_label[h] = row < args.rows ? expm1f(args.logps[row]) : 0.0f;
+          if (row < args.rows && unit.split == 0 && thread % 4 == 0) {
+            args.factors[row] = rows.label[h] < 0 ? 0.0f : -1.0f / args.temperature;
+          }
+        }
       }
-      if (waits_for_a_full_ring) {
-        barrier_wait(&full[(job.k_tiles < kStages ? job.k_tiles : kStages) - 1], 0);
-        waits_for_a_full_ring = false;
+      if (starts_behind) {
+        barrier_wait(&full[job.k_tiles <= kLag ? job.k_tiles - 1 : kLag], 0);
+        starts_behind = false;
       }
       for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
         for (int k = 0; k < job.k_tiles; ++k) {
@@ -262,20 +320,21 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kThreads, 1)
         wgmma_wait<0>();
         pin(acc);
         release((stage + kStages - 1) % kStages);
-        epilogue<kExp>(acc, rows, job, tile, c);
+        epilogue<kMake>(acc, rows, job, tile, c);
       }
+      if constexpr (kMake != Make::kRedoneE) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {  // the four lanes that share a row
-        Partial part = rows.part[h];
+        for (int h = 0; h < 2; ++h) {  // the four lanes that share a row
+          Partial part = rows.part[h];
 #pragma unroll
-        for (int step = 1; step < 4; step *= 2) {
-          part = merge(part,
-                       {__shfl_xor_sync(0xFFFFFFFFu, part.max, step),
-                        __shfl_xor_sync(0xFFFFFFFFu, part.sum, step)},
-                       c);
-        }
-        if (thread % 4 == 0 && rows.row[h] < args.rows) {
-          job.partials[offset_2d(rows.row[h], job.plan.splits, unit.split)] = {part.max, part.sum};
+          for (int step = 1; step < 4; step *= 2) {
+            part = merge(part, {__shfl_xor_sync(0xFFFFFFFFu, part.top, step),
+                                __shfl_xor_sync(0xFFFFFFFFu, part.sum, step)});
+          }
+          if (thread % 4 == 0 && rows.row[h] < args.rows) {
+            job.partials[offset_2d(rows.row[h], job.plan.splits, unit.split)] = {part.top,
+                                                                                 part.sum};
+          }
         }
       }
     }
@@ -304,23 +363,20 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine(const Job job) {
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.x * kCombineWarps + threadIdx.x / 32;
   if (row >= args.rows) return;  // the whole warp
-  const float c = kLog2e / args.temperature;
   Partial part = empty_partial();
   for (int split = lane; split < job.plan.splits; split += 32) {
     const float2 one = job.partials[offset_2d(row, job.plan.splits, split)];
-    part = merge(part, {one.x, one.y}, c);
+    part = merge(part, {one.x, one.y});
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    part = merge(part,
-                 {__shfl_xor_sync(0xFFFFFFFFu, part.max, step),
-                  __shfl_xor_sync(0xFFFFFFFFu, part.sum, step)},
-                 c);
+    part = merge(part, {__shfl_xor_sync(0xFFFFFFFFu, part.top, step),
+                        __shfl_xor_sync(0xFFFFFFFFu, part.sum, step)});
   }
   if (lane != 0) return;
   const int label = label_of(args, row);
   const float logit = label >= 0 ? job.label_logits[row] : 0.0f;
-  const RowResult result = finish_row(part, logit, label >= 0, 1.0f / args.temperature);
+  const RowResult result = finish_row(part, logit, label >= 0, scaling(args.temperature));
   args.logps[row] = result.logp;
   args.lse[row] = result.lse;
   if (job.redo != nullptr) {
@@ -331,15 +387,6 @@ __global__ void __launch_bounds__(kCombineWarps * 32) combine(const Job job) {
       job.redo[row / kPairRows] = 1;
     }
   }
-}
-
-// After the second pass: the rows that it wrote again, whose offset is their LSE.
-__global__ void __launch_bounds__(kCombineWarps * 32) patch_redone(const Job job) {
-  const LinearArgs& args = job.args;
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= args.rows || job.redo[row / kPairRows] == 0) return;
-  patch_label(args, row, label_of(args, row), args.lse[row], args.lse[row],
-              -expm1f(args.logps[row]));
 }
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -378,15 +425,15 @@ CUtensorMap tensor_map(const void* base, int rows, int columns, int64_t stride, 
   return map;
 }
 
-template <typename T, bool kExp>
+template <typename T, Make kMake>
 void launch(const Job& job, const CUtensorMap& map_h, const CUtensorMap& map_w, int device,
             cudaStream_t stream) {
-  check(cudaFuncSetAttribute(linear_kernel<T, kExp>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  check(cudaFuncSetAttribute(linear_kernel<T, kMake>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kSharedBytes),
         "linear kernel shared memory");
   const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
   const int64_t clusters = std::max<int64_t>(1, std::min<int64_t>(job.plan.units, sms / kCluster));
-  linear_kernel<T, kExp><<<static_cast<unsigned>(clusters * kCluster), kThreads, kSharedBytes,
+  linear_kernel<T, kMake><<<static_cast<unsigned>(clusters * kCluster), kThreads, kSharedBytes,
                            stream>>>(map_h, map_w, job);
   check(cudaGetLastError(), "linear kernel");
 }
@@ -427,8 +474,9 @@ void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream
   const auto combine_blocks = static_cast<unsigned>(ceil_div(args.rows, kCombineWarps));
 
   if (args.exp == nullptr) {
-    type == Half::bfloat16 ? launch<__nv_bfloat16, false>(job, map_h, map_w, device, stream)
-                           : launch<__half, false>(job, map_h, map_w, device, stream);
+    type == Half::bfloat16
+        ? launch<__nv_bfloat16, Make::kSums>(job, map_h, map_w, device, stream)
+        : launch<__half, Make::kSums>(job, map_h, map_w, device, stream);
     combine<<<combine_blocks, kCombineWarps * 32, 0, stream>>>(job);
     check(cudaGetLastError(), "combine");
     return;
@@ -436,18 +484,13 @@ void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream
   if (type != Half::bfloat16) throw std::runtime_error("E needs bfloat16 inputs");
   job.redo =
       reinterpret_cast<int*>(workspace + partial_bytes(plan, args.rows) + label_bytes(args.rows));
-  check(cudaMemsetAsync(job.redo, 0, redo_bytes(plan), stream), "clearing the redo flags");
-  launch<__nv_bfloat16, true>(job, map_h, map_w, device, stream);
+  launch<__nv_bfloat16, Make::kSumsAndE>(job, map_h, map_w, device, stream);
   combine<<<combine_blocks, kCombineWarps * 32, 0, stream>>>(job);
   check(cudaGetLastError(), "combine");
-  // Without a look at the flags from the host, which would wait for the device: clusters without a
-  // flagged row pair end at once.
-  job.only_redo = true;
+  // Always, because only the device knows the flags, and the host shall not wait for it. Without a
+  // flag every CTA ends after one look at them.
   job.args.offsets = args.lse;
-  launch<__nv_bfloat16, true>(job, map_h, map_w, device, stream);
-  const auto patch_blocks = static_cast<unsigned>(ceil_div(args.rows, kCombineWarps * 32));
-  patch_redone<<<patch_blocks, kCombineWarps * 32, 0, stream>>>(job);
-  check(cudaGetLastError(), "patch");
+  launch<__nv_bfloat16, Make::kRedoneE>(job, map_h, map_w, device, stream);
 }
 
 }  // namespace cpo

@@ -4,6 +4,10 @@
 // The label's own term is left out of every sum of exponentials, so that
 //   logp = -log1p(S_others / e_y) <= 0  and  1 - p_y = S_others / (S_others + e_y)
 // keep their digits for confident tokens.
+//
+// Exponents are in powers of two: exp2(z c - top), one fused multiply-add per logit, with
+// c = log2(e) / temperature and top the rounded product max(z) c. The rounding of `top` cancels,
+// because the label's exponent is formed with the same `top`.
 #pragma once
 
 #include <cmath>
@@ -13,19 +17,40 @@
 namespace cpo {
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
-// sum = sum over some columns of exp2((z - max) * c), c = log2(e) / temperature; empty: max -inf,
-// sum 0.
+// The top of a sum that counts nothing. Finite, so that top - top is 0 and z c - top is -inf for
+// z = -inf; far below the z c of any logit that a model means.
+constexpr float kNothing = -3e38f;
+
+// sum = sum over some columns of exp2(z c - top)
 struct Partial {
-  float max;
+  float top;
   float sum;
 };
 
-CPO_HD Partial empty_partial() { return {-INFINITY, 0.0f}; }
+CPO_HD Partial empty_partial() { return {kNothing, 0.0f}; }
 
-// An empty partial has no maximum that could be subtracted; 0 serves, since all its terms are
-// exp2(-inf).
-CPO_HD float offset_of(float max) { return max == -INFINITY ? 0.0f : max; }
+// z c leaves the range of float32 where |z| is about 3e38: such a row has no usable top.
+CPO_HD bool counted(Partial part) { return part.top > kNothing && part.top < INFINITY; }
+
+// From logits to exponents: z c is in powers of two, and z c natural = z inverse.
+struct Scaling {
+  float c;
+  float natural;
+  float inverse;  // 1 / temperature
+};
+
+CPO_HD Scaling scaling(float temperature) {
+  return {kLog2e / temperature, kLn2, 1.0f / temperature};
+}
+
+// For rows that are not counted() under scaling(). Two different numbers of that size are so far
+// apart that exp2 of their difference is 0 under any c, so that c = 1/2, under which nothing
+// overflows and every product is exact, gives the same softmax.
+CPO_HD Scaling rescue_scaling(float temperature) {
+  return {0.5f, 2.0f / temperature, 1.0f / temperature};
+}
 
 // Rounded before it is added: a fused multiply-add would make merge(a, b) differ from merge(b, a),
 // and the lanes of a butterfly from one another.
@@ -37,32 +62,36 @@ CPO_HD float rounded_product(float a, float b) {
 #endif
 }
 
-CPO_HD Partial merge(Partial a, Partial b, float c) {
-  const float max = fmaxf(a.max, b.max);
-  const float from = offset_of(max);
-  return {max, rounded_product(a.sum, exp2f((a.max - from) * c)) +
-                   rounded_product(b.sum, exp2f((b.max - from) * c))};
+CPO_HD Partial merge(Partial a, Partial b) {
+  const float top = fmaxf(a.top, b.top);
+  return {top, rounded_product(a.sum, exp2f(a.top - top)) +
+                   rounded_product(b.sum, exp2f(b.top - top))};
 }
 
 struct RowResult {
   float logp;    // 0 where the label is ignored
   float lse;     // of all columns, natural units, after the temperature
   float others;  // 1 - p_y
-  float factor;  // p_v = exp2((z_v - max) * c) * factor
+  float factor;  // p_v = exp2(z_v c - top) factor; 0 where the label is ignored
 };
 
-CPO_HD RowResult finish_row(Partial part, float label_logit, bool has_label,
-                            float inv_temperature) {
-  if (!has_label) {
-    const float lse = part.max * inv_temperature + logf(part.sum);
-    return {0.0f, lse, 0.0f, 1.0f / part.sum};
-  }
+CPO_HD RowResult finish_row(Partial part, float label_logit, bool has_label, Scaling scaling) {
+  const float others_lse = part.top * scaling.natural + logf(part.sum);
+  if (!has_label) return {0.0f, others_lse, 0.0f, 0.0f};
+  // The label's exponent over `top`. Halves, which are exact, keep it finite where it has a value.
+  const float over = fmaf(label_logit, 0.5f * scaling.c, -0.5f * part.top) * (2.0f * scaling.natural);
   // d = log(S_others / e_y); -inf where the label is the only column that counts
-  const float d = (part.max - label_logit) * inv_temperature + logf(part.sum);
-  const float softplus = d > 0.0f ? d + log1pf(expf(-d)) : log1pf(expf(d));
+  float d = logf(part.sum) - over;
+  // Overflow is shown, not hidden: an infinite label, or nothing counted and a label so low that
+  // the others may only have overflowed.
+  const bool uncounted = part.sum == 0.0f && label_logit * scaling.c <= kNothing;
+  if (label_logit == INFINITY || uncounted) d = NAN;
+  const float rest = log1pf(expf(-fabsf(d)));
+  const float softplus = d > 0.0f ? d + rest : rest;
   const float others = 1.0f / (1.0f + expf(-d));
-  return {-softplus, label_logit * inv_temperature + softplus, others,
-          part.sum > 0.0f ? others / part.sum : 0.0f};
+  // From the others where the label is so far below them that it may be infinite.
+  const float lse = d > 64.0f ? others_lse : label_logit * scaling.inverse + softplus;
+  return {-softplus, lse, others, part.sum > 0.0f ? others / part.sum : 0.0f};
 }
 
 }  // namespace cpo

@@ -1,6 +1,7 @@
 #include "row_kernel.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "launch.h"
 #include "logp.h"
@@ -12,120 +13,185 @@ namespace {
 
 constexpr int kWarps = kRowThreads / 32;
 
-// A raw logit after bias and soft-capping; `slope` is its derivative.
-__device__ __forceinline__ float transformed(const RowArgs& args, float x, int column,
-                                             float* slope) {
-  if (args.bias != nullptr) x += args.bias[column];
-  if (args.softcap > 0.0f) {
-    const float t = tanhf(x / args.softcap);
-    *slope = 1.0f - t * t;
-    return args.softcap * t;
-  }
-  *slope = 1.0f;
-  return x;
+// t = tanh(x / cap) and cap t, each to a few ulp, and the derivative of cap t. 1 - t^2 would lose
+// the derivative's digits where the cap is reached.
+__device__ __forceinline__ float soft_cap(float x, float cap, float inverse, float* slope) {
+  x *= inverse;
+  const float e = expf(-2.0f * fabsf(x));
+  const float r = __fdividef(1.0f, 1.0f + e);
+  *slope = 4.0f * e * r * r;
+  // Near zero 1 - e has lost its digits: the Taylor series, good to 1e-8 relative below 0.25.
+  const float q = x * x;
+  const float series =
+      fmaf(q, fmaf(q, fmaf(q, fmaf(q, 62.0f / 2835, -17.0f / 315), 2.0f / 15), -1.0f / 3), 1.0f);
+  return cap * (q < 0.0625f ? x * series : copysignf((1.0f - e) * r, x));
 }
+
+// How raw values become logits, before the temperature; kTransform: with a bias or a soft cap.
+template <typename T, bool kTransform>
+struct Head {
+  const float* bias;
+  float softcap;
+  float inverse;  // 1 / softcap
+  int vocab;
+
+  __device__ __forceinline__ explicit Head(const RowArgs& args)
+      : bias(args.bias),
+        softcap(args.softcap),
+        inverse(args.softcap > 0.0f ? 1.0f / args.softcap : 0.0f),
+        vocab(args.vocab) {}
+
+  // Columns column .. column + 7, the first a multiple of 8; without kWhole some of them may lie
+  // beyond the vocabulary, where values are unspecified. Slopes are 1 without kTransform.
+  template <bool kWhole>
+  __device__ __forceinline__ void logits(const uint4& vector, int column, float (&z)[kVec],
+                                         float (&slope)[kVec]) const {
+    unpack8<T>(vector, z);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) slope[i] = 1.0f;
+    if constexpr (kTransform) {
+      if (bias != nullptr) {
+        if constexpr (kWhole) {
+          const float4 low = reinterpret_cast<const float4*>(bias + column)[0];
+          const float4 high = reinterpret_cast<const float4*>(bias + column)[1];
+          const float b[kVec] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) z[i] += b[i];
+        } else {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            if (column + i < vocab) z[i] += bias[column + i];
+          }
+        }
+      }
+      if (softcap > 0.0f) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) z[i] = soft_cap(z[i], softcap, inverse, &slope[i]);
+      }
+    }
+  }
+};
 
 // What a thread carries through the first pass over its vectors of a row.
 template <typename T, bool kTransform>
 struct Scan {
-  const RowArgs& args;
-  float c;          // log2(e) / temperature
-  int label;        // -1: ignored
+  const Head<T, kTransform>& head;
+  float c;  // Scaling::c
   Partial part = empty_partial();
 
-  // `vector` holds columns 8 * index .. 8 * index + 7; the label's logit goes to *label_logit.
-  __device__ __forceinline__ void add(const uint4& vector, int index, float* label_logit) {
-    float z[kVec];
-    unpack8<T>(vector, z);
-    const int column = index * kVec;
+  // No maximum is awaited and nothing branches: each call scales the sum so far, mostly by 1.
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&z)[kCount], float highest) {
+    const float top = fmaxf(part.top, highest * c);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) z[i] = exp2_fast(fmaf(z[i], c, -top));
+    // The new terms first, then the running sum: a long sum of small terms drifts.
+    part.sum = fmaf(part.sum, exp2_fast(part.top - top), sum_of(z));
+    part.top = top;
+  }
+
+  // Whole vectors without the label; their columns start at `column` and are `step` apart.
+  template <int kCount>
+  __device__ __forceinline__ void add_whole(const uint4 (&vectors)[kCount], int column, int step) {
+    float z[kCount * kVec];
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      float one[kVec], slope[kVec];
+      head.template logits<true>(vectors[v], column + v * step, one, slope);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) z[v * kVec + i] = one[i];
+    }
+    float highest;
     if constexpr (kTransform) {
-      float slope;
+      float copy[kCount * kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        if (column + i < args.vocab) z[i] = transformed(args, z[i], column + i, &slope);
+      for (int i = 0; i < kCount * kVec; ++i) copy[i] = z[i];
+      highest = highest_of(copy);
+    } else {
+      highest = highest_of<T>(vectors);
+    }
+    add(z, highest);
+  }
+
+  // Any vector. The label stays out of the sum: its logit and the slope there go to where they are
+  // asked for, by the thread that meets it.
+  __device__ __forceinline__ void add_masked(const uint4& vector, int column, int label,
+                                             float* label_logit, float* label_slope) {
+    float z[kVec], slope[kVec], copy[kVec];
+    head.template logits<false>(vector, column, z, slope);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (column + i == label) {
+        *label_logit = z[i];
+        *label_slope = slope[i];
       }
+      if (column + i == label || column + i >= head.vocab) z[i] = -INFINITY;
+      copy[i] = z[i];
     }
-    // Rare vectors only: the one with the label, which stays out of the sum, and a ragged last one.
-    if (label >> 3 == index || column + kVec > args.vocab) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        if (column + i == label) *label_logit = z[i];
-        if (column + i == label || column + i >= args.vocab) z[i] = -INFINITY;
-      }
-    }
-    float highest = z[0];
-#pragma unroll
-    for (int i = 1; i < kVec; ++i) highest = fmaxf(highest, z[i]);
-    if (highest > part.max) {
-      part.sum *= exp2_fast((part.max - highest) * c);
-      part.max = highest;
-    }
-    const float from = offset_of(part.max);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) sum += exp2_fast((z[i] - from) * c);
-    part.sum += sum;  // eight terms first, then the running sum: a long sum of small terms drifts
+    add(z, highest_of(copy));
   }
 };
 
-// The vector's d logp / d logits: onehot - p, times the derivatives of temperature and
-// soft-capping.
-template <typename T, bool kTransform>
-__device__ __forceinline__ uint4 gradient(const uint4& vector, int index, const RowArgs& args,
-                                          const RowResult& result, float max, float c, int label) {
-  float z[kVec];
-  unpack8<T>(vector, z);
-  const int column = index * kVec;
-  const float from = offset_of(max);
-  const float scale = 1.0f / args.temperature;
+// -p_v times the derivatives of temperature and soft-capping: d logp / d logits but at the label.
+// `multiplier` is -factor / temperature.
+template <typename T, bool kTransform, bool kWhole>
+__device__ __forceinline__ uint4 gradient(const Head<T, kTransform>& head, const uint4& vector,
+                                          int column, float c, float top, float multiplier) {
+  float z[kVec], slope[kVec];
+  head.template logits<kWhole>(vector, column, z, slope);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    float slope = 1.0f;
-    if constexpr (kTransform) {
-      if (column + i < args.vocab) z[i] = transformed(args, z[i], column + i, &slope);
-    }
-    z[i] = -exp2_fast((z[i] - from) * c) * result.factor * scale * slope;
-  }
-  if (label >> 3 == index || column + kVec > args.vocab) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (column + i >= args.vocab) z[i] = 0.0f;
-      if (column + i == label) {
-        float slope = 1.0f;
-        if constexpr (kTransform) {
-          float raw[kVec];
-          unpack8<T>(vector, raw);
-          transformed(args, raw[i], label, &slope);
-        }
-        z[i] = result.others * scale * slope;
-      }
-    }
+    z[i] = exp2_fast(fmaf(z[i], c, -top)) * multiplier;
+    if constexpr (kTransform) z[i] *= slope[i];
+    if (!kWhole && column + i >= head.vocab) z[i] = 0.0f;
   }
   return pack8<T>(z);
 }
 
-__device__ __forceinline__ Partial warp_merge(Partial part, float c) {
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+// The rounds of a share: batch(round, Count<n>) for n whole rounds without the label, and
+// masked(round) for the label's round and those that are not whole. All threads of a CTA take the
+// same way, so that neither the label nor the end of the row costs anything per vector.
+template <int kBatch, typename Batch, typename Masked>
+__device__ __forceinline__ void for_rounds(const RowRounds& rounds, int label_round,
+                                           const Batch& batch, const Masked& masked) {
+  int round = 0;
+  while (true) {
+    const int end =
+        round <= label_round && label_round < rounds.whole ? label_round : rounds.whole;
+    for (; round + kBatch <= end; round += kBatch) batch(round, Count<kBatch>());
+    for (; round < end; ++round) batch(round, Count<1>());
+    if (round >= rounds.all) break;
+    masked(round);
+    ++round;
+  }
+}
+
+__device__ __forceinline__ Partial warp_merge(Partial part) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    const Partial other{__shfl_xor_sync(0xFFFFFFFFu, part.max, step),
+    const Partial other{__shfl_xor_sync(0xFFFFFFFFu, part.top, step),
                         __shfl_xor_sync(0xFFFFFFFFu, part.sum, step)};
-    part = merge(part, other, c);  // symmetric, so all lanes end with the same bits
+    part = merge(part, other);  // symmetric, so all lanes end with the same bits
   }
   return part;
 }
 
 // The merged sum of all threads, in every thread. One barrier: `warps` may be written again only
 // after the caller's next barrier.
-__device__ __forceinline__ Partial block_merge(Partial part, Partial* warps, float c) {
-  part = warp_merge(part, c);
+__device__ __forceinline__ Partial block_merge(Partial part, Partial* warps) {
+  part = warp_merge(part);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = part;
   __syncthreads();
-  return warp_merge(warps[threadIdx.x % 32], c);
+  return warp_merge(warps[threadIdx.x % 32]);
 }
 
-__device__ __forceinline__ int label_of(const RowArgs& args, int row) {
-  const int64_t label = args.labels[row];
-  return label >= 0 && label < args.vocab ? static_cast<int>(label) : -1;
+__device__ __forceinline__ int label_in(int64_t label, int vocab) {
+  return label >= 0 && label < vocab ? static_cast<int>(label) : -1;
 }
 
 __device__ __forceinline__ void write_result(const RowArgs& args, int row,
@@ -134,29 +200,93 @@ __device__ __forceinline__ void write_result(const RowArgs& args, int row,
   if (args.lse != nullptr) args.lse[row] = result.lse;
 }
 
+// The label's gradient, over the 16 bits that the calling thread wrote with its vector. A copy of
+// bytes: a store through T* might be moved before that of the vector, which has another type.
+template <typename T>
+__device__ __forceinline__ void write_label(uint4* line, int label, float value) {
+  const uint16_t bits = static_cast<uint16_t>(pack<T>(value, 0.0f) & 0xFFFFu);
+  memcpy(reinterpret_cast<char*>(line) + 2 * static_cast<int64_t>(label), &bits, sizeof(bits));
+}
+
 // Portable: one CTA per row, which is read twice, the second time mostly from L2.
 template <typename T, bool kTransform>
 __global__ void __launch_bounds__(kRowThreads, 1)
     row_portable(const __grid_constant__ RowArgs args) {
   __shared__ Partial warps[kWarps];
   __shared__ float label_logit;
-  const float c = kLog2e / args.temperature;
-  const int vecs = row_vecs(args.vocab);
+  const Head<T, kTransform> head(args);
+  const int thread = static_cast<int>(threadIdx.x);
+  const RowShare share{0, row_vecs(args.vocab),
+                       static_cast<int>(ceil_div(row_vecs(args.vocab), kPieceVecs))};
+  const RowRounds rounds = row_rounds(args.vocab, share);
+  const int step = kPieceVecs * kVec;  // columns of a round
   for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
-    uint4* line = reinterpret_cast<uint4*>(static_cast<T*>(args.logits) +
-                                           offset_2d(row, args.stride, 0));
-    const int label = label_of(args, row);
-    Scan<T, kTransform> scan{args, c, label};
-#pragma unroll 4
-    for (int i = threadIdx.x; i < vecs; i += kRowThreads) scan.add(line[i], i, &label_logit);
-    const Partial part = block_merge(scan.part, warps, c);  // and publishes label_logit
-    const RowResult result = finish_row(part, label_logit, label >= 0, 1.0f / args.temperature);
-    if (threadIdx.x == 0) write_result(args, row, result);
+    uint4* const line = reinterpret_cast<uint4*>(static_cast<T*>(args.logits) +
+                                                 offset_2d(row, args.stride, 0));
+    const int label = label_in(args.labels[row], args.vocab);
+    const LabelPlace at = label_place(label, share);
+    Scaling scale = scaling(args.temperature);
+    Partial part;
+    float label_slope = 1.0f;
+    for (bool again = false;; again = true) {
+      Scan<T, kTransform> scan{head, scale.c};
+      for_rounds<kTransform ? 2 : 4>(
+          rounds, at.round,
+          [&](int round, auto count) {
+            constexpr int kCount = decltype(count)::value;
+            uint4 vectors[kCount];
+            const int first = round * kPieceVecs + thread;
+#pragma unroll
+            for (int v = 0; v < kCount; ++v) vectors[v] = line[first + v * kPieceVecs];
+            // By two: sixteen logits and exponentials are what the registers hold.
+            if constexpr (kCount == 4) {
+              scan.add_whole({vectors[0], vectors[1]}, first * kVec, step);
+              scan.add_whole({vectors[2], vectors[3]}, first * kVec + 2 * step, step);
+            } else {
+              scan.add_whole(vectors, first * kVec, step);
+            }
+          },
+          [&](int round) {
+            const int i = round * kPieceVecs + thread;
+            if (i >= share.vecs) return;
+            scan.add_masked(line[i], i * kVec, label, &label_logit, &label_slope);
+          });
+      part = block_merge(scan.part, warps);  // and publishes label_logit
+      if (again || counted(part)) break;
+      scale = rescue_scaling(args.temperature);
+      __syncthreads();  // `warps` has been read by all
+    }
+    const RowResult result = finish_row(part, label_logit, label >= 0, scale);
+    if (thread == 0) write_result(args, row, result);
     if (row < args.grad_rows) {
-#pragma unroll 2
-      for (int i = threadIdx.x; i < vecs; i += kRowThreads) {
-        line[i] = label < 0 ? make_uint4(0, 0, 0, 0)
-                            : gradient<T, kTransform>(line[i], i, args, result, part.max, c, label);
+      if (label < 0) {
+        for (int i = thread; i < share.vecs; i += kRowThreads) line[i] = make_uint4(0, 0, 0, 0);
+      } else {
+        const float multiplier = -result.factor / args.temperature;
+        for_rounds<2>(
+            rounds, -1,
+            [&](int round, auto count) {
+              constexpr int kCount = decltype(count)::value;
+            uint4 vectors[kCount];
+              const int first = round * kPieceVecs + thread;
+#pragma unroll
+              for (int v = 0; v < kCount; ++v) vectors[v] = line[first + v * kPieceVecs];
+#pragma unroll
+              for (int v = 0; v < kCount; ++v) {
+                line[first + v * kPieceVecs] =
+                    gradient<T, kTransform, true>(head, vectors[v], first * kVec + v * step,
+                                                  scale.c, part.top, multiplier);
+              }
+            },
+            [&](int round) {
+              const int i = round * kPieceVecs + thread;
+              if (i >= share.vecs) return;
+              line[i] = gradient<T, kTransform, false>(head, line[i], i * kVec, scale.c, part.top,
+                                                       multiplier);
+            });
+        if (thread == at.thread) {
+          write_label<T>(line, label, result.others / args.temperature * label_slope);
+        }
       }
     }
     __syncthreads();  // `warps` and label_logit have been read by all
@@ -174,88 +304,159 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
   __shared__ __align__(8) uint64_t arrived[kMaxPieces];
   __shared__ Partial warps[kWarps];
   __shared__ float label_logit;
-  __shared__ float4 from_peer[2];  // by turn & 1: the peer's max, sum, label logit
+  __shared__ float4 from_peer[2];  // by exchange & 1: the peer's top, sum, label logit
   __shared__ __align__(8) uint64_t peer_arrived[2];
 
+  const Head<T, kTransform> head(args);
+  const int thread = static_cast<int>(threadIdx.x);
   const int rank = static_cast<int>(cluster_rank());
   const int clusters = gridDim.x / kCluster;
   const RowShare share = row_share(args.vocab, rank);
-  const float c = kLog2e / args.temperature;
+  const RowRounds rounds = row_rounds(args.vocab, share);  // a round is a piece
+  const int step = kPieceVecs * kVec;
   T* const logits = static_cast<T*>(args.logits);
 
   // Called by thread 0 only. Expects the bytes before copying, in the same thread, so a phase
-  // cannot end early.
-  const auto load = [&](int row, int piece) {
-    const uint32_t bytes = piece_vecs(share, piece) * static_cast<uint32_t>(sizeof(uint4));
-    const int64_t column = static_cast<int64_t>(share.first_vec + piece * kPieceVecs) * kVec;
+  // cannot end early. `source` is the share's first vector of a row.
+  const auto copy = [&](const uint4* source, int piece, uint32_t bytes) {
     barrier_expect(&arrived[piece], bytes);
-    copy_bulk(tile + piece * kPieceVecs, logits + offset_2d(row, args.stride, column), bytes,
-              &arrived[piece]);
+    copy_bulk(tile + piece * kPieceVecs, source + piece * kPieceVecs, bytes, &arrived[piece]);
+  };
+  const auto load = [&](const uint4* source, int first_piece) {
+    for (int piece = first_piece; piece < share.pieces; ++piece) {
+      copy(source, piece, piece_vecs(share, piece) * static_cast<uint32_t>(sizeof(uint4)));
+    }
+  };
+  const auto share_of = [&](int row) {
+    return reinterpret_cast<uint4*>(logits + offset_2d(row, args.stride, 0)) + share.first_vec;
   };
 
   int row = blockIdx.x / kCluster;
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
     for (int piece = 0; piece < share.pieces; ++piece) barrier_init(&arrived[piece], 1);
     for (uint64_t& barrier : peer_arrived) barrier_init(&barrier, 1);
     barrier_init_fence();
   }
   cluster_sync();  // the barriers are initialised for all, and the peer CTA runs
-  if (threadIdx.x == 0 && row < args.rows) {
-    for (int piece = 0; piece < share.pieces; ++piece) load(row, piece);
-  }
+  if (thread == 0 && row < args.rows) load(share_of(row), 0);
 
+  // Read a row ahead: the label decides the way through the row from its first piece on.
+  int64_t next_label = row < args.rows ? args.labels[row] : -1;
+  int exchange = 0;  // between the two CTAs: one per row, two for a row that is scanned again
   // Barrier `piece` completes one phase per row, so its parity is the number of the row's turn,
   // modulo 2.
   for (int turn = 0; row < args.rows; ++turn, row += clusters) {
-    const int label = label_of(args, row);
-    Scan<T, kTransform> scan{args, c, label};
-    for (int piece = 0; piece < share.pieces; ++piece) {
-      barrier_wait(&arrived[piece], turn & 1);
-      const int i = piece * kPieceVecs + static_cast<int>(threadIdx.x);
-      if (i < share.vecs) scan.add(tile[i], share.first_vec + i, &label_logit);
-    }
-    const Partial mine = block_merge(scan.part, warps, c);  // also publishes label_logit
+    const int next = row + clusters;
+    const int label = label_in(next_label, args.vocab);
+    if (next < args.rows) next_label = args.labels[next];
+    const LabelPlace at = label_place(label, share);
+    const bool owner = label >= 0 && (rank == 1) == (label / kVec >= row_share(args.vocab, 0).vecs);
+    Scaling scale = scaling(args.temperature);
+    Partial part;
+    float peer_logit, own_logit, label_slope = 1.0f;
+    for (bool again = false;; again = true, ++exchange) {
+      Scan<T, kTransform> scan{head, scale.c};
+      for_rounds<2>(
+          rounds, at.round,
+          [&](int round, auto count) {
+            constexpr int kCount = decltype(count)::value;
+            uint4 vectors[kCount];
+            const int first = round * kPieceVecs + thread;
+#pragma unroll
+            for (int v = 0; v < kCount; ++v) {
+              barrier_wait(&arrived[round + v], turn & 1);
+              vectors[v] = tile[first + v * kPieceVecs];
+            }
+            scan.add_whole(vectors, (share.first_vec + first) * kVec, step);
+          },
+          [&](int round) {
+            barrier_wait(&arrived[round], turn & 1);
+            const int i = round * kPieceVecs + thread;
+            if (i >= share.vecs) return;
+            scan.add_masked(tile[i], (share.first_vec + i) * kVec, label, &label_logit,
+                            &label_slope);
+          });
+      const Partial mine = block_merge(scan.part, warps);  // also publishes label_logit
 
-    // The CTAs send each other their numbers. Places and barriers alternate between turns, so that
-    // a place is written for turn n + 2 only after its reader has finished turn n: the sender of n
-    // + 2 has received turn n + 1, which the reader sent after all its threads had passed
-    // block_merge's barrier of turn n + 1. For the same reason no barrier can run two phases ahead
-    // of a thread that waits for it.
-    const int place = turn & 1;
-    if (threadIdx.x == 0) {
-      barrier_expect(&peer_arrived[place], sizeof(float4));
-      send_peer(peer_address(shared_address(&from_peer[place]), rank ^ 1), mine.max, mine.sum,
-                label_logit,  // means something in the CTA that holds the label
-                0.0f, peer_address(shared_address(&peer_arrived[place]), rank ^ 1));
+      // The CTAs send each other their numbers. Places and barriers alternate between exchanges, so
+      // that a place is written for exchange n + 2 only after its reader has finished exchange n:
+      // the sender of n + 2 has received n + 1, which the reader sent after all its threads had
+      // passed block_merge's barrier before n + 1. For the same reason no barrier can run two
+      // phases ahead of a thread that waits for it.
+      const int place = exchange & 1;
+      own_logit = label_logit;
+      if (thread == 0) {
+        barrier_expect(&peer_arrived[place], sizeof(float4));
+        send_peer(peer_address(shared_address(&from_peer[place]), rank ^ 1), mine.top, mine.sum,
+                  own_logit,  // means something in the CTA that holds the label
+                  0.0f, peer_address(shared_address(&peer_arrived[place]), rank ^ 1));
+      }
+      barrier_wait_peer(&peer_arrived[place], exchange >> 1 & 1);
+      const float4 peer = from_peer[place];
+      peer_logit = peer.z;
+      part = merge(mine, {peer.x, peer.y});  // symmetric: both CTAs get the same bits
+      if (again || counted(part)) break;     // and go the same way
+      scale = rescue_scaling(args.temperature);
+      __syncthreads();  // all have read `warps`, label_logit and from_peer
     }
-    const float own_logit = label_logit;
-    barrier_wait_peer(&peer_arrived[place], turn >> 1 & 1);
-    const float4 peer = from_peer[place];
-
-    // Merging is symmetric: both CTAs get the same bits.
-    const Partial part = merge(mine, {peer.x, peer.y}, c);
-    const int owner = label >= 0 && label / kVec >= row_share(args.vocab, 0).vecs ? 1 : 0;
-    const RowResult result = finish_row(part, owner == rank ? own_logit : peer.z, label >= 0,
-                                        1.0f / args.temperature);
-    if (rank == 0 && threadIdx.x == 0) write_result(args, row, result);
+    ++exchange;
+    const RowResult result =
+        finish_row(part, owner ? own_logit : peer_logit, label >= 0, scale);
+    if (rank == 0 && thread == 0) write_result(args, row, result);
     __syncthreads();  // all have read `warps`, label_logit, from_peer and, in the scan, every piece
 
-    const bool store = row < args.grad_rows;  // the same for all threads
-    uint4* const line =
-        reinterpret_cast<uint4*>(logits + offset_2d(row, args.stride, 0)) + share.first_vec;
-    const int next = row + clusters;
-    for (int piece = 0; piece < share.pieces; ++piece) {
-      const int i = piece * kPieceVecs + static_cast<int>(threadIdx.x);
-      if (store && i < share.vecs) {
-        line[i] = label < 0 ? make_uint4(0, 0, 0, 0)
-                            : gradient<T, kTransform>(tile[i], share.first_vec + i, args, result,
-                                                      part.max, c, label);
-      }
-      if (store) __syncthreads();  // all have read the piece again
-      if (threadIdx.x == 0 && next < args.rows) {
+    // Refilled by thread 0 when all threads are done with a piece.
+    const bool refills = thread == 0 && next < args.rows;
+    const uint4* const source = share_of(refills ? next : row);
+    uint4* const line = share_of(row);
+    if (row >= args.grad_rows || label < 0) {
+      if (refills) {
         async_proxy_fence();
-        load(next, piece);
+        load(source, 0);
       }
+      if (row < args.grad_rows) {
+        for (int i = thread; i < share.vecs; i += kRowThreads) line[i] = make_uint4(0, 0, 0, 0);
+      }
+      continue;
+    }
+    const float multiplier = -result.factor / args.temperature;
+    for_rounds<2>(
+        rounds, -1,
+        [&](int round, auto count) {
+          constexpr int kCount = decltype(count)::value;
+          const int first = round * kPieceVecs + thread;
+#pragma unroll
+          for (int v = 0; v < kCount; ++v) {
+            line[first + v * kPieceVecs] = gradient<T, kTransform, true>(
+                head, tile[first + v * kPieceVecs], (share.first_vec + first) * kVec + v * step,
+                scale.c, part.top, multiplier);
+          }
+          __syncthreads();  // all have read the pieces again
+          if (refills) {
+            async_proxy_fence();
+#pragma unroll
+            for (int v = 0; v < kCount; ++v) {
+              copy(source, round + v, kPieceVecs * static_cast<uint32_t>(sizeof(uint4)));
+            }
+          }
+        },
+        [&](int round) {
+          const int i = round * kPieceVecs + thread;
+          if (i < share.vecs) {
+            line[i] = gradient<T, kTransform, false>(head, tile[i], (share.first_vec + i) * kVec,
+                                                     scale.c, part.top, multiplier);
+          }
+        });
+    if (rounds.whole < rounds.all) {
+      __syncthreads();
+      if (refills) {
+        async_proxy_fence();
+        load(source, rounds.whole);
+      }
+    }
+    if (thread == at.thread) {
+      write_label<T>(line - share.first_vec, label,
+                     result.others / args.temperature * label_slope);
     }
   }
   cluster_sync();  // neither CTA ends while the other may still send to it

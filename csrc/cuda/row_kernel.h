@@ -19,7 +19,7 @@ struct RowArgs {
   int vocab;              // V
   int grad_rows;          // rows 0..grad_rows-1 become d logp / d logits, the others stay
   const int64_t* labels;  // [rows]; anything outside 0..vocab-1 is ignored: logp 0, gradient 0
-  const float* bias;      // [vocab] or null
+  const float* bias;      // [vocab], aligned to 16 bytes, or null
   float softcap;          // 0: none
   float temperature;
   float* logps;           // [rows]

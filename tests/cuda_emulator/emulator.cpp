@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -54,12 +55,20 @@ struct Cta {
   int current = 0;
   int arrived = 0;
   int turn = 0;
+  int any[2] = {0, 0};  // of __syncthreads_or, by turn
   ucontext_t scheduler;
   const std::function<void()>* body;
   std::chrono::steady_clock::time_point moved;
 };
 
 thread_local Cta* cta;
+
+// What ran since the last call of emulator_log, for tests: "name:copies:cluster barriers" each.
+struct Log {
+  std::string text;
+  std::atomic<int> copies{0}, cluster_syncs{0};
+};
+Log ran;
 alignas(16) thread_local uint8_t dynamic_memory[228 * 1024];
 
 struct Barrier {  // in the 8 bytes of the mbarrier
@@ -153,6 +162,7 @@ void launch(const std::function<void()>& body, const char* name, unsigned grid, 
   const std::string kernel(name);
   const bool pairs = kernel.find("row_cluster") == 0 || kernel.find("linear_kernel") == 0;
   const unsigned size = pairs ? 2 : 1;
+  ran.copies = ran.cluster_syncs = 0;
   if (grid % size || shared > sizeof(dynamic_memory)) fail("launch of a grid that cannot run");
   for (unsigned first = 0; first < grid; first += size) {
     Cluster cluster;
@@ -167,6 +177,8 @@ void launch(const std::function<void()>& body, const char* name, unsigned grid, 
     for (std::thread& thread : threads) thread.join();
     if (!cluster.copies.empty()) fail("a kernel ended before its copies");
   }
+  ran.text += kernel.substr(0, kernel.find('<')) + ":" + std::to_string(ran.copies) + ":" +
+              std::to_string(ran.cluster_syncs / static_cast<int>(block)) + " ";
 }
 
 uint32_t shuffle_xor(uint32_t value, int step) {
@@ -199,6 +211,7 @@ uint32_t peer(uint32_t address, uint32_t rank) { return (address & 0xFFFFFF) | r
 
 void cluster_sync() {
   Cluster& cluster = *cta->cluster;
+  ++ran.cluster_syncs;
   const int turn = cluster.turn;
   if (++cluster.arrived == cluster.threads) {
     cluster.arrived = 0;
@@ -231,6 +244,7 @@ void copied(uint32_t barrier, uint32_t bytes) {
 void later(const std::function<void()>& copy) {
   const std::lock_guard<std::mutex> guard(cta->cluster->mutex);
   cta->cluster->copies.push_back(copy);
+  ++ran.copies;
 }
 
 void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -279,10 +293,13 @@ void read_box(uint32_t target, const CUtensorMap* opaque, int column, int row) {
   }
 }
 
+static thread_local bool has_context = false;
+
 static CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
                        const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                        const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
   if (rank != 2 || strides[0] % 16 || reinterpret_cast<uintptr_t>(base) % 16 || box[0] != 64 ||
       box[1] != 128 || steps[0] != 1 || steps[1] != 1 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -312,10 +329,27 @@ void __syncthreads() {
   }
 }
 
+int __syncthreads_or(int predicate) {
+  using namespace emu;
+  const int place = cta->turn % 2;
+  cta->any[place] |= predicate != 0;
+  cta->any[place ^ 1] = 0;  // everybody has left the turn before
+  __syncthreads();
+  return cta->any[place];
+}
+
 extern "C" {
+const char* emulator_log() {
+  static std::string last;
+  last = emu::ran.text;
+  emu::ran.text.clear();
+  return last.c_str();
+}
 static int current_device = 0;
+// As in the runtime, a fresh thread has a current device but no current context.
 cudaError_t cudaSetDevice(int device) {
   current_device = device;
+  emu::has_context = true;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
@@ -330,10 +364,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) 
   *value = name == cudaDevAttrMultiProcessorCount           ? (hopper ? 6 : 2)
            : name == cudaDevAttrComputeCapabilityMajor ? (hopper ? 9 : 8)
                                                        : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
-  std::memset(pointer, value, bytes);
   return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,

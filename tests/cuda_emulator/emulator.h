@@ -74,6 +74,8 @@ void read_box(uint32_t target, const CUtensorMap* map, int column, int row);
 }  // namespace emu
 
 void __syncthreads();
+int __syncthreads_or(int predicate);
+inline float __fdividef(float a, float b) { return a / b; }
 inline void __syncwarp() { emu::shuffle_xor(0, 0); }
 inline float __shfl_xor_sync(unsigned, float value, int step) {
   uint32_t word;
