@@ -71,6 +71,16 @@ def tanh_and_slope(x):
 
 
 @triton.jit
+def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The soft cap of z where there is one, and d capped / d z (1.0 without a cap)."""
+    slope = 1.0
+    if HAS_SOFTCAP:
+        t, slope = tanh_and_slope(z / softcap)
+        z = softcap * t
+    return z, slope
+
+
+@triton.jit
 def final_logits(
     z,  # raw logits, float32, any shape
     bias,  # the same shape, or 0.0
@@ -79,19 +89,24 @@ def final_logits(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Bias, soft cap and temperature; and d z / d raw, of the shape of z or a scalar."""
-    z = z + bias
-    slope = inv_temperature
-    if HAS_SOFTCAP:
-        t, derivative = tanh_and_slope(z / softcap)
-        z = softcap * t
-        slope = derivative * inv_temperature
-    return z * inv_temperature, slope
+    z, slope = capped(z + bias, softcap, HAS_SOFTCAP)
+    return z * inv_temperature, slope * inv_temperature
 
 
 @triton.jit
 def shift(m):
     """What to subtract before exp: the maximum, or 0 where nothing finite was seen (-inf)."""
     return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def logp_from_odds(a, label_logit):
+    """Log-prob of the label from `a`, the log of the others' sum over the label's term.
+
+    Returns (logp, probability of not being the label).
+    """
+    a = tl.where(label_logit == float("inf"), float("nan"), a)  # overflow is shown, not hidden
+    return -softplus(a), sigmoid(a)
 
 
 @triton.jit
@@ -102,5 +117,4 @@ def logp_from_parts(m, s, label_logit):
     """
     a = (m - label_logit) + tl.log(s)
     a = tl.where((s == 0.0) & (label_logit > float("-inf")), float("-inf"), a)  # nobody else
-    a = tl.where(label_logit == float("inf"), float("nan"), a)  # overflow is shown, not hidden
-    return -softplus(a), sigmoid(a)
+    return logp_from_odds(a, label_logit)

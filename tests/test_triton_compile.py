@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,66 +20,12 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton_binary import DTYPES, SHARED_LIMIT, Binary, compiled, loops  # noqa: E402
 
-from cpo_fast.kernels import linear_lse, pair_reduction, row_kernel  # noqa: E402
+from cpo_fast.kernels import lean_rows, linear_lse, pair_reduction, row_kernel  # noqa: E402
 
-SHARED_LIMIT = 227 * 1024  # bytes that one block may have on sm_90
 HIDDEN_SIZES = (896, 2048, 3584)
 VOCABULARIES = (151_936, 152_064, 32_000, 50_257)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Binary(NamedTuple):
-    ptx: str
-    registers: int
-    stack: int  # bytes of local memory a thread, where spilled registers go
-    shared: int
-
-
-def compiled(
-    kernel: Any,
-    arguments: Mapping[str, str | int],
-    constants: Mapping[str, Any],
-    folder: Path,
-    *,
-    num_warps: int,
-    num_stages: int = 3,
-    capability: int = 90,
-) -> Binary:
-    """`arguments` maps a name to its type, or to the value that decides how it is specialised."""
-    signature, constexprs, attributes = {}, dict(constants), {}
-    for index, name in enumerate(kernel.arg_names):
-        kind = arguments.get(name, "constexpr")
-        if isinstance(kind, int) and kind == 1:
-            constexprs[name], kind = 1, "constexpr"
-        elif isinstance(kind, int):
-            if kind % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            kind = "i32"
-        elif kind.startswith("*"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        signature[name] = kind
-    assert set(constexprs) == {name for name, kind in signature.items() if kind == "constexpr"}
-    binary = triton.compile(
-        ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
-    )
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
-    report = subprocess.run(
-        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return Binary(
-        binary.asm["ptx"],
-        usage["REG"],
-        usage["STACK"] + usage["LOCAL"],
-        binary.metadata.shared,
-    )
 
 
 def test_sizes_differ_only_by_divisibility() -> None:
@@ -99,31 +42,24 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
         linear_lse.linear_lse_logps(torch.zeros(2, 16), torch.zeros(3, 16), labels)
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
-@pytest.mark.parametrize("V", [152_064, 50_257])
-def test_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
+def row_arguments(dtype: str, V: int) -> dict[str, str | int]:
     width = -(-V // 64) * 64
-    BR, BK, num_warps = row_kernel.row_tile(width, DTYPES[dtype].itemsize, plain=plain)
-    binary = compiled(
-        row_kernel.row_kernel,
-        {
-            "logits_ptr": f"*{dtype}",
-            "bias_ptr": f"*{dtype}",
-            "labels_ptr": "*i64",
-            "logps_ptr": "*fp32",
-            "row_stride": width,
-            "V": V,
-            "V_mem": width,
-            "grad_rows": "i32",
-            "softcap": "fp32",
-            "inv_temperature": "fp32",
-            "ignore_index": -100,
-        },
-        {"HAS_BIAS": not plain, "HAS_SOFTCAP": not plain, "BR": BR, "BK": BK},
-        tmp_path,
-        num_warps=num_warps,
-    )
+    return {
+        "logits_ptr": f"*{dtype}",
+        "bias_ptr": f"*{dtype}",
+        "labels_ptr": "*i64",
+        "logps_ptr": "*fp32",
+        "row_stride": width,
+        "V": V,
+        "V_mem": width,
+        "grad_rows": "i32",
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+        "ignore_index": -100,
+    }
+
+
+def assert_rows_are_sound(binary: Binary, num_warps: int) -> None:
     assert binary.stack == 0 and binary.shared < SHARED_LIMIT
     assert binary.registers * 32 * num_warps <= 65_536
     # Logits travel 16 bytes a thread in both passes, ragged vocabularies included.
@@ -131,6 +67,77 @@ def test_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
     assert len(re.findall(wide.format("ld"), binary.ptx)) >= 2
     assert len(re.findall(wide.format("st"), binary.ptx)) >= 1
     assert "mul.lo.s64" in binary.ptx or "mad.lo.s64" in binary.ptx  # row offsets of 64 bits
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize("V", [152_064, 50_257])
+def test_masked_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
+    width = -(-V // 64) * 64
+    BR, BK, num_warps = row_kernel.row_tile(width, DTYPES[dtype].itemsize, plain=plain)
+    binary = compiled(
+        row_kernel.row_kernel,
+        row_arguments(dtype, V),
+        {"HAS_BIAS": not plain, "HAS_SOFTCAP": not plain, "BR": BR, "BK": BK},
+        tmp_path,
+        num_warps=num_warps,
+    )
+    assert_rows_are_sound(binary, num_warps)
+
+
+def lean_binary(
+    dtype: str, V: int, folder: Path, *, bias: bool = False, softcap: bool = False
+) -> tuple[Binary, int, int]:
+    """The lean row kernel, the logits that a thread takes in a step, and its warps."""
+    width = -(-V // 64) * 64
+    itemsize = DTYPES[dtype].itemsize
+    BR, BK, vectors, num_warps = lean_rows.lean_tile(width, itemsize, softcap=softcap)
+    constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BR": BR, "BK": BK, "VECTORS": vectors}
+    binary = compiled(
+        lean_rows.lean_rows_kernel,
+        row_arguments(dtype, V) | {"c": "fp32"},
+        constants,
+        folder,
+        num_warps=num_warps,
+        maxnreg=lean_rows.most_registers(num_warps),
+    )
+    return binary, vectors * BR * BK // (32 * num_warps), num_warps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "softcap", "V"),
+    [
+        ("bf16", False, False, 152_064),
+        ("bf16", False, False, 50_257),
+        ("bf16", True, False, 50_257),
+        ("bf16", True, True, 50_257),
+        ("fp16", False, False, 152_064),
+        ("fp32", False, False, 50_257),
+        ("fp32", True, True, 50_257),
+    ],
+)
+def test_lean_row_kernel(dtype: str, bias: bool, softcap: bool, V: int, tmp_path: Path) -> None:
+    binary, _, num_warps = lean_binary(dtype, V, tmp_path, bias=bias, softcap=softcap)
+    assert_rows_are_sound(binary, num_warps)
+    if not bias:
+        # One program per multiprocessor, whose row stays in the L2 until the second pass.
+        assert 2 * binary.registers * 32 * num_warps > 65_536
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lean_row_kernel_takes_few_instructions(dtype: str, tmp_path: Path) -> None:
+    """Machine instructions per 16 logits: 110 for a reference row, which is read only, 200 for both
+    passes of a policy row. The masked kernel takes 272 and 302."""
+    binary, logits, _ = lean_binary(dtype, 152_064, tmp_path)
+    assert logits == 16
+    # The main loops read 16 logits in two accesses; the loops over the ragged end read 8 in one.
+    main = [loop for loop in loops(binary.sass) if loop.count("LDG") == 2]
+    (read,) = (loop for loop in main if loop.count("STG") == 0)
+    (write,) = (loop for loop in main if loop.count("STG") == 2)
+    assert read.count("MUFU.EX2") == 17 and write.count("MUFU.EX2") == 16
+    assert len(read) <= 110 and len(read) + len(write) <= 200
+    # No select stands in the loops but the one that shields an offset of -inf.
+    assert read.count("FSEL") <= 1 and write.count("FSEL") == 0
 
 
 def compiled_linear(
@@ -174,14 +181,14 @@ def compiled_linear(
     )
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
 @pytest.mark.parametrize(
-    ("D", "V"),
+    ("dtype", "D", "V"),
     [
-        (3584, 152_064),
-        pytest.param(896, 50_257, marks=pytest.mark.slow),
-        pytest.param(33, 50_257, marks=pytest.mark.slow),  # nothing aligned
+        ("bf16", 3584, 152_064),
+        ("fp16", 3584, 152_064),
+        ("fp32", 3584, 152_064),
+        pytest.param("bf16", 33, 50_257, marks=pytest.mark.slow),  # nothing aligned
     ],
 )
 def test_linear_lse(dtype: str, plain: bool, D: int, V: int, tmp_path: Path) -> None:

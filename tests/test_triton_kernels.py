@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from triton_cases import (
 
 skip_unless_runnable()
 
+from cpo_fast.kernels import lean_rows  # noqa: E402
 from cpo_fast.kernels.linear_lse import linear_lse_logps  # noqa: E402
 from cpo_fast.kernels.pair_reduction import (  # noqa: E402
     row_scale,
@@ -30,8 +32,8 @@ from cpo_fast.kernels.pair_reduction import (  # noqa: E402
     segment_sums,
     sigmoid_pairs,
 )
-from cpo_fast.kernels.row_kernel import row_logps_  # noqa: E402
 from cpo_fast.loss import linear_logprobs  # noqa: E402
+from cpo_fast.loss import triton as implementation  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning",  # numpy on log(0)
@@ -45,7 +47,18 @@ def on_the_device() -> Iterator[None]:
         yield
 
 
-# --- the row kernel ---------------------------------------------------------------------------
+# --- the row kernels --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["lean", "lean, small steps", "masked"])
+def row_logps_(request: pytest.FixtureRequest) -> Iterator[Callable[..., Tensor]]:
+    """Each row kernel's launcher: both keep the same contract. Small steps (256 columns of 16 bits)
+    bring short rows into the main loop of the lean kernel."""
+    name, _, small = request.param.partition(", ")
+    with implementation.forced_rows(name), ExitStack() as stack:
+        if small:
+            stack.enter_context(lean_rows.forced_tile(16, 1))
+        yield implementation.row_kernel()
 
 
 def padded(raw: Tensor) -> Tensor:
@@ -91,7 +104,9 @@ def logits_of(kind: str, V: int) -> Tensor:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("V", [1, 7, 1000, 5003])
 @pytest.mark.parametrize("kind", ["random", "peaked", "flat", "huge-negative", "masked-vocabulary"])
-def test_row_kernel(dtype: torch.dtype, V: int, kind: str) -> None:
+def test_row_kernel(
+    row_logps_: Callable[..., Tensor], dtype: torch.dtype, V: int, kind: str
+) -> None:
     torch.manual_seed(V)
     raw = logits_of(kind, V).to(dtype)
     labels = torch.tensor([V // 2, V // 2, IGNORED, V - 1])
@@ -110,7 +125,9 @@ def test_row_kernel(dtype: torch.dtype, V: int, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", list(OPTIONS))
-def test_row_kernel_options(dtype: torch.dtype, name: str) -> None:
+def test_row_kernel_options(
+    row_logps_: Callable[..., Tensor], dtype: torch.dtype, name: str
+) -> None:
     torch.manual_seed(1)
     V = 301
     raw = (torch.randn(3, V) * 8).to(dtype)
@@ -127,7 +144,7 @@ def test_row_kernel_options(dtype: torch.dtype, name: str) -> None:
     assert_as_good(buffer[:, :V], eager_grad, truth_grad, band=2 * torch.finfo(dtype).eps)
 
 
-def test_saturated_tokens_keep_their_digits() -> None:
+def test_saturated_tokens_keep_their_digits(row_logps_: Callable[..., Tensor]) -> None:
     # p_y = 1 - 1e-12: log(p_y) rounds to 0 in float32, -log1p(S / e_y) does not.
     raw = torch.zeros(1, 1000)
     raw[0, 3] = 34.5
@@ -141,7 +158,9 @@ def test_saturated_tokens_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 5])
-def test_broken_logits_are_seen(poison: float, place: int) -> None:
+def test_broken_logits_are_seen(
+    row_logps_: Callable[..., Tensor], poison: float, place: int
+) -> None:
     raw = torch.randn(2, 40)
     raw[0, place] = poison
     buffer = padded(raw)
@@ -150,12 +169,12 @@ def test_broken_logits_are_seen(poison: float, place: int) -> None:
     assert logps[1].isfinite() and buffer[1].isfinite().all()
 
 
-def test_label_outside_the_vocabulary_reads_nothing() -> None:
+def test_label_outside_the_vocabulary_reads_nothing(row_logps_: Callable[..., Tensor]) -> None:
     logps = row_logps_(padded(torch.randn(2, 40)), torch.tensor([40, -7]), 40, grad_rows=2)
     assert logps.isnan().all()
 
 
-def test_row_offsets_need_64_bits() -> None:
+def test_row_offsets_need_64_bits(row_logps_: Callable[..., Tensor]) -> None:
     # Two rows 2^31 + 32 elements apart, in 4 GiB of address space of which 2 pages are touched.
     stride = 2**31 + 32
     memory = torch.empty(stride + 16, dtype=torch.float16)
@@ -168,9 +187,61 @@ def test_row_offsets_need_64_bits() -> None:
     torch.testing.assert_close(buffer.double(), truth_grad, rtol=0, atol=1e-3)
 
 
-def test_unaligned_rows_are_refused() -> None:
+def test_unaligned_rows_are_refused(row_logps_: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
         row_logps_(torch.randn(2, 17), torch.tensor([0, 1]), 17, grad_rows=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("label", [0, 100, 255, 256, 1023, 1024, 1029])
+def test_a_label_in_every_part_of_a_row(
+    row_logps_: Callable[..., Tensor], dtype: torch.dtype, label: int
+) -> None:
+    # 1030 columns: steps of 256 (float32: 128) columns, then a ragged end.
+    torch.manual_seed(label)
+    raw = (torch.randn(2, 1030) * 3).to(dtype)
+    labels = torch.tensor([label, label])
+    buffer = padded(raw)
+    logps = row_logps_(buffer, labels, 1030, grad_rows=1)
+    truth, truth_grad = eager_rows(raw, labels, torch.float64, {})
+    eager, eager_grad = eager_rows(raw, labels, dtype, {})
+    assert_as_good(logps, eager, truth, band=2e-6)
+    band = torch.finfo(dtype).eps
+    assert_as_good(buffer[:1, :1030], eager_grad[:1], truth_grad[:1], band)
+    assert torch.equal(buffer[1, :1030], raw[1]), "a reference row keeps its label's logit"
+
+
+def test_policy_and_reference_rows_get_the_same_bits(row_logps_: Callable[..., Tensor]) -> None:
+    raw = (torch.randn(1, 3001) * 5).bfloat16().expand(4, -1)
+    labels = torch.tensor([7, 2999, 7, 2999])
+    logps = row_logps_(padded(raw), labels, 3001, grad_rows=2, temperature=0.7)
+    assert torch.equal(logps[:2], logps[2:])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_vocabulary_masked_by_a_bias(
+    row_logps_: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    V = 1030
+    raw = torch.randn(2, V).to(dtype)
+    bias = torch.zeros(V, dtype=dtype)
+    bias[:900] = torch.finfo(dtype).min  # whole vectors and steps of it, the first ones
+    labels = torch.tensor([950, 1029])
+    buffer = padded(raw)
+    logps = row_logps_(buffer, labels, V, grad_rows=2, bias=bias)
+    truth, truth_grad = eager_rows(raw, labels, torch.float64, {"bias": bias})
+    assert error(logps, truth) <= 2e-6
+    assert error(buffer[:, :V], truth_grad) <= torch.finfo(dtype).eps
+
+
+def test_logits_too_large_for_a_product_are_not_silently_wrong(
+    row_logps_: Callable[..., Tensor],
+) -> None:
+    raw = torch.full((2, 300), -3e38)
+    raw[1] = 3e38
+    logps = row_logps_(padded(raw), torch.tensor([5, 5]), 300, grad_rows=0)
+    wrong = logps.isfinite() & ((logps + math.log(300)).abs() > 1e-4)
+    assert not wrong.any(), logps
 
 
 # --- the fused linear log-sum-exp -------------------------------------------------------------

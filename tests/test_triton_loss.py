@@ -179,7 +179,7 @@ def test_backward_twice_gives_the_same(frozen: bool) -> None:
 @pytest.mark.parametrize(
     ("hidden_grad", "weight_grad", "bias_grad", "mib", "forward", "backward"),
     [
-        (False, False, False, 1024, 2, 0),  # a lone call without gradients: 1 GEMM each
+        (False, False, False, 1024, 3, 0),  # no gradients: a GEMM each for policy and reference
         (True, False, False, 1024, 3, 0),  # frozen head: 2, and 1 for the reference
         (True, True, False, 1024, 3, 1),  # all rows in one chunk: 3 + 1
         (True, True, False, 1, 6, 4),  # two chunks, recomputed: 4 + 1
@@ -218,17 +218,53 @@ def test_gemms_are_counted(
         logps, _ = implementation.token_logps(
             h, w, labels, bias, h.detach(), softcap=None, temperature=1.0, ignore_index=IGNORED
         )
-    else:  # alone, as when a reference is cached; then policy and reference at once
+    else:  # alone, as when a reference is cached; then policy and reference together
         for ref in (None, h):
             logps, _ = implementation.token_logps(
                 h, w, labels, bias, ref, softcap=None, temperature=1.0, ignore_index=IGNORED
             )
-        forward = 1  # the second call is the fused kernel: no vendor GEMM
     assert len(calls) == forward
     if hidden_grad:
         calls.clear()
         logps.sum().backward()
         assert len(calls) == backward
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_misaligned_reference_takes_the_policys_gemm(grad: bool, monkeypatch: Any) -> None:
+    h, w, labels = head_of(6, 50, 8, torch.float16)
+    shifted = torch.empty(h.numel() + 1, dtype=h.dtype)[1:].view(h.shape).copy_(h)
+    assert shifted.data_ptr() % 16 != 0
+    multiply, places = torch.mm, []
+
+    def watched(left: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        places.append(left.data_ptr() % 16)
+        return multiply(left, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    for policy, ref in ((h, shifted), (shifted, h)):
+        policy = policy.detach().requires_grad_(grad)
+        logps, ref_logps = implementation.token_logps(
+            policy, w, labels, None, ref, softcap=None, temperature=1.0, ignore_index=IGNORED
+        )
+        assert torch.equal(logps.detach(), ref_logps)
+    assert places and not any(places)
+
+
+def test_both_row_kernels_serve_the_loss_and_no_other_name_does() -> None:
+    h, w, labels, segments, pairs = batch(23, 151, 48, torch.float16)
+    h.requires_grad_()
+    found = []
+    for name in implementation.ROW_KERNELS:
+        with implementation.forced_rows(name):
+            out = cpo_loss(
+                h, w, labels, segments, pairs, ref_hidden=h.detach().roll(1, 0), impl="triton"
+            )
+        found.append((out.logps.detach(), *torch.autograd.grad(out.loss, [h])))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="lean, masked"), implementation.forced_rows("fast"):
+        pass
 
 
 def test_opcheck() -> None:

@@ -12,6 +12,12 @@ _PAD = 64  # columns: rows of logits begin on a 128-byte line, whatever V
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of the vendor library's GEMM, for counting waves
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from an address that is a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def padded(V: int) -> int:
     """Columns of a buffer for V logits."""
     return (V + _PAD - 1) // _PAD * _PAD

@@ -9,29 +9,57 @@ rows (three GEMMs), else from recomputed chunks, summed in fp32 (four).
 
 The reference rows go through GEMMs of the same shapes and the same kernel, so that equal hidden
 states give bitwise equal log-probs. They are not joined to the policy's rows in one GEMM, whose
-tiles a vendor library may sum differently. A call without gradients takes the same road, since its
-log-probs may serve as the cached reference of a later call that has them. Only when policy and
-reference come together and no gradient is wanted (evaluation) do both take the fused linear
-log-sum-exp, which writes no logits.
+tiles a vendor library may sum differently. A call without gradients takes the same path, since its
+log-probs may serve as the cached reference of a later call that has them: by arithmetic the vendor
+GEMM and a row pass also run at 92 to 94 % of the bare product's rate, the fused log-sum-exp of
+kernels/linear_lse.py at about 80 % (docs/gpu.md).
+
+There are two row kernels, "lean" and "masked" (kernels/lean_rows.py, kernels/row_kernel.py), until
+one of them has won on a GPU. Lean is the default: it needs a third of the instructions.
 
 Untested on a GPU. TRITON_INTERPRET=1 runs all of it on CPU tensors, for tests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.chunked import add_product, aligned, chunks, fp32_sums, logits_buffer, padded
 from cpo_fast.loss.operators import operator
 from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
 
-_FUSED_ROWS = 1 << 15  # per call of the fused kernel: bounds its partial results (156 MB at V=152k)
+ROW_KERNELS = {"lean": "cpo_fast.kernels.lean_rows", "masked": "cpo_fast.kernels.row_kernel"}
+_rows = "lean"
+
+
+@contextlib.contextmanager
+def forced_rows(name: str) -> Iterator[None]:
+    """Take the row kernel "lean" or "masked" inside the block: for tests and benchmarks.
+
+    Raises ValueError for another name.
+    """
+    global _rows
+    if name not in ROW_KERNELS:
+        raise ValueError(f"the row kernel must be one of {', '.join(ROW_KERNELS)}, got {name!r}")
+    before, _rows = _rows, name
+    try:
+        yield
+    finally:
+        _rows = before
+
+
+def row_kernel() -> Callable[..., Tensor]:
+    """`row_logps_` of the row kernel in use."""
+    return importlib.import_module(ROW_KERNELS[_rows]).row_logps_
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -105,9 +133,7 @@ def _logps(
     slopes are d logp / d raw logits, kept when one chunk holds all rows. `room` bounds, in bytes,
     the logits held at once; one row is held in any case.
     """
-    from cpo_fast.kernels.linear_lse import linear_lse_logps
-    from cpo_fast.kernels.row_kernel import row_logps_
-
+    row_logps_ = row_kernel()
     options: dict[str, Any] = {
         "bias": bias,
         "softcap": softcap,
@@ -115,17 +141,13 @@ def _logps(
         "ignore_index": ignore_index,
     }
     (T, D), V = hidden.shape, weight.shape[0]
+    # A vendor library chooses its kernel by alignment too: policy and reference must agree.
+    hidden = aligned(hidden)
+    ref_hidden = None if ref_hidden is None else aligned(ref_hidden)
     logps = hidden.new_empty(T, dtype=torch.float32)
     ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
     unscaled = hidden.new_empty(T if want_hidden else 0, D)
     slopes = logits_buffer(hidden, T if keep_slopes else 0, V)
-
-    if ref_hidden is not None and not want_hidden and not want_head:
-        for start in range(0, T, _FUSED_ROWS):
-            part = slice(start, start + _FUSED_ROWS)
-            for rows, out in ((hidden, logps), (ref_hidden, ref_logps)):
-                out[part] = linear_lse_logps(rows[part], weight, labels[part], **options)
-        return logps, ref_logps, unscaled, slopes
 
     bounds = chunks(hidden, weight, room)
     logits = slopes
@@ -238,9 +260,10 @@ def _head_grad(
 ) -> tuple[Tensor, Tensor]:
     """d loss / d weight [V, D] (0 rows if not wanted) and d bias [V] (empty without a bias)."""
     from cpo_fast.kernels.pair_reduction import row_scale
-    from cpo_fast.kernels.row_kernel import row_logps_
 
+    row_logps_ = row_kernel()
     V, D = weight.shape
+    hidden = aligned(hidden)
     scaled = row_scale(hidden, coefficients)  # [T, D]
     shares = coefficients.to(hidden.dtype)[:, None]  # [T, 1]
     grad_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)

@@ -6,11 +6,15 @@ import os
 
 import torch
 
-_DEFAULT_MIB = {"cpu": 256, "cuda": 1024}
+# CUDA: room for 3584 rows at V = 152064 (1040 MiB) and 4096 at V = 151936 (1187 MiB). At T = 8192,
+# D = 3584 and 132 multiprocessors, chunks of 3584, 3584 and 1024 rows take 7 waves of the product
+# with W, as one chunk would; 1024 MiB holds 3328 rows, whose chunks take 8. At D = 896 two chunks
+# of 4096 rows take 2 waves instead of 3.
+_DEFAULT_MIB = {"cpu": 256, "cuda": 1190}
 
 
 def limit(device: torch.device) -> int:
-    """Bytes of logits that may exist at once: CPO_FAST_WORKSPACE_MIB, or 256 MiB (CUDA: 1 GiB).
+    """Bytes of logits that may exist at once: CPO_FAST_WORKSPACE_MIB, or 256 MiB (CUDA: 1190 MiB).
 
     Beside it, the op keeps 4 bytes for each of the T x D hidden numbers. Raises ValueError where
     the variable is not a number >= 1.

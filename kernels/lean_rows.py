@@ -1,0 +1,301 @@
+"""Lean row kernel: the work of row_kernel.py in a third of its instructions per logit.
+
+The same contract as row_kernel.py, which stays beside it until one of the two has won on a GPU. One
+program reads one row of a chunk of logits [C, V] twice: for the sum of exponentials without the
+label, then to overwrite every logit z_j with (onehot_j - p_j) d z_j / d raw_j. What is different:
+
+- exp(z / temperature - m) is exp2(z c - k) with c = log2(e) / temperature and k = m c: one fused
+  multiply-add and one exponential. The log-prob is formed from the same rounded k, so that its
+  rounding cancels. The scale 1 / (sum of all) carries the sign and the temperature's derivative.
+- The label's logit is read first and replaced by -inf in memory. Its term is then 0 in both passes
+  without a comparison per logit. Rows that must not change get it back; the others get the label's
+  gradient. A soft cap maps -inf to a finite number: such heads compare, as row_kernel.py does.
+- The main loop has no mask. The ragged end of a row is a second, masked loop of half the width.
+- Two vectors per thread share one running maximum.
+- The second pass runs backwards, so that it meets first what the first pass read last. One row per
+  multiprocessor is in flight: 40 MB of bf16 logits at V = 152,064 and 132 multiprocessors, which
+  the L2 of an H100 (50 MB) holds.
+
+Logits whose product with c overflows (beyond 2.3e38 at temperature 1) count as infinite: below as
+masked out, above as NaN.
+
+Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from cpo_fast.kernels.numerics import capped, launching_on, logp_from_odds, shift
+from cpo_fast.kernels.row_kernel import check_alignment
+
+
+@triton.jit
+def _load_logits(
+    row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Logits z [BR, BK] in float32 before the temperature, -inf for the label and beyond the
+    vocabulary, and d z / d raw."""
+    if MASKED:
+        # The mask ends at the padded width: a multiple of 16 there keeps the loads 16 bytes wide.
+        raw = tl.load(row_ptr + cols, mask=cols < V_mem, other=0.0).to(tl.float32)
+    else:
+        raw = tl.load(row_ptr + cols).to(tl.float32)
+    if HAS_BIAS:
+        if MASKED:
+            raw += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+        else:
+            raw += tl.load(bias_ptr + cols).to(tl.float32)
+    z, slope = capped(raw, softcap, HAS_SOFTCAP)
+    if HAS_SOFTCAP:
+        z = tl.where(cols == i_label, float("-inf"), z)
+    if MASKED:
+        z = tl.where(cols < V, z, float("-inf"))
+    return z, slope
+
+
+@triton.jit
+def _add_terms(b_sum, z, c, offset):
+    return b_sum + tl.sum(tl.exp2(tl.fma(z, c, -offset[:, None])), axis=1)
+
+
+@triton.jit
+def _raise_offset(b_k, b_sum, highest, c):
+    """The running k = max(z) c, what is subtracted for it, and the sum under the new offset."""
+    k = tl.maximum(b_k, highest * c)
+    offset = shift(k)
+    return k, offset, b_sum * tl.exp2(b_k - offset)
+
+
+@triton.jit
+def _store_gradient(
+    row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap, c, k, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    z, slope = _load_logits(
+        row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED
+    )
+    grad = tl.exp2(tl.fma(z, c, -k)) * scale
+    if HAS_SOFTCAP:
+        grad *= slope
+    if MASKED:
+        grad = tl.where(cols < V, grad, 0.0)
+        tl.store(row_ptr + cols, grad.to(row_ptr.dtype.element_ty), mask=cols < V_mem)
+    else:
+        tl.store(row_ptr + cols, grad.to(row_ptr.dtype.element_ty))
+
+
+# One binary whatever grad_rows is: policy and reference rows get bitwise the same log-probs.
+@triton.jit(do_not_specialize=["grad_rows"])
+def lean_rows_kernel(
+    logits_ptr,  # [C, V_mem], rows below grad_rows are overwritten
+    bias_ptr,  # [V]
+    labels_ptr,  # [C] int64
+    logps_ptr,  # [C] float32
+    row_stride,
+    V,
+    V_mem,
+    grad_rows,
+    softcap,
+    inv_temperature,
+    c,  # log2(e) / temperature
+    ignore_index,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BR: tl.constexpr,  # vectors of a step
+    BK: tl.constexpr,  # columns of a vector
+    VECTORS: tl.constexpr,  # per thread and step of the main loop: 1 or 2
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + i_row * row_stride
+    label = tl.load(labels_ptr + i_row)
+    tile = tl.arange(0, BR)[:, None] * BK + tl.arange(0, BK)[None, :]  # [BR, BK]
+    WIDTH: tl.constexpr = BR * BK
+    STEP: tl.constexpr = VECTORS * WIDTH
+    n_full = V // STEP
+    tail = n_full * STEP
+
+    if label == ignore_index:
+        tl.store(logps_ptr + i_row, 0.0)
+        if i_row < grad_rows:
+            for start in range(0, V_mem, WIDTH):
+                cols = start + tile
+                zero = tl.zeros([BR, BK], dtype=logits_ptr.dtype.element_ty)
+                tl.store(row_ptr + cols, zero, mask=cols < V_mem)
+    else:
+        # A label outside the vocabulary reads and writes nothing and gives NaN.
+        valid = (label >= 0) & (label < V)
+        raw_label = tl.load(row_ptr + label, mask=valid, other=float("nan"))
+        z_label = raw_label.to(tl.float32)
+        if HAS_BIAS:
+            z_label += tl.load(bias_ptr + label, mask=valid, other=0.0).to(tl.float32)
+        z_label, slope_label = capped(z_label, softcap, HAS_SOFTCAP)
+        i_label = label.to(tl.int32)  # comparing 32 bits per column, not 64
+        if not HAS_SOFTCAP:
+            tl.debug_barrier()  # all threads have read the label's logit
+            tl.store(row_ptr + label, float("-inf"), mask=valid)
+            tl.debug_barrier()  # all threads read the replacement
+
+        b_k = tl.full([BR], float("-inf"), dtype=tl.float32)
+        b_sum = tl.zeros([BR], dtype=tl.float32)
+        for start in range(0, tail, STEP):
+            cols = start + tile
+            z, _slope = _load_logits(
+                row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap, HAS_BIAS, HAS_SOFTCAP, False
+            )
+            highest = tl.max(z, axis=1)
+            if VECTORS == 2:
+                z_next, _slope = _load_logits(
+                    row_ptr, bias_ptr, cols + WIDTH, V, V_mem, i_label, softcap,
+                    HAS_BIAS, HAS_SOFTCAP, False,
+                )  # fmt: skip
+                highest = tl.maximum(highest, tl.max(z_next, axis=1))
+            b_k, offset, b_sum = _raise_offset(b_k, b_sum, highest, c)
+            b_sum = _add_terms(b_sum, z, c, offset)
+            if VECTORS == 2:
+                b_sum = _add_terms(b_sum, z_next, c, offset)
+        for start in range(tail, V_mem, WIDTH):
+            z, _slope = _load_logits(
+                row_ptr, bias_ptr, start + tile, V, V_mem, i_label, softcap,
+                HAS_BIAS, HAS_SOFTCAP, True,
+            )  # fmt: skip
+            b_k, offset, b_sum = _raise_offset(b_k, b_sum, tl.max(z, axis=1), c)
+            b_sum = _add_terms(b_sum, z, c, offset)
+
+        k = shift(tl.max(b_k, axis=0))
+        s = tl.sum(b_sum * tl.exp2(b_k - k), axis=0)
+        relative = tl.fma(z_label, c, -k)  # log2 of the label's term
+        logp, not_label = logp_from_odds((tl.log2(s) - relative) * 0.6931471805599453, z_label)
+        tl.store(logps_ptr + i_row, logp)
+
+        if i_row < grad_rows:
+            scale = -inv_temperature / (s + tl.exp2(relative))
+            for start in range(tail, V_mem, WIDTH):
+                _store_gradient(
+                    row_ptr, bias_ptr, start + tile, V, V_mem, i_label, softcap, c, k, scale,
+                    HAS_BIAS, HAS_SOFTCAP, True,
+                )  # fmt: skip
+            for done in range(0, n_full):
+                cols = (n_full - 1 - done) * STEP + tile
+                if VECTORS == 2:
+                    tl.static_assert(not HAS_SOFTCAP)
+                    # Both vectors are read before either is written.
+                    z, _slope = _load_logits(
+                        row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap,
+                        HAS_BIAS, HAS_SOFTCAP, False,
+                    )  # fmt: skip
+                    z_next, _slope = _load_logits(
+                        row_ptr, bias_ptr, cols + WIDTH, V, V_mem, i_label, softcap,
+                        HAS_BIAS, HAS_SOFTCAP, False,
+                    )  # fmt: skip
+                    grad = tl.exp2(tl.fma(z, c, -k)) * scale
+                    tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty))
+                    grad = tl.exp2(tl.fma(z_next, c, -k)) * scale
+                    tl.store(row_ptr + cols + WIDTH, grad.to(logits_ptr.dtype.element_ty))
+                else:
+                    _store_gradient(
+                        row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap, c, k, scale,
+                        HAS_BIAS, HAS_SOFTCAP, False,
+                    )  # fmt: skip
+            tl.debug_barrier()  # the label's column has been written by the thread of its vector
+            grad_label = not_label * slope_label * inv_temperature
+            tl.store(row_ptr + label, grad_label.to(logits_ptr.dtype.element_ty), mask=valid)
+        else:
+            if not HAS_SOFTCAP:
+                tl.debug_barrier()  # every thread has read the row
+                tl.store(row_ptr + label, raw_label, mask=valid)
+
+
+_REGISTERS = 65_536  # of a multiprocessor
+_forced: tuple[int, int] | None = None
+
+
+@contextlib.contextmanager
+def forced_tile(BR: int, num_warps: int) -> Iterator[None]:
+    """Take this tile whatever `lean_tile` says: for benchmarks of tiles."""
+    global _forced
+    before, _forced = _forced, (BR, num_warps)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def lean_tile(columns: int, itemsize: int, *, softcap: bool) -> tuple[int, int, int, int]:
+    """(BR, BK, VECTORS, num_warps) for rows of `columns` logits of `itemsize` bytes.
+
+    A vector is one 16-byte load, and a thread reads two of them per step: 32 warps with 32 bytes
+    each keep 32 KB in flight per multiprocessor, about what 4.3 TB/s at 1 us of latency asks for. A
+    soft cap needs too many registers for two: there it is one vector per step.
+    """
+    BK = 16 // itemsize
+    lanes = max(64, triton.next_power_of_2(triton.cdiv(columns, BK)))
+    BR = min(1024, lanes)
+    num_warps = min(32, BR // 32)
+    if _forced is not None:
+        BR, num_warps = _forced
+    return BR, BK, 1 if softcap else 2, num_warps
+
+
+def most_registers(num_warps: int) -> int:
+    """Registers a thread may have. Told so, ptxas no longer aims at 32, which would let two
+    programs of 32 warps onto a multiprocessor: 80 MB of rows in flight, more than the L2."""
+    return min(255, _REGISTERS // (32 * num_warps))
+
+
+def row_logps_(
+    logits: torch.Tensor,  # [C, V_mem >= V], V_mem and the row stride multiples of 16
+    labels: torch.Tensor,  # [C] int64
+    vocab_size: int,
+    *,
+    grad_rows: int,
+    bias: torch.Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    out: torch.Tensor | None = None,  # [C] float32
+) -> torch.Tensor:
+    """Log-probs [C] float32 of `labels`; rows below `grad_rows` become d logp / d raw logits.
+
+    Everything as in row_kernel.row_logps_: dtypes, padding, ignored rows, errors.
+    """
+    C, V_mem = logits.shape
+    check_alignment(logits)
+    if out is None:
+        out = torch.empty(C, dtype=torch.float32, device=logits.device)
+    if C == 0:
+        return out
+    capped_head = softcap is not None
+    BR, BK, vectors, num_warps = lean_tile(V_mem, logits.element_size(), softcap=capped_head)
+    with launching_on(logits):
+        lean_rows_kernel[(C,)](
+            logits,
+            logits if bias is None else bias,
+            labels,
+            out,
+            logits.stride(0),
+            vocab_size,
+            V_mem,
+            grad_rows,
+            1.0 if softcap is None else softcap,
+            1.0 / temperature,
+            math.log2(math.e) / temperature,
+            ignore_index,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=capped_head,
+            BR=BR,
+            BK=BK,
+            VECTORS=vectors,
+            num_warps=num_warps,
+            maxnreg=most_registers(num_warps),
+            enable_fp_fusion=True,
+        )
+    return out
