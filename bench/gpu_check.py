@@ -7,6 +7,11 @@ processes of its own, so that a crash costs one unit of it. After every unit DIR
 DIR/report.md are replaced by complete ones: the run may be killed at any time, and `--resume` goes
 on. Nothing is timed of an implementation that broke a rule.
 
+`--plan first` (400 s) and `--plan second` (300 s) do what matters most in the order in which it
+matters, for a machine that is to be had for a quarter of an hour; bench/gpu/plans.py lists their
+steps. Either is complete in itself. The second knows what the first found where both run in the
+same tree on the same device.
+
 Exit status: 0 all checks passed, 1 one failed, 3 no GPU, 4 the time was too short for all checks.
 Works from a plain copy of the tree: nothing is installed or fetched; what is missing is named.
 """
@@ -14,20 +19,14 @@ Works from a plain copy of the tree: nothing is installed or fetched; what is mi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import selectors
-import signal
-import subprocess
+import dataclasses
 import sys
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import report
+from bench.gpu import plans, report
+from bench.gpu.run import Results, Session, device_answers, guarded, now, run_phase
 from bench.gpu.units import ROOT, Setting
 
 # Name and largest share of the whole time; what a phase leaves over is for those behind it, and the
@@ -43,150 +42,7 @@ PHASES = {
     "sanitizer": 1.0,
 }
 NO_GPU, UNFINISHED = 3, 4
-
-
-class Results:
-    """The records so far, on disk after every change."""
-
-    def __init__(self, folder: Path, resume: bool) -> None:
-        self.folder = folder
-        self.file = folder / "results.json"
-        self.data: dict[str, Any] = {"started": now(), "records": [], "not_run": []}
-        if resume and self.file.exists():
-            self.data = json.loads(self.file.read_text())
-            self.data["not_run"] = []
-        self.write()
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return self.data["records"]
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        self.write()
-        reason = f": {record['reason']}" if "reason" in record else ""
-        text = f"{record['phase']:12} {record['status']:8} {record['key']}{reason}"
-        print(f"{record['unit_seconds']:6.1f} s  {text[:190]}", flush=True)
-
-    def write(self) -> None:
-        replace(self.file, json.dumps(self.data, indent=1))
-        replace(self.folder / "report.md", report.render(self.data))
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def replace(path: Path, text: str) -> None:
-    """Whoever reads `path`, at any time, finds a whole file."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text)
-    fresh.replace(path)
-
-
-class Worker:
-    """A process with the units of a phase, and the lines that it tells."""
-
-    def __init__(self, phase: str, setting: Setting, behind: set[str], log: Path) -> None:
-        reading, writing = os.pipe()
-        command = [sys.executable, "-m", "bench.gpu.worker", phase, setting.dumps()]
-        with log.open("a") as output:
-            self.process = subprocess.Popen(
-                [*command, json.dumps(sorted(behind)), str(writing)],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(writing,),
-                start_new_session=True,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
-            )
-        os.close(writing)
-        self.reading = reading
-        self.rest = b""
-
-    def lines(self, until: list[float]) -> Iterator[dict[str, Any]]:
-        """What it tells, until it ends or the time `until[0]` of the monotonic clock is over."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.reading, selectors.EVENT_READ)
-            while True:
-                if not selector.select(max(0.0, until[0] - time.monotonic())):
-                    return
-                data = os.read(self.reading, 1 << 16)
-                if not data:
-                    return
-                *whole, self.rest = (self.rest + data).split(b"\n")
-                for line in whole:
-                    yield json.loads(line)
-
-    def end(self) -> int:
-        """Ends it and what it started; its exit status, negative for a signal of its own."""
-        try:
-            status = self.process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            status = 0
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self.reading)
-        return status
-
-
-def run_phase(phase: str, setting: Setting, deadline: float, results: Results) -> None:
-    """Runs the units of a phase that have no record yet, in as many processes as it takes.
-
-    Once a unit took too long, those of its group are left out: a kernel that waits for ever would
-    do so in each of them, and take the time of all others.
-    """
-    behind = {record["key"] for record in results.records if record["phase"] == phase}
-    log = results.folder / f"{phase}.log"
-    plan: list[str] = []
-    left_out: list[str] = []
-    barren = 0  # processes in a row that ended without a unit's result
-    while time.monotonic() < deadline and barren < 2:
-        worker = Worker(phase, setting, behind, log)
-        until, running, begun, told = [deadline], None, time.monotonic(), False
-        group = ""
-        try:
-            for line in worker.lines(until):
-                if "plan" in line:
-                    plan, told = line["plan"], not line["plan"]
-                elif "begin" in line:
-                    running, group, begun = line["begin"], line["group"], time.monotonic()
-                    until[0] = min(deadline, begun + line["limit"])
-                else:
-                    running, until[0], told = None, deadline, True
-                    behind.add(line["key"])
-                    results.add({"phase": phase, **line})
-        finally:
-            late = time.monotonic() >= until[0]
-            status = worker.end()
-        if running is not None and not (late and until[0] == deadline):
-            ended = "took too long" if late else f"the process ended with {status}"
-            behind.add(running)
-            record: dict[str, Any] = {"phase": phase, "key": running}
-            record["status"] = "timeout" if late else "crashed"
-            record["unit_seconds"] = time.monotonic() - begun
-            results.add({**record, "reason": f"{ended}; see {log.name}"})
-            told = True
-            if late and group:
-                left_out += [key for key in plan if key.startswith(group) and key not in behind]
-                behind.update(left_out)
-        barren = 0 if told else barren + 1
-        if told and running is None and not [key for key in plan if key not in behind]:
-            break
-    left = left_out + [key for key in plan if key not in behind]
-    if not plan and not behind:
-        reason = "no time was left" if barren == 0 else f"its process fails; see {log.name}"
-        left = [f"all of it: {reason}"]
-    results.data["not_run"] += [{"phase": phase, "key": key} for key in left]
-    results.write()
-
-
-def has_gpu() -> bool:
-    """Asked in another process, so that this one never holds a device."""
-    code = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+FIRST_ANSWER_SECONDS = 60.0  # torch is imported from a cold disk
 
 
 def exit_status(data: dict[str, Any]) -> int:
@@ -197,41 +53,76 @@ def exit_status(data: dict[str, Any]) -> int:
     return UNFINISHED if unreached & set(report.CHECKS) else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run_all(session: Session, only: list[str], seconds: float, end: float) -> None:
+    """The phases of the full check named in `only`."""
+    phases = [phase for phase in PHASES if phase in only]
+    for phase in phases:
+        red = tuple(sorted(report.red(session.results.records)))
+        session.setting = dataclasses.replace(session.setting, red=red)
+        share = max(60.0, PHASES[phase] * seconds)
+        until = end if phase == phases[-1] else min(end, time.monotonic() + share)
+        run_phase(phase, session, until)
+
+
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="the time for all of it")
+    parser.add_argument("--plan", choices=plans.PLANS, help="one of two short checks")
+    parser.add_argument("--minutes", type=float, default=9.0, help="the time of the full check")
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), metavar="PHASE")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the check itself")
     parser.add_argument("--resume", action="store_true", help="keep the results that DIR holds")
+    parser.add_argument(
+        "--verdict",
+        type=Path,
+        metavar="FILE",
+        default=ROOT / "runs" / "gpu-check" / "verdict.json",
+        help="what the first plan leaves for the second (default: runs/gpu-check/verdict.json)",
+    )
+    parser.add_argument(
+        "--kit", type=Path, metavar="DIR", default=ROOT / "gpu-kit", help="what make gpu-kit made"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begun = time.monotonic()
+    parser = arguments_parser()
     given = parser.parse_args(arguments)
-    end = time.monotonic() + 60 * given.minutes - 5
+    if given.device == "cpu" and not given.quick:
+        parser.error("--device cpu is for trying the check itself: add --quick")
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.device == "cuda" and not has_gpu():
+    setting = Setting(
+        given.device,
+        given.quick,
+        str(given.out.resolve()),
+        kit=str(given.kit.resolve()),
+        scratch=str(given.verdict.resolve().parent / "kit"),
+    )
+    plan = plans.PLANS.get(given.plan)
+    limit = plan.first_answer if plan else FIRST_ANSWER_SECONDS
+    if given.device == "cuda" and not device_answers("cuda", limit):
         print(
-            "gpu-check: torch finds no CUDA device here, so nothing was checked. Run it on a GPU "
-            "machine, or try the check itself with --device cpu --quick.",
+            "gpu-check: torch finds no CUDA device here, or it does not answer, so nothing was "
+            "checked. Run it on a GPU machine, or try the check itself with --device cpu --quick.",
             file=sys.stderr,
         )
         return NO_GPU
-    if given.device == "cpu" and not given.quick:
-        parser.error("--device cpu is for trying the check itself: add --quick")
-    results = Results(given.out, given.resume)
-    phases = [phase for phase in PHASES if phase in given.only]
-    for phase in phases:
-        red = tuple(sorted(report.red(results.records)))
-        setting = Setting(given.device, given.quick, str(given.out.resolve()), red)
-        share = max(60.0, PHASES[phase] * 60 * given.minutes)
-        until = end if phase == phases[-1] else min(end, time.monotonic() + share)
-        run_phase(phase, setting, until, results)
+    results = Results(given.out, given.resume and plan is None)
+    session = Session(setting, results)
+    if plan:
+        plans.run(plan, session, given.verdict, begun)
+    else:
+        seconds = 60 * given.minutes
+        run_all(session, given.only, seconds, begun + seconds - 5)
     results.data["finished"] = now()
     results.write()
-    print("", report.short(results.data), f"\n{given.out / 'report.md'}", sep="\n")
+    print("", guarded(report.short, results.data), f"\n{given.out / 'report.md'}", sep="\n")
     return exit_status(results.data)
 
 

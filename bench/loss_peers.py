@@ -141,17 +141,18 @@ def cut_cross_entropy(p: Problem) -> Tensor:
 
 
 @functools.cache
-def _liger_module(online: bool) -> torch.nn.Module:
+def _liger_module(online: bool, compiled: bool) -> torch.nn.Module:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    return LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=online)
+    return LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=online, compiled=compiled)
 
 
 def liger(p: Problem) -> Tensor:
     if not p.online:
         raise CannotCompute("Liger's fused DPO takes no cached reference")
     D = p.hidden.shape[1]
-    loss, *_ = _liger_module(p.online)(
+    # On a GPU Inductor may compile for longer than a measurement may take.
+    loss, *_ = _liger_module(p.online, not p.hidden.is_cuda)(
         p.weight,
         p.hidden.view(SEGMENTS, -1, D),
         p.labels.view(SEGMENTS, -1),

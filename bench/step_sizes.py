@@ -125,13 +125,15 @@ def run(
     trl_batch: int = 4,
     rounds: int = 3,
     side: int = VISUAL_504,
+    with_ours: bool = True,
 ) -> dict[str, Any]:
     """Figures of one optimiser step over 2 x `studies` pairs, ready for JSON.
 
     `size` is one of SIZES; `device` by default "cuda" where there is one, `dtype` bfloat16 there
     and float32 on a CPU. `peers` are "unshared" (every prompt anew for every pair), "unpacked" (one
     study at a time), the name of another attention implementation, or "trl" (DPOTrainer's step in
-    micro-batches of `trl_batch` pairs); one after another, as two models may not fit together.
+    micro-batches of `trl_batch` pairs); one after another, as two models may not fit together. Ours
+    is measured before them, or not at all without `with_ours`.
     `loss` is the mean loss, about 0.6931 as nothing is trained yet. Every kind of step has its own
     entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`,
     `loss`, and for steps of ours `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that
@@ -158,7 +160,7 @@ def run(
         )
 
     steps: dict[str, dict[str, Any]] = {}
-    for name in ("ours", *peers):
+    for name in (*(("ours",) if with_ours else ()), *peers):
         try:
             with ExitStack() as stack:
                 if name == "trl":
@@ -186,9 +188,9 @@ def run(
             steps[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         if where.type == "cuda":
             torch.cuda.empty_cache()
-    mine = steps["ours"]["pairs_per_second"]
     for name, figures in steps.items():
-        if name != "ours" and "error" not in figures:
+        if with_ours and name != "ours" and "error" not in figures:
+            mine = steps["ours"]["pairs_per_second"]
             figures["ours_is_faster_by"] = mine / figures["pairs_per_second"]
     return {
         "size": size,

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import report, worker
+from bench.gpu import report, run, worker
 from bench.gpu import sanitizer as sanitizing
 from bench.gpu.units import NotHere, Setting, Unit
+
+pytestmark = pytest.mark.test_bed
 
 ROOT = Path(__file__).resolve().parents[1]
 MISBEHAVING = """
@@ -84,9 +86,10 @@ def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def run_phase(phase: str, folder: Path, seconds: float, resume: bool = False) -> dict[str, Any]:
-    results = gpu_check.Results(folder, resume)
+    results = run.Results(folder, resume)
     setting = Setting("cpu", True, str(folder))
-    gpu_check.run_phase(phase, setting, time.monotonic() + seconds, results)
+    session = run.Session(setting, results, probe=lambda device: True)
+    run.run_phase(phase, session, time.monotonic() + seconds)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -132,18 +135,19 @@ import time
 from bench.gpu.units import Unit
 
 def units(setting):
-    hang = Unit("a: hang", lambda: time.sleep(60), limit=0.5, group="a: ")
-    return [hang, Unit("a: like it", lambda: {}, group="a: "), Unit("b: other", lambda: {})]
+    hang = Unit("a: hang", lambda: time.sleep(60), limit=0.5, variant="a")
+    return [hang, Unit("a: like it", lambda: {}, variant="a"), Unit("b: other", lambda: {})]
 """
 
 
-def test_a_group_whose_unit_hangs_takes_no_more_time(tmp_path: Path, misbehaving: str) -> None:
+def test_a_variant_whose_unit_hangs_takes_no_more_time(tmp_path: Path, misbehaving: str) -> None:
     path = tmp_path / "path" / "bench" / "gpu" / "misbehaving.py"
     path.write_text(HANGING)
     data = run_phase(misbehaving, tmp_path, 60)
     found = [(record["key"], record["status"]) for record in data["records"]]
     assert found == [("a: hang", "timeout"), ("b: other", "ok")]
     assert [entry["key"] for entry in data["not_run"]] == ["a: like it"]
+    assert data["hung"] == ["a"] and "left out" in report.verdict(data)
 
 
 def test_a_fault_of_the_device_is_met_by_the_unit_that_caused_it(
@@ -231,8 +235,8 @@ def data_of(*records: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_speed_is_claimed_on_red_tests() -> None:
-    timings = [timing("eager", 80), timing("triton", 36), timing("cuda rows", 35)]
-    good = record("correctness", "triton: bfloat16 flat")
+    timings = [timing("eager", 80), timing("triton lean", 36), timing("cuda rows", 35)]
+    good = record("correctness", "triton lean: bfloat16 flat")
     bad = record("correctness", "cuda rows: bfloat16 flat", "failed")
     assert gpu_check.exit_status(data_of(good, *timings)) == 0
     data = data_of(good, bad, *timings)
@@ -240,13 +244,15 @@ def test_no_speed_is_claimed_on_red_tests() -> None:
     assert report.red(data["records"]) == {"cuda rows"}
     text = report.render(data) + report.short(data)
     assert "RED: 1 checks failed" in text and "because" in text
-    assert "35.000" not in text and "36.000" in text and "best of ours (triton)" in text
+    assert "35.000" not in text and "36.000" in text and "best of ours (triton lean)" in text
     for phase, key, names in (
-        ("suite", "test_triton_loss.py", {"triton"}),
+        ("suite", "test_triton_loss.py", {"triton lean", "triton masked", "triton lse"}),
         ("suite", "test_cuda_kernels.py", {"cuda rows", "cuda fused"}),
         ("sanitizer", "racecheck: cuda fused", {"cuda fused"}),
     ):
         assert report.red([record(phase, key, "crashed")]) == names
+    crashed = record("loss", "7B T=8192, frozen head: cuda rows", "crashed")
+    assert report.red([crashed]) == {"cuda rows"}, "a crash of ours is red, too"
     # What a peer does wrong is not our failure; what was not reached is said.
     assert gpu_check.exit_status(data_of(record("loss", "x: trl chunked", "error"))) == 0
     unfinished = data_of(good) | {"not_run": [{"phase": "suite", "key": "a"}]}
@@ -257,9 +263,9 @@ def test_targets_and_the_table_of_winners() -> None:
     records = [
         timing("eager", 80),
         timing("trl chunked", 51),
-        timing("triton", 36),
+        timing("triton lean", 36),
         timing("cuda rows", 35),
-        timing("triton", 50, "trained head"),
+        timing("triton lean", 50, "trained head"),
         timing("cuda rows", 49, "trained head"),
     ]
     rows = {what: (wanted, measured) for what, wanted, measured in report.requirements(records)}
@@ -269,8 +275,8 @@ def test_targets_and_the_table_of_winners() -> None:
     assert line.startswith('(152064, 3584): Measured("rows", ')
     records[-1] = timing("cuda rows", 51, "trained head")
     assert report.winners(records) == [], "it must win in every case"
-    assert report.winners([r for r in records if r["provider"] != "triton"]) == []
-    wrong = timing("triton", 30) | {"errors": {"loss": 1e-3, "gradient": 0.1}}
+    assert report.winners([r for r in records if r["provider"] != "triton lean"]) == []
+    wrong = timing("triton lean", 30) | {"errors": {"loss": 1e-3, "gradient": 0.1}}
     assert report.within_rule(wrong, records) is False and report.within_rule(records[2], records)
-    assert report.red([*records, wrong]) == {"triton"}, "an error beyond the rule is red, too"
+    assert report.red([*records, wrong]) == {"triton lean"}, "an error beyond the rule is red, too"
     assert gpu_check.exit_status(data_of(*records, wrong)) == 1

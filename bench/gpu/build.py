@@ -1,12 +1,15 @@
-"""Builds the native parts in place, where there are compilers; nothing is installed."""
+"""The native parts: built in place where there are compilers, or taken from a kit that was built
+beforehand. No package is installed where others would see it."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 from typing import Any
 
 from bench.gpu.units import ROOT, NotHere, Setting, Unit
@@ -28,6 +31,34 @@ def build(needs_cuda: bool) -> dict[str, Any]:
             raise NotHere('no nvcc: impl="cuda" cannot be built and is not checked')
         raise AssertionError("nvcc is here, but cpo_fast._cuda was not built; see the log")
     return {"built": built}
+
+
+_placed = False  # whether this process has put a kit's binary in place
+
+
+def unpack(kit: str, scratch: str) -> dict[str, Any]:
+    """The peers' wheels for the processes behind this one, and a binary in place."""
+    global _placed
+    from bench.gpu import kit as kits
+
+    found = kits.unpack(Path(kit), Path(scratch))
+    _placed = found.cuda
+    return {**found.record(), "environment": found.environment}
+
+
+def build_unless_placed(setting: Setting) -> dict[str, Any]:
+    if _placed:
+        raise NotHere("the kit's binary is in place")
+    if setting.device == "cpu":
+        raise NotHere("a CPU needs no CUDA kernels")
+    return build(needs_cuda=True)
+
+
+def kit_units(setting: Setting) -> list[Unit]:
+    return [
+        Unit("kit", functools.partial(unpack, setting.kit, setting.scratch), limit=60),
+        Unit("native parts", functools.partial(build_unless_placed, setting), limit=70),
+    ]
 
 
 def units(setting: Setting) -> list[Unit]:

@@ -1,13 +1,21 @@
-"""What the device reaches at best: bytes of a large copy, FLOP of a large matrix product."""
+"""What the device reaches at best: bytes of a large copy, FLOP of a large matrix product, and of
+the two products with a head by the rows of a chunk."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from bench.gpu.timing import in_turn
+from bench.gpu import environment
+from bench.gpu.timing import in_turn, release
 from bench.gpu.units import Setting, Unit
+from cpo_fast.loss.chunked import fp32_sums, logits_buffer
+
+HEAD = (3584, 152064)  # D, V of the 7B model
+ROWS = (1024, 2048, 3072, 3328, 3584, 4096, 8192)
+SETTINGS = ("vendor default", "fp32 sums")
 
 
 def copy(device: str, quick: bool) -> dict[str, Any]:
@@ -28,10 +36,79 @@ def product(device: str, quick: bool, dtype: torch.dtype) -> dict[str, Any]:
     return {"size": size, "flops_per_second": 2 * size**3 / times["median"], "times": times}
 
 
-def units(setting: Setting) -> list[Unit]:
+@functools.lru_cache(maxsize=1)
+def head(device: str, quick: bool) -> torch.Tensor:
+    D, V = (32, 1000) if quick else HEAD
+    return (torch.randn(V, D, device=device) / D**0.5).bfloat16()
+
+
+def head_products(device: str, quick: bool, rows: int) -> dict[str, Any]:
+    """H W^T and P W of a chunk of `rows`, each under the vendor library's default settings and
+    under those of ours, in buffers as ours has them."""
+    release(device)
+    weight = head(device, quick)
+    V, D = weight.shape
+    hidden = torch.randn(rows, D, device=device).bfloat16()
+    logits = logits_buffer(hidden, rows, V)[:, :V]
+    out = torch.empty_like(hidden)
+
+    def fp32(run: Any) -> None:
+        with fp32_sums():
+            run()
+
+    def forward() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+
+    def backward() -> None:
+        torch.mm(logits, weight, out=out)
+
+    runs: dict[str, Any] = {}
+    for name, run in (("H W^T", forward), ("P W", backward)):
+        runs[f"{name}, {SETTINGS[0]}"] = run
+        runs[f"{name}, {SETTINGS[1]}"] = functools.partial(fp32, run)
+    forward()  # P W multiplies logits, whatever runs first
+    times = in_turn(runs, device, rounds=10)
+    work = 2 * rows * D * V
+    return {
+        "rows": rows,
+        "hidden": D,
+        "vocabulary": V,
+        "flops_per_second": {name: work / found["median"] for name, found in times.items()},
+        "times": times,
+    }
+
+
+def head_units(setting: Setting) -> list[Unit]:
     device, quick = setting.device, setting.quick
     return [
-        Unit("copy", lambda: copy(device, quick)),
-        Unit("bfloat16 product", lambda: product(device, quick, torch.bfloat16)),
-        Unit("float16 product", lambda: product(device, quick, torch.float16)),
+        Unit(
+            f"products with the head, {rows} rows",
+            functools.partial(head_products, device, quick, rows),
+            limit=15,
+            phase="products",
+        )
+        for rows in ((8, 16) if quick else ROWS)
     ]
+
+
+def square_units(setting: Setting, *dtypes: torch.dtype) -> list[Unit]:
+    device, quick = setting.device, setting.quick
+    found = [Unit("copy", lambda: copy(device, quick), limit=20, phase="ceilings")]
+    for dtype in dtypes:
+        name = f"{str(dtype).removeprefix('torch.')} product"
+        run = functools.partial(product, device, quick, dtype)
+        found.append(Unit(name, run, limit=20, phase="ceilings"))
+    return found
+
+
+def units(setting: Setting) -> list[Unit]:
+    return square_units(setting, torch.bfloat16, torch.float16) + head_units(setting)
+
+
+def machine_units(setting: Setting) -> list[Unit]:
+    """What the machine is, and what it reaches."""
+    machine = [
+        Unit("machine", unit.run, limit=20, phase="environment")
+        for unit in environment.units(setting)
+    ]
+    return machine + square_units(setting, torch.bfloat16) + head_units(setting)

@@ -68,7 +68,7 @@ def accuracy(
 
 
 def preferred_dtype(variant: str, device: str) -> torch.dtype:
-    return torch.float16 if variant == "triton" and device == "cpu" else torch.bfloat16
+    return torch.float16 if variant.startswith("triton") and device == "cpu" else torch.bfloat16
 
 
 def log_2_of_equals(variant: str, device: str, quick: bool) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def autocast(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 def operators(variant: str, device: str, quick: bool) -> dict[str, Any]:
     """torch.library.opcheck of the custom operators, with what a call gives them."""
-    family = {"triton": "triton", "cuda rows": "cuda", "cuda fused": "cuda"}.get(variant)
-    if family is None:
+    family = variant.partition(" ")[0]
+    if family not in ("triton", "cuda"):
         raise NotHere("plain PyTorch, or checked by the ordinary tests")
     dtype = preferred_dtype(variant, device)
     data = Inputs("random", 20, 50, 16, dtype, device)
@@ -212,9 +212,9 @@ def units(setting: Setting) -> list[Unit]:
 
     def add(variant: str, name: str, function: Callable[..., Any], *args: Any, **kw: Any) -> None:
         run = functools.partial(function, variant, device, *args, **kw)
-        found.append(Unit(f"{variant}: {name}", run, limit=60, group=f"{variant}: "))
+        found.append(Unit(f"{variant}: {name}", run, limit=60, variant=variant))
 
-    for variant in reversed(variants(device)):  # what runs by default first
+    for variant in variants(device):
         if variant != "reference":
             for dtype in DTYPES:
                 kind_of = str(dtype).removeprefix("torch.")
@@ -236,3 +236,43 @@ def units(setting: Setting) -> list[Unit]:
             for name, device_rule in DEVICE_RULES.items():
                 add(variant, name, device_rule)
     return found
+
+
+SAME_BITS = "same bits every run"
+
+
+def rules_units(setting: Setting) -> list[Unit]:
+    """What only a device can break, the fastest variant first."""
+    device, found = setting.device, []
+    for variant in setting.best:
+        if variant == "reference":
+            continue
+        if device == "cuda":
+            found += [
+                Unit(f"{variant}: {name}", functools.partial(rule, variant, device), 20, variant)
+                for name, rule in DEVICE_RULES.items()
+            ]
+        run = functools.partial(same_bits, variant, device, setting.quick)
+        found.append(Unit(f"{variant}: {SAME_BITS}", run, 20, variant))
+    return found
+
+
+def telling(unit: Unit) -> int:
+    """Real sizes in bfloat16, chunks, the rules, the options; then small sizes, other dtypes."""
+    name = unit.key.partition(": ")[2]
+    if name in ("torch.compile", "opcheck"):
+        return 3  # these import a compiler
+    if name in RULES or name in DEVICE_RULES:
+        return 1
+    if not name.startswith("bfloat16"):
+        return 4
+    if any(words in name for words in ("V=50257", "V=32000", "V=15", "in chunks")):
+        return 0
+    return 2 if "all options" in name else 3
+
+
+def winner_units(setting: Setting) -> list[Unit]:
+    """Every check of the fastest variant, those that tell most first."""
+    names = [name for name in setting.best if name != "reference"][:1]
+    found = [unit for unit in units(setting) if unit.variant in names]
+    return sorted(found, key=telling)

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
+
+from bench.gpu import sections
+from bench.gpu.sections import mib, table
+from bench.gpu.variants import OURS
 
 Record = dict[str, Any]
 
 CHECKS = ("correctness", "suite", "sanitizer")
 """Phases in which a failure means that something is wrong with us."""
+MEASUREMENTS = ("ceilings", "products", "loss", "tuning", "profile", "steps")
 BAD = ("failed", "error", "crashed", "timeout")
 ONLINE = ", reference on-line"
 LSE_ONLY = "log-probs alone"
-OURS = ("triton", "cuda rows", "cuda fused", "cpu", "reference")
-SUITES = {"test_triton": ("triton",), "test_cuda": ("cuda rows", "cuda fused")}
+COMMON = ("phase", "step", "key", "status", "unit_seconds")
+HEADLINE = ("7B", 8192), ("tiny", 64)  # model and T; the latter with --quick
+SUITES = {
+    "test_triton": ("triton lean", "triton masked", "triton lse"),
+    "test_cuda": ("cuda rows", "cuda fused"),
+}
 ROUNDING = 2**-8  # of bfloat16: the band of the rule on errors
 GIB = 2**30
+SHORT_CHARACTERS = 11000  # of the table that ends a run: the end of the output may be all one sees
 
 
 def broken(records: list[Record]) -> list[Record]:
-    """Checks that failed, a build that did, and measurements of ours that err too much."""
+    """Checks that failed, a build that did, and measurements of ours that crash or err too much.
+
+    A measurement that took too long is no proof of a fault: it is named with the variants that
+    hung."""
     phases = (*CHECKS, "build")
     found = [r for r in records if r["phase"] in phases and r["status"] in BAD]
+    found += [
+        r
+        for r in records
+        if r["phase"] == "loss" and r["status"] in ("failed", "error", "crashed")
+        if r["key"].rpartition(": ")[2] in OURS
+    ]
     loss = [r for r in records if r["phase"] == "loss" and r["status"] == "ok"]
     for r in loss:
         if r["provider"] in OURS and within_rule(r, loss) is False:
@@ -67,14 +87,18 @@ def within_rule(record: Record, records: list[Record]) -> bool | None:
     return None
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def is_headline(record: Record) -> bool:
+    place = record.get("model"), record["tokens"]
+    return place in HEADLINE and record["case"] == "frozen head" + ONLINE
 
 
-def mib(record: Record) -> str:
-    extra = record.get("extra_bytes")
-    return "" if extra is None else f"{extra / 2**20:.0f}"
+def case_name(record: Record) -> str:
+    """As in the keys of measurements, without the provider."""
+    return f"{record.get('model')} T={record['tokens']}, {record['case']}"
+
+
+def is_headline_name(name: str) -> bool:
+    return name in [f"{model} T={T}, frozen head{ONLINE}" for model, T in HEADLINE]
 
 
 def head_of(record: Record) -> tuple[int, int]:
@@ -91,7 +115,7 @@ def winners(records: list[Record]) -> list[str]:
             times.setdefault(head_of(r), {}).setdefault(case, {})[r["provider"]] = r["seconds"]
     found = []
     for (V, D), cases in sorted(times.items()):
-        full = [t for t in cases.values() if {"triton", "cuda rows"} <= set(t)]
+        full = [t for t in cases.values() if {"triton lean", "cuda rows"} <= set(t)]
         for path in ("rows", "fused"):
             name = f"cuda {path}"
             if full and all(name in t and min(t, key=t.__getitem__) == name for t in full):
@@ -125,6 +149,8 @@ def verdict(data: Record) -> str:
     else:
         passed = sum(r["phase"] in CHECKS and r["status"] == "ok" for r in data["records"])
         words.append(f"{passed} checks passed, none failed")
+    if hung := data.get("hung"):
+        words.append(f"took too long and was left out from there on: {', '.join(hung)}")
     if left:
         words.append("not reached: " + ", ".join(f"{n} of {p}" for p, n in left.items()))
     if "finished" not in data:
@@ -163,39 +189,56 @@ def requirements(records: list[Record]) -> list[list[str]]:
         share = best["flops_per_second"] / best["floor_flops_per_second"]
         what = f"7B, T = 8192, log-probs alone ({best['provider']}): of the bare product's rate"
         rows.append([what, ">= 90 %", f"{share:.0%}"])
-    for r in records:
-        if r["phase"] == "steps" and r["status"] == "ok" and r["size"] == "7B":
-            mine, trl = (r["steps"].get(name, {}) for name in ("ours", "trl"))
-            if "mfu" in mine:
-                rows.append([r["key"] + ": MFU", ">= 45 %", f"{mine['mfu']:.0%}"])
-            if "pairs_per_second" in trl:
-                gain = mine["pairs_per_second"] / trl["pairs_per_second"]
-                rows.append([r["key"] + ": v trl", ">= 3 x", f"{gain:.2f} x"])
-    return rows
+    return rows + sections.step_requirements(records)
 
 
 def short(data: Record) -> str:
     """The table that ends a run."""
     records = data["records"]
     lines = [machine_line(records), verdict(data)]
+    if "verdict" in data:
+        lines.append(data["verdict"])
     for r in broken(records)[:8]:
         lines.append(f"  {r['status']}: {r['key']}: {r['reason']}"[:160])
     for r in records:
         if r["phase"] == "ceilings" and r["status"] == "ok":
-            rate = (
-                f"{r['bytes_per_second'] / 1e9:.4g} GB/s"
-                if "bytes_per_second" in r
-                else f"{r['flops_per_second'] / 1e12:.4g} TFLOP/s"
-            )
-            lines.append(f"{r['key']:60} {rate}")
+            lines.append(f"{r['key']:60} {sections.rate(r)}")
     for what, wanted, measured in requirements(records):
         lines.append(f"{what[:60]:60} {measured}  (wanted {wanted})")
-    for r in timed(records)[:24]:
+    guess = predictions(records)
+    for r in timed(records):
         name = f"T={r['tokens']} D={r['hidden']} {r['case']}: {r['provider']}"
-        lines.append(
-            f"{name[:60]:60} {r['seconds'] * 1e3:9.2f} ms {r['ratio_to_floor']:6.2f} x floor"
-        )
-    return "\n".join(lines)
+        text = f"{r['seconds'] * 1e3:9.2f} ms {r['ratio_to_floor']:6.2f} x floor"
+        lines.append(f"{name[:60]:60} {text}  {guess(r)}".rstrip())
+    lines += sections.short_lines(records, red(records))
+    text = ""
+    for line in lines:
+        if len(text) + len(line) > SHORT_CHARACTERS:
+            return text + "... the rest is in report.md"
+        text += line + "\n"
+    return text.rstrip()
+
+
+def reasons(entry: Record) -> list[str]:
+    return [entry["reason"]] if "reason" in entry else []
+
+
+def predictions(records: list[Record]) -> Callable[[Record], str]:
+    """Says what was predicted for a measurement of the loss op on this device; "" for nothing."""
+    try:
+        from bench.gpu.predictions import predicted
+    except ImportError:
+        return lambda record: ""
+    device = str(machine(records).get("device"))
+
+    def guess(record: Record) -> str:
+        found = predicted(device, record["provider"], record["case"], str(record.get("model")))
+        # Predictions are for the headline's number of tokens only.
+        if found is None or record["tokens"] != HEADLINE[0][1]:
+            return ""
+        return f"predicted {found[0]:.4g} to {found[1]:.4g} ms"
+
+    return guess
 
 
 def render(data: Record) -> str:
@@ -205,8 +248,9 @@ def render(data: Record) -> str:
     for record in records:
         by_phase[record["phase"]].append(record)
     parts = ["# GPU check", f"{machine_line(records)}. Started {data['started']}.", verdict(data)]
+    parts += [data["verdict"]] if "verdict" in data else []
     if m := machine(records):
-        shown = {k: v for k, v in m.items() if k not in ("phase", "key", "status", "unit_seconds")}
+        shown = {k: v for k, v in m.items() if k not in COMMON}
         versions = shown.pop("versions")
         rows = [[k, str(v)] for k, v in shown.items()]
         rows += [[name, version or "not installed"] for name, version in versions.items()]
@@ -229,49 +273,27 @@ def render(data: Record) -> str:
                 lines = [f"- {r['phase']}, {r['key']}: {r['reason']}" for r in found]
                 parts += [f"### {title}", "\n".join(lines)]
     if ceilings := [r for r in by_phase["ceilings"] if r["status"] == "ok"]:
-        rows = [
-            [
-                r["key"],
-                f"{r['bytes_per_second'] / 1e9:.5g} GB/s"
-                if "bytes_per_second" in r
-                else f"{r['flops_per_second'] / 1e12:.5g} TFLOP/s, {r['size']} cubed",
-            ]
-            for r in ceilings
-        ]
+        rows = [[r["key"], sections.rate(r)] for r in ceilings]
         parts += ["## Ceilings", table(["what", "measured"], rows)]
-    parts += loss_part(records)
-    for r in by_phase["steps"]:
-        if r["status"] == "ok":
-            rows = [
-                [name, *(step_cell(s, key) for key in STEP_COLUMNS)]
-                for name, s in r["steps"].items()
-            ]
-            missing = f" Not installed: {', '.join(r['peers_missing'])}." * bool(r["peers_missing"])
-            text = f"{r['pairs']} pairs, {r['dtype']}, attention {r['attention']}.{missing}"
-            parts += [f"## {r['key']}", text, table(["", *STEP_COLUMNS], rows)]
-    quiet = [r for r in records if r["phase"] in ("ceilings", "loss", "steps")]
+    parts += sections.products(records) + loss_part(records)
+    parts += sections.tuning(records, red(records)) + sections.profiles(records, red(records))
+    parts += sections.steps(records)
+    quiet = [r for r in records if r["phase"] in MEASUREMENTS]
     if lines := [
         f"- {r['phase']}, {r['key']}: {r['status']}, {r['reason']}" for r in quiet if "reason" in r
     ]:
         parts += ["## Not measured", "\n".join(lines)]
     if data["not_run"]:
-        lines = [f"- {entry['phase']}, {entry['key']}" for entry in data["not_run"]]
+        lines = [
+            f"- {': '.join([entry['phase'] + ', ' + entry['key'], *reasons(entry)])}"
+            for entry in data["not_run"]
+        ]
         parts += ["## Not reached in the time", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-STEP_COLUMNS = ("pairs_per_second", "seconds", "mfu", "peak_memory_bytes", "loss", "error")
-
-
-def step_cell(step: Record, key: str) -> str:
-    value = step.get(key)
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def loss_part(records: list[Record]) -> list[str]:
-    op = timed(records)
+    op, guess = timed(records), predictions(records)
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for r in op:
         groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
@@ -291,12 +313,14 @@ def loss_part(records: list[Record]) -> list[str]:
                     mib(r),
                     *(f"{errors[k]:.1e}" if k in errors else "" for k in ("loss", "gradient")),
                     {True: "yes", False: "NO", None: ""}[rule],
+                    guess(r).removeprefix("predicted ").removesuffix(" ms"),
                 ]
             )
         rate = found[0]["floor_flops_per_second"] / 1e12
         floor = f"Floor {found[0]['floor_seconds'] * 1e3:.3f} ms ({rate:.4g} TFLOP/s)."
+        floor += sections.floors(found[0])
         header = ["provider", "ms", "rounds", "x floor", "extra MiB", "loss error"]
-        header += ["gradient error", "within the rule"]
+        header += ["gradient error", "within the rule", "predicted ms"]
         parts += [f"### T = {T}, D = {D}, V = {V}: {case}", floor, table(header, rows)]
     if lines := winners(records):
         text = "Heads for which a CUDA path won everywhere, for MEASURED in cpo_fast/loss/cuda.py:"

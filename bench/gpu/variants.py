@@ -1,45 +1,83 @@
-"""The implementations as they are checked and timed: "cuda" counts twice, once for each path."""
+"""The implementations as they are checked and timed: "triton" counts twice, once for each of its
+row kernels, and "cuda" twice, once for each of its paths.
+
+Importing this module loads no torch: the process that runs the others reads the names only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from cpo_fast.loss import available_impls
+IMPLEMENTATIONS = ("triton lean", "cuda rows", "cuda fused", "triton masked", "cpu", "reference")
+"""In order of preference: what shall be known first, first."""
+LSE = "triton lse"
+"""The fused Triton log-sum-exp by itself: log-probs without gradients, no whole implementation."""
+OURS = (*IMPLEMENTATIONS, LSE)
+CHECKED = {
+    "cuda": tuple(name for name in OURS if name != "cpu"),
+    "cpu": ("cpu", "reference"),
+}
+"""By device: what the smoke check looks at."""
+PARTS = {
+    "triton": {"lean": "triton lean", "masked": "triton masked"},
+    "cuda": {"rows": "cuda rows", "fused": "cuda fused"},
+}
 
 
 def variants(device: str) -> list[str]:
-    """Names for `using`, "reference" first, the preferred one last."""
-    names: list[str] = []
+    """Names for `using` that run here, in order of preference."""
+    import torch
+
+    from cpo_fast.loss import available_impls
+
+    found: set[str] = set()
     for impl in available_impls(device):
-        if impl == "cuda":
-            if torch.cuda.get_device_capability() == (9, 0):
-                names.append("cuda fused")
-            names.append("cuda rows")
-        else:
-            names.append(impl)
-    return names
+        found.update(PARTS.get(impl, {"": impl}).values())
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        found.discard("cuda fused")
+    return [name for name in IMPLEMENTATIONS if name in found]
+
+
+def why_not(variant: str, device: str) -> str | None:
+    """Why `variants` does not list this one; None: it does."""
+    here = variants(device)
+    if variant in here or (variant == LSE and "triton lean" in here):
+        return None
+    from cpo_fast.loss.api import impl_obstacles
+
+    impl = variant.partition(" ")[0]
+    return impl_obstacles(device).get(impl) or f"{variant} does not run on this device"
 
 
 @contextlib.contextmanager
 def using(variant: str) -> Iterator[str]:
-    """The `impl` of a variant, with its path forced inside the block."""
-    impl, _, path = variant.partition(" ")
-    if not path:
+    """The `impl` of a variant, with its path or its row kernel forced inside the block."""
+    impl, _, part = variant.partition(" ")
+    if not part:
         yield impl
-        return
-    from cpo_fast.loss import cuda
+    elif impl == "triton":
+        from cpo_fast.loss import triton
 
-    with cuda.forced_path(path):
-        yield impl
+        with triton.forced_rows(part):
+            yield impl
+    else:
+        from cpo_fast.loss import cuda
+
+        with cuda.forced_path(part):
+            yield impl
 
 
 def obstacle(
     variant: str, dtype: torch.dtype, D: int = 8, *, plain: bool = True, device: str = "cuda"
 ) -> str | None:
     """Why a variant takes no such inputs by its documentation; None: it must take them."""
+    import torch
+
     if variant.startswith("cuda") and dtype == torch.float32:
         return "float32 is for the reference and Triton"
     if variant == "cuda fused":
@@ -49,6 +87,6 @@ def obstacle(
             return "the fused path takes hidden sizes that are multiples of 8"
         if not plain:
             return "the fused path takes no bias and no soft cap"
-    if variant == "triton" and device == "cpu" and dtype == torch.bfloat16:
+    if variant.startswith("triton") and device == "cpu" and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return None

@@ -22,25 +22,31 @@ from bench.gpu.units import NotHere, Setting, Unit
 PR_SET_PDEATHSIG = 1
 
 
-def main(phase: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
+def main(source: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
+    """Runs the units that "module:function" of bench.gpu returns; the function is `units` where
+    none is named."""
+
     def tell(**line: Any) -> None:
         pipe.write(json.dumps(line) + "\n")
         pipe.flush()
 
-    units = importlib.import_module(f"bench.gpu.{phase}").units(setting)
-    units = [unit for unit in units if unit.key not in behind]
-    tell(plan=[unit.key for unit in units])
+    module, _, function = source.partition(":")
+    units = getattr(importlib.import_module(f"bench.gpu.{module}"), function or "units")(setting)
+    units = [unit for unit in units if unit.key not in behind and setting.runs(unit)]
+    tell(plan=[[unit.key, unit.variant, unit.phase] for unit in units])
     for unit in units:
-        tell(begin=unit.key, limit=unit.limit, group=unit.group)
+        tell(begin=unit.key, limit=unit.limit)
         begun = time.monotonic()
-        status, figures, ends = outcome(unit)
-        tell(key=unit.key, status=status, unit_seconds=time.monotonic() - begun, **figures)
+        status, figures, spoils = outcome(unit)
+        ends = figures.pop("fresh_process", False) or spoils
+        seconds = time.monotonic() - begun
+        tell(key=unit.key, status=status, unit_seconds=seconds, spoilt=spoils, **figures)
         if ends:
             break
 
 
 def outcome(unit: Unit) -> tuple[str, dict[str, Any], bool]:
-    """(status, figures or reason, whether this process must end)."""
+    """(status, figures or reason, whether this process can do nothing more)."""
     try:
         figures = unit.run()
         settle()

@@ -1,0 +1,297 @@
+"""Runs units in processes of their own, and keeps what they told whatever becomes of them.
+
+The process that does this never imports torch: it cannot hang in a driver, and holds no device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import report
+from bench.gpu.units import ROOT, Setting
+
+PROBE_SECONDS = 20.0
+DEATH_SECONDS = 3.0  # a killed process that waits for the driver may stay: it is not waited for
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def replace(path: Path, text: str) -> None:
+    """Whoever reads `path`, at any time, finds a whole file."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+class Results:
+    """The records so far, on disk after every change, with what is made of them."""
+
+    def __init__(self, folder: Path, resume: bool = False) -> None:
+        self.folder = folder
+        self.file = folder / "results.json"
+        self.data: dict[str, Any] = {"started": now(), "records": [], "not_run": [], "hung": []}
+        if resume and self.file.exists():
+            self.data |= json.loads(self.file.read_text())
+            self.data["not_run"] = []
+        self.files: dict[Path, Callable[[dict[str, Any]], str]] = {
+            folder / "report.md": report.render
+        }
+        self.lock = threading.Lock()
+        self.write()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return self.data["records"]
+
+    def add(self, record: dict[str, Any]) -> None:
+        with self.lock:
+            self.records.append(record)
+            self.write()
+        reason = f": {record['reason']}" if "reason" in record else ""
+        text = f"{record['phase']:12} {record['status']:8} {record['key']}{reason}"
+        print(f"{record['unit_seconds']:6.1f} s  {text[:190]}", flush=True)
+
+    def write(self) -> None:
+        replace(self.file, json.dumps(self.data, indent=1))
+        for path, make in self.files.items():
+            replace(path, guarded(make, self.data))
+
+
+def guarded(make: Callable[[dict[str, Any]], str], data: dict[str, Any]) -> str:
+    """What `make` makes of the data. A fault of its own must not end the run, whose figures are in
+    results.json: the text then says what went wrong."""
+    try:
+        return make(data)
+    except Exception:
+        return f"results.json is whole, but this could not be made of it:\n{traceback.format_exc()}"
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Kills a process and all that it started in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(DEATH_SECONDS)
+
+
+def device_answers(device: str, limit: float = PROBE_SECONDS) -> bool:
+    """Whether a fresh process gets a sum from the device in time."""
+    code = f"import torch; torch.ones(1, device={device!r}).sum().item()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(limit) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        kill(process)
+
+
+class Worker:
+    """A process with the units of a phase, and the lines that it tells."""
+
+    def __init__(
+        self,
+        source: str,
+        setting: Setting,
+        behind: set[str],
+        log: Path,
+        environment: dict[str, str],
+    ) -> None:
+        reading, writing = os.pipe()
+        command = [sys.executable, "-m", "bench.gpu.worker", source, setting.dumps()]
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                [*command, json.dumps(sorted(behind)), str(writing)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            )
+        os.close(writing)
+        self.reading = reading
+        self.rest = b""
+
+    def lines(self, until: list[float]) -> Iterator[dict[str, Any]]:
+        """What it tells, until it ends or the time `until[0]` of the monotonic clock is over."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.reading, selectors.EVENT_READ)
+            while True:
+                if not selector.select(max(0.0, until[0] - time.monotonic())):
+                    return
+                data = os.read(self.reading, 1 << 16)
+                if not data:
+                    return
+                *whole, self.rest = (self.rest + data).split(b"\n")
+                for line in whole:
+                    yield json.loads(line)
+
+    def end(self, late: bool) -> int:
+        """Ends it and what it started; its exit status, negative for a signal of its own."""
+        status = 0
+        if not late:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self.process.wait(timeout=1)
+        kill(self.process)
+        os.close(self.reading)
+        return status
+
+
+@dataclass
+class Session:
+    """What is known while phases run: variants that hung, and whether the device still answers."""
+
+    setting: Setting
+    results: Results
+    environment: dict[str, str] = field(default_factory=dict)  # of all later processes
+    gone: str = ""  # why nothing more can run
+    probe: Callable[[str], bool] = device_answers
+
+    @property
+    def hung(self) -> list[str]:
+        return self.results.data["hung"]
+
+    def current(self, only: tuple[str, ...] = ()) -> Setting:
+        return dataclasses.replace(self.setting, hung=tuple(self.hung), only=only)
+
+    def check_device(self) -> None:
+        """After a unit that was killed or that spoilt its process: is there still a device?"""
+        if not self.gone and not self.probe(self.setting.device):
+            self.gone = "the device no longer answers"
+
+
+def run_phase(
+    source: str,
+    session: Session,
+    deadline: float,
+    *,
+    name: str = "",
+    phase: str = "",
+    only: tuple[str, ...] = (),
+    probing: bool = True,
+) -> bool:
+    """Runs the units of `source` ("module:function" of bench.gpu) that have no record yet, in as
+    many processes as it takes, until `deadline`.
+
+    `name` is that of the log and of the records' `step`, `phase` that of records and of what was
+    not reached; by default both are `source`. Once a unit took too long, its variant is left out of
+    everything behind it. Whatever ends a process before its time leads to a question whether the
+    device still answers, here or, without `probing`, by the caller: returns whether it is due.
+    """
+    name = name or source
+    phase = phase or name
+    results = session.results
+    behind = {r["key"] for r in results.records if r.get("step", r["phase"]) == name}
+    log = results.folder / f"{name}.log"
+    plan: dict[str, tuple[str, str]] = {}  # key: variant, phase
+    listed, troubled, cut_off = False, False, ""
+    barren = 0  # processes in a row that ended without a unit's result
+
+    def record(key: str, **figures: Any) -> None:
+        own = plan.get(key, ("", ""))[1] or phase
+        step = {} if own == name else {"step": name}
+        behind.add(key)
+        results.add({"phase": own, **step, "key": key, **figures})
+
+    while time.monotonic() < deadline and barren < 2 and not session.gone:
+        worker = Worker(source, session.current(only), behind, log, session.environment)
+        until, running, begun, told = [deadline], "", time.monotonic(), False
+        spoilt = planned = False
+        try:
+            for line in worker.lines(until):
+                if "plan" in line:
+                    plan.update({key: (variant, own) for key, variant, own in line["plan"]})
+                    listed, planned, told = True, True, not line["plan"]
+                elif "begin" in line:
+                    running, begun = line["begin"], time.monotonic()
+                    until[0] = min(deadline, begun + line["limit"])
+                else:
+                    running, until[0], told = "", deadline, True
+                    spoilt = line.pop("spoilt", False)
+                    session.environment.update(line.pop("environment", {}))
+                    record(line.pop("key"), **line)
+        finally:
+            late = time.monotonic() >= until[0]
+            status = worker.end(late)
+        if running and late and until[0] == deadline:
+            cut_off = running
+        elif running:
+            ended = "took too long" if late else f"the process ended with {status}"
+            seconds = time.monotonic() - begun
+            reason = {"reason": f"{ended}; see {log.name}"}
+            kind = "timeout" if late else "crashed"
+            record(running, status=kind, unit_seconds=seconds, **reason)
+            told = True
+            if late and (variant := plan[running][0]) and variant not in session.hung:
+                session.hung.append(variant)
+        if (running or spoilt) and probing:
+            session.check_device()
+        troubled = troubled or bool(running) or spoilt
+        barren = 0 if told else barren + 1
+        if planned and not waiting(plan, behind, session):
+            break
+    left = [key for key in plan if key not in behind]
+    entries = [{"phase": plan[key][1] or phase, "key": key} for key in left]
+    for entry in entries:
+        if entry["key"] == cut_off:
+            entry["reason"] = "cut off while it ran"
+    if not listed:
+        reason = session.gone or "no time was left"
+        reason = reason if barren == 0 else f"its process fails; see {log.name}"
+        entries = [{"phase": phase, "key": f"all of it: {reason}"}]
+    with results.lock:
+        results.data["not_run"] += entries
+        results.write()
+    return troubled
+
+
+def waiting(plan: dict[str, tuple[str, str]], behind: set[str], session: Session) -> bool:
+    """Whether some unit of the plan could still run."""
+    return any(key not in behind and plan[key][0] not in session.hung for key in plan)
+
+
+def run_side_by_side(
+    source: str,
+    session: Session,
+    deadline: float,
+    variants: tuple[str, ...],
+    *,
+    name: str,
+    phase: str,
+) -> None:
+    """`run_phase` for each variant, all at the same time; then one question to the device."""
+
+    def one(variant: str) -> bool:
+        return run_phase(
+            source, session, deadline, name=name, phase=phase, only=(variant,), probing=False
+        )
+
+    with ThreadPoolExecutor(max(1, len(variants))) as pool:
+        if any(list(pool.map(one, variants))):
+            session.check_device()
