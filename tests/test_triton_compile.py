@@ -127,7 +127,7 @@ def test_lean_row_kernel(dtype: str, bias: bool, softcap: bool, V: int, tmp_path
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_lean_row_kernel_takes_few_instructions(dtype: str, tmp_path: Path) -> None:
     """Machine instructions per 16 logits: 110 for a reference row, which is read only, 200 for both
-    passes of a policy row. The masked kernel takes 272 and 302."""
+    passes of a policy row. The masked kernel takes 285 and 319 (bf16, triton 3.9)."""
     binary, logits, _ = lean_binary(dtype, 152_064, tmp_path)
     assert logits == 16
     # The main loops read 16 logits in two accesses; the loops over the ragged end read 8 in one.

@@ -73,6 +73,17 @@ def chunks(
     return [(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
+def keeps_slopes(hidden: Tensor, weight: Tensor, room: int, want_weight: bool) -> bool:
+    """Whether d logp / d logits of all rows is kept for the head's gradient.
+
+    Kept, the backward needs no logits a second time: one GEMM less. Where it does not fit `room`,
+    chunks would be computed again and dW summed in float32; without that sum there is room for
+    4 V D bytes more, and keeping takes less memory than not keeping.
+    """
+    needed = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
+    return needed <= room + (4 * weight.numel() if want_weight else 0)
+
+
 @contextlib.contextmanager
 def fp32_sums() -> Iterator[None]:
     """Keep cuBLAS from adding the parts of a split sum in 16 bits, which its default allows."""

@@ -4,8 +4,8 @@ Per chunk of rows: logits = H W^T into a workspace; the row kernel turns them in
 place, into (onehot - p); a second GEMM with W gives g = d logp / d hidden, unscaled. g is stored
 ([T, D], as small as hidden), so that the backward with a frozen head scales rows and multiplies
 nothing: two GEMMs in all, whatever loss follows. With a trainable head the backward forms
-dW = (onehot - p)^T (coefficient x hidden), from the forward's (onehot - p) if one chunk held all
-rows (three GEMMs), else from recomputed chunks, summed in fp32 (four).
+dW = (onehot - p)^T (coefficient x hidden), from the forward's (onehot - p) where all of it may be
+kept (three GEMMs; chunked.keeps_slopes), else from recomputed chunks, summed in fp32 (four).
 
 The reference rows go through GEMMs of the same shapes and the same kernel, so that equal hidden
 states give bitwise equal log-probs. They are not joined to the policy's rows in one GEMM, whose
@@ -32,7 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.chunked import add_product, aligned, chunks, fp32_sums, logits_buffer, padded
+from cpo_fast.loss.chunked import (
+    add_product,
+    aligned,
+    chunks,
+    fp32_sums,
+    keeps_slopes,
+    logits_buffer,
+    padded,
+)
 from cpo_fast.loss.operators import operator
 from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
@@ -95,7 +103,7 @@ def token_logps(
     want_hidden = tracking and hidden.requires_grad
     want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
     room = limit(hidden.device)
-    logits_bytes = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
+    want_weight = tracking and weight.requires_grad
     logps, ref_logps, _, _ = torch.ops.cpo_fast.triton_logps(
         hidden.contiguous(),
         weight,
@@ -107,7 +115,7 @@ def token_logps(
         ignore_index,
         want_hidden,
         want_head,
-        want_head and logits_bytes <= room,
+        want_head and keeps_slopes(hidden, weight, room, want_weight),
         room,
     )
     return logps, None if ref_hidden is None else ref_logps
@@ -130,8 +138,8 @@ def _logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [T], ref_logps [T], unscaled [T, D], slopes [T, padded V]; 0 rows where not wanted.
 
-    slopes are d logp / d raw logits, kept when one chunk holds all rows. `room` bounds, in bytes,
-    the logits held at once; one row is held in any case.
+    slopes are d logp / d raw logits of all rows, if they are to be kept. `room` bounds, in bytes,
+    the logits of a chunk; one row is held in any case.
     """
     row_logps_ = row_kernel()
     options: dict[str, Any] = {
@@ -155,8 +163,8 @@ def _logps(
         logits = logits_buffer(hidden, bounds[0][1], V)
     with fp32_sums():
         for start, stop in bounds:
-            buffer = logits[: stop - start]
             part = slice(start, stop)
+            buffer = logits[part] if keep_slopes else logits[: stop - start]
             if ref_hidden is not None:
                 torch.mm(ref_hidden[part], weight.t(), out=buffer[:, :V])
                 row_logps_(buffer, labels[part], V, grad_rows=0, out=ref_logps[part], **options)

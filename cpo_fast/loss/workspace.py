@@ -16,7 +16,8 @@ _DEFAULT_MIB = {"cpu": 256, "cuda": 1190}
 def limit(device: torch.device) -> int:
     """Bytes of logits that may exist at once: CPO_FAST_WORKSPACE_MIB, or 256 MiB (CUDA: 1190 MiB).
 
-    Beside it, the op keeps 4 bytes for each of the T x D hidden numbers. Raises ValueError where
+    Beside it, the op keeps 4 bytes for each of the T x D hidden numbers. On CUDA a trained head may
+    take 4 bytes for each of its V x D numbers more (chunked.keeps_slopes). Raises ValueError where
     the variable is not a number >= 1.
     """
     text = os.environ.get("CPO_FAST_WORKSPACE_MIB", "")
