@@ -1,0 +1,103 @@
+"""Times of the loss op on a GPU, predicted by arithmetic before anything was measured.
+
+A measurement is held against these: a miss in either direction means that something was not
+understood. All for T = 8192 tokens in bfloat16. Rates are those that others measured on such cards;
+the check measures the ceilings of the card that it finds.
+
+    GEMM        2 T V D FLOP at 790 TFLOP/s: 11.3 ms for the 7B head
+    floor       3 of them for a frozen head with an on-line reference, 4 for a trained one
+    row pass    2 T V bytes per read or write of the logits (2.5 GB at V = 152,064) at the rate of a
+                copy. The reference is read once, the policy read and written; its second read comes
+                from the L2. 7.5 GB: 2.5 ms at 3.0 TB/s, 1.7 ms at 4.3 TB/s
+    issue       instructions of the row kernel per 16 logits, 32 lanes, 4 per clock on each of 132
+                multiprocessors. Lean, 196 for the policy and 104 for the reference: 0.8 ms, less than
+                memory takes. Masked, 604 and 285: 2.3 ms if no slot is lost, 2.6 to 3.3 in practice
+    rest        the backward's row scale (0.05 ms), launches, the last wave of rows: 0.1 to 0.4 ms
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+T = 8192
+HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
+GEMM_RATE = 790e12
+CLOCK, MULTIPROCESSORS = 1.755e9, 132
+REST = (0.1, 0.4)  # ms
+FROZEN = "frozen head, reference on-line"
+TRAINED = "trained head, reference on-line"
+LSE_ONLY = "log-probs alone"
+# The epilogue of the WGMMA kernel and the cp.async loop of the Triton log-sum-exp cost a part of
+# the tensor cores' time; for D = 3584 only: at a smaller D an epilogue weighs more.
+WGMMA_RATES = (660e12, 750e12)
+TRITON_LSE_RATES = (600e12, 660e12)
+MASKED_INSTRUCTIONS = {"reference": 285, "policy": 285 + 319}  # per 16 logits
+ISSUE_EFFICIENCY = (0.7, 0.9)
+
+
+class Span(NamedTuple):
+    """Milliseconds, from the least to the most."""
+
+    low: float
+    high: float
+
+    def __add__(self, other: Span) -> Span:  # type: ignore[override]
+        return Span(self.low + other.low, self.high + other.high)
+
+
+def copy_rate(device_name: str) -> float | None:
+    """Bytes per second, those read and those written; None for a card without a prediction."""
+    rates = {"H100": 3.0e12, "H200": 4.3e12}
+    return next((rate for name, rate in rates.items() if name in device_name), None)
+
+
+def gemms(model: str, count: int, rates: tuple[float, float] = (GEMM_RATE, GEMM_RATE)) -> Span:
+    D, V = HEADS[model]
+    work = count * 2 * T * V * D
+    return Span(1e3 * work / max(rates), 1e3 * work / min(rates))
+
+
+def row_bytes(model: str, passes: int, rate: float) -> Span:
+    """`passes` times all logits read or written at the rate of a copy."""
+    milliseconds = 1e3 * passes * 2 * T * HEADS[model][1] / rate
+    return Span(milliseconds, milliseconds)
+
+
+def issue(model: str, instructions: int) -> Span:
+    """The row kernel where it is bound by the issue of instructions."""
+    warps = T * HEADS[model][1] / 16 / 32 * instructions
+    at_best = 1e3 * warps / (4 * MULTIPROCESSORS * CLOCK)
+    return Span(at_best / max(ISSUE_EFFICIENCY), at_best / min(ISSUE_EFFICIENCY))
+
+
+def predicted(device_name: str, provider: str, case: str, model: str) -> Span | None:
+    """Milliseconds of forward and backward (of the forward for log-probs alone) at T = 8192.
+
+    None for a card, a provider, a case or a model that nothing was predicted for.
+    """
+    rate = copy_rate(device_name)
+    products = {FROZEN: 3, TRAINED: 4, LSE_ONLY: 1}.get(case)
+    if rate is None or products is None or model not in HEADS:
+        return None
+    if provider == "floor":
+        return gemms(model, products)
+    rest = Span(*REST)
+    if provider in ("triton lean", "cuda rows"):
+        passes = 1 if case == LSE_ONLY else 3
+        return gemms(model, products) + row_bytes(model, passes, rate) + rest
+    if provider == "triton masked":
+        instructions = MASKED_INSTRUCTIONS["reference"]
+        if case != LSE_ONLY:
+            instructions += MASKED_INSTRUCTIONS["policy"]
+        slots = issue(model, instructions)
+        memory = row_bytes(model, 1 if case == LSE_ONLY else 3, rate)
+        return gemms(model, products) + Span(*map(max, zip(slots, memory, strict=True))) + rest
+    if model != "7B":
+        return None
+    if provider == "cuda fused":
+        # Log-sum-exp of the reference and E of the policy by WGMMA, the others by the vendor.
+        own = 1 if case == LSE_ONLY else 2
+        return gemms(model, own, WGMMA_RATES) + gemms(model, products - own) + rest
+    if provider == "triton lse" and case == LSE_ONLY:
+        return gemms(model, 1, TRITON_LSE_RATES) + rest
+    return None
