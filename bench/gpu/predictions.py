@@ -10,8 +10,8 @@ the check measures the ceilings of the card that it finds.
                 copy. The reference is read once, the policy read and written; its second read comes
                 from the L2. 7.5 GB: 2.5 ms at 3.0 TB/s, 1.7 ms at 4.3 TB/s
     issue       instructions of the row kernel per 16 logits, 32 lanes, 4 per clock on each of 132
-                multiprocessors. Lean, 196 for the policy and 104 for the reference: 0.8 ms, less than
-                memory takes. Masked, 604 and 285: 2.3 ms if no slot is lost, 2.6 to 3.3 in practice
+                multiprocessors. Lean, 196 for the policy and 104 for the reference: 0.8 ms, less
+                than memory takes. Masked, 604 and 285: 2.3 ms at best, 2.6 to 3.3 in practice
     rest        the backward's row scale (0.05 ms), launches, the last wave of rows: 0.1 to 0.4 ms
 """
 
