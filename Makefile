@@ -17,10 +17,10 @@ LOWEST_TESTS := tests/test_first_step.py tests/test_model_packed.py tests/test_m
 	tests/test_train_export.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: help setup train test quick lowest real real-data bench gpu-check lint docs doctor dist clean
+.PHONY: help setup train test quick lowest real real-data bench gpu-check gpu-kit gpu-kit-quack gpu-publish lint docs doctor dist clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed ## make .venv with all dependencies and build the native kernels
 
@@ -34,8 +34,9 @@ $(VENV)/installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 train: setup ## the embedded default: phantom data, SFT, CPO, evaluation, report (runs/phantom)
 	$(BIN)/python -m cpo_fast.train
 
-test: setup real-data ## all tests
-	$(PYTEST)
+# make test SKIP=test_bed: all but the tests with that marker.
+test: setup real-data ## all tests (SKIP=MARKER leaves some out)
+	$(PYTEST) $(if $(SKIP),-m 'not $(SKIP)')
 
 quick: setup ## the tests that take no more than a few seconds
 	$(PYTEST) -m 'not slow'
@@ -72,6 +73,16 @@ bench: setup ## pytest --benchmark, with the peers installed
 GPU_OUT ?= runs/gpu-check
 gpu-check: ## check and measure everything on a GPU in under 9 minutes, offline, .venv or not (GPU_OUT, GPU_ARGS)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_check --out $(GPU_OUT) $(GPU_ARGS)
+
+# PYTHON312: an interpreter whose headers to build with; else the usual places are looked through.
+gpu-kit: setup ## what a GPU machine without a network is given: peers, built kernels (gpu-kit/)
+	$(BIN)/python -m bench.gpu_kit --out gpu-kit $(if $(PYTHON312),--python $(PYTHON312))
+
+gpu-kit-quack: setup ## the peer quack, for a run of its own (gpu-kit-quack/)
+	$(BIN)/python -m bench.gpu_kit --quack --out gpu-kit-quack
+
+gpu-publish: setup ## figures of a GPU check into docs/ and bench/results/ (RESULTS="a/results.json ...")
+	$(BIN)/python -m bench.gpu_publish $(RESULTS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cpo_fast

@@ -1,0 +1,379 @@
+"""Makes the folder that a GPU machine without a network is given: `python -m bench.gpu_kit`.
+
+`--out gpu-kit` (`make gpu-kit`) holds the wheels of the peers and of what they need and such a
+machine lacks, `cpo_fast._cuda` for its Python and sm_90a alone, the variants of bench/gpu/kit.py,
+and a manifest. `--quack` (`make gpu-kit-quack`) holds the wheels of quack instead, for a run of its
+own. bench/gpu/kit.py unpacks either. Exit status: 0 made, 1 too large, 2 something is missing that
+a kit cannot do without.
+
+Objects are kept in build/gpu-kit, by what they were made of: after a change only what changed is
+compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.kit import DEFAULT, VARIANTS, cuda_hash
+from bench.gpu.units import ROOT
+
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
+NEEDS = ("datasets", "pyarrow", "dill", "multiprocess")
+"""What trl imports and the machine lacks; transformers, peft, accelerate and pandas are there."""
+QUACK = (
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "nvidia-cutlass-dsl-libs-base",
+    "nvidia-cutlass-dsl-libs-core",
+    "nvidia-cutlass-dsl-libs-cu13",
+    "apache-tvm-ffi",
+    "torch-c-dlpack-ext",
+    "einops",
+)
+"""quack and what it needs beside torch, cuda-bindings, protobuf and typing-extensions."""
+QUACK_PATHS = ("nvidia_cutlass_dsl/dsl_packages",)
+"""Where imports look, too: what a .pth file says is read in an installation's own folder only."""
+TRIM = {
+    "pyarrow": (
+        *("pyarrow/include/*", "pyarrow/includes/*", "pyarrow/src/*", "pyarrow/tests/*"),
+        *("*.pyx", "*.pxd", "*.pxi", "*cpp_tests*", "*flight*", "*/libarrow_s3*", "*/_s3fs*"),
+        *("*parquet_encryption*", "*/libarrow_python.so", "*/libarrow_python.so.*.*.*"),
+    ),
+    "nvidia-cutlass-dsl-libs-cu13": ("*/stubs/*", "*.a"),
+}
+"""Files left out of wheels: sources, tests, network file systems, copies under other names."""
+PYTHON = (3, 12)
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)]
+PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
+USUAL_PLACES = (
+    "usr/bin/python3.12",
+    "usr/local/bin/python3.12",
+    "opt/python/cp312-cp312/bin/python",
+    "{home}/.pyenv/versions/3.12*/bin/python",
+    "{home}/.local/share/uv/python/cpython-3.12*/bin/python3.12",
+)
+NVCC_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "--compiler-options=-fPIC,-fvisibility=hidden",
+    "-gencode=arch=compute_90a,code=sm_90a",
+)
+CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden")
+LIMIT_MB = 60
+"""What is carried besides is small: with the tree, 64 MiB are allowed."""
+
+
+class Missing(Exception):
+    """Something is not here, or a tool failed: what, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Python to build for: where its headers are and how its extension modules end."""
+
+    include: str
+    suffix: str
+
+
+def run(command: Sequence[str], what: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Missing(f"{what}: {error}") from None
+    if done.returncode != 0:
+        last = "\n".join(done.stderr.splitlines()[-12:])
+        raise Missing(f"{what} failed ({done.returncode}):\n{last}")
+    return done.stdout
+
+
+# --- wheels ---------------------------------------------------------------------------------------
+
+
+def download(names: Sequence[str], constraints: Path, folder: Path) -> None:
+    """The wheels of `names` for the machine's Python, without what they depend on."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--implementation", "cp"]
+    command += ["--python-version", ".".join(map(str, PYTHON)), "-c", str(constraints)]
+    command += [word for name in PLATFORMS for word in ("--platform", name)]
+    run([*command, "-d", str(folder), *names], "pip download")
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def trim(wheel: Path, patterns: Sequence[str]) -> None:
+    """Writes a wheel anew without the files that match, and without their lines in RECORD."""
+
+    def left_out(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    fresh = wheel.with_suffix(".new")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(fresh, "w") as new:
+        for item in old.infolist():
+            if left_out(item.filename):
+                continue
+            data = old.read(item)
+            if item.filename.endswith(".dist-info/RECORD"):
+                lines = data.decode().splitlines(keepends=True)
+                data = "".join(x for x in lines if not left_out(x.split(",")[0])).encode()
+            new.writestr(item, data, zipfile.ZIP_DEFLATED, 9)
+    fresh.replace(wheel)
+
+
+def wheels(names: Sequence[str], constraints: Path, kit: Path) -> list[dict[str, Any]]:
+    """Entries of the manifest for wheels that are now in `kit`/wheels."""
+    folder = kit / "wheels"
+    folder.mkdir()
+    download(names, constraints, folder)
+    found = []
+    for path in sorted(folder.glob("*.whl")):
+        name, version = path.name.split("-")[:2]
+        patterns = TRIM.get(normal(name), ())
+        if patterns:
+            trim(path, patterns)
+        found.append(
+            {
+                "name": normal(name),
+                "version": version,
+                "file": str(path.relative_to(kit)),
+                "bytes": path.stat().st_size,
+                "trimmed": bool(patterns),
+            }
+        )
+    return found
+
+
+# --- cpo_fast._cuda -------------------------------------------------------------------------------
+
+
+def target(named: str | None) -> Target:
+    """Of the interpreter named, or of the first in the usual places that has its headers."""
+    question = (
+        "import sys, sysconfig as s, platform as p; print(*sys.version_info[:2], p.machine(), "
+        "s.get_path('include'), s.get_config_var('EXT_SUFFIX'), sep='\\n')"
+    )
+    places = [named] if named else [shutil.which("python3.12") or ""]
+    if not named:
+        home = Path.home().relative_to("/")
+        places += [
+            str(p) for x in USUAL_PLACES for p in sorted(Path("/").glob(x.format(home=home)))
+        ]
+    reasons = []
+    for place in filter(None, places):
+        try:
+            answer = run([place, "-c", question], place).splitlines()
+        except Missing as reason:
+            reasons.append(str(reason))
+            continue
+        major, minor, machine, include, suffix = answer
+        if (int(major), int(minor)) != PYTHON or machine != "x86_64":
+            reasons.append(f"{place} is Python {major}.{minor} on {machine}")
+        elif not (Path(include) / "Python.h").is_file():
+            reasons.append(f"{place} has no headers (no Python.h)")
+        else:
+            return Target(include, suffix)
+    tried = "; ".join(reasons) or "none found"
+    raise Missing(f"a Python 3.12 for x86_64 with its headers is needed (PYTHON312=...): {tried}")
+
+
+def dependencies(source: Path) -> list[Path]:
+    """A source and the headers of its folder that it includes, directly or not."""
+    found, waiting = [], [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.append(path)
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M)
+        waiting += [source.parent / name for name in names]
+    return sorted(found)
+
+
+def flags_for(source: Path, flags: Sequence[str]) -> tuple[str, ...]:
+    """Those of a variant's flags that this source or a header of it knows."""
+    text = "".join(path.read_text() for path in dependencies(source))
+    names = {flag: flag.removeprefix("-D").partition("=")[0] for flag in flags}
+    return tuple(flag for flag in flags if re.search(rf"\b{names[flag]}\b", text))
+
+
+class Builder:
+    """Builds `_cuda` for a target; objects are shared between variants and kept between runs."""
+
+    def __init__(self, target: Target, cache: Path, root: Path = ROOT) -> None:
+        import pybind11
+
+        self.target, self.cache = target, cache
+        self.sources = sorted((root / "csrc" / "cuda").glob("*.c*"))
+        home = re.search(r"TOP=(.*)", dryrun()) if shutil.which("nvcc") else None
+        if home is None:
+            raise Missing("nvcc is not on the PATH: the kit has no binary of impl='cuda'")
+        self.toolkit = Path(home[1].strip()).resolve()
+        self.version = run(["nvcc", "--version"], "nvcc").strip().splitlines()[-1]
+        includes = (target.include, pybind11.get_include(), str(self.toolkit / "include"))
+        self.includes = tuple(f"-I{path}" for path in includes)
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def compiler(self, source: Path, flags: Sequence[str]) -> list[str]:
+        if source.suffix == ".cu":
+            return ["nvcc", *NVCC_FLAGS, *flags]
+        return ["c++", *CXX_FLAGS, *self.includes, *flags]
+
+    def compile(self, source: Path, flags: Sequence[str]) -> Path:
+        flags = flags_for(source, flags)
+        command = self.compiler(source, flags)
+        digest = hashlib.sha256(json.dumps([self.version, self.target.suffix, *command]).encode())
+        for path in dependencies(source):
+            digest.update(path.name.encode() + path.read_bytes())
+        made = self.cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not made.exists():
+            fresh = made.with_suffix(".part.o")
+            print(" ".join([command[0], source.name, *flags]), flush=True)
+            run([*command, "-c", str(source), "-o", str(fresh)], f"compiling {source.name}")
+            fresh.replace(made)
+        return made
+
+    def build(self, flags: Sequence[str], place: Path) -> None:
+        """The extension module in `place`, stripped."""
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda source: self.compile(source, flags), self.sources))
+        libraries = [f"-L{self.toolkit / name}" for name in ("lib64", "lib")]
+        libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        command = ["c++", "-shared", "-s", *map(str, objects), *libraries, "-o", str(place)]
+        run(command, f"linking {place.name}")
+
+
+def dryrun() -> str:
+    done = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    return done.stderr
+
+
+def known(flags: Sequence[str], sources: Sequence[Path]) -> bool:
+    """Whether each flag means something to some source: else the variant would be the default."""
+    return all(any(flags_for(source, [flag]) for source in sources) for flag in flags)
+
+
+def binaries(builder: Builder, kit: Path) -> tuple[dict[str, Any], list[str]]:
+    """Entries of the manifest for what is now in `kit`/cuda, and what was left out."""
+    found: dict[str, Any] = {}
+    left_out = []
+    for name, flags in {DEFAULT: (), **VARIANTS}.items():
+        if not known(flags, builder.sources):
+            left_out.append(f"variant {name}: csrc/cuda does not know {' '.join(flags)}")
+            continue
+        place = kit / "cuda" / name / f"_cuda{builder.target.suffix}"
+        builder.build(flags, place)
+        size = place.stat().st_size
+        file = str(place.relative_to(kit))
+        found[name] = {"file": file, "bytes": size, "flags": list(flags)}
+    return found, left_out
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def make(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str, Any]:
+    """Replaces the folder `out` by a whole kit and returns its manifest."""
+    fresh = out.with_name(f".{out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    manifest: dict[str, Any] = {"sources": None, "suffix": None, "cuda": {}, "paths": []}
+    manifest |= {"cuda_missing": "this kit holds wheels only", "left_out": []}
+    names = QUACK if quack else (*PEERS, *NEEDS)
+    constraints = ROOT / ("constraints-gpu.txt" if quack else "constraints.txt")
+    if quack:
+        manifest["paths"] = list(QUACK_PATHS)
+    else:
+        # The peers are worth having without a binary: the machine can build for itself.
+        with tempfile.TemporaryDirectory() as copy, manifest_notes(manifest):
+            # Of a copy: sources that change meanwhile cannot get in between hash and binary.
+            shutil.copytree(ROOT / "csrc" / "cuda", Path(copy, "csrc", "cuda"))
+            manifest["sources"] = cuda_hash(Path(copy))
+            builder = Builder(target(python), cache, Path(copy))
+            manifest |= {"suffix": builder.target.suffix, "nvcc": builder.version}
+            manifest["cuda"], manifest["left_out"] = binaries(builder, fresh)
+            manifest["cuda_missing"] = None
+    manifest["wheels"] = wheels(names, constraints, fresh)
+    manifest["made"] = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest["bytes"] = size_of(fresh)
+    (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.replace(out)
+    return manifest
+
+
+@contextlib.contextmanager
+def manifest_notes(manifest: dict[str, Any]) -> Iterator[None]:
+    """What is missing for the binaries goes into the manifest."""
+    try:
+        yield
+    except Missing as reason:
+        manifest |= {"cuda": {}, "cuda_missing": str(reason)}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def listing(manifest: dict[str, Any], name: str) -> str:
+    lines = []
+    for wheel in manifest["wheels"]:
+        text = f"{wheel['name']} {wheel['version']}" + " (trimmed)" * wheel["trimmed"]
+        lines.append(f"{wheel['bytes'] / 1e6:8.2f} MB  {text}")
+    for kind, build in manifest["cuda"].items():
+        flags = " ".join(build["flags"])
+        lines.append(f"{build['bytes'] / 1e6:8.2f} MB  _cuda {kind} {flags}".rstrip())
+    lines += [f"left out: {text}" for text in manifest["left_out"]]
+    if manifest["cuda_missing"]:
+        lines.append(f"no _cuda: {manifest['cuda_missing']}")
+    return "\n".join([*lines, f"{manifest['bytes'] / 1e6:8.2f} MB  {name}/ in all"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_kit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="replaced by the kit"
+    )
+    parser.add_argument("--quack", action="store_true", help="quack and its needs, nothing else")
+    parser.add_argument("--python", help="a Python 3.12 whose headers to build with")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "gpu-kit", metavar="DIR")
+    parser.add_argument("--limit", type=float, default=LIMIT_MB, metavar="MB", help="0: none")
+    given = parser.parse_args(arguments)
+    try:
+        manifest = make(
+            given.out, quack=given.quack, python=given.python or None, cache=given.cache
+        )
+    except Missing as reason:
+        print(f"gpu-kit: {reason}", file=sys.stderr)
+        return 2
+    print(listing(manifest, given.out.name))
+    if given.limit and manifest["bytes"] > given.limit * 1e6:
+        excess = f"{manifest['bytes'] / 1e6:.1f} MB of {given.limit:g} MB"
+        print(f"gpu-kit: {given.out.name}/ is too large to be carried: {excess}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
