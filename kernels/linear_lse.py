@@ -11,7 +11,7 @@ never on T or on how tiles fall on multiprocessors, so that a token's log-prob i
 whatever else is in the batch. Logits are never rounded to the inputs' dtype.
 
 `impl="triton"` does not use it: by arithmetic (docs/gpu.md) it runs at 600 to 660 TFLOP/s on an
-H100, where the vendor GEMM and a row pass reach 92 to 94 % of the bare product's rate. The check
+H100, where the vendor GEMM and a row pass reach 90 to 94 % of the bare product's rate. The check
 on a GPU measures it beside them, to decide whether it stays.
 
 Untested on a GPU: run in Triton's interpreter (fp32 and fp16) and compiled ahead of time for sm_90.

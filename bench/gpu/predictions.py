@@ -101,3 +101,36 @@ def predicted(device_name: str, provider: str, case: str, model: str) -> Span | 
     if provider == "triton lse" and case == LSE_ONLY:
         return gemms(model, 1, TRITON_LSE_RATES) + rest
     return None
+
+
+SHOWN = (
+    ("7B", FROZEN, ("triton lean", "cuda rows", "triton masked", "cuda fused")),
+    ("7B", TRAINED, ("triton lean", "cuda fused")),
+    ("7B", LSE_ONLY, ("triton lean", "cuda fused", "triton lse")),
+    ("3B", FROZEN, ("triton lean",)),
+    ("0.5B", FROZEN, ("triton lean",)),
+)
+CARDS = ("H100", "H200")
+
+
+def table() -> str:
+    """The Markdown table of docs/gpu.md: milliseconds, and their ratio to the floor."""
+    lines = [f"| head, case | provider | {' | '.join(f'{c}, ms (x floor)' for c in CARDS)} |"]
+    lines.append("|---" * (2 + len(CARDS)) + "|")
+    for model, case, providers in SHOWN:
+        for provider in ("floor", *providers):
+            cells = []
+            for card in CARDS:
+                span, floor = (predicted(card, p, case, model) for p in (provider, "floor"))
+                assert span is not None and floor is not None
+                cell = f"{span.low:.1f}"
+                if provider != "floor":
+                    ratios = f"{span.low / floor.low:.2f} to {span.high / floor.low:.2f}"
+                    cell = f"{span.low:.1f} to {span.high:.1f} ({ratios})"
+                cells.append(cell)
+            lines.append(f"| {model}, {case} | {provider} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

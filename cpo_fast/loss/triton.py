@@ -11,7 +11,7 @@ The reference rows go through GEMMs of the same shapes and the same kernel, so t
 states give bitwise equal log-probs. They are not joined to the policy's rows in one GEMM, whose
 tiles a vendor library may sum differently. A call without gradients takes the same path, since its
 log-probs may serve as the cached reference of a later call that has them: by arithmetic the vendor
-GEMM and a row pass also run at 92 to 94 % of the bare product's rate, the fused log-sum-exp of
+GEMM and a row pass also run at 90 to 94 % of the bare product's rate, the fused log-sum-exp of
 kernels/linear_lse.py at about 80 % (docs/gpu.md).
 
 There are two row kernels, "lean" and "masked" (kernels/lean_rows.py, kernels/row_kernel.py), until
