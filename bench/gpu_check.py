@@ -53,8 +53,9 @@ def exit_status(data: dict[str, Any]) -> int:
     return UNFINISHED if unreached & set(report.CHECKS) else 0
 
 
-def run_all(session: Session, only: list[str], seconds: float, end: float) -> None:
+def run_all(session: Session, only: list[str], seconds: float) -> None:
     """The phases of the full check named in `only`."""
+    end = session.end
     phases = [phase for phase in PHASES if phase in only]
     for phase in phases:
         red = tuple(sorted(report.red(session.results.records)))
@@ -119,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         plans.run(plan, session, given.verdict, begun)
     else:
         seconds = 60 * given.minutes
-        run_all(session, given.only, seconds, begun + seconds - 5)
+        session.end = begun + seconds - 5
+        run_all(session, given.only, seconds)
     results.data["finished"] = now()
     results.write()
     print("", guarded(report.short, results.data), f"\n{given.out / 'report.md'}", sep="\n")

@@ -88,7 +88,7 @@ def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def run_phase(phase: str, folder: Path, seconds: float, resume: bool = False) -> dict[str, Any]:
     results = run.Results(folder, resume)
     setting = Setting("cpu", True, str(folder))
-    session = run.Session(setting, results, probe=lambda device: True)
+    session = run.Session(setting, results, probe=lambda device, limit: True)
     run.run_phase(phase, session, time.monotonic() + seconds)
     return json.loads((folder / "results.json").read_text())
 

@@ -98,7 +98,7 @@ def beside_floor(
             floor()
 
     runs = {f"floor, {DEFAULT}": floor, f"floor, {LIKE_OURS}": like_ours, "op": op}
-    timed_by = {}
+    timed_by: dict[str, Any] = {}
     if flops < SMALL:
         times, timed_by["timed_by"] = in_turn_small(runs, device, rounds)
         if device == "cuda" and timed_by["timed_by"] != GRAPHS:

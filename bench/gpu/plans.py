@@ -29,6 +29,7 @@ class Step:
     phase: str = ""  # under which units without a phase of their own are recorded
     side_by_side: bool = False  # each variant in a process of its own, all at the same time
     in_turn: tuple[str, ...] = ()  # a process for each of these `variant`s of its units
+    needs: str = ""  # the sound variant without which there is nothing to do
     judges: bool = False  # variants that do not pass here are not timed
 
 
@@ -65,7 +66,7 @@ SECOND = Plan(
         Step("machine", "environment:units", 10, "environment"),
         Step("smoke", "smoke:units", 35, "correctness", side_by_side=True, judges=True),
         Step("tuning", "tuning:units", 50, "tuning"),
-        Step("builds", "tuning:build_units", 30, "tuning", in_turn=BUILDS),
+        Step("builds", "tuning:build_units", 30, "tuning", in_turn=BUILDS, needs="cuda fused"),
         Step("winner", "correctness:winner_units", 40, "correctness"),
         Step("steps", "steps:plan_units", 70, "steps"),
         Step("sanitizer", "sanitizer:plan_units", 15, "sanitizer"),
@@ -84,7 +85,7 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
     results = session.results
     results.data["plan"] = plan.name
     results.files[results.folder / "verdict.json"] = verdict.dumps
-    end = begun + plan.seconds - plan.margin
+    end = session.end = begun + plan.seconds - plan.margin
     until = begun + plan.first_answer
     judged = False
     for step in plan.steps:
@@ -107,12 +108,15 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
 
 def run_step(step: Step, session: Session, until: float, judged: bool) -> None:
     """One step; with `judged`, nothing is timed of a variant that did not pass the smoke check."""
-    if session.gone:
+    data = session.results.data
+    reason = session.gone
+    if step.needs and step.needs not in verdict.sound(data):
+        reason = reason or f"{step.needs} is not sound here"
+    if reason:
         entry = {"phase": step.phase or step.name, "key": f"{step.name}: all of it"}
-        session.results.data["not_run"].append({**entry, "reason": session.gone})
+        data["not_run"].append({**entry, "reason": reason})
         session.results.write()
         return
-    data = session.results.data
     names = CHECKED[session.setting.device]
     red = set(report.red(data["records"]))
     if judged:

@@ -196,8 +196,8 @@ def short(data: Record) -> str:
     """The table that ends a run."""
     records = data["records"]
     lines = [machine_line(records), verdict(data)]
-    if "verdict" in data:
-        lines.append(data["verdict"])
+    lines += [data["verdict"]] if "verdict" in data else []
+    lines += sections.kit_notes(records)
     for r in broken(records)[:8]:
         lines.append(f"  {r['status']}: {r['key']}: {r['reason']}"[:160])
     for r in records:
@@ -249,6 +249,7 @@ def render(data: Record) -> str:
         by_phase[record["phase"]].append(record)
     parts = ["# GPU check", f"{machine_line(records)}. Started {data['started']}.", verdict(data)]
     parts += [data["verdict"]] if "verdict" in data else []
+    parts += sections.kit_notes(records)
     if m := machine(records):
         shown = {k: v for k, v in m.items() if k not in COMMON}
         versions = shown.pop("versions")

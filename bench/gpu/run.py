@@ -26,7 +26,9 @@ from typing import Any
 from bench.gpu import report
 from bench.gpu.units import ROOT, Setting
 
+START_SECONDS = 45.0  # until a process must have imported all and told what it will do
 PROBE_SECONDS = 20.0
+PROBE_LEAST_SECONDS = 10.0
 DEATH_SECONDS = 3.0  # a killed process that waits for the driver may stay: it is not waited for
 
 
@@ -92,7 +94,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
         process.wait(DEATH_SECONDS)
 
 
-def device_answers(device: str, limit: float = PROBE_SECONDS) -> bool:
+def device_answers(device: str, limit: float) -> bool:
     """Whether a fresh process gets a sum from the device in time."""
     code = f"import torch; torch.ones(1, device={device!r}).sum().item()"
     process = subprocess.Popen(
@@ -170,8 +172,9 @@ class Session:
     setting: Setting
     results: Results
     environment: dict[str, str] = field(default_factory=dict)  # of all later processes
+    end: float = float("inf")  # of the monotonic clock: no question to the device lasts longer
     gone: str = ""  # why nothing more can run
-    probe: Callable[[str], bool] = device_answers
+    probe: Callable[[str, float], bool] = device_answers
 
     @property
     def hung(self) -> list[str]:
@@ -182,7 +185,10 @@ class Session:
 
     def check_device(self) -> None:
         """After a unit that was killed or that spoilt its process: is there still a device?"""
-        if not self.gone and not self.probe(self.setting.device):
+        limit = min(PROBE_SECONDS, self.end - time.monotonic())
+        if limit < PROBE_LEAST_SECONDS:  # no answer in so short a time says nothing
+            return
+        if not self.gone and not self.probe(self.setting.device, limit):
             self.gone = "the device no longer answers"
 
 
@@ -221,21 +227,26 @@ def run_phase(
 
     while time.monotonic() < deadline and barren < 2 and not session.gone:
         worker = Worker(source, session.current(only), behind, log, session.environment)
-        until, running, begun, told = [deadline], "", time.monotonic(), False
+        begun, running, told = time.monotonic(), "", False
+        until = [min(deadline, begun + START_SECONDS)]
         spoilt = planned = False
         try:
             for line in worker.lines(until):
                 if "plan" in line:
                     plan.update({key: (variant, own) for key, variant, own in line["plan"]})
                     listed, planned, told = True, True, not line["plan"]
+                    until[0] = deadline
                 elif "begin" in line:
                     running, begun = line["begin"], time.monotonic()
                     until[0] = min(deadline, begun + line["limit"])
                 else:
                     running, until[0], told = "", deadline, True
-                    spoilt = line.pop("spoilt", False)
+                    ends, spoilt = line.pop("ends"), line.pop("spoilt")
                     session.environment.update(line.pop("environment", {}))
                     record(line.pop("key"), **line)
+                    # A process may hang in the driver while it ends: it is not waited for.
+                    if ends or not waiting(plan, behind, session):
+                        break
         finally:
             late = time.monotonic() >= until[0]
             status = worker.end(late)
@@ -244,15 +255,16 @@ def run_phase(
         elif running:
             ended = "took too long" if late else f"the process ended with {status}"
             seconds = time.monotonic() - begun
-            reason = {"reason": f"{ended}; see {log.name}"}
+            text = f"{ended}; see {log.name}"
             kind = "timeout" if late else "crashed"
-            record(running, status=kind, unit_seconds=seconds, **reason)
+            record(running, status=kind, unit_seconds=seconds, reason=text)
             told = True
             if late and (variant := plan[running][0]) and variant not in session.hung:
                 session.hung.append(variant)
-        if (running or spoilt) and probing:
+        trouble = bool(running) or spoilt or (late and not planned)
+        if trouble and probing:
             session.check_device()
-        troubled = troubled or bool(running) or spoilt
+        troubled = troubled or trouble
         barren = 0 if told else barren + 1
         if planned and not waiting(plan, behind, session):
             break
@@ -262,9 +274,8 @@ def run_phase(
         if entry["key"] == cut_off:
             entry["reason"] = "cut off while it ran"
     if not listed:
-        reason = session.gone or "no time was left"
-        reason = reason if barren == 0 else f"its process fails; see {log.name}"
-        entries = [{"phase": phase, "key": f"all of it: {reason}"}]
+        reason = f"its process fails; see {log.name}" if barren else "no time was left"
+        entries = [{"phase": phase, "key": f"all of it: {session.gone or reason}"}]
     with results.lock:
         results.data["not_run"] += entries
         results.write()

@@ -38,6 +38,11 @@ def floors(record: Record) -> str:
     return f"{text} Timed by {record['timed_by']}." if "timed_by" in record else text
 
 
+def kit_notes(records: list[Record]) -> list[str]:
+    """What of the kit could not be used, and why."""
+    return [f"Kit: {note}." for r in measured(records, "build") for note in r.get("notes", ())]
+
+
 def products(records: list[Record]) -> list[str]:
     """Rates of the two products with the head, by rows of a chunk and vendor settings."""
     found = measured(records, "products")

@@ -56,5 +56,7 @@ class Setting:
 
     @staticmethod
     def loads(text: str) -> Setting:
-        fields = json.loads(text).items()
-        return Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
+        fields: Any = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
+        }
+        return Setting(**fields)

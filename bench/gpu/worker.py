@@ -40,7 +40,8 @@ def main(source: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
         status, figures, spoils = outcome(unit)
         ends = figures.pop("fresh_process", False) or spoils
         seconds = time.monotonic() - begun
-        tell(key=unit.key, status=status, unit_seconds=seconds, spoilt=spoils, **figures)
+        ending = {"ends": ends, "spoilt": spoils}
+        tell(key=unit.key, status=status, unit_seconds=seconds, **ending, **figures)
         if ends:
             break
 
