@@ -32,6 +32,7 @@ from bench.gpu.units import ROOT
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "lag4": ("-DCPO_LAG=4",),
+    "lag3": ("-DCPO_LAG=3",),
     "lag1": ("-DCPO_LAG=1",),
     "split4": ("-DCPO_SPLIT_TILES=4",),
 }

@@ -1,0 +1,269 @@
+"""From results of GPU checks to the records of bench/results and the marked blocks of docs/.
+
+A block stands between `<!-- gpu-report: NAME begin -->` and `<!-- gpu-report: NAME end -->`. It is
+made of the newest record of every card, so that figures of one card do not replace those of
+another, and making it again gives the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import report
+from bench.gpu.sections import rate
+
+Record = dict[str, Any]
+NOTHING = "Nothing has been measured on a GPU yet."
+KERNELS = 12  # of a profile that are kept
+LOST = ("executable", "times", "seconds_of_rounds", "unit_seconds", "phases")
+"""Fields that a record loses: of the host, or too long."""
+PLACES = re.compile(r"(?<![\w./])(?:/[\w.+@-]+){2,}/?")
+"""Absolute paths."""
+
+
+class Refused(Exception):
+    """These results cannot be published together, or not there: why, and what to do."""
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def merged(runs: list[Record], *, force: bool = False) -> Record:
+    """One set of results of several runs on one device, in the order in which they were started.
+
+    The later record of a phase and key wins, but one that was skipped replaces none, and a check
+    that failed in any run stays failed. Raises Refused where the devices differ, where one is no
+    GPU, and, unless forced, where the hashes of the sources differ.
+    """
+    runs = sorted(runs, key=lambda data: data["started"])
+    machines = [report.machine(data["records"]) for data in runs]
+    for data, machine in zip(runs, machines, strict=True):
+        if not machine:
+            raise Refused(f"the run of {data['started']} does not say on which machine it was")
+        if "capability" not in machine:
+            raise Refused(f"the run of {data['started']} was on no GPU: {machine['device']}")
+    if len(names := sorted({m["device"] for m in machines})) > 1:
+        raise Refused(f"figures of {' and '.join(names)} do not belong together: publish each card")
+    if len(hashes := sorted({m["source_hash"] for m in machines})) > 1 and not force:
+        raise Refused(
+            f"the runs are of different sources ({', '.join(hashes)}): publish one of them, or "
+            "--force if what changed has no influence on what was measured"
+        )
+    records: dict[tuple[str, str], Record] = {}
+    for number, data in enumerate(runs):
+        for record in data["records"]:
+            name = record["phase"], record["key"]
+            if name not in records or wins(record, records[name]):
+                records[name] = {**record, "run": number}
+    left = {(e["phase"], e["key"]): e for data in runs for e in data["not_run"]}
+    return {
+        "started": runs[0]["started"],
+        "commands": [command(data) for data in runs],
+        "hung": sorted({name for data in runs for name in data.get("hung", ())}),
+        "source_hashes": hashes,
+        "records": list(records.values()),
+        "not_run": [entry for name, entry in left.items() if name not in records],
+        **({"finished": runs[-1]["finished"]} if all("finished" in data for data in runs) else {}),
+    }
+
+
+def wins(later: Record, earlier: Record) -> bool:
+    if later["status"] == "skipped":
+        return earlier["status"] == "skipped"
+    failed = earlier["phase"] in report.CHECKS and earlier["status"] in report.BAD
+    return not failed or later["status"] in report.BAD
+
+
+def command(data: Record) -> str:
+    plan = data.get("plan")
+    return f"python -m bench.gpu_check --plan {plan}" if plan else "make gpu-check"
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def compact(value: Any) -> Any:
+    """Without paths of the host and what no table shows; numbers to six digits."""
+    if isinstance(value, dict):
+        kept = {name: compact(item) for name, item in value.items() if name not in LOST}
+        if "kernels" in kept:
+            kept["kernels"] = kept["kernels"][:KERNELS]
+        return kept
+    if isinstance(value, list):
+        return [compact(item) for item in value]
+    if isinstance(value, str):
+        return PLACES.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], value)
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def dumps(data: Record) -> str:
+    """A line for each record."""
+    data = compact(data)
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()
+             if name != "records"]  # fmt: skip
+    records = ",\n".join(json.dumps(record) for record in data["records"])
+    return "{\n" + ",\n".join(lines) + f',\n"records": [\n{records}\n]\n}}\n'
+
+
+def card(data: Record) -> str:
+    """As in a file's name: "NVIDIA H100 80GB HBM3" is h100."""
+    words = report.machine(data["records"])["device"].lower().split()
+    words = [word for word in words if word != "nvidia"]
+    first = next((word for word in words if re.search(r"\d", word)), "-".join(words))
+    return re.sub(r"[^a-z0-9]+", "-", first).strip("-")
+
+
+def name_of(data: Record) -> str:
+    return f"gpu-{card(data)}-{data['started'][:10]}.json"
+
+
+def published(folder: Path) -> list[tuple[str, Record]]:
+    """(name, data) of the newest record of every card in `folder`, by the cards' names."""
+    newest: dict[str, tuple[str, Record]] = {}
+    for path in sorted(folder.glob("gpu-*.json")):  # a card's files sort by date
+        data = json.loads(path.read_text())
+        newest[card(data)] = path.name, data
+    return [newest[name] for name in sorted(newest)]
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """A page with the text of a block replaced. Raises Refused where the block is not there."""
+    begin, end = (f"<!-- gpu-report: {name} {which} -->" for which in ("begin", "end"))
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise Refused(f"the page must hold the lines {begin} and {end} once each, in this order")
+    head, tail = page.split(begin)[0], page.split(end)[1]
+    return f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}"
+
+
+def checks_block(cards: list[tuple[str, Record]]) -> str:
+    """For docs/gpu.md: machine, ceilings, checks, what must hold, measured against predicted."""
+    parts = []
+    for name, data in cards:
+        records = data["records"]
+        parts += [f"### {report.machine(records)['device']}", origin(name, data)]
+        parts.append(report.verdict(data))
+        if rows := [[r["key"], rate(r)] for r in measured(records, "ceilings")]:
+            parts.append(report.table(["ceiling", "measured"], rows))
+        parts += check_tables(records)
+        if rows := report.requirements(records):
+            parts.append(report.table(["what must hold", "wanted", "measured"], rows))
+        if rows := predicted_rows(data):
+            header = ["head, T, case", "provider", "predicted, ms", "measured, ms", ""]
+            parts.append(report.table(header, rows))
+    return "\n\n".join(parts) or NOTHING
+
+
+def origin(name: str, data: Record) -> str:
+    commands = " and ".join(f"`{text}`" for text in dict.fromkeys(data["commands"]))
+    forced = ""
+    if len(data["source_hashes"]) > 1:
+        forced = f" The runs were of different sources: {', '.join(data['source_hashes'])}."
+    line = report.machine_line(data["records"])
+    return f"{data['started'][:10]}, {line}, by {commands}.{forced} Record: `bench/results/{name}`."
+
+
+def measured(records: list[Record], phase: str) -> list[Record]:
+    return [r for r in records if r["phase"] == phase and r["status"] == "ok"]
+
+
+def check_tables(records: list[Record]) -> list[str]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    checks = [r for r in records if r["phase"] in ("build", *report.CHECKS)]
+    for r in checks:
+        variant = r["key"].partition(": ")[0] if r["phase"] == "correctness" else ""
+        counts[f"{r['phase']} {variant}".strip()][r["status"]] += 1
+    if not counts:
+        return []
+    statuses = [s for s in ("ok", "skipped", *report.BAD) if any(c[s] for c in counts.values())]
+    rows = [[what, *(str(c[s] or "") for s in statuses)] for what, c in counts.items()]
+    parts = [report.table(["checks", *statuses], rows)]
+    failures = [f"- {r['status']}: {r['key']}: {r['reason']}" for r in report.broken(records)]
+    return parts + (["\n".join(failures)] if failures else [])
+
+
+def predicted_rows(data: Record) -> list[list[str]]:
+    """Measurements of the loss op for which there is a prediction."""
+    try:
+        from bench.gpu.predictions import predicted
+    except ImportError:
+        return []
+    device = report.machine(data["records"])["device"]
+    rows = []
+    for r in report.timed(data["records"]):
+        guess = predicted(device, r["provider"], r["case"], str(r.get("model")))
+        if guess is None or r["tokens"] != report.HEADLINE[0][1]:
+            continue  # predictions are for the headline's number of tokens
+        ms = r["seconds"] * 1e3
+        says = "faster" if ms < guess[0] else "slower" if ms > guess[1] else "as predicted"
+        place = f"{r['model']}, {r['tokens']}, {r['case']}"
+        rows.append([place, r["provider"], f"{guess[0]:.4g} to {guess[1]:.4g}", f"{ms:.2f}", says])
+    return rows
+
+
+def figures_block(cards: list[tuple[str, Record]]) -> str:
+    """For docs/performance.md: the loss op and training steps, each with card and command."""
+    parts = []
+    for name, data in cards:
+        device = report.machine(data["records"])["device"]
+        tables = loss_tables(device, data) + step_tables(device, data)
+        if not tables:
+            tables = ["No time was measured of anything that passed its checks."]
+        parts += [f"### {device}", origin(name, data), *tables]
+    return "\n\n".join(parts) or NOTHING
+
+
+def by(device: str, data: Record, records: list[Record]) -> str:
+    commands = dict.fromkeys(data["commands"][r["run"]] for r in records)
+    return f"{device}, {' and '.join(f'`{text}`' for text in commands)}"
+
+
+def loss_tables(device: str, data: Record) -> list[str]:
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    op = report.timed(data["records"])
+    for r in op:
+        groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
+    parts = []
+    for (T, D, V, case), found in groups.items():
+        rows = []
+        for r in sorted(found, key=lambda r: r["seconds"]):
+            errors = [f"{r['errors'][k]:.1e}" if k in r.get("errors", {}) else ""
+                      for k in ("loss", "gradient")]  # fmt: skip
+            time = [f"{r['seconds'] * 1e3:.2f}", f"{r['ratio_to_floor']:.3f}"]
+            rows.append([r["provider"], *time, report.mib(r), *errors])
+        floor = min(r["floor_seconds"] for r in found) * 1e3
+        title = f"**T = {T}, D = {D}, V = {V}: {case}**; floor {floor:.2f} ms;"
+        header = ["provider", "ms", "x floor", "extra MiB", "loss error", "gradient error"]
+        parts += [f"{title} {by(device, data, found)}", report.table(header, rows)]
+    return parts
+
+
+def step_tables(device: str, data: Record) -> list[str]:
+    found = measured(data["records"], "steps")
+    rows = []
+    for r in found:
+        for kind, s in r["steps"].items():
+            if "pairs_per_second" not in s:
+                continue
+            memory = s.get("peak_memory_bytes")
+            rows.append(
+                [
+                    r["size"],
+                    r["key"].partition(": ")[2] or kind,
+                    f"{s['pairs_per_second']:.3g}",
+                    f"{s['seconds']:.3f}",
+                    f"{s['mfu']:.1%}" if "mfu" in s else "",
+                    "" if memory is None else f"{memory / report.GIB:.1f}",
+                ]
+            )
+    if not rows:
+        return []
+    header = ["model", "step", "pairs per second", "s", "MFU", "peak memory, GiB"]
+    title = f"**Training steps**, {found[0]['pairs']} pairs, {found[0]['dtype']};"
+    return [f"{title} {by(device, data, found)}", report.table(header, rows)]
