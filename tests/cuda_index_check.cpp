@@ -180,7 +180,7 @@ void check_logp(std::mt19937& random, double spread, double shift, double temper
   for (float& value : z) value = static_cast<float>(normal(random) + shift);
   const int label = static_cast<int>(random() % columns);
   const Scaling scale_of = scaling(static_cast<float>(temperature));
-  std::vector<Partial> parts(random() % 9 + 1, empty_partial());
+  std::vector<Partial> parts(random() % 9 + 1, empty_partial(scale_of));
   double others = 0;
   for (int i = 0; i < columns; ++i) {
     if (i == label) continue;
@@ -188,7 +188,7 @@ void check_logp(std::mt19937& random, double spread, double shift, double temper
     part = merge(part, {z[i] * scale_of.c, std::exp2(std::fma(z[i], scale_of.c, -(z[i] * scale_of.c)))});
     others += std::exp((static_cast<double>(z[i]) - z[label]) / temperature);
   }
-  Partial all = empty_partial();
+  Partial all = empty_partial(scale_of);
   for (const Partial& part : parts) all = merge(all, part);
   const Partial turned = merge(parts[0], all), again = merge(all, parts[0]);
   CHECK(turned.top == again.top && turned.sum == again.sum);  // symmetric to the bit
@@ -256,8 +256,8 @@ int main() {
   }
   const Scaling one = scaling(1.0f);
   // Nothing but the label, and nothing but an ignored label.
-  CHECK(finish_row(empty_partial(), 3.0f, true, one).logp == 0.0f);
-  CHECK(finish_row(empty_partial(), 3.0f, true, one).lse == 3.0f);
+  CHECK(finish_row(empty_partial(one), 3.0f, true, one).logp == 0.0f);
+  CHECK(finish_row(empty_partial(one), 3.0f, true, one).lse == 3.0f);
   CHECK(finish_row({2.0f * kLog2e, 1.0f}, 0.0f, false, one).logp == 0.0f);
   CHECK(std::abs(finish_row({2.0f * kLog2e, 1.0f}, 0.0f, false, one).lse - 2.0f) <= 1e-6f);
   // A label that is masked: its log-prob has a value, and the others keep theirs.
@@ -267,20 +267,29 @@ int main() {
   CHECK(finish_row({2.0f * kLog2e, 1.0f}, -INFINITY, true, one).logp == -INFINITY);
   // Infinite numbers, and sums that may only have overflowed, are shown.
   CHECK(std::isnan(finish_row({2.0f, 1.0f}, INFINITY, true, one).logp));
-  CHECK(std::isnan(finish_row(empty_partial(), -3e38f, true, one).logp));
+  CHECK(std::isnan(finish_row(empty_partial(one), -3e38f, true, one).logp));
   CHECK(std::isnan(finish_row({INFINITY, 0.0f}, 1.0f, true, one).logp));
-  CHECK(!counted(empty_partial()) && !counted({INFINITY, 0.0f}) && counted({-2.9e38f, 1.0f}));
-  // Of that size under rescue_scaling: equal logits share the mass, others have none.
-  for (const double temperature : {1.0, 1.5}) {
-    const Scaling rescue = rescue_scaling(static_cast<float>(temperature));
-    for (const float z : {-3.3e38f, 3.3e38f}) {
-      const Partial both = merge({z * rescue.c, 2.0f}, {z * 1.01f * rescue.c, 3.0f});
-      const float highest = z > 0 ? z * 1.01f : z;
-      const float sum = z > 0 ? 3.0f : 2.0f;
-      CHECK(counted(both) && both.top == highest * rescue.c && both.sum == sum);
-      const RowResult result = finish_row(both, highest, true, rescue);
-      CHECK(std::abs(result.logp + std::log1p(sum)) <= 1e-6);
-      CHECK(std::abs(result.lse * temperature / highest - 1) <= 1e-6);
+  CHECK(std::isnan(finish_row({2e9f, 1.0f}, 1.0f, true, one).logp));
+  CHECK(!counted(empty_partial(one), one) && !counted({2e9f, 0.0f}, one));
+  CHECK(counted({-1e9f, 1.0f}, one) && counted({1e9f, 1.0f}, one));
+  // Under rescue_scaling equal logits share the mass, others have none.
+  for (const double temperature : {1.0, 1.5, 0.1}) {
+    for (const float z : {-3.3e38f, 3.3e38f, 3e9f, -3e9f}) {
+      const Scaling plain = scaling(static_cast<float>(temperature));
+      const bool rescued = !counted({z * plain.c, 1.0f}, plain);
+      CHECK(rescued);
+      for (int rescue = std::abs(z) > 1e30f ? 2 : 1; rescue <= kRescues; ++rescue) {
+        const Scaling scale = rescue_scaling(static_cast<float>(temperature), rescue);
+        CHECK(rescue == 2 || (scale.c >= plain.c && scale.c <= 2 * plain.c));
+        const Partial both = merge({z * scale.c, 2.0f}, {z * 1.01f * scale.c, 3.0f});
+        const float highest = z > 0 ? z * 1.01f : z;
+        const float sum = z > 0 ? 3.0f : 2.0f;
+        CHECK(counted(both, scale) && both.top == highest * scale.c && both.sum == sum);
+        const RowResult result = finish_row(both, highest, true, scale);
+        CHECK(std::abs(result.logp + std::log1p(sum)) <= 1e-6);
+        const double lse = highest / temperature;
+        CHECK(std::abs(lse) > 3.4e38 || std::abs(result.lse / lse - 1) <= 1e-6);
+      }
     }
   }
   std::puts("ok");

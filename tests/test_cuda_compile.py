@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cuda_places import VARIANTS
 
 CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 SOURCES = ("row_kernel", "linear_lse", "reduction")
@@ -33,7 +34,6 @@ THREADS = {
     "row_cluster": 1024,
     "linear_kernel": 384,
     "combine": 256,
-    "patch_redone": 256,
     "segment_sums": 256,
     "row_scale": 256,
 }
@@ -50,9 +50,9 @@ def disassembler() -> str | None:
     return str(bundled) if bundled.exists() else None
 
 
-def compile_cubin(source: str, arch: str, folder: Path) -> tuple[Path, str]:
+def compile_cubin(source: str, arch: str, folder: Path, *macros: str) -> tuple[Path, str]:
     cubin = folder / f"{source}_{arch}.cubin"
-    command = ["nvcc", "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command = ["nvcc", "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", *macros]
     command += ["-cubin", "-Xptxas", "-v", str(CSRC / f"{source}.cu"), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -101,6 +101,54 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel], str]
         kernels += parse(report, sass.stdout)
         messages += report
     return kernels, messages
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop over 16-byte vectors of a row with exponentials, as a warp runs it."""
+
+    instructions: int
+    vectors: int  # per iteration
+    stores: bool
+
+    @property
+    def per_16_elements(self) -> float:
+        return self.instructions / (8 * self.vectors) * 16
+
+
+def row_loops(sass: str) -> list[Loop]:
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+    jumps = [
+        (i, labels[target[1]])
+        for i, text in enumerate(code)
+        if "BRA" in text and (target := re.search(r"`\((\.L_\w+)\)", text))
+    ]
+    spans = [(end, i + 1) for i, end in jumps if end <= i]  # first instruction, one past the last
+    spans = [s for s in spans if any("MUFU.EX2" in text for text in code[slice(*s)])]
+    inner = [
+        (a, b)
+        for a, b in spans
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
+    ]
+    found = []
+    for start, stop in inner:
+        # What only the thread that refills the pieces runs: other warps jump over it.
+        skipped: set[int] = set()
+        for i, target in jumps:
+            if start <= i < target <= stop and code[i].startswith("@"):
+                block = range(i + 1, target)
+                if any("UBLKCP" in code[j] for j in block):
+                    skipped |= set(block)
+        body = [code[i] for i in range(start, stop) if i not in skipped]
+        vectors = sum(bool(re.search(r"\b(LDG\.E|LDS)\.128", text)) for text in body)
+        found.append(Loop(len(body), vectors, any("STG.E.128" in text for text in body)))
+    return [loop for loop in found if loop.vectors]
 
 
 def named(kernels: list[Kernel], part: str) -> list[Kernel]:
@@ -163,6 +211,45 @@ def test_row_kernel_copies_in_bulk_and_sends_to_its_peer(hopper: tuple[list[Kern
         assert kernel.sass.count("MEMBAR.ALL.GPU") <= 2
     for kernel in named(hopper[0], "row_portable"):
         assert "LDG.E.128" in kernel.sass and "STG.E.128" in kernel.sass
+
+
+# Read off nvcc 13.0's code, a little above: 163 / 4 vectors and 164 / 4 of row_portable, 97 / 2 and
+# 90 / 2 of row_cluster. More is what made these kernels wait for instructions instead of memory.
+INSTRUCTIONS = {"row_portable": (90, 90), "row_cluster": (106, 98)}
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_row_kernels_take_few_instructions(hopper: tuple[list[Kernel], str], name: str) -> None:
+    """Per 16 elements of a plain bfloat16 row: the pass that reads, and that of the gradient."""
+    (kernel,) = [k for k in named(hopper[0], name) if "bfloat16Lb0" in k.name]
+    loops = row_loops(kernel.sass)
+    # The main loop of a pass takes the most vectors at once; the others take what is left over.
+    read, write = (
+        max((loop for loop in loops if loop.stores == stores), key=lambda loop: loop.vectors)
+        for stores in (False, True)
+    )
+    assert read.vectors >= 2 and write.vectors >= 2
+    most_read, most_write = INSTRUCTIONS[name]
+    assert 64 < read.per_16_elements <= most_read, read
+    assert 64 < write.per_16_elements <= most_write, write
+
+
+def test_exponentials_of_the_sum_serve_for_e(hopper: tuple[list[Kernel], str]) -> None:
+    """128 per tile and thread, and one factor per row: as many with E as without."""
+    kernels = [k for k in named(hopper[0], "linear_kernel") if "bfloat16" in k.name]
+    sums, both, redone = sorted(kernels, key=lambda k: re.search(r"MakeE(\d)", k.name)[1])  # type: ignore[index]
+    counts = [kernel.sass.count("MUFU.EX2") for kernel in (sums, both, redone)]
+    assert counts[1] <= counts[0] + 8, counts
+    assert counts[0] >= counts[2] >= 128
+
+
+@pytest.mark.parametrize("macros", VARIANTS, ids=" ".join)
+def test_variants_for_tuning_compile(macros: tuple[str, ...], tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed: the CUDA kernels cannot be compiled")
+    _, report = compile_cubin("linear_lse", "90a", tmp_path, *macros)
+    assert "warning" not in report.lower()
+    assert not re.search(r"[1-9]\d* bytes (spill|stack frame)", report)
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -8,204 +8,37 @@ GPU. `pytest -m gpu tests/test_cuda_kernels.py` runs the same tests and larger s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_places import Place, build_emulated, toolkit_include
+from cuda_places import (
+    HOPPER,
+    NAN,
+    VARIANTS,
+    Place,
+    build_emulated,
+    emulated,
+    emulated_log,
+    everywhere,
+    labels_for,
+    needs_hopper,
+    normal,
+    on_hopper,
+    place,
+    row_truth,
+    the_gpu,
+    toolkit_include,
+)
 from test_cuda_python import check, inputs, run
 from torch import Tensor
 
-from cpo_fast.loss import cuda, cuda_launch
+from cpo_fast.loss import cuda
 
 pytestmark = pytest.mark.slow
-HOPPER, AMPERE = "emulated-hopper", "emulated-ampere"
-GPU = pytest.param("gpu", marks=pytest.mark.gpu)
-NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    include = toolkit_include()
-    if shutil.which("g++") is None or include is None:
-        pytest.skip("the emulator needs g++ and CUDA's headers (a toolkit's or triton's)")
-    return build_emulated(tmp_path_factory.mktemp("emulated"), include)
-
-
-def the_gpu() -> Place:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    device = torch.device("cuda", 0)
-    if cuda.obstacle(device):
-        pytest.skip("cpo_fast._cuda is not built, or the device is not of capability 8.x or 9.0")
-    site = {"device": 0, "stream": torch.cuda.current_stream(0).cuda_stream}
-    return Place(cuda_launch.kernels(), device, site)
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    if request.param == "gpu":
-        yield the_gpu()
-    else:
-        module = request.getfixturevalue("emulated")
-        site = {"device": 0 if request.param == HOPPER else 1, "stream": 0}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_launch, "kernels", lambda: module)
-            patch.setattr(cuda_launch, "site", lambda tensor: site)
-            yield Place(module, torch.device("cpu"), site)
-
-
-def needs_hopper(place: Place) -> None:
-    if place.device.type == "cuda" and torch.cuda.get_device_capability(0) != (9, 0):
-        pytest.skip("linear_lse needs compute capability 9.0")
-
-
-everywhere = pytest.mark.parametrize("place", [HOPPER, AMPERE, GPU], indirect=True)
-on_hopper = pytest.mark.parametrize("place", [HOPPER, GPU], indirect=True)
-
-
-def normal(place: Place, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(place.device)
-
-
-def labels_for(place: Place, T: int, V: int) -> Tensor:
-    """Random ones, some ignored, and the corners."""
-    labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(T + V))
-    labels[3::5] = -1
-    labels[0] = V - 1
-    if T > 1:
-        labels[1] = 0
-    if T > 2:
-        labels[2] = V  # out of range: ignored, and nothing read or written there
-    return labels.to(place.device)
-
-
-# --- row kernel -----------------------------------------------------------------------------------
-
-
-def row_truth(
-    z: Tensor, labels: Tensor, bias: Tensor | None, softcap: float, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 (logps, lse, gradient) of logits z [C, V]."""
-    raw = z.double().requires_grad_()
-    with torch.enable_grad():
-        final = raw if bias is None else raw + bias.double()
-        if softcap:
-            final = softcap * torch.tanh(final / softcap)
-        final = final / temperature
-        lse = final.logsumexp(1)
-        scored = (labels >= 0) & (labels < z.shape[1])
-        picked = final.gather(1, labels.where(scored, 0)[:, None]).squeeze(1)
-        logps = (picked - lse).where(scored, 0)
-        (gradient,) = torch.autograd.grad(logps.sum(), raw)
-    return logps.detach(), lse.detach(), gradient
-
-
-def check_row_kernel(
-    place: Place,
-    logits: Tensor,  # [C, V] float32, to be rounded
-    labels: Tensor,
-    dtype: torch.dtype,
-    *,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    temperature: float = 1.0,
-    grad_rows: int | None = None,
-) -> None:
-    (C, V), stride = logits.shape, (logits.shape[1] + 7) // 8 * 8 + 24
-    grad_rows = C if grad_rows is None else grad_rows
-    buffer = torch.full((C, stride), NAN, dtype=dtype, device=place.device)
-    buffer[:, :V] = logits.to(dtype)
-    before = buffer[:, :V].clone()
-    logps, lse = torch.full((2, C), NAN, device=place.device).unbind(0)
-    place.launch(
-        "row_kernel",
-        dtype=str(dtype).removeprefix("torch."),
-        logits=buffer,
-        stride=stride,
-        rows=C,
-        vocab=V,
-        grad_rows=grad_rows,
-        labels=labels,
-        bias=bias,
-        softcap=softcap,
-        temperature=temperature,
-        logps=logps,
-        lse=lse,
-    )
-    want_logps, want_lse, want = row_truth(before, labels, bias, softcap, temperature)
-    scale = 1 + want_lse.abs() + want_logps.abs()
-    assert (logps <= 0).all()
-    assert ((logps.double() - want_logps).abs() <= 2e-6 * scale).all()
-    assert ((lse.double() - want_lse).abs() <= 2e-6 * scale).all()
-    got, want = buffer[:grad_rows, :V].double(), want[:grad_rows]
-    # One rounding of the result, and fp32's error in the exponent.
-    exponent = 4e-7 * scale[:grad_rows, None] / min(temperature, 1.0) + 1e-5
-    allowed = want.abs() * (torch.finfo(dtype).eps / 2 * 1.01 + exponent) + 1e-7
-    assert ((got - want).abs() <= allowed).all()
-    assert torch.equal(buffer[grad_rows:, :V], before[grad_rows:])
-    assert buffer[:, (V + 7) // 8 * 8 :].isnan().all()  # nothing beyond the last vector
-
-
-@everywhere
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("V", [1, 9, 131, 16392, 20007])
-def test_row_kernel(place: Place, V: int, dtype: torch.dtype) -> None:
-    C = 7
-    check_row_kernel(place, 3 * normal(place, C, V), labels_for(place, C, V), dtype, grad_rows=6)
-
-
-@everywhere
-def test_row_kernel_with_all_options(place: Place) -> None:
-    C, V = 5, 1003
-    check_row_kernel(
-        place,
-        8 * normal(place, C, V),
-        labels_for(place, C, V),
-        torch.bfloat16,
-        bias=normal(place, V, seed=1),
-        softcap=15.0,
-        temperature=0.6,
-    )
-
-
-@everywhere
-def test_row_kernel_on_extreme_logits(place: Place) -> None:
-    V, C = 300, 6
-    logits = normal(place, C, V)
-    logits[0] -= 1e4
-    logits[1] *= 200  # peaked
-    logits[2] = 5.0  # flat
-    logits[3] = -3e38
-    logits[4, :] = -float("inf")
-    logits[4, 7] = 1.0  # certain of its label
-    logits[5, 9] = 500.0  # certain of another one
-    labels = torch.tensor([0, int(logits[1].argmax()), 2, 299, 7, 3], device=place.device)
-    check_row_kernel(place, logits[[0, 1, 2, 4, 5]], labels[[0, 1, 2, 4, 5]], torch.bfloat16)
-    check_row_kernel(place, logits[3:4], labels[3:4], torch.bfloat16, grad_rows=0)
-
-
-@everywhere
-def test_row_kernel_does_not_hide_a_nan(place: Place) -> None:
-    buffer = normal(place, 2, 64).bfloat16()
-    buffer[1, 40] = NAN
-    logps = torch.zeros(2, device=place.device)
-    labels = torch.tensor([1, 1], device=place.device)
-    options = {"bias": None, "softcap": 0.0, "temperature": 1.0, "lse": None, "grad_rows": 2}
-    place.launch(
-        "row_kernel",
-        dtype="bfloat16",
-        logits=buffer,
-        stride=64,
-        rows=2,
-        vocab=64,
-        labels=labels,
-        logps=logps,
-        **options,
-    )
-    assert logps[0].isfinite() and logps[1].isnan()
+__all__ = ["emulated", "place"]  # fixtures
 
 
 # --- linear LSE -----------------------------------------------------------------------------------
@@ -335,6 +168,63 @@ def test_linear_exp_of_ignored_rows_is_zero_whatever_they_hold(place: Place) -> 
     assert (found["gradient"][ignored] == 0).all() and (found["logps"][ignored] == 0).all()
     for name in ("logps", "gradient"):
         assert torch.equal(found[name][~ignored], want[name][~ignored])
+
+
+@on_hopper
+def test_linear_exp_of_very_low_logits(place: Place) -> None:
+    """exp(-offset) alone overflows, and lanes without a column have nothing to multiply it with."""
+    needs_hopper(place)
+    T, V, D = 3, 5, 8
+    hidden = torch.ones(T, D, device=place.device).bfloat16()
+    weight = torch.full((V, D), -20.0, device=place.device).bfloat16()  # logits -160
+    labels = torch.tensor([0, 1, 4], device=place.device)
+    offsets = torch.full((T,), -158.0, device=place.device)
+    found = linear(place, hidden, weight, labels, offsets=offsets)
+    want = torch.full((T, V), -1 / V, dtype=torch.float64, device=place.device)
+    want[torch.arange(T), labels] += 1
+    assert ((found["gradient"] - want).abs() <= 5e-3).all()
+
+
+@pytest.mark.parametrize("place", [HOPPER], indirect=True)
+def test_exp_needs_three_launches_and_the_last_one_mostly_nothing(place: Place) -> None:
+    T, V, D = 300, 300, 40
+    hidden, weight = normal(place, T, D).bfloat16(), normal(place, V, D, seed=1).bfloat16()
+    labels = labels_for(place, T, V)
+    offsets = linear(place, hidden, weight, labels)["lse"]
+    emulated_log(place.module)
+    linear(place, hidden, weight, labels, offsets=offsets)
+    first, combine, last = emulated_log(place.module)
+    assert first[0] == last[0] == "linear_kernel" and combine[0] == "combine"
+    assert first[1] > 0 and first[2] > 0
+    assert last[1:] == (0, 0), "no copy, no barrier of the cluster"
+    offsets[299] += 100
+    linear(place, hidden, weight, labels, offsets=offsets)
+    again = emulated_log(place.module)
+    assert len(again) == 3 and 0 < again[2][1] < again[0][1], "one row pair of two"
+
+
+@pytest.mark.parametrize("place", [HOPPER], indirect=True)
+def test_a_fresh_thread_gets_a_context(place: Place) -> None:
+    """Tensor maps cannot be encoded without one: autograd's threads have none to begin with."""
+    hidden, weight = normal(place, 4, 8).bfloat16(), normal(place, 9, 8, seed=1).bfloat16()
+    labels = labels_for(place, 4, 9)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(linear, place, hidden, weight, labels).result()
+    assert torch.equal(found["logps"], linear(place, hidden, weight, labels)["logps"])
+
+
+def test_variants_for_tuning_give_the_same(tmp_path: Path) -> None:
+    """All constants at once, each at its farthest from the default."""
+    include = toolkit_include()
+    if shutil.which("g++") is None or include is None:
+        pytest.skip("the emulator needs g++ and CUDA's headers (a toolkit's or triton's)")
+    macros = {macro for variant in VARIANTS for macro in variant} - {"-DCPO_LAG=0"}
+    module = build_emulated(tmp_path, include, *macros)
+    place = Place(module, torch.device("cpu"), {"device": 0, "stream": 0})
+    for T, V, D in [(1, 1, 8), (300, 1700, 136), (700, 257, 24)]:
+        offsets = check_linear(place, T, V, D)["lse"] + normal(place, T, seed=2)
+        offsets[T // 2] += 300
+        check_linear(place, T, V, D, offsets=offsets)
 
 
 @on_hopper

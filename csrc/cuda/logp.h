@@ -19,37 +19,42 @@ namespace cpo {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// The top of a sum that counts nothing. Finite, so that top - top is 0 and z c - top is -inf for
-// z = -inf; far below the z c of any logit that a model means.
-constexpr float kNothing = -3e38f;
-
 // sum = sum over some columns of exp2(z c - top)
 struct Partial {
   float top;
   float sum;
 };
 
-CPO_HD Partial empty_partial() { return {kNothing, 0.0f}; }
-
-// z c leaves the range of float32 where |z| is about 3e38: such a row has no usable top.
-CPO_HD bool counted(Partial part) { return part.top > kNothing && part.top < INFINITY; }
-
 // From logits to exponents: z c is in powers of two, and z c natural = z inverse.
 struct Scaling {
   float c;
   float natural;
   float inverse;  // 1 / temperature
+  float lowest;   // the top of a sum that counts nothing; finite, so that top - top is 0
+  float highest;  // from here on sums may overflow
 };
 
+// The rounding of a product beyond 2^30, which every term has in it, is too much for exp2.
 CPO_HD Scaling scaling(float temperature) {
-  return {kLog2e / temperature, kLn2, 1.0f / temperature};
+  return {kLog2e / temperature, kLn2, 1.0f / temperature, -1073741824.0f, 1073741824.0f};
 }
 
-// For rows that are not counted() under scaling(). Two different numbers of that size are so far
-// apart that exp2 of their difference is 0 under any c, so that c = 1/2, under which nothing
-// overflows and every product is exact, gives the same softmax.
-CPO_HD Scaling rescue_scaling(float temperature) {
-  return {0.5f, 2.0f / temperature, 1.0f / temperature};
+// For rows whose logits are all below `lowest`, or some above `highest`. Two float32 numbers of
+// that size are so far apart that the lower one has no weight, under c as under any larger factor.
+// With a power of two products are exact; under the second one, 1/2, nothing overflows.
+constexpr int kRescues = 2;
+CPO_HD Scaling rescue_scaling(float temperature, int rescue) {
+  int exponent;
+  frexpf(kLog2e / temperature, &exponent);
+  const float c = rescue == 1 ? ldexpf(1.0f, exponent) : 0.5f;
+  const float inverse = 1.0f / temperature;
+  return {c, inverse / c, inverse, -3e38f, INFINITY};
+}
+
+CPO_HD Partial empty_partial(Scaling scaling) { return {scaling.lowest, 0.0f}; }
+
+CPO_HD bool counted(Partial part, Scaling scaling) {
+  return part.top > scaling.lowest && part.top < scaling.highest;
 }
 
 // Rounded before it is added: a fused multiply-add would make merge(a, b) differ from merge(b, a),
@@ -82,10 +87,10 @@ CPO_HD RowResult finish_row(Partial part, float label_logit, bool has_label, Sca
   const float over = fmaf(label_logit, 0.5f * scaling.c, -0.5f * part.top) * (2.0f * scaling.natural);
   // d = log(S_others / e_y); -inf where the label is the only column that counts
   float d = logf(part.sum) - over;
-  // Overflow is shown, not hidden: an infinite label, or nothing counted and a label so low that
-  // the others may only have overflowed.
-  const bool uncounted = part.sum == 0.0f && label_logit * scaling.c <= kNothing;
-  if (label_logit == INFINITY || uncounted) d = NAN;
+  // Overflow is shown, not hidden: an infinite label, sums beyond their range, or nothing counted
+  // and a label that is as low.
+  const bool uncounted = part.sum == 0.0f && label_logit * scaling.c <= scaling.lowest;
+  if (label_logit == INFINITY || part.top >= scaling.highest || uncounted) d = NAN;
   const float rest = log1pf(expf(-fabsf(d)));
   const float softplus = d > 0.0f ? d + rest : rest;
   const float others = 1.0f / (1.0f + expf(-d));
