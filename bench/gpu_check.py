@@ -42,6 +42,7 @@ PHASES = {
     "sanitizer": 1.0,
 }
 NO_GPU, UNFINISHED = 3, 4
+CPU_PATIENCE = 5.0  # limits of units and plans are meant for a GPU machine that does nothing else
 FIRST_ANSWER_SECONDS = 60.0  # torch is imported from a cold disk
 
 
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.device,
         given.quick,
         str(given.out.resolve()),
+        patience=CPU_PATIENCE if given.device == "cpu" else 1.0,
         kit=str(given.kit.resolve()),
         scratch=str(given.verdict.resolve().parent / "kit"),
     )

@@ -309,10 +309,11 @@ def profile_units(setting: Setting, model: str, shape: Shape, names: tuple[str, 
             f"profile of {model} T={shape[0]}, {FROZEN}: {name}",
             functools.partial(run, name),
             limit=20,
-            variant=name,
+            variant="profiler",  # what hangs here is not the variant, which has been timed
             phase="profile",
         )
         for name in names
+        if name not in setting.hung
     ]
 
 

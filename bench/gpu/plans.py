@@ -85,11 +85,12 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
     results = session.results
     results.data["plan"] = plan.name
     results.files[results.folder / "verdict.json"] = verdict.dumps
-    end = session.end = begun + plan.seconds - plan.margin
-    until = begun + plan.first_answer
+    patience = session.setting.patience
+    end = session.end = begun + patience * (plan.seconds - plan.margin)
+    until = begun + patience * plan.first_answer
     judged = False
     for step in plan.steps:
-        until = min(end, until + step.limit)
+        until = min(end, until + patience * step.limit)
         if step.judges and plan.reads_verdict:
             known, text = verdict.read(kept, report.machine(results.records))
             results.data["verdict"] = text

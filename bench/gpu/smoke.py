@@ -39,7 +39,7 @@ def lse(shape: tuple[int, int, int], device: str) -> dict[str, Any]:
     """Log-probs of the fused log-sum-exp, which sums in float32 and never rounds a logit."""
     from cpo_fast.kernels.linear_lse import linear_lse_logps
 
-    data = Inputs("random", *shape, torch.bfloat16, device)
+    data = Inputs("random", *shape, preferred_dtype(LSE, device), device)
     hidden, weight = data.tensors
     got = linear_lse_logps(hidden, weight, data.labels)
     z = hidden.double() @ weight.double().t()

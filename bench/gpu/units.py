@@ -43,6 +43,7 @@ class Setting:
     hung: tuple[str, ...] = ()  # variants that hung: nothing is run of them
     only: tuple[str, ...] = ()  # variants to run; empty: all
     best: tuple[str, ...] = ()  # variants that passed so far, the fastest first
+    patience: float = 1.0  # by which time limits are multiplied
     kit: str = "gpu-kit"  # folder with what `make gpu-kit` made
     scratch: str = "runs/gpu-check/kit"  # folder to unpack it in
 

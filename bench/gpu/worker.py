@@ -35,7 +35,7 @@ def main(source: str, setting: Setting, behind: set[str], pipe: TextIO) -> None:
     units = [unit for unit in units if unit.key not in behind and setting.runs(unit)]
     tell(plan=[[unit.key, unit.variant, unit.phase] for unit in units])
     for unit in units:
-        tell(begin=unit.key, limit=unit.limit)
+        tell(begin=unit.key, limit=unit.limit * setting.patience)
         begun = time.monotonic()
         status, figures, spoils = outcome(unit)
         ends = figures.pop("fresh_process", False) or spoils
