@@ -79,7 +79,7 @@ gpu-kit: setup ## what a GPU machine without a network is given: peers, built ke
 	$(BIN)/python -m bench.gpu_kit --out gpu-kit $(if $(PYTHON312),--python $(PYTHON312))
 
 gpu-kit-quack: setup ## the peer quack, for a run of its own (gpu-kit-quack/)
-	$(BIN)/python -m bench.gpu_kit --quack --out gpu-kit-quack
+	$(BIN)/python -m bench.gpu_kit --quack --out gpu-kit-quack --limit 0
 
 gpu-publish: setup ## figures of a GPU check into docs/ and bench/results/ (RESULTS="a/results.json ...")
 	$(BIN)/python -m bench.gpu_publish $(RESULTS)

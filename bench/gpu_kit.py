@@ -378,6 +378,8 @@ def main(arguments: list[str] | None = None) -> int:
         excess = f"{manifest['bytes'] / 1e6:.1f} MB of {given.limit:g} MB"
         print(f"gpu-kit: {given.out.name}/ is too large to be carried: {excess}", file=sys.stderr)
         return 1
+    if manifest["bytes"] > LIMIT_MB * 1e6:
+        print(f"{given.out.name}/ is more than one transfer of {LIMIT_MB} MB takes: split it")
     return 0
 
 
