@@ -372,6 +372,37 @@ def test_an_absent_kit_is_said_and_changes_nothing(tmp_path: Path) -> None:
     assert "Kit: no GPU kit" in report.short(data) and "Kit: no GPU kit" in report.render(data)
 
 
+def test_without_a_kit_the_cuda_kernels_are_built_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import gpu_kit
+
+    class Builder:
+        def __init__(self, target: gpu_kit.Target, cache: Path) -> None:
+            assert (Path(target.include) / "Python.h").exists() and tmp_path in cache.parents
+            self.suffix = target.suffix
+
+        def build(self, flags: tuple[str, ...], place: Path) -> None:
+            assert flags == () and place.name.endswith(f"{self.suffix}.new")
+            place.write_text("binary")
+
+    def without_nvcc(*_: Any) -> None:
+        raise gpu_kit.Missing("nvcc is not on the PATH")
+
+    (tmp_path / "cpo_fast").mkdir()
+    setting = units.Setting("cuda", False, "")
+    monkeypatch.setattr(gpu_kit, "Builder", Builder)
+    assert build.build_cuda(tmp_path) == {"built": ["_cuda"]}
+    (made,) = (tmp_path / "cpo_fast").iterdir()
+    assert made.name.startswith("_cuda.") and made.read_text() == "binary"
+    monkeypatch.setattr(gpu_kit, "Builder", without_nvcc)
+    with pytest.raises(units.NotHere, match="nvcc"):
+        build.build_unless_placed(setting)
+    monkeypatch.setattr(build, "_placed", True)
+    with pytest.raises(units.NotHere, match="in place"):
+        build.build_unless_placed(setting)
+
+
 GOOD = {
     **MACHINE,
     "sound": ["reference"],

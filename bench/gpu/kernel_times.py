@@ -19,7 +19,7 @@ def profile(run: Callable[[], object], device: str) -> dict[str, Any]:
     on a CPU of operators. Raises NotHere where the profiler sees no kernel."""
     cuda = device == "cuda"
     run()
-    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, acc_events=True) as found:
         for _ in range(CALLS):
             run()

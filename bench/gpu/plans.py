@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import report, verdict
-from bench.gpu.run import Session, replace, run_phase, run_side_by_side
+from bench.gpu.run import Session, guarded, replace, run_phase, run_side_by_side
 from bench.gpu.tuning import BUILDS
 from bench.gpu.variants import CHECKED
 
@@ -104,7 +104,7 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
         judged = judged or step.judges
         if not plan.reads_verdict:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            replace(kept, verdict.dumps(results.data))
+            replace(kept, guarded(verdict.dumps, results.data))
 
 
 def run_step(step: Step, session: Session, until: float, judged: bool) -> None:
