@@ -381,6 +381,15 @@ def test_a_variant_compiles_only_what_knows_its_flags(tree: Path) -> None:
     assert gpu_kit.known([flag], [a, c]) and not gpu_kit.known([flag, "-DOTHER"], [a, c])
 
 
+def test_the_sources_know_every_variant_and_the_kit_every_build_that_is_measured() -> None:
+    from bench.gpu import tuning
+
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    for name, flags in kits.VARIANTS.items():
+        assert gpu_kit.known(flags, sources), f"{name}: {flags} says nothing to csrc/cuda"
+    assert set(tuning.BUILDS) <= set(kits.VARIANTS)
+
+
 class Compiler(gpu_kit.Builder):
     """Writes what it was told instead of compiling it; a flag of 9 does not compile."""
 

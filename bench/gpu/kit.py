@@ -7,7 +7,7 @@ architecture, variants of it, and `manifest.json`. On the machine
     Popen(..., env=os.environ | kit.environment)       # workers find the peers and the variants
     if not kit.cuda: ...                               # build there
 
-and in a worker `load_variant("lag4")` before the loss op runs. A kit that is absent or does not fit
+and in a worker `load_variant("lag3")` before the loss op runs. A kit that is absent or does not fit
 is no error: it brings nothing and says why.
 """
 
@@ -31,7 +31,6 @@ from typing import Any
 from bench.gpu.units import ROOT
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "lag4": ("-DCPO_LAG=4",),
     "lag3": ("-DCPO_LAG=3",),
     "lag1": ("-DCPO_LAG=1",),
     "split4": ("-DCPO_SPLIT_TILES=4",),
