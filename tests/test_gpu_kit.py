@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pybind11
 import pytest
 
 from bench import gpu_kit
@@ -54,22 +55,22 @@ def wheel(folder: Path, name: str = "tiny_peer", version: str = "1.2", **more: s
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Extension modules `_cuda` that say who they are, and one that hangs in its import."""
     folder = tmp_path_factory.mktemp("binaries")
-    headers = sysconfig.get_path("include")
+    headers = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
     made = {}
     for name, start in (("default", ""), ("lag4", ""), ("hangs", "for (;;) sleep(1);")):
-        source = folder / f"{name}.c"
+        source = folder / f"{name}.cpp"
         source.write_text(
-            "#include <Python.h>\n#include <unistd.h>\n"
-            f'static PyModuleDef def = {{PyModuleDef_HEAD_INIT, "_cuda", "{name}", -1, 0}};\n'
-            f"PyMODINIT_FUNC PyInit__cuda(void) {{ {start} return PyModule_Create(&def); }}\n"
+            "#include <pybind11/pybind11.h>\n#include <unistd.h>\n"
+            f'PYBIND11_MODULE(_cuda, m) {{ m.doc() = "{name}"; {start} }}\n'
         )
         made[name] = folder / name / f"_cuda{SUFFIX}"
         made[name].parent.mkdir()
-        command = ["cc", "-shared", "-fPIC", f"-I{headers}", str(source), "-o", str(made[name])]
+        command = ["c++", "-O0", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]
+        command += [*headers, str(source), "-o", str(made[name])]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            pytest.skip("no C compiler with Python's headers")
+            pytest.skip("no C++ compiler with Python's headers")
     return made
 
 

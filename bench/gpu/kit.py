@@ -227,7 +227,9 @@ def load_variant(name: str) -> ModuleType:
         raise ValueError(f"variant {name!r} does not fit: {reason}")
     path = Path(folder) / builds[name]["file"]
     if path not in _loaded:
-        spec = importlib.util.spec_from_file_location(MODULE, path)
+        # A name of its own for each build: pybind11 keeps modules by it, and would hand out the
+        # first build again. Its last part says where the module begins (PyInit__cuda).
+        spec = importlib.util.spec_from_file_location(f"gpu_kit.{name}._cuda", path)
         assert spec is not None and spec.loader is not None
         _loaded[path] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(_loaded[path])
