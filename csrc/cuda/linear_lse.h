@@ -6,6 +6,9 @@
 // makes the gradient:
 //   d logp_t / d H_t = factors[t] * (E W)[t],
 // because E's label column holds minus the sum of the others.
+//
+// A row with a logit / temperature above 7e8, or all of them below -7e8, has the log-prob NaN: its
+// sums overflow (logp.h).
 #pragma once
 
 #include <cuda_runtime_api.h>
