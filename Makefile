@@ -81,8 +81,8 @@ gpu-kit: setup ## what a GPU machine without a network is given: peers, built ke
 gpu-kit-quack: setup ## the peer quack, for a run of its own (gpu-kit-quack/)
 	$(BIN)/python -m bench.gpu_kit --quack --out gpu-kit-quack --limit 0
 
-gpu-publish: setup ## figures of a GPU check into docs/ and bench/results/ (RESULTS="a/results.json ...")
-	$(BIN)/python -m bench.gpu_publish $(RESULTS)
+gpu-publish: setup ## figures of a GPU check into docs/ and bench/results/ (RESULTS="a/results.json ...", COMMIT)
+	$(BIN)/python -m bench.gpu_publish $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy cpo_fast

@@ -66,12 +66,14 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     )
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json")
     parser.add_argument("--force", action="store_true", help="also runs of different sources")
+    parser.add_argument("--commit", help="of the tree that was copied to the machine")
     given = parser.parse_args(arguments)
     try:
         pages(root)  # before anything is written: are the blocks there?
         data = None
         if given.results:
-            data = publish.merged([read(path) for path in given.results], force=given.force)
+            runs = [read(path) for path in given.results]
+            data = publish.merged(runs, force=given.force, commit=given.commit)
             path = root / "bench" / "results" / publish.name_of(data)
             path.write_text(publish.dumps(data))
             print(f"wrote {path.relative_to(root)}")

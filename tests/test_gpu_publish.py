@@ -265,6 +265,16 @@ def test_entries_for_the_table_of_defaults_are_printed(
     assert '(152064, 3584): Measured("rows", "NVIDIA H100' in capsys.readouterr().out
 
 
+def test_the_commit_of_the_copied_tree_can_be_told() -> None:
+    def line(commit: str | None) -> str:
+        return publish.origin(
+            "x.json", publish.merged([run(machine(commit=commit))], commit="c0de")
+        )
+
+    assert "commit c0de, source hash aaaa" in line(None)
+    assert "commit beef, source hash aaaa" in line("beef"), "what the machine knows comes first"
+
+
 def test_names_of_cards() -> None:
     names = {H100: "h100", H200: "h200", "NVIDIA A100-SXM4-80GB": "a100-sxm4-80gb"}
     for device, name in names.items():

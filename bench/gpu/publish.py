@@ -32,11 +32,12 @@ class Refused(Exception):
 # --- merging --------------------------------------------------------------------------------------
 
 
-def merged(runs: list[Record], *, force: bool = False) -> Record:
+def merged(runs: list[Record], *, force: bool = False, commit: str | None = None) -> Record:
     """One set of results of several runs on one device, in the order in which they were started.
 
     The later record of a phase and key wins, but one that was skipped replaces none, and a check
-    that failed in any run stays failed. Raises Refused where the devices differ, where one is no
+    that failed in any run stays failed. `commit` is of the tree that was copied to the machine, for
+    runs that found no history there. Raises Refused where the devices differ, where one is no
     GPU, and, unless forced, where the hashes of the sources differ.
     """
     runs = sorted(runs, key=lambda data: data["started"])
@@ -59,6 +60,8 @@ def merged(runs: list[Record], *, force: bool = False) -> Record:
             name = record["phase"], record["key"]
             if name not in records or wins(record, records[name]):
                 records[name] = {**record, "run": number}
+                if record["phase"] == "environment" and not record.get("commit"):
+                    records[name]["commit"] = commit
     left = {(e["phase"], e["key"]): e for data in runs for e in data["not_run"]}
     return {
         "started": runs[0]["started"],
@@ -162,11 +165,13 @@ def checks_block(cards: list[tuple[str, Record]]) -> str:
 
 def origin(name: str, data: Record) -> str:
     commands = " and ".join(f"`{text}`" for text in dict.fromkeys(data["commands"]))
-    forced = ""
-    if len(data["source_hashes"]) > 1:
-        forced = f" The runs were of different sources: {', '.join(data['source_hashes'])}."
     line = report.machine_line(data["records"])
-    return f"{data['started'][:10]}, {line}, by {commands}.{forced} Record: `bench/results/{name}`."
+    hashes = data["source_hashes"]
+    sources = f"source hash {hashes[0]}"
+    if len(hashes) > 1:
+        sources = f"runs of different sources: {', '.join(hashes)}"
+    record = f"Record: `bench/results/{name}`."
+    return f"{data['started'][:10]}, {line}, {sources}, by {commands}. {record}"
 
 
 def measured(records: list[Record], phase: str) -> list[Record]:
