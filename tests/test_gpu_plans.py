@@ -30,7 +30,7 @@ import os, time
 from pathlib import Path
 from bench.gpu.units import Unit
 
-DEVICE = {"device": "Stand-in 1", "source_hash": "abc", "versions": {}, "commit": None}
+DEVICE = {"device": "Stand-in 1", "kernel_hash": "abc", "source_hash": "d", "versions": {}, "commit": None}
 
 def raising(error):
     raise error
@@ -105,7 +105,7 @@ def told(setting):
 def again(setting):
     return [Unit(f"{v}: again", lambda: {}, variant=v) for v in ("cpu", "reference")]
 """
-MACHINE = {"device": "Stand-in 1", "source_hash": "abc"}
+MACHINE = {"device": "Stand-in 1", "kernel_hash": "abc"}
 
 
 def step(name: str, function: str = "", limit: float = 30, **options: Any) -> Step:
@@ -443,7 +443,7 @@ def test_the_second_plan_goes_by_a_verdict_that_fits(
         (json.dumps({**GOOD, "fastest": None}), "damaged"),
         (json.dumps({**GOOD, "sound": []}), "no variant sound"),
         (json.dumps({**GOOD, "device": "Stand-in 2"}), "Stand-in 2"),
-        (json.dumps({**GOOD, "source_hash": "def"}), "def"),
+        (json.dumps({**GOOD, "kernel_hash": "def"}), "def"),
     ],
 )
 def test_a_verdict_that_does_not_hold_is_not_used(
@@ -453,10 +453,16 @@ def test_a_verdict_that_does_not_hold_is_not_used(
     if text is not None:
         path.write_text(text)
     found, said = verdict.read(path, MACHINE)
-    assert found is None and words in said and "until the smoke check" in said
+    assert found is None and words in said and "the smoke check decides" in said
     path.write_text(json.dumps(GOOD))
     assert verdict.read(path, MACHINE)[0] == GOOD
     assert verdict.read(path, {})[0] is None, "nothing is known of this machine"
+
+
+def test_a_verdict_outlives_a_change_of_the_check_but_not_of_the_kernels() -> None:
+    assert "bench" in environment.SOURCES and "bench" not in environment.KERNELS
+    assert environment.source_hash(environment.KERNELS) != environment.source_hash()
+    assert {"csrc/cuda", "kernels", "cpo_fast/loss"} == set(environment.KERNELS)
 
 
 def test_without_a_verdict_the_second_plan_checks_first(
@@ -527,7 +533,7 @@ def test_both_plans_on_the_cpu(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("report.md") and "x floor" in done.stdout
     found = json.loads(kept.read_text())
     assert found["sound"] == list(CHECKED["cpu"]) and found["hung"] == []
-    assert len(found["source_hash"]) == len(environment.source_hash())
+    assert found["device"] == environment.processor() and len(found["kernel_hash"]) == 16
 
     done = subprocess.run(
         command(tmp_path / "2", "second", kept),

@@ -16,7 +16,8 @@ from bench.gpu.units import ROOT, Setting, Unit
 
 PACKAGES = ["torch", "triton", "transformers", "peft", "trl", "liger-kernel"]
 PACKAGES += ["cut-cross-entropy", "flash-attn", "pytest"]
-SOURCES = ("csrc/cuda", "kernels", "cpo_fast/loss", "bench")
+KERNELS = ("csrc/cuda", "kernels", "cpo_fast/loss")
+SOURCES = (*KERNELS, "bench")
 
 
 def output(*command: str) -> str | None:
@@ -37,10 +38,10 @@ def version(package: str) -> str | None:
         return None
 
 
-def source_hash() -> str:
+def source_hash(folders: tuple[str, ...] = SOURCES) -> str:
     """Of the files that the figures depend on, for a copy of the tree without its history."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cu", ".cpp", ".h"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -69,6 +70,7 @@ def report(device: str) -> dict[str, Any]:
         "commit": output("git", "rev-parse", "HEAD"),
         "changed_files": len((output("git", "status", "--porcelain") or "").splitlines()),
         "source_hash": source_hash(),
+        "kernel_hash": source_hash(KERNELS),
         "nvcc": (output("nvcc", "--version") or "").rpartition("\n")[2] or None,
     }
     if device == "cuda":

@@ -1,6 +1,6 @@
 """What a plan found out about the variants, for the plan behind it: `verdict.json`.
 
-device, source_hash   what it holds for: the card's name and the hash of the sources
+device, kernel_hash   what it holds for: the card's name and the hash of the loss op's sources
 sound, red, hung      variants that passed the smoke check, broke a rule, took too long
 fastest               by "model T=tokens, case": the fastest sound variant
 ceilings              bytes and FLOP per second that the device reached
@@ -63,7 +63,7 @@ def make(data: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "device": machine.get("device"),
-        "source_hash": machine.get("source_hash"),
+        "kernel_hash": machine.get("kernel_hash"),
         "sound": good,
         "red": sorted(report.red(data["records"])),
         "hung": sorted(data["hung"]),
@@ -79,20 +79,21 @@ def dumps(data: dict[str, Any]) -> str:
 def read(path: Path, machine: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """The verdict in `path` if it holds for this machine and these sources, else None; and a
     sentence that says which, for the report."""
-    instead = "every variant is taken for sound until the smoke check"
+    instead = "the smoke check decides"
     try:
         found = json.loads(path.read_text())
         assert all(isinstance(found[key], list) for key in NAMES)
         assert all(isinstance(name, str) for key in NAMES for name in found[key])
         assert all(isinstance(name, str) for name in found["fastest"].values())
-        held = [found["device"], found["source_hash"]]
+        held = found["device"], found["kernel_hash"]
     except FileNotFoundError:
         return None, f"No verdict of the first plan: {instead}."
     except (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
         return None, f"The verdict of the first plan is damaged: {instead}."
-    here = [machine.get("device"), machine.get("source_hash")]
+    here = machine.get("device"), machine.get("kernel_hash")
     if None in here or held != here:
-        return None, f"The verdict of the first plan is on {held}, this is {here}: {instead}."
+        there, this = (f"{device} with kernels {kernels}" for device, kernels in (held, here))
+        return None, f"The verdict of the first plan is of {there}, this is {this}: {instead}."
     if not found["sound"]:
         return None, f"The verdict of the first plan calls no variant sound: {instead}."
     return found, f"By the verdict of the first plan sound: {', '.join(found['sound'])}."
