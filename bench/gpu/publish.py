@@ -224,9 +224,8 @@ def figures_block(cards: list[tuple[str, Record]]) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def by(device: str, data: Record, records: list[Record]) -> str:
-    commands = dict.fromkeys(data["commands"][r["run"]] for r in records)
-    return f"{device}, {' and '.join(f'`{text}`' for text in commands)}"
+def by(data: Record, record: Record) -> str:
+    return f"`{data['commands'][record['run']]}`"
 
 
 def loss_tables(device: str, data: Record) -> list[str]:
@@ -240,12 +239,14 @@ def loss_tables(device: str, data: Record) -> list[str]:
         for r in sorted(found, key=lambda r: r["seconds"]):
             errors = [f"{r['errors'][k]:.1e}" if k in r.get("errors", {}) else ""
                       for k in ("loss", "gradient")]  # fmt: skip
-            time = [f"{r['seconds'] * 1e3:.2f}", f"{r['ratio_to_floor']:.3f}"]
-            rows.append([r["provider"], *time, report.mib(r), *errors])
-        floor = min(r["floor_seconds"] for r in found) * 1e3
-        title = f"**T = {T}, D = {D}, V = {V}: {case}**; floor {floor:.2f} ms;"
-        header = ["provider", "ms", "x floor", "extra MiB", "loss error", "gradient error"]
-        parts += [f"{title} {by(device, data, found)}", report.table(header, rows)]
+            # Each beside the floor of its own run, whose rounds alternated with it.
+            time = [f"{r[name] * 1e3:.2f}" for name in ("seconds", "floor_seconds")]
+            time.append(f"{r['ratio_to_floor']:.3f}")
+            rows.append([r["provider"], *time, report.mib(r), *errors, by(data, r)])
+        title = f"**{case}**, T = {T}, D = {D}, V = {V}, {device}:"
+        header = ["provider", "ms", "floor, ms", "x floor", "extra MiB", "loss error"]
+        header += ["gradient error", "by"]
+        parts += [title, report.table(header, rows)]
     return parts
 
 
@@ -265,10 +266,11 @@ def step_tables(device: str, data: Record) -> list[str]:
                     f"{s['seconds']:.3f}",
                     f"{s['mfu']:.1%}" if "mfu" in s else "",
                     "" if memory is None else f"{memory / report.GIB:.1f}",
+                    by(data, r),
                 ]
             )
     if not rows:
         return []
-    header = ["model", "step", "pairs per second", "s", "MFU", "peak memory, GiB"]
-    title = f"**Training steps**, {found[0]['pairs']} pairs, {found[0]['dtype']};"
-    return [f"{title} {by(device, data, found)}", report.table(header, rows)]
+    header = ["model", "step", "pairs per second", "s", "MFU", "peak memory, GiB", "by"]
+    title = f"**Training steps**, {found[0]['pairs']} pairs, {found[0]['dtype']}, {device}:"
+    return [title, report.table(header, rows)]
