@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.device == "cpu" and not given.quick:
         parser.error("--device cpu is for trying the check itself: add --quick")
+    if given.plan and (given.resume or given.only != list(PHASES)):
+        parser.error("--resume and --only are for the full check, not for a --plan")
     given.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(
         given.device,

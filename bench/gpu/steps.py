@@ -27,8 +27,10 @@ def step(kind: str, size: str, device: str, options: dict[str, Any]) -> dict[str
     for name in NEEDED.get(kind, ("bench.step_sizes", "peft")):
         if missing(name):
             raise NotHere(f"{name} is not installed")
+    from bench.gpu.timing import release
     from bench.step_sizes import run
 
+    release(device)  # of the model before, which may be part of a cycle
     peers = () if kind == "ours" else (kind,)
     found = run(size, device=device, peers=peers, with_ours=kind == "ours", **options)
     figures = found["steps"][kind]
