@@ -16,8 +16,9 @@ label, then to overwrite every logit z_j with (onehot_j - p_j) d z_j / d raw_j. 
   multiprocessor is in flight: 40 MB of bf16 logits at V = 152,064 and 132 multiprocessors, which
   the L2 of an H100 (50 MB) holds.
 
-Logits whose product with c overflows (beyond 2.3e38 at temperature 1) count as infinite: below as
-masked out, above as NaN.
+Beyond |z c| = 2^30 (7e8 at temperature 1) the rounding of k would be more than exp2 bears. Logits
+below count as masked out, whatever number masks them; a row whose largest logit lies beyond on
+either side gives NaN, unless only its label is left.
 
 Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
 """
@@ -33,8 +34,16 @@ import torch
 import triton
 import triton.language as tl
 
-from cpo_fast.kernels.numerics import capped, launching_on, logp_from_odds, shift
+from cpo_fast.kernels.numerics import capped, launching_on, logp_from_odds
 from cpo_fast.kernels.row_kernel import check_alignment
+
+_FAR = tl.constexpr(2.0**30)
+
+
+@triton.jit
+def _shift(k):
+    """What is subtracted before exp2: 0 where all that was seen is masked out."""
+    return tl.where(k < -_FAR, 0.0, k)
 
 
 @triton.jit
@@ -71,7 +80,7 @@ def _add_terms(b_sum, z, c, offset):
 def _raise_offset(b_k, b_sum, highest, c):
     """The running k = max(z) c, what is subtracted for it, and the sum under the new offset."""
     k = tl.maximum(b_k, highest * c)
-    offset = shift(k)
+    offset = _shift(k)
     return k, offset, b_sum * tl.exp2(b_k - offset)
 
 
@@ -170,14 +179,18 @@ def lean_rows_kernel(
             b_k, offset, b_sum = _raise_offset(b_k, b_sum, tl.max(z, axis=1), c)
             b_sum = _add_terms(b_sum, z, c, offset)
 
-        k = shift(tl.max(b_k, axis=0))
+        highest = tl.max(b_k, axis=0)
+        k = _shift(highest)
         s = tl.sum(b_sum * tl.exp2(b_k - k), axis=0)
+        masked_out = (highest > float("-inf")) & (highest < -_FAR) & (z_label * c < -_FAR)
+        s = tl.where((highest > _FAR) | masked_out, float("nan"), s)
         relative = tl.fma(z_label, c, -k)  # log2 of the label's term
         logp, not_label = logp_from_odds((tl.log2(s) - relative) * 0.6931471805599453, z_label)
         tl.store(logps_ptr + i_row, logp)
 
         if i_row < grad_rows:
-            scale = -inv_temperature / (s + tl.exp2(relative))
+            total = s + tl.exp2(relative)
+            scale = tl.where(total == 0.0, 0.0, -inv_temperature / total)  # 0: the label alone
             for start in range(tail, V_mem, WIDTH):
                 _store_gradient(
                     row_ptr, bias_ptr, start + tile, V, V_mem, i_label, softcap, c, k, scale,

@@ -114,7 +114,8 @@ def row_kernel(
         if i_row < grad_rows:
             # p_j = exp(z_j - top) * scale, which needs no LSE of large numbers.
             top = shift(tl.maximum(m, label_logit))
-            scale = 1.0 / (s * tl.exp(shift(m) - top) + tl.exp(label_logit - top))
+            others = tl.where(s == 0.0, 0.0, s * tl.exp(shift(m) - top))  # no 0 x inf
+            scale = 1.0 / (others + tl.exp(label_logit - top))
             for start in range(0, V_mem, BR * BK):
                 cols = start + tile
                 z, slope = _load_logits(
