@@ -238,6 +238,7 @@ def units(setting: Setting) -> list[Unit]:
     return found
 
 
+COMPILING = ("torch.compile", "opcheck")  # these import a compiler, which takes seconds
 SAME_BITS = "same bits every run"
 
 
@@ -260,8 +261,8 @@ def rules_units(setting: Setting) -> list[Unit]:
 def telling(unit: Unit) -> int:
     """Real sizes in bfloat16, chunks, the rules, the options; then small sizes, other dtypes."""
     name = unit.key.partition(": ")[2]
-    if name in ("torch.compile", "opcheck"):
-        return 3  # these import a compiler
+    if name in COMPILING:
+        return 3
     if name in RULES or name in DEVICE_RULES:
         return 1
     if not name.startswith("bfloat16"):
@@ -275,4 +276,6 @@ def winner_units(setting: Setting) -> list[Unit]:
     """Every check of the fastest variant, those that tell most first."""
     names = [name for name in setting.best if name != "reference"][:1]
     found = [unit for unit in units(setting) if unit.variant in names]
+    if setting.quick:
+        found = [unit for unit in found if unit.key.partition(": ")[2] not in COMPILING]
     return sorted(found, key=telling)

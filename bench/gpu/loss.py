@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.kernel_times import profile
-from bench.gpu.timing import GRAPHS, ROUNDS, extra_bytes, in_turn, in_turn_small, release
+from bench.gpu.timing import EVENTS, GRAPHS, ROUNDS, extra_bytes, in_turn, in_turn_small, release
 from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import LSE, using, variants
 from bench.loss_peers import (
@@ -98,7 +98,7 @@ def beside_floor(
             floor()
 
     runs = {f"floor, {DEFAULT}": floor, f"floor, {LIKE_OURS}": like_ours, "op": op}
-    timed_by: dict[str, Any] = {}
+    timed_by: dict[str, Any] = {"timed_by": EVENTS}
     if flops < SMALL:
         times, timed_by["timed_by"] = in_turn_small(runs, device, rounds)
         if device == "cuda" and timed_by["timed_by"] != GRAPHS:
