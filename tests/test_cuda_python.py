@@ -186,6 +186,16 @@ def test_values_and_gradients(
     assert forward == chunk_count * (1 if path == "fused" else 2)
 
 
+@pytest.mark.parametrize("path", ["rows", "fused"])
+def test_chunks_are_kept_in_the_room_of_the_heads_sum(
+    kernels: StandIn, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setenv("CPO_FAST_WORKSPACE_MIB", "1")  # 512 rows; all 600 with 4 V D bytes more
+    check(inputs(600, 1003, 64, torch.bfloat16, bias=False), True, path)
+    kernel = "linear_exp" if path == "fused" else "row_kernel"
+    assert kernels.calls.count(kernel) == 2 * (1 if path == "fused" else 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bias_and_soft_cap(kernels: StandIn, dtype: torch.dtype) -> None:
     check(inputs(65, 131, 20, dtype, bias=True), True, "rows", softcap=5.0, temperature=1.3)

@@ -12,9 +12,9 @@ d logp_t / d z_t = factor_t * B_t, and g = B W by a vendor GEMM. g is stored wit
             9.0, D a multiple of 8, no bias, no soft cap. Without gradients it writes no logits.
 
 Policy and reference take the same path in the same chunks, with gradients or without, so that equal
-hidden states give bitwise equal log-probs. A head that is trained costs one more GEMM where one
-chunk holds all rows, whose B is kept; else B is computed again in the backward and dW is summed in
-fp32.
+hidden states give bitwise equal log-probs. A head that is trained costs one more GEMM where B of
+all rows may be kept (chunked.keeps_slopes); else B is computed again in the backward and dW is
+summed in fp32.
 
 Untested on a GPU: the kernels are compiled and their SASS inspected, their index arithmetic runs on
 the CPU, and the Python of this file runs in tests against stand-ins for the kernels.
@@ -30,8 +30,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_fast.loss.chunked import add_product, chunks, fp32_sums, logits_buffer, padded
-from cpo_fast.loss.cuda_launch import Head, aligned, scale_rows, sum_segments
+from cpo_fast.loss.chunked import (
+    add_product,
+    aligned,
+    chunks,
+    fp32_sums,
+    keeps_slopes,
+    logits_buffer,
+    padded,
+)
+from cpo_fast.loss.cuda_launch import Head, scale_rows, sum_segments
 from cpo_fast.loss.operators import operator
 from cpo_fast.loss.segments import spread
 from cpo_fast.loss.workspace import limit
@@ -112,7 +120,7 @@ def token_logps(
     want_hidden = tracking and hidden.requires_grad
     want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
     room = limit(hidden.device)
-    bytes_of_all = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
+    want_weight = tracking and weight.requires_grad
     logps, ref_logps, *_ = torch.ops.cpo_fast.cuda_logps(
         hidden,
         weight,
@@ -124,7 +132,7 @@ def token_logps(
         path == "fused",
         want_hidden,
         want_head,
-        want_head and bytes_of_all <= room,
+        want_head and keeps_slopes(hidden, weight, room, want_weight),
         room,
     )
     return logps, None if ref_hidden is None else ref_logps
@@ -206,7 +214,7 @@ def _logps(
     with fp32_sums():
         for start, stop in bounds:
             part = slice(start, stop)
-            buffer = buffers[: stop - start]
+            buffer = buffers[part] if keep else buffers[: stop - start]
             if fused:
                 head.fused_chunk(
                     hidden[part],

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpo_fast.loss.chunked import aligned
+
 _FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
 
 
@@ -25,12 +27,6 @@ def site(tensor: Tensor) -> dict[str, Any]:
 
 def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """Contiguous from an address that 16-byte accesses may use."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 class Head:
