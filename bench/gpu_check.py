@@ -10,7 +10,7 @@ on. Nothing is timed of an implementation that broke a rule.
 `--plan first` (400 s) and `--plan second` (300 s) do what matters most in the order in which it
 matters, for a machine that is to be had for a quarter of an hour; bench/gpu/plans.py lists their
 steps. Either is complete in itself. The second knows what the first found where both run in the
-same tree on the same device.
+same tree on the same device. `--plan quack` (240 s) compares with that peer at the headline.
 
 Exit status: 0 all checks passed, 1 one failed, 3 no GPU, 4 the time was too short for all checks.
 Works from a plain copy of the tree: nothing is installed or fetched; what is missing is named.
@@ -73,7 +73,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
-    parser.add_argument("--plan", choices=plans.PLANS, help="one of two short checks")
+    parser.add_argument(
+        "--plan", choices=plans.PLANS, help="a short check in place of the full one"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="the time of the full check")
     parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), metavar="PHASE")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -87,7 +89,10 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="what the first plan leaves for the second (default: runs/gpu-check/verdict.json)",
     )
     parser.add_argument(
-        "--kit", type=Path, metavar="DIR", default=ROOT / "gpu-kit", help="what make gpu-kit made"
+        "--kit",
+        type=Path,
+        metavar="DIR",
+        help="what make gpu-kit made (default: gpu-kit; gpu-kit-quack for --plan quack)",
     )
     return parser
 
@@ -101,16 +106,17 @@ def main(arguments: list[str] | None = None) -> int:
     if given.plan and (given.resume or given.only != list(PHASES)):
         parser.error("--resume and --only are for the full check, not for a --plan")
     given.out.mkdir(parents=True, exist_ok=True)
+    plan = plans.PLANS.get(given.plan)
+    kit = given.kit or ROOT / (plan or plans.FIRST).kit
     setting = Setting(
         given.device,
         given.quick,
         str(given.out.resolve()),
         patience=CPU_PATIENCE if given.device == "cpu" else 1.0,
-        kit=str(given.kit.resolve()),
+        kit=str(kit.resolve()),
         scratch=str(given.verdict.resolve().parent / "kit"),
     )
-    plan = plans.PLANS.get(given.plan)
-    limit = plan.first_answer if plan else FIRST_ANSWER_SECONDS
+    limit = plan.waits if plan else FIRST_ANSWER_SECONDS
     if given.device == "cuda" and not device_answers("cuda", limit):
         print(
             "gpu-check: torch finds no CUDA device here, or it does not answer, so nothing was "

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,11 @@ PACKAGES = {
     "trl chunked": "trl",
     "Liger fused DPO": "liger-kernel",
     "cut-cross-entropy": "cut-cross-entropy",
+    "quack": "quack-kernels",
 }
+
+
+QUACK_ROWS = 4096  # of a chunk, quack's default
 
 
 class CannotCompute(Exception):
@@ -162,11 +166,49 @@ def liger(p: Problem) -> Tensor:
     return loss
 
 
+class _QuackTokens(torch.autograd.Function):
+    """Log-probs of tokens from quack's pipeline, whose own operator returns their sum only: its
+    forward makes the gradient of every token's loss, which the backward scales by rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy_fwd
+
+        losses, slopes, _ = scaled_exp_linear_cross_entropy_fwd(
+            hidden, weight, labels, QUACK_ROWS, need_dx=True, need_dw=False
+        )
+        ctx.save_for_backward(slopes[: len(labels)])
+        return -losses[: len(labels)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        return slopes * -grad.to(slopes.dtype)[:, None], None, None
+
+
+def quack(p: Problem) -> Tensor:
+    from quack import linear_cross_entropy as module
+
+    if p.weight.requires_grad:
+        raise CannotCompute("quack forms the head's gradient before the loss is known")
+    if not module.scaled_exp_lce_supported(p.hidden, p.weight, QUACK_ROWS, "sum"):
+        raise CannotCompute("quack's pipeline takes bfloat16 on compute capability 9.0")
+
+    def score(hidden: Tensor) -> Tensor:
+        if hidden.requires_grad:
+            return _QuackTokens.apply(hidden, p.weight, p.labels)
+        # What its operator does without gradients: no logits are written.
+        return -module._scaled_exp_lce_loss_only(hidden, p.weight, p.labels, -100)
+
+    return preference(p, score)
+
+
 PEERS: dict[str, Callable[[Problem], Tensor]] = {
     "eager": eager,
     "trl chunked": trl_chunked,
     "Liger fused DPO": liger,
     "cut-cross-entropy": cut_cross_entropy,
+    "quack": quack,
 }
 
 

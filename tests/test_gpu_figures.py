@@ -48,7 +48,7 @@ def test_the_full_check_times_the_headline_first_and_peers_last(card: None) -> N
             eager = [i for i, name in enumerate(providers) if name == "eager"]
             peers = [i for i, name in enumerate(providers) if name in loss.PEER_ORDER]
             assert last_of_ours < min(eager) < max(eager) < min(peers)
-    assert set(loss.PEER_ORDER) | {"eager"} == set(loss_peers.PEERS)
+    assert {*loss.PEER_ORDER, loss.EAGER, loss.QUACK} == set(loss_peers.PEERS)
 
 
 def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -> None:

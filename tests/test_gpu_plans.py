@@ -35,7 +35,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
 # --- the plans themselves -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("plan", "most"), [(plans.FIRST, 400), (plans.SECOND, 300)])
+@pytest.mark.parametrize(
+    ("plan", "most"), [(plans.FIRST, 400), (plans.SECOND, 300), (plans.QUACK, 240)]
+)
 def test_the_time_limits_of_the_steps_add_up(plan: Plan, most: float) -> None:
     assert plan.seconds <= most and plan.margin >= 2 * run.DEATH_SECONDS + 5
     limits = [step.limit for step in plan.steps]
@@ -52,7 +54,7 @@ def test_the_order_of_the_plans() -> None:
 
 
 def test_every_step_names_a_function_that_is_there() -> None:
-    for one in plans.FIRST.steps + plans.SECOND.steps:
+    for one in (one for plan in plans.PLANS.values() for one in plan.steps):
         module, _, function = one.units.partition(":")
         assert callable(getattr(importlib.import_module(f"bench.gpu.{module}"), function))
 
@@ -327,3 +329,20 @@ def test_the_names_of_variants_agree() -> None:
     assert set(CHECKED["cuda"]) | set(CHECKED["cpu"]) == set(OURS)
     assert CHECKED["cuda"][:3] == ("triton lean", "cuda rows", "cuda fused")
     assert LSE in CHECKED["cuda"]
+
+
+def test_a_slow_first_answer_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torch comes from a cold disk: a check that gave up at once would have checked nothing."""
+    waited: list[float] = []
+
+    def answers(device: str, limit: float) -> bool:
+        waited.append(limit)
+        return False
+
+    monkeypatch.setattr(gpu_check, "device_answers", answers)
+    for plan in plans.PLANS.values():
+        status = gpu_check.main(["--plan", plan.name, "--out", str(tmp_path)])
+        assert status == gpu_check.NO_GPU and waited.pop() >= 90 > plan.first_answer
+    assert "does not answer" in capsys.readouterr().err

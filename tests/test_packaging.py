@@ -27,7 +27,7 @@ from cpo_fast.version import __version__
 
 pytestmark = pytest.mark.slow
 BUILT = ("*.so", "__pycache__", "_build", ".git", ".venv", "runs", "build", "dist", "*.egg-info",
-         ".*_cache", ".hypothesis", ".benchmarks")  # fmt: skip
+         "gpu-kit*", ".*_cache", ".hypothesis", ".benchmarks")  # fmt: skip
 TOOLS = ("setuptools", "pybind11")
 """What pyproject.toml asks for in an isolated build."""
 

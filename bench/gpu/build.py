@@ -77,5 +77,10 @@ def kit_units(setting: Setting) -> list[Unit]:
     ]
 
 
+def wheel_units(setting: Setting) -> list[Unit]:
+    """A kit's wheels and binary; nothing is built where there is no binary."""
+    return kit_units(setting)[:1]
+
+
 def units(setting: Setting) -> list[Unit]:
     return [Unit("native parts", lambda: build(setting.device == "cuda"), limit=240)]

@@ -43,6 +43,7 @@ TOKENS = (8192, 1024, 2048, 4096, 16384)
 LSE_ONLY = "log-probs alone"
 EAGER = "eager"  # it judges the errors of ours
 PEER_ORDER = ("cut-cross-entropy", "trl chunked", "Liger fused DPO")
+QUACK = "quack"  # its wheels are a kit of their own
 SMALL = 4e12  # FLOP of the floor, 5 ms: below, the host's launches may take as long
 DEFAULT, LIKE_OURS = "vendor default", "fp32 sums"
 Shape = tuple[int, int, int]  # T, D, V
@@ -340,3 +341,10 @@ def peers_units(setting: Setting) -> list[Unit]:
         for case in (FROZEN, TRAINED):
             found += case_units(setting, model, shape, case, PEER_ORDER, limit=40)
     return found
+
+
+def quack_units(setting: Setting) -> list[Unit]:
+    """The headline by the two fastest variants of ours, by eager, which judges them, by quack."""
+    model, shape = shapes(setting.quick)[0]
+    names = (*sound(setting)[:2], EAGER, QUACK)
+    return case_units(setting, model, shape, FROZEN, names, limit=40)

@@ -132,7 +132,7 @@ def machine_line(records: list[Record]) -> str:
     m = machine(records)
     if not m:
         return "unknown machine"
-    commit = (m["commit"] or f"sources {m['source_hash']}")[:12]
+    commit = (m["commit"] or "")[:12] or f"unknown, sources {m['source_hash']}"
     changed = f" with {m['changed_files']} changed files" if m["changed_files"] else ""
     torch, triton = (m["versions"].get(name) for name in ("torch", "triton"))
     return f"{m['device']}, torch {torch}, triton {triton}, commit {commit}{changed}"

@@ -17,7 +17,7 @@ from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import CHECKED, LSE, why_not
 
 SHAPE = (300, 50257, 896)  # T, V, D
-LIMIT = 25.0
+LIMIT = 40.0  # Triton compiles, on a machine where all variants do so at once
 
 
 def smoke(variant: str, device: str, quick: bool) -> dict[str, Any]:
