@@ -19,7 +19,7 @@ PARSED_ONLY = {
     "docs/counterfactuals.md": 2,
     "docs/distributed.md": 3,
     "docs/evidence.md": 1,
-    "docs/gpu.md": 1,
+    "docs/gpu.md": 2,
     "docs/migrating-ms-swift.md": 1,
     "docs/migrating-trl.md": 1,
     "docs/packing.md": 2,
