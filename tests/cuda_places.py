@@ -26,13 +26,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.gpu.kit import VARIANTS as BUILDS
 from cpo_fast.loss import cuda, cuda_launch
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 REPLACED = ("ptx.h", "wgmma.h")
-# Beside the default, worth timing on a device (csrc/cuda/index.h).
-VARIANTS = [("-DCPO_LAG=0",), ("-DCPO_LAG=3",), ("-DCPO_SPLIT_TILES=6", "-DCPO_BAND=16")]
+VARIANTS = list(BUILDS.values())
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from typing import Any
 from bench.gpu.units import ROOT
 
 VARIANTS: dict[str, tuple[str, ...]] = {
+    "lag0": ("-DCPO_LAG=0",),
     "lag3": ("-DCPO_LAG=3",),
-    "lag1": ("-DCPO_LAG=1",),
-    "split4": ("-DCPO_SPLIT_TILES=4",),
+    "split6": ("-DCPO_SPLIT_TILES=6", "-DCPO_BAND=16"),
 }
 """Builds of `_cuda` beside the default one: what nvcc is told more."""
 DEFAULT = "default"
