@@ -96,8 +96,8 @@ TUNINGS = (
         "splits of 6 tiles, bands of 16",
         "cuda fused",
         build="split6",
-        expected="W read twice from memory instead of four times, a third of the partial sums, but a "
-        "last wave that is less full: within 2 % either way",
+        expected="W read twice from memory instead of four times, a third of the partial sums, but "
+        "a last wave that is less full: within 2 % either way",
     ),
 )
 BUILDS = tuple(tuning.build for tuning in TUNINGS if tuning.build)
