@@ -12,7 +12,7 @@ import torch
 
 from bench.step_data import Work
 from cpo_fast.loss import cpo_loss
-from cpo_fast.model.flops import pack_flops
+from cpo_fast.model.flops import FlopCounter
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, image_token_id, plan_epoch
 from cpo_fast.packing.plan import Pack, part_tokens
@@ -89,6 +89,7 @@ class PackedStep:
         elif mode == "unpacked":
             self.packs = [(part,) for pack in step for part in pack]
         self.device = packed.head()[0].device
+        self._count = FlopCounter(packed)
         self.phases = Phases(packed, self.device)
         self.clear()
 
@@ -105,6 +106,9 @@ class PackedStep:
             image_token_id=image_token_id(self.work.tokenizer),
             share_prompt=self.shared,
         )
+        # Counted before the batch goes to the device, whose answers one would have to wait for.
+        self.tokens += len(batch.input_ids)
+        self.flops += self._count(batch).total
         return batch.to(self.device)
 
     def __call__(self) -> float:
@@ -133,8 +137,6 @@ class PackedStep:
             with self.phases("backward"):
                 loss.backward()
             total += loss.detach()
-            self.tokens += len(batch.input_ids)
-            self.flops += pack_flops(self.packed, batch).total
         with self.phases("optimiser"):
             self.optimizer.step()
             self.optimizer.zero_grad()

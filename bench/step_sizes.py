@@ -217,10 +217,9 @@ def _figures(
 ) -> dict[str, Any]:
     cuda = device.type == "cuda"
     loss = step()  # warms up
+    memory: int | None = None
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-        step()
-        memory: int | None = torch.cuda.max_memory_allocated(device)
     else:
         memory = extra_memory(step)
     seconds = []
@@ -232,6 +231,8 @@ def _figures(
         if cuda:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
+    if cuda:
+        memory = torch.cuda.max_memory_allocated(device)
     median = statistics.median(seconds)
     figures: dict[str, Any] = {
         "loss": loss,

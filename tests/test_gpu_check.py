@@ -22,6 +22,7 @@ from bench.gpu.units import NotHere, Setting, Unit
 pytestmark = pytest.mark.test_bed
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU = Setting("cuda", False, "")
 MISBEHAVING = """
 import os, time
 from bench.gpu.units import NotHere, Unit
@@ -198,6 +199,25 @@ def test_initcheck_is_believed_only_where_pytorch_passes_it(
     with pytest.raises(AssertionError, match="SUMMARY"):
         sanitizing.run("racecheck", "cuda rows", "cuda")
     assert [call[-1] for call in calls] == ["cuda rows"] and "--kernel-name" in calls[0]
+
+
+def test_a_tool_that_is_slow_or_breaks_is_no_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    sanitizer(monkeypatch)
+
+    def slow(command: list[str], timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(sanitizing.subprocess, "run", slow)
+    with pytest.raises(NotHere, match="longer than 50 s"):
+        sanitizing.run("memcheck", "cuda rows", "cuda")
+    assert all(unit.limit > sanitizing.SECONDS for unit in sanitizing.plan_units(GPU))
+
+    def broken(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 139, "", "the tool died")
+
+    monkeypatch.setattr(sanitizing.subprocess, "run", broken)
+    with pytest.raises(NotHere, match="ended with 139: the tool died"):
+        sanitizing.run("racecheck", "cuda fused", "cuda")
 
 
 def test_a_phase_that_cannot_start_is_named(tmp_path: Path) -> None:

@@ -61,10 +61,9 @@ def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -
     assert [key.partition(",")[0] for key in heads] == [
         *["7B T=8192"] * 4, *["3B T=8192"] * 4, *["0.5B T=8192"] * 4,
     ]  # fmt: skip
-    peers = loss.peers_units(GPU)
-    names = [unit.key.rpartition(": ")[2] for unit in peers]
-    assert names[:4] == ["eager"] * 4
-    assert names[4:7] == ["cut-cross-entropy", "trl chunked", "Liger fused DPO"]
+    names = [key.rpartition(": ")[2] for key in keys(loss.peers_units(GPU))]
+    peers = ["trl chunked", "Liger fused DPO", "cut-cross-entropy"]
+    assert names == ["eager"] * 2 + peers + ["eager"] * 2 + peers, "the one that may hang last"
 
 
 def test_red_and_hung_variants_are_not_timed_and_the_fastest_comes_first(card: None) -> None:
@@ -220,12 +219,12 @@ def test_each_kind_of_step_is_a_unit_of_its_own(monkeypatch: pytest.MonkeyPatch)
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80e9)
     )
     found = steps.plan_units(GPU)
-    assert keys(found)[:4] == [
-        *("3B: ours", "7B: ours", "3B: trl in batches of 8", "7B: trl in batches of 8"),
+    assert keys(found) == [  # eight pairs of trl's do not fit 80 GB at 7B
+        *("7B: ours", "7B: trl in batches of 4", "3B: ours", "3B: trl in batches of 8"),
     ]
     for unit in found[:3]:
         unit.run()
-    assert calls == [("3B", (), True), ("7B", (), True), ("3B", ("trl",), False)]
+    assert calls == [("7B", (), True), ("7B", ("trl",), False), ("3B", (), True)]
     whole = [key.partition(": ")[2].partition(" ")[0] for key in keys(steps.units(GPU))]
     assert whole == ["ours"] * 2 + ["trl"] * 4 + ["unshared"] * 2
 
@@ -234,10 +233,10 @@ def test_each_kind_of_step_is_a_unit_of_its_own(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(step_sizes, "run", fails)
     with pytest.raises(RuntimeError, match="too large"):
-        found[2].run()
+        found[1].run()
     monkeypatch.setattr(steps, "missing", lambda name: name == "trl")
     with pytest.raises(NotHere, match="trl is not installed"):
-        found[2].run()
+        found[1].run()
 
 
 def test_steps_of_ours_and_of_trl_are_compared_across_records() -> None:

@@ -76,6 +76,21 @@ def test_each_step_knows_what_those_before_it_found(stand_in: StandIn) -> None:
     assert {r["kit"] for r in data["records"] if r["key"].endswith("pid")} == {"yes"}
 
 
+def test_a_plan_leaves_few_files(stand_in: StandIn, tmp_path: Path) -> None:
+    stand_in(step("machine"), SMOKE, step("headline", phase="loss"), step("told"))
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"results.json", "report.md", "verdict.json", "plan.log"}
+
+
+def test_a_late_first_answer_does_not_cost_the_kit(tmp_path: Path, stand_in: StandIn) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    session = run.Session(units.Setting("cpu", True, str(out)), run.Results(out))
+    plan = Plan("first", 100, 5, (step("kit", phase="build", limit=20),), margin=0)
+    plans.run(plan, session, tmp_path / "kept.json", time.monotonic() - 40)
+    assert [r["key"] for r in session.results.records] == ["kit"]
+
+
 def test_a_kept_verdict_says_what_was_found(stand_in: StandIn, tmp_path: Path) -> None:
     stand_in(step("machine"), SMOKE, step("headline", phase="loss"))
     kept = json.loads((tmp_path / "kept" / "verdict.json").read_text())

@@ -42,7 +42,7 @@ HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D
 TOKENS = (8192, 1024, 2048, 4096, 16384)
 LSE_ONLY = "log-probs alone"
 EAGER = "eager"  # it judges the errors of ours
-PEER_ORDER = ("cut-cross-entropy", "trl chunked", "Liger fused DPO")
+PEER_ORDER = ("trl chunked", "Liger fused DPO", "cut-cross-entropy")  # the last one may hang
 QUACK = "quack"  # its wheels are a kit of their own
 SMALL = 4e12  # FLOP of the floor, 5 ms: below, the host's launches may take as long
 DEFAULT, LIKE_OURS = "vendor default", "fp32 sums"
@@ -329,18 +329,17 @@ def heads_units(setting: Setting) -> list[Unit]:
 
 
 def peers_units(setting: Setting) -> list[Unit]:
-    """Eager, which judges the errors of ours, in every case measured so far; then the peers at the
-    headline, then with a trained head."""
+    """Eager, which judges the errors of ours, and the peers, at the headline and with a trained
+    head; then eager for the other heads."""
     (model, shape), *others = shapes(setting.quick)[: len(HEADS)]
     found = case_units(setting, model, shape, FROZEN, (EAGER,), limit=20)
     found += case_units(setting, model, shape, TRAINED, (EAGER,), limit=20)
+    # The first call of a peer imports and compiles it.
+    peers = () if setting.quick else PEER_ORDER
+    found += case_units(setting, model, shape, FROZEN, peers, limit=40)
     for other, size in others:
         found += case_units(setting, other, size, FROZEN, (EAGER,), limit=15)
-    if not setting.quick:
-        # The first call of a peer imports and compiles it.
-        for case in (FROZEN, TRAINED):
-            found += case_units(setting, model, shape, case, PEER_ORDER, limit=40)
-    return found
+    return found + case_units(setting, model, shape, TRAINED, peers, limit=40)
 
 
 def quack_units(setting: Setting) -> list[Unit]:

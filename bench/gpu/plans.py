@@ -9,6 +9,7 @@ steps; when the device no longer answers, the rest is named as not reached and t
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,12 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
     """
     results = session.results
     results.data["plan"] = plan.name
+    session.log = "plan.log"  # few files: not every way back from a machine takes many
     results.files[results.folder / "verdict.json"] = verdict.dumps
     patience = session.setting.patience
     end = session.end = begun + patience * (plan.seconds - plan.margin)
-    until = begun + patience * plan.first_answer
+    # A late first answer costs the last steps, not the kit.
+    until = max(begun + patience * plan.first_answer, time.monotonic())
     judged = False
     for step in plan.steps:
         until = min(end, until + patience * step.limit)

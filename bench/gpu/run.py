@@ -174,6 +174,7 @@ class Session:
     environment: dict[str, str] = field(default_factory=dict)  # of all later processes
     end: float = float("inf")  # of the monotonic clock: no question to the device lasts longer
     gone: str = ""  # why nothing more can run
+    log: str = ""  # one file for what all phases print; else each has its own
     probe: Callable[[str, float], bool] = device_answers
 
     @property
@@ -205,16 +206,17 @@ def run_phase(
     """Runs the units of `source` ("module:function" of bench.gpu) that have no record yet, in as
     many processes as it takes, until `deadline`.
 
-    `name` is that of the log and of the records' `step`, `phase` that of records and of what was
-    not reached; by default both are `source`. Once a unit took too long, its variant is left out of
-    everything behind it. Whatever ends a process before its time leads to a question whether the
-    device still answers, here or, without `probing`, by the caller: returns whether it is due.
+    `name` is that of the log (unless the session has one) and of the records' `step`, `phase` that
+    of records and of what was not reached; by default both are `source`. Once a unit took too long,
+    its variant is left out of everything behind it. Whatever ends a process before its time leads
+    to a question whether the device still answers, here or, without `probing`, by the caller:
+    returns whether it is due.
     """
     name = name or source
     phase = phase or name
     results = session.results
     behind = {r["key"] for r in results.records if r.get("step", r["phase"]) == name}
-    log = results.folder / f"{name}.log"
+    log = results.folder / (session.log or f"{name}.log")
     plan: dict[str, tuple[str, str]] = {}  # key: variant, phase
     listed, troubled, cut_off = False, False, ""
     barren = 0  # processes in a row that ended without a unit's result

@@ -78,7 +78,8 @@ TUNINGS = (
         "tile 2048, 32 warps",
         "triton lean",
         tile=(2048, 32),
-        expected="four loads in flight per thread at 64 registers: may spill, then 1 ms slower",
+        expected="four loads in flight per thread at 55 registers, no spill, still one row per "
+        "multiprocessor: within 0.3 ms either way",
     ),
     Tuning(
         "warpgroup lag of 3 steps",
