@@ -102,7 +102,12 @@ def logits_of(kind: str, V: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("V", [1, 7, 1000, 5003])
+@pytest.mark.parametrize(
+    ("row_logps_", "V"),
+    [("lean", 1), ("lean", 7), ("lean", 5003), ("lean, small steps", 1000)]
+    + [("masked", 1), ("masked", 1000), ("masked", 5003)],
+    indirect=["row_logps_"],
+)
 @pytest.mark.parametrize("kind", ["random", "peaked", "flat", "huge-negative", "masked-vocabulary"])
 def test_row_kernel(
     row_logps_: Callable[..., Tensor], dtype: torch.dtype, V: int, kind: str
@@ -192,8 +197,9 @@ def test_unaligned_rows_are_refused(row_logps_: Callable[..., Tensor]) -> None:
         row_logps_(torch.randn(2, 17), torch.tensor([0, 1]), 17, grad_rows=0)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("label", [0, 100, 255, 256, 1023, 1024, 1029])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("label", [0, 255, 256, 1023, 1024, 1029])
+@pytest.mark.parametrize("row_logps_", ["lean, small steps"], indirect=True)
 def test_a_label_in_every_part_of_a_row(
     row_logps_: Callable[..., Tensor], dtype: torch.dtype, label: int
 ) -> None:
@@ -220,6 +226,7 @@ def test_policy_and_reference_rows_get_the_same_bits(row_logps_: Callable[..., T
 
 @pytest.mark.parametrize("mask", [-1e9, -1e10, -1e30, torch.finfo(torch.bfloat16).min])
 @pytest.mark.parametrize("allowed", [130, 2])
+@pytest.mark.parametrize("row_logps_", ["lean, small steps", "masked"], indirect=True)
 def test_a_vocabulary_masked_by_a_bias(
     row_logps_: Callable[..., Tensor], mask: float, allowed: int
 ) -> None:
@@ -248,7 +255,7 @@ def test_a_vocabulary_of_which_only_the_label_is_left(
     assert (logps == 0).all() and (buffer[:, :300] == 0).all()
 
 
-@pytest.mark.parametrize("size", [1e8, 1e9, 1e10, 1e30, 3e38])
+@pytest.mark.parametrize("size", [1e8, 1e10, 3e38])
 def test_huge_logits_are_right_or_not_a_number(
     row_logps_: Callable[..., Tensor], size: float
 ) -> None:
