@@ -12,7 +12,8 @@ matters, for a machine that is to be had for a quarter of an hour; bench/gpu/pla
 steps. Either is complete in itself. The second knows what the first found where both run in the
 same tree on the same device. `--plan quack` (240 s) compares with that peer at the headline.
 
-Exit status: 0 all checks passed, 1 one failed, 3 no GPU, 4 the time was too short for all checks.
+Exit status: 0 all checks passed, 1 one failed, 2 wrong options, 3 no GPU, 4 the time was too short
+for all checks, 130 interrupted.
 Works from a plain copy of the tree: nothing is installed or fetched; what is missing is named.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import plans, report
-from bench.gpu.run import Results, Session, device_answers, guarded, now, run_phase
+from bench.gpu.run import NotResumable, Results, Session, device_answers, guarded, now, run_phase
 from bench.gpu.units import ROOT, Setting
 
 # Name and largest share of the whole time; what a phase leaves over is for those behind it, and the
@@ -41,7 +42,8 @@ PHASES = {
     "steps": 0.30,
     "sanitizer": 1.0,
 }
-NO_GPU, UNFINISHED = 3, 4
+NO_GPU, UNFINISHED, INTERRUPTED = 3, 4, 130
+MINUTES = 9.0
 CPU_PATIENCE = 5.0  # limits of units and plans are meant for a GPU machine that does nothing else
 FIRST_ANSWER_SECONDS = 60.0  # torch is imported from a cold disk
 
@@ -76,11 +78,24 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan", choices=plans.PLANS, help="a short check in place of the full one"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="the time of the full check")
-    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), metavar="PHASE")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--minutes", type=float, help=f"the time of the full check (default: {MINUTES:g})"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PHASES,
+        default=list(PHASES),
+        metavar="PHASE",
+        help=f"of the full check, some of: {', '.join(PHASES)}",
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --quick"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the check itself")
-    parser.add_argument("--resume", action="store_true", help="keep the results that DIR holds")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the full check whose results DIR holds"
+    )
     parser.add_argument(
         "--verdict",
         type=Path,
@@ -103,9 +118,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.device == "cpu" and not given.quick:
         parser.error("--device cpu is for trying the check itself: add --quick")
-    if given.plan and (given.resume or given.only != list(PHASES)):
-        parser.error("--resume and --only are for the full check, not for a --plan")
-    given.out.mkdir(parents=True, exist_ok=True)
+    if given.plan and (given.resume or given.only != list(PHASES) or given.minutes is not None):
+        parser.error("--resume, --only and --minutes are for the full check, not for a --plan")
+    if given.minutes is not None and not given.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {given.minutes:g}")
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {given.out}: {error.strerror}; name a folder that can be written")
     plan = plans.PLANS.get(given.plan)
     kit = given.kit or ROOT / (plan or plans.FIRST).kit
     setting = Setting(
@@ -124,14 +144,28 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return NO_GPU
-    results = Results(given.out, given.resume and plan is None)
+    try:
+        results = Results(given.out, given.resume and plan is None)
+    except NotResumable as reason:
+        parser.error(f"--resume: {reason}")
+    results.data["quick"] = given.quick
     session = Session(setting, results)
-    if plan:
-        plans.run(plan, session, given.verdict, begun)
-    else:
-        seconds = 60 * given.minutes
-        session.end = begun + seconds - 5
-        run_all(session, given.only, seconds)
+    if plan and not kit.is_dir():
+        print(
+            f"No kit at {kit}: peers that are not installed are left out, and the CUDA kernels are "
+            "built here. make gpu-kit makes one; git ignores it, so it must be carried by name.",
+            flush=True,
+        )
+    try:
+        if plan:
+            plans.run(plan, session, given.verdict, begun)
+        else:
+            seconds = 60 * (given.minutes or MINUTES)
+            session.end = begun + seconds - 5
+            run_all(session, given.only, seconds)
+    except KeyboardInterrupt:
+        print(f"\ngpu-check: interrupted; {results.file} holds what was done", file=sys.stderr)
+        return INTERRUPTED
     results.data["finished"] = now()
     results.write()
     print("", guarded(report.short, results.data), f"\n{given.out / 'report.md'}", sep="\n")

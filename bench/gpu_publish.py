@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,19 +31,31 @@ def read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise publish.Refused(f"{path}: {error}") from None
-    if not isinstance(data, dict) or not {"started", "records", "not_run"} <= set(data):
-        raise publish.Refused(f"{path} is no results.json of bench.gpu_check")
+    try:
+        report.render(data)
+        report.machine_line(data["records"])
+        assert isinstance(data["started"], str) and isinstance(data["not_run"], list)
+    except Exception as error:
+        text = (
+            f"{path} is no whole results.json of bench.gpu_check ({type(error).__name__}: {error})"
+        )
+        raise publish.Refused(text) from None
     return data
 
 
-def pages(root: Path) -> dict[Path, str]:
-    """The pages with blocks of what is published now. Raises Refused where one has no block."""
-    cards = publish.published(root / "bench" / "results")
+def pages(root: Path, added: tuple[str, dict[str, Any]] | None = None) -> dict[Path, str]:
+    """The pages with blocks of what is published, and of a record to be `added`. Raises Refused
+    where one has no block."""
+    cards = dict(publish.published(root / "bench" / "results"))
+    if added is not None:
+        cards = {k: v for k, v in cards.items() if publish.card(v) != publish.card(added[1])}
+        cards[added[0]] = added[1]
+    listed = sorted(cards.items(), key=lambda item: publish.card(item[1]))
     found = {}
     for name, (block, make) in BLOCKS.items():
         path = root / name
         try:
-            found[path] = publish.replaced(path.read_text(), block, make(cards))
+            found[path] = publish.replaced(path.read_text(), block, make(listed))
         except publish.Refused as reason:
             raise publish.Refused(f"{name}: {reason}") from None
     return found
@@ -66,18 +79,31 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     )
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json")
     parser.add_argument("--force", action="store_true", help="also runs of different sources")
-    parser.add_argument("--commit", help="of the tree that was copied to the machine")
+    parser.add_argument(
+        "--commit", help="of the tree that was copied to the machine, if its history was not"
+    )
     given = parser.parse_args(arguments)
+    if given.commit is not None and not re.fullmatch("[0-9a-f]{7,40}", given.commit):
+        parser.error(f"--commit must be 7 to 40 hexadecimal digits, got {given.commit!r}")
     try:
         pages(root)  # before anything is written: are the blocks there?
         data = None
         if given.results:
             runs = [read(path) for path in given.results]
             data = publish.merged(runs, force=given.force, commit=given.commit)
-            path = root / "bench" / "results" / publish.name_of(data)
-            path.write_text(publish.dumps(data))
-            print(f"wrote {path.relative_to(root)}")
-        for path, text in pages(root).items():
+            name, folder = publish.name_of(data), root / "bench" / "results"
+            before, lost = publish.missing_figures(data, folder)
+            if lost and not given.force:
+                raise publish.Refused(
+                    f"{before} holds {lost} figures that these runs lack and that would vanish "
+                    "from the pages: name its results.json files too, or --force"
+                )
+            texts = pages(root, (name, json.loads(publish.dumps(data))))
+            (folder / name).write_text(publish.dumps(data))
+            print(f"wrote bench/results/{name}")
+        else:
+            texts = pages(root)
+        for path, text in texts.items():
             path.write_text(text)
             print(f"wrote {path.relative_to(root)}")
     except publish.Refused as reason:

@@ -98,6 +98,7 @@ def test_a_kept_verdict_says_what_was_found(stand_in: StandIn, tmp_path: Path) -
     name = "tiny T=64, frozen head, reference on-line"
     assert kept == {
         **MACHINE,
+        "quick": False,
         "sound": ["cpu", "reference"],
         "red": [],
         "hung": [],

@@ -223,7 +223,7 @@ def test_what_does_not_belong_together_is_refused(
         ((run(*FIRST), run(machine(sources="bbbb"), day=28)), "different sources"),
         ((run(cpu),), "was on no GPU"),
         ((run(timing("eager", 80)),), "does not say on which machine"),
-        (({"records": []},), "no results.json"),
+        (({"records": []},), "no whole results.json"),
     ):
         assert publishing(root, *runs) == 2
         assert words in capsys.readouterr().err
@@ -238,10 +238,45 @@ def test_what_does_not_belong_together_is_refused(
 def test_figures_of_one_card_do_not_replace_those_of_another(root: Path) -> None:
     assert publishing(root, run(*FIRST)) == 0
     assert publishing(root, run(machine(H200), timing("triton lean", 35.1), day=28)) == 0
-    assert publishing(root, run(machine(), timing("triton lean", 36.2), day=29)) == 0
+    later = [machine(), *FIRST[1:3], timing("triton lean", 36.2), *FIRST[4:]]
+    assert publishing(root, run(*later, day=29)) == 0
     figures = block(root, 1)
     assert figures.index(f"### {H100}") < figures.index(f"### {H200}")
     assert "36.20" in figures and "35.10" in figures and "36.60" not in figures
+
+
+def test_figures_do_not_vanish_unasked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publishing(root, run(*FIRST)) == 0
+    before = {path: path.read_text() for path in root.rglob("*.*") if "results0" not in path.name}
+    second = run(machine(), step("ours", 3.0), day=28, plan="second")
+    assert publishing(root, second) == 2
+    assert "gpu-h100-2026-11-27.json holds 4 figures" in capsys.readouterr().err
+    after = {path: path.read_text() for path in root.rglob("*.*") if "results0" not in path.name}
+    assert after == before
+    assert publishing(root, run(*FIRST), second) == 0 and "36.60" in block(root, 1)
+    assert publishing(root, second, force=True) == 0 and "36.60" not in block(root, 1)
+
+
+def test_tiny_shapes_are_not_published(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publishing(root, run(*FIRST, quick=True), force=True) == 2
+    assert "tiny shapes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damaged", [{"records": 3}, {"records": [{"phase": "environment", "status": "ok", "key": ""}]}]
+)
+def test_damaged_results_leave_everything_as_it_was(
+    root: Path, damaged: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert publishing(root, run() | damaged) == 2
+    assert "no whole results.json" in capsys.readouterr().err
+    assert not list((root / "bench" / "results").iterdir())
+
+
+def test_a_commit_is_a_hash(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_publish.main(["--commit", "hello"], root)
+    assert "hexadecimal digits, got 'hello'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["begin", "end", "order"])

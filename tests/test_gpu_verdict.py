@@ -100,6 +100,8 @@ def test_the_second_plan_goes_by_a_verdict_that_fits(stand_in: StandIn, tmp_path
         (json.dumps({**GOOD, "hung": [1]}), "damaged"),
         (json.dumps({**GOOD, "fastest": None}), "damaged"),
         (json.dumps({**GOOD, "sound": []}), "no variant sound"),
+        (json.dumps({**GOOD, "sound": ["nonsense"]}), "damaged"),
+        (json.dumps({**GOOD, "quick": True}), "other shapes"),
         (json.dumps({**GOOD, "device": "Stand-in 2"}), "Stand-in 2"),
         (json.dumps({**GOOD, "kernel_hash": "def"}), "def"),
     ],
@@ -131,3 +133,9 @@ def test_without_a_verdict_the_second_plan_checks_first(stand_in: StandIn, tmp_p
     assert "No verdict" in data["verdict"] and "No verdict" in report.short(data)
     assert statuses(data, "smoke") == {"cpu: smoke": "ok", "reference: smoke": "ok"}
     assert statuses(data, "headline") == {"cpu": "ok", "reference": "ok", "eager": "ok"}
+
+
+def test_tiny_shapes_go_with_tiny_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "verdict.json"
+    path.write_text(json.dumps({**GOOD, "quick": True}))
+    assert verdict.read(path, MACHINE, quick=True)[0] is not None

@@ -68,7 +68,9 @@ def report(device: str) -> dict[str, Any]:
         "versions": {package: version(package) for package in PACKAGES},
         "cuda_of_torch": torch.version.cuda,
         "commit": output("git", "rev-parse", "HEAD"),
-        "changed_files": len((output("git", "status", "--porcelain") or "").splitlines()),
+        "changed_files": len(
+            (output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines()
+        ),
         "source_hash": source_hash(),
         "kernel_hash": source_hash(KERNELS),
         "nvcc": (output("nvcc", "--version") or "").rpartition("\n")[2] or None,

@@ -111,7 +111,9 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
     for step in plan.steps:
         until = min(end, until + patience * step.limit)
         if step.judges and plan.reads_verdict:
-            known, text = verdict.read(kept, report.machine(results.records))
+            known, text = verdict.read(
+                kept, report.machine(results.records), results.data.get("quick", False)
+            )
             results.data["verdict"] = text
             print(text, flush=True)
             if known is not None:

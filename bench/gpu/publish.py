@@ -25,6 +25,10 @@ PLACES = re.compile(r"(?<![\w./])(?:/[\w.+@-]+){2,}/?")
 """Absolute paths."""
 
 
+FIGURES = ("ceilings", "products", "loss", "steps")
+"""Phases whose records are figures."""
+
+
 class Refused(Exception):
     """These results cannot be published together, or not there: why, and what to do."""
 
@@ -43,6 +47,8 @@ def merged(runs: list[Record], *, force: bool = False, commit: str | None = None
     runs = sorted(runs, key=lambda data: data["started"])
     machines = [report.machine(data["records"]) for data in runs]
     for data, machine in zip(runs, machines, strict=True):
+        if data.get("quick"):
+            raise Refused(f"the run of {data['started']} took tiny shapes (--quick): no figures")
         if not machine:
             raise Refused(f"the run of {data['started']} does not say on which machine it was")
         if "capability" not in machine:
@@ -72,6 +78,20 @@ def merged(runs: list[Record], *, force: bool = False, commit: str | None = None
         "not_run": [entry for name, entry in left.items() if name not in records],
         **({"finished": runs[-1]["finished"]} if all("finished" in data for data in runs) else {}),
     }
+
+
+def missing_figures(new: Record, folder: Path) -> tuple[str, int]:
+    """The newest record of the same card, and how many figures of it `new` lacks: they would vanish
+    from the pages."""
+    for name, old in published(folder):
+        if card(old) == card(new):
+            here, there = (
+                {(r["phase"], r["key"]) for r in data["records"] if r["status"] == "ok"}
+                for data in (new, old)
+            )
+            figures = {name for name in there - here if name[0] in FIGURES}
+            return name, len(figures)
+    return "", 0
 
 
 def wins(later: Record, earlier: Record) -> bool:

@@ -204,12 +204,12 @@ def short(data: Record) -> str:
         if r["phase"] == "ceilings" and r["status"] == "ok":
             lines.append(f"{r['key']:60} {sections.rate(r)}")
     for what, wanted, measured in requirements(records):
-        lines.append(f"{what[:60]:60} {measured}  (wanted {wanted})")
+        lines.append(f"{what[:100]:100} {measured}  (wanted {wanted})")
     guess = predictions(records)
     for r in timed(records):
         name = f"T={r['tokens']} D={r['hidden']} {r['case']}: {r['provider']}"
         text = f"{r['seconds'] * 1e3:9.2f} ms {r['ratio_to_floor']:6.2f} x floor"
-        lines.append(f"{name[:60]:60} {text}  {guess(r)}".rstrip())
+        lines.append(f"{name[:72]:72} {text}  {guess(r)}".rstrip())
     lines += sections.short_lines(records, red(records))
     text = ""
     for line in lines:
@@ -310,6 +310,7 @@ def loss_part(records: list[Record]) -> list[str]:
                     r["provider"],
                     f"{r['seconds'] * 1e3:.3f}",
                     f"{spread['least'] * 1e3:.3f} to {spread['most'] * 1e3:.3f}",
+                    f"{r['floor_seconds'] * 1e3:.3f}",
                     f"{r['ratio_to_floor']:.3f}",
                     mib(r),
                     *(f"{errors[k]:.1e}" if k in errors else "" for k in ("loss", "gradient")),
@@ -318,9 +319,9 @@ def loss_part(records: list[Record]) -> list[str]:
                 ]
             )
         rate = found[0]["floor_flops_per_second"] / 1e12
-        floor = f"Floor {found[0]['floor_seconds'] * 1e3:.3f} ms ({rate:.4g} TFLOP/s)."
-        floor += sections.floors(found[0])
-        header = ["provider", "ms", "rounds", "x floor", "extra MiB", "loss error"]
+        floor = "Each row has the floor that was timed in turn with it. "
+        floor += f"That of {found[0]['provider']}: {rate:.4g} TFLOP/s." + sections.floors(found[0])
+        header = ["provider", "ms", "rounds", "floor ms", "x floor", "extra MiB", "loss error"]
         header += ["gradient error", "within the rule", "predicted ms"]
         parts += [f"### T = {T}, D = {D}, V = {V}: {case}", floor, table(header, rows)]
     if lines := winners(records):

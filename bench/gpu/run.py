@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import report
+from bench.gpu import environment, report
 from bench.gpu.units import ROOT, Setting
 
 START_SECONDS = 45.0  # until a process must have imported all and told what it will do
@@ -43,6 +43,38 @@ def replace(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
+class NotResumable(Exception):
+    """What a folder holds is not what this run would go on with."""
+
+
+def resumable(file: Path) -> dict[str, Any]:
+    """The results of a full check of these sources. Raises NotResumable for anything else."""
+    try:
+        data = json.loads(file.read_text())
+        sources = report.machine(data["records"]).get("source_hash")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise NotResumable(f"{file} cannot be read: {error}") from None
+    if "plan" in data:
+        raise NotResumable(f"{file} is of --plan {data['plan']}, which does not go on")
+    if sources not in (None, environment.source_hash()):
+        raise NotResumable(f"{file} is of other sources; choose another --out")
+    return data
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the results of an earlier run, so that a new one overwrites none of its figures."""
+    old = [folder / name for name in ("results.json", "report.md", "verdict.json", "plan.log")]
+    if not old[0].exists():
+        return
+    number = 1
+    while any(path.with_stem(f"{path.stem}-{number}").exists() for path in old):
+        number += 1
+    for path in old:
+        if path.exists():
+            path.rename(path.with_stem(f"{path.stem}-{number}"))
+    print(f"{folder} holds an earlier run: its files are renamed to results-{number}.json ...")
+
+
 class Results:
     """The records so far, on disk after every change, with what is made of them."""
 
@@ -51,8 +83,10 @@ class Results:
         self.file = folder / "results.json"
         self.data: dict[str, Any] = {"started": now(), "records": [], "not_run": [], "hung": []}
         if resume and self.file.exists():
-            self.data |= json.loads(self.file.read_text())
+            self.data |= resumable(self.file)
             self.data["not_run"] = []
+        else:
+            set_aside(folder)
         self.files: dict[Path, Callable[[dict[str, Any]], str]] = {
             folder / "report.md": report.render
         }

@@ -148,6 +148,6 @@ def short_lines(records: list[Record], red: set[str]) -> list[str]:
         lines.append(f"rows {r['rows']:5}, TFLOP/s: {', '.join(values)}")
     for r in measured(records, "profile"):
         if r["provider"] not in red:
-            worst = (f"{k['name'][:40]} {k['seconds'] * 1e3:.2f}" for k in r["kernels"][:5])
+            worst = (f"{k['name'][:64]} {k['seconds'] * 1e3:.2f}" for k in r["kernels"][:5])
             lines.append(f"{r['key']}, ms: {'; '.join(worst)}")
     return lines

@@ -1,6 +1,7 @@
 """What a plan found out about the variants, for the plan behind it: `verdict.json`.
 
 device, kernel_hash   what it holds for: the card's name and the hash of the loss op's sources
+quick                 whether it was found with tiny shapes
 sound, red, hung      variants that passed the smoke check, broke a rule, took too long
 fastest               by "model T=tokens, case": the fastest sound variant
 ceilings              bytes and FLOP per second that the device reached
@@ -63,6 +64,7 @@ def make(data: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "device": machine.get("device"),
+        "quick": data.get("quick", False),
         "kernel_hash": machine.get("kernel_hash"),
         "sound": good,
         "red": sorted(report.red(data["records"])),
@@ -76,14 +78,17 @@ def dumps(data: dict[str, Any]) -> str:
     return json.dumps(make(data), indent=1)
 
 
-def read(path: Path, machine: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def read(
+    path: Path, machine: dict[str, Any], quick: bool = False
+) -> tuple[dict[str, Any] | None, str]:
     """The verdict in `path` if it holds for this machine and these sources, else None; and a
-    sentence that says which, for the report."""
+    sentence that says which, for the report. Tiny shapes (`quick`) go with tiny shapes only."""
     instead = "the smoke check decides"
     try:
         found = json.loads(path.read_text())
         assert all(isinstance(found[key], list) for key in NAMES)
         assert all(isinstance(name, str) for key in NAMES for name in found[key])
+        assert set(found["sound"]) <= set(OURS)
         assert all(isinstance(name, str) for name in found["fastest"].values())
         held = found["device"], found["kernel_hash"]
     except FileNotFoundError:
@@ -94,6 +99,8 @@ def read(path: Path, machine: dict[str, Any]) -> tuple[dict[str, Any] | None, st
     if None in here or held != here:
         there, this = (f"{device} with kernels {kernels}" for device, kernels in (held, here))
         return None, f"The verdict of the first plan is of {there}, this is {this}: {instead}."
+    if found.get("quick", False) != quick:
+        return None, f"The verdict of the first plan is of other shapes: {instead}."
     if not found["sound"]:
         return None, f"The verdict of the first plan calls no variant sound: {instead}."
     return found, f"By the verdict of the first plan sound: {', '.join(found['sound'])}."
