@@ -85,6 +85,15 @@ def _raise_offset(b_k, b_sum, highest, c):
 
 
 @triton.jit
+def _gradient(z, slope, c, k, scale, HAS_SOFTCAP: tl.constexpr):
+    """-p d z / d raw: of all columns but the label's, whose z is -inf."""
+    grad = tl.exp2(tl.fma(z, c, -k)) * scale
+    if HAS_SOFTCAP:
+        grad *= slope
+    return grad
+
+
+@triton.jit
 def _store_gradient(
     row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap, c, k, scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -92,9 +101,7 @@ def _store_gradient(
     z, slope = _load_logits(
         row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap, HAS_BIAS, HAS_SOFTCAP, MASKED
     )
-    grad = tl.exp2(tl.fma(z, c, -k)) * scale
-    if HAS_SOFTCAP:
-        grad *= slope
+    grad = _gradient(z, slope, c, k, scale, HAS_SOFTCAP)
     if MASKED:
         grad = tl.where(cols < V, grad, 0.0)
         tl.store(row_ptr + cols, grad.to(row_ptr.dtype.element_ty), mask=cols < V_mem)
@@ -199,19 +206,18 @@ def lean_rows_kernel(
             for done in range(0, n_full):
                 cols = (n_full - 1 - done) * STEP + tile
                 if VECTORS == 2:
-                    tl.static_assert(not HAS_SOFTCAP)
                     # Both vectors are read before either is written.
-                    z, _slope = _load_logits(
+                    z, slope = _load_logits(
                         row_ptr, bias_ptr, cols, V, V_mem, i_label, softcap,
                         HAS_BIAS, HAS_SOFTCAP, False,
                     )  # fmt: skip
-                    z_next, _slope = _load_logits(
+                    z_next, slope_next = _load_logits(
                         row_ptr, bias_ptr, cols + WIDTH, V, V_mem, i_label, softcap,
                         HAS_BIAS, HAS_SOFTCAP, False,
                     )  # fmt: skip
-                    grad = tl.exp2(tl.fma(z, c, -k)) * scale
+                    grad = _gradient(z, slope, c, k, scale, HAS_SOFTCAP)
                     tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty))
-                    grad = tl.exp2(tl.fma(z_next, c, -k)) * scale
+                    grad = _gradient(z_next, slope_next, c, k, scale, HAS_SOFTCAP)
                     tl.store(row_ptr + cols + WIDTH, grad.to(logits_ptr.dtype.element_ty))
                 else:
                     _store_gradient(

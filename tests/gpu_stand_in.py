@@ -127,7 +127,8 @@ class StandIn:
         out.mkdir(exist_ok=True)
         setting = units.Setting("cpu", True, str(out))
         session = run.Session(setting, run.Results(out), probe=lambda device, limit: answers)
-        plan = Plan("first", seconds, 0, steps, margin=0, **options)
+        keeps = not options.get("reads_verdict", False)
+        plan = Plan("first", seconds, 0, steps, margin=0, keeps_verdict=keeps, **options)
         kept = kept or self.folder / "kept" / "verdict.json"
         plans.run(plan, session, kept, time.monotonic())
         data = json.loads((out / "results.json").read_text())

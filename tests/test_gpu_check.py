@@ -212,6 +212,27 @@ def test_a_tool_that_is_slow_or_breaks_is_no_fault_of_ours(monkeypatch: pytest.M
         sanitizing.run("memcheck", "cuda rows", "cuda")
     assert all(unit.limit > sanitizing.SECONDS for unit in sanitizing.plan_units(GPU))
 
+    # initcheck asks twice: of ours, then of plain PyTorch.
+    calls = iter([subprocess.CompletedProcess([], sanitizing.FAILED, "", "")])
+
+    def slow_control(command: list[str], timeout: float, **_: Any) -> Any:
+        for found in calls:
+            return found
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(sanitizing.subprocess, "run", slow_control)
+    with pytest.raises(NotHere, match="longer than 50 s"):
+        sanitizing.run("initcheck", "cuda rows", "cuda")
+
+    def raises(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(
+            command, 1, "", "Traceback ...\nRuntimeError: row kernel"
+        )
+
+    monkeypatch.setattr(sanitizing.subprocess, "run", raises)
+    with pytest.raises(AssertionError, match="row kernel"):
+        sanitizing.run("racecheck", "cuda rows", "cuda")
+
     def broken(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 139, "", "the tool died")
 

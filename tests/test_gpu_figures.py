@@ -4,7 +4,7 @@ as none of it can be timed here."""
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 
 from bench import loss_peers, step_sizes
 from bench.gpu import ceilings, correctness, loss, report, sections, steps, timing, tuning
+from bench.gpu.cases import VENDOR_SETTINGS
+from bench.gpu.predictions import Span
 from bench.gpu.units import NotHere, Setting
 from bench.gpu.variants import LSE, using
 
@@ -97,7 +99,7 @@ def test_device_rules_begin_with_the_fastest_and_the_winner_with_what_tells_most
 
 def test_the_products_at_every_chunk_are_measured_under_both_settings() -> None:
     figures = ceilings.head_products("cpu", True, 8)
-    want = {f"{name}, {how}" for name in ("H W^T", "P W") for how in ceilings.SETTINGS}
+    want = {f"{name}, {how}" for name in ("H W^T", "P W") for how in VENDOR_SETTINGS}
     assert set(figures["flops_per_second"]) == want and figures["rows"] == 8
     found = keys(ceilings.machine_units(GPU))
     assert found[0] == "machine" and "float16 product" not in found[:2]
@@ -310,13 +312,11 @@ def test_a_room_and_a_tile_are_in_force_while_it_is_measured(
 def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def predicted(device: str, provider: str, case: str, model: str) -> tuple[float, float] | None:
+    def predicted(device: str, provider: str, case: str, model: str) -> Span | None:
         asked.append((device, provider, case, model))
-        return (36.0, 37.5) if provider == "triton lean" else None
+        return Span(36.0, 37.5) if provider == "triton lean" else None
 
-    module: Any = ModuleType("bench.gpu.predictions")
-    module.predicted = predicted
-    monkeypatch.setitem(sys.modules, "bench.gpu.predictions", module)
+    monkeypatch.setattr(report, "predicted", predicted)
     one = {
         "phase": "loss", "key": "k: triton lean", "status": "ok", "provider": "triton lean",
         "model": "7B", "case": "frozen head, reference on-line", "tokens": 8192, "hidden": 3584,
@@ -333,5 +333,5 @@ def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert "predicted 36 to 37.5 ms" in report.short(data)
     assert report.render(data).count("| 36 to 37.5 |") == 1, "not for other sizes and providers"
     assert asked[0] == ("NVIDIA H100", "triton lean", "frozen head, reference on-line", "7B")
-    monkeypatch.setitem(sys.modules, "bench.gpu.predictions", None)
+    monkeypatch.setattr(report, "predicted", lambda *_: None)
     assert "predicted 36" not in report.short(data)

@@ -11,6 +11,7 @@ import pytest
 
 from bench import gpu_publish
 from bench.gpu import publish, report
+from bench.gpu.predictions import Span
 
 pytestmark = pytest.mark.test_bed
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,14 +153,17 @@ def test_publishing_again_gives_the_same_files(root: Path) -> None:
 
 
 def test_measured_is_held_against_predicted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictions = pytest.importorskip("bench.gpu.predictions")
-    spans = {"triton lean": (30.0, 35.0), "cuda rows": (35.0, 40.0), "cuda fused": (50.0, 60.0)}
+    spans = {
+        "triton lean": Span(30.0, 35.0),
+        "cuda rows": Span(35.0, 40.0),
+        "cuda fused": Span(50.0, 60.0),
+    }
 
     def predicted(device: str, provider: str, case: str, model: str) -> Any:
         assert (device, model) == (H100, "7B")
         return spans.get(provider)
 
-    monkeypatch.setattr(predictions, "predicted", predicted)
+    monkeypatch.setattr(report, "predicted", predicted)
     ours = [timing("cuda rows", 37), timing("cuda fused", 41), timing("triton lean", 20, T=1024)]
     assert publishing(root, run(*FIRST, *ours)) == 0
     rows = [line.split(" | ")[1:] for line in block(root, 0).splitlines() if "8192, frozen" in line]

@@ -15,7 +15,7 @@ from packing_samples import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpo_fast.model.build import add_lora
-from cpo_fast.model.flops import mfu, pack_flops, peak_flops
+from cpo_fast.model.flops import FlopCounter, mfu, peak_flops
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, encode_all, image_token_id
 
@@ -42,7 +42,7 @@ def test_linear_layers_and_head(lora):
         model = add_lora(model, r=1)
     packed = PackedModel(model)
     batch = pack(preference("a", 3), preference("b", 1, words=9))
-    got = pack_flops(packed, batch, reference=False)
+    got = FlopCounter(packed)(batch, reference=False)
 
     def attended_away(module, query, key, value, *args, **kwargs):
         return query.transpose(1, 2), None
@@ -64,7 +64,7 @@ def test_linear_layers_and_head(lora):
     # The counter sees rank-1 adapters, and no gradient for the first layer's input.
     assert got.trunk + got.head == pytest.approx(want, rel=0.1)
     assert got.vision == 0
-    more = pack_flops(packed, batch)
+    more = FlopCounter(packed)(batch)
     assert more.trunk - got.trunk == pytest.approx(got.trunk / (2 if lora else 3))
 
 
@@ -75,18 +75,18 @@ def test_attention_counts_what_is_seen():
     n = [int((one.branch_index == b).sum()) for b in range(3)]
     seen = sum(x * (x + 1) // 2 for x in n) + n[0] * (n[1] + n[2])
     per_pair = 12 * config.hidden_size * config.num_hidden_layers
-    assert pack_flops(packed, one, reference=False).attention == seen * per_pair
+    assert FlopCounter(packed)(one, reference=False).attention == seen * per_pair
 
 
 def test_the_tower_runs_once_when_frozen():
     batch = pack(preference("a", 2, image(100, 80)))
     frozen = PackedModel(add_lora(vision_language_model(), r=1))
-    once = pack_flops(frozen, batch).vision
-    assert once == pack_flops(frozen, batch, reference=False).vision > 0
+    once = FlopCounter(frozen)(batch).vision
+    assert once == FlopCounter(frozen)(batch, reference=False).vision > 0
     want = counted(lambda: frozen._image_features(batch))
     assert once == pytest.approx(want, rel=0.15)  # the tower's attention is left out
     trained = PackedModel(vision_language_model())
-    assert pack_flops(trained, batch, reference=False).vision == pytest.approx(3 * once)
+    assert FlopCounter(trained)(batch, reference=False).vision == pytest.approx(3 * once)
 
 
 def test_share_of_the_peak():

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from bench.gpu import environment
-from bench.gpu.timing import in_turn, release
+from bench.gpu.cases import HEADS
+from bench.gpu.timing import in_turn, release, under_both_settings
 from bench.gpu.units import Setting, Unit
-from cpo_fast.loss.chunked import fp32_sums, logits_buffer
+from cpo_fast.loss.chunked import logits_buffer
 
-HEAD = (3584, 152064)  # D, V of the 7B model
 ROWS = (1024, 2048, 3072, 3328, 3584, 4096, 8192)
-SETTINGS = ("vendor default", "fp32 sums")
 
 
 def copy(device: str, quick: bool) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def product(device: str, quick: bool, dtype: torch.dtype) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def head(device: str, quick: bool) -> torch.Tensor:
-    D, V = (32, 1000) if quick else HEAD
+    D, V = (32, 1000) if quick else HEADS["7B"]
     return (torch.randn(V, D, device=device) / D**0.5).bfloat16()
 
 
@@ -52,20 +51,13 @@ def head_products(device: str, quick: bool, rows: int) -> dict[str, Any]:
     logits = logits_buffer(hidden, rows, V)[:, :V]
     out = torch.empty_like(hidden)
 
-    def fp32(run: Any) -> None:
-        with fp32_sums():
-            run()
-
     def forward() -> None:
         torch.mm(hidden, weight.t(), out=logits)
 
     def backward() -> None:
         torch.mm(logits, weight, out=out)
 
-    runs: dict[str, Any] = {}
-    for name, run in (("H W^T", forward), ("P W", backward)):
-        runs[f"{name}, {SETTINGS[0]}"] = run
-        runs[f"{name}, {SETTINGS[1]}"] = functools.partial(fp32, run)
+    runs = under_both_settings({"H W^T": forward, "P W": backward})
     forward()  # P W multiplies logits, whatever runs first
     times = in_turn(runs, device, rounds=10)
     work = 2 * rows * D * V

@@ -38,13 +38,13 @@ def version(package: str) -> str | None:
         return None
 
 
-def source_hash(folders: tuple[str, ...] = SOURCES) -> str:
+def source_hash(folders: tuple[str, ...] = SOURCES, root: Path = ROOT) -> str:
     """Of the files that the figures depend on, for a copy of the tree without its history."""
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*")):
+        for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".cu", ".cpp", ".h"):
-                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

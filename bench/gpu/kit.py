@@ -13,7 +13,6 @@ is no error: it brings nothing and says why.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -28,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bench.gpu.environment import source_hash
 from bench.gpu.units import ROOT
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -76,12 +76,7 @@ class Kit:
 
 def cuda_hash(root: Path = ROOT) -> str:
     """Of the sources in csrc/cuda, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted((root / "csrc" / "cuda").glob("*")):
-        if path.suffix in (".cu", ".cpp", ".h"):
-            text = path.read_bytes()
-            digest.update(f"{path.name} {len(text)}\n".encode() + text)
-    return digest.hexdigest()[:16]
+    return source_hash(("csrc/cuda",), root)
 
 
 def extension_suffix() -> str:

@@ -17,8 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu import cases
+from bench.gpu.cases import FROZEN, HEADS, LSE_ONLY, TRAINED, VENDOR_SETTINGS
 from bench.gpu.kernel_times import profile
-from bench.gpu.timing import EVENTS, GRAPHS, ROUNDS, extra_bytes, in_turn, in_turn_small, release
+from bench.gpu.timing import (
+    EVENTS,
+    GRAPHS,
+    ROUNDS,
+    extra_bytes,
+    in_turn,
+    in_turn_small,
+    release,
+    under_both_settings,
+)
 from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import LSE, using, variants
 from bench.loss_peers import (
@@ -35,17 +46,13 @@ from bench.loss_peers import (
     version,
 )
 from cpo_fast.loss import linear_logprobs
-from cpo_fast.loss.chunked import fp32_sums
 
-FROZEN, _, FORWARD, TRAINED, _ = CASES
-HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
-TOKENS = (8192, 1024, 2048, 4096, 16384)
-LSE_ONLY = "log-probs alone"
+FORWARD = "frozen head, forward only"
+TOKENS = (cases.TOKENS, 1024, 2048, 4096, 16384)
 EAGER = "eager"  # it judges the errors of ours
 PEER_ORDER = ("trl chunked", "Liger fused DPO", "cut-cross-entropy")  # the last one may hang
 QUACK = "quack"  # its wheels are a kit of their own
 SMALL = 4e12  # FLOP of the floor, 5 ms: below, the host's launches may take as long
-DEFAULT, LIKE_OURS = "vendor default", "fp32 sums"
 Shape = tuple[int, int, int]  # T, D, V
 
 
@@ -94,11 +101,7 @@ def beside_floor(
 ) -> dict[str, Any]:
     """Times of `op`, and of a floor of so many FLOP under both settings of the vendor library."""
 
-    def like_ours() -> None:
-        with fp32_sums():
-            floor()
-
-    runs = {f"floor, {DEFAULT}": floor, f"floor, {LIKE_OURS}": like_ours, "op": op}
+    runs = {**under_both_settings({"floor": floor}), "op": op}
     timed_by: dict[str, Any] = {"timed_by": EVENTS}
     if flops < SMALL:
         times, timed_by["timed_by"] = in_turn_small(runs, device, rounds)
@@ -106,7 +109,7 @@ def beside_floor(
             timed_by["fresh_process"] = True
     else:
         times = in_turn(runs, device, rounds)
-    floors = {name: times[f"floor, {name}"]["median"] for name in (DEFAULT, LIKE_OURS)}
+    floors = {name: times[f"floor, {name}"]["median"] for name in VENDOR_SETTINGS}
     fastest = min(floors.values())
     return {
         "seconds": times["op"]["median"],
@@ -275,15 +278,15 @@ def lse_units(setting: Setting, model: str, shape: Shape, limit: float) -> list[
 def units(setting: Setting) -> list[Unit]:
     """All shapes and cases, the headline's first; within a shape ours first and peers last."""
     mine = tuple(sound(setting))
-    cases = (FROZEN, TRAINED, FORWARD)
+    every = (FROZEN, TRAINED, FORWARD)
     found = []
     for model, shape in shapes(setting.quick):
         at = functools.partial(case_units, setting, model, shape)
         found += at(FROZEN, mine, 60) + lse_units(setting, model, shape, 60)
-        for case in cases[1:]:
+        for case in every[1:]:
             found += at(case, mine, 60)
         for peer in (EAGER,) if setting.quick else (EAGER, *PEER_ORDER):
-            for case in cases:
+            for case in every:
                 found += at(case, (peer,), 60)
     return found
 

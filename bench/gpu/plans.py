@@ -44,6 +44,7 @@ class Plan:
     # from a cold disk, and nothing can be checked without an answer
     margin: float = 15.0  # for a last process to be killed, and the table to be printed
     reads_verdict: bool = False
+    keeps_verdict: bool = False
     kit: str = "gpu-kit"  # the folder of the tree that is unpacked
 
 
@@ -60,6 +61,7 @@ FIRST = Plan(
         Step("peers", "loss:peers_units", 55, "loss"),
         Step("rules", "correctness:rules_units", 40, "correctness"),
     ),
+    keeps_verdict=True,
 )
 SECOND = Plan(
     "second",
@@ -123,7 +125,7 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
                 continue
         run_step(step, session, until, judged)
         judged = judged or step.judges
-        if plan is not QUACK and not plan.reads_verdict:
+        if plan.keeps_verdict:
             kept.parent.mkdir(parents=True, exist_ok=True)
             replace(kept, guarded(verdict.dumps, results.data))
 

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-T = 8192
-HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
+from bench.gpu.cases import FROZEN, HEADS, LSE_ONLY, TRAINED
+from bench.gpu.cases import TOKENS as T
+
 GEMM_RATE = 790e12
 CLOCK, MULTIPROCESSORS = 1.755e9, 132
 REST = (0.1, 0.4)  # ms
-FROZEN = "frozen head, reference on-line"
-TRAINED = "trained head, reference on-line"
-LSE_ONLY = "log-probs alone"
 # The epilogue of the WGMMA kernel and the cp.async loop of the Triton log-sum-exp cost a part of
 # the tensor cores' time; for D = 3584 only: at a smaller D an epilogue weighs more.
 WGMMA_RATES = (660e12, 750e12)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import report
-from bench.gpu.sections import rate
+from bench.gpu.sections import measured, rate
 
 Record = dict[str, Any]
 NOTHING = "Nothing has been measured on a GPU yet."
@@ -23,8 +22,6 @@ LOST = ("executable", "times", "seconds_of_rounds", "unit_seconds", "phases")
 """Fields that a record loses: of the host, or too long."""
 PLACES = re.compile(r"(?<![\w./])(?:/[\w.+@-]+){2,}/?")
 """Absolute paths."""
-
-
 FIGURES = ("ceilings", "products", "loss", "steps")
 """Phases whose records are figures."""
 
@@ -194,41 +191,22 @@ def origin(name: str, data: Record) -> str:
     return f"{data['started'][:10]}, {line}, {sources}, by {commands}. {record}"
 
 
-def measured(records: list[Record], phase: str) -> list[Record]:
-    return [r for r in records if r["phase"] == phase and r["status"] == "ok"]
-
-
 def check_tables(records: list[Record]) -> list[str]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    checks = [r for r in records if r["phase"] in ("build", *report.CHECKS)]
-    for r in checks:
-        variant = r["key"].partition(": ")[0] if r["phase"] == "correctness" else ""
-        counts[f"{r['phase']} {variant}".strip()][r["status"]] += 1
-    if not counts:
-        return []
-    statuses = [s for s in ("ok", "skipped", *report.BAD) if any(c[s] for c in counts.values())]
-    rows = [[what, *(str(c[s] or "") for s in statuses)] for what, c in counts.items()]
-    parts = [report.table(["checks", *statuses], rows)]
     failures = [f"- {r['status']}: {r['key']}: {r['reason']}" for r in report.broken(records)]
-    return parts + (["\n".join(failures)] if failures else [])
+    return [part for part in (report.check_counts(records), "\n".join(failures)) if part]
 
 
 def predicted_rows(data: Record) -> list[list[str]]:
     """Measurements of the loss op for which there is a prediction."""
-    try:
-        from bench.gpu.predictions import predicted
-    except ImportError:
-        return []
-    device = report.machine(data["records"])["device"]
-    rows = []
-    for r in report.timed(data["records"]):
-        guess = predicted(device, r["provider"], r["case"], str(r.get("model")))
-        if guess is None or r["tokens"] != report.HEADLINE[0][1]:
-            continue  # predictions are for the headline's number of tokens
+    records: list[Record] = data["records"]
+    guess, rows = report.predictions(records), []
+    for r in report.timed(records):
+        if (told := guess(r)) is None:
+            continue
         ms = r["seconds"] * 1e3
-        says = "faster" if ms < guess[0] else "slower" if ms > guess[1] else "as predicted"
+        says = "faster" if ms < told.low else "slower" if ms > told.high else "as predicted"
         place = f"{r['model']}, {r['tokens']}, {r['case']}"
-        rows.append([place, r["provider"], f"{guess[0]:.4g} to {guess[1]:.4g}", f"{ms:.2f}", says])
+        rows.append([place, r["provider"], report.span(told), f"{ms:.2f}", says])
     return rows
 
 
@@ -249,14 +227,10 @@ def by(data: Record, record: Record) -> str:
 
 
 def loss_tables(device: str, data: Record) -> list[str]:
-    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    op = report.timed(data["records"])
-    for r in op:
-        groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
     parts = []
-    for (T, D, V, case), found in groups.items():
+    for (T, D, V, case), found in report.by_case(data["records"]).items():
         rows = []
-        for r in sorted(found, key=lambda r: r["seconds"]):
+        for r in found:
             errors = [f"{r['errors'][k]:.1e}" if k in r.get("errors", {}) else ""
                       for k in ("loss", "gradient")]  # fmt: skip
             # Each beside the floor of its own run, whose rounds alternated with it.

@@ -6,7 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from bench.gpu import sections
+from bench.gpu import cases, sections
+from bench.gpu.cases import LSE_ONLY
+from bench.gpu.predictions import Span, predicted
 from bench.gpu.sections import mib, table
 from bench.gpu.variants import OURS
 
@@ -17,9 +19,8 @@ CHECKS = ("correctness", "suite", "sanitizer")
 MEASUREMENTS = ("ceilings", "products", "loss", "tuning", "profile", "steps")
 BAD = ("failed", "error", "crashed", "timeout")
 ONLINE = ", reference on-line"
-LSE_ONLY = "log-probs alone"
 COMMON = ("phase", "step", "key", "status", "unit_seconds")
-HEADLINE = ("7B", 8192), ("tiny", 64)  # model and T; the latter with --quick
+HEADLINE = ("7B", cases.TOKENS), ("tiny", 64)  # model and T; the latter with --quick
 SUITES = {
     "test_triton": ("triton lean", "triton masked", "triton lse"),
     "test_cuda": ("cuda rows", "cuda fused"),
@@ -114,8 +115,8 @@ def winners(records: list[Record]) -> list[str]:
             case = (r["case"], r["tokens"])
             times.setdefault(head_of(r), {}).setdefault(case, {})[r["provider"]] = r["seconds"]
     found = []
-    for (V, D), cases in sorted(times.items()):
-        full = [t for t in cases.values() if {"triton lean", "cuda rows"} <= set(t)]
+    for (V, D), measured in sorted(times.items()):
+        full = [t for t in measured.values() if {"triton lean", "cuda rows"} <= set(t)]
         for path in ("rows", "fused"):
             name = f"cuda {path}"
             if full and all(name in t and min(t, key=t.__getitem__) == name for t in full):
@@ -209,7 +210,8 @@ def short(data: Record) -> str:
     for r in timed(records):
         name = f"T={r['tokens']} D={r['hidden']} {r['case']}: {r['provider']}"
         text = f"{r['seconds'] * 1e3:9.2f} ms {r['ratio_to_floor']:6.2f} x floor"
-        lines.append(f"{name[:72]:72} {text}  {guess(r)}".rstrip())
+        told = guess(r)
+        lines.append(f"{name[:72]:72} {text}" + (f"  predicted {span(told)} ms" if told else ""))
     lines += sections.short_lines(records, red(records))
     text = ""
     for line in lines:
@@ -223,22 +225,45 @@ def reasons(entry: Record) -> list[str]:
     return [entry["reason"]] if "reason" in entry else []
 
 
-def predictions(records: list[Record]) -> Callable[[Record], str]:
-    """Says what was predicted for a measurement of the loss op on this device; "" for nothing."""
-    try:
-        from bench.gpu.predictions import predicted
-    except ImportError:
-        return lambda record: ""
+def predictions(records: list[Record]) -> Callable[[Record], Span | None]:
+    """What was predicted for a measurement of the loss op on this device, milliseconds."""
     device = str(machine(records).get("device"))
 
-    def guess(record: Record) -> str:
-        found = predicted(device, record["provider"], record["case"], str(record.get("model")))
-        # Predictions are for the headline's number of tokens only.
-        if found is None or record["tokens"] != HEADLINE[0][1]:
-            return ""
-        return f"predicted {found[0]:.4g} to {found[1]:.4g} ms"
+    def guess(record: Record) -> Span | None:
+        if record["tokens"] != cases.TOKENS:
+            return None
+        return predicted(device, record["provider"], record["case"], str(record.get("model")))
 
     return guess
+
+
+def span(found: Span | None) -> str:
+    return "" if found is None else f"{found.low:.4g} to {found.high:.4g}"
+
+
+def by_case(records: list[Record]) -> dict[tuple[Any, ...], list[Record]]:
+    """Measurements of the loss op by (T, D, V, case), the fastest first; cases as measured."""
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for r in timed(records):
+        groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
+    return {key: sorted(found, key=lambda r: r["seconds"]) for key, found in groups.items()}
+
+
+def checks(records: list[Record]) -> list[Record]:
+    return [r for phase in ("build", *CHECKS) for r in records if r["phase"] == phase]
+
+
+def check_counts(records: list[Record]) -> str:
+    """A table of how checks ended, by phase and variant; "" without any."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for r in checks(records):
+        name = r["key"].partition(": ")[0] if r["phase"] == "correctness" else ""
+        counts[f"{r['phase']} {name}".strip()][r["status"]] += 1
+    if not counts:
+        return ""
+    statuses = [s for s in ("ok", "skipped", *BAD) if any(c[s] for c in counts.values())]
+    rows = [[name, *(str(c[s] or "") for s in statuses)] for name, c in counts.items()]
+    return table(["checks", *statuses], rows)
 
 
 def render(data: Record) -> str:
@@ -258,18 +283,10 @@ def render(data: Record) -> str:
         parts += ["## Machine", table(["what", "value"], rows)]
     if rows := requirements(records):
         parts += ["## What must hold", table(["what", "wanted", "measured"], rows)]
-    checks = [r for phase in ("build", *CHECKS) for r in by_phase[phase]]
-    if checks:
-        parts.append("## Checks")
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for r in checks:
-            name = r["key"].partition(": ")[0] if r["phase"] == "correctness" else ""
-            counts[f"{r['phase']} {name}".strip()][r["status"]] += 1
-        statuses = ("ok", "skipped", *BAD)
-        rows = [[name, *(str(c[s] or "") for s in statuses)] for name, c in counts.items()]
-        parts.append(table(["", *statuses], rows))
+    if counts := check_counts(records):
+        parts += ["## Checks", counts]
         for title, wanted in (("Failures", BAD), ("Skipped", ("skipped",))):
-            found = [r for r in checks if r["status"] in wanted]
+            found = [r for r in checks(records) if r["status"] in wanted]
             if found:
                 lines = [f"- {r['phase']}, {r['key']}: {r['reason']}" for r in found]
                 parts += [f"### {title}", "\n".join(lines)]
@@ -294,14 +311,11 @@ def render(data: Record) -> str:
 
 
 def loss_part(records: list[Record]) -> list[str]:
-    op, guess = timed(records), predictions(records)
-    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for r in op:
-        groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
+    op, guess, groups = timed(records), predictions(records), by_case(records)
     parts = ["## Loss op"] if groups else []
     for (T, D, V, case), found in groups.items():
         rows = []
-        for r in sorted(found, key=lambda r: r["seconds"]):
+        for r in found:
             errors = r.get("errors", {})
             rule = within_rule(r, op) if r["provider"] in OURS and errors else None
             spread = r["times"]["op"]
@@ -315,7 +329,7 @@ def loss_part(records: list[Record]) -> list[str]:
                     mib(r),
                     *(f"{errors[k]:.1e}" if k in errors else "" for k in ("loss", "gradient")),
                     {True: "yes", False: "NO", None: ""}[rule],
-                    guess(r).removeprefix("predicted ").removesuffix(" ms"),
+                    span(guess(r)),
                 ]
             )
         rate = found[0]["floor_flops_per_second"] / 1e12

@@ -27,10 +27,7 @@ def run(tool: str, variant: str, device: str) -> dict[str, Any]:
         raise NotHere("there is nothing to check on a CPU")
     if shutil.which("compute-sanitizer") is None:
         raise NotHere("compute-sanitizer is not installed")
-    try:
-        done = sanitized(tool, variant)
-    except subprocess.TimeoutExpired:
-        raise NotHere(f"took longer than {SECONDS:.0f} s under the tool") from None
+    done = sanitized(tool, variant)
     if "not supported" in done.stdout or "Failed to initialize" in done.stdout:
         raise NotHere(f"compute-sanitizer does not work here: {done.stdout[-200:]}")
     if done.returncode == 3:
@@ -40,13 +37,15 @@ def run(tool: str, variant: str, device: str) -> dict[str, Any]:
     if found and tool == "initcheck" and sanitized(tool, "reference").returncode == FAILED:
         raise NotHere("initcheck finds as much where no kernel of ours runs: it misses writes")
     assert not found, "; ".join(summary)[:400]
+    ours = "Traceback" in done.stderr and "OutOfMemoryError" not in done.stderr
+    assert not ours, done.stderr[-300:]
     if done.returncode != 0:  # only FAILED says that the tool found something
         raise NotHere(f"the tool ended with {done.returncode}: {done.stderr[-200:]}")
     return {"summary": summary[-1:]}
 
 
 def sanitized(tool: str, variant: str) -> subprocess.CompletedProcess[str]:
-    """`exercise(variant)` in a process under a tool."""
+    """`exercise(variant)` in a process under a tool. Raises NotHere where that takes too long."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FAILED)]
     command += ["--print-limit", "20"]
     if tool == "racecheck":
@@ -59,9 +58,12 @@ def sanitized(tool: str, variant: str) -> subprocess.CompletedProcess[str]:
     command += [sys.executable, "-m", "bench.gpu.sanitizer", variant]
     # Without PyTorch's cache every tensor is an allocation of its own, whose end is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=SECONDS
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise NotHere(f"took longer than {SECONDS:.0f} s under the tool") from None
     print(done.stdout, done.stderr)
     return done
 

@@ -7,6 +7,7 @@ ahead. Untested on a GPU.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -14,6 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from bench.gpu.cases import VENDOR_SETTINGS
+from cpo_fast.loss.chunked import fp32_sums
 
 SECONDS = 3.0  # of rounds per measurement, at most
 ROUNDS = 15
@@ -97,6 +101,23 @@ def captured(run: Callable[[], object]) -> Any:
     with torch.cuda.graph(graph):
         run()
     return graph
+
+
+def under_both_settings(
+    runs: dict[str, Callable[[], object]],
+) -> dict[str, Callable[[], object]]:
+    """{"NAME, SETTING": run} for both settings of the vendor library's products."""
+
+    def like_ours(run: Callable[[], object]) -> None:
+        with fp32_sums():
+            run()
+
+    default, ours = VENDOR_SETTINGS
+    found: dict[str, Callable[[], object]] = {}
+    for name, run in runs.items():
+        found[f"{name}, {default}"] = run
+        found[f"{name}, {ours}"] = functools.partial(like_ours, run)
+    return found
 
 
 def release(device: str) -> None:

@@ -74,11 +74,6 @@ class FlopCounter:
         return Flops(vision, trunk, attention, logits)
 
 
-def pack_flops(model: PackedModel, batch: PackedBatch, *, reference: bool = True) -> Flops:
-    """Model FLOPs of one batch; of many, a FlopCounter."""
-    return FlopCounter(model)(batch, reference=reference)
-
-
 def mfu(flops: float, seconds: float, peak: float) -> float:
     """Model FLOPs utilisation: `flops` in `seconds` as a share of `peak` FLOP/s."""
     return flops / seconds / peak

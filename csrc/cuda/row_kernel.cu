@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
             rounds, -1,
             [&](int round, auto count) {
               constexpr int kCount = decltype(count)::value;
-            uint4 vectors[kCount];
+              uint4 vectors[kCount];
               const int first = round * kPieceVecs + thread;
 #pragma unroll
               for (int v = 0; v < kCount; ++v) vectors[v] = line[first + v * kPieceVecs];

@@ -1,0 +1,14 @@
+"""Names and sizes of what is measured of the loss op. Importing this module loads no torch: the
+process that runs the others and the report need them, too."""
+
+from __future__ import annotations
+
+HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}
+"""D, V of Qwen2.5-VL's 7B and 3B and of Qwen2.5's 0.5B."""
+TOKENS = 8192
+"""T of the headline and of the predictions."""
+FROZEN = "frozen head, reference on-line"
+TRAINED = "trained head, reference on-line"
+LSE_ONLY = "log-probs alone"
+VENDOR_SETTINGS = ("vendor default", "fp32 sums")
+"""Of the vendor library's products: its own default, and that of our op (chunked.fp32_sums)."""
