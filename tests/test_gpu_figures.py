@@ -3,7 +3,6 @@ as none of it can be timed here."""
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
