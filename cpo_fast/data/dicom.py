@@ -7,6 +7,7 @@ what could unpack without bound (a deflated data set) is refused.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +42,40 @@ def is_dicom(file: BinaryIO) -> bool:
     return head.endswith(_MAGIC) and len(head) == _PREAMBLE + len(_MAGIC)
 
 
+def _decodable(found: Any) -> None:
+    """Raises RecordError "no-decoder" where nothing installed decodes the transfer syntax of
+    `found`, naming the packages that pydicom knows for it."""
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import JPEGExtended12Bit
+
+    syntax = found.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        known, missing = False, []
+    else:
+        known, missing = decoder.is_available, decoder.missing_dependencies
+    if syntax == JPEGExtended12Bit and found.get("BitsStored") != 8:
+        # pillow and gdcm decode only 8 of the 12 bits that this syntax may have
+        known = known and "pylibjpeg" in decoder.available_plugins
+        missing = [packages for packages in missing if packages.startswith("pylibjpeg")]
+    if known:
+        return
+    # "gdcm - requires gdcm>=3.0.10" -> "python-gdcm", its name on PyPI
+    packages = [re.sub(r"[<>=]=?[\d.]+", "", one.partition(" requires ")[2]) for one in missing]
+    packages = ["python-gdcm" if one == "gdcm" else one for one in packages]
+    remedy = (
+        f"install {'; or '.join(sorted(packages))}"
+        if packages
+        else "convert the file to Explicit VR Little Endian"
+    )
+    raise RecordError(
+        "no-decoder", f"No decoder for this transfer syntax ({syntax.name}, {syntax}): {remedy}"
+    )
+
+
 def _read(file: BinaryIO, name: str, max_pixels: int, *, header: bool) -> Any:
-    """The data set of `file`, its size checked before its pixels are read."""
+    """The data set of `file`, its size and decoder checked before its pixels are read."""
     try:
         from pydicom import dcmread
     except ImportError:
@@ -62,6 +95,7 @@ def _read(file: BinaryIO, name: str, max_pixels: int, *, header: bool) -> Any:
     kind = found.get("PhotometricInterpretation")
     if width < 1 or height < 1 or frames != 1 or kind not in (*_GREY, *_COLOUR):
         raise RecordError("image-unreadable", f"{name}: not one radiograph in grey or colour")
+    _decodable(found)
     if header:
         return found
     file.seek(0)

@@ -39,6 +39,11 @@ FILES = "files"
 MIMIC-CXR on another disk than its tables."""
 
 _FORMATS = ("JPEG", "PNG")
+_MAX_WORDS = 300
+_QUOTED = re.compile(
+    r"""(?<!\w)[bu]?'(?:\\.|[^'\\])*(?:'|$)|(?<!\w)[bu]?"(?:\\.|[^"\\])*(?:"|$)|<[^>]*(?:>|$)""",
+    re.DOTALL,
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 
 
@@ -102,6 +107,13 @@ def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
         yield file, _name(ref)
 
 
+def _words(error: Exception) -> str:
+    """What the decoder said, in one line, without the values that it quotes: those come from the
+    file and may be a patient's."""
+    said = " ".join(_QUOTED.sub("...", str(error)).split())
+    return f"while decoding: {said[:_MAX_WORDS]}" if said else "while decoding"
+
+
 @contextmanager
 def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[tuple[BinaryIO, str]]:
     """The file of `ref` and its name; decoder errors become RecordErrors."""
@@ -116,7 +128,7 @@ def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[tuple[BinaryIO, str]]:
             raise RecordError("image-too-large", f"{name}: more than {max_pixels} pixels") from None
         except Exception as error:  # decoders fail on hostile bytes in any way they like
             raise RecordError(
-                "image-unreadable", f"{name}: {type(error).__name__} while decoding"
+                "image-unreadable", f"{name}: {type(error).__name__} {_words(error)}"
             ) from None
 
 
@@ -182,7 +194,8 @@ def load_shades(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises RecordError: "image-missing", "image-empty", "image-unreadable" (not an image, truncated,
     another format), "image-too-large" (pixels or bytes), "image-not-a-file" (folder, device, pipe),
-    "image-remote", "path-outside-root", "image-needs-pydicom" (DICOM where pydicom is missing).
+    "image-remote", "path-outside-root", "image-needs-pydicom" (DICOM where pydicom is missing),
+    "no-decoder" (a DICOM transfer syntax for which a package is missing; the detail names it).
     """
     from PIL.Image import Transpose
 
