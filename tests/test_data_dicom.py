@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -98,6 +99,169 @@ def test_window_after_rescale_is_pydicoms(rule: str | None, several: bool) -> No
     assert np.abs(grey(ref) - (theirs - low) / (high - low) * 255).max() <= 0.6
 
 
+@pytest.mark.parametrize("rule", ["LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("width", ["0.5", "0.9"])
+def test_narrow_windows_of_fractions_are_pydicoms(rule: str, width: str) -> None:
+    from pydicom.pixels import apply_modality_lut, apply_windowing
+
+    tags = {"RescaleSlope": "0.001", "RescaleIntercept": "0", "WindowCenter": "2"}
+    ref = dicom(TWELVE, WindowWidth=width, VOILUTFunction=rule, **tags)
+    found = pydicom.dcmread(io.BytesIO(ref.data or b""))
+    theirs = apply_windowing(apply_modality_lut(found.pixel_array, found), found)
+    expected = theirs / (0.001 * 65535) * 255
+    assert np.abs(grey(ref) - expected).max() <= 0.6
+    assert 20 < expected[3, 0] < 235  # not the range of the values, not a threshold
+
+
+@pytest.mark.parametrize(
+    ("rule", "center", "width"),
+    [(None, "1000", "0.5"), ("LINEAR", "1000", "0"), ("LINEAR_EXACT", "1000", "0"),
+     ("SIGMOID", "1000", "-1"), (None, "", "2000"), (None, ["", ""], ["", ""])],
+)  # fmt: skip
+def test_a_window_that_its_rule_forbids_is_none(rule: str | None, center: Any, width: Any) -> None:
+    ref = dicom(TWELVE, WindowCenter=center, WindowWidth=width, VOILUTFunction=rule)
+    assert (grey(ref) == grey(dicom(TWELVE))).all()
+
+
+def test_the_first_window_that_is_whole_counts() -> None:
+    several = {"WindowCenter": ["", "1000", "3000"], "WindowWidth": ["50", "2000", "100"]}
+    first = {"WindowCenter": "1000", "WindowWidth": "2000"}
+    assert (grey(dicom(TWELVE, **several)) == grey(dicom(TWELVE, **first))).all()
+    bad = {"WindowCenter": ["5", "1000"], "WindowWidth": ["0", "2000"]}
+    assert (grey(dicom(TWELVE, **bad)) == grey(dicom(TWELVE, **first))).all()
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": "2048", "WindowWidth": "4096"}])
+@pytest.mark.parametrize(
+    ("signed", "value", "limit", "put"),
+    [(0, 65535, None, 65535), (0, 60000, 65535, 61234), (0, 65535, 60000, 61234),
+     (1, -2000, None, -2000), (1, -32768, -32000, -32100)],
+)  # fmt: skip
+def test_padding_is_black_and_outside_the_range(
+    kind: str, window: dict, signed: int, value: int, limit: int | None, put: int
+) -> None:
+    values = TWELVE.astype(np.int16 if signed else np.uint16)
+    padded = values.copy()
+    padded[:, :2] = put
+    tags = {"PhotometricInterpretation": kind, "PixelRepresentation": signed, **window}
+    padding = {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
+    got = grey(dicom(padded, **tags, **padding))
+    assert (got[:, :2] == 0).all()
+    # The rest as if the padding had not been there.
+    assert (got[:, 2:] == grey(dicom(np.ascontiguousarray(values[:, 2:]), **tags))).all()
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.2"])
+def test_padding_and_tables_in_other_encodings(syntax: str) -> None:
+    big = syntax.endswith(".2.2")
+    padded = TWELVE.astype(np.int16) - 2000
+    padded[0] = -3000
+    stored = padded.byteswap() if big else padded
+    entries = np.linspace(4095, 0, 4096).round().astype(int).tolist()
+    voi = pydicom.Sequence([table(entries, -2000, 12, packed=">u2" if big else "<u2")])
+    for tags in ({}, {"VOILUTSequence": voi}):
+        signed = {"PixelRepresentation": 1, "PixelPaddingValue": -3000, **tags}
+        got = grey(dicom(stored, syntax, **signed))
+        expected = grey(dicom(TWELVE[1:]))
+        assert (got[0] == 0).all()
+        top = 255.0 * (4095 - TWELVE[1:]) / (4095 - TWELVE[1, 0]) if tags else expected
+        assert np.abs(got[1:] - top).max() <= 1
+
+
+def test_padding_in_the_unused_bits_and_nothing_but_padding() -> None:
+    padded = TWELVE.copy()
+    padded[0] = 63536  # -2000, in a file of 12 bits
+    tags = {"BitsStored": 12, "HighBit": 11, "PixelPaddingValue": 63536}
+    assert (grey(dicom(padded, **tags))[1:] == grey(dicom(TWELVE[1:]))).all()
+    assert (grey(dicom(padded, **tags))[0] == 0).all()
+    even = np.full((4, 4), 7, np.uint16)
+    for kind in ("MONOCHROME1", "MONOCHROME2"):
+        all_padding = dicom(even, PixelPaddingValue=7, PhotometricInterpretation=kind)
+        assert (grey(all_padding) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "same"),
+    [("", "", ("1", "0")), ("", "-1000", ("1", "-1000")), ("2", "", ("2", "0")),
+     (None, "-1000", ("1", "-1000")), ("2", None, ("2", "0"))],
+)  # fmt: skip
+def test_a_blank_rescale_is_none(slope: Any, intercept: Any, same: tuple[str, str]) -> None:
+    window = {"WindowCenter": "1000", "WindowWidth": "1500"}
+    got = grey(dicom(TWELVE, RescaleSlope=slope, RescaleIntercept=intercept, **window))
+    expected = dicom(TWELVE, RescaleSlope=same[0], RescaleIntercept=same[1], **window)
+    assert (got == grey(expected)).all()
+    assert ((got > 0) & (got < 255)).any()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2.5"])
+def test_values_above_unused_low_bits_and_below_overlays(signed: bool, syntax: str) -> None:
+    values = TWELVE.astype(np.int16) - (2048 if signed else 0)
+    tags = {"BitsStored": 12, "PixelRepresentation": int(signed), "PhotometricInterpretation":
+            "MONOCHROME1"}  # fmt: skip
+    noise = np.random.default_rng(0).integers(0, 16, TWELVE.shape, dtype=np.uint16)
+    low = (values.view(np.uint16) & 4095) | noise << 12  # an overlay in the four high bits
+    high = values.view(np.uint16) << 4 | noise
+    expected = 255.0 - grey(dicom(TWELVE))
+    for cells, bit in ((low, 11), (high, 15)):
+        ref = dicom(cells, HighBit=bit, **tags)
+        if syntax.endswith(".5"):
+            found = pydicom.dcmread(io.BytesIO(ref.data or b""))
+            found.compress(syntax)
+            buffer = io.BytesIO()
+            found.save_as(buffer)
+            ref = ImageRef("x", data=buffer.getvalue())
+        assert np.abs(grey(ref) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{"BitsStored": 12, "HighBit": 3}, {"BitsStored": 12, "HighBit": 16},
+     {"RescaleSlope": "0", "RescaleIntercept": "0"}, {"VOILUTFunction": "CUBIC"}],
+)  # fmt: skip
+def test_what_cannot_be_shown_is_set_aside(tags: dict) -> None:
+    with pytest.raises(RecordError, match=r"HighBit|RescaleSlope|VOILUTFunction") as caught:
+        load_image(dicom(TWELVE, **tags))
+    assert caught.value.reason == "image-unreadable"
+
+
+def table(entries: list[int], first: int, depth: int, **written: Any) -> pydicom.Dataset:
+    found = pydicom.Dataset()
+    found.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries), first, depth])
+    packed = np.array(entries, written.get("packed", np.uint16)).tobytes()
+    found.add_new("LUTData", "OW", packed)
+    return found
+
+
+@pytest.mark.parametrize("first", [-2000, 63536])
+@pytest.mark.parametrize(("depth", "packed"), [(12, np.uint16), (8, np.uint16), (8, np.uint8)])
+def test_lookup_tables_of_signed_values(first: int, depth: int, packed: Any) -> None:
+    values = TWELVE.astype(np.int16) - 2000
+    most = (1 << depth) - 1
+    entries = np.linspace(most, 0, 4096).round().astype(int).tolist()
+    voi = pydicom.Sequence([table(entries, first, depth, packed=packed)])
+    tags = {"PixelRepresentation": 1, "VOILUTSequence": voi}
+    assert np.abs(grey(dicom(values, **tags)) - (255.0 - TWELVE / 4095 * 255)).max() <= 1
+    tags = {"PixelRepresentation": 1, "ModalityLUTSequence": voi}
+    assert np.abs(grey(dicom(values, **tags)) - (255.0 - TWELVE / 4095 * 255)).max() <= 1
+
+
+def test_lookup_tables_are_pydicoms() -> None:
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    entries = np.sqrt(np.linspace(0, 65535**2, 3000)).round().astype(int).tolist()
+    for name, theirs in (
+        ("ModalityLUTSequence", apply_modality_lut),
+        ("VOILUTSequence", apply_voi),
+    ):
+        ref = dicom(TWELVE, **{name: pydicom.Sequence([table(entries, 500, 16)])})
+        found = pydicom.dcmread(io.BytesIO(ref.data or b""))
+        expected = theirs(found.pixel_array, found).astype(float)
+        expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
+        assert np.abs(grey(ref) - expected).max() <= 0.6
+
+
 def test_signed_values_and_colour() -> None:
     signed = TWELVE.astype(np.int16) - 2000
     assert (grey(dicom(signed, PixelRepresentation=1)) == grey(dicom(TWELVE))).all()
@@ -170,18 +334,20 @@ def test_a_transfer_syntax_without_a_decoder_names_the_package(
         assert (caught.value.reason, caught.value.detail) == ("no-decoder", detail)
 
 
-def test_a_failed_decoding_says_what_the_decoder_said() -> None:
+def test_a_failed_decoding_says_what_the_decoder_said(caplog: pytest.LogCaptureFixture) -> None:
     cut = dicom(TWELVE, Rows=100)
     with pytest.raises(RecordError, match="number of bytes of pixel data is less") as caught:
         load_image(cut)
     assert caught.value.reason == "image-unreadable"
     # A value that stands where it does not belong may be a patient's, and is not repeated.
-    for tag in ("WindowCenter", "RescaleSlope"):
+    for tag in ("WindowCenter", "RescaleSlope", "VOILUTFunction"):
         tags = {"WindowWidth": "9", "RescaleIntercept": "0", tag: "1234567890123456"}
         raw = dicom(TWELVE, **tags).data or b""
-        with pytest.raises(RecordError, match="while decoding") as caught:
-            load_image(ImageRef("x", data=raw.replace(b"1234567890123456", b"Zebra-striped gr")))
-        assert "Zebra" not in str(caught.value)
+        bad = ImageRef("x", data=raw.replace(b"1234567890123456", b"Zebra-striped gr"))
+        with warnings.catch_warnings(), pytest.raises(RecordError, match="decoding") as caught:
+            warnings.simplefilter("error")
+            load_image(bad)
+        assert "Zebra" not in str(caught.value) + caplog.text
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,13 +1,15 @@
 """DICOM radiographs as 8-bit grey or RGB, through pydicom (an optional extra).
 
-Stored values pass through the modality's rescale and the window of the file (its first; without one
-from their minimum to their maximum), MONOCHROME1 is inverted. Sizes are read before pixels, and
-what could unpack without bound (a deflated data set) is refused.
+Stored values pass through the modality's rescale and the first valid window of the file (without
+one: its VOI lookup table, then their minimum to their maximum), MONOCHROME1 is inverted, padding is
+black (PS3.3 C.7.5.1.1.2, C.7.6.3, C.11.1, C.11.2). Sizes are read before pixels, and what could
+unpack without bound (a deflated data set) is refused.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from cpo_fast.errors import RecordError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import BinaryIO
 
     from PIL import Image
@@ -24,14 +27,15 @@ _MAGIC = b"DICM"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
+_RULES = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _HEADER_BYTES = 1 << 16
 
 # Nothing else of the file is looked at: patients' names and dates reach no warning of pydicom's.
 _TAGS = [
     "BitsAllocated", "BitsStored", "Columns", "HighBit", "ModalityLUTSequence", "NumberOfFrames",
-    "PhotometricInterpretation", "PixelRepresentation", "PlanarConfiguration", "RescaleIntercept",
-    "RescaleSlope", "Rows", "SamplesPerPixel", "VOILUTFunction", "VOILUTSequence", "WindowCenter",
-    "WindowWidth",
+    "PhotometricInterpretation", "PixelPaddingRangeLimit", "PixelPaddingValue",
+    "PixelRepresentation", "PlanarConfiguration", "RescaleIntercept", "RescaleSlope", "Rows",
+    "SamplesPerPixel", "VOILUTFunction", "VOILUTSequence", "WindowCenter", "WindowWidth",
 ]  # fmt: skip
 
 
@@ -40,6 +44,19 @@ def is_dicom(file: BinaryIO) -> bool:
     head = file.read(_PREAMBLE + len(_MAGIC))
     file.seek(0)
     return head.endswith(_MAGIC) and len(head) == _PREAMBLE + len(_MAGIC)
+
+
+@contextmanager
+def _unrepeated(name: str) -> Iterator[None]:
+    """pydicom warns of values that break its rules, and repeats them; they may be a patient's."""
+    try:
+        from pydicom import config
+    except ImportError:
+        raise RecordError(
+            "image-needs-pydicom", f"{name} is DICOM; `pip install pydicom` to read it"
+        ) from None
+    with config.disable_value_validation():
+        yield
 
 
 def _decodable(found: Any) -> None:
@@ -76,12 +93,8 @@ def _decodable(found: Any) -> None:
 
 def _read(file: BinaryIO, name: str, max_pixels: int, *, header: bool) -> Any:
     """The data set of `file`, its size and decoder checked before its pixels are read."""
-    try:
-        from pydicom import dcmread
-    except ImportError:
-        raise RecordError(
-            "image-needs-pydicom", f"{name} is DICOM; `pip install pydicom` to read it"
-        ) from None
+    from pydicom import dcmread
+
     if _DEFLATED in file.read(_HEADER_BYTES):
         raise RecordError("image-unreadable", f"{name}: a deflated DICOM file")
     file.seek(0)
@@ -106,57 +119,147 @@ def dicom_size(file: BinaryIO, name: str, max_pixels: int) -> tuple[int, int]:
     """(width, height) in pixels from the header. Raises RecordError as `load_image`, or what
     pydicom raises.
     """
-    found = _read(file, name, max_pixels, header=True)
-    return int(found.Columns), int(found.Rows)
+    with _unrepeated(name):
+        found = _read(file, name, max_pixels, header=True)
+        return int(found.Columns), int(found.Rows)
 
 
 def dicom_image(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     """The image in mode L or RGB. Raises RecordError as `load_image`, or what pydicom raises."""
-    from PIL import Image
+    with _unrepeated(name):
+        return _shown(_read(file, name, max_pixels, header=False))
 
-    found = _read(file, name, max_pixels, header=False)
-    from pydicom.pixels import apply_modality_lut, pixel_array
+
+def _shown(found: Any) -> Image.Image:
+    from PIL import Image
+    from pydicom.pixels import pixel_array
 
     kind = str(found.PhotometricInterpretation)
-    values = pixel_array(found)  # [height, width] or [height, width, 3]
+    high = _high_bit(found)
+    cells = pixel_array(found, correct_unused_bits=False)  # [height, width] or [height, width, 3]
     if kind not in _GREY:
-        if values.dtype != np.uint8:
-            raise ValueError("colour of more than 8 bits")
-        return Image.fromarray(values)
-    grey = np.asarray(apply_modality_lut(values, found), dtype=np.float64)
-    shown = _windowed(grey, found)
+        if cells.dtype != np.uint8 or found.BitsStored != 8:
+            raise ValueError("colour of other than 8 bits")
+        return Image.fromarray(cells)
+    # The shifts clear the bits above the high bit (overlays, rubbish), and extend the sign.
+    above = max(0, 8 * cells.dtype.itemsize - high - 1)
+    values = (cells << above) >> (above + high + 1 - found.BitsStored)
+    padded = _padded(values, cells, found)
+    shown = _windowed(_rescaled(values, found), ~padded, found)
     if kind == "MONOCHROME1":
         shown = 1.0 - shown
+    shown[padded] = 0.0
     return Image.fromarray((shown * 255.0 + 0.5).astype(np.uint8))
 
 
-def _first(value: Any) -> float | None:
-    """A window value, which may be a list of several."""
+def _high_bit(found: Any) -> int:
+    """The place of the most significant bit in a cell. Raises ValueError where the values cannot
+    be told from it."""
+    from pydicom.uid import RLELossless
+
+    stored, high = int(found.BitsStored), found.get("HighBit")
+    high = stored - 1 if high is None else int(high)
+    syntax = found.file_meta.TransferSyntaxUID
+    movable = found.SamplesPerPixel == 1 and (
+        not syntax.is_encapsulated or syntax == RLELossless  # JPEG has samples, no cells
+    )
+    if not stored - 1 <= high < int(found.BitsAllocated) or (high >= stored and not movable):
+        raise ValueError(
+            f"HighBit {high} with BitsStored {stored}, {found.BitsAllocated} allocated"
+        )
+    return high
+
+
+def _padded(values: np.ndarray, cells: np.ndarray, found: Any) -> np.ndarray:
+    """Which pixels are padding by PixelPaddingValue and PixelPaddingRangeLimit."""
+    first = found.get("PixelPaddingValue")
+    last = found.get("PixelPaddingRangeLimit")
+    if first is None:
+        return np.zeros(values.shape, dtype=bool)
+    bits, signed = 8 * cells.dtype.itemsize, values.dtype.kind == "i"
+    ends = []
+    for end in (first, first if last is None else last):
+        end = int(end) % (1 << bits)  # files write -2000 as 63536 and the other way about
+        ends.append(end - (1 << bits) if signed and end >> (bits - 1) else end)
+    low, high = min(ends), max(ends)
+    least = -(1 << (found.BitsStored - 1)) if signed else 0
+    most = least + (1 << found.BitsStored) - 1
+    # Padding that no stored value can have is written into the unused bits.
+    looked_at = values if least <= low and high <= most else cells
+    return (looked_at >= low) & (looked_at <= high)
+
+
+def _looked_up(values: np.ndarray, table: Any, found: Any) -> np.ndarray:
+    """Whole `values` by a modality or VOI lookup table (PS3.3 C.11.1.1, C.11.2.1.1)."""
+    entries, first, depth = (int(number) for number in table.LUTDescriptor)
+    entries = entries % (1 << 16) or 1 << 16  # 0 stands for 65536
+    if first >= 1 << 15 and values.min() < 0:
+        first -= 1 << 16  # a negative number in a file that declares it unsigned
+    data = table.LUTData
+    if isinstance(data, bytes):
+        order = "<" if found.original_encoding[1] else ">"
+        wide = depth > 8 or len(data) >= 2 * entries
+        data = np.frombuffer(data, np.dtype(f"{order}u2") if wide else np.uint8)
+    outputs = np.asarray(data, dtype=np.float64)[:entries]
+    if len(outputs) < entries:
+        raise ValueError(f"{len(outputs)} of {entries} entries in a lookup table")
+    places = np.clip(np.rint(values) - first, 0, entries - 1)
+    return outputs[places.astype(np.int64)]
+
+
+def _number(value: Any) -> float | None:
+    """A DS value; None where it is blank or missing."""
     if value is None or value == "":
         return None
-    return float(value if isinstance(value, int | float | str) else value[0])
+    if not np.isfinite(float(value)):
+        raise ValueError("a number that is not finite")
+    return float(value)
 
 
-def _windowed(values: np.ndarray, found: Any) -> np.ndarray:
-    """Values -> 0..1 by the file's own first window (DICOM PS3.3 C.11.2.1.2), lookup table, or
-    their range.
-    """
-    center, width = _first(found.get("WindowCenter")), _first(found.get("WindowWidth"))
-    rule = str(found.get("VOILUTFunction") or "LINEAR")
-    if center is None or width is None or width < 1:
-        if "VOILUTSequence" in found:
-            from pydicom.pixels import apply_voi_lut
+def _rescaled(values: np.ndarray, found: Any) -> np.ndarray:
+    """Stored values -> float64 values of the modality; a blank slope is 1, a blank intercept 0."""
+    if tables := found.get("ModalityLUTSequence"):
+        return _looked_up(values, tables[0], found)
+    slope, intercept = _number(found.get("RescaleSlope")), _number(found.get("RescaleIntercept"))
+    if slope == 0:
+        raise ValueError("RescaleSlope is 0")
+    return values * (1.0 if slope is None else slope) + (intercept or 0.0)
 
-            values = np.asarray(apply_voi_lut(values.astype(np.int64), found), dtype=np.float64)
-        low, high = float(values.min()), float(values.max())
+
+def _window(found: Any, rule: str) -> tuple[float, float] | None:
+    """(center, width) of the first window whose width the rule allows (PS3.3 C.11.2.1.2)."""
+    several = [found.get(name) for name in ("WindowCenter", "WindowWidth")]
+    lists = [[one] if one is None or isinstance(one, str | float | int) else one for one in several]
+    for pair in zip(*lists, strict=False):
+        center, width = map(_number, pair)
+        if center is None or width is None:
+            continue
+        if width >= 1 or (width > 0 and rule != "LINEAR"):
+            return center, width
+    return None
+
+
+def _windowed(values: np.ndarray, inside: np.ndarray, found: Any) -> np.ndarray:
+    """Values -> 0..1 by the file's own window, lookup table, or the range of those `inside`."""
+    rule = str(found.get("VOILUTFunction") or "LINEAR").strip().upper()
+    if rule not in _RULES:
+        raise ValueError(f"VOILUTFunction is none of {', '.join(_RULES)}")
+    window = _window(found, rule)
+    if window is None:
+        if tables := found.get("VOILUTSequence"):
+            values = _looked_up(values, tables[0], found)
+        low = float(values.min(where=inside, initial=np.inf))
+        high = float(values.max(where=inside, initial=-np.inf))
     elif rule == "SIGMOID":
+        center, width = window
         return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -60.0, 60.0)))
-    elif rule == "LINEAR_EXACT":
-        low, high = center - width / 2, center + width / 2
     else:
-        low, high = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2
-    if not np.isfinite(high - low):
-        raise ValueError("not finite")
-    if high <= low:  # an even image, or a window of one value
+        center, width = window
+        if rule == "LINEAR":
+            center, width = center - 0.5, width - 1
+        low, high = center - width / 2, center + width / 2
+    if not (np.isfinite(high - low) or high < low):
+        raise ValueError("values that are not finite")
+    if high <= low:  # an even image, a window of one value, or nothing but padding
         return (values > low).astype(np.float64)
     return np.clip((values - low) / (high - low), 0.0, 1.0)
