@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,12 @@ from hypothesis import strategies as st
 from cpo_fast.data.sections import MAX_REPORT_CHARS, indication, parse_report
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Report
+
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data/sections.jsonl").read_text().splitlines()
+]
+"""Self-written reports and their right sections; `either`: under either name."""
 
 LINE = " " + "_" * 78
 TITLE = " " * 33 + "FINAL REPORT\n"
@@ -43,6 +52,35 @@ def test_findings_and_impression_with_wrapping_undone() -> None:
 def test_line_ends_of_other_systems(end: str) -> None:
     text = report(" FINDINGS: Clear", " lungs.", "", " IMPRESSION: Normal.").replace("\n", end)
     assert parse_report(text) == Report("Clear lungs.", "Normal.")
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_sections_as_they_are_really_written(case: dict) -> None:
+    right = case["right"]
+    parsed = parse_report(case["report"])
+    got = [parsed.findings, parsed.impression]
+    wanted = [right["findings"], right["impression"]]
+    assert got in ([wanted, wanted[::-1]] if right.get("either") else [wanted])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [" DR. ___\n", " Findings were discussed with Dr. ___ by telephone.\n", " ___, M.D.\n",
+     " HISTORY: Cough.\n\n Dr. ___ was paged at 3 pm.\n",
+     " PRIOR FINDINGS: Pneumothorax.\n", " CRITICAL FINDINGS: Dr. ___ was called.\n",
+     " FINDINGS: Discussed with Dr. ___ at 3 pm.\n"],
+)  # fmt: skip
+def test_what_tells_only_who_was_told_is_no_report(text: str) -> None:
+    with pytest.raises(RecordError, match="no-findings-or-impression"):
+        parse_report(TITLE + text)
+
+
+@pytest.mark.parametrize("place", ["above", "below"])
+def test_the_indication_is_the_reports_own(place: str) -> None:
+    body = report(" INDICATION: Cough.", "", " FINDINGS: Clear.")
+    addendum = " ADDENDUM:\n INDICATION: Fever.\n"
+    parts = (addendum, body) if place == "above" else (body, addendum)
+    assert indication(f"{LINE}\n".join(parts)) == "Cough."
 
 
 @pytest.mark.parametrize(
@@ -210,7 +248,11 @@ def test_any_text_gives_clean_sections_or_a_reason(text: str) -> None:
 
 def test_long_runs_of_capitals_take_linear_time() -> None:
     # Each of these made a naive header pattern backtrack; the test would not end.
-    for run in ("A" * 190_000, "A " * 95_000, ("A, " * 40 + "\n") * 1500, "\n " * 90_000):
+    runs = ("A" * 190_000, "A " * 95_000, ("A, " * 40 + "\n") * 1500, "\n " * 90_000,
+            "called " * 28_000, "FINDINGS\n" * 20_000, "FINDINGS: x\nCOMPARISON: y\n" * 7_000,
+            "FINDINGS: COMPARISON: " + "None. " * 30_000, "Dr. " * 48_000,
+            ".  " * 60_000)  # fmt: skip
+    for run in runs:
         try:
             parse_report(run)
         except RecordError as error:

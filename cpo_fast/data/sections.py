@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import dropwhile
 
+from cpo_fast.data.notices import describes, is_signature, sentences
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Report
 
@@ -20,56 +22,103 @@ RULES = ("careful", "authors")
 MAX_REPORT_CHARS = 200_000
 """Far above any report; keeps a mislabelled file from being parsed at length."""
 
+# Patterns of lines begin with the end of the line before, which is found faster than "^".
 # Capitals, then what headers are made of. Digits too ("CHEST, 2 VIEWS"); a colon inside a time of
 # day is not followed by white space. The length bound keeps a line of capitals from backtracking.
-_HEADER = re.compile(
-    r"^[ \t]{0,8}([A-Z][A-Z0-9 ()\[\]/,&'.\-]{1,90}?)[ \t]*:(?=\s|$)", re.MULTILINE
+_HEADER = re.compile(r"\n[ \t]{0,40}([A-Z][A-Z0-9 ()\[\]/,&'.\-]{1,90}?)[ \t]*:(?=\s|$)")
+_FOUND = r"(?:findings?|impressions?|conclusions?)"
+_FOUND = rf"(?:final[ \t]+)?{_FOUND}(?:[ \t]*(?:and|&|/)[ \t]*{_FOUND})?"
+_CONTEXT = (
+    r"comparisons?|techniques?|indications?|history|(?:clinical|patient) (?:history|information|"
+    r"indication)|reason for (?:exam\w*|study)|examination|exam|procedure|recommendations?|"
+    r"recommendation\(s\)|notifications?|addendum|critical (?:findings?|results?)|"
+    r"(?:prior|previous|clinical) (?:findings?|impressions?)"
 )
-# In mixed case only the plain names are headers: any word may begin a line of a sentence.
-_TITLED = re.compile(
-    r"^[ \t]{0,8}(Findings?(?: and impressions?)?|Impressions?|Conclusions?)[ \t]*:(?=\s|$)",
-    re.MULTILINE,
+# In mixed case only these names are headers: any word may begin a line of a sentence.
+_TITLED = re.compile(rf"\n[ \t]{{0,40}}((?=[A-Z])(?i:{_FOUND}|{_CONTEXT}))[ \t]*:(?=\s|$)")
+# Behind the end of a sentence, another header or several spaces; in capitals behind any word.
+_INLINE = re.compile(
+    rf"[ \t](?=[A-Z])(?:(?<=[.!?:;)_ \t].)|(?<=[a-z0-9,].)(?=[A-Z]{{2}}))"
+    rf"((?i:{_FOUND}|{_CONTEXT}))[ \t]*:(?=\s|$)"
 )
-_RULE_LINE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)  # `___` alone is de-identified text
+# A line of its own without a colon, of these words only: "FINDINGS", "Final Impression".
+_ALONE = re.compile(r"\n[ \t]{0,40}([A-Z][A-Za-z()/& \t]{2,50})(?=\n|$)")
+_ALONE_WORDS = (
+    "findings", "finding", "impression", "impressions", "conclusion", "conclusions", "comparison",
+    "comparisons", "technique", "indication", "indications", "history", "examination", "clinical",
+    "critical", "prior", "previous", "information", "reason", "for", "notification",
+    "recommendation", "recommendations", "s", "and", "final", "chest", "radiographic", "of", "the",
+)  # fmt: skip
 _TITLE_LINE = re.compile(r"^\s*(?:FINAL|PRELIMINARY|ADDENDUM)?\s*(?:REPORT|ADDENDUM)\s*:?\s*$")
+_PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _WORD = re.compile(r"\w")
+
+# Where another text begins: an addendum, the report itself, a preliminary one.
+_BLOCK = re.compile(
+    r"\n[ \t]*(?:_{10,}[ \t]*(?=\n|$)|"  # `___` alone is de-identified text
+    r"(?=(?:(?:FINAL|PRELIMINARY)[ \t]+)?REPORT[ \t]*:?[ \t]*(?:\n|$)|"
+    r"(?:FINAL[ \t]+)?(?:ADDENDUM|Addendum)\b(?:[ \t]*(?:[:#(\d\n-]|$)|[ \t]{2,}|[ \t]+[A-Z])))"
+)
+_ADDENDUM = re.compile(r"\s*(?:final\s+)?addendum\b", re.IGNORECASE)
+_PRELIMINARY = re.compile(r"\s*(?:preliminary\s+report|wet\s+read)\b", re.IGNORECASE)
 
 _FINDINGS_WORDS = ("findings", "finding")
 _IMPRESSION_WORDS = ("impression", "impressions", "conclusion", "conclusions")
 _IMPRESSION_NAMES = frozenset(
     {"summary", "opinion", "interpretation", "final diagnosis", "assessment"}
 )
+# What the clinician or an earlier report said, or who was told.
+_NOT_OF_THIS_REPORT = re.compile(
+    r"\b(?:critical|clinical|(?:prior|previous|earlier|old|past|outside)\b.*\b(?:finding|impression|"
+    r"conclusion|report)|discuss\w*|communicat\w*|notif\w*|convey\w*|relay\w*|reported|called|"
+    r"(?:tele)?phoned|paged|e-?mailed|informed|acknowledged|reviewed)"
+)
 _VIEW_WORDS = re.compile(
     r"\b(?:chest|views?|radiographs?|x-?ray|portable|frontal|lateral|ap|pa|cxr|films?)\b"
 )
 _ASKED = re.compile(r"\b(?:indications?|history|reason)\b")
+_ASIDE = re.compile(r"\b(?:comparisons?|techniques?|views?|contrast|dose)\b")
 _CONTEXT_WORDS = re.compile(
     r"\b(?:indications?|history|reason|comparisons?|techniques?|examination|exam|study|type|date|"
     r"procedure|clinical|information|notification|recommendations?|request|diagnosis|symptoms|"
     r"signs|question|addendum|dose|contrast|attending|referring|physicians?|"
-    r"radiologists?|signed|dictated|transcribed|attestation)\b"
+    r"radiologists?|signed|dictated|transcribed|attestation|critical|cc|approved)\b"
 )
+# Sentences that still belong to COMPARISON, TECHNIQUE or HISTORY when findings follow there.
+_A_STUDY = r"(?:compar|prior|previous|radiograph|film|stud(?:y|ies)|exam|view|available|dated)"
+_OWN = re.compile(
+    rf"^\W*(?:none\b|no (?:prior|previous|comparison|relevant)\b.*{_A_STUDY}|(?:please|evaluate|"
+    r"assess|rule out|r/o|question|concern|\?)|(?:and|also|chest|radiographs?|ct|mri?|frontal|"
+    r"portable|pa|ap|lateral|single|two|prior|previous|multiple|reference|stud(?:y|ies)|_+|\d+)"
+    r"(?!.*\b(?:is|are|was|were|has|have|shows?|remains?|there)\b))",
+    re.IGNORECASE,
+)
+_NAMES_A_STUDY = re.compile(rf"\b(?:none|cta?|mri?|{_A_STUDY})|___|\d{{4}}", re.IGNORECASE)
 
 
 @lru_cache(maxsize=4096)
 def _kind(header: str) -> str:
-    """findings, impression, view, wet, context (what was asked and done) or other."""
-    words = re.findall(r"[a-z]+", header.lower())
-    for word in words:
+    """findings, impression, view, wet, context (what was asked and done, who was told) or other."""
+    lower = " ".join(header.lower().split())
+    words = re.findall(r"[a-z]+", lower)
+    names = {
+        "findings": any(get_close_matches(word, _FINDINGS_WORDS, 1, 0.86) for word in words),
         # One or two slips of the pen in these long words still leave a ratio above 0.86;
         # "compression" does not.
-        if get_close_matches(word, _FINDINGS_WORDS, 1, 0.86):
-            return "findings"  # also "FINDINGS AND IMPRESSION": the description leads
-    for word in words:
-        if get_close_matches(word, _IMPRESSION_WORDS, 1, 0.87):
-            return "impression"
+        "impression": any(get_close_matches(word, _IMPRESSION_WORDS, 1, 0.87) for word in words),
+    }
+    if any(names.values()) and _NOT_OF_THIS_REPORT.search(lower):
+        return "context"
+    for name, named in names.items():
+        if named:
+            return name  # findings of "FINDINGS AND IMPRESSION": the description leads
     if " ".join(words) in _IMPRESSION_NAMES:
         return "impression"
     if "wet" in words and "read" in words:
         return "wet"
-    if _CONTEXT_WORDS.search(header.lower()):
+    if _CONTEXT_WORDS.search(lower) or re.search(r"\b(?:communicat|notif)", lower):
         return "context"
-    if _VIEW_WORDS.search(header.lower()):
+    if _VIEW_WORDS.search(lower):
         return "view"
     return "other"
 
@@ -80,55 +129,135 @@ def _unwrap(text: str) -> str:
     return joined if _WORD.search(joined.replace("_", "")) else ""
 
 
+@lru_cache(maxsize=4096)
+def _is_header_word(word: str) -> bool:
+    return bool(get_close_matches(word, _ALONE_WORDS, 1, 0.86))
+
+
+def _stands_alone(match: re.Match[str], part: str) -> bool:
+    """Whether a line without a colon is a header, rather than the end of a wrapped sentence."""
+    if not all(map(_is_header_word, re.findall(r"[a-z]+", match[1].lower()))):
+        return False
+    if _kind(match[1]) not in ("findings", "impression", "context"):
+        return False
+    end = match.start()
+    line = part[part.rfind("\n", 0, end) + 1 : end].strip()  # the line before
+    if not line or line[-1] in ".!?:;)_" or _TITLE_LINE.match(line):
+        return True
+    return match[1].isupper() and (not line.isupper() or _HEADER.match("\n" + line) is not None)
+
+
+def _headers(part: str) -> dict[int, re.Match[str]]:
+    """Place -> match of every header of `part`; group 1 is its name."""
+    found = {match.start(1): match for match in _HEADER.finditer(part)}
+    found |= {match.start(1): match for match in _INLINE.finditer(part)}
+    found |= {match.start(1): match for match in _TITLED.finditer(part)}
+    alone = (match for match in _ALONE.finditer(part) if _stands_alone(match, part))
+    return {match.start(1): match for match in alone} | found
+
+
 def _sections(part: str) -> list[tuple[str, str, str]]:
     """(header, kind, text behind it as it stands) of `part`, in order; what comes before is left.
 
     A header of no known kind ("LUNGS:", "HEART:") belongs to the text of the section it stands in,
     and so does the name of a view within the findings.
     """
-    found = {match.start(): match for match in _HEADER.finditer(part)}
-    found |= {match.start(): match for match in _TITLED.finditer(part)}
+    part = "\n" + part
+    found = _headers(part)
     begun: list[tuple[re.Match[str], str]] = []
     for start in sorted(found):
         kind = _kind(found[start][1])
         inside = kind == "other" or (kind == "view" and begun[-1:] and begun[-1][1] == "findings")
         if not (begun and inside):
             begun.append((found[start], kind))
-    ends = [match.start() for match, _ in begun[1:]] + [len(part)]
+    ends = [match.start(1) for match, _ in begun[1:]] + [len(part)]
     return [
         (match[1], kind, part[match.end() : end])
         for (match, kind), end in zip(begun, ends, strict=False)
     ]
 
 
+def _behind(body: str, *, by_sentences: bool) -> str:
+    """What follows the text of a header that stands inside the findings: the paragraphs behind its
+    first and, where asked for, the sentences behind those that are the header's own."""
+    own, *rest = _PARAGRAPH.split(body.strip())
+    if not by_sentences:
+        return "\n\n".join(rest)
+    said = list(sentences(own))
+    # A header with an empty line below it may have no text of its own.
+    first = int(bool(said) and bool(_NAMES_A_STUDY.search(said[0]) or not _PARAGRAPH.match(body)))
+    others = dropwhile(_OWN.match, said[first:])
+    return "\n\n".join([" ".join(others), *rest])
+
+
+def _body(text: str) -> str:
+    """The paragraphs of a section on one line, without signatures; "" if it only tells who was
+    told."""
+    paragraphs = [_unwrap(paragraph) for paragraph in _PARAGRAPH.split(text)]
+    said = " ".join(part for part in paragraphs if part and not is_signature(part))
+    return said if said and describes(said) else ""
+
+
+def _by_kind(part: str) -> dict[str, str]:
+    """Kind of section -> its text, of all sections of that kind."""
+    found: dict[str, list[str]] = {}
+    sections = _sections(part)
+    last = {kind: place for place, (_, kind, _) in enumerate(sections)}
+    within = ""
+    for place, (header, kind, text) in enumerate(sections):
+        if kind != "context":
+            within = kind
+            found.setdefault(kind, []).append(_body(text))
+            continue
+        name = header.lower()
+        aside = _ASIDE.search(name) is not None
+        plain = aside or _ASKED.search(name) is not None
+        if within == "findings":  # of this examination, unless another one follows
+            more = last["findings"] > place
+            back = aside or (not more and (plain or last.get("impression", 0) > place))
+        else:
+            back = within == "impression" and plain and not any(found[within])
+        if back:
+            found[within].append(_body(_behind(text, by_sentences=plain)))
+    return {kind: " ".join(filter(None, parts)) for kind, parts in found.items()}
+
+
 def _last_paragraph(part: str) -> str:
-    """The last paragraph that describes: not a title, not behind a header of the request."""
-    for paragraph in reversed(re.split(r"\n[ \t]*\n", part)):
+    """The last paragraph that describes: not a title, not behind a header of the request, no
+    signature and no note of who was told."""
+    for paragraph in reversed(_PARAGRAPH.split(part)):
         lines = [line for line in paragraph.split("\n") if not _TITLE_LINE.match(line)]
         kept = "\n".join(lines)
         _, kind, body = (_sections(kept) or [("", "other", kept)])[-1]
         said = _unwrap(kept if kind == "other" else body)
-        if kind not in ("context", "wet") and said:
+        if kind not in ("context", "wet") and said and describes(said):
             return said
     return ""
 
 
+def _blocks(text: str) -> list[str]:
+    """The texts of a file, the report first, then what is preliminary, then addenda; of each kind
+    the last leads, for what stands above a line of underscores has been replaced by what is below.
+    """
+    parts = [part for part in _BLOCK.split("\n" + text) if part.strip()][::-1]
+
+    def rank(part: str) -> int:
+        return 2 if _ADDENDUM.match(part) else 1 if _PRELIMINARY.match(part) else 0
+
+    return sorted(parts, key=rank)
+
+
 def _careful(text: str) -> Report:
     stand_in = ""
-    # What stands above a line of underscores is an addendum or a preliminary read: the report is
-    # below.
-    for part in reversed(_RULE_LINE.split(text)):
-        found: dict[str, list[str]] = {}
-        for _, kind, body in _sections(part):
-            if said := _unwrap(body):
-                found.setdefault(kind, []).append(said)
+    for part in _blocks(text):
+        found = _by_kind(part)
         # Two examinations dictated in one report repeat their sections; both describe this
         # patient's images.
-        findings = " ".join(found.get("findings") or found.get("view") or ())
-        impression = " ".join(found.get("impression", ()))
+        findings = found.get("findings") or found.get("view", "")
+        impression = found.get("impression", "")
         if findings or impression:
             return Report(findings, impression)
-        stand_in = stand_in or _last_paragraph(part) or " ".join(found.get("wet", ()))
+        stand_in = stand_in or _last_paragraph(part) or found.get("wet", "")
     return Report(findings=stand_in)
 
 
@@ -161,8 +290,9 @@ def parse_report(text: str, rule: str = "careful") -> Report:
 
 def indication(text: str) -> str:
     """Why the examination was asked for (INDICATION, HISTORY, REASON ...), or ""."""
-    part = _RULE_LINE.split(text.replace("\r\n", "\n")[:MAX_REPORT_CHARS])[-1]
-    for header, _, body in _sections(part):
-        if _ASKED.search(header.lower()):
-            return _unwrap(body)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")[:MAX_REPORT_CHARS]
+    for part in _blocks(text):
+        for header, _, body in _sections(part):
+            if _ASKED.search(header.lower()):
+                return _unwrap(body)
     return ""
