@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,74 @@ def test_rows_that_repeat_or_contradict(tmp_path: Path) -> None:
     studies, reasons = read(root)
     assert [study.study_id for study in studies] == ["s50000001"]
     assert reasons == {"bad-id": 2, "duplicate-id": 1, "conflicting-row": 1, "bad-split": 1}
+
+
+def rewritten(root: Path, name: str, change: Callable[[list[str]], list[str]]) -> Path:
+    """The tree with each row of a table (without its header) changed."""
+    path = root / TABLE.format(name)
+    with gzip.open(path, "rt", newline="") as file:
+        header, *rows = csv.reader(file)
+    write_csv(path, header, map(change, rows))
+    return root
+
+
+@pytest.mark.parametrize(
+    "written", ["{}.0", " {} ", "{}.00", "s{}", "S{}", '"{}"', ' "{}.0" ', "'{}", '="{}"']
+)
+@pytest.mark.parametrize("name", ["split", "metadata", "chexpert"])
+def test_ids_as_spreadsheets_write_them(tmp_path: Path, name: str, written: str) -> None:
+    studies = [{"study": 51234567, "labels": {"Edema": "1.0"}, "split": "test", "views": ("AP",)},
+               {"study": 50000002, "labels": {"Fracture": "-1.0"}, "date": "21790101"}]  # fmt: skip
+    plain, _ = read(write_mimic(tmp_path / "a", studies))
+
+    def change(row: list[str]) -> list[str]:
+        return [written.format(cell) if cell.isdigit() and len(cell) == 8 and cell[0] in "15"
+                else f' "{cell}" ' if "-" in cell and len(cell) == 44 else cell
+                for cell in row]  # fmt: skip
+
+    changed, reasons = read(rewritten(write_mimic(tmp_path / "b", studies), name, change))
+    assert [(s.study_id, s.patient_id, s.labels, s.split, s.date) for s in changed] == [
+        (s.study_id, s.patient_id, s.labels, s.split, s.date) for s in plain
+    ]
+    assert [len(s.images) for s in changed] == [1, 1] and reasons == {}
+    assert all(study.labels for study in changed)
+
+
+def test_an_id_that_is_none_is_set_aside_with_its_line(tmp_path: Path) -> None:
+    root = write_mimic(tmp_path, [{"study": 50000001}, {"study": 50000002}])
+
+    def change(row: list[str]) -> list[str]:
+        return [SECRET if cell == "50000002" else cell for cell in row]
+
+    rewritten(root, "chexpert", change)
+    source = open_studies(str(root))
+    assert [study.labels for study in source] == [{"No Finding": 1}, {}]
+    ((file, line, id, reason),) = [(r.file, r.line, r.id, r.reason) for r in source.rejected]
+    assert (file, line, id, reason) == (str(root / TABLE.format("chexpert")), 3, "", "bad-id")
+    assert SECRET not in str(source.rejected)
+
+
+@pytest.mark.parametrize("name", ["metadata", "chexpert"])
+@pytest.mark.parametrize(("other", "why"), [("5.12E+07", "from line 2 on"), (None, "other ids")])
+def test_a_table_that_matches_no_study(
+    tmp_path: Path, name: str, other: str | None, why: str
+) -> None:
+    root = write_mimic(tmp_path, [{"study": 50000001}, {"study": 50000002}])
+
+    def change(row: list[str]) -> list[str]:
+        return [other or cell.replace("000000", "999999") for cell in row]
+
+    with pytest.raises(DataError, match=rf"{name}\.csv\.gz: no row names a study.*{why}"):
+        open_studies(str(rewritten(root, name, change)))
+
+
+def test_the_test_set_labelled_by_radiologists_is_no_table_of_labels(tmp_path: Path) -> None:
+    root = write_mimic(tmp_path, [{"study": 50000001}])
+    (root / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text("study_id,Airspace Opacity\n5,1\n")
+    assert [study.labels for study in read(root)[0]] == [{"No Finding": 1}]
+    (root / TABLE.format("chexpert")).rename(root / "mimic-cxr-2.1.0-test-set-chexpert.csv.gz")
+    with pytest.raises(DataError, match=r"no mimic-cxr-2\.0\.0-chexpert\.csv\.gz"):
+        open_studies(str(root))
 
 
 @pytest.mark.parametrize("name", ["split", "metadata", "chexpert"])

@@ -10,6 +10,7 @@ Studies come in the order (patient, date, time, study).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +33,10 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".dcm")
 
 def table(folder: str, name: str) -> str | None:
     """The path of `mimic-cxr-2.x.x-{name}.csv[.gz]` in `folder`, or None."""
+    # Not any name between: mimic-cxr-2.1.0-test-set-labeled.csv is another kind of table.
+    wanted = re.compile(rf"mimic-cxr-2\.\d+\.\d+-{name}\.csv(\.gz)?")
     found = sorted(Path(folder).glob(f"mimic-cxr-2.*-{name}.csv*"))
-    return next((str(path) for path in found if path.name.endswith((".csv", ".csv.gz"))), None)
+    return next((str(path) for path in found if wanted.fullmatch(path.name)), None)
 
 
 def looks_like(folder: str) -> bool:

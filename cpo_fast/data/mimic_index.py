@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,11 +41,12 @@ NOT_MENTIONED = 2
 MIN_CACHED_BYTES = 1_000_000
 """Tables that are smaller together are read in no time, and leave nothing in the cache."""
 
-_VERSION = 1
+_VERSION = 2
 _REMEDY = "download the table again from PhysioNet (MIMIC-CXR-JPG 2.x) and leave it unedited"
 _SUBJECT = re.compile(r"1\d{7}", re.ASCII)
 _STUDY = re.compile(r"5\d{7}", re.ASCII)
 _DICOM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
+_WRAPPED = re.compile(r"""^[\s"'=]*[sp]?|(?:\.0*|\.jpg|\.dcm|\.png)?[\s"']*$""")
 _VALUES = {"": NOT_MENTIONED, "1.0": 1, "1": 1, "0.0": 0, "0": 0, "-1.0": -1, "-1": -1}
 
 
@@ -78,9 +80,12 @@ _Bad = list[RejectedRecord]
 
 
 def _id(cell: str, pattern: re.Pattern[str]) -> str:
-    """What a rejected row is called: its id, or nothing (its line tells), for a cell that is no id
-    may hold a patient's words."""
-    return cell if pattern.fullmatch(cell) else ""
+    """The id that `cell` holds, however a spreadsheet has written it (`51234567.0`, `s51234567`,
+    `"51234567"`), or "": a cell that is no id may hold a patient's words, and is never repeated."""
+    if pattern.fullmatch(cell):
+        return cell
+    bare = _WRAPPED.sub("", cell.lower())
+    return bare if pattern.fullmatch(bare) else ""
 
 
 def _read_split(path: str, bad: _Bad) -> _Studies:
@@ -88,14 +93,14 @@ def _read_split(path: str, bad: _Bad) -> _Studies:
     seen: set[str] = set()
     columns = ("dicom_id", "study_id", "subject_id", "split")
     rows = tqdm(csv_rows(path, columns, _REMEDY), "split", disable=None, leave=False)
-    for line, (dicom, study, patient, split) in rows:
+    for line, (*cells, split) in rows:
+        # Paths are made of these ids, so nothing but ids may pass.
+        dicom, study, patient = map(_id, cells, (_DICOM, _STUDY, _SUBJECT))
 
         def note(reason: str, detail: str, line: int = line, study: str = study) -> None:
-            bad.append(RejectedRecord(path, line, _id(study, _STUDY), reason, detail))
+            bad.append(RejectedRecord(path, line, study, reason, detail))
 
-        # Paths are made of these ids, so nothing but ids may pass.
-        ids = _DICOM.fullmatch(dicom) and _STUDY.fullmatch(study) and _SUBJECT.fullmatch(patient)
-        if not ids:
+        if not (dicom and study and patient):
             note("bad-id", "dicom_id, study_id or subject_id is malformed")
         elif split not in SPLITS:
             note("bad-split", f"split is none of {', '.join(SPLITS)}")
@@ -115,10 +120,13 @@ def _read_metadata(path: str, bad: _Bad) -> _Metadata:
     columns = ("dicom_id", "ViewPosition", "StudyDate", "StudyTime")
     rows = tqdm(csv_rows(path, columns, _REMEDY), "metadata", disable=None, leave=False)
     known: _Metadata = {}
-    for line, (dicom, view, date, time) in rows:
-        if dicom in known:
+    for line, (cell, view, date, time) in rows:
+        dicom = _id(cell, _DICOM)
+        if not dicom:
+            bad.append(RejectedRecord(path, line, "", "bad-id", "dicom_id is malformed"))
+        elif dicom in known:
             detail = "dicom_id stands twice"
-            bad.append(RejectedRecord(path, line, _id(dicom, _DICOM), "duplicate-id", detail))
+            bad.append(RejectedRecord(path, line, dicom, "duplicate-id", detail))
         else:
             seen = FRONTAL if view.upper() in FRONTAL_VIEWS else OTHER if view else BLANK
             known[dicom] = (seen, date.removesuffix(".0")[:16], time[:32])
@@ -130,16 +138,20 @@ def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
     columns = ("study_id", *FINDINGS)
     rows = tqdm(csv_rows(path, columns, _REMEDY), "labels", disable=None, leave=False)
     labels: dict[str, tuple[int, ...]] = {}
-    for line, (study, *values) in rows:
+    for line, (cell, *values) in rows:
+        study = _id(cell, _STUDY)
+        if not study:
+            bad.append(RejectedRecord(path, line, "", "bad-id", "study_id is malformed"))
+            continue
         if study in labels:
             detail = "study_id stands twice"
-            bad.append(RejectedRecord(path, line, _id(study, _STUDY), "duplicate-id", detail))
+            bad.append(RejectedRecord(path, line, study, "duplicate-id", detail))
             continue
         try:
             labels[study] = tuple(_VALUES[value] for value in values)
         except KeyError:
             detail = "a label is none of 1.0, 0.0, -1.0 and empty"
-            bad.append(RejectedRecord(path, line, _id(study, _STUDY), "bad-label", detail))
+            bad.append(RejectedRecord(path, line, study, "bad-label", detail))
             labels[study] = ()
     return labels
 
@@ -153,12 +165,28 @@ def _seconds(time: str) -> float:
     return value if value == value else 0.0
 
 
+def _check_matched(path: str, named: Collection[str], wanted: Iterable[str], bad: _Bad) -> None:
+    """Raises DataError where a table has rows and none names anything of the split table."""
+    wanted = list(wanted)
+    lines = [record.line for record in bad if record.file == path and record.reason == "bad-id"]
+    if wanted and (named or lines) and not any(one in named for one in wanted):
+        what = f"its ids are malformed from line {lines[0]} on" if lines else "it has other ids"
+        raise DataError(
+            f"{path}: no row names a study of the split table ({what}); take all tables from one "
+            "release of MIMIC-CXR-JPG"
+        )
+
+
 def build_index(split: str, metadata: str, labels: str) -> MimicIndex:
-    """Read the three tables. Raises DataError as `csv_rows`."""
+    """Read the three tables. Raises DataError as `csv_rows`, and for a table whose rows match no
+    study."""
     bad: _Bad = []
     images = _read_metadata(metadata, bad)
     values = _read_labels(labels, bad)
     studies = _read_split(split, bad)
+    _check_matched(labels, values, studies, bad)
+    every = (dicom for _, _, dicoms in studies.values() for dicom in dicoms)
+    _check_matched(metadata, images, every, bad)
     unknown = (BLANK, "", "")
 
     def when(study: str) -> tuple[str, float]:

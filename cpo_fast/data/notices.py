@@ -52,6 +52,8 @@ _OF_A_SIGNATURE = re.compile(
     r"(?:mon|tues?|wed(?:nes)?|thur?s?|fri|sat(?:ur)?|sun)(?:day)?|[ap]\.?m|est|edt|[a-z])\b|[\W\d_]++)*+",
 )
 
+_LETTER = re.compile(r"[a-z]")
+
 
 def sentences(text: str) -> Iterator[str]:
     """`text` cut at the ends of its sentences; titles such as "Dr." end none."""
@@ -66,7 +68,8 @@ def sentences(text: str) -> Iterator[str]:
 
 def is_signature(text: str) -> bool:
     """Whether `text` is made of titles, times and removed names alone: "DR. ___ (ES)"."""
-    return _OF_A_SIGNATURE.fullmatch(text.lower()) is not None
+    lower = text.lower()
+    return _OF_A_SIGNATURE.fullmatch(lower) is not None and _LETTER.search(lower) is not None
 
 
 def _is_notice(sentence: str) -> bool:
