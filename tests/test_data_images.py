@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cpo_fast.data.images import image_size, load_image
+from cpo_fast.data.images import image_size, load_image, load_shades
 from cpo_fast.errors import RecordError
 from cpo_fast.types import ImageRef
 
@@ -36,6 +36,79 @@ def reason(ref: ImageRef, read=load_image, **options: int) -> str:  # type: igno
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def deep_png(
+    values: np.ndarray, colour: int, *, interlaced: bool = False, exif: bytes = b""
+) -> ImageRef:
+    """A PNG file of 16 bits, [height, width, channels], its rows filtered in all five ways."""
+    height, width, channels = values.shape
+    step = 2 * channels
+    body = b""
+    for top, left, down, right in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        part = values[top::down, left::right]
+        if part.size == 0:
+            continue
+        rows = part.astype(">u2").reshape(len(part), -1).view(np.uint8).astype(int)
+        above = np.zeros(rows.shape[1] + step, dtype=int)
+        for number, row in enumerate(rows):
+            here = np.concatenate([np.zeros(step, dtype=int), row])
+            a, b, c = here[:-step], above[step:], above[:-step]
+            p = np.stack([abs(b - c), abs(a - c), abs(a + b - 2 * c)]).argmin(0)
+            paeth = np.choose(p, [a, b, c])
+            kind = number % 5
+            guess = [0 * row, a, b, (a + b) // 2, paeth][kind]
+            body += bytes([kind]) + ((row - guess) % 256).astype(np.uint8).tobytes()
+            above = here
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, int(interlaced))
+    packed = zlib.compress(body)
+    chunks = [(b"IHDR", header), (b"eXIf", exif), (b"IDAT", packed[:50]), (b"IDAT", packed[50:])]
+    data = b"".join(chunk(name, part) for name, part in chunks if name != b"eXIf" or part)
+    return ImageRef("x", data=b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND", b""))
+
+
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2),
+         (1, 0, 2, 1)]  # fmt: skip
+FILM = np.random.default_rng(3).integers(90, 4096, (13, 17), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_a_film_of_twelve_bits_is_the_same_in_every_mode(
+    colour: int, channels: int, interlaced: bool
+) -> None:
+    values = np.repeat(FILM[..., None], channels, axis=2)
+    if channels in (2, 4):
+        values[..., -1] = np.random.default_rng(4).integers(0, 65536, FILM.shape)  # alpha
+    ref = deep_png(values, colour, interlaced=interlaced)
+    plain = np.asarray(load_image(encoded(Image.fromarray(FILM))))
+    expected = (FILM.astype(float) - FILM.min()) * 255 / (int(FILM.max()) - int(FILM.min()))
+    assert (np.asarray(load_image(ref)) == plain).all()
+    assert np.abs(plain[..., 0] - expected).max() <= 0.5 + 1e-3
+    assert load_shades(ref).mode == ("L" if channels < 3 else "RGB")
+
+
+def test_colour_of_sixteen_bits_keeps_its_hue_and_is_turned() -> None:
+    values = np.random.default_rng(5).integers(0, 3000, (6, 9, 3), dtype=np.uint16)
+    values[0, 0] = (0, 100, 4095)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ref = deep_png(values, 2, exif=exif.tobytes().removeprefix(b"Exif\0\0"))
+    got = np.asarray(load_image(ref))
+    assert load_image(ref).size == image_size(ref) == (6, 9)
+    expected = np.rot90(values.astype(float) / 4095 * 255, -1)
+    assert np.abs(got - expected).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_damaged_files_of_sixteen_bits(colour: int, channels: int) -> None:
+    data = deep_png(np.repeat(FILM[..., None], channels, axis=2), colour).data or b""
+    for cut in (60, len(data) // 2, len(data) - 20):
+        assert reason(ImageRef("x", data=data[:cut])) == "image-unreadable"
+    damaged = data[:100] + bytes([data[100] ^ 1]) + data[101:]
+    assert reason(ImageRef("x", data=damaged)) == "image-unreadable"
+    short = data.replace(struct.pack(">II", 17, 13), struct.pack(">II", 17, 14))
+    assert reason(ImageRef("x", data=short)) == "image-unreadable"
 
 
 def png_header(width: int, height: int, depth: int = 8) -> bytes:
@@ -185,9 +258,10 @@ def test_pixel_limit_is_the_callers() -> None:
 
 
 @settings(max_examples=150)
-@given(st.sampled_from(["JPEG", "PNG"]), st.data())
+@given(st.sampled_from(["JPEG", "PNG", "deep"]), st.data())
 def test_damaged_bytes_give_an_image_or_a_reason(format: str, data: st.DataObject) -> None:
-    raw = bytearray(image_bytes("RGB", (24, 16), format))
+    deep = deep_png(np.repeat(FILM[..., None], 4, axis=2), 6).data or b""
+    raw = bytearray(deep if format == "deep" else image_bytes("RGB", (24, 16), format))
     for _ in range(data.draw(st.integers(1, 6))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     ref = ImageRef("x", data=bytes(raw))

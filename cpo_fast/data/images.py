@@ -1,9 +1,10 @@
 """Radiographs from disk or memory as 8-bit RGB, without trusting the file.
 
-JPEG, PNG and DICOM, 8 and 16 bit, grey and colour, turned as their EXIF tag says. Grey of more than
-8 bits is stretched from its own minimum and maximum to 0..255 (DICOM: by its window), for 12-bit
-radiographs come in 16-bit files and would be black otherwise. Every way in which an image can fail
-is a RecordError with a constant reason; an image is never replaced by another.
+JPEG, PNG and DICOM, 8 and 16 bit, grey and colour, turned as their EXIF tag says. What has more
+than 8 bits, grey or colour, is stretched from its own minimum and maximum to 0..255 (DICOM: by its
+window), for 12-bit radiographs come in 16-bit files and would be black otherwise. Every way in
+which an image can fail is a RecordError with a constant reason; an image is never replaced by
+another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cpo_fast.data.deep_png import deep_values, is_deep
 from cpo_fast.data.dicom import dicom_image, dicom_size, is_dicom
 from cpo_fast.data.files import NotAFile, open_regular
 from cpo_fast.errors import RecordError
@@ -158,16 +160,19 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _stretched(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> 8-bit "L", minimum to 0 and maximum to 255."""
+def _stretched(values: np.ndarray) -> Image.Image:
+    """Values of more than 8 bits, [height, width] or [height, width, 3] -> 8 bits, mode L or RGB,
+    the minimum of all channels to 0 and their maximum to 255."""
     from PIL import Image
 
-    values = np.asarray(image).astype(np.float32)  # [height, width]
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low):
         raise ValueError("not finite")
     scale = 255.0 / (high - low) if high > low else 0.0
-    return Image.fromarray(((values - low) * scale + 0.5).astype(np.uint8))
+    if values.dtype == np.uint16:
+        table = (np.arange(1 << 16, dtype=np.float32) - low) * scale + 0.5
+        return Image.fromarray(np.clip(table, 0.0, 255.0).astype(np.uint8)[values])
+    return Image.fromarray(((values.astype(np.float32) - low) * scale + 0.5).astype(np.uint8))
 
 
 def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -213,8 +218,12 @@ def load_shades(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             return dicom_image(file, name, max_pixels)
         with _picture(file, name, max_pixels) as image:
             turn = turns.get(_orientation(image))
-            image.load()
-            upright = image.transpose(turn) if turn is not None else image
-            if upright.mode.startswith(("I", "F")):
-                upright = _stretched(upright)
+            if is_deep(file):
+                shown = _stretched(deep_values(file, image.size))
+            elif image.mode.startswith(("I", "F")):
+                shown = _stretched(np.asarray(image))
+            else:
+                image.load()
+                shown = image
+            upright = shown.transpose(turn) if turn is not None else shown
             return upright.copy() if upright.mode in ("L", "RGB") else upright.convert("RGB")
