@@ -189,7 +189,8 @@ class Preference:
     `rejected_prompts[k]` its prompt. `plain`: the prompt is one text that the answers continue
     without a chat template, as trl takes strings. `template` is what the chat template is given
     besides the messages (`tools` and the row's `chat_template_kwargs`). `sighted`: no images, but a
-    file whose rows may have some, which trl tokenises otherwise.
+    file whose rows may have some, which trl tokenises otherwise. `patients`: the ids of those whom
+    the row is about, as far as it says so.
     """
 
     id: str
@@ -204,6 +205,7 @@ class Preference:
     plain: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)
     sighted: bool = False
+    patients: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def alike(one: Preference) -> Preference:
         else m
         for m in one.prompt
     )
-    return replace(one, id="", weight=1.0, prompt=prompt)
+    return replace(one, id="", weight=1.0, prompt=prompt, patients=())
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def pictured(tmp_path: Path) -> Preference:
         rejected=tuple(thought(f"FINDINGS: {n}", [n]) for n in ("Fracture", "Pneumonia")),
         images=(ImageRef(path, str(tmp_path)),),
         weight=2.0,
+        patients=("10000032",),
     )
 
 
@@ -92,6 +93,7 @@ def test_thinking_preferences_come_back(tmp_path: Path, form: str, pictured: Pre
     other = replace(pictured, chosen=pictured.chosen.replace("x", "z"))
     found, done = there_and_back(tmp_path, form, pictured, other)
     assert alike(found[0]) == alike(pictured)
+    assert found[0].patients == pictured.patients
     assert (len(found), done.records, done.rejected) == (2, 2, {})
     if form == "jsonl":
         assert found[0] == pictured

@@ -50,7 +50,7 @@ def in_parts(one: Preference) -> Preference:
         said = message["content"]
         parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
         prompt.append({**message, "content": parts})
-    return replace(one, id="", prompt=tuple(prompt))
+    return replace(one, id="", prompt=tuple(prompt), patients=())
 
 
 @pytest.mark.parametrize("image", [True, False])
@@ -64,6 +64,7 @@ def test_every_format_comes_back(tmp_path: Path, form: str, image: bool) -> None
     kinds = {"jsonl": "counterfactuals", "ccf": "ccf", "trl": "trl", "swift": "ms-swift"}
     assert source.kind == kinds[form]
     assert in_parts(found) == in_parts(preference(study, made))
+    assert found.patients == (study.patient_id.removeprefix("p"),)
     if form in ("jsonl", "ccf"):
         assert found.id == study.study_id
 

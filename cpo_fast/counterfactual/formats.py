@@ -29,6 +29,7 @@ def trl_row(cf: Counterfactual) -> dict[str, Any]:
     """A conversational preference row of trl, images by path."""
     return {
         "id": cf.id,
+        "patient_id": cf.patient_id,
         **({"images": list(cf.images)} if cf.images else {}),  # [] would ask trl for a VLM
         "prompt": list(question(len(cf.images))),
         "chosen": [{"role": "assistant", "content": thought(cf.report, cf.labels)}],
@@ -44,6 +45,7 @@ def swift_row(cf: Counterfactual) -> dict[str, Any]:
             {"role": "assistant", "content": thought(cf.report, cf.labels)},
         ],
         "images": list(cf.images),
+        "patient_id": cf.patient_id,
         "rejected_response": thought(cf.counterfactual, (cf.target,)),
     }
 

@@ -49,6 +49,13 @@ def _seen(one: Preference) -> Row:
     return {"images": _images(one.images)} if one.images or one.sighted else {}
 
 
+def _about(one: Preference) -> Row:
+    """Whom the row is about, so that a patient stays on one side of a split."""
+    if not one.patients:
+        return {}
+    return {"patient_id": one.patients[0] if len(one.patients) == 1 else list(one.patients)}
+
+
 def _parts(one: Preference) -> Iterator[tuple[Answer, tuple[ImageRef, ...] | None, Any]]:
     """(rejected answer, its images or None, its prompt or None)."""
     count = len(one.rejected)
@@ -81,6 +88,7 @@ def jsonl_rows(one: Preference) -> list[Row]:
     row: Row = {
         "id": one.id,
         **_seen(one),
+        **_about(one),
         "prompt": one.prompt[0]["content"] if one.plain else list(one.prompt),
         "chosen": _said(one.chosen),
     }
@@ -113,7 +121,7 @@ def trl_rows(one: Preference) -> list[Row]:
         return [{"role": "assistant", "content": answer}]
 
     prompt = one.prompt[0]["content"] if one.plain else list(one.prompt)
-    row = {"id": one.id, **_seen(one), "prompt": prompt, **_template(one)}
+    row = {"id": one.id, **_seen(one), **_about(one), "prompt": prompt, **_template(one)}
     if not one.rejected:
         return [{**row, "completion": said(one.chosen)}]
     return [{**row, "chosen": said(one.chosen), "rejected": said(text)} for text in one.rejected]
@@ -147,7 +155,7 @@ def swift_rows(one: Preference) -> list[Row]:
         raise RecordError("image-tag-in-text", "ms-swift would take it for an image")
     prompt = [_tagged(message) for message in one.prompt]
     chosen = {"role": "assistant", "content": one.chosen}
-    row: Row = {"messages": [*prompt, chosen], "images": _images(one.images)}
+    row: Row = {"messages": [*prompt, chosen], "images": _images(one.images), **_about(one)}
     rows = []
     for text, images, own_prompt in _parts(one):
         own: Row = {} if images is None else {"rejected_images": _images(images)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cpo_fast.data.files import open_regular
 from cpo_fast.data.images import image_size
 from cpo_fast.data.labels import diagnosis, question, thought
+from cpo_fast.data.patients import patients_of
 from cpo_fast.data.pixels import visual_tokens
 from cpo_fast.data.tokens import token_ids
 from cpo_fast.errors import RecordError, UsageError
@@ -64,7 +65,10 @@ def as_preference(record: Study | Preference, max_images: int) -> Preference:
         return record
     images = record.images[:max_images]
     answer = thought(record.report.text, diagnosis(record.labels))
-    return Preference(record.study_id, question(len(images)), answer, images=images)
+    patients = patients_of({"patient_id": record.patient_id}, images)
+    return Preference(
+        record.study_id, question(len(images)), answer, images=images, patients=patients
+    )
 
 
 @dataclass

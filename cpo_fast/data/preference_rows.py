@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cpo_fast.data.labels import NO_FINDING, question, thought
+from cpo_fast.data.patients import patients_of
 from cpo_fast.data.preference_values import (
     Message,
     image_refs,
@@ -82,6 +83,7 @@ def _preference(
         plain=plain,
         template=template or {},
         sighted=sighted,
+        patients=patients_of(row, images),
     )
 
 
@@ -284,11 +286,16 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
     )
 
 
-def _ccf_image(row: Row) -> tuple[str, str]:
-    """(study id, path of the image below MIMIC-CXR's root)."""
+def _ccf_ids(row: Row) -> tuple[str | None, str | None]:
+    """(study, patient) out of `sid` and `pid`, by their leading digit."""
     ids = [str(row.get(name) or "").lstrip("ps") for name in ("sid", "pid")]
     study = next((one for one in ids if re.fullmatch(r"5\d{7}", one)), None)
-    patient = next((one for one in ids if re.fullmatch(r"1\d{7}", one)), None)
+    return study, next((one for one in ids if re.fullmatch(r"1\d{7}", one)), None)
+
+
+def _ccf_image(row: Row) -> tuple[str, str]:
+    """(study id, path of the image below MIMIC-CXR's root)."""
+    study, patient = _ccf_ids(row)
     dicom = row["dicom_id"]
     named = isinstance(dicom, str) and _DICOM.fullmatch(dicom)
     if study is None or patient is None or not named:
@@ -323,7 +330,8 @@ def parse_ccf(row: Row, root: str, id: str) -> Preference:
         for name, text in object_of(row.get("counterfact"), "counterfact").items()
     ]
     chosen = f"<think> {report} </think> {diagnose}"
-    return _preference(row, id, question(len(images)), chosen, rejected, images)
+    told = {**row, "patient_id": _ccf_ids(row)[1] or row.get("pid")}
+    return _preference(told, id, question(len(images)), chosen, rejected, images)
 
 
 def parse_counterfactual(row: Row, root: str, id: str) -> Preference:

@@ -54,6 +54,7 @@ def _joined(one: Preference, other: Preference) -> Preference:
         rejected=one.rejected + other.rejected,
         rejected_images=one.rejected_images + other.rejected_images,
         rejected_prompts=_prompts(one) + _prompts(other) if own else (),
+        patients=tuple(sorted({*one.patients, *other.patients})),
     )
 
 

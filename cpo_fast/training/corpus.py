@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -33,6 +32,7 @@ from cpo_fast.data import is_preference_file, open_preferences, open_studies
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
+from cpo_fast.training.split import first_questions, sizes, split_by_question
 from cpo_fast.types import (
     ConceptGraph,
     Counterfactual,
@@ -123,7 +123,11 @@ def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -
     """The graph and counterfactual stages; a preference file needs neither."""
     if corpus.preferences:
         kept = of_sources(corpus.preferences, args.source_weights(SOURCES))
-        return split_preferences(kept, args.eval_fraction, args.seed)
+        texts = split_preferences(kept, args.eval_fraction, args.seed, args.max_train_samples)
+        if left_out := len(kept) - sum(map(len, texts.sft.values())):
+            folder.summary["data"]["used"] -= left_out
+            folder.summary["data"]["left_out"] = left_out
+        return texts
     counterfactuals = make_counterfactuals(args, folder, corpus)
     home = Path(args.counterfactuals).parent if args.counterfactuals else folder.path
     of_study: dict[str, list[Counterfactual]] = {}
@@ -276,15 +280,28 @@ def read_counterfactuals(path: Path) -> list[Counterfactual]:
     return found
 
 
-def split_preferences(preferences: Sequence[Preference], share: float, seed: int) -> Texts:
-    """Hold out a share by a hash of the ids, so that the order of the file does not matter.
-    An answer without a rejected one serves the SFT stage alone."""
+def split_preferences(
+    preferences: Sequence[Preference], share: float, seed: int, most: int | None = None
+) -> Texts:
+    """Train and held-out texts of a file without splits (`split_by_question`), said in words; at
+    most `most` records to train on. An answer without a rejected one serves the SFT stage alone."""
+    split = split_by_question(preferences, share, seed)
+    train = split.train if most is None else first_questions(split.train, most)
     texts = Texts({s: [] for s in SPLITS}, {s: [] for s in SPLITS})
-    for one in preferences:
-        answer = replace(one, rejected=(), rejected_images=(), rejected_prompts=())
-        digest = hashlib.sha256(f"{seed}/{one.id}".encode()).digest()
-        split = "validate" if int.from_bytes(digest[:4], "big") < share * 2**32 else "train"
-        texts.sft[split].append(answer)
-        if one.rejected:
-            texts.cpo[split].append(one)
+    for name, part in (("train", train), ("validate", split.held_out)):
+        for one in part:
+            texts.sft[name].append(
+                replace(one, rejected=(), rejected_images=(), rejected_prompts=())
+            )
+            if one.rejected:
+                texts.cpo[name].append(one)
+    if left_out := len(split.train) - len(train):
+        print(f"data: {left_out} training records left out by --max_train_samples {most}")
+    print(f"data: to train on: {sizes(train)}")
+    if share > 0:
+        print(f"data: held out (--eval_fraction {share:g}): {sizes(split.held_out)}")
+        if split.note:
+            print(f"data: {split.note}")
+        if texts.cpo["train"] and not texts.cpo["validate"]:
+            print("data: no pair is held out: CPO has nothing to evaluate on")
     return texts

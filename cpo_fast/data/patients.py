@@ -1,0 +1,54 @@
+"""Which patients a row of a preference file is about, as far as it says so."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpo_fast.types import ImageRef
+
+PATIENT_FIELDS = ("patient_id", "subject_id", "patient", "PatientID", "deid_patient_id")
+
+_ID = re.compile(r"[\w.\-]{1,64}", re.ASCII)
+_MIMIC = re.compile(r"p(1\d{7})")
+_PATH = re.compile(r"(?:^|/)(?:p(1\d{7})|(patient\d+)|deid_png/([\w.\-]+))/", re.ASCII)
+"""Folders of MIMIC-CXR (p10/p10000032), CheXpert (patient42) and ReXGradient (deid_png/ID)."""
+
+
+def _id(value: Any) -> str | None:
+    """A patient's id as text: `10000032`, `10000032.0`, "10000032" and "p10000032" are one."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**64 else None
+    if not isinstance(value, str) or not _ID.fullmatch(text := value.strip()):
+        return None
+    text = text.removesuffix(".0") if text.removesuffix(".0").isdecimal() else text
+    mimic = _MIMIC.fullmatch(text)
+    return mimic[1] if mimic else text
+
+
+def is_patient(value: Any) -> bool:
+    """Whether a field of `PATIENT_FIELDS` holds an id (or several) and not a description."""
+    values = value if isinstance(value, list) else [value]
+    return all(_id(one) is not None for one in values)
+
+
+def patients_of(row: Mapping[str, Any], images: Sequence[ImageRef]) -> tuple[str, ...]:
+    """The ids of the row's patients, sorted: those of `PATIENT_FIELDS`, and those that the paths of
+    its images name. () where the row tells none.
+    """
+    found: set[str] = set()
+    for name in PATIENT_FIELDS:
+        value = row.get(name)
+        for one in value if isinstance(value, list) else [value]:
+            if (id := _id(one)) is not None:
+                found.add(id)
+    for ref in images:
+        if match := _PATH.search(ref.path):
+            found.add(next(id for id in match.groups() if id))
+    return tuple(sorted(found))
