@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from cpo_fast.console import piped
 from cpo_fast.version import __version__
 
 COMMANDS = {
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name != f"{name}.__main__":
             raise
         module = importlib.import_module(name)
-    return module.main(words[1:])
+    return piped(lambda: module.main(words[1:]))
 
 
 def usage() -> str:

@@ -19,6 +19,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+from cpo_fast.console import piped
 from cpo_fast.version import __version__
 
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "flash-attn": "flash_attn"}
@@ -215,4 +216,4 @@ SECTIONS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
 
@@ -152,6 +153,8 @@ def load(args: argparse.Namespace) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     tokenizer = load_tokenizer(path)
+    if not tokenizer.chat_template:
+        raise UsageError(f"--model {path}: its tokenizer has no chat template; put one beside it")
     known, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.vocab.values())
     if largest >= known:
         raise UsageError(
@@ -256,4 +259,4 @@ def write_json(path: Path, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

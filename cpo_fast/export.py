@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 
 
@@ -91,4 +92,4 @@ def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -14,6 +14,7 @@ import pytest
 from data_samples import REPORT, SECRET, write_mimic
 from PIL import Image
 
+from cpo_fast.console import piped
 from cpo_fast.data import open_studies
 from cpo_fast.data.__main__ import main
 from cpo_fast.data.check import check, table
@@ -152,6 +153,47 @@ def test_preference_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert run(path, tmp_path / "out", "--max_bad_fraction", "0.4")[0] == 0
 
 
+def test_preference_files_with_what_a_user_should_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [
+        {"id": "a", "prompt": "Q", "chosen": "x", "rejected": "y", "notes": f"{SECRET} said"},
+        {"id": "a", "prompt": "R", "chosen": "x", "rejected": "y"},
+        {"id": "c", "prompt": "", "chosen": "x", "rejected": "y"},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    code, facts, _ = run(path, tmp_path / "out", "--max_bad_fraction", "0.4")
+    assert (code, facts["rejected"]) == (0, {"empty-prompt": 1})
+    assert (facts["repeated_ids"], facts["unread_fields"]) == (1, {"notes": 1})
+    printed = capsys.readouterr().out
+    assert "unread fields" in printed and "notes: 1" in printed and SECRET not in printed
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    """`check | head`: no message, the status of a command that SIGPIPE ended, results written."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "Q", "chosen": "x", "rejected": "y"}]))
+    command = [sys.executable, "-m", "cpo_fast.data", "check", "--dataset", str(path),
+               "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 141
+    assert "BrokenPipe" not in error and "Traceback" not in error
+    assert (tmp_path / "out/summary.json").is_file()
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    def command() -> int:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        piped(command)
+    assert piped(lambda: 3) == 3
+
+
 def test_open_i(tmp_path: Path) -> None:
     try:
         installed()
@@ -210,6 +252,28 @@ def test_token_lengths_of_preferences(model: Path, tmp_path: Path) -> None:
     text = "The heart was large" + tokenizer().eos_token
     assert facts["tokens"]["whole"]["max"] == len(tokenizer()(text)["input_ids"])
     assert "over_max_length" not in facts
+
+
+def test_rows_that_a_model_cannot_take(mimic: Path, model: Path, tmp_path: Path) -> None:
+    """A tokenizer without a chat template, and a model without eyes, set rows aside."""
+    from packing_samples import tokenizer
+
+    rows = [
+        {"prompt": "The heart", "chosen": " is", "rejected": " was large"},
+        {"prompt": [{"role": "user", "content": "Q"}], "chosen": "x", "rejected": "y"},
+        {"prompt": "The heart", "chosen": "<|im_end|>", "rejected": " was large"},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    flags = ("--images", "none", "--tokenizer", str(tmp_path / "base"))
+    _, facts, _ = run(path, tmp_path / "out", *flags)
+    assert facts["rejected"] == {"no-chat-template": 1, "empty-response": 1}
+    tokenizer().save_pretrained(tmp_path / "blind")
+    (tmp_path / "blind/config.json").write_text('{"model_type": "qwen2"}')
+    _, facts, _ = run(mimic, tmp_path / "out", "--model_name_or_path", str(tmp_path / "blind"))
+    assert facts["rejected"] == {"model-cannot-see": 10}
 
 
 def test_a_tokenizer_that_is_none(

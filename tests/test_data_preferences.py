@@ -21,6 +21,7 @@ from cpo_fast.data.labels import DEFAULT_PROMPT
 from cpo_fast.data.preference_rows import PARSERS, tell
 from cpo_fast.data.preference_values import words
 from cpo_fast.data.tokens import token_ids
+from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import Counterfactual, ImageRef, Preference
 
@@ -221,6 +222,9 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert (found, reasons) == ([], ["image-placeholder-mismatch"])
 
 
+RANKED = [{"rank": 0, "completion": "x"}, {"rank": 1, "completion": "y"}]
+
+
 def test_ranked_lists(tmp_path: Path) -> None:
     def ranked(*ranks: float) -> list[dict[str, Any]]:
         return [{"rank": r, "completion": [said(f"{n}")]} for n, r in enumerate(ranks)]
@@ -341,7 +345,8 @@ GOOD = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
         ({"prompt": []}, "empty-prompt"),
         ({"prompt": [said(SECRET, "judge")]}, "unknown-role"),
         ({"prompt": [said(SECRET, "system")], "images": ["a"]}, "no-user-message"),
-        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown-content"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "unsupported-medium"),
+        ({"prompt": [{"role": "user", "content": [{"type": "smell"}]}]}, "unknown-content"),
         ({"prompt": [{"role": "user", "content": [IMAGE]}]}, "image-placeholder-mismatch"),
         ({"chosen": [said("a"), said(SECRET, "judge")]}, "unknown-role"),
         ({"chosen": [said("a"), {"role": "user", "content": [IMAGE]}]}, "image-in-response"),
@@ -361,6 +366,11 @@ GOOD = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
         ({"weight": -1}, "bad-weight"),
         ({"weight": 1e999}, "json-nan"),
         ({"weight": True}, "bad-weight"),
+        ({"weight": 10**400}, "bad-weight"),
+        ({"prompt": "", "chosen": "x", "rejected": "y"}, "empty-prompt"),
+        ({"prompt": " \n", "chosen": "x", "rejected": "y"}, "empty-prompt"),
+        ({"prompt": [said(" ", "user")]}, "empty-prompt"),
+        ({"prompt": None, "chosen": "yes", "rejected": "no"}, "empty-prompt"),
     ],
 )
 def test_bad_rows_are_set_aside_by_reason(tmp_path: Path, changes: dict, reason: str) -> None:
@@ -432,11 +442,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, array: bool) -> None
 
 FIELDS = (
     "answers chat_template_kwargs chosen completion completions context conversations counterfact "
-    "counterfactual dicom_id id image "
-    "images kind labels messages pid prompt rejected rejected_images rejected_messages "
-    "rejected_response rejected_responses report sid study_id system target tools weight"
+    "counterfactual dicom_id history id image "
+    "images input instruction kind label kto_tag labels messages pid prompt rejected "
+    "rejected_images rejected_messages query question rejected_response rejected_responses report "
+    "response sid study_id system target tools weight"
 )
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["x", "y", ""])
+LEAVES = (st.none() | st.booleans() | st.integers() | st.floats()
+          | st.sampled_from(["x", "y", "", " ", "\0", 10**400]))  # fmt: skip
 KEYS = st.sampled_from(["role", "content", "type", "text", "from", "value", "rank", "completion",
                         "answer", "bytes", "path", "tool_calls", "function", "name", "messages",
                         "chat_template"])  # fmt: skip
@@ -457,6 +469,7 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
     assert tell(row) in (None, *PARSERS)
     try:
         found = PARSERS[kind](row, "/root", "id")
+        unread_fields(row, found, kind)
     except RecordError:
         return
     assert all(words(answer).strip() for answer in (found.chosen, *found.rejected))
@@ -518,3 +531,165 @@ def test_a_swift_row_whose_rejected_answer_is_null_has_none(tmp_path: Path) -> N
     row = {"messages": [USER, said("x")], "rejected_response": "y"}
     _, reasons, _ = read(tmp_path, row, {**row, "rejected_response": None})
     assert reasons == ["no-rejected"]
+
+
+# --- answers that are marked ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "completion": "x"},
+        {"messages": [USER, said("x")]},
+        {"instruction": "Q", "output": "x"},
+        {"prompt": [USER], "chosen": "x", "rejected_responses": []},
+    ],
+)
+def test_answers_marked_bad_are_not_learned(tmp_path: Path, row: dict) -> None:
+    name = "kto_tag" if "instruction" in row else "label"
+    marks = [True, False, 1, 0, "good", None, 2, True]
+    found, reasons, _ = read(tmp_path, *({**row, "id": n, name: m} for n, m in enumerate(marks)))
+    assert [(one.id, one.rejected) for one in found] == [("0", ()), ("2", ()), ("7", ())]
+    assert reasons == ["answer-marked-bad"] * 2 + ["unclear-label"] * 3
+    _, reasons, _ = read(tmp_path, {**row, "is_correct": False}, row)
+    assert reasons == ["answer-marked-bad"]
+
+
+def test_other_marks_of_bad_answers(tmp_path: Path) -> None:
+    turns = [USER, {**said("x"), "loss": False}]
+    assert read(tmp_path, {"messages": turns})[1] == ["answer-marked-bad"]
+    assert read(tmp_path, {**GOOD, "label": False})[1] == ["unclear-label"]
+    assert read(tmp_path, {**GOOD, "label": "Pneumonia"}, {**GOOD, "label": 0})[1] == [
+        "duplicate-record"
+    ]
+    for high, low in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
+        rows = [{**GOOD, "prompt": [said(f"Q{n}", "user")], high: n, low: 2} for n in (1, 2, 3)]
+        assert read(tmp_path, *rows)[1] == ["scores-contradict"]
+    listed = [{"rank": -1, "answer": "failed"}, {"rank": 0, "answer": "x"}]
+    ranked = {"prompt": "Q", "answers": listed}
+    assert read(tmp_path, ranked)[1] == ["bad-rank"]
+    listed[0] |= {"rank": 10**400}
+    assert read(tmp_path, ranked)[1] == ["bad-rank"]
+    listed[0] |= {"rank": 1}
+    listed[1]["label"] = False
+    assert read(tmp_path, ranked)[1] == ["answer-marked-bad"]
+    null = {"prompt": "Q", "chosen": None, "rejected": "y"}
+    assert read(tmp_path, GOOD, null)[1] == ["missing-field"]
+    (found,), reasons, _ = read(tmp_path, {**null, "rejected": None, "completion": "x"})
+    assert (found.chosen, found.rejected, reasons) == ("x", (), [])
+
+
+# --- questions and media that must not be lost ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Q", "input": "I"}, [said("Q\nI", "user")]),
+        ({"instruction": "Q", "input": ""}, [said("Q", "user")]),
+        ({"input": "I", "system": None}, [said("I", "user")]),
+        ({"system": "S", "question": "Q"}, [said("S", "system"), said("Q", "user")]),
+        ({"system": "", "question": "Q"}, [said("Q", "user")]),
+        ({"system": "S", "prompt": "Q"}, [said("S", "system"), said("Q", "user")]),
+        ({"system": "S", "prompt": [USER]}, [said("S", "system"), USER]),
+        ({"system": "S", "prompt": [said("S", "system"), USER]}, [said("S", "system"), USER]),
+        (
+            {"query": "R", "history": [["Q", "A"]], "system": "S"},
+            [said("S", "system"), said("Q", "user"), said("A"), said("R", "user")],
+        ),
+        ({"question": "Q", "prompt": "the Q"}, [said("the Q", "user")]),
+    ],
+)
+def test_questions_by_other_names(tmp_path: Path, row: dict, prompt: list) -> None:
+    (found,), reasons, kind = read(tmp_path, {**row, "chosen": "It is x", "rejected": "It is y"})
+    assert [list(found.prompt), found.chosen, found.rejected] == [prompt, "It is x", ("It is y",)]
+    assert reasons == [] and kind == ("trl" if "prompt" in row else "alpaca")
+    assert found.plain is (row.keys() == {"question", "prompt"})
+
+
+def test_rows_of_questions_in_all_their_forms(tmp_path: Path) -> None:
+    swift = {"query": "<image>Q", "response": "x", "rejected_response": "y", "images": ["a"]}
+    found = one(tmp_path, swift, "alpaca")
+    assert (found.prompt[0]["content"], found.rejected) == ([IMAGE, text("Q")], ("y",))
+    talk = {"chosen": [USER, said("x")], "rejected": [USER, said("y")]}
+    for field in ("question", "prompt", "instruction"):  # the same question twice
+        assert one(tmp_path, {**talk, field: "What is it?"}, "trl").prompt == (USER,)
+    turns = {"prompt": "Q", "chosen": [said("x")], "rejected": [said("y")]}
+    assert one(tmp_path, turns, "trl").prompt == (said("Q", "user"),)
+    ultrafeedback = {**talk, "prompt": "What is it?", "messages": [USER, said("x")]}
+    assert one(tmp_path, ultrafeedback, "trl").rejected == ("y",)
+    both = {"chosen": "x", "rejected": "y", "instruction": "Q", "question": "R"}
+    assert read(tmp_path, both)[1] == ["unclear-question"]
+    assert read(tmp_path, {"query": "Q", "response": "x", "rejected_response": None})[1] == [
+        "no-rejected"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": "Q", "context": SECRET}, "context"),
+        ({"prompt": "Q", "document": [SECRET]}, "document"),
+        ({"prompt": [USER], "history": [["a", SECRET]]}, "history"),
+        ({"prompt": "Q", "input": SECRET}, "input"),
+        ({"prompt": "Q", "patient": "a man of 60"}, "patient"),
+        ({"prompt": "Q", "image_path": "a.png"}, "image_path"),
+        ({"title": f"about {SECRET}"}, "title"),  # beside an implicit prompt
+        ({"system": "S"}, "system"),
+    ],
+)
+def test_text_that_nobody_reads_sets_the_row_aside(tmp_path: Path, row: dict, field: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, "chosen": "It is x", "rejected": "It is y"}))
+    source = open_preferences(str(path), dataset_format="trl")
+    assert list(source) == []
+    (record,) = source.rejected
+    assert record.reason == "unread-field" and record.detail.startswith(field)
+    assert SECRET not in str(source.rejected)
+
+
+def test_other_fields_are_counted(tmp_path: Path) -> None:
+    more = {"source": "a web page", "score": 3.5, "patient_id": "P1", "rationale": "it is so"}
+    path = tmp_path / "rows.jsonl"
+    rows = [{**GOOD, **more}, {**GOOD, **more, "rationale": "x", SECRET + " x": "two words"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_preferences(str(path))
+    list(source)
+    assert source.unread == {"rationale": 1, "a field": 1}
+    assert "1 rows have text in the field rationale, which nobody reads" in source.remarks()
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"messages": [said("<video>Q", "user"), said("x")], "rejected_response": "y"}, "ms-swift"),
+        ({"messages": [USER, said("x")], "rejected_response": "y", "videos": ["a"]}, "ms-swift"),
+        ({**GOOD, "audios": ["a.wav"]}, "trl"),
+        ({**GOOD, "prompt": [said("<audio>", "user")]}, "trl"),
+        ({**GOOD, "prompt": [said("<|video_pad|>Q", "user")]}, "trl"),
+        ({**GOOD, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "trl"),
+        ({"instruction": "<video>Q", "chosen": "x", "rejected": "y"}, "alpaca"),
+        ({"context": "<audio>Q", "completions": RANKED}, "ranked"),
+    ],
+)
+def test_video_and_audio_set_the_row_aside(tmp_path: Path, row: dict, kind: str) -> None:
+    found, reasons, told = read(tmp_path, row)
+    assert (found, told) == ([], kind)
+    assert reasons == ["unsupported-medium"]
+
+
+def test_a_repeated_id_with_another_answer_is_mentioned(tmp_path: Path) -> None:
+    rows = [
+        {**GOOD, "id": "a"},
+        {**GOOD, "id": "a", "rejected": [said("z")]},  # the same question and answer
+        {**GOOD, "id": "a", "chosen": [said("other")]},
+        {**GOOD, "id": "b", "prompt": [said("Q", "user")]},
+        {**GOOD, "id": "b"},
+        {**GOOD, "prompt": [said("R", "user")]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_preferences(str(path))
+    assert len(list(source)) == 5
+    assert source.repeated_ids == 2
+    assert source.remarks() == ["2 rows repeat an id with another question or answer"]

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 from packing_samples import image, images, preference, tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.errors import DataError, RecordError, UsageError
-from cpo_fast.packing import encode, encode_all, image_token_id
+from cpo_fast.packing import collate, encode, encode_all, image_token_id
+from cpo_fast.types import Preference
 
 LONG = 10_000
 
@@ -68,13 +71,96 @@ def test_a_perception_pair_has_its_own_prompt():
     assert group.rejected_prompts[1] is None
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused():
+def test_a_template_that_rewrites_the_prompt_sets_the_row_aside():
     from copy import copy
 
     rewriting = copy(tokenizer())
     rewriting.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
-    with pytest.raises(UsageError, match="chat template"):
+    with pytest.raises(RecordError, match=r"template-rewrites-prompt.*another template"):
         encode(preference("a", 1), rewriting, max_length=LONG)
+
+
+def bare():
+    """The same tokenizer, as a base model has it: without a chat template."""
+    from copy import copy
+
+    made = copy(tokenizer())
+    made.chat_template = None
+    return made
+
+
+def test_plain_text_needs_no_chat_template():
+    plain = Preference(
+        "p", ({"role": "user", "content": "The heart"},), " is", (" was",), plain=True
+    )
+    asked = replace(plain, id="m", plain=False)
+    done = encode_all([plain, asked], bare(), max_length=LONG)
+    assert done.groups == encode_all([plain], tokenizer(), max_length=LONG).groups
+    assert [(r.id, r.reason) for r in done.rejected] == [("m", "no-chat-template")]
+    with pytest.raises(UsageError, match=r"no-chat-template: 1.*plain strings"):
+        encode_all([asked], bare(), max_length=LONG)
+
+
+def test_images_need_a_model_that_sees():
+    """The reason names the model, also where the tokenizer knows the image token (Qwen2.5)."""
+    blind = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=tokenizer().chat_template
+    )
+    shown, perception = preference("i", 1, image(60, 60)), preference("p", 1)
+    perception = replace(perception, rejected_images=((image(60, 60),),))
+    for row in (shown, perception):
+        for words_of, grid in ((tokenizer(), None), (blind, images().grid)):
+            with pytest.raises(RecordError, match="vision-language model") as caught:
+                encode(row, words_of, grid, max_length=LONG)
+            assert caught.value.reason == "model-cannot-see"
+    with pytest.raises(UsageError, match="model-cannot-see: 1") as caught:
+        encode_all([shown], tokenizer(), max_length=LONG)
+    assert "max_length" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "why"),
+    [
+        ("The heart", "<|im_end|>", "empty-response"),
+        ("The heart", " <|im_end|> <|endoftext|>\n", "empty-response"),
+        ("The heart", "\u200b", None),
+        ("The heart", "a\0b", None),
+        ("\0", " a", None),
+        ("", " a", "empty-prompt"),
+        ("\u200b", " a", None),
+    ],
+)
+def test_no_row_ends_the_run(prompt, chosen, why):
+    """One row is encoded or set aside; what encodes can be packed."""
+    row = Preference(
+        "a", ({"role": "user", "content": prompt},), chosen, (" was large",), plain=True
+    )
+    good = replace(row, id="good", prompt=({"role": "user", "content": "The"},), chosen=" is")
+    done = encode_all([good, row], tokenizer(), max_length=LONG)
+    assert [r.reason for r in done.rejected] == ([] if why is None else [why])
+    parts = tuple((number, (0,)) for number in range(len(done.groups)))
+    assert collate(done.groups, parts, pixels=None, image_token_id=None).num_segments > 0
+
+
+def test_a_prompt_that_merges_with_the_answer_sets_the_row_aside():
+    merged = next(t for t in sorted(tokenizer().get_vocab()) if len(t) > 3 and t.isalpha())
+    row = Preference(
+        "a", ({"role": "user", "content": merged[:2]},), merged[2:], (" was large",), plain=True
+    )
+    if len(tokenizer()(merged)["input_ids"]) != 1:
+        pytest.fail(f"{merged} should be one token")
+    with pytest.raises(RecordError, match="prompt-merges") as caught:
+        encode(row, tokenizer(), max_length=LONG)
+    assert "template" not in str(caught.value)
+
+
+def test_a_template_that_fails_in_any_way_sets_the_row_aside():
+    from copy import copy
+
+    failing = copy(tokenizer())
+    failing.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(RecordError, match="template-refuses: ZeroDivisionError"):
+        encode(preference("a", 1), failing, max_length=LONG)
 
 
 def test_sft_samples_have_no_rejected():
@@ -82,9 +168,6 @@ def test_sft_samples_have_no_rejected():
 
 
 def test_text_only_tokenizers_have_no_placeholder():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     assert image_token_id(plain) is None
 
@@ -140,6 +223,10 @@ def test_encode_all_counts():
     assert cut.truncated == 1 and len(cut.groups) == 2
     with pytest.raises(DataError, match=r"over-long: 1.*max_length"):
         encode_all([long], tokenizer(), **options)
+    with pytest.raises(DataError, match="empty-response: 1") as caught:
+        encode_all([bad], tokenizer(), **options)
+    assert "max_length" not in str(caught.value)
+    assert encode_all([long], tokenizer(), needed=False, **options).groups == []
 
 
 def test_a_rejected_answer_with_a_prompt_of_its_own():

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_samples import dicom
+from packing_samples import tokenizer
 
 from cpo_fast.data import open_preferences
 from cpo_fast.data.patients import patients_of
 from cpo_fast.errors import UsageError
 from cpo_fast.training.arguments import parse_arguments
+from cpo_fast.training.base import Base
 from cpo_fast.training.corpus import Texts, read_corpus, write_preferences
 from cpo_fast.training.run_folder import RunFolder
+from cpo_fast.training.samples import tokenise
 from cpo_fast.training.split import Split, split_by_question
 from cpo_fast.types import ImageRef, Preference
 
@@ -197,3 +201,31 @@ def test_max_train_samples_of_a_preference_file(tmp_path: Path, capsys: Any) -> 
     assert again.cpo == texts.cpo
     with pytest.raises(UsageError, match="every question has more rows"):
         texts_of(tmp_path, rows, "--max_train_samples", "2", "--overwrite_output_dir")
+
+
+def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path) -> None:
+    """1 of 11 records is over-long in SFT and in CPO: less than --max_bad_fraction 0.1."""
+    rows = [row(f"Q{i}", id=i) for i in range(10)]
+    rows.append({**row("long " * 90), "id": "long"})
+    flags = ["--max_length", "80", "--sft_max_length", "80", "--eval_fraction", "0",
+             "--max_bad_fraction", "0.1"]  # fmt: skip
+    texts, _ = texts_of(tmp_path, rows, *flags)
+    args = parse_arguments(
+        ["--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "two"), *flags]
+    )
+    folder = RunFolder(args)
+    samples = tokenise(args, folder, texts, Base(tmp_path, tokenizer(), None))
+    assert (len(samples.sft["train"]), len(samples.cpo["train"])) == (10, 10)
+    assert [(one.id, one.reason) for one in folder.rejected] == [("long", "over-long")]
+
+
+def test_a_held_out_side_may_end_up_empty(tmp_path: Path, capsys: Any) -> None:
+    """One row that does not fit is not the end of a run, also where it is all that is held out."""
+    texts, _ = texts_of(tmp_path, [row("Q")], "--eval_fraction", "0")
+    texts.cpo["validate"] = [replace(texts.cpo["train"][0], chosen="<|im_end|>")]
+    args = parse_arguments(
+        ["--dataset", "rows", "--output_dir", str(tmp_path / "two"), "--max_bad_fraction", "1"]
+    )
+    samples = tokenise(args, RunFolder(args), texts, Base(tmp_path, tokenizer(), None))
+    assert (len(samples.cpo["train"]), samples.cpo["validate"]) == (1, [])
+    assert "no sample of split validate is left" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
+from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.types import ConceptGraph
 
@@ -235,4 +236,4 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

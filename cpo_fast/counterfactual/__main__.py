@@ -17,6 +17,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from cpo_fast.concepts import load_graph
+from cpo_fast.console import piped
 from cpo_fast.counterfactual.formats import FORMATS, rows
 from cpo_fast.counterfactual.generate import balance, counterfactuals, placed
 from cpo_fast.counterfactual.local import load_local
@@ -317,4 +318,4 @@ def _summary(path: Path, passed: int, failed: Counter[str], before: int, source:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

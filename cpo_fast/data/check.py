@@ -173,8 +173,7 @@ def check(
     `lengths` counts tokens. Images and tokens are looked at in a share `sample` of the records,
     chosen by their ids. A record with an image that fails, or with messages that
     the chat template refuses, is set aside as a whole. `read` counts
-    records, `used` those that remain. Raises DataError when the data set cannot be read, and
-    UsageError as `Lengths.add`.
+    records, `used` those that remain. Raises DataError when the data set cannot be read.
     """
     if images not in IMAGE_CHECKS:
         raise ValueError(f"images must be one of {IMAGE_CHECKS}, not {images!r}")
@@ -209,6 +208,8 @@ def check(
         facts["merged_rows"] = source.merged
         facts["answers_alone"] = source.alone
         facts["unused_reference_logps"] = source.ref_logps
+        facts["repeated_ids"] = source.repeated_ids
+        facts["unread_fields"] = dict(source.unread.most_common())
     if lengths is not None:
         facts |= lengths.facts()
     return Checked(facts, rejected)
@@ -274,10 +275,11 @@ def table(checked: Checked, examples: int = 3) -> str:
         rows.append((split, f"{sizes['studies']} studies of {sizes['patients']} patients"))
     single = (
         "patients_in_several_splits unlabelled repeated_reports merged_rows repeated_preferences "
-        "answers_alone unused_reference_logps"
+        "answers_alone unused_reference_logps repeated_ids"
     )
     rows += [(name.replace("_", " "), str(facts[name])) for name in single.split() if name in facts]
-    for name in ("images_per_record", "findings_per_study", "rejected_per_preference", "sources"):
+    for name in ("images_per_record", "findings_per_study", "rejected_per_preference", "sources",
+                 "unread_fields"):  # fmt: skip
         if counts := facts.get(name):
             listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
             rows.append((name.replace("_", " "), listed))

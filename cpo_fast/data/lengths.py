@@ -13,7 +13,7 @@ from cpo_fast.data.images import image_size
 from cpo_fast.data.labels import diagnosis, question, thought
 from cpo_fast.data.patients import patients_of
 from cpo_fast.data.pixels import visual_tokens
-from cpo_fast.data.tokens import token_ids
+from cpo_fast.data.tokens import cannot_see, token_ids
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, Study
 
@@ -44,6 +44,15 @@ def _pixel_bounds(folder: str) -> tuple[int, int]:
         return int(low), int(high)
     except (OSError, ValueError, AttributeError, TypeError):
         return MIN_PIXELS, MAX_PIXELS
+
+
+def _sees(folder: str) -> bool:
+    """Whether the model of a folder takes images; yes where a tokenizer alone lies there."""
+    try:
+        with open_regular(str(Path(folder) / "config.json")) as file:
+            return "vision_config" in json.loads(file.read(1_000_000))
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -84,6 +93,7 @@ class Lengths:
     max_images: int = 1
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
+    sees: bool = True
     tokens: dict[str, array[int]] = field(
         default_factory=lambda: {
             name: array("L") for name in ("prompt", "chosen", "rejected", "whole")
@@ -97,17 +107,18 @@ class Lengths:
     ) -> Lengths:
         """Tokenizer and image bounds of a model's folder. Raises UsageError."""
         low, high = _pixel_bounds(folder)
-        return cls(load_tokenizer(folder), max_length, max_images, low, high)
+        tokenizer = load_tokenizer(folder)
+        return cls(tokenizer, max_length, max_images, low, high, _sees(folder))
 
     def _images(self, images: tuple[ImageRef, ...]) -> int:
         bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return sum(visual_tokens(*image_size(ref), **bounds) - 1 for ref in images)
 
     def add(self, record: Study | Preference) -> None:
-        """Raises UsageError for a tokenizer without a chat template where one is needed,
-        RecordError for messages that the template refuses.
-        """
+        """Raises RecordError as `token_ids`."""
         one = as_preference(record, self.max_images)
+        if one.images and not self.sees:
+            raise cannot_see()
         ids = token_ids(one, self.tokenizer)
         try:
             prompt = len(ids.prompt) + self._images(one.images)

@@ -6,14 +6,21 @@ row gets when it brings none. It raises RecordError as `preference_values` does.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from cpo_fast.data.labels import NO_FINDING, question, thought
-from cpo_fast.data.patients import patients_of
+from cpo_fast.data.preference_build import (
+    Row,
+    build,
+    no_rejected,
+    number,
+    refuse_marked,
+    row_images,
+)
+from cpo_fast.data.preference_reports import parse_ccf, parse_counterfactual
 from cpo_fast.data.preference_values import (
+    IMAGE_TOKEN,
     Message,
     image_refs,
     list_of,
@@ -21,74 +28,18 @@ from cpo_fast.data.preference_values import (
     messages,
     object_of,
     placeholders,
+    refuse_unlearned,
     response,
-    same_answer,
     tags_to_parts,
     template_options,
     text_of,
     with_images,
+    with_system,
 )
 from cpo_fast.errors import RecordError
-from cpo_fast.types import Answer, ImageRef, Preference
-
-Row = Mapping[str, Any]
-
-IMAGE_TOKEN = "<|image_pad|>"
-"""What Qwen2.5-VL writes for an image in plain text."""
+from cpo_fast.types import Preference
 
 _NECTAR_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_DICOM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
-
-
-def _preference(
-    row: Row,
-    id: str,
-    prompt: tuple[Message, ...],
-    chosen: Answer,
-    rejected: Sequence[Answer],
-    images: tuple[ImageRef, ...] = (),
-    rejected_images: tuple[ImageRef, ...] | None = None,
-    rejected_prompt: tuple[Message, ...] | None = None,
-    plain: bool = False,
-    template: Mapping[str, Any] | None = None,
-    sighted: bool = False,
-) -> Preference:
-    other_images = rejected_images is not None and rejected_images != images
-    differs = other_images or rejected_prompt is not None
-    if not differs and any(same_answer(text, chosen) for text in rejected):
-        raise RecordError("chosen-equals-rejected", "the two texts are the same")
-    if other_images and rejected_prompt is None and len(rejected_images or ()) != len(images):
-        raise RecordError(
-            "image-placeholder-mismatch",
-            f"{len(rejected_images or ())} rejected images for {len(images)} images",
-        )
-    weight = row.get("weight")
-    if weight is None:
-        weight = 1.0
-    usable = isinstance(weight, int | float) and math.isfinite(weight) and weight > 0
-    if not usable or isinstance(weight, bool):
-        raise RecordError("bad-weight", "weight should be a positive number")
-    given = row.get("id")
-    known = isinstance(given, int | str) and not isinstance(given, bool) and given != ""
-    return Preference(
-        id=text_of(str(given), "id")[:200] if known else id,
-        prompt=prompt,
-        chosen=chosen,
-        rejected=tuple(rejected),
-        images=images,
-        rejected_images=(rejected_images,) * len(rejected) if other_images else (),
-        source="perception" if other_images else "thinking",
-        weight=float(weight),
-        rejected_prompts=(rejected_prompt,) * len(rejected) if rejected_prompt else (),
-        plain=plain,
-        template=template or {},
-        sighted=sighted,
-        patients=patients_of(row, images),
-    )
-
-
-def _no_rejected() -> RecordError:
-    return RecordError("no-rejected", "there is nothing to prefer the chosen answer to")
 
 
 def _shared_start(chosen: list[Any], rejected: list[Any]) -> int:
@@ -121,10 +72,13 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
     Where prompt and answers are all strings they are plain text, without a chat template; with
     images they are so only if the prompt holds the model's own placeholder for each.
     A row of trl's SFTTrainer has `completion` in place of the two answers, one of ours no
-    `rejected_responses` in its list: an answer to learn, without a pair.
+    `rejected_responses` in its list: an answer to learn, without a pair. A `system` beside the
+    prompt stands in front of it, and then the row is a conversation.
     `ref_chosen_logps` and `ref_rejected_logps` are not used: the reference is the run's own model.
     """
-    alone = row.get("completion") if "chosen" not in row else None
+    alone = None
+    if row.get("chosen") is None and row.get("rejected") is None:
+        alone = row.get("completion")
     chosen = row.get("chosen") if alone is None else alone
     several = row.get("rejected_responses")
     given = row.get("prompt")
@@ -137,29 +91,35 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
     elif given is None or conversation:
         prompt, chosen, other = _implicit(chosen, row.get("rejected"))
         rejected = [other]
+        if not conversation and isinstance(chosen, str) and row.get("system"):
+            raise RecordError("unread-field", "system has no place before text without a prompt")
+        if conversation:
+            prompt = prompt or messages(given, "prompt")
     else:
         prompt, rejected = messages(given, "prompt"), [row.get("rejected")]
     name = "rejected" if several is None else "rejected_responses"
     answers = [response(one, name) for one in rejected]
-    images = image_refs(row.get("images"), root) or image_refs(row.get("image"), root, "image")
+    said = prompt[0]["content"] if prompt and not isinstance(given, list) else None
+    asked, prompt = prompt, with_system(row, prompt)
+    images = row_images(row, root)
     own = row.get("rejected_images")
     own_images = image_refs(own, root, "rejected_images") if own else None
     own_prompt = None
     if (other_prompt := row.get("rejected_prompt")) is not None:
-        turns = messages(other_prompt, "rejected_prompt")
+        turns = with_system(row, messages(other_prompt, "rejected_prompt"))
         count = len(images if own_images is None else own_images)
         own_prompt = with_images(turns, count, insert=not placeholders(turns))
-    said = prompt[0]["content"] if prompt and not isinstance(given, list) else None
     plain = (
         isinstance(said, str)
         and own_prompt is None
+        and len(asked) == len(prompt)
         and all(isinstance(one, str) for one in (chosen, *rejected))
     )
     if plain and images:
         plain = IMAGE_TOKEN in str(said)
         if plain and str(said).count(IMAGE_TOKEN) != len(images):
             raise RecordError("image-placeholder-mismatch", "the text has another number of images")
-    return _preference(
+    return build(
         row,
         id,
         tuple(prompt)
@@ -187,10 +147,8 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
     if not turns or turns[-1]["role"] != "assistant":
         raise RecordError("not-one-answer", "messages should end with the assistant's answer")
     chosen = response([turns[-1]], "messages")
-    system: list[Message] = []
-    if isinstance(said := row.get("system"), str) and said:
-        system = [{"role": "system", "content": text_of(said, "system")}]
-    images = image_refs(row.get("images"), root)
+    refuse_unlearned(row["messages"][-1:], "messages")
+    images = row_images(row, root)
     own = row.get("rejected_images")
     own_images = image_refs(own, root, "rejected_images") if own else None
     rejected, own_prompt, others = chosen, None, None
@@ -203,16 +161,17 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
     elif (given := row.get("rejected_messages")) is not None:
         others = messages(given, "rejected_messages")
     elif own_images is None and any(name.startswith("rejected_") for name in row):
-        raise _no_rejected()
+        raise no_rejected()
     if others is not None:
         rejected = response(others[-1:], "rejected_messages")
         if others[:-1] != turns[:-1]:
             count = len(images if own_images is None else own_images)
-            own_prompt = with_images(tags_to_parts([*system, *others[:-1]]), count, insert=True)
-    return _preference(
+            others = tags_to_parts(with_system(row, others[:-1]))
+            own_prompt = with_images(others, count, insert=True)
+    return build(
         row,
         id,
-        with_images(tags_to_parts([*system, *turns[:-1]]), len(images), insert=True),
+        with_images(tags_to_parts(with_system(row, turns[:-1])), len(images), insert=True),
         chosen,
         (rejected,) if any(name.startswith("rejected_") for name in row) else (),
         images,
@@ -229,15 +188,58 @@ def parse_llama_factory(row: Row, root: str, id: str) -> Preference:
     ]
     if not turns or turns[-1]["role"] != "user":
         raise RecordError("not-one-answer", "conversations should end with what a human says")
-    if isinstance(system := row.get("system"), str) and system:
-        turns = [{"role": "system", "content": text_of(system, "system")}, *turns]
+    turns = with_system(row, turns)
     chosen, rejected = (
         response([message_of(row.get(name), name, "from", "value")], name)
         for name in ("chosen", "rejected")
     )
-    images = image_refs(row.get("images"), root)
+    images = row_images(row, root)
     prompt = with_images(tags_to_parts(turns), len(images), insert=False)
-    return _preference(row, id, prompt, chosen, (rejected,), images)
+    return build(row, id, prompt, chosen, (rejected,), images)
+
+
+def parse_alpaca(row: Row, root: str, id: str) -> Preference:
+    """A question by name, asked through the chat template: Alpaca's `instruction` + `input` (one
+    text of two lines, as LLaMA-Factory and ms-swift join them), `question` (Orca), or `query`.
+
+    `system` and `history` (pairs of question and answer) stand in front. Answers are `chosen` and
+    `rejected`, `response` and `rejected_response`, or one answer alone: `response`, `output`.
+    Conversations as answers hold the question themselves: the row is one of trl.
+    """
+    if isinstance(row.get("chosen"), list):
+        return parse_trl(row, root, id)
+    alpaca = (text_of(row.get(name) or "", name) for name in ("instruction", "input"))
+    asked = {"\n".join(text for text in alpaca if text.strip())}
+    asked |= {text_of(row.get(name) or "", name) for name in ("question", "query")}
+    asked = {text for text in asked if text.strip()}
+    if len(asked) > 1:
+        raise RecordError("unclear-question", "instruction, question and query differ")
+    turns: list[Message] = []
+    for turn in list_of(row.get("history") or [], "history"):
+        said = list_of(turn, "history")
+        if len(said) != 2:
+            raise RecordError("wrong-type", "history should hold pairs of question and answer")
+        turns += [
+            {"role": role, "content": text_of(text, "history")}
+            for role, text in zip(("user", "assistant"), said, strict=True)
+        ]
+    turns += [{"role": "user", "content": text} for text in asked]
+    if not asked:
+        raise RecordError("empty-prompt", "instruction, input, question and query are empty")
+    pairs = (("chosen", "rejected"), ("response", "rejected_response"), ("output", ""))
+    good, bad = next((pair for pair in pairs if row.get(pair[0]) is not None), pairs[0])
+    if row.get(bad) is None and any(name in row for name in ("rejected", "rejected_response")):
+        raise no_rejected()
+    images = row_images(row, root)
+    prompt = tags_to_parts(with_system(row, turns))
+    return build(
+        row,
+        id,
+        with_images(prompt, len(images), insert=not placeholders(prompt)),
+        response(row.get(good), good),
+        () if row.get(bad) is None else (response(row[bad], bad),),
+        images,
+    )
 
 
 def _nectar_prompt(text: str) -> list[Message]:
@@ -261,103 +263,30 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
     field, name = ("completions", "completion") if "completions" in row else ("answers", "answer")
     listed = []
     for entry in list_of(row.get(field), field):
-        rank = object_of(entry, field).get("rank")
-        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-            raise RecordError("bad-rank", f"{field} has a rank that is not a number")
-        listed.append((rank, response(entry.get(name), field)))
+        rank = number(object_of(entry, field).get("rank"))
+        if rank is None or rank < 0:
+            raise RecordError("bad-rank", f"{field} has a rank that is not a number from 0 up")
+        listed.append((rank, response(entry.get(name), field), entry))
     if not listed:
         raise RecordError("empty-response", f"{field} is empty")
     listed.sort(key=lambda pair: pair[0])
-    best, chosen = listed[0]
+    best, chosen, entry = listed[0]
+    refuse_marked(entry, paired=False)
     if listed[-1][0] == best:
-        raise _no_rejected()
+        raise no_rejected()
     if "context" in row:
         prompt = messages(row["context"], "context")
     else:
         prompt = _nectar_prompt(text_of(row.get("prompt"), "prompt"))
-    images = image_refs(row.get("images"), root)
-    return _preference(
+    images = row_images(row, root)
+    prompt = with_system(row, prompt)
+    return build(
         row,
         id,
         with_images(prompt, len(images), insert=not placeholders(prompt)),
         chosen,
-        [text for rank, text in listed if rank > best],
+        [text for rank, text, _ in listed if rank > best],
         images,
-    )
-
-
-def _ccf_ids(row: Row) -> tuple[str | None, str | None]:
-    """(study, patient) out of `sid` and `pid`, by their leading digit."""
-    ids = [str(row.get(name) or "").lstrip("ps") for name in ("sid", "pid")]
-    study = next((one for one in ids if re.fullmatch(r"5\d{7}", one)), None)
-    return study, next((one for one in ids if re.fullmatch(r"1\d{7}", one)), None)
-
-
-def _ccf_image(row: Row) -> tuple[str, str]:
-    """(study id, path of the image below MIMIC-CXR's root)."""
-    study, patient = _ccf_ids(row)
-    dicom = row["dicom_id"]
-    named = isinstance(dicom, str) and _DICOM.fullmatch(dicom)
-    if study is None or patient is None or not named:
-        raise RecordError("bad-id", "sid, pid or dicom_id is malformed")
-    return f"s{study}", f"files/p{patient[:2]}/p{patient}/s{study}/{dicom}.jpg"
-
-
-def _told(value: Any, field: str) -> str:
-    if not text_of(value, field).strip():
-        raise RecordError("empty-response", f"{field} is empty")
-    return str(value)
-
-
-def parse_ccf(row: Row, root: str, id: str) -> Preference:
-    """CXR-CounterFact: every counterfactual of the item is rejected, in its order.
-
-    `sid` and `pid` stand the wrong way round in some releases: a patient's id begins with 1, a
-    study's with 5. The image lies where MIMIC-CXR-JPG puts it, below `root`; an item without
-    `dicom_id` has none.
-    """
-    images: tuple[ImageRef, ...] = ()
-    if row.get("dicom_id"):
-        id, path = _ccf_image(row)
-        images = (ImageRef(path, root),)
-    elif sid := row.get("sid"):
-        id = text_of(sid, "sid")[:200]
-    report, diagnose = (text_of(row.get(name), name) for name in ("report", "diagnose"))
-    if not report.strip() or not diagnose.strip():
-        raise RecordError("empty-response", "report or diagnose is empty")
-    rejected = [
-        thought(_told(text, "counterfact"), (text_of(name, "counterfact"),))
-        for name, text in object_of(row.get("counterfact"), "counterfact").items()
-    ]
-    chosen = f"<think> {report} </think> {diagnose}"
-    told = {**row, "patient_id": _ccf_ids(row)[1] or row.get("pid")}
-    return _preference(told, id, question(len(images)), chosen, rejected, images)
-
-
-def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
-    """A line of our counterfactuals.jsonl (`cpo_fast.types.Counterfactual`).
-
-    Thinking: the rewritten report and its target against the original. Perception: the same answer
-    with `rejected_images` in place of the images.
-    """
-    checks = object_of(row.get("checks") or {}, "checks")
-    if failed := sum(passed is not True for passed in checks.values()):
-        raise RecordError("counterfactual-checks", f"{failed} of {len(checks)} checks failed")
-    images = image_refs(row.get("images"), root)
-    names = [text_of(name, "labels") for name in list_of(row.get("labels"), "labels")]
-    chosen = thought(_told(row.get("report"), "report"), names or (NO_FINDING,))
-    own = image_refs(row.get("rejected_images"), root, "rejected_images") or None
-    if row.get("kind") == "perception":
-        if own is None:
-            raise RecordError("missing-field", "a perception row needs rejected_images")
-        rejected = chosen
-    else:
-        own = None
-        target = text_of(row.get("target"), "target")
-        rejected = thought(_told(row.get("counterfactual"), "counterfactual"), (target,))
-    study = text_of(row.get("study_id"), "study_id")
-    return _preference(
-        {**row, "id": study}, id, question(len(images)), chosen, (rejected,), images, own
     )
 
 
@@ -365,6 +294,7 @@ PARSERS: dict[str, Callable[[Row, str, str], Preference]] = {
     "trl": parse_trl,
     "ms-swift": parse_swift,
     "llama-factory": parse_llama_factory,
+    "alpaca": parse_alpaca,
     "ranked": parse_ranked,
     "ccf": parse_ccf,
     "preferences": parse_trl,
@@ -384,9 +314,13 @@ def tell(row: Row) -> str | None:
         return "ranked"
     if {"conversations", "chosen", "rejected"} <= names:
         return "llama-factory"
-    if "messages" in names:
+    pair = {"chosen", "rejected"} <= names
+    if "messages" in names and not pair:
         return "ms-swift"
     if {"chosen", "rejected_responses"} <= names:
         return "preferences"
-    pair, alone = {"chosen", "rejected"}, {"prompt", "completion"}
-    return "trl" if pair <= names or alone <= names else None
+    if "prompt" not in names and names & {"instruction", "input", "question", "query"}:
+        conversations = pair and isinstance(row["chosen"], list)
+        if not conversations and (pair or names & {"response", "output"}):
+            return "alpaca"
+    return "trl" if pair or {"prompt", "completion"} <= names else None

@@ -19,6 +19,9 @@ from cpo_fast.types import Answer, ImageRef
 Message = Mapping[str, Any]
 
 IMAGE_TAG = "<image>"
+IMAGE_TOKEN = "<|image_pad|>"
+"""What Qwen2.5-VL writes for an image in plain text."""
+
 _IMAGE = {"type": "image"}
 _ROLES = {
     "system": "system",
@@ -28,6 +31,10 @@ _ROLES = {
     "gpt": "assistant",
     "tool": "tool",
 }
+_MEDIA_TAGS = ("<video>", "<audio>", "<|video_pad|>", "<|audio_pad|>", "<|AUDIO|>")
+_MEDIA_PARTS = (
+    "video", "video_url", "audio", "audio_url", "input_audio", "image_url", "input_image", "file"
+)  # fmt: skip
 _DATA_URI = re.compile(r"data:image/[a-z+.\-]+;base64,")
 
 
@@ -104,7 +111,20 @@ def _part(part: Any, field: str) -> dict[str, Any]:
         return {"type": "text", "text": text_of(part.get("text"), field)}
     if kind == "image":
         return dict(_IMAGE)
+    if kind in _MEDIA_PARTS:
+        raise RecordError(
+            "unsupported-medium",
+            f"{field} has a part of type {kind}: text and image parts are read, the images "
+            "themselves from the field images",
+        )
     raise RecordError("unknown-content", f"{field} has a part that is neither text nor image")
+
+
+def refuse_other_media(text: str) -> None:
+    """RecordError where a text has the place of a video or of a sound."""
+    for tag in _MEDIA_TAGS:
+        if tag in text:
+            raise RecordError("unsupported-medium", f"{tag}: only images and text are read")
 
 
 _NOT_OPTIONS = frozenset(
@@ -158,8 +178,10 @@ def response(value: Any, field: str) -> Answer:
 
     One message without more than its text is that text; more messages stay what they are.
     """
-    turns = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-    turns = [message_of(turn, field) for turn in (turns if isinstance(turns, list) else [turns])]
+    given = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    given = given if isinstance(given, list) else [given]
+    turns = [message_of(turn, field) for turn in given]
+    refuse_unlearned(given, field)
     if not turns:
         raise RecordError("empty-response", f"{field} has no message")
     if any(part["type"] != "text" for turn in turns for part in parts_of(turn)):
@@ -171,6 +193,30 @@ def response(value: Any, field: str) -> Answer:
         raise RecordError("empty-response", f"{field} is empty")
     simple = alone and turns[0].keys() == {"role", "content"}
     return text_in(turns[0]) if simple else tuple(turns)
+
+
+def with_system(row: Mapping[str, Any], turns: Sequence[Message]) -> list[Message]:
+    """The conversation behind what the row's field `system` says, if anything."""
+    said = row.get("system")
+    if said is None or not text_of(said, "system").strip():
+        return list(turns)
+    if turns and turns[0]["role"] == "system":
+        if not says(turns[:1], said):
+            raise RecordError("unclear-question", "system is another than the first message's")
+        return list(turns)
+    return [{"role": "system", "content": said}, *turns]
+
+
+def says(turns: Sequence[Message], text: str) -> bool:
+    """Whether a text stands in the messages, white space aside."""
+    return "".join(text.split()) in "".join("".join(map(text_in, turns)).split())
+
+
+def refuse_unlearned(turns: Sequence[Mapping[str, Any]], field: str) -> None:
+    """RecordError where a message of an answer says `loss: false` (ms-swift) or `weight: 0`
+    (OpenAI)."""
+    if any(turn.get("loss") is False or turn.get("weight") == 0 for turn in turns):
+        raise RecordError("answer-marked-bad", f"{field} has a message that is not to be learned")
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ rejected answers.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -15,8 +17,9 @@ from pathlib import Path
 from cpo_fast.data.arrow_files import is_datasets_folder
 from cpo_fast.data.json_files import records
 from cpo_fast.data.preference_rows import PARSERS, tell
-from cpo_fast.data.preference_values import Message
+from cpo_fast.data.preference_values import Message, words
 from cpo_fast.data.source import Source
+from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import Preference
 
@@ -28,7 +31,8 @@ MAX_REJECTED = 64
 _PEEK = 1000
 _FIELDS = (
     "chosen + rejected or prompt + completion (trl), messages (ms-swift), conversations + chosen + "
-    "rejected (LLaMA-Factory), context + completions or prompt + answers (ranked), report + "
+    "rejected (LLaMA-Factory), instruction, question or query + chosen + rejected (alpaca), "
+    "context + completions or prompt + answers (ranked), report + "
     "counterfact (CXR-CounterFact), chosen + rejected_responses or report + counterfactual (ours)"
 )
 
@@ -68,7 +72,8 @@ class PreferenceSource(Source[Preference]):
     `merged` counts the rows that joined the preference before them; `read` does not. `alone` counts
     those without a rejected answer, which serve supervised fine-tuning only. `ref_logps`
     counts the rows that bring log-probs of a reference, which are not used: ours are those of the
-    model that the run starts from.
+    model that the run starts from. `unread` counts, by field, the rows with text that nobody reads,
+    `repeated_ids` those whose id stands for another question or answer before.
     """
 
     noun = "preference"
@@ -78,7 +83,8 @@ class PreferenceSource(Source[Preference]):
         place = Path(path).resolve()
         folder = place if place.is_dir() else place.parent
         self.root = str(folder) if image_root is None else image_root
-        self.merged = self.alone = self.ref_logps = 0
+        self.merged = self.alone = self.ref_logps = self.repeated_ids = 0
+        self.unread: Counter[str] = Counter()
         if dataset_format == "auto":
             self.kind = self._told()
 
@@ -105,10 +111,25 @@ class PreferenceSource(Source[Preference]):
             and (one.id == other.id or self.kind != "counterfactuals")
         )
 
+    def remarks(self) -> list[str]:
+        said = [f"{count} rows have text in the field {name}, which nobody reads"
+                for name, count in self.unread.most_common()]  # fmt: skip
+        if self.repeated_ids:
+            said.append(f"{self.repeated_ids} rows repeat an id with another question or answer")
+        return said
+
+    def _compare(self, one: Preference, met: dict[int, int]) -> None:
+        """Count an id of the file's own that was met with another question or answer."""
+        images = [hash(ref) for ref in one.images]
+        seen = hash((json.dumps([one.prompt, words(one.chosen)]), *images))
+        self.repeated_ids += met.setdefault(hash(one.id), seen) != seen
+
     def _records(self) -> Iterator[Preference]:
         parse = PARSERS[self.kind]
         stem = Path(self.path).stem
-        self.merged = self.alone = self.ref_logps = 0
+        self.merged = self.alone = self.ref_logps = self.repeated_ids = 0
+        self.unread = Counter()
+        met: dict[int, int] = {}
         group: Preference | None = None
         for number, (line, row) in enumerate(records(self.path), 1):
             id = f"{stem}:{number}"
@@ -118,6 +139,9 @@ class PreferenceSource(Source[Preference]):
                     raise row
                 self.ref_logps += row.get("ref_chosen_logps") is not None
                 one = parse(row, self.root, id)
+                self.unread.update(unread_fields(row, one, self.kind))
+                if one.id != id:
+                    self._compare(one, met)
                 if group is not None and self._same_question(group, one):
                     if _adds_nothing(group, one):
                         raise RecordError("duplicate-record", "a record just before says the same")

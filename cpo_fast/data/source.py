@@ -46,6 +46,10 @@ class Source(ABC, Generic[Record]):
     def _reject(self, file: str, line: int | None, id: str, reason: str, detail: str = "") -> None:
         self.rejected.append(RejectedRecord(file, line, id, reason, detail))
 
+    def remarks(self) -> list[str]:
+        """What a user should know of the records that are used, in sentences."""
+        return []
+
     def reasons(self) -> dict[str, int]:
         """{reason: number of records set aside for it}, most frequent first."""
         return dict(Counter(record.reason for record in self.rejected).most_common())

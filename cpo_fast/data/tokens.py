@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.data.preference_values import words
-from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.data.preference_values import IMAGE_TOKEN, words
+from cpo_fast.errors import RecordError
 from cpo_fast.types import Answer, Preference
 
 if TYPE_CHECKING:
@@ -41,9 +42,18 @@ def token_ids(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Ids
 
     Where the end of a text prompt merges with one of its answers into a token, that token belongs
     to all answers of the prompt, as does what the chat template renders otherwise once an answer
-    follows. Raises UsageError for a tokenizer without a chat template where one is needed, or when
-    the two have not a token in common; RecordError for messages that the template refuses.
+    follows. Raises RecordError for a preference that cannot be told in tokens: "no-chat-template",
+    "template-refuses", "template-rewrites-prompt", "prompt-merges", "empty-prompt",
+    "empty-response", or, with images and a tokenizer without a place for them, "model-cannot-see".
     """
+    if shows_images(preference) and image_token_id(tokenizer) is None:
+        raise cannot_see()
+    for answer in (preference.chosen, *preference.rejected):
+        said = words(answer)
+        for token in _control_tokens(tokenizer):
+            said = said.replace(token, "")
+        if not said.strip():
+            raise RecordError("empty-response", "an answer has control tokens only")
     own = preference.rejected_prompts or (None,) * len(preference.rejected)
     answers = zip(preference.rejected, own, strict=True)
     shared = [answer for answer, messages in answers if messages is None]
@@ -83,15 +93,50 @@ def _ids(
         text = text[: min(_common(text, one) for one in texts)]
         apart = [text, *(one[len(text) :] for one in texts)]
         ids, *said_ids = tokenizer(apart, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise RecordError("empty-prompt", "no token of the prompt is left")
         return ids, said_ids
     ids, *whole = tokenizer([text, *texts], add_special_tokens=preference.plain)["input_ids"]
     cut = min(_common(ids, one) for one in whole)
-    if ids and not cut:
-        raise UsageError(
-            "the chat template renders the prompt wholly otherwise once an answer follows; "
-            "give the tokenizer another template"
+    if not ids:
+        raise RecordError("empty-prompt", "no token of the prompt is left")
+    if not cut and preference.plain:
+        raise RecordError("prompt-merges", "the only token of the prompt merges with an answer's")
+    if not cut:
+        raise RecordError(
+            "template-rewrites-prompt",
+            "the chat template renders the prompt wholly otherwise once an answer follows; give "
+            "the tokenizer another template",
         )
     return ids[:cut], [one[cut:] for one in whole]
+
+
+def cannot_see() -> RecordError:
+    return RecordError(
+        "model-cannot-see",
+        "the model has no image processor: use a vision-language model, or leave the images out",
+    )
+
+
+def shows_images(preference: Preference) -> bool:
+    """Whether any answer of the preference is given to an image."""
+    return bool(preference.images) or any(preference.rejected_images)
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the image placeholder, or None for a tokenizer without one (a text-only
+    model's).
+    """
+    token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
+
+
+@lru_cache(maxsize=2)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokenizer's special tokens but for the image's, the longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {str(token) for token in added if token.special} - {IMAGE_TOKEN}
+    return tuple(sorted(names, key=len, reverse=True))
 
 
 def _common(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
@@ -111,11 +156,11 @@ def _rendered(
     The two need not begin alike: a template may render earlier turns otherwise once others follow.
     """
 
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            "the tokenizer has no chat template; give that of an instruction-tuned model"
+    if not tokenizer.chat_template:
+        raise RecordError(
+            "no-chat-template",
+            "messages need a chat template and the tokenizer has none: use an instruction-tuned "
+            "model, or write prompt and answers as strings",
         )
 
     def text(messages: list[dict[str, Any]], **options: Any) -> str:
@@ -123,7 +168,7 @@ def _rendered(
             rendered = tokenizer.apply_chat_template(
                 messages, tokenize=False, **preference.template, **options
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # a template is a program: it fails in any way it likes
             raise RecordError(
                 "template-refuses",
                 f"{type(error).__name__} at {len(messages)} messages, tools "

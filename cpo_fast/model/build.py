@@ -185,8 +185,8 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; raises UsageError where there is none or it has no chat
-    template.
+    """The tokenizer of a checkpoint, with or without a chat template (plain text needs none).
+    Raises UsageError where there is none.
     """
     from transformers import AutoTokenizer
 
@@ -202,8 +202,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UsageError(
             f"no tokenizer in {path}: {_first_line(error)}; copy its files beside the weights"
         ) from error
-    if not tokenizer.chat_template:
-        raise UsageError(f"the tokenizer of {path} has no chat template; put one beside it")
     return tokenizer
 
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cpo_fast.data.preference_values import same_answer, words
-from cpo_fast.data.tokens import token_ids
+from cpo_fast.data.tokens import cannot_see, image_token_id, shows_images, token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IMAGE_TOKEN = "<|image_pad|>"
 MERGE_SIZE = 2
 """Qwen2.5-VL merges 2 x 2 patches into one visual token."""
 
@@ -26,14 +25,6 @@ Grid = tuple[int, int, int]
 """(t, h, w) of an image in patches; it takes t * h * w / MERGE_SIZE**2 visual tokens."""
 
 OverLong = Literal["drop", "truncate_response", "error"]
-
-
-def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the image placeholder, or None for a tokenizer without one (a text-only
-    model's).
-    """
-    token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return token_id if isinstance(token_id, int) and token_id != tokenizer.unk_token_id else None
 
 
 def encode(
@@ -52,8 +43,9 @@ def encode(
     image tokens), or "error".
 
     Raises RecordError("empty-response" | "chosen-equals-rejected" | "image-placeholder-mismatch" |
-    "image-token-in-response" | "rejected-images-mismatch" | "over-long") for a record to set aside,
-    DataError for an over-long one under "error", and whatever `image_tokens` raises.
+    "image-token-in-response" | "rejected-images-mismatch" | "model-cannot-see" | "over-long", and
+    those of `token_ids`) for a record to set aside, DataError for an over-long one under "error",
+    and whatever `image_tokens` raises.
     """
     return _encode(preference, tokenizer, image_tokens, max_length, over_long)[0]
 
@@ -77,11 +69,13 @@ def encode_all(
     max_length: int,
     over_long: OverLong = "drop",
     file: str = "",
+    needed: bool = True,
 ) -> Encoded:
     """Tokenise all preferences with a progress bar; a RecordError becomes a line of `rejected`.
 
-    `file` is what the rejected records name as their origin. Raises DataError when nothing is left,
-    with the reasons counted.
+    `file` is what the rejected records name as their origin. Raises DataError with the reasons
+    counted when nothing is left and something is `needed`; UsageError where that is because all of
+    them need a chat template and the tokenizer has none.
     """
     from tqdm import tqdm
 
@@ -98,15 +92,28 @@ def encode_all(
             continue
         groups.append(group)
         truncated += cut
-    if not groups:
-        reasons = Counter(record.reason for record in rejected)
-        counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
-        raise DataError(
-            f"no sample is left after tokenising {file or 'the data'} "
-            f"({counted or 'it held none'}); with over-long samples raise --max_length or set "
-            "--over_long truncate_response"
-        )
+    if needed and not groups:
+        raise _nothing_left(rejected, file)
     return Encoded(groups, rejected, truncated)
+
+
+_ADVICE = {
+    "over-long": "raise --max_length or set --truncation truncate_response",
+    "no-chat-template": "use a model whose tokenizer has a chat template, or plain strings",
+    "model-cannot-see": "use a vision-language model, or leave the images out",
+}
+
+
+def _nothing_left(rejected: Sequence[RejectedRecord], file: str) -> DataError | UsageError:
+    reasons = Counter(record.reason for record in rejected)
+    counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
+    advice = [_ADVICE[reason] for reason in reasons if reason in _ADVICE]
+    said = "; ".join(
+        [f"no sample is left after tokenising {file or 'the data'} ({counted or 'it held none'})"]
+        + (advice or ["see rejected_records.jsonl"])
+    )
+    wrong_model = reasons and reasons.keys() <= {"no-chat-template", "model-cannot-see"}
+    return UsageError(said) if wrong_model else DataError(said)
 
 
 def _encode(
@@ -128,6 +135,8 @@ def _encode(
             f"{len(replaced)} image lists for {len(preference.rejected)} rejected responses",
         )
     _check_responses(preference, replaced)
+    if image_tokens is None and shows_images(preference):
+        raise cannot_see()
 
     ids = token_ids(preference, tokenizer)
     pad_id = image_token_id(tokenizer)
@@ -138,6 +147,8 @@ def _encode(
     cuts: list[bool] = []
 
     def fit(answer: list[int], prompt: Prompt) -> tuple[int, ...]:
+        if not answer:
+            raise RecordError("empty-response", "no token of an answer is left")
         if pad_id in answer:
             raise RecordError("image-token-in-response", "a response holds an image placeholder")
         room = _room(len(answer), prompt, max_length, over_long, preference.id)
@@ -196,8 +207,7 @@ def _expand(
         )
     if not images:
         return tuple(ids)
-    if image_tokens is None:
-        raise UsageError("the data has images, but no image_tokens function was given to encode")
+    assert image_tokens is not None  # else `_encode` has refused the preference
     counts = iter([t * h * w // MERGE_SIZE**2 for t, h, w in map(image_tokens, images)])
     expanded: list[int] = []
     for token in ids:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.report import write_comparison, write_report
 
@@ -35,4 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate import make_private, write_json
 
@@ -196,4 +197,4 @@ def training(args: argparse.Namespace, seed: int, folder: Path, stage: str, **mo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -89,6 +89,8 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
     for reason, count in source.reasons().items():
         print(f"data: {count} set aside: {reason}")
+    for line in source.remarks():
+        print(f"data: {line}")
     if alone := sum(not one.rejected for one in corpus.preferences):
         print(f"data: {alone} have no rejected answer: they are used for SFT only")
     stop_if_too_bad(args, folder, len(source.rejected), source.read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,9 +24,13 @@ class Samples:
 
 
 def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
-    """Encode all samples; those that cannot be are set aside."""
+    """Encode all samples; those that cannot be are set aside.
+
+    A record that fails in both stages for the same reason is one record: it is listed and counted
+    once. `--max_bad_fraction` is a share of the records, each of which has a sample of SFT.
+    """
     samples = Samples({}, {})
-    bad = 0
+    listed: Counter[tuple[str, str, str]] = Counter()  # by split, id and reason
     for stage in ("sft", "cpo"):
         max_length = args.of_stage(stage)["max_length"]
         for split, preferences in getattr(texts, stage).items():
@@ -39,14 +44,22 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                 max_length=max_length,
                 over_long=cast(OverLong, args.truncation),
                 file=f"{args.dataset} ({stage}, {split})",
+                needed=split == "train" and stage in args.stage_names,
             )
             getattr(samples, stage)[split] = done.groups
-            folder.reject(done.rejected)
-            bad += len(done.rejected)
+            met: Counter[tuple[str, str, str]] = Counter()
+            for record in done.rejected:
+                key = (split, record.id, record.reason)
+                met[key] += 1
+                if met[key] > listed[key]:
+                    listed[key] += 1
+                    folder.reject([record])
+            if not done.groups:
+                print(f"{stage}: no sample of split {split} is left after tokenising")
             if done.truncated:
                 print(
                     f"{stage}: {done.truncated} responses cut to {max_length} tokens (--max_length)"
                 )
-    total = sum(len(split) for stage in (texts.sft, texts.cpo) for split in stage.values())
-    stop_if_too_bad(args, folder, bad, total)
+    records = sum(map(len, texts.sft.values()))
+    stop_if_too_bad(args, folder, listed.total(), records)
     return samples

@@ -1,0 +1,145 @@
+"""The last step of every format of preference rows: the parts of a row as one Preference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cpo_fast.data.patients import patients_of
+from cpo_fast.data.preference_values import (
+    Message,
+    image_refs,
+    refuse_other_media,
+    same_answer,
+    text_in,
+    text_of,
+    words,
+)
+from cpo_fast.errors import RecordError
+from cpo_fast.types import Answer, ImageRef, Preference
+
+Row = Mapping[str, Any]
+
+_LABELS = ("label", "kto_tag")
+"""What trl and ms-swift, and LLaMA-Factory, call the mark of an answer without a pair."""
+
+_OTHER_MARKS = (
+    "accepted", "correct", "desirable", "good", "is_accepted", "is_correct", "is_desirable",
+    "is_good", "is_preferred", "preferred",
+)  # fmt: skip
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("reward_chosen", "reward_rejected"),
+    ("chosen_reward", "rejected_reward"),
+)
+
+
+def number(value: Any) -> float | None:
+    """What a field holds as a number, if it is one that fits a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def row_images(row: Row, root: str) -> tuple[ImageRef, ...]:
+    """The images of a row: the field `images`, else `image`."""
+    return image_refs(row.get("images"), root) or image_refs(row.get("image"), root, "image")
+
+
+def refuse_marked(row: Row, paired: bool) -> None:
+    """RecordError where a row (or an entry of a list) says that its answer is not to be learned, or
+    marks it in a way that is not clear.
+
+    An answer without a pair is learned from only if `label` or `kto_tag` is true or 1, where there
+    is one. Beside a pair a label of another type is taken for something else.
+    """
+    for name in (*_LABELS, *_OTHER_MARKS):
+        if name not in row:
+            continue
+        mark = row[name]
+        if (paired or name in _OTHER_MARKS) and mark is not False:
+            continue
+        if mark == 0 and paired:  # 0 is false, too
+            raise RecordError("unclear-label", f"{name} is false beside a chosen answer")
+        if mark == 0:
+            raise RecordError("answer-marked-bad", f"{name} is false: the answer is not learned")
+        if mark != 1:
+            raise RecordError(
+                "unclear-label", f"{name} should be true or false; rename what is no mark"
+            )
+    for chosen, rejected in _SCORES:
+        high, low = number(row.get(chosen)), number(row.get(rejected))
+        if paired and high is not None and low is not None and high < low:
+            raise RecordError("scores-contradict", f"{chosen} is below {rejected}")
+
+
+def _asks(prompt: Sequence[Message], images: Sequence[ImageRef]) -> bool:
+    return bool(images) or any(text_in(turn).strip() or len(turn) > 2 for turn in prompt)
+
+
+def _texts(prompts: Sequence[Sequence[Message] | None], answers: Sequence[Answer]) -> Iterator[str]:
+    for prompt in prompts:
+        yield from (text_in(message) for message in prompt or ())
+    yield from map(words, answers)
+
+
+def build(
+    row: Row,
+    id: str,
+    prompt: tuple[Message, ...],
+    chosen: Answer,
+    rejected: Sequence[Answer],
+    images: tuple[ImageRef, ...] = (),
+    rejected_images: tuple[ImageRef, ...] | None = None,
+    rejected_prompt: tuple[Message, ...] | None = None,
+    plain: bool = False,
+    template: Mapping[str, Any] | None = None,
+    sighted: bool = False,
+) -> Preference:
+    """The preference of a row's parts. Raises RecordError for parts that do not go together."""
+    refuse_marked(row, bool(rejected))
+    if not _asks(prompt, images):
+        raise RecordError("empty-prompt", "the prompt has neither text nor an image")
+    for text in _texts([prompt, rejected_prompt], [chosen, *rejected]):
+        refuse_other_media(text)
+    other_images = rejected_images is not None and rejected_images != images
+    differs = other_images or rejected_prompt is not None
+    if not differs and any(same_answer(text, chosen) for text in rejected):
+        raise RecordError("chosen-equals-rejected", "the two texts are the same")
+    if other_images and rejected_prompt is None and len(rejected_images or ()) != len(images):
+        raise RecordError(
+            "image-placeholder-mismatch",
+            f"{len(rejected_images or ())} rejected images for {len(images)} images",
+        )
+    weight = 1.0 if row.get("weight") is None else number(row["weight"])
+    if weight is None or weight <= 0:
+        raise RecordError("bad-weight", "weight should be a positive number")
+    given = row.get("id")
+    known = isinstance(given, int | str) and not isinstance(given, bool) and given != ""
+    return Preference(
+        id=text_of(str(given), "id")[:200] if known else id,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=tuple(rejected),
+        images=images,
+        rejected_images=(rejected_images,) * len(rejected) if other_images else (),
+        source="perception" if other_images else "thinking",
+        weight=weight,
+        rejected_prompts=(rejected_prompt,) * len(rejected) if rejected_prompt else (),
+        plain=plain,
+        template=template or {},
+        sighted=sighted,
+        patients=patients_of(row, images),
+    )
+
+
+def no_rejected() -> RecordError:
+    return RecordError("no-rejected", "there is nothing to prefer the chosen answer to")
