@@ -110,6 +110,49 @@ def disagree(findings: str, impression: str, words: re.Pattern[str]) -> bool:
     return bool(left and right and not left & right)
 
 
+_NEGATOR = re.compile(r"\b(?:no|not|without|w/o|negative for|free of|clear of)\b")
+_SPAN_END = re.compile(
+    r"[;:(]|\b(?:but|although|though|however|which|except|is|are|was|were|has|have)\b"
+)
+_AS_BEFORE = re.compile(
+    r"\s*(?:\w+ ){0,4}?(?:(?:change|increase|decrease|worsening|improvement|progression) "
+    r"(?:in|of|to)\b|(?:changed|resolved|cleared)\b|change (?!or\b|and\b)\w)"
+)
+_PRESENCE = frozenset(
+    "small trace tiny minimal mild mildly moderate slight slightly subtle left right bilateral "
+    "bibasilar stable unchanged persistent residual improved improving worsening increased "
+    "decreased chronic old healed known low scattered calcified tortuous degenerative status tube "
+    "catheter line sternotomy granuloma cardiomegaly atelectasis scoliosis hernia the this "
+    "there".split()
+)
+"""Words that mostly tell what is there, not what is missing."""
+
+
+def negated_words(report: str) -> set[str]:
+    """Words under a negation, read narrowly: up to the first comma, "and" or "with", unless the
+    sentence goes on to an "or"."""
+    found: set[str] = set()
+    for sentence in sentences(report):
+        for cue in _NEGATOR.finditer(sentence):
+            rest = sentence[cue.end() :]
+            if _AS_BEFORE.match(rest):
+                continue
+            end = _SPAN_END.search(rest)
+            rest = rest[: end.start()] if end else rest
+            last_or = rest.rfind(" or ")
+            stop = re.search(r",| and | with ", rest[max(last_or, 0) :])
+            found.update(
+                re.findall(r"[a-z]+", rest[: stop.start() + max(last_or, 0)] if stop else rest)
+            )
+    return found
+
+
+def denied_assertions(cf: Counterfactual) -> set[str]:
+    """Words of presence that a counterfactual has under a negation and its original has not: a
+    reading of its own, by words alone, of what no check should let through."""
+    return (negated_words(cf.counterfactual) - negated_words(cf.report)) & _PRESENCE
+
+
 def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]:
     """The shares that say how good the counterfactuals are; see the module docstring."""
     total = len(made)
@@ -137,6 +180,7 @@ def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]
         gone = graph.excluded[cf.target] | {"No Finding"}
         was = {n for n, v in label_report(cf.report).items() if v == 1} - gone
         now = {n for n, v in label_report(cf.counterfactual).items() if v == 1}
+        faults["denied assertions"] += cf.passed and bool(denied_assertions(cf))
         unrelated += len(was)
         survived += len(was & now)
     return {
@@ -147,7 +191,14 @@ def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]
         "most frequent inserted sentence": inserted.most_common(1)[0][1] / total,
         **{
             f"introduced: {name}": faults[name] / total
-            for name in ("self-contradiction", "grammar", "side", "size", "zone")
+            for name in (
+                "self-contradiction",
+                "grammar",
+                "side",
+                "size",
+                "zone",
+                "denied assertions",
+            )
         },
     }
 

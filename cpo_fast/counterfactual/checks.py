@@ -13,6 +13,7 @@ from cpo_fast.concepts.labeller import (
     sentence_mentions,
     sentences,
 )
+from cpo_fast.counterfactual.assertions import compare, exempts_other
 from cpo_fast.counterfactual.prompt import telling
 from cpo_fast.types import ConceptGraph, Report
 
@@ -88,8 +89,10 @@ def check(
     differs, format (the same sections), target (asserted in every section), no_denial (no sentence
     rules the target out), sides (no lung is called clear where the target is), no_exclusion
     (nothing that the graph excludes is asserted), survivors (every other asserted finding still
-    is), nothing_else (no finding but the target is new), length, edits, no_leak
-    (no words of a prompt or a chat).
+    is), nothing_else (no finding but the target is new), assertions (every finding told in a
+    clause of the original is still told, read without the labeller), no_new_denial (none of them
+    is denied), exemptions (the lungs are not called clear but for something else), length, edits,
+    no_leak (no words of a prompt or a chat).
     """
     before, after = original.text, counterfactual.text
     old_lines, old, words, count = _told(before)
@@ -99,6 +102,7 @@ def check(
     gone = graph.excluded.get(target, frozenset())
     written = after.lower().split()
     changed = (words - Counter(written)).total()
+    kept, undenied = compare(graph, target, sentences(before), lines)
     low = MIN_LENGTH * len(before) - LENGTH_ALLOWANCE
     high = MAX_LENGTH * len(before) + LENGTH_ALLOWANCE
     return {
@@ -111,6 +115,9 @@ def check(
         "no_exclusion": not gone & new and not any(target in opposed(s) for s in lines),
         "survivors": old - gone - new <= _bound(before, gone),
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
+        "assertions": kept,
+        "no_new_denial": undenied,
+        "exemptions": not any(exempts_other(s, target) for s in lines),
         "length": low <= len(after) <= high,
         "edits": changed <= MAX_EDITED * count + EDIT_ALLOWANCE,
         "no_leak": not _leaked(old_lines, lines),

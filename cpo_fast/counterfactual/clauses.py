@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 
 VERB = r"(?:is|are|was|were|appears?|remains?|has been|have been)"
+SEEN = (
+    r"\b(?:seen|identified|noted|visuali[sz]ed|present|evident|appreciated|demonstrated|detected|"
+    r"observed|suspected|visible|apparent|found)\b"
+)
+"""Predicates that a denied list and an assertion end with alike."""
 _PREDICATE = re.compile(
     rf"\b(?:{VERB}|has|have|shows?|demonstrates?|normal|clear|unremarkable|seen|noted|present|"
     r"represents?|midline|intact|enlarged|stable|unchanged)\b"
@@ -22,7 +27,7 @@ _CONNECTOR = re.compile(
     rf",?\s+with\s+(?={_ASIDE})|"
     r",\s+(?=(?:the )?pulmonary vascul\w+ )|"
     r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
-    r"\s+(?=without\b)|"
+    r"\s+(?=(?:without|w/o)\b)|"
     r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|"
     r"No )\b)"  # a lost full stop
 )
@@ -52,10 +57,11 @@ def clauses(body: str) -> list[tuple[str, str]]:
     for match in _CONNECTOR.finditer(body):
         left, right = body[start : match.start()], body[match.end() :]
         tail = right.lstrip().lower()
-        negative = tail.startswith(("no ", "without", "negative", "there "))
+        negative = tail.startswith(("no ", "without", "w/o ", "negative", "there "))
         contrast = _CONTRAST.search(match.group().lower()) and len(left.split()) > 1
         says = contrast or _PREDICATE.search(left.lower())
-        if not left or not (negative or (says and _SAYS.search(tail))):
+        lost_stop = right[:1].isupper() and not match.group().strip() and left[-1:].isalpha()
+        if not left or not (negative or lost_stop or (says and _SAYS.search(tail))):
             continue
         if _OPEN_END.search(left.lower()):
             continue

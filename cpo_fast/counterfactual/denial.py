@@ -7,13 +7,14 @@ import re
 from cpo_fast.counterfactual.clauses import FRAGMENT, ITEM, VERB
 from cpo_fast.counterfactual.grammar import agree_tail, agree_there, series
 from cpo_fast.counterfactual.lexicon import Lexicon
+from cpo_fast.counterfactual.scope import change_in, goes_with_last, unchanged
 
 NEGATION = re.compile(
     r"^(?:(?:specifically|otherwise|also|again|currently|and|grossly|they are|are|which are|"
     r"there(?: is| are| was| were| has been|"
     r" have been)|(?:the |both )?lungs?(?: fields?)?(?: is| are| appear| remain| do not| show)*"
     r"(?: grossly| otherwise)?)\s*,?\s*)*"
-    r"(?:no|without|negative for|free of|clear of|free from)\b"
+    r"(?:no|without|w/o|negative for|free of|clear of|free from)\b"
     r"(?:\s+(?:definite|definitive|convincing|radiographic|evidence|evident|signs?|findings?|"
     r"x{4}|of|for|any|"
     r"visible|visualized|obvious|suggestion|discrete|gross|frank|typical|significant|demonstrated|"
@@ -35,7 +36,7 @@ BROAD = re.compile(
     r"^disease$"
 )
 _DENIES_BEFORE = re.compile(
-    r"\b(?:no|not|without|negative|absence|absent|free of|resolved|resolution of|clear(?:ed|ing|"
+    r"\b(?:no|not|neither|without|negative|absence|absent|free of|resolved|resolution of|clear(?:ed|ing|"
     r"ance)(?: of)?|"
     r"rather than|removal of|nor|never|nonconsolidating)\b(?!.*\b(?:which|with|but|is|are|was|"
     r"were|and there|"
@@ -47,7 +48,8 @@ _DENIES_AFTER = re.compile(
     r"cleared|unlikely|absent|"
     r"normal|within normal|unremarkable)|(?:resolved|cleared))\b"
     r"(?! (?:significantly|well|definit\w+|entirely|completely|changed|as|excluded|evident on|"
-    r"fully))"
+    r"fully))|"
+    r"^\s*:\s*(?:none|no|negative|absent)\b"
 )
 
 
@@ -66,9 +68,14 @@ def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
         if lower.strip() == "disease" and lex.acute:
             return ""
         return clause
-    separators = ITEM.findall(listed)
-    items = [item.strip() for item in ITEM.split(listed)]
-    named = [bool(lex.denied.search(item.lower())) for item in items]
+    separators, items = _items(listed)
+    changed = next((i for i, item in enumerate(items) if change_in(item.lower())), len(items))
+    named = [
+        index < changed and bool(lex.denied.search(item.lower()))
+        for index, item in enumerate(items)
+    ]
+    if changed < len(items) and not any(named):
+        return clause
     if len(items) == 1 or all(named) or any(len(item.split()) > 7 for item in items):
         return ""
     kept = [item for item, hit in zip(items, named, strict=True) if not hit and item]
@@ -89,10 +96,27 @@ def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
     return head + (" " if not head.endswith(" ") else "") + joined + agree_tail(tail, kept)
 
 
+def _items(listed: str) -> tuple[list[str], list[str]]:
+    """(separators, items) of a list; a place ("and left lower lobe") is part of the item before."""
+    separators: list[str] = []
+    items: list[str] = []
+    start, before = 0, ""
+    for match in [*ITEM.finditer(listed), None]:
+        item = listed[start : match.start() if match else len(listed)]
+        if items and goes_with_last(item.lower().strip()):
+            items[-1] += before + item.rstrip()
+        else:
+            separators += [before] if items else []
+            items.append(item.strip())
+        if match:
+            before, start = match.group(), match.end()
+    return separators, items
+
+
 def denied_in(lower: str, lex: Lexicon) -> bool:
     """Whether a clause that is no plain denial still denies the target by some word near its
     name; advice ("follow up to confirm clearing") does not."""
-    if _ADVICE.search(lower):
+    if _ADVICE.search(lower) or unchanged(lower):
         return False
     for match in lex.denied.finditer(lower):
         before, after = lower[: match.start()][-80:], lower[match.end() :][:60]

@@ -12,8 +12,10 @@ import re
 
 from cpo_fast.counterfactual.clauses import clauses, sides
 from cpo_fast.counterfactual.denial import BROAD, NEGATION, denied_in, edit_denial
+from cpo_fast.counterfactual.exemption import Exemption, asserted, find_exemption
 from cpo_fast.counterfactual.lexicon import Lexicon
 from cpo_fast.counterfactual.normal import INFLATED, TOPICS, edit_normal
+from cpo_fast.counterfactual.scope import AmbiguousError, cut, starts_unchanged
 from cpo_fast.counterfactual.text import capitalised
 
 _ALL_NORMAL = re.compile(
@@ -32,6 +34,7 @@ _CLEAR_LUNGS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r",? (?:with|and) (?:grossly )?clear lungs\b", re.I), ""),
     (re.compile(r",? which are (?:grossly )?clear\b", re.I), ""),
     (re.compile(r"(?<=normal) (?:the )?lungs are clear\b", re.I), ""),  # a lost full stop
+    (re.compile(r"^(?:grossly )?clear,? (?=(?:hyper|hypo)\w+ lungs\b)", re.I), ""),
     (re.compile(r"^(?:grossly )?clear lungs with (?=heart|stable|normal|no|mild)", re.I), ""),
 )
 """Ways to say in passing that the lungs are clear, and what is left without it."""
@@ -46,10 +49,12 @@ _SAYS_NOTHING_ACUTE = re.compile(
     r"(?: (?:evidence|convincing|definite|evident|of))*\s+(?:acute|active)\b(?:\s+\w+){1,3}$"
 )
 _BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
-_CLEAR_OF = re.compile(r"(?:grossly )?(?:clear|free) (?:of|from)\b")
+_CLEAR_OF = re.compile(
+    r"(?:grossly )?(?:clear|free) (?:of|from)\b|(?:(?:well|fully|grossly)[- ])*(?:expanded|inflated|"
+    r"aerated|hyper\w+|hypo\w+)$"
+)
 _LUNGS_ARE = re.compile(r"(?:(?:the|both) )?lungs? (?:is|are|appear|remain)\b", re.I)
 _NOT_MEANT = re.compile(r"\b(?:no|without|not)\b|\bsubcutaneous $")
-_EXEMPT = re.compile(r"\b(?:besides|except|apart from|aside from|other than)\b")
 
 
 def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
@@ -66,29 +71,51 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
         return sentence if edited == written else edited.upper()
     body = sentence.rstrip(" .!?")
     end = sentence[len(body) :]
+    exemption = find_exemption(body)
+    if exemption is not None:
+        return _edit_exemption(sentence, exemption, end, lex, where)
     plain = body
     if "lungs" in lex.topics:
         for pattern, instead in _CLEAR_LUNGS:
             plain = pattern.sub(instead, plain)
         if plain != body and body[:1].isupper():
             plain = capitalised(plain)
-    pieces = clauses(plain)
+    pieces = [part for connector, clause in clauses(plain) for part in cut(connector, clause)]
     kept: list[tuple[str, str]] = []
     changed = plain != body
-    context = ""
-    for connector, clause in pieces:
-        new = _edit_clause(clause, lex, where, context)
-        context += " " + clause.lower()
-        changed = changed or new != clause
+    context, dropped = "", False
+    for part in pieces:
+        new = _edit_clause(part.text, lex, where, context)
+        context += " " + part.text.lower()
+        if new != part.text and part.unsure:
+            raise AmbiguousError
+        if dropped and _REST.match(new.lower()):  # "and clear", of what was dropped
+            new = ""
+        dropped = new == ""
+        changed = changed or new != part.text
         if new:
-            kept.append((connector, new))
+            kept.append((part.connector, new))
     if not changed:
         return sentence
     if not kept or all(_hollow(clause) for _, clause in kept):
         return ""
-    if kept[0][0] and _REST.match(kept[0][1].lower()):  # "but clear", of what was dropped
-        return ""
     return _assemble(kept, body, dropped_head=kept[0][0] != "") + (end or "")
+
+
+def _edit_exemption(
+    sentence: str, exemption: Exemption, end: str, lex: Lexicon, where: frozenset[str]
+) -> str:
+    """A sentence with an exemption: what it exempts is asserted where the statement changes."""
+    head = edit_sentence(exemption.head, lex, where)
+    exempt = edit_sentence(exemption.exempt, lex, where)
+    rest = edit_sentence(exemption.rest, lex, where) if exemption.rest else ""
+    if (head, exempt, rest) == (exemption.head, exemption.exempt, exemption.rest):
+        return sentence
+    told = asserted(exempt, exemption.head) if exempt else ""
+    stop = end.strip()[:1] or "."
+    return f"{stop} ".join(capitalised(part) for part in (head, told, rest) if part) + (
+        end if head or told or rest else ""
+    )
 
 
 def _suspect(lower: str, lex: Lexicon) -> bool:
@@ -109,7 +136,7 @@ def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> 
         if _CLEAR_OF.match(first.lower()):  # "the lungs are expanded and clear of ..."
             subject = _LUNGS_ARE.match(body)
             first = f"{subject.group() if subject else 'The lungs are'} {first}"
-        first = re.sub(r"^without(?: any)?\b", "no", first, flags=re.I)
+        first = re.sub(r"^(?:without|w/o)(?: any)?\b", "no", first, flags=re.I)
         if body[:1].isupper():
             first = capitalised(first)
     text = first
@@ -129,8 +156,6 @@ def _hollow(clause: str) -> bool:
 def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str) -> str:
     """`clause` without what contradicts the target; `context` is the sentence before it."""
     lower = clause.lower()
-    if _EXEMPT.search(lower):
-        return clause
     if _REST.match(lower) and "lung" in context:
         named = sides(context)
         elsewhere = bool(named) and not named & where
@@ -139,6 +164,9 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
     if quiet is not None:
         return _edit_quiet(clause, quiet.group("subject"), lex)
     cue = NEGATION.match(lower)
+    if cue is not None and starts_unchanged(lower, cue.end()):
+        told = lex.excluded is not None and lex.excluded.search(lower)
+        return "" if told else clause
     if cue is not None:
         if _BONES.search(context) and not lex.denied.search(lower):
             return clause

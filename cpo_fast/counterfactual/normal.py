@@ -10,7 +10,7 @@ from cpo_fast.counterfactual.lexicon import Lexicon
 
 _NORMAL = (
     r"(?:normal|within (?:the )?(?:\w+ ){0,2}limits(?: of normal)?|unremarkable|clear(?! (?:of|"
-    r"from)\b)|not (?:\w+ )?(?:enlarged|engorged|congested|widened|increased)|"
+    r"from|space)\b)|not (?:\w+ )?(?:enlarged|engorged|congested|widened|increased)|"
     r"(?:at )?(?:the )?upper limits of normal|top[- ]normal|borderline|of normal|(?:well[- ]|"
     r"normally |fully )?(?:expanded|inflated|aerated)|"
     r"sharp)\b"

@@ -47,4 +47,10 @@ class GraphWriter:
         self.faults: Counter[str] = Counter()
 
     def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
-        return [rewrite(graph, t.report, t.target, t.study_id, t.seed, t.attempt) for t in tasks]
+        return [self._write(graph, task) for task in tasks]
+
+    def _write(self, graph: ConceptGraph, task: Task) -> Draft:
+        try:
+            return rewrite(graph, task.report, task.target, task.study_id, task.seed, task.attempt)
+        except RecordError as error:
+            return GaveUpError(error.reason, error.detail)

@@ -1,0 +1,283 @@
+"""Checks that a counterfactual asserts what its original asserts, word by word and clause by clause.
+
+Neither the generator nor the labeller shares anything with this module. A denied list holds only
+words that are known to be denied together ("focal", "large", "pleural", the findings themselves);
+any other word ends it, unless "or" follows. So a doubtful clause counts as asserted, and must not
+come out denied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+
+from cpo_fast.concepts.graph import phrase_pattern
+from cpo_fast.counterfactual.lexicon import GraphKey
+from cpo_fast.types import ConceptGraph
+
+_NAMES: dict[str, str] = {
+    "adenopathy": "adenopathy lymphadenopathy",
+    "airspace disease": "airspace-disease",
+    "atelectasis": "atelectasis atelectases atelectatic",
+    "blunting": "blunting blunted",
+    "bronchiectasis": "bronchiectasis",
+    "calcification": "calcification calcifications",
+    "cardiomegaly": "cardiomegaly",
+    "cavity": "cavity cavitary cavitation",
+    "clips": "clips clip",
+    "congestion": "congestion congested",
+    "consolidation": "consolidation consolidations",
+    "copd": "copd",
+    "crowding": "crowding",
+    "deformity": "deformity deformities",
+    "degeneration": "degenerative spondylosis osteophyte osteophytes osteophytosis",
+    "density": "density densities",
+    "edema": "edema oedema",
+    "effusion": "effusion effusions",
+    "emphysema": "emphysema emphysematous",
+    "enlargement": "enlarged enlargement",
+    "eventration": "eventration",
+    "fibrosis": "fibrosis fibrotic",
+    "fracture": "fracture fractures fractured",
+    "granuloma": "granuloma granulomas granulomata granulomatous",
+    "hernia": "hernia hernias",
+    "hyperinflation": "hyperinflation hyperinflated hyperexpanded hyperexpansion",
+    "infiltrate": "infiltrate infiltrates infiltration",
+    "kyphosis": "kyphosis",
+    "lesion": "lesion lesions",
+    "line": "catheter catheters picc",
+    "mass": "mass masses",
+    "metastasis": "metastasis metastases metastatic",
+    "nodule": "nodule nodules nodular nodularity",
+    "opacity": "opacity opacities opacification opacifications",
+    "pacemaker": "pacemaker pacer aicd",
+    "plaque": "plaque plaques",
+    "pneumonia": "pneumonia pneumonias pneumonitis",
+    "pneumothorax": "pneumothorax pneumothoraces hydropneumothorax",
+    "scarring": "scar scars scarring",
+    "scoliosis": "scoliosis dextroscoliosis levoscoliosis",
+    "sternotomy": "sternotomy",
+    "thickening": "thickening thickened",
+    "tortuosity": "tortuous tortuosity ectatic ectasia",
+    "tube": "tube tubes",
+}
+_KEY = {word: key for key, words in _NAMES.items() for word in words.split()}
+_DISEASE: dict[str, frozenset[str]] = {
+    "Atelectasis": frozenset({"atelectasis"}),
+    "Cardiomegaly": frozenset({"cardiomegaly", "enlargement"}),
+    "Consolidation": frozenset({"consolidation", "airspace disease"}),
+    "Edema": frozenset({"edema", "congestion"}),
+    "Emphysema": frozenset({"emphysema", "copd", "hyperinflation"}),
+    "Lung Lesion": frozenset({"nodule", "mass", "lesion"}),
+    "Lung Opacity": frozenset({"opacity", "airspace disease", "infiltrate", "density"}),
+    "Pleural Effusion": frozenset({"effusion", "blunting"}),
+    "Pleural Other": frozenset({"thickening", "plaque"}),
+    "Pneumonia": frozenset({"pneumonia", "infiltrate", "airspace disease", "consolidation"}),
+    "Pneumothorax": frozenset({"pneumothorax"}),
+}
+_TOKEN = re.compile(r"[a-z]+(?:['/-][a-z]+)*|[,;:(]")
+_ANY = re.compile("|".join(sorted({word[:5] for word in _KEY})) + r"|space")
+
+_NEGATORS = frozenset({"no", "not", "without", "w/o", "nor", "neither", "never", "negative", "non"})
+_GONE_BEFORE = frozenset({"resolution", "resolved", "cleared", "clearing", "clearance", "absence"})
+_GONE_AFTER = frozenset(
+    {"not", "resolved", "cleared", "none", "absent", "unlikely", "no", "negative", "gone"}
+)
+_CHANGES = frozenset(
+    "change changes changed increase decrease worsening worsened improvement improved progression "
+    "progressed regression resolution resolved clearing cleared reduction difference "
+    "deterioration".split()
+)
+_COMPLEMENT = frozenset({"in", "of", "to", "for"})
+_STOPS = frozenset({",", ";", ":", "(", "but", "and", "or", "nor", "with"})
+_BREAKS = frozenset(
+    {";", ":", "(", "but", "although", "though", "however", "while", "whereas", "which", "except",
+     "besides", "causing", "than", "from", "status"}
+)  # fmt: skip
+_LISTED = frozenset(
+    "acute active air airspace alveolar any abnormal apparent bony bone cardiac cardiopulmonary "
+    "confluent convincing definite definitive dense discrete displaced dominant evidence evident "
+    "focal for frank free gross hilar identifiable in infectious interstitial joint large lobar "
+    "lung lymph measurable mediastinal new obvious occult of other osseous overt parenchymal "
+    "patchy pericardial pleural pulmonary radiographic rib significant sizable sizeable soft space "
+    "suspicious tissue vascular visible visualized xxxx suspicious-appearing sign signs also "
+    "peripheral cavitary calcified noncalcified vertebral compression spinal pathologic bronchial "
+    "underlying concerning developing superimposed cardiogenic destructive lytic sclerotic "
+    "central venous associated recent evolving either".split()
+)
+"""Words that may stand before a denied finding in a list without "or"."""
+_OWN = frozenset(
+    "unchanged stable persists persist persistent persisting remains remain increased decreased "
+    "increasing decreasing improved improving worsened worsening has have had may might could "
+    "represents represent again was were appears appear still terminates overlies shows "
+    "demonstrates residual redemonstrated compatible consistent".split()
+)
+"""Words that make a clause an assertion of its own."""
+_SIDES = {"left": "left", "right": "right", "bilateral": "both", "bibasilar": "both"}
+
+
+@lru_cache(maxsize=1 << 17)
+def told(sentence: str) -> tuple[tuple[str, str, bool, int], ...]:
+    """(finding, side or "", denied, number of its clause) for each finding that a lower-case
+    sentence names."""
+    if not _ANY.search(sentence):
+        return ()
+    words = _TOKEN.findall(sentence)
+    heads = [_head(words, index) for index in range(len(words))]
+    if not any(heads):
+        return ()
+    found: list[tuple[str, str, bool, int]] = []
+    denied, clause, start = False, 0, 0
+    for index, word in enumerate(words):
+        if word in _STOPS:
+            start = index + 1
+            clause += word not in ("or", "nor", "with")
+            if denied and word not in ("or", "nor"):
+                denied = _goes_on(words, heads, index + 1)
+        if word in _BREAKS or (word == "there" and words[index + 2 : index + 3] != ["no"]):
+            denied = False
+        if word in _NEGATORS or (
+            word in ("free", "clear") and _next(words, index) in ("of", "from")
+        ):
+            denied = not _unchanged(words, index)
+        elif word in _GONE_BEFORE and not denied and words[index - 1] not in _NEGATORS:
+            denied = not _behind(heads, start, index)
+        key = heads[index]
+        if key:
+            side = next((_SIDES[w] for w in reversed(words[start:index]) if w in _SIDES), "")
+            found.append((key, side, denied or _gone(words, index), clause))
+    return tuple(found)
+
+
+def _head(words: list[str], index: int) -> str:
+    word = words[index]
+    if word in ("disease", "process") and index and words[index - 1] in ("airspace", "space"):
+        return "airspace disease"
+    return _KEY.get(word, "")
+
+
+def _next(words: list[str], index: int) -> str:
+    return words[index + 1] if index + 1 < len(words) else ""
+
+
+def _behind(heads: list[str], start: int, index: int) -> bool:
+    """Whether a finding stands before `index` in its clause ("the effusion has resolved")."""
+    return any(heads[start:index])
+
+
+def _unchanged(words: list[str], index: int) -> bool:
+    """Whether the negator at `index` negates a change ("no significant interval change in")."""
+    for place in range(index + 1, min(index + 7, len(words))):
+        word = words[place]
+        if word in _STOPS or word in _KEY:
+            return False
+        if word in _CHANGES:
+            following = _next(words, place)
+            if words[index] == "not" or following in _COMPLEMENT:
+                return True
+            return word == "change" and following != "" and following not in _STOPS
+    return False
+
+
+def _goes_on(words: list[str], heads: list[str], start: int) -> bool:
+    """Whether a denied list goes on at `start`, behind a comma, "and" or "with"."""
+    stop = start
+    while stop < len(words) and words[stop] not in _STOPS:
+        stop += 1
+    chunk = words[start:stop]
+    if not chunk:
+        return True
+    if not _OWN.isdisjoint(chunk):
+        return False
+    last = max((i for i in range(start, stop) if heads[i]), default=-1)
+    if last < 0:
+        return True
+    if all(word in _LISTED or heads[i] for i, word in enumerate(words[start : last + 1], start)):
+        return True
+    return _closed_by_or(words, stop)
+
+
+def _closed_by_or(words: list[str], stop: int) -> bool:
+    for word in words[stop:]:
+        if word in ("or", "nor", "and/or"):
+            return True
+        if word in _BREAKS or word == "with" or word in _OWN:
+            return False
+    return False
+
+
+def _gone(words: list[str], index: int) -> bool:
+    """Whether the finding at `index` is denied by what stands behind it ("is not seen")."""
+    for place in range(index + 1, min(index + 7, len(words))):
+        word = words[place]
+        if word in _STOPS and word != ":":
+            return False
+        if word in _GONE_AFTER:
+            return not (word in _NEGATORS and _unchanged(words, place)) and (
+                words[place - 1] != "not"
+            )
+    return False
+
+
+def compare(
+    graph: ConceptGraph, target: str, before: Iterable[str], after: Iterable[str]
+) -> tuple[bool, bool]:
+    """(nothing that `before` asserts is lost, nothing of it is denied) in `after`; lower-case
+    sentences of the original and of the counterfactual towards `target`."""
+    old = [(item, line) for line in before for item in told(line)]
+    new = [item for line in after for item in told(line)]
+    here = {item[:2] for item in new if not item[2]} | {(i[0], "") for i in new if not i[2]}
+    excluded = frozenset[str]().union(*(_DISEASE.get(d, ()) for d in graph.excluded[target]))
+    lost: dict[tuple[str, str], list[bool]] = {}
+    for item, line in old:
+        if not item[2] and item[0] not in excluded and item[:2] not in here:
+            lost.setdefault(item[:2], []).append(_bound(graph, target, line, item[3], excluded))
+    denied = Counter(item[0] for item in new if item[2])
+    if not denied:
+        return all(map(all, lost.values())), True
+    denied_before = Counter(item[0] for item, _ in old if item[2])
+    asserted = {item[0] for item, _ in old if not item[2]}
+    kept = all(denied[key] <= denied_before[key] for key in asserted)
+    return all(map(all, lost.values())), kept
+
+
+def _bound(
+    graph: ConceptGraph, target: str, line: str, clause: int, excluded: frozenset[str]
+) -> bool:
+    """Whether a finding is told in one clause with what the graph excludes beside the target."""
+    if any(key in excluded and place == clause for key, _, _, place in told(line)):
+        return True
+    pattern = _exclusions(GraphKey(graph), target)
+    return pattern is not None and pattern.search(line) is not None
+
+
+@lru_cache(maxsize=64)
+def _exclusions(key: GraphKey, target: str) -> re.Pattern[str] | None:
+    graph = key.graph
+    names = [p for a in graph.diseases[target].exclusions for p in graph.attributes[a].phrases]
+    return phrase_pattern(sorted(names)) if names else None
+
+
+_EXCEPTING = re.compile(
+    r"\b(?:except|excepting|exception of|apart from|aside from|other than|besides)\b(?P<tail>.*)"
+)
+_FREE = re.compile(
+    r"\blungs?\b.*\bclear\b(?! (?:of|from))|\bclear lungs?\b|\blungs?\b.*\b(?:normal|unremarkable)\b|"
+    r"\b(?:normal|negative) (?:chest|study|exam\w*|radiograph\w*)\b|\bchest is normal\b"
+)
+_OF_LUNGS = frozenset(
+    {"Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Lung Opacity", "Pneumonia"}
+)
+
+
+@lru_cache(maxsize=1 << 15)
+def exempts_other(sentence: str, target: str) -> bool:
+    """Whether a lower-case sentence calls the lungs clear but for something other than the
+    target."""
+    match = _EXCEPTING.search(sentence)
+    if match is None or target not in _OF_LUNGS or not _FREE.search(sentence):
+        return False
+    part = match["tail"].split(",")[0]
+    return not any(key in _DISEASE[target] for key, *_ in told(part))
