@@ -118,12 +118,12 @@ _AS_BEFORE = re.compile(
     r"\s*(?:\w+ ){0,4}?(?:(?:change|increase|decrease|worsening|improvement|progression) "
     r"(?:in|of|to)\b|(?:changed|resolved|cleared)\b|change (?!or\b|and\b)\w)"
 )
-_PRESENCE = frozenset(
-    "small trace tiny minimal mild mildly moderate slight slightly subtle left right bilateral "
-    "bibasilar stable unchanged persistent residual improved improving worsening increased "
-    "decreased chronic old healed known low scattered calcified tortuous degenerative status tube "
-    "catheter line sternotomy granuloma cardiomegaly atelectasis scoliosis hernia the this "
-    "there".split()
+_PRESENCE = (
+    "small trace tiny minimal mild mildly moderate slight slightly subtle left right "
+    "bilateral bibasilar stable unchanged persistent residual improved improving worsening "
+    "increased decreased chronic old healed known low scattered calcified tortuous "
+    "degenerative status tube catheter line sternotomy granuloma cardiomegaly atelectasis "
+    "scoliosis hernia the this there"
 )
 """Words that mostly tell what is there, not what is missing."""
 
@@ -150,7 +150,7 @@ def negated_words(report: str) -> set[str]:
 def denied_assertions(cf: Counterfactual) -> set[str]:
     """Words of presence that a counterfactual has under a negation and its original has not: a
     reading of its own, by words alone, of what no check should let through."""
-    return (negated_words(cf.counterfactual) - negated_words(cf.report)) & _PRESENCE
+    return (negated_words(cf.counterfactual) - negated_words(cf.report)) & set(_PRESENCE.split())
 
 
 def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.edit import edit_sentence
 from cpo_fast.counterfactual.lexicon import lexicon
+from cpo_fast.counterfactual.scope import AmbiguousError
 from cpo_fast.counterfactual.text import join, split
 
 GRAPH = load_graph()
@@ -53,6 +54,72 @@ EDITS = [
         "Lungs are clear without focal consolidation, effusion, or pneumothorax.",
         "No effusion or pneumothorax.",
     ),
+    # what is asserted behind a denial stays, word for word
+    ("Pneumothorax", "No pneumothorax, small left effusion.", "Small left effusion."),
+    (
+        "Consolidation",
+        "No pneumothorax or consolidation, small left effusion.",
+        "No pneumothorax, small left effusion.",
+    ),
+    (
+        "Pleural Effusion",
+        "No definite pleural effusion seen, left bronchovascular crowding without edema.",
+        "Left bronchovascular crowding without edema.",
+    ),
+    (
+        "Pneumothorax",
+        "No pneumothorax, endotracheal tube in standard position.",
+        "Endotracheal tube in standard position.",
+    ),
+    (
+        "Pneumothorax",
+        "No acute cardiopulmonary abnormality, findings compatible with emphysema.",
+        "Findings compatible with emphysema.",
+    ),
+    (
+        "Consolidation",
+        "No focal consolidation or large effusion identified (blunting of the sulci may represent "
+        "small effusions).",
+        "No large effusion identified (blunting of the sulci may represent small effusions).",
+    ),
+    (
+        "Pneumothorax",
+        "Stable postsurgical changes with resolution of small apical pneumothorax.",
+        "Stable postsurgical changes.",
+    ),
+    ("Pneumothorax", "COPD with almost completely resolved pneumothorax.", "COPD."),
+    (
+        "Consolidation",
+        "Both lungs are free of acute infiltrates and expanded.",
+        "Both lungs are expanded.",
+    ),
+    (
+        "Cardiomegaly",
+        "Heart size within normal limits, stable hilar contours.",
+        "Stable hilar contours.",
+    ),
+    (
+        "Emphysema",
+        "Chronic interstitial markings The lungs are normally inflated and clear.",
+        "Chronic interstitial markings.",
+    ),
+    ("Atelectasis", "No change in bibasilar atelectasis.", "No change in bibasilar atelectasis."),
+    ("Emphysema", "No change in bibasilar atelectasis.", ""),
+    ("Consolidation", "No consolidation in the right middle lobe and left lower lobe.", ""),
+    ("Pneumothorax", "Neither pneumothorax nor effusion is seen.", ""),
+    # an exemption is asserted where what it is exempt from goes
+    (
+        "Pneumonia",
+        "The lungs are clear bilaterally except for a calcified granuloma.",
+        "There is a calcified granuloma.",
+    ),
+    (
+        "Cardiomegaly",
+        "The heart and lungs are normal aside from scattered granulomas.",
+        "The lungs are normal. There are scattered granulomas.",
+    ),
+    ("Pneumonia", "Clear lungs with the exception of a right granuloma.", "Right granuloma."),
+    ("Pneumonia", "Left basilar atelectasis, otherwise clear lungs.", "Left basilar atelectasis."),
     # a chest that is normal throughout has no finding
     ("Pneumonia", "Negative.", ""),
     ("Edema", "Unremarkable radiographs of the chest.", ""),
@@ -186,7 +253,10 @@ WORDS = st.sampled_from(TEXT.split())
 @given(st.lists(WORDS, max_size=25), st.sampled_from(sorted(GRAPH.diseases)))
 def test_any_words_can_be_edited(words: list[str], target: str) -> None:
     sentence = " ".join(words)
-    edited = edit_sentence(sentence, lexicon(GRAPH, target), RIGHT)
+    try:
+        edited = edit_sentence(sentence, lexicon(GRAPH, target), RIGHT)
+    except AmbiguousError:
+        return
     assert edited == sentence or len(edited) <= len(sentence) + 12
 
 

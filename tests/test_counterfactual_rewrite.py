@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from counterfactual_samples import (
@@ -22,6 +27,7 @@ from cpo_fast.concepts import label_report, load_graph
 from cpo_fast.concepts.graph import graph_from_json, read_graph_json
 from cpo_fast.counterfactual import (
     DEFAULT_PROMPT,
+    checks,
     counterfactuals,
     preference,
     sft_preference,
@@ -37,6 +43,7 @@ from cpo_fast.errors import UsageError
 from cpo_fast.types import Counterfactual, Report
 
 GRAPH = load_graph()
+DATA = Path(__file__).parent / "data"
 
 
 def one(report: Report, target: str, **fields: object) -> Counterfactual:
@@ -225,7 +232,7 @@ def test_checks_find_each_kind_of_fault() -> None:
     }
     assert failed(replace(good, findings=good.findings.replace("fracture", "thing"))) == set()
     both = Report(good.findings.replace("fracture", "thing"), good.impression.split(" 2.")[0])
-    assert failed(both) == {"survivors"}
+    assert failed(both) == {"survivors", "assertions"}
     assert "length" in failed(replace(good, findings=good.findings + " word" * 400))
     assert "edits" in failed(Report("Right lower lobe pneumonia.", "Right lower lobe pneumonia."))
     excluded = one(INFLATED, "Atelectasis").counterfactual + " Emphysema."
@@ -233,6 +240,148 @@ def test_checks_find_each_kind_of_fault() -> None:
     assert "no_exclusion" in failed(Report(findings, impression), "Atelectasis", INFLATED)
     sided = "Pneumonia in the left lower lobe. The left lung is clear."
     assert "sides" in failed(Report(sided, ""), "Pneumonia", Report("The left lung is clear.", ""))
+
+
+CASES = [json.loads(line) for line in (DATA / "counterfactual_rewriting.jsonl").open()]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "rest" in c], ids=itemgetter("text"))
+def test_what_a_report_asserts_is_still_asserted(case: dict[str, Any]) -> None:
+    read = label_report(case["text"])
+    if any((read[n] == 1) != bool(v) for n, v in case["labels"].items()) or read[case["target"]]:
+        pytest.skip("the labeller reads this sentence in another way")
+    made = one(Report(case["text"], ""), case["target"])
+    assert made.passed, [name for name, ok in made.checks.items() if not ok]
+    sentences = [unit.plain for unit in split(made.counterfactual.removeprefix("FINDINGS: "))]
+    assert [s for s in sentences if s in case["rest"]] == case["rest"]
+    assert len(sentences) == len(case["rest"]) + 1  # the target's
+    labels = label_report(made.counterfactual)
+    assert {n: int(labels[n] == 1) for n in case["labels"]} == case["labels"]
+    assert {n for n, v in case["labels"].items() if v} <= set(made.counterfactual_labels)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "set_aside" in c], ids=itemgetter("text"))
+def test_what_can_be_read_both_ways_is_set_aside(case: dict[str, Any]) -> None:
+    made = one(Report(case["text"], ""), case["target"])
+    assert made.checks == {case["set_aside"]: False}
+    assert made.counterfactual == ""
+
+
+BAD = [  # (original, target, what an earlier rewriter or a model made of it, failed checks)
+    (
+        "No pneumothorax, small left pleural effusion.",
+        "Pneumothorax",
+        "Small right pneumothorax. No small left pleural effusion.",
+        {"assertions", "no_new_denial"},
+    ),
+    (
+        "No pneumothorax and the left effusion is unchanged.",
+        "Pneumothorax",
+        "Small right pneumothorax. No the left effusion is unchanged.",
+        {"assertions", "no_new_denial"},
+    ),
+    (
+        "No consolidation, bibasilar atelectasis.",
+        "Consolidation",
+        "Right lower lobe consolidation. No bibasilar atelectasis.",
+        {"assertions", "no_new_denial"},
+    ),
+    (
+        "Interval resolution of the pneumothorax, persistent left effusion.",
+        "Pneumothorax",
+        "Small right pneumothorax.",
+        {"assertions"},
+    ),
+    (
+        "No change calcified left hilar node and left small granuloma.",
+        "Lung Lesion",
+        "A 14 mm nodule is seen in the left lower lobe. No change calcified left hilar node.",
+        {"assertions"},
+    ),
+    (
+        "No change in the opacities in the lower lobes.",
+        "Consolidation",
+        "Right middle lobe consolidation.",
+        {"assertions"},
+    ),
+    (
+        "Left effusion. No pneumothorax, small right effusion.",
+        "Pneumothorax",
+        "Left effusion. Small right pneumothorax.",
+        {"assertions"},
+    ),
+    (
+        "Left effusion. No pneumothorax or consolidation.",
+        "Pneumothorax",
+        "Left effusion. Small right pneumothorax. No effusion or consolidation.",
+        {"no_new_denial"},
+    ),
+    (
+        "The lungs are clear except for a calcified granuloma.",
+        "Pneumonia",
+        "Right lower lobe pneumonia. The lungs are clear except for a calcified granuloma.",
+        {"exemptions"},
+    ),
+    (
+        "Left basilar atelectasis, otherwise clear lungs.",
+        "Pneumonia",
+        "Right upper lobe pneumonia. Left basilar atelectasis, otherwise clear lungs.",
+        {"exemptions"},
+    ),
+]
+OWN = ("assertions", "no_new_denial", "exemptions")
+
+
+@pytest.mark.parametrize(("before", "target", "after", "wanted"), BAD)
+def test_lost_and_denied_findings_are_found_without_the_labeller(
+    before: str, target: str, after: str, wanted: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "sentence_mentions", lambda line: ())  # blind to everything
+    made = check(GRAPH, Report(before, ""), Report(after, ""), target)
+    assert {name for name in OWN if not made[name]} == wanted
+
+
+@pytest.mark.parametrize(
+    ("before", "target", "after"),
+    [
+        (
+            "No consolidation, pneumothorax, or large pleural effusion.",
+            "Consolidation",
+            "Left lower lobe consolidation. No pneumothorax or large pleural effusion.",
+        ),
+        (
+            "No focal consolidation, pleural effusion, pneumothorax.",
+            "Consolidation",
+            "Left lower lobe consolidation. No pleural effusion, pneumothorax.",
+        ),
+        (
+            "Left basal opacity reflects atelectasis.",
+            "Emphysema",
+            "The lungs are hyperexpanded, consistent with emphysema.",
+        ),
+        (
+            "There is no pneumothorax or change in the left effusion.",
+            "Pneumothorax",
+            "Small right pneumothorax. There is no change in the left effusion.",
+        ),
+        (
+            "The pneumothorax has resolved.",
+            "Pneumonia",
+            "The pneumothorax has resolved. Right upper lobe pneumonia.",
+        ),
+    ],
+)
+def test_sound_edits_pass_the_checks_of_assertions(before: str, target: str, after: str) -> None:
+    made = check(GRAPH, Report(before, ""), Report(after, ""), target)
+    assert all(made[name] for name in OWN)
+
+
+def test_a_new_sentence_does_not_run_on() -> None:
+    made = one(Report("Mild cardiomegaly. Small left effusion", ""), "Pneumonia", seed=3)
+    assert "Small left effusion" in made.counterfactual
+    assert not re.search(r"effusion [A-Z]", made.counterfactual)
+    otherwise = one(Report("Left granuloma. The lungs are otherwise clear.", ""), "Pneumonia")
+    assert otherwise.counterfactual.endswith("The lungs are otherwise clear.")
 
 
 @pytest.mark.parametrize(

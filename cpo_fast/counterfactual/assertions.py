@@ -1,4 +1,4 @@
-"""Checks that a counterfactual asserts what its original asserts, word by word and clause by clause.
+"""Checks that a counterfactual asserts what its original asserts, clause by clause.
 
 Neither the generator nor the labeller shares anything with this module. A denied list holds only
 words that are known to be denied together ("focal", "large", "pleural", the findings themselves);
@@ -16,6 +16,11 @@ from functools import lru_cache
 from cpo_fast.concepts.graph import phrase_pattern
 from cpo_fast.counterfactual.lexicon import GraphKey
 from cpo_fast.types import ConceptGraph
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 _NAMES: dict[str, str] = {
     "adenopathy": "adenopathy lymphadenopathy",
@@ -85,36 +90,39 @@ _GONE_BEFORE = frozenset({"resolution", "resolved", "cleared", "clearing", "clea
 _GONE_AFTER = frozenset(
     {"not", "resolved", "cleared", "none", "absent", "unlikely", "no", "negative", "gone"}
 )
-_CHANGES = frozenset(
-    "change changes changed increase decrease worsening worsened improvement improved progression "
-    "progressed regression resolution resolved clearing cleared reduction difference "
-    "deterioration".split()
+_CHANGES = _words(
+    "change changes changed increase decrease worsening worsened improvement improved "
+    "progression progressed regression resolution resolved clearing cleared reduction "
+    "difference deterioration"
 )
 _COMPLEMENT = frozenset({"in", "of", "to", "for"})
 _STOPS = frozenset({",", ";", ":", "(", "but", "and", "or", "nor", "with"})
 _BREAKS = frozenset(
     {";", ":", "(", "but", "although", "though", "however", "while", "whereas", "which", "except",
-     "besides", "causing", "than", "from", "status"}
+     "besides", "causing", "status"}
 )  # fmt: skip
-_LISTED = frozenset(
-    "acute active air airspace alveolar any abnormal apparent bony bone cardiac cardiopulmonary "
-    "confluent convincing definite definitive dense discrete displaced dominant evidence evident "
-    "focal for frank free gross hilar identifiable in infectious interstitial joint large lobar "
-    "lung lymph measurable mediastinal new obvious occult of other osseous overt parenchymal "
-    "patchy pericardial pleural pulmonary radiographic rib significant sizable sizeable soft space "
-    "suspicious tissue vascular visible visualized xxxx suspicious-appearing sign signs also "
-    "peripheral cavitary calcified noncalcified vertebral compression spinal pathologic bronchial "
-    "underlying concerning developing superimposed cardiogenic destructive lytic sclerotic "
-    "central venous associated recent evolving either".split()
+_LISTED = _words(
+    "acute active air airspace alveolar any abnormal apparent bony bone cardiac "
+    "cardiopulmonary confluent convincing definite definitive dense discrete displaced "
+    "dominant evidence evident focal for frank free gross hilar identifiable in infectious "
+    "interstitial joint large lobar lung lymph measurable mediastinal new obvious occult of "
+    "other osseous overt parenchymal patchy pericardial pleural pulmonary radiographic rib "
+    "significant sizable sizeable soft space suspicious tissue vascular visible visualized "
+    "xxxx suspicious-appearing sign signs also peripheral cavitary calcified noncalcified "
+    "vertebral compression spinal pathologic bronchial underlying concerning developing "
+    "superimposed cardiogenic destructive lytic sclerotic central venous associated recent "
+    "evolving either"
 )
 """Words that may stand before a denied finding in a list without "or"."""
-_OWN = frozenset(
-    "unchanged stable persists persist persistent persisting remains remain increased decreased "
-    "increasing decreasing improved improving worsened worsening has have had may might could "
-    "represents represent again was were appears appear still terminates overlies shows "
-    "demonstrates residual redemonstrated compatible consistent".split()
+_OWN = _words(
+    "unchanged stable persists persist persistent persisting remains remain increased "
+    "decreased increasing decreasing improved improving worsened worsening has have had may "
+    "might could represents represent again was were appears appear still terminates "
+    "overlies shows demonstrates residual redemonstrated compatible consistent"
 )
 """Words that make a clause an assertion of its own."""
+_PLACED = frozenset({"left", "right", "bilaterally", "is", "are", "at", "the"})
+"""Words that seldom stand behind a denied finding in such a list."""
 _SIDES = {"left": "left", "right": "right", "bilateral": "both", "bibasilar": "both"}
 
 
@@ -194,7 +202,10 @@ def _goes_on(words: list[str], heads: list[str], start: int) -> bool:
     last = max((i for i in range(start, stop) if heads[i]), default=-1)
     if last < 0:
         return True
-    if all(word in _LISTED or heads[i] for i, word in enumerate(words[start : last + 1], start)):
+    listed = all(
+        word in _LISTED or heads[i] for i, word in enumerate(words[start : last + 1], start)
+    )
+    if listed and _PLACED.isdisjoint(words[last + 1 : stop]):
         return True
     return _closed_by_or(words, stop)
 
@@ -264,7 +275,10 @@ _EXCEPTING = re.compile(
     r"\b(?:except|excepting|exception of|apart from|aside from|other than|besides)\b(?P<tail>.*)"
 )
 _FREE = re.compile(
-    r"\blungs?\b.*\bclear\b(?! (?:of|from))|\bclear lungs?\b|\blungs?\b.*\b(?:normal|unremarkable)\b|"
+    r"(?<!heart )(?<!um )(?<!es )(?<!tte )(?<!urs )(?<!ur )(?<!is )(?<!are )"
+    r"\botherwise,? (?:\w+ly )?(?:clear|unremarkable|normal|negative)(?: exam\w*| study)?\W*$|"
+    r"\blungs?\b.*\bclear\b(?! (?:of|from))|\bclear lungs?\b|"
+    r"\blungs?\b.*\b(?:normal|unremarkable)\b|"
     r"\b(?:normal|negative) (?:chest|study|exam\w*|radiograph\w*)\b|\bchest is normal\b"
 )
 _OF_LUNGS = frozenset(
@@ -276,8 +290,9 @@ _OF_LUNGS = frozenset(
 def exempts_other(sentence: str, target: str) -> bool:
     """Whether a lower-case sentence calls the lungs clear but for something other than the
     target."""
-    match = _EXCEPTING.search(sentence)
-    if match is None or target not in _OF_LUNGS or not _FREE.search(sentence):
+    if target not in _OF_LUNGS or not _FREE.search(sentence):
         return False
-    part = match["tail"].split(",")[0]
-    return not any(key in _DISEASE[target] for key, *_ in told(part))
+    match = _EXCEPTING.search(sentence)
+    part = match["tail"].split(",")[0] if match else sentence.partition(" otherwise")[0]
+    named = [key for key, _, denied, _ in told(part) if not denied]
+    return bool(match or ("otherwise" in sentence and named)) and _DISEASE[target].isdisjoint(named)

@@ -36,8 +36,8 @@ BROAD = re.compile(
     r"^disease$"
 )
 _DENIES_BEFORE = re.compile(
-    r"\b(?:no|not|neither|without|negative|absence|absent|free of|resolved|resolution of|clear(?:ed|ing|"
-    r"ance)(?: of)?|"
+    r"\b(?:no|not|neither|without|negative|absence|absent|free of|resolved|resolution of|"
+    r"clear(?:ed|ing|ance)(?: of)?|"
     r"rather than|removal of|nor|never|nonconsolidating)\b(?!.*\b(?:which|with|but|is|are|was|"
     r"were|and there|"
     r"change|changed|significantly|since|compared|excluded?|may|might|could|represent\w*)\b)"

@@ -12,7 +12,7 @@ import re
 
 from cpo_fast.counterfactual.clauses import clauses, sides
 from cpo_fast.counterfactual.denial import BROAD, NEGATION, denied_in, edit_denial
-from cpo_fast.counterfactual.exemption import Exemption, asserted, find_exemption
+from cpo_fast.counterfactual.exemption import Exemption, asserted, find_exemption, without_otherwise
 from cpo_fast.counterfactual.lexicon import Lexicon
 from cpo_fast.counterfactual.normal import INFLATED, TOPICS, edit_normal
 from cpo_fast.counterfactual.scope import AmbiguousError, cut, starts_unchanged
@@ -50,8 +50,8 @@ _SAYS_NOTHING_ACUTE = re.compile(
 )
 _BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
 _CLEAR_OF = re.compile(
-    r"(?:grossly )?(?:clear|free) (?:of|from)\b|(?:(?:well|fully|grossly)[- ])*(?:expanded|inflated|"
-    r"aerated|hyper\w+|hypo\w+)$"
+    r"(?:grossly )?(?:clear|free) (?:of|from)\b|"
+    r"(?:(?:well|fully|grossly)[- ])*(?:expanded|inflated|aerated|hyper\w+|hypo\w+)$"
 )
 _LUNGS_ARE = re.compile(r"(?:(?:the|both) )?lungs? (?:is|are|appear|remain)\b", re.I)
 _NOT_MEANT = re.compile(r"\b(?:no|without|not)\b|\bsubcutaneous $")
@@ -76,6 +76,7 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
         return _edit_exemption(sentence, exemption, end, lex, where)
     plain = body
     if "lungs" in lex.topics:
+        plain = without_otherwise(plain)
         for pattern, instead in _CLEAR_LUNGS:
             plain = pattern.sub(instead, plain)
         if plain != body and body[:1].isupper():
@@ -125,6 +126,7 @@ def _suspect(lower: str, lex: Lexicon) -> bool:
         or (lex.excluded_here is not None and lex.excluded_here.search(lower))
         or any(p.search(lower) for name, p in TOPICS if name in lex.topics)
         or ("inflation" in lex.topics and INFLATED.search(lower))
+        or ("lungs" in lex.topics and "otherwise" in lower)
         or BROAD.search(lower)
         or _ALL_NORMAL.search(lower.rstrip(" .!?"))
     )

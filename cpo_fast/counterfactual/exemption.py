@@ -23,6 +23,16 @@ _VERB = re.compile(
 _ARTICLE = re.compile(r"^(?:an?|some)\s", re.I)
 _DEFINITE = re.compile(r"^(?:the|this|these|those|his|her)\s", re.I)
 
+_CLEAR = r"(?:\w+ly )?(?:clear|normal|unremarkable|negative)"
+_LUNGS = r"(?:the )?lungs?(?: fields?)?(?: (?:are|appear))?"
+_OTHERWISE = re.compile(
+    rf",\s*(?:(?:and|but|with) )?(?:{_LUNGS} )?otherwise,?\s+(?:{_LUNGS} |appear )?{_CLEAR}"
+    r"(?: (?:lungs?|chest|exam\w*|study|radiographs?|x-\w+|bilaterally))*$|"
+    rf"\s+(?:(?:but|with) )?otherwise,?\s+(?:{_LUNGS} {_CLEAR}|{_CLEAR} (?:lungs|"
+    r"chest|exam\w*|study))(?: bilaterally)?$",
+    re.I,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Exemption:
@@ -47,6 +57,12 @@ def find_exemption(body: str) -> Exemption | None:
         if own_clause(rest) or _DENIES.match(rest):
             return Exemption(match["head"], tail[: end.start()], tail[end.end() :])
     return Exemption(match["head"], tail, "")
+
+
+def without_otherwise(body: str) -> str:
+    """`body` without an end that calls the lungs clear but for what it has just named."""
+    match = _OTHERWISE.search(body)
+    return body[: match.start()] if match and match.start() else body
 
 
 def asserted(exempt: str, head: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 from cpo_fast.counterfactual.clauses import sides
@@ -50,7 +51,12 @@ _ORGANS: dict[str, re.Pattern[str]] = {
 }
 _LUNGS = re.compile(r"\blungs?\b|consolid|opaci|air ?space|infiltrat|pulmonary|lobe|basilar|inflat")
 
+_OTHERWISE = re.compile(
+    r"(?:^otherwise|\b(?:lungs?|parenchyma|chest|exam)\b.*\botherwise)\b.*"
+    r"\b(?:clear|normal|unremarkable)\b(?!.*\b(?:mediastin|bon|oss|heart|cardi))"
+)
 
+_STOPS = (".", "?", "!", ":", ";", ",")
 _Position = Callable[[list[Unit], int | None, str], int]
 
 
@@ -151,6 +157,8 @@ def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position:
     mark = next((u.mark for u in units if u.mark), "") if listed and position is _first else ""
     if mark[:1].isdigit():
         mark = NEW_ITEM + mark.lstrip("0123456789")
+    if index and not mark and not out[index - 1].body.endswith(_STOPS):
+        out[index - 1] = replace(out[index - 1], body=out[index - 1].body + ".")
     lead = out[index].lead if 0 < index < len(out) else " "
     out.insert(index, Unit(lead or " ", mark, new))
     if index == 0 and len(out) > 1 and not out[1].lead:
@@ -169,9 +177,15 @@ def _first(units: list[Unit], touched: int | None, target: str) -> int:
 
 def _position(units: list[Unit], touched: int | None, target: str) -> int:
     """Where the findings describe the target: in the place of what it replaces, else beside its
-    organ."""
-    if touched is not None:
-        return touched
+    organ, and before the lungs are called "otherwise clear"."""
+    place = _beside_organ(units, target) if touched is None else touched
+    if target in _ORGANS and target != "Pneumothorax":
+        return place
+    clear = (i for i, unit in enumerate(units[:place]) if _OTHERWISE.search(unit.body.lower()))
+    return next(clear, place)
+
+
+def _beside_organ(units: list[Unit], target: str) -> int:
     organ = _ORGANS.get(target, _LUNGS)
     last = None
     for index, unit in enumerate(units):

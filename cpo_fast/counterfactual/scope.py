@@ -48,8 +48,9 @@ _DENIES = re.compile(
 )
 _NORMAL = re.compile(r"\b(?:clear(?! space)|normal|unremarkable|within (?:\w+ )?limits)\b")
 _SEPARATOR = re.compile(
+    r",?\s+(?:although|though|however|while|whereas|yet),?\s+|\s*;\s+(?:however,?\s+)?|"
     r"\s*,\s*(?:(?:and|but|with)\s+)?|\s+(?:and|with|but)\s+|\s*(?:--|\()\s*|\s+-\s+|"
-    r"\s+(?=status post\b)|\s*;\s+|,?\s+(?:although|though|however|while|whereas|yet),?\s+"
+    r"\s+(?=status post\b)"
 )
 _NEXT = re.compile(r"\s*[,(]\s*|\s+(?:and/or|and|or|nor|with|but)\s+")
 _LIST_GOES_ON = re.compile(r"(?:^|\s)(?:or|nor|and/or)\s")
@@ -65,11 +66,18 @@ _DENIABLE = re.compile(
     r"appreciated|demonstrated|detected|observed|bilaterally)\b.*)?$"
 )
 """What a list of denials may hold without "or" and still be read as one."""
+_LOCATED = re.compile(
+    r"\b(?:left|right|bilateral\w*|(?:at|in|on|within|over|of) the|is|are|lingul\w+|retrocardiac)\b"
+)
+"""What a bare finding in a list of denials mostly lacks."""
+_ACCOMPANIES = re.compile(r"^(?:air bronchogram|the patient|patient|mediastinal shift|this|arms)")
 _DEVICE = re.compile(
     r"\b(?:tubes?|catheters?|lines?|picc|pacemaker|pacer|wires?|clips?|ports?|leads?|sternotomy|"
     r"stents?|hardware|device|tip)\b(?! (?:to|malposition))"
 )
-_NEGATIVE = re.compile(r"^(?:also\s+|there (?:is|are)\s+)?(?:no|not|without|w/o|negative)\b")
+_NEGATIVE = re.compile(
+    r"^(?:and/)?n?or\b|^(?:also\s+|there (?:is|are)\s+)?(?:no|not|without|w/o|negative)\b"
+)
 _CHANGED = re.compile(
     r"\b(?:(?:un)?changed|stable|persist\w*|residual|redemonstrat\w*|again|improv\w+|worsen\w*|"
     r"increas(?:e|ing)|decreas\w+|progress\w+|(?:re)?accumulat\w+|similar|status post|s/p|"
@@ -116,7 +124,8 @@ _ELLIPTIC = re.compile(
 )
 """Goes on with the subject before the separator."""
 _PREDICATE_ONLY = re.compile(
-    r"^(?:(?:well|fully|grossly|otherwise)[- ])*(?:expanded|inflated|aerated|clear|hyper\w+|hypo\w+)$"
+    r"^(?:(?:well|fully|grossly|otherwise)[- ])*"
+    r"(?:expanded|inflated|aerated|clear|hyper\w+|hypo\w+)$"
 )
 _ENDS_SEEN = re.compile(rf"{SEEN}$")
 
@@ -184,7 +193,7 @@ def _asserts(left: str, right: str, separator: str) -> bool | None:
         return "lung" in left
     if _PLACE.match(item) or _ELLIPTIC.match(item) or _REFERS.match(item):
         return False
-    if ":" in item or _MEANS.search(item):
+    if ":" in item or _MEANS.search(right.partition(",")[0]):
         return True
     last = _NEXT.split(left)[-1]
     denial = list(_DENIES.finditer(last))
@@ -201,11 +210,12 @@ def _asserts(left: str, right: str, separator: str) -> bool | None:
     closed = _ENDS_SEEN.search(left) is not None
     goes_on = _LIST_GOES_ON.search(rest)
     if not (verb or change or front):
-        if goes_on or "with" in separator:
+        if goes_on or ("with" in separator and _ACCOMPANIES.match(item)):
             return False
         if _DEVICE.search(item):
             return True
-        return None if closed or not _DENIABLE.search(item) else False
+        bare = separator.strip() in (",", "and", ", and") and not _LOCATED.search(item)
+        return False if bare and not closed and _DENIABLE.search(item) else None
     if verb:
         return True
     if goes_on and not _FINITE.search(rest):
