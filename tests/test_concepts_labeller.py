@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import pytest
 from hypothesis import given
@@ -13,7 +16,15 @@ from hypothesis import strategies as st
 
 from cpo_fast.concepts import label_report
 from cpo_fast.concepts.__main__ import main
-from cpo_fast.concepts.labeller import LABELLED, clear_side, opposed, ruled_out, sentences
+from cpo_fast.concepts.labeller import (
+    _MENTIONS,
+    LABELLED,
+    clear_side,
+    opposed,
+    ruled_out,
+    sentences,
+)
+from cpo_fast.concepts.labeller_phrases import STEMS
 from cpo_fast.types import FINDINGS
 
 SENTENCES = [
@@ -61,6 +72,8 @@ SENTENCES = [
     ("A 9 mm nodule projects over the right upper lobe.", "Lung Lesion", 1),
     ("No suspicious nodules or masses.", "Lung Lesion", 0),
     ("Left central venous catheter fracture is seen.", "Fracture", None),
+    ("No enlargement of the heart.", "Cardiomegaly", 0),
+    ("Mild nonconsolidating airspace disease.", "Consolidation", None),
 ]
 
 
@@ -68,6 +81,32 @@ SENTENCES = [
 def test_a_sentence_is_labelled(text: str, finding: str, label: int | None) -> None:
     assert label_report(text)[finding] == label
     assert label_report(text.upper())[finding] == label
+
+
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "labeller_cases.jsonl").read_text().splitlines()
+]
+"""{text, accept: {finding: labels on which radiologists may differ}}: denials, lists, change,
+resolution, doubt, values after a colon, as MIMIC-CXR's radiologists write them."""
+
+
+@pytest.mark.parametrize("change", [str, str.upper, partial(fill, width=40)])
+def test_the_cases_are_labelled(change: Callable[[str], str]) -> None:
+    wrong = []
+    for case in CASES:
+        labels = label_report(change(case["text"]))
+        for finding, accepted in case["accept"].items():
+            if labels[finding] not in accepted:
+                wrong.append((case["text"], finding, labels[finding], accepted))
+    assert wrong == []
+
+
+def test_every_mention_holds_a_stem_of_its_finding() -> None:
+    texts = [text for text, _, _ in SENTENCES] + [case["text"] for case in CASES]
+    for line in (line for text in texts for line in sentences(text)):
+        for name, stems in STEMS.items():
+            assert not _MENTIONS[name].search(line) or any(stem in line for stem in stems)
 
 
 @pytest.mark.parametrize("line", ["negative.", "unremarkable radiographs of the chest.", "normal."])

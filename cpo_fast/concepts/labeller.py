@@ -16,18 +16,12 @@ from cpo_fast.concepts.labeller_phrases import (
     CALLED_NORMAL,
     EXEMPTION,
     MENTIONS,
-    NEGATION_AFTER,
-    NEGATION_BEFORE,
     NORMALITY,
     ONE_SIDE,
     OPPOSED,
-    PSEUDO_NEGATION,
-    SCOPE_BREAK,
-    UNCERTAIN_AFTER,
-    UNCERTAIN_BEFORE,
-    UNCERTAIN_BREAK,
-    UNCERTAIN_INSIDE,
+    STEMS,
 )
+from cpo_fast.concepts.labeller_scope import judge
 from cpo_fast.types import FINDINGS
 
 LABELLED: tuple[str, ...] = (*FINDINGS, "Emphysema")
@@ -41,17 +35,11 @@ _NORMALITY = tuple((re.compile(p), frozenset(f or MENTIONS)) for p, f in NORMALI
 _OPPOSED = tuple((name, re.compile(p)) for name, p in OPPOSED)
 _EXEMPTION = re.compile(EXEMPTION)
 _ONE_SIDE = re.compile(ONE_SIDE)
-_PRE_NEG = re.compile(NEGATION_BEFORE)
-_INNER_NEG = re.compile(r"\bnot\b")
-_INNER_UNC = re.compile(UNCERTAIN_INSIDE)
-_POST_NEG = re.compile(NEGATION_AFTER)
-_PRE_UNC = re.compile(UNCERTAIN_BEFORE)
-_POST_UNC = re.compile(UNCERTAIN_AFTER)
-_BREAK = re.compile(SCOPE_BREAK)
-_DOUBT_BREAK = re.compile(UNCERTAIN_BREAK)
-_PSEUDO = re.compile(PSEUDO_NEGATION)
-_SENTENCE = re.compile(r"(?<=[.?!])\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|\s(?=\d{1,2}\. +[a-z])")
-_ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)]|-)\s*")
+_SENTENCE = re.compile(
+    r"(?<=[.?!])(?<!\bvs\.)\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|"
+    r"\s(?=\d{1,2}\. +[a-z]|\d{1,2}\.[a-z]{2}|\d{1,2}\) +[a-z])"
+)
+_ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)](?!\d)|-)\s*")
 
 
 def sentences(text: str) -> list[str]:
@@ -71,10 +59,11 @@ def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
     """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of
     `LABELLED`."""
     found: list[tuple[str, int]] = []
-    calm = _calmed(sentence)
     for name, pattern in _MENTIONS.items():
+        if not any(map(sentence.__contains__, STEMS.get(name, ("",)))):
+            continue
         for match in pattern.finditer(sentence):
-            found.append((name, _polarity(calm, match.start(), match.end())))
+            found.append((name, judge(sentence, match.start(), match.end())))
     return tuple(found)
 
 
@@ -82,36 +71,13 @@ def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
 def called_normal(sentence: str) -> tuple[tuple[str, int], ...]:
     """(finding, 0) for each finding that a lower-case sentence denies by calling its organ
     normal."""
-    calm = _calmed(sentence)
-    return tuple((name, 0) for name, pattern in _CALLED_NORMAL if pattern.search(calm))
+    return tuple((name, 0) for name, pattern in _CALLED_NORMAL if pattern.search(sentence))
 
 
 def polarity(sentence: str, start: int, end: int) -> int:
     """Whether what stands at start:end of a lower-case sentence is asserted (1), denied or
     doubted."""
-    return _polarity(_calmed(sentence), start, end)
-
-
-@lru_cache(maxsize=1 << 10)
-def _calmed(sentence: str) -> str:
-    """The sentence with words blanked that look like denials and are none ("no change")."""
-    return _PSEUDO.sub(lambda m: "_" * len(m.group()), sentence)
-
-
-def _polarity(sentence: str, start: int, end: int) -> int:
-    before, after = sentence[:start], sentence[end:]
-    if _INNER_UNC.search(sentence, start, end) or _POST_UNC.search(after):
-        return -1
-    if _reaches(_PRE_UNC, before, _DOUBT_BREAK):
-        return -1
-    denied = _INNER_NEG.search(sentence, start, end) or _POST_NEG.search(after)
-    return 0 if denied or _reaches(_PRE_NEG, before, _BREAK) else 1
-
-
-def _reaches(cue: re.Pattern[str], before: str, end: re.Pattern[str]) -> bool:
-    """Whether some cue in `before` is followed by no word that ends its reach."""
-    cues = list(cue.finditer(before))
-    return bool(cues) and end.search(before, cues[-1].end()) is None
+    return judge(sentence, start, end)
 
 
 @lru_cache(maxsize=1 << 17)
@@ -165,10 +131,9 @@ def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, i
 def opposed(sentence: str) -> frozenset[str]:
     """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume,
     vessels)."""
-    calm = _calmed(sentence)
     return frozenset(
         name
         for name, pattern in _OPPOSED
         for match in pattern.finditer(sentence)
-        if _polarity(calm, match.start(), match.end()) == 1
+        if judge(sentence, match.start(), match.end()) == 1
     )

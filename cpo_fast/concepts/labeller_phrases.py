@@ -29,7 +29,7 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"large heart",
         r"increase in heart size",
     ),
-    "Consolidation": (r"consolidat\w+",),
+    "Consolidation": (r"(?<!non)(?<!non-)consolidat\w+",),
     "Edema": (
         r"(?:pulmonary |interstitial |alveolar |vascular |lung |"
         r"airspace )?(?<!soft tissue )(?:o?edema)(?! of the (?:soft|arm|neck))",
@@ -110,8 +110,9 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"(?<!history of )(?:broncho)?pneumonias?",
         r"\bpneumonitis",
         r"pneumonic",
+        r"\bpna\b",
     ),
-    "Pneumothorax": (r"(?:hydro|hemo)?pneumo ?thora\w+",),
+    "Pneumothorax": (r"(?:hydro|ha?emo)?pneumo ?thora\w+", r"\bptx\b"),
     "Support Devices": (
         r"catheter\w*",
         r"(?<!pleural )\blines?\b(?= (?:tip|terminat|in place|is|with|overl|project))",
@@ -134,74 +135,28 @@ MENTIONS: dict[str, tuple[str, ...]] = {
 }
 """Finding -> expressions of which each match is a mention."""
 
-NEGATION_BEFORE = (
-    r"\b(?:no|not|without|absent|absence of|negative|free of|clear of|never|nor|neither|non|"
-    r"lack of|denies|rather than|resolution of|clearing of|clearance of|resolved|excludes?|"
-    r"instead of|removal of|"
-    r"exclude[sd]|fail(?:s|ed)? to|nothing|un(?:likely|remarkable) for)\b"
-)
-NEGATION_AFTER = (
-    r"^[^,;.]{0,40}?\b(?:(?:is|are|was|were|has been|have been|has|have) (?:now |since |"
-    r"completely |\w+ly )?"
-    r"(?:not|no longer|absent|resolved|cleared|excluded|unlikely|gone|removed)\b|(?:resolved|"
-    r"cleared|unlikely)\b|"
-    r"no longer|not (?:seen|identified|present|visualized|enlarged|evident))|"
-    r"^(?:(?! with | and the )[^,;.]){0,40}?\b"
-    r"(?:within (?:\w+ )?(?:normal limits|limits of normal)|normal\b)"
-)
-UNCERTAIN_BEFORE = (
-    r"\b(?:possib\w+|may|might|could|can ?not|can't|questionable|question|questioned|equivocal|"
-    r"suspicious for|suspicion|"
-    r"suspected|suspect|suggest\w*|concern\w*|worrisome|difficult to exclude|exclude|consider\w*|"
-    r"differential|"
-    r"indeterminate|query|evaluate|rule out|if|doubt\w*|uncertain|unclear|borderline|perhaps|"
-    r"less likely|"
-    r"not excluded|correlate|conceivabl[ey]|presum\w+|whether|potential\w*|risk|predispos\w+|"
-    r"upper limits|"
-    r"top normal|history|prior|previous\w*|preclude|sequela\w*)\b"
-)
-UNCERTAIN_BREAK = (
-    r"\b(?:but|however|although|though|except|there (?:is|are)|(?:is|are) (?:noted|seen|present)|"
-    r"(?:again|also) (?:noted|seen)|with (?:stable|small|large|persistent|interval|associated|"
-    r"unchanged)|"
-    r"secondary to|consistent with|compatible with)\b|[;:.]"
-)
-"""Ends the reach of a cue of doubt that stands before a mention."""
-
-UNCERTAIN_AFTER = (
-    r"^[^;.]{0,60}?\b(?:(?:is|are) (?:possible|suspected|questioned|(?:not )?excluded|considered|"
-    r"difficult to exclude)|"
-    r"(?:can ?not|can't|could not|may not|not|"
-    r"difficult to) (?:\w+ )?(?:be )?(?:\w+ )?(?:exclude\w*|ruled out)|"
-    r"(?:would|could|may|might|should) (?:also )?(?:be|have|look)|possible\b|suspected|"
-    r"in the differential|"
-    r"(?:not|n't) (?:completely |entirely )?excluded)"
-)
-UNCERTAIN_INSIDE = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|borderline|perhaps)\b"
-"""Doubt inside a mention that spans several words ("the heart may be enlarged")."""
-
-SCOPE_BREAK = (
-    r"\b(?:but|however|although|though|except|aside from|other than|apart from|which|causing|"
-    r"caused by|"
-    r"secondary to|due to|there is|there are|with (?:stable|mild|moderate|small|large|persistent|"
-    r"a|the|"
-    r"interval|minimal|bilateral|right|left|chronic|some|associated)|is|are|was|were|has|have|"
-    r"appears?|remains?|"
-    r"shows?|demonstrates?|represents?|consistent with|compatible with|reflects?|seen|noted|"
-    r"present|identified|"
-    r"since|because|given|than)\b|[;:]"
-)
-"""Between a cue before a mention and the mention: ends the reach of the cue."""
-
-PSEUDO_NEGATION = (
-    r"\b(?:no (?:significant |definite |appreciable |interval |substantial |gross |acute )*"
-    r"(?:change|changes|increase|decrease|interval change|longer)\b(?: (?:in|of))?|"
-    r"not (?:significantly |only )?(?:changed|only)|"
-    r"without (?:significant |interval )*change|not necessarily|no change|not excluded|"
-    r"non[- ]?specific|"
-    r"non[- ]?calcified|no prior|no previous|no comparison)\b"
-)
-"""Words that look like a negation of the finding and are none; blanked before cues are sought."""
+STEMS: dict[str, tuple[str, ...]] = {
+    "Atelectasis": ("atelecta", "collaps"),
+    "Cardiomegaly": ("heart", "cardi"),
+    "Consolidation": ("consolidat",),
+    "Edema": (
+        *("edema", "congest", "vascula", "vessels", "cephaliz", "kerley", "heart failure", "chf"),
+        *("overload", "engorge"),
+    ),
+    "Emphysema": ("emphysema", "bullous"),
+    "Enlarged Cardiomediastinum": ("mediastin",),
+    "Fracture": ("fractur", "deformit"),
+    "Lung Lesion": (
+        *("nodul", "mass", "lesion", "metasta", "neoplas", "carcinoma", "tumo", "malignan"),
+        "cavit",
+    ),
+    "Lung Opacity": ("opaci", "air", "alveolar", "infiltrat", "haz"),
+    "Pleural Effusion": ("effusion", "fluid", "thora", "empyema"),
+    "Pleural Other": ("pleur", "fibrothorax", "apical "),
+    "Pneumonia": ("pneumon", "pna"),
+    "Pneumothorax": ("thora", "ptx"),
+}
+"""Finding -> letters of which every mention holds some: a fast test before the expressions."""
 
 _CALLED_NORMAL = (
     r"(?:(?! not | but | with | and the |enlarged|large\b|widened|borderline|upper (?:limits|"

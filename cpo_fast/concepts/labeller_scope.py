@@ -1,0 +1,142 @@
+"""How far the cues of a sentence reach: whether a mention is asserted, denied or doubted.
+
+A cue before a mention governs what follows up to the end of its clause. "No pneumothorax, effusion
+or edema" is one list, "No pneumothorax, small effusion" a denial and a new assertion: at each comma
+and "and" the words behind it decide (`_asserts`).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from cpo_fast.concepts.labeller_cues import (
+    CONJUNCTION,
+    CUES,
+    DENIAL_END,
+    DENIED_AFTER,
+    DENIED_INSIDE,
+    DOUBTED_AFTER,
+    DOUBTED_INSIDE,
+    EXEMPTED_AFTER,
+    LIST_PREDICATE,
+    SIDE,
+    SIZABLE,
+    SIZE,
+    STATE,
+    STATE_AFTER,
+    VERB,
+)
+
+_CUE = re.compile("|".join(f"(?P<{kind}>{expression})" for kind, expression in CUES))
+_CONJUNCTION = re.compile(CONJUNCTION)
+_DENIAL_END = re.compile(f"{CONJUNCTION}|{DENIAL_END}|{VERB}")
+_VERB = re.compile(VERB)
+_LIST_PREDICATE = re.compile(LIST_PREDICATE)
+_SEPARATOR = re.compile(r",\s*(?:and/or|and|or|nor)\b|\b(?:and/or|and|or|nor)\b|,")
+_CLOSING = re.compile(r"\b(?:or|nor)\b|(?<=[a-z]{3})/(?=[a-z]{3})")
+_LAST_AND = re.compile(r"\band (?!(?:\w+ly )?(?:" + f"{SIZE}|{SIDE}|{SIZABLE}" + r")\b)")
+_STATE = re.compile(STATE)
+_STATE_AFTER = re.compile(STATE_AFTER)
+_ASSERTIVE = re.compile(rf"^(?:\w+ly )?(?:{SIZE}|{SIDE}|{SIZABLE})\b")
+_SIZABLE = re.compile(rf"^(?:\w+ly )?{SIZABLE}\b")
+_SIZE = re.compile(rf"\b{SIZE}\b")
+_SIDE = re.compile(rf"\b{SIDE}\b")
+_DENIED_AFTER = re.compile(DENIED_AFTER)
+_DOUBTED_AFTER = re.compile(DOUBTED_AFTER)
+_EXEMPTED_AFTER = re.compile(EXEMPTED_AFTER)
+_DOUBTED_INSIDE = re.compile(DOUBTED_INSIDE)
+_DENIED_INSIDE = re.compile(DENIED_INSIDE)
+
+
+def judge(sentence: str, start: int, end: int) -> int:
+    """1 where a lower-case sentence asserts what stands at start:end, 0 where it denies it, -1
+    where it doubts it."""
+    after = sentence[end:]
+    value = _governed(sentence, start)
+    if value == 0:
+        return 1 if _EXEMPTED_AFTER.search(after) else 0
+    if _DOUBTED_INSIDE.search(sentence, start, end) or _DOUBTED_AFTER.search(after):
+        return -1
+    if _DENIED_INSIDE.search(sentence, start, end) or _DENIED_AFTER.search(after):
+        return 0
+    return value
+
+
+def _governed(sentence: str, at: int) -> int:
+    """What the cues before `at` say: the last denial or assertion that reaches it, else doubt."""
+    value = 1
+    for kind, begin, start, end in _reaches(sentence):
+        if begin >= at and not begin <= at < start:
+            break
+        if kind == "assertion" and begin <= at < start:
+            return 0  # "no enlargement of the heart": the change is the finding
+        if start <= at < end:
+            if kind == "assertion":
+                value = 1
+            elif kind in ("denial", "ending"):
+                value = 0
+            elif value:
+                value = -1
+    return value
+
+
+@lru_cache(maxsize=1 << 10)
+def _reaches(sentence: str) -> tuple[tuple[str, int, int, int], ...]:
+    """(kind, start of the cue, start and end of the text that it governs) of each cue."""
+    found = []
+    for cue in _CUE.finditer(sentence):
+        kind = cue.lastgroup or ""
+        if kind != "neutral":
+            end = _end_of_reach(sentence, cue.end(), kind)
+            found.append((kind, cue.start(), cue.end(), end))
+    return tuple(found)
+
+
+def _end_of_reach(sentence: str, start: int, kind: str) -> int:
+    ends = _DENIAL_END if kind in ("denial", "ending") else _CONJUNCTION
+    stop = ends.search(sentence, start)
+    limit = stop.start() if stop else len(sentence)
+    if kind == "assertion":
+        return limit
+    for separator in _SEPARATOR.finditer(sentence, start, limit):
+        joins = _CLOSING.search(separator.group())
+        if not joins and _asserts(sentence, separator.end(), separator.group(), kind):
+            return separator.start()
+    return limit
+
+
+def _asserts(sentence: str, start: int, separator: str, kind: str) -> bool:
+    """Whether a new assertion starts behind a comma or an "and", not another item of the list."""
+    while sentence[start : start + 1] == " ":
+        start += 1
+    stop = _CONJUNCTION.search(sentence, start)
+    clause = sentence[start : stop.start() if stop else len(sentence)]
+    item = clause.split(",", 1)[0]
+    if separator != ",":
+        item = re.split(r"\b(?:and|or|nor)\b", item, maxsplit=1)[0]
+    verb = _VERB.search(item)
+    if verb and not _LIST_PREDICATE.match(item, verb.start()):
+        return True
+    noun = item[: verb.start()] if verb else item
+    if _STATE.search(noun) or _STATE_AFTER.search(noun):
+        return True
+    if kind == "ending":
+        return False
+    head = " ".join(noun.split()[:5])
+    if _SIZE.match(head) and _SIDE.search(head):
+        return True
+    if _closed(clause):
+        return False
+    if _SIZABLE.search(noun) and separator == "," and _LAST_AND.search(clause):
+        return False
+    return bool(_ASSERTIVE.search(noun) or (separator == "," and _SIDE.search(noun)))
+
+
+def _closed(clause: str) -> bool:
+    """Whether a list is closed by "or" or "nor" in a clause, and nothing else is said of it."""
+    closing = _CLOSING.search(clause)
+    if not closing:
+        return False
+    verb = _VERB.search(clause, 0, (clause + ",").find(",", closing.end()))
+    return verb is None or bool(_LIST_PREDICATE.match(clause, verb.start()))
