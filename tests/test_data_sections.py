@@ -251,7 +251,7 @@ def test_long_runs_of_capitals_take_linear_time() -> None:
     runs = ("A" * 190_000, "A " * 95_000, ("A, " * 40 + "\n") * 1500, "\n " * 90_000,
             "called " * 28_000, "FINDINGS\n" * 20_000, "FINDINGS: x\nCOMPARISON: y\n" * 7_000,
             "FINDINGS: COMPARISON: " + "None. " * 30_000, "Dr. " * 48_000,
-            ".  " * 60_000)  # fmt: skip
+            ".  " * 60_000, " " * 190_000, "FINDINGS:" + " IMPRESSION: a" * 12_000)  # fmt: skip
     for run in runs:
         try:
             parse_report(run)

@@ -27,16 +27,18 @@ _WHOM = (
 _NOTICES = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        rf"\b{_TOLD}\b",
+        rf"\b{_TOLD}\b|\bd/w\b|\b(?:made|is|are|was|were) aware\b",
         rf"\b{_PERHAPS_TOLD}\b.{{0,200}}?\b{_WHOM}",
         rf"^\W*{_PERHAPS_TOLD}\b",
         r"\bwet read\b.{0,200}?\b(?:given|provided|placed|posted|performed|available|entered)\b",
-        r"^\W*drs?\b.{0,200}?\b(?:aware|called|told|acknowledged|discussed|communicated)\b",
+        r"^\W*drs?\b.{0,200}?\b(?:called|told|acknowledged|discussed|communicated|agrees?|phone|telephone)\b",
         r"\b(?:(?:reviewed|interpreted|approved|agrees?) .{0,200}?\bradiologist|"
         r"as (?:the |an )?attending radiologist|teaching physician|personally (?:reviewed|viewed|"
         r"interpreted)|electronically signed|agree with the (?:above|resident|preliminary|findings|"
         r"interpretation)|(?:dictated|transcribed|approved|signed) (?:by|on|at|but)|"
         r"this report (?:was|has been))\b",
+        r"^\W*(?:over\W*$|end of (?:the )?(?:report|dictation|impression)\b|job ?#|thank you\b|"
+        r"(?:interpreted|read|reviewed|dictated) by\b)",
         r"^\W*(?:cc|approved|signed|dictated|transcribed|job|time of (?:call|notification|"
         r"discovery|discussion|communication|dictation|observation)) ?:",
         r"^\W*(?:drs?|mrs?|ms)\s+\w[\w.'-]*(?:\s+\w[\w.'-]*){0,3}\W*$",

@@ -25,24 +25,27 @@ MAX_REPORT_CHARS = 200_000
 # Patterns of lines begin with the end of the line before, which is found faster than "^".
 # Capitals, then what headers are made of. Digits too ("CHEST, 2 VIEWS"); a colon inside a time of
 # day is not followed by white space. The length bound keeps a line of capitals from backtracking.
+_MAX_HEADER = 140
 _HEADER = re.compile(r"\n[ \t]{0,40}([A-Z][A-Z0-9 ()\[\]/,&'.\-]{1,90}?)[ \t]*:(?=\s|$)")
 _FOUND = r"(?:findings?|impressions?|conclusions?)"
-_FOUND = rf"(?:final[ \t]+)?{_FOUND}(?:[ \t]*(?:and|&|/)[ \t]*{_FOUND})?"
+_FOUND = rf"(?:final[ \t]+)?{_FOUND}(?:[ \t]*(?:and|with|[&/,-])[ \t]*{_FOUND})?"
 _CONTEXT = (
     r"comparisons?|techniques?|indications?|history|(?:clinical|patient) (?:history|information|"
     r"indication)|reason for (?:exam\w*|study)|examination|exam|procedure|recommendations?|"
     r"recommendation\(s\)|notifications?|addendum|critical (?:findings?|results?)|"
-    r"(?:prior|previous|clinical) (?:findings?|impressions?)"
+    r"(?:prior|previous|clinical) (?:findings?|impressions?)|findings? (?:were )?(?:discussed|"
+    r"communicated|reported|conveyed|called|relayed)(?: (?:with|to|by))?"
 )
 # In mixed case only these names are headers: any word may begin a line of a sentence.
-_TITLED = re.compile(rf"\n[ \t]{{0,40}}((?=[A-Z])(?i:{_FOUND}|{_CONTEXT}))[ \t]*:(?=\s|$)")
+_TITLED = re.compile(rf"\n[ \t]{{0,40}}((?i:{_FOUND}|{_CONTEXT}))[ \t]*:(?=\D|$)")
 # Behind the end of a sentence, another header or several spaces; in capitals behind any word.
 _INLINE = re.compile(
-    rf"[ \t](?=[A-Z])(?:(?<=[.!?:;)_ \t].)|(?<=[a-z0-9,].)(?=[A-Z]{{2}}))"
-    rf"((?i:{_FOUND}|{_CONTEXT}))[ \t]*:(?=\s|$)"
+    rf"(?:[ \t](?=[A-Z])(?:(?<=[.!?:;)_ \t].)|(?<=[a-z0-9,].)(?=[A-Z]{{2}}))|"
+    rf"(?<=[.;)])(?=[A-Z]{{6}}))"
+    rf"((?i:{_FOUND}|{_CONTEXT})|[A-Z]{{6,12}})[ \t]*:(?=\D|$)"
 )
 # A line of its own without a colon, of these words only: "FINDINGS", "Final Impression".
-_ALONE = re.compile(r"\n[ \t]{0,40}([A-Z][A-Za-z()/& \t]{2,50})(?=\n|$)")
+_ALONE = re.compile(r"\n[ \t*]{0,40}([A-Z][A-Za-z()/& \t]{2,50})([.;*-]*)[ \t]*(?=\n|$)")
 _ALONE_WORDS = (
     "findings", "finding", "impression", "impressions", "conclusion", "conclusions", "comparison",
     "comparisons", "technique", "indication", "indications", "history", "examination", "clinical",
@@ -55,11 +58,15 @@ _WORD = re.compile(r"\w")
 
 # Where another text begins: an addendum, the report itself, a preliminary one.
 _BLOCK = re.compile(
-    r"\n[ \t]*(?:_{10,}[ \t]*(?=\n|$)|"  # `___` alone is de-identified text
+    r"\n[ \t*]{0,60}(?:_{10,}[ \t]*(?=\n|$)|"  # `___` alone is de-identified text
     r"(?=(?:(?:FINAL|PRELIMINARY)[ \t]+)?REPORT[ \t]*:?[ \t]*(?:\n|$)|"
-    r"(?:FINAL[ \t]+)?(?:ADDENDUM|Addendum)\b(?:[ \t]*(?:[:#(\d\n-]|$)|[ \t]{2,}|[ \t]+[A-Z])))"
+    r"(?:(?:FINAL|Final|FIRST|SECOND|THIRD|NEW|REPORT)[ \t]+)?(?:"
+    r"ADDENDUM\b(?![ \t]+(?i:is|was|will|below|above)\b)|"
+    r"Addendum\b(?:[ \t]*(?:[:#(\d\n-]|$)|[ \t]{2,}|[ \t]+(?:by\b|[A-Z])))))"
 )
-_ADDENDUM = re.compile(r"\s*(?:final\s+)?addendum\b", re.IGNORECASE)
+_ADDENDUM = re.compile(
+    r"[\s*]*(?:(?:final|first|second|third|new|report)\s+)?addendum\b", re.IGNORECASE
+)
 _PRELIMINARY = re.compile(r"\s*(?:preliminary\s+report|wet\s+read)\b", re.IGNORECASE)
 
 _FINDINGS_WORDS = ("findings", "finding")
@@ -68,14 +75,19 @@ _IMPRESSION_NAMES = frozenset(
     {"summary", "opinion", "interpretation", "final diagnosis", "assessment"}
 )
 # What the clinician or an earlier report said, or who was told.
+_TOLD = (
+    r"\b(?:discussed|communicat\w*|notif\w*|convey\w*|relay\w*|reported|called|(?:tele)?phoned|paged|"
+    r"e-?mailed|informed|acknowledged|reviewed|critical)\b"
+)
+_EARLIER = "(?:prior|previous|earlier|old|past|outside)"
 _NOT_OF_THIS_REPORT = re.compile(
-    r"\b(?:critical|clinical|(?:prior|previous|earlier|old|past|outside)\b.*\b(?:finding|impression|"
-    r"conclusion|report)|discuss\w*|communicat\w*|notif\w*|convey\w*|relay\w*|reported|called|"
-    r"(?:tele)?phoned|paged|e-?mailed|informed|acknowledged|reviewed)"
+    rf"{_TOLD}|\b(?:clinical|physical|operative|surgical|laboratory|{_EARLIER}\b.*\b(?:finding|"
+    rf"impression|conclusion|report)|(?:findings?|impressions?) (?:on|of|from) (?:the )?{_EARLIER})"
 )
 _VIEW_WORDS = re.compile(
     r"\b(?:chest|views?|radiographs?|x-?ray|portable|frontal|lateral|ap|pa|cxr|films?)\b"
 )
+_VIEW_NAMES = frozenset({"view", "views", "number of views", "views obtained"})
 _ASKED = re.compile(r"\b(?:indications?|history|reason)\b")
 _ASIDE = re.compile(r"\b(?:comparisons?|techniques?|views?|contrast|dose)\b")
 _CONTEXT_WORDS = re.compile(
@@ -116,7 +128,7 @@ def _kind(header: str) -> str:
         return "impression"
     if "wet" in words and "read" in words:
         return "wet"
-    if _CONTEXT_WORDS.search(lower) or re.search(r"\b(?:communicat|notif)", lower):
+    if _CONTEXT_WORDS.search(lower) or re.search(_TOLD, lower) or lower in _VIEW_NAMES:
         return "context"
     if _VIEW_WORDS.search(lower):
         return "view"
@@ -140,20 +152,35 @@ def _stands_alone(match: re.Match[str], part: str) -> bool:
         return False
     if _kind(match[1]) not in ("findings", "impression", "context"):
         return False
-    end = match.start()
-    line = part[part.rfind("\n", 0, end) + 1 : end].strip()  # the line before
+    line = _line_before(match, part)
     if not line or line[-1] in ".!?:;)_" or _TITLE_LINE.match(line):
         return True
-    return match[1].isupper() and (not line.isupper() or _HEADER.match("\n" + line) is not None)
+    if match[2] or not match[1].isupper():
+        return False
+    return not line.isupper() or _HEADER.match("\n" + line) is not None
+
+
+def _line_before(match: re.Match[str], part: str) -> str:
+    end = match.start()
+    return part[part.rfind("\n", 0, end) + 1 : end].strip()
 
 
 def _headers(part: str) -> dict[int, re.Match[str]]:
     """Place -> match of every header of `part`; group 1 is its name."""
-    found = {match.start(1): match for match in _HEADER.finditer(part)}
-    found |= {match.start(1): match for match in _INLINE.finditer(part)}
-    found |= {match.start(1): match for match in _TITLED.finditer(part)}
+    lines = {match.start(1): match for match in _HEADER.finditer(part)}
+    for match in _TITLED.finditer(part):
+        if match[1][0].isupper() or not _line_before(match, part):
+            lines[match.start(1)] = match
+    found = {}
+    for match in _INLINE.finditer(part):
+        # "Impression" of "Findings and Impression:" is none of its own
+        near = range(match.start(1) - _MAX_HEADER, match.start(1))
+        begun = [lines[place] for place in near if place in lines]
+        within = any(match.start(1) < line.end() for line in begun)
+        if not within and _kind(match[1]) in ("findings", "impression", "context"):
+            found[match.start(1)] = match
     alone = (match for match in _ALONE.finditer(part) if _stands_alone(match, part))
-    return {match.start(1): match for match in alone} | found
+    return {match.start(1): match for match in alone} | found | lines
 
 
 def _sections(part: str) -> list[tuple[str, str, str]]:
