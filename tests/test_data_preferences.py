@@ -634,6 +634,7 @@ def test_rows_of_questions_in_all_their_forms(tmp_path: Path) -> None:
         ({"prompt": "Q", "input": SECRET}, "input"),
         ({"prompt": "Q", "patient": "a man of 60"}, "patient"),
         ({"prompt": "Q", "image_path": "a.png"}, "image_path"),
+        ({"prompt": "Q", "functions": [{"function": {"name": "ratio"}}]}, "functions"),
         ({"title": f"about {SECRET}"}, "title"),  # beside an implicit prompt
         ({"system": "S"}, "system"),
     ],

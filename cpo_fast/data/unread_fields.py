@@ -76,15 +76,16 @@ def shown(name: str) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """What a field says: text, lists of it, messages and their parts."""
+    """What a field says: text, lists of it, messages and their parts, objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for one in value:
             yield from _texts(one)
     elif isinstance(value, dict):
-        for name in ("content", "text", "value"):
-            yield from _texts(value.get(name))
+        said = [value[name] for name in ("content", "text", "value") if name in value]
+        for one in said or value.values():
+            yield from _texts(one)
 
 
 def _joined(text: str) -> str:

@@ -66,7 +66,7 @@ class TrainArguments:
     max_images: int = _flag(1, "images per study that the model sees, frontal views first")
     eval_fraction: float = _flag(0.05, "share held out of a preference file, which has no splits")
     num_studies: int = _flag(2000, "size of the phantom data set")
-    max_train_samples: int | None = _flag(None, "use at most this many training studies")
+    max_train_samples: int | None = _flag(None, "use at most this many training studies or records")
     max_eval_samples: int | None = _flag(None, "evaluate on at most this many studies and groups")
     max_bad_fraction: float = _flag(0.05, "stop when more than this share of records is set aside")
     max_length: int = _flag(4096, "longest prompt + response in tokens")
