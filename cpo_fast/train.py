@@ -22,6 +22,7 @@ from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
 from cpo_fast.training.distributed import World, joined
+from cpo_fast.training.flag_rules import check_machine
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
 from cpo_fast.training.report_to import tracker_names, trackers
 from cpo_fast.training.run_folder import RunFolder
@@ -64,6 +65,7 @@ def run(args: TrainArguments) -> dict[str, Any]:
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
     reported = tracker_names(args.report_to)
+    check_machine(args)
     if args.dry_run:  # an exception, so that its temporary folder goes
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with joined(args.ddp_timeout) as world:
@@ -99,7 +101,7 @@ def prepare(
     from cpo_fast.phantom import write_phantom
     from cpo_fast.training.base import base_model
     from cpo_fast.training.corpus import read_corpus, write_preferences
-    from cpo_fast.training.samples import tokenise
+    from cpo_fast.training.samples import check_samples, tokenise
 
     if args.fsdp and world.size == 1:
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
@@ -112,7 +114,9 @@ def prepare(
     corpus = read_corpus(args, folder)
     texts = write_preferences(args, folder, corpus)
     base = base_model(args, folder, texts)
-    return args, folder, corpus, texts, base, tokenise(args, folder, texts, base)
+    samples = tokenise(args, folder, texts, base)
+    check_samples(args, samples)
+    return args, folder, corpus, texts, base, samples
 
 
 def evaluate(

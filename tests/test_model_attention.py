@@ -71,7 +71,7 @@ def cuda_attention_on_cpu(request, monkeypatch):
     monkeypatch.setattr("cpo_fast.model.attention.SHORTEST_FLEX", 64)
     name = request.node.name
     if "flex" in name:
-        monkeypatch.setattr("cpo_fast.model.packed._check_flex", lambda model: None)
+        monkeypatch.setattr("cpo_fast.model.packed._check_flex", lambda *_: None)
         # Its dense form has a backward on the CPU, too, but this check refuses it.
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     if "varlen" in name or "flash-attn" in name:
@@ -80,7 +80,7 @@ def cuda_attention_on_cpu(request, monkeypatch):
         module = types.ModuleType("flash_attn")
         module.flash_attn_varlen_func = flash_attns_varlen
         monkeypatch.setitem(sys.modules, "flash_attn", module)
-        monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda model: None)
+        monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda *_: None)
         varlen_kernel.cache_clear()
         request.addfinalizer(varlen_kernel.cache_clear)
 

@@ -6,22 +6,29 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpo_fast.errors import UsageError
 from cpo_fast.train import main
-from cpo_fast.training.checkpoint import checkpoints, damage_of, latest_checkpoint
+from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.training.checkpoint import checkpoints, damage_of, latest_checkpoint, read_state
+from cpo_fast.training.digests import file_digest
 from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import TIMING_FIELDS
 from cpo_fast.training.objectives import CPOObjective
+from cpo_fast.training.resume import check_flags, data_facts
+from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -235,6 +242,162 @@ def test_other_flags_are_no_resume(
     flags = ["--resume_from_checkpoint", "auto", "--beta", "0.5"]
     assert main(command(data, straight, *flags)) == 2
     assert "beta" in capsys.readouterr().err
+
+
+# --- changed data, model or tokenizer -----------------------------------------------------------
+
+SHORT = ["--stages", "sft", "--sft_max_steps", "-1", "--save_steps", "2", "--eval_steps", "0",
+         "--eval_fraction", "0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped_at_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over 24 rows, 6 steps, as it is after step 2, beside its data."""
+    folder = tmp_path_factory.mktemp("begun")
+    rows = data.read_text(encoding="utf-8").splitlines(keepends=True)[:24]
+    (folder / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
+    assert main(command(folder / "pairs.jsonl", folder / "run", *SHORT)) == 0
+    for step in (4, 6):
+        shutil.rmtree(folder / "run" / "sft" / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.fixture
+def begun(stopped_at_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the run is resumed from inside the folder, by relative paths."""
+    shutil.copytree(stopped_at_two, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    flags = json.loads(Path("run/config.json").read_text())
+    flags["dataset"] = "pairs.jsonl"
+    Path("run/config.json").write_text(json.dumps(flags))
+    edit_state(lambda state: state["begun_with"]["flags"].update(dataset="pairs.jsonl"))
+    return tmp_path / "copy"
+
+
+def edit_state(edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change trainer_state.json of the checkpoint, and its checksum with it."""
+    folder = Path("run/sft/checkpoint-2")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    edit(state)
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["trainer_state.json"] = file_digest(folder / "trainer_state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def resume(*flags: str) -> int:
+    arguments = [*SHORT, "--resume_from_checkpoint", "auto", *flags]
+    return main(command(Path("pairs.jsonl"), Path("run"), *arguments))
+
+
+def cut_rows() -> None:
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(rows[:12]))
+
+
+def reorder_rows() -> None:
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(reversed(rows)))
+
+
+def change_a_word() -> None:
+    text = Path("pairs.jsonl").read_text()
+    Path("pairs.jsonl").write_text(text.replace("line 3.", "line 4.", 1))
+
+
+def change_a_weight() -> None:
+    path = Path("run/base/model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def change_the_template() -> None:
+    for path in Path("run/base").glob("*"):
+        if path.is_file() and path.suffix in (".json", ".jinja"):
+            text = path.read_text()
+            path.write_text(text.replace("<|im_start|>assistant", "<|im_start|>doctor"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (cut_rows, "training data: 24 samples then, 12 now."),
+        (reorder_rows, "training data: the same 24 samples in another order."),
+        (change_a_word, "training data: 24 samples then, 24 now, with other content."),
+        (change_a_weight, "starting model: other weights or configuration"),
+        (change_the_template, "tokenizer: other files"),
+    ],
+)
+def test_a_resume_notices_what_has_changed(
+    begun: Path, change: Callable[[], None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change()
+    assert resume() == 2
+    error = capsys.readouterr().err
+    assert said in error and "--allow_changed_data" in error
+    assert [path.name for path in checkpoints(Path("run/sft"))] == ["checkpoint-2"]
+
+
+def test_changed_data_is_gone_on_with_when_it_is_allowed(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_rows()
+    assert resume("--allow_changed_data") == 0
+    said = "training data: 24 samples then, 12 now"
+    assert said in capsys.readouterr().out
+    stage = json.loads(Path("run/summary.json").read_text())["stages"]["sft"]
+    assert stage["resumed_with_changes"] == [said] and stage["steps"] == 3
+    state = read_state(Path("run/sft/checkpoint-3"))
+    assert state["begun_with"]["training data"]["samples"] == 12
+    assert state["begun_with"]["changes"] == [said]
+
+
+def test_a_checkpoint_without_digests_is_gone_on_with_in_one_sentence(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_state(lambda state: state.pop("begun_with"))
+    assert resume() == 0
+    assert "cannot be checked" in capsys.readouterr().out
+    assert read_state(Path("run/sft/checkpoint-6"))["begun_with"]["changes"] == []
+
+
+def test_other_flags_are_noticed_without_a_config_file(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run/config.json").unlink()
+    assert resume("--sft_learning_rate", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-2 was written with other values of sft_learning_rate" in error
+
+
+def test_another_data_set_is_another_value_of_a_flag_unless_it_is_allowed() -> None:
+    begun = asdict(TrainArguments(dataset="a.jsonl"))
+    other = asdict(TrainArguments(dataset="b.jsonl"))
+    with pytest.raises(UsageError, match="other values of dataset: .* --allow_changed_data true"):
+        check_flags(Path("config.json"), begun, other)
+    check_flags(Path("config.json"), begun, other | {"allow_changed_data": True})
+    with pytest.raises(UsageError, match="other values of beta: resume with the same flags"):
+        check_flags(Path("config.json"), begun, begun | {"beta": 0.2, "allow_changed_data": True})
+    del begun["allow_changed_data"], begun["loss_impl"]  # a version that did not have them
+    check_flags(Path("config.json"), begun, asdict(TrainArguments(dataset="a.jsonl")))
+
+
+def test_a_changed_image_file_is_changed_data(tmp_path: Path) -> None:
+    groups = []
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+        prompt = Prompt((1, 2), (ImageRef(name, str(tmp_path)),))
+        groups.append(PreferenceGroup(name, prompt, (3,), ((4,),)))
+    before = data_facts(groups)
+    assert data_facts(groups) == before
+    swapped = data_facts(groups[::-1])
+    assert swapped["digest"] != before["digest"]
+    assert swapped["in_any_order"] == before["in_any_order"]
+    (tmp_path / "b.png").write_bytes(b"c.png" * 100)  # the same size
+    assert data_facts(groups)["in_any_order"] != before["in_any_order"]
+    weighted = [groups[0], replace(groups[1], source="perception")]
+    assert data_facts(weighted)["digest"] != data_facts(groups)["digest"]
 
 
 def test_only_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> None:

@@ -135,9 +135,12 @@ def test_pairs_of_other_sources_are_left_out_and_counted(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--counterfactual_sources", "thinking,vision"], "vision: choose from thinking, percep"),
-        (["--thinking_weight", "-1"], "--thinking_weight must be a number from 0 up"),
-        (["--perception_weight", "nan"], "--perception_weight must be"),
+        (
+            ["--counterfactual_sources", "thinking,vision"],
+            "vision: choose from thinking,perception",
+        ),
+        (["--thinking_weight", "-1"], "--thinking_weight -1.0: must be a finite"),
+        (["--perception_weight", "nan"], "--perception_weight nan: must be"),
         (["--counterfactual_sources", "perception", "--perception_weight", "0"], "no pair is left"),
     ],
 )

@@ -45,8 +45,6 @@ class PackedModel:
     ) -> None:
         from peft import PeftModel
 
-        if attention not in ATTENTIONS:
-            raise UsageError(f"attention={attention!r} is not known: use {' or '.join(ATTENTIONS)}")
         self.model = model
         self.attention = attention
         self._peft = model if isinstance(model, PeftModel) else None
@@ -60,10 +58,7 @@ class PackedModel:
                 "the model has sliding-window layers, which packs do not support; "
                 "set use_sliding_window to false in its config.json"
             )
-        if attention == "varlen":
-            _check_varlen(base)
-        if attention == "flex":
-            _check_flex(base)
+        check_attention(attention, base.device.type, base.dtype)
         from cpo_fast.model.attention import BRANCHES
 
         implementation = "sdpa" if attention == "sdpa" else BRANCHES
@@ -161,7 +156,18 @@ class _Prepared:
     image_features: torch.Tensor | None = None
 
 
-def _check_varlen(model: PreTrainedModel) -> None:
+def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
+    """UsageError for an unknown attention, or one that a model of this device ("cpu", "cuda") and
+    dtype cannot use."""
+    if attention not in ATTENTIONS:
+        raise UsageError(f"attention={attention!r} is not known: use {' or '.join(ATTENTIONS)}")
+    if attention == "varlen":
+        _check_varlen(device, dtype)
+    if attention == "flex":
+        _check_flex(device)
+
+
+def _check_varlen(device: str, dtype: torch.dtype) -> None:
     from cpo_fast.model.attention import varlen_kernel
 
     if varlen_kernel() is None:
@@ -169,16 +175,16 @@ def _check_varlen(model: PreTrainedModel) -> None:
             "attention='varlen' needs torch 2.12 or later, or flash-attn; this is torch "
             f"{torch.__version__} without it; use 'gathered' or 'sdpa'"
         )
-    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise UsageError(
             f"attention='varlen' needs a CUDA model in bfloat16 or float16, this one is "
-            f"{model.dtype} on {model.device.type}; use 'gathered' or 'sdpa'"
+            f"{dtype} on {device}; use 'gathered' or 'sdpa'"
         )
 
 
-def _check_flex(model: PreTrainedModel) -> None:
-    if model.device.type != "cuda":
+def _check_flex(device: str) -> None:
+    if device != "cuda":
         raise UsageError(
-            f"attention='flex' needs a CUDA model, this one is on {model.device.type}; "
-            "use 'gathered' or 'sdpa'"
+            f"attention='flex' needs a CUDA model, this one is on {device}; use 'gathered' or "
+            "'sdpa'"
         )

@@ -8,36 +8,18 @@ script); the embedded default (phantom.yaml beside this file) replaces some for 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from cpo_fast.errors import UsageError
+from cpo_fast.flags import Number, split
+from cpo_fast.training.flag_ranges import SOURCES as SOURCES
+from cpo_fast.training.flag_ranges import STAGES, range_of
+from cpo_fast.training.flag_rules import check_rules
 
-ATTENTIONS = ("gathered", "sdpa", "varlen", "flex")  # those of cpo_fast.model.packed
-STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
-SOURCES = ("thinking", "perception")  # of counterfactuals, as CPO++ names them
-POSITIVE = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "packing_length",
-    "num_targets",
-    "logging_steps",
-    "lora_r",
-    "max_length",
-    "num_studies",
-    "max_images",
-    "max_nonfinite_steps",
-    "ddp_timeout",
-)
-PRESETS = ("default", "paper", "lowmem")
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _flag(default: Any, text: str, **more: Any) -> Any:
@@ -152,6 +134,9 @@ class TrainArguments:
     report_to: str = _flag("none", "tensorboard, wandb, trackio, mlflow, comma-separated, or none")
     dry_run: bool = _flag(False, "print the plan with memory and time, and write nothing")
     resume_from_checkpoint: str | None = _flag(None, "'auto', or a checkpoint folder to go on from")
+    allow_changed_data: bool = _flag(
+        False, "a resumed run goes on with other data or another starting model than it began with"
+    )
     ddp_timeout: int = _flag(1800, "seconds that several processes wait for one another")
     max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")
     max_nonfinite_steps: int = _flag(3, "stop after so many steps in a row that are not finite")
@@ -169,74 +154,23 @@ class TrainArguments:
     num_examples: int = _flag(4, "example studies in the report")
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.stage_names if name not in STAGES]
-        if unknown or not self.stage_names:
-            raise UsageError(f"--stages {self.stages}: choose from {','.join(STAGES)}")
-        if self.sft_checkpoint is not None and "sft" in self.stage_names:
-            raise UsageError("--sft_checkpoint replaces SFT: leave sft out of --stages")
-        self._one_of("sections", ("careful", "authors"))
-        self._one_of("uncertain_labels", ("negative", "positive"))
-        self._one_of("truncation", ("drop", "truncate_response", "error"))
-        self._one_of("rejected_answer", ("target", "all"))
-        self._one_of("attn_implementation", ATTENTIONS)
-        self._check_sources()
-        for name in ("lr_scheduler_kwargs", "sft_lr_scheduler_kwargs"):
-            self._check_json(name)
-        if self.sft_lr_scheduler_kwargs and not self.sft_lr_scheduler_type:
-            raise UsageError("--sft_lr_scheduler_kwargs are those of --sft_lr_scheduler_type")
-        if self.precompute_ref_log_probs and self.loss_type in ("simpo", "orpo"):
-            raise UsageError(f"--loss_type {self.loss_type} has no reference to precompute")
-        if self.fsdp and self.use_peft and self.sft_use_peft:
-            raise UsageError("--fsdp shards full tuning; set --use_peft or --sft_use_peft false")
-        if self.torch_compile and self.fsdp:
-            raise UsageError("--torch_compile and --fsdp have not been made to work together")
-        for name in POSITIVE:
-            for prefixed in (name, f"sft_{name}"):
-                value = getattr(self, prefixed, None)
-                if value is not None and value < 1:
-                    raise UsageError(f"--{prefixed} must be at least 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError("--max_bad_fraction is a share between 0 and 1")
-
-    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise UsageError(f"--{name} {getattr(self, name)}: choose from {', '.join(choices)}")
-
-    def _check_json(self, name: str) -> None:
-        try:
-            usable = isinstance(json.loads(getattr(self, name) or "{}"), dict)
-        except ValueError:
-            usable = False
-        if not usable:
-            raise UsageError(f"--{name} must be a JSON object, such as '{{\"min_lr\": 1e-7}}'")
-
-    def _check_sources(self) -> None:
-        if unknown := set(_names(self.counterfactual_sources or "")) - set(SOURCES):
-            raise UsageError(
-                f"--counterfactual_sources {', '.join(sorted(unknown))}: choose from "
-                f"{', '.join(SOURCES)}"
-            )
-        for name in SOURCES:
-            if not 0 <= getattr(self, f"{name}_weight") < math.inf:
-                raise UsageError(f"--{name}_weight must be a number from 0 up")
-        if not any(self.source_weights(SOURCES).values()):
-            raise UsageError(
-                "no pair is left: --thinking_weight or --perception_weight must be above 0 for one "
-                "of --counterfactual_sources"
-            )
+        for f in fields(self):
+            if fault := fault_of(f.name, getattr(self, f.name)):
+                raise UsageError(f"--{f.name} {getattr(self, f.name)}: {fault}")
+        check_rules(self)
 
     def source_weights(self, default: tuple[str, ...]) -> dict[str, float]:
         """The sources to learn from, `default` where the flag is not given, and their weights.
 
         One whose weight is 0 is no source: its pairs are neither made nor counted.
         """
-        asked = _names(self.counterfactual_sources or "") or default
+        asked = split(self.counterfactual_sources or "") or default
         weights = {name: getattr(self, f"{name}_weight") for name in SOURCES if name in asked}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        return _names(self.stages)
+        return split(self.stages)
 
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The optimisation settings of "sft" or "cpo" under their plain names."""
@@ -278,17 +212,30 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
     elif not given & {"--dataset", "--model_name_or_path"}:
         parser.set_defaults(**read_config(EMBEDDED))
     preset = known.preset if "--preset" in given else config.get("preset", known.preset)
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+    if fault := fault_of("preset", preset):
+        raise UsageError(f"--preset {preset}: {fault}")
     parser.set_defaults(**read_config(Path(__file__).with_name("presets") / f"{preset}.yaml"))
     parser.set_defaults(**config)
     values = vars(parser.parse_args(argv))
     del values["config"]
-    return TrainArguments(**values)
+    try:
+        return TrainArguments(**values)
+    except UsageError as error:
+        if known.config is None:
+            raise
+        raise UsageError(f"{error} (flags of --config {known.config} count, too)") from None
+
+
+def fault_of(name: str, value: Any) -> str | None:
+    """None where the flag may have this value, else what is allowed."""
+    optional = TrainArguments.__dataclass_fields__[name].default is None
+    return None if value is None and optional else range_of(name).fault(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The flags that a YAML file sets; UsageError for a missing file or an unknown flag."""
+    """The flags that a YAML file sets; UsageError for a missing file, an unknown flag or a value
+    that the flag may not have.
+    """
     import yaml
 
     if not path.is_file():
@@ -302,4 +249,15 @@ def read_config(path: Path) -> dict[str, Any]:
     names = {f.name for f in fields(TrainArguments)}
     if unknown := sorted(set(values) - names):
         raise UsageError(f"--config {path}: unknown flags {', '.join(map(str, unknown))}")
-    return values
+    return {name: _from_yaml(path, name, value) for name, value in values.items()}
+
+
+def _from_yaml(path: Path, name: str, value: Any) -> Any:
+    """A value as the flag takes it: YAML has "1e-4" for text, and 1 for a whole number."""
+    allowed = range_of(name)
+    read = allowed.read(value) if isinstance(value, str) else value
+    if fault := fault_of(name, read):
+        raise UsageError(f"--config {path}: {name}: {value}: {fault}")
+    if isinstance(allowed, Number) and not allowed.whole and read is not None:
+        return float(read)
+    return read

@@ -14,13 +14,11 @@ from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.corpus import Texts
+from cpo_fast.training.flag_rules import TINY
 from cpo_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-TINY = "tiny"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from cpo_fast.errors import DataError, UsageError
+from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.model.flops import FlopCounter, peak_flops
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import packing_efficiency
@@ -32,6 +33,7 @@ from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.training.metrics import MetricsLog, Sums, finite
 from cpo_fast.training.objectives import Objective
 from cpo_fast.training.plan import epoch_steps, stage_steps
+from cpo_fast.training.resume import BEGUN_WITH
 from cpo_fast.training.sharding import is_sharded, unaliased, write_model, write_shards
 from cpo_fast.training.state import OPTIMIZER, StageState
 from cpo_fast.training.step import Stepper
@@ -74,6 +76,7 @@ class Trainer:
     stop: StopRequest
     resume: Path | None = None
     world: World = field(default_factory=World)
+    begun_with: dict[str, Any] = field(default_factory=dict)  # see resume.py
 
     def run(self) -> StageResult:
         """Train until the steps or epochs asked for are done; the last step is always saved.
@@ -107,7 +110,7 @@ class Trainer:
                 if outcome.sums is not None:
                     state.sums.add(outcome.sums)
                     progress.watch.see(outcome.loss, outcome.grad_norm)
-                learning_rate = state.scheduler.get_last_lr()[0]
+                learning_rate = float(state.scheduler.get_last_lr()[0])
                 state.scheduler.step()
                 clock.count_step(batch.batches)
                 loss = None
@@ -281,6 +284,7 @@ class Trainer:
                 "max_steps": len(self.steps),
                 "epoch": self._at()["epoch"],
                 "log_history": self.log.of_stage(self.stage),
+                BEGUN_WITH: self.begun_with,
                 **self.state.to_json(),
             }
             best = progress.best
@@ -335,7 +339,7 @@ def new_clock(
 ) -> Clock:
     """A clock that knows the FLOPs of the stage's batches and what the device could do."""
     count = FlopCounter(model)
-    on_line = stage == "cpo" and args.loss_type not in ("simpo", "orpo")
+    on_line = stage == "cpo" and LOSS_TYPES[args.loss_type].reference
 
     def flops(batch: PackedBatch) -> float:
         return count(batch, reference=on_line and batch.ref_logps is None).total

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from cpo_fast.loss import CPOOutput, cpo_loss, linear_logprobs
+from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.types import PackedBatch
 
@@ -106,7 +107,7 @@ class CPOObjective:
             with torch.no_grad():
                 reference["ref_hidden"] = self.reference.hidden(batch)
             reference |= {"ref_weight": ref_weight.detach(), "ref_bias": ref_bias}
-        elif self.loss_type not in ("simpo", "orpo"):
+        elif LOSS_TYPES[self.loss_type].reference:
             reference["ref_hidden"] = self.model.hidden(batch, reference=True)
         return cpo_loss(
             hidden,
@@ -164,6 +165,19 @@ class CPOObjective:
             if own:
                 row |= {f"{name}/{source}": value for name, value in _means(own).items()}
         return row
+
+
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+)
+"""What a row of CPO holds, of all pairs or, with `/<source>` behind the name, of a source's."""
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

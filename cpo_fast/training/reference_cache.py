@@ -9,16 +9,12 @@ that a killed run goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,18 +26,13 @@ from cpo_fast.loss import linear_logprobs
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, image_token_id, plan_epoch
 from cpo_fast.training.base import Base
+from cpo_fast.training.digests import data_bytes, digest, json_bytes, model_bytes
 from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import Interrupted, StopRequest
-from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+from cpo_fast.types import PackedBatch, PreferenceGroup
 
 PART = 256  # groups that a killed run computes again at most
 PACKS = 4  # a pack without a backward keeps one layer's activations: it may be larger
-IMAGE_HEAD = 65536  # bytes of an image file that tell it from another, with its size
-# Parts of a configuration that say where a model came from or how it runs, not what it computes.
-INCIDENTAL = {"transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"}
 
 
 @dataclass
@@ -213,79 +204,8 @@ def cache_key(
     }
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
     return {
-        "data": _digest(_data_bytes(groups)),
-        "model": _digest(_model_bytes(model, adapters_off)),
-        "tokenizer": _digest([_json(vocabulary)]),
-        "settings": _digest([_json(settings)]),
+        "data": digest(data_bytes(groups)),
+        "model": digest(model_bytes(model, adapters_off)),
+        "tokenizer": digest([json_bytes(vocabulary)]),
+        "settings": digest([json_bytes(settings)]),
     }
-
-
-def _digest(pieces: Iterable[Buffer]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
-
-
-def _data_bytes(groups: Sequence[PreferenceGroup]) -> Iterator[bytes]:
-    images: dict[ImageRef, bytes] = {}
-
-    def prompt_bytes(prompt: Prompt) -> Iterator[bytes]:
-        yield _tokens(prompt.input_ids)
-        for image in prompt.images:
-            if image not in images:
-                images[image] = _image_bytes(image)
-            yield images[image]
-
-    for group in groups:
-        yield f"group {len(group.rejected)}\n".encode()
-        yield from prompt_bytes(group.prompt)
-        yield _tokens(group.chosen)
-        for k, rejected in enumerate(group.rejected):
-            own = group.rejected_prompts[k] if group.rejected_prompts else None
-            if own is not None:
-                yield b"own prompt\n"
-                yield from prompt_bytes(own)
-            yield _tokens(rejected)
-
-
-def _tokens(ids: Sequence[int]) -> bytes:
-    return f"{len(ids)} tokens\n".encode() + array("q", ids).tobytes()
-
-
-def _image_bytes(image: ImageRef) -> bytes:
-    if image.data is not None:
-        return hashlib.sha256(image.data).digest()
-    try:
-        with (Path(image.root) / image.path).open("rb") as file:
-            head = file.read(IMAGE_HEAD)
-            size = file.seek(0, os.SEEK_END)
-    except OSError:  # the feed lists it as missing
-        head, size = b"", -1
-    return hashlib.sha256(f"{image.path}\n{size}\n".encode() + head).digest()
-
-
-def _model_bytes(model: PackedModel, adapters_off: bool) -> Iterator[Buffer]:
-    """Configuration and weights, under the names that they have without peft."""
-    whole: Any = model.model
-    yield _json(_essential(whole.config.to_dict()))
-    named = [(n, p) for n, p in whole.named_parameters() if not (adapters_off and "lora_" in n)]
-    for name, parameter in tqdm(named, desc="hash weights", unit="tensor", disable=None):
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        yield f"{plain} {parameter.dtype} {list(parameter.shape)}\n".encode()
-        flat = parameter.detach().cpu().contiguous().flatten()
-        yield memoryview(flat.view(torch.uint8).numpy())
-
-
-def _essential(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {
-            name: _essential(value)
-            for name, value in config.items()
-            if not str(name).startswith("_") and name not in INCIDENTAL
-        }
-    return config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -19,30 +18,8 @@ from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import checkpoints
 from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import MetricsLog
+from cpo_fast.training.resume import check_flags
 from cpo_fast.types import RejectedRecord
-
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-MAY_CHANGE = (
-    *BATCH,
-    *(f"sft_{name}" for name in BATCH),
-    "resume_from_checkpoint",
-    "report_to",
-    "dry_run",
-    "ddp_timeout",
-    "fsdp",
-    "overwrite_output_dir",
-    "output_dir",
-    "stages",
-    "max_minutes",
-    "preset",
-    "save_steps",
-    "save_total_limit",
-    "dataloader_num_workers",
-    "eval_batch_size",
-    "num_examples",
-    "print_example",
-)
-"""Flags that do not change what a resumed run computes (of the batch only the product counts)."""
 
 
 class RunFolder:
@@ -59,18 +36,19 @@ class RunFolder:
         self.world = world or World()
         self.dry = args.dry_run
         self.path = Path(args.output_dir)
+        self.flags = {"world_size": self.world.size, **asdict(args)}
         self.rejected: list[RejectedRecord] = []
         self.summary: dict[str, Any] = {"stages": {}}
         trained: list[str] = []
         if args.resume_from_checkpoint is None:
             trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
         elif self.world.is_main:
-            self._same_settings(args)
+            self._same_settings()
         if not self.writes:
             self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=False)
             return
         self._make_room(trained, args.overwrite_output_dir)
-        self._write_json("config.json", {"world_size": self.world.size, **asdict(args)})
+        self._write_json("config.json", self.flags)
         self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)
         (self.path / "rejected_records.jsonl").write_text("")
         if trained != ["sft", "cpo"] and (self.path / "summary.json").is_file():
@@ -98,33 +76,12 @@ class RunFolder:
         self._temporary = tempfile.TemporaryDirectory(prefix="cpo_fast-", dir=place)
         return Path(self._temporary.name)
 
-    def _same_settings(self, args: TrainArguments) -> None:
+    def _same_settings(self) -> None:
         """A resumed run must be the run that was begun; UsageError names what differs."""
         path = self.path / "config.json"
         if not path.is_file():
             return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        now = asdict(args)
-        changed = [
-            name for name in now if now[name] != earlier.get(name) and name not in MAY_CHANGE
-        ]
-        for prefix in ("sft_", ""):
-            before, after = (
-                math.prod(flags.get(prefix + name, 0) for name in BATCH) * processes
-                for flags, processes in (
-                    (earlier, earlier.get("world_size", 1)),
-                    (now, self.world.size),
-                )
-            )
-            if before != after:
-                changed.append(
-                    f"{prefix}{BATCH[0]} x {prefix}{BATCH[1]} x processes ({before}, now {after})"
-                )
-        if changed:
-            raise UsageError(
-                f"{path} was written with other values of {', '.join(changed)}: resume with the "
-                "same flags, or start again in another --output_dir"
-            )
+        check_flags(path, json.loads(path.read_text(encoding="utf-8")), self.flags)
 
     def _make_room(self, trained: Sequence[str], overwrite: bool) -> None:
         for stage in trained:

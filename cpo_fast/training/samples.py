@@ -6,11 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import cast
 
+from cpo_fast.errors import DataError
 from cpo_fast.packing import encode_all
 from cpo_fast.packing.encode import OverLong
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.base import Base
 from cpo_fast.training.corpus import Texts, stop_if_too_bad
+from cpo_fast.training.flag_ranges import SOURCES
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.types import PreferenceGroup
 
@@ -63,3 +65,27 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
     records = sum(map(len, texts.sft.values()))
     stop_if_too_bad(args, folder, listed.total(), records)
     return samples
+
+
+def check_samples(args: TrainArguments, samples: Samples) -> None:
+    """DataError where a stage to come could not begin, or could not tell its best model.
+
+    Known before the first stage trains, whichever stage it is.
+    """
+    for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
+        if stage not in args.stage_names:
+            continue
+        if not splits["train"]:
+            raise DataError(f"{stage}: no training sample is left; see rejected_records.jsonl")
+        metric = args.of_stage(stage)["metric_for_best_model"]
+        if (metric or args.load_best_model_at_end) and not splits["validate"]:
+            raise DataError(
+                f"{stage}: no sample is held out to tell the best model by (--eval_fraction)"
+            )
+        source = (metric or "").rpartition("/")[2]
+        held = {name for group in splits["train"] for name in group.sources}
+        if source in SOURCES and not (source in held and len(held) > 1):
+            raise DataError(
+                f"--metric_for_best_model {metric}: all pairs are of {', '.join(sorted(held))}, so "
+                "there are no figures by source; name the metric without it"
+            )

@@ -22,6 +22,7 @@ from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.reference_cache import ReferenceCache
+from cpo_fast.training.resume import checked_start
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.training.samples import Samples
 from cpo_fast.training.sharding import names_in_files, shard
@@ -45,12 +46,14 @@ def train_sft(
 ) -> None:
     """SFT of the chosen answers; an adapter is merged, so that CPO starts from a whole model."""
     resume = resume_of(args, folder, "sft")
+    begun = begun_with(args, folder, base, "sft", [base.path], samples.sft, resume)
     packed, objective = sft_parts(args, folder, base, resume)
-    result = run_stage(args, folder, base, "sft", packed, objective, samples.sft, stop, resume)
+    parts = (packed, objective, samples.sft)
+    result = run_stage(args, folder, base, "sft", *parts, stop, resume, begun)
     if args.sft_use_peft:
         model = packed.model
         folder.world.on_main(lambda: save_merged(args, folder, base, model, result.checkpoint))
-    record(folder, "sft", result)
+    record(folder, "sft", result, begun)
 
 
 def sft_parts(
@@ -81,14 +84,17 @@ def train_cpo(
 ) -> None:
     """CPO from the SFT model; the reference is that model (adapters off, or a frozen copy)."""
     resume = resume_of(args, folder, "cpo")
+    made_of = cpo_start(args, folder, base)
+    begun = begun_with(args, folder, base, "cpo", made_of, samples.cpo, resume)
     packed, reference = cpo_models(args, folder, base, resume)
     splits = samples.cpo
     if args.precompute_ref_log_probs:
         splits = with_reference(args, folder, base, reference or packed, splits, stop)
         reference = None  # its memory is free for the training
     objective = cpo_objective(args, packed, reference, splits["train"])
-    result = run_stage(args, folder, base, "cpo", packed, objective, splits, stop, resume)
-    record(folder, "cpo", result)
+    parts = (packed, objective, splits)
+    result = run_stage(args, folder, base, "cpo", *parts, stop, resume, begun)
+    record(folder, "cpo", result, begun)
 
 
 def cpo_models(
@@ -154,7 +160,7 @@ def with_reference(
         packing_length=args.packing_length,
         num_workers=args.dataloader_num_workers,
         impl=args.loss_impl,
-        overwrite=args.overwrite_output_dir,
+        overwrite=args.overwrite_output_dir or args.allow_changed_data,
     )
     filled = folder.world.main_first(lambda: cache.fill([*train, *watched]))
     return {**splits, "train": filled[: len(train)], "validate": filled[len(train) :]}
@@ -169,6 +175,32 @@ def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
     if merged.is_dir():
         return merged
     return result_checkpoint(stage_dir, best=args.load_best_model_at_end) or base.path
+
+
+def cpo_start(args: TrainArguments, folder: RunFolder, base: Base) -> list[Path]:
+    """The folders of what CPO starts from: for a merged model the adapter and its base, since the
+    sum of both is not the same to the last bit on every device."""
+    start = sft_model(args, folder, base)
+    if start.name != MERGED:
+        return [start]
+    adapter = result_checkpoint(start.parent, best=args.load_best_model_at_end)
+    return [adapter, base.path] if adapter else [start]
+
+
+def begun_with(
+    args: TrainArguments,
+    folder: RunFolder,
+    base: Base,
+    stage: str,
+    model: Sequence[Path],
+    splits: dict[str, list[PreferenceGroup]],
+    resume: Path | None,
+) -> dict[str, Any]:
+    """What the stage begins with; UsageError where it is not what the checkpoint began with."""
+    held_out = splits["validate"][: args.max_eval_samples]
+    return checked_start(
+        stage, folder.flags, base, model, splits["train"], held_out, resume, folder.world
+    )
 
 
 def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | None:
@@ -264,6 +296,7 @@ def run_stage(
     splits: dict[str, list[PreferenceGroup]],
     stop: StopRequest,
     resume: Path | None,
+    begun_with: dict[str, Any],
 ) -> StageResult:
     """Train one stage on its "train" split, watching the "validate" split."""
 
@@ -295,14 +328,17 @@ def run_stage(
         stop=stop,
         resume=resume,
         world=folder.world,
+        begun_with=begun_with,
     ).run()
 
 
-def record(folder: RunFolder, stage: str, result: StageResult) -> None:
-    """The stage's part of summary.json."""
+def record(folder: RunFolder, stage: str, result: StageResult, begun: dict[str, Any]) -> None:
+    """The stage's part of summary.json, with what had changed where it was resumed."""
     folder.reject(result.rejected)
+    changes = {"resumed_with_changes": begun["changes"]} if begun["changes"] else {}
     folder.summary["stages"][stage] = {
         "steps": result.steps,
+        **changes,
         "seconds": round(result.seconds, 2),
         **result.throughput,
         "checkpoint": str(result.checkpoint),

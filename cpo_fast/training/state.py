@@ -7,7 +7,6 @@ function of data, seed and epoch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from cpo_fast.training.checkpoint import read_state
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import Sums
+from cpo_fast.training.schedule import make_schedule
 from cpo_fast.training.sharding import read_tensors
 from cpo_fast.training.watch import Watch
 
@@ -51,8 +51,6 @@ class StageState:
         self, args: TrainArguments, stage: str, model: torch.nn.Module, num_steps: int,
         *, sharded: bool, world: World, clock: Clock,
     ) -> None:  # fmt: skip
-        from transformers import get_scheduler
-
         settings = args.of_stage(stage)
         self.world = world
         self.clock = clock
@@ -64,13 +62,7 @@ class StageState:
             weight_decay=args.weight_decay,
             foreach=False if sharded else None,  # it does not mix shards and whole tensors
         )
-        self.scheduler = get_scheduler(
-            settings["lr_scheduler_type"],
-            self.optimizer,
-            num_warmup_steps=math.ceil(settings["warmup_ratio"] * num_steps),
-            num_training_steps=num_steps,
-            scheduler_specific_kwargs=settings["lr_scheduler_kwargs"],
-        )
+        self.scheduler = make_schedule(self.optimizer, settings, num_steps)
         self.progress = Progress()
         self.sums = Sums()
         self.rejected: list[dict[str, Any]] = []

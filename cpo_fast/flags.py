@@ -1,0 +1,173 @@
+"""What the value of a flag may be, for the flags of every command.
+
+Each kind has `fault(value)`: None where the value is allowed, else what is. A `Number` is also a
+`type=` of argparse, whose message then names the flag, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+Names = Sequence[str] | Callable[[], Sequence[str]]
+
+
+class Allowed(Protocol):
+    """What a flag takes; `read` makes a value of its text, or leaves the text for `fault`."""
+
+    def fault(self, value: Any) -> str | None: ...
+
+    def read(self, text: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from `low` to `high`, both included, `above` and `below`, both excluded.
+
+    `whole` takes integers only. `also` is one more value, outside the bounds.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    whole: bool = False
+    also: float | None = None
+
+    def fault(self, value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return f"must be {self}"
+        inside = (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        return None if inside or value == self.also else f"must be {self}"
+
+    def read(self, text: str) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return text
+
+    def __call__(self, text: str) -> Any:
+        """The number that `text` says; argparse's error when it is not allowed."""
+        value = self.read(text)
+        if fault := self.fault(value):
+            raise argparse.ArgumentTypeError(f"{text}: {fault}")
+        return value if self.whole else float(value)
+
+    def __str__(self) -> str:
+        words = ["a whole number" if self.whole else "a finite number"]
+        bounds = []
+        if self.above is not None:
+            bounds.append(f"above {self.above:g}")
+        if self.low is not None and self.high is not None:
+            bounds.append(f"from {_plain(self.low)} to {_plain(self.high)}")
+        elif self.low is not None:
+            bounds.append(f"of at least {_plain(self.low)}")
+        elif self.high is not None:
+            bounds.append(f"of at most {_plain(self.high)}")
+        if self.below is not None:
+            bounds.append(f"below {self.below:g}")
+        words += [" and ".join(bounds)] if bounds else []
+        return " ".join(words) + (f", or {_plain(self.also)}" if self.also is not None else "")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def whole(low: int, high: int | None = None, *, also: int | None = None) -> Number:
+    """An integer from `low` to `high`."""
+    return Number(low, high, whole=True, also=also)
+
+
+POSITIVE = whole(1)
+COUNT = whole(0)
+SHARE = Number(0, 1)
+SEED = whole(0, 2**32 - 1)  # what every generator of random numbers takes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `names`."""
+
+    names: Names
+
+    def fault(self, value: Any) -> str | None:
+        names = _listed(self.names)
+        return None if value in names else f"choose from {', '.join(names)}{_near(value, names)}"
+
+    def read(self, text: str) -> str:
+        return text
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One or more of `names`, separated by commas, none twice; `ordered`: in the order of them."""
+
+    names: Names
+    ordered: bool = False
+
+    def fault(self, value: Any) -> str | None:
+        names = _listed(self.names)
+        given = split(value) if isinstance(value, str) else ()
+        unknown = [name for name in given if name not in names]
+        if unknown or not given:
+            return f"choose from {','.join(names)}" + (_near(unknown[0], names) if unknown else "")
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            return f"names {', '.join(twice)} more than once"
+        in_order = [name for name in names if name in given]
+        if self.ordered and list(given) != in_order:
+            return f"they run in the order {','.join(names)}: write {','.join(in_order)}"
+        return None
+
+    def read(self, text: str) -> str:
+        return text
+
+
+@dataclass(frozen=True)
+class Text:
+    """Any text that is not empty; `why` says why nothing else is checked here."""
+
+    why: str
+
+    def fault(self, value: Any) -> str | None:
+        return None if isinstance(value, str) and value.strip() else "must be text, not empty"
+
+    def read(self, text: str) -> str:
+        return text
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or false."""
+
+    def fault(self, value: Any) -> str | None:
+        return None if isinstance(value, bool) else "must be true or false"
+
+    def read(self, text: str) -> Any:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _listed(names: Names) -> list[str]:
+    return list(names() if callable(names) else names)
+
+
+def _near(value: Any, names: Sequence[str]) -> str:
+    close = get_close_matches(str(value), names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,134 @@
+"""Digests that tell data and models from one another, for the cache of reference log-probs and for
+a run that is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+
+    from cpo_fast.model.packed import PackedModel
+
+IMAGE_HEAD = 65536  # bytes of an image file that tell it from another, with its size
+# Parts of a configuration that say where a model came from or how it runs, not what it computes.
+INCIDENTAL = {
+    *("transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"),
+    *("base_model_name_or_path", "peft_version"),  # of an adapter
+}
+
+
+def digest(pieces: Iterable[Buffer]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def data_bytes(groups: Sequence[PreferenceGroup]) -> Iterator[bytes]:
+    images = {image: image_bytes(image) for image in images_of(groups)}
+    for group in groups:
+        yield from group_bytes(group, images)
+
+
+def images_of(groups: Sequence[PreferenceGroup]) -> list[ImageRef]:
+    """Every image once, in the order in which the groups show them."""
+    prompts = (p for group in groups for p in (group.prompt, *group.rejected_prompts) if p)
+    return list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
+
+
+def group_bytes(group: PreferenceGroup, images: Mapping[ImageRef, bytes]) -> Iterator[bytes]:
+    """Tokens of prompts and answers, and the bytes that `images` has for each image."""
+
+    def prompt_bytes(prompt: Prompt) -> Iterator[bytes]:
+        yield token_bytes(prompt.input_ids)
+        for image in prompt.images:
+            yield images[image]
+
+    yield f"group {len(group.rejected)}\n".encode()
+    yield from prompt_bytes(group.prompt)
+    yield token_bytes(group.chosen)
+    for k, rejected in enumerate(group.rejected):
+        own = group.rejected_prompts[k] if group.rejected_prompts else None
+        if own is not None:
+            yield b"own prompt\n"
+            yield from prompt_bytes(own)
+        yield token_bytes(rejected)
+
+
+def token_bytes(ids: Sequence[int]) -> bytes:
+    return f"{len(ids)} tokens\n".encode() + array("q", ids).tobytes()
+
+
+def image_bytes(image: ImageRef, head_bytes: int = IMAGE_HEAD) -> bytes:
+    """A digest of the path, the size and the first bytes of an image file."""
+    if image.data is not None:
+        return hashlib.sha256(image.data).digest()
+    try:
+        with (Path(image.root) / image.path).open("rb") as file:
+            head = file.read(head_bytes)
+            size = file.seek(0, os.SEEK_END)
+    except OSError:  # the feed lists it as missing
+        head, size = b"", -1
+    return hashlib.sha256(f"{image.path}\n{size}\n".encode() + head).digest()
+
+
+def model_bytes(model: PackedModel, adapters_off: bool) -> Iterator[Buffer]:
+    """Configuration and weights, under the names that they have without peft."""
+    whole: Any = model.model
+    yield json_bytes(essential(whole.config.to_dict()))
+    named = [(n, p) for n, p in whole.named_parameters() if not (adapters_off and "lora_" in n)]
+    for name, parameter in tqdm(named, desc="hash weights", unit="tensor", disable=None):
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        yield f"{plain} {parameter.dtype} {list(parameter.shape)}\n".encode()
+        flat = parameter.detach().cpu().contiguous().flatten()
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def essential(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            name: essential(value)
+            for name, value in config.items()
+            if not str(name).startswith("_") and name not in INCIDENTAL
+        }
+    return config
+
+
+def files_digest(folders: Sequence[Path]) -> str:
+    """Weights and configuration of the models in these folders, by their files.
+
+    The weights are read whole, several files at a time: a stage reads them anyway when it begins.
+    """
+    weights = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
+        sums = list(pool.map(file_digest, weights))
+    found: list[Any] = [[path.name, total] for path, total in zip(weights, sums, strict=True)]
+    for folder in folders:
+        for name in ("config.json", "adapter_config.json"):
+            path = folder / name
+            if path.is_file():
+                found.append([name, essential(json.loads(path.read_text(encoding="utf-8")))])
+    return digest([json_bytes(found)])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,142 @@
+"""What the flags of a run must be together, and what they ask of this machine.
+
+Both are checked before the first file is read. What a single flag may be stands in flag_ranges.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpo_fast.errors import UsageError
+from cpo_fast.training.flag_ranges import SOURCES
+
+if TYPE_CHECKING:
+    from cpo_fast.training.arguments import TrainArguments
+
+TINY = "tiny"  # the name of the random model that a run makes for itself
+MANY_STEPS = 1000  # a schedule is tried over so many where the number of steps is not known yet
+
+
+def check_rules(args: TrainArguments) -> None:
+    """UsageError where flags contradict each other."""
+    if args.sft_checkpoint is not None and "sft" in args.stage_names:
+        raise UsageError("--sft_checkpoint replaces SFT: leave sft out of --stages")
+    if args.min_pixels > args.max_pixels:
+        raise UsageError(
+            f"--min_pixels {args.min_pixels}: must be at most --max_pixels {args.max_pixels}"
+        )
+    if not any(args.source_weights(SOURCES).values()):
+        raise UsageError(
+            "no pair is left: --thinking_weight or --perception_weight must be above 0 for one "
+            "of --counterfactual_sources"
+        )
+    if args.fsdp and args.use_peft and args.sft_use_peft:
+        raise UsageError("--fsdp shards full tuning; set --use_peft or --sft_use_peft false")
+    if args.torch_compile and args.fsdp:
+        raise UsageError("--torch_compile and --fsdp have not been made to work together")
+    _check_loss(args)
+    for prefix in ("", "sft_"):
+        _check_json(f"{prefix}lr_scheduler_kwargs", getattr(args, f"{prefix}lr_scheduler_kwargs"))
+    if args.sft_lr_scheduler_kwargs and not args.sft_lr_scheduler_type:
+        raise UsageError("--sft_lr_scheduler_kwargs are those of --sft_lr_scheduler_type")
+    _check_schedule(args, "cpo", "")
+    if args.sft_lr_scheduler_type:
+        _check_schedule(args, "sft", "sft_")
+
+
+def _check_loss(args: TrainArguments) -> None:
+    """The loss op's own checks of its options, under the names of the flags."""
+    from cpo_fast.loss.checks import loss_options
+    from cpo_fast.loss.losses import LOSS_TYPES
+
+    try:
+        loss_options(
+            args.loss_type,
+            args.beta,
+            args.label_smoothing,
+            average_log_prob=False,
+            simpo_gamma=0.5,
+            rpo_alpha=args.rpo_alpha,
+        )
+    except ValueError as error:
+        name, _, allowed = str(error).partition(" ")
+        raise UsageError(f"--{name} {getattr(args, name)}: {allowed}") from None
+    if args.precompute_ref_log_probs and not LOSS_TYPES[args.loss_type].reference:
+        raise UsageError(f"--loss_type {args.loss_type} has no reference to precompute")
+
+
+def _check_json(name: str, text: str | None) -> None:
+    try:
+        usable = isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UsageError(
+            f"--{name} must be a JSON object, such as '{{\"min_lr\": 1e-7}}', not {text}"
+        )
+
+
+def _check_schedule(args: TrainArguments, stage: str, prefix: str) -> None:
+    from cpo_fast.training.schedule import schedule_fault
+
+    settings = args.of_stage(stage)
+    steps = settings["max_steps"] if settings["max_steps"] > 0 else MANY_STEPS
+    if fault := schedule_fault(settings, steps):
+        kwargs = getattr(args, f"{prefix}lr_scheduler_kwargs")
+        given = f" with --{prefix}lr_scheduler_kwargs {kwargs}" if kwargs else ""
+        name = settings["lr_scheduler_type"]
+        raise UsageError(f"--{prefix}lr_scheduler_type {name}{given}: {fault}")
+
+
+def check_machine(args: TrainArguments) -> None:
+    """UsageError where this machine lacks what a flag names: a file or a device.
+
+    Whether there is a data set is the reader's to say.
+    """
+    for name in ("concept_graph", "counterfactuals"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"--{name} {path}: no such file")
+    for name in ("image_root", "model_name_or_path", "sft_checkpoint"):
+        path = getattr(args, name)
+        if path not in (None, TINY) and not Path(path).is_dir():
+            raise UsageError(f"--{name} {path}: no such folder")
+    _check_resume(args)
+    _check_device(args)
+
+
+def _check_resume(args: TrainArguments) -> None:
+    given = args.resume_from_checkpoint
+    if given in (None, "auto"):
+        return
+    places = [Path(args.output_dir).resolve() / stage for stage in ("sft", "cpo")]
+    if not Path(given).is_dir() or Path(given).resolve().parent not in places:
+        raise UsageError(
+            f"--resume_from_checkpoint {given}: must be auto, or a checkpoint folder of a stage "
+            f"below --output_dir {args.output_dir}"
+        )
+
+
+def _check_device(args: TrainArguments) -> None:
+    import torch
+
+    from cpo_fast.loss.api import impl_obstacles
+    from cpo_fast.model.packed import check_attention
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.bf16 and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UsageError("--bf16 true: this GPU has no bfloat16; leave it out")
+    name, dtype = args.attn_implementation, torch.bfloat16 if args.bf16 else torch.float32
+    try:
+        check_attention(name, device, dtype)
+    except UsageError as error:
+        raise UsageError(f"--attn_implementation {name}: {error}") from None
+    obstacles = impl_obstacles(device)
+    if args.loss_impl is not None and obstacles.get(args.loss_impl, "unknown") is not None:
+        usable = [name for name, obstacle in obstacles.items() if obstacle is None]
+        why = obstacles.get(args.loss_impl, "there is no such implementation")
+        raise UsageError(
+            f"--loss_impl {args.loss_impl}: {why}; choose from {', '.join(usable)} on {device}"
+        )
