@@ -302,7 +302,7 @@ def reorder_rows() -> None:
 
 def change_a_word() -> None:
     text = Path("pairs.jsonl").read_text()
-    Path("pairs.jsonl").write_text(text.replace("line 3.", "line 4.", 1))
+    Path("pairs.jsonl").write_text(text.replace("and line 3.", "and line 4.", 1))
 
 
 def change_a_weight() -> None:
@@ -374,7 +374,7 @@ def test_other_flags_are_noticed_without_a_config_file(
 def test_another_data_set_is_another_value_of_a_flag_unless_it_is_allowed() -> None:
     begun = asdict(TrainArguments(dataset="a.jsonl"))
     other = asdict(TrainArguments(dataset="b.jsonl"))
-    with pytest.raises(UsageError, match="other values of dataset: .* --allow_changed_data true"):
+    with pytest.raises(UsageError, match=r"other values of dataset: .* --allow_changed_data true"):
         check_flags(Path("config.json"), begun, other)
     check_flags(Path("config.json"), begun, other | {"allow_changed_data": True})
     with pytest.raises(UsageError, match="other values of beta: resume with the same flags"):
