@@ -13,14 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpo_fast.console import piped
+from cpo_fast.data import STUDY_FORMATS
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
-
-if TYPE_CHECKING:
-    pass
+from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, split
 
 SUITES = ("classification", "report", "zero_shot", "drift")
 
@@ -47,24 +46,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset", required=True, help="MIMIC-CXR folder, 'open-i', or a CSV (see evaluate_csv)")
     add("--output_dir", required=True, type=Path, help="where the results are written (mode 0700)")
     add("--suite", default="classification,report", help=f"of {','.join(SUITES)}")
-    add("--split", default="test", help="which studies: train, validate or test")
-    add("--dataset_format", default="auto", help="forces the kind of data set")
+    add("--split", default="test", choices=("train", "validate", "test"), help="which studies")
+    add("--dataset_format", default="auto", choices=STUDY_FORMATS, help="forces the kind of data")
     add("--image_root", help="folder of the images where the data set does not hold them")
     add("--uncertain_labels", default="negative", choices=("negative", "positive"))
-    add("--max_samples", type=int, help="use at most this many studies")
-    add("--max_length", type=int, default=4096, help="longest prompt + report in tokens")
-    add("--max_pixels", type=int, help="largest image area (default: the model's own)")
-    add("--max_new_tokens", type=int, default=256, help="longest generated answer")
-    add("--batch_size", type=int, default=32, help="studies per generation batch")
-    add("--packing_length", type=int, default=4096, help="tokens per pack when scoring")
-    add("--drift_samples", type=int, default=32, help="studies that the drift suite probes")
-    add("--num_examples", type=int, default=4, help="example studies on the page")
+    add("--max_samples", type=POSITIVE, help="use at most this many studies")
+    add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")
+    add("--max_pixels", type=POSITIVE, help="largest image area (default: the model's own)")
+    add("--max_new_tokens", type=POSITIVE, default=256, help="longest generated answer")
+    add("--batch_size", type=POSITIVE, default=32, help="studies per generation batch")
+    add("--packing_length", type=POSITIVE, default=4096, help="tokens per pack when scoring")
+    add("--drift_samples", type=POSITIVE, default=32, help="studies that the drift suite probes")
+    add("--num_examples", type=COUNT, default=4, help="example studies on the page")
     add("--bf16", action="store_true", help="bfloat16 weights")
-    add("--seed", type=int, default=42, help="seed of the bootstrap")
+    add("--seed", type=SEED, default=42, help="seed of the bootstrap")
     arguments = parser.parse_args(argv)
-    arguments.suite = tuple(name.strip() for name in arguments.suite.split(",") if name.strip())
-    if not arguments.suite or set(arguments.suite) - set(SUITES):
-        raise UsageError(f"--suite {','.join(arguments.suite)}: choose from {','.join(SUITES)}")
+    if fault := Choices(SUITES).fault(arguments.suite):
+        raise UsageError(f"--suite {arguments.suite}: {fault}")
+    arguments.suite = split(arguments.suite)
     return arguments
 
 
@@ -81,6 +80,7 @@ def evaluate(args: argparse.Namespace) -> Path:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
+    check_paths(args)
     loaded = load(args)
     if is_csv(args.dataset):
         evaluation, cohort = evaluate_csv(args, loaded)
@@ -117,6 +117,16 @@ def evaluate(args: argparse.Namespace) -> Path:
     )
     write_examples(args.output_dir, examples, probed)
     return write_results(args, cohort, evaluation)
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """UsageError for an image folder that is missing, before the model is read."""
+    from cpo_fast.evaluate_csv import is_csv
+
+    if args.image_root is None and is_csv(args.dataset):
+        raise UsageError(f"--dataset {args.dataset} needs --image_root, the folder of its images")
+    if args.image_root is not None and not Path(args.image_root).is_dir():
+        raise UsageError(f"--image_root {args.image_root}: no such folder")
 
 
 def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str, Any]) -> Path:

@@ -31,14 +31,12 @@ def is_csv(dataset: str) -> bool:
 
 
 def evaluate_csv(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
-    """(`evaluation` of summary.json, what was read). Raises UsageError for a missing image folder
-    or a text-only model, DataError for a file that cannot be used.
+    """(`evaluation` of summary.json, what was read). Raises UsageError for a text-only model,
+    DataError for a file that cannot be used.
     """
     from cpo_fast.evaluation.csv_sets import rows
     from cpo_fast.evaluation.ms_cxr_t import is_ms_cxr_t
 
-    if args.image_root is None or not Path(args.image_root).is_dir():
-        raise UsageError(f"--dataset {args.dataset} needs --image_root, the folder of its images")
     if loaded.images is None:
         raise UsageError(f"--model {args.model} cannot see: {args.dataset} has images only")
     columns, _ = rows(Path(args.dataset))

@@ -55,7 +55,6 @@ def test_all_suites_on_the_phantom(data, model, tmp_path, capsys):
         ({"--suite": "accuracy"}, 2, "choose from classification,report"),
         ({"--model": "gone"}, 2, "no such model folder"),
         ({"--dataset": "gone"}, 1, "no such file or folder"),
-        ({"--split": "final"}, 1, "no usable study in its final split"),
     ],
 )
 def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, message):

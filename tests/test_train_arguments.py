@@ -277,7 +277,10 @@ def test_a_file_may_write_numbers_as_yaml_does_not(tmp_path: Path) -> None:
         ("--concept_graph /nowhere/g.json", "--concept_graph /nowhere/g.json: no such file"),
         ("--counterfactuals /nowhere/c.jsonl", "--counterfactuals /nowhere/c.jsonl: no such file"),
         ("--image_root /nowhere/i", "--image_root /nowhere/i: no such folder"),
-        ("--model_name_or_path /nowhere/m", "--model_name_or_path /nowhere/m: no such folder"),
+        (
+            "--model_name_or_path /nowhere/m",
+            "--model_name_or_path /nowhere/m: no such model folder",
+        ),
         ("--resume_from_checkpoint /nowhere/c", "--resume_from_checkpoint /nowhere/c: must be"),
         ("--loss_impl nonsense", "--loss_impl nonsense: there is no such implementation"),
         ("--report_to tensorboard,nonsense", "--report_to tensorboard,nonsense: choose from"),

@@ -17,6 +17,7 @@ from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
+from cpo_fast.flags import POSITIVE
 from cpo_fast.types import ConceptGraph
 
 _MAX_LINE = 4 << 20
@@ -26,13 +27,13 @@ _SHOWN = 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one of the commands; 0 when it worked, 1 with a message when it did not."""
+    """Run one of the commands; 0 when it worked, 1 for bad data, 2 for wrong usage."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except CpoFastError as error:
         print(f"cpo_fast.concepts: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     mined.add_argument(
         "--weighted_graph", type=Path, help="the graph with the corpus' weights: .graphml or .json"
     )
-    mined.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    mined.add_argument("--workers", type=POSITIVE, default=os.cpu_count() or 1)
     mined.set_defaults(run=_mine)
     merged = commands.add_parser("merge", help="an LLM's extraction into a graph file")
     merged.add_argument("--input", required=True, type=Path, help="JSON: data, disease_feature_map")

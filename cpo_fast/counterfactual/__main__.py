@@ -24,21 +24,25 @@ from cpo_fast.counterfactual.local import load_local
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.counterfactual.server import ServerWriter
 from cpo_fast.counterfactual.writers import GraphWriter, Writer
-from cpo_fast.data import open_studies
+from cpo_fast.data import STUDY_FORMATS, open_studies
+from cpo_fast.data.sections import RULES
 from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.flags import COUNT, POSITIVE, SEED, Number
 from cpo_fast.types import Counterfactual, Study
 
+AT_LEAST_0 = Number(low=0)
 GENERATORS = ("graph", "local", "server")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse `argv`, generate, print a summary; 0 when something passed, 1 for errors or nothing."""
+    """Parse `argv`, generate, print a summary; 0 when something passed, 1 for bad data or nothing,
+    2 for wrong usage."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
     except CpoFastError as error:
         print(f"cpo_fast.counterfactual: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m cpo_fast.counterfactual", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
-    parser.add_argument("--dataset_format", default="auto")
-    parser.add_argument("--sections", default="careful", help="careful or authors")
+    parser.add_argument("--dataset_format", default="auto", choices=STUDY_FORMATS)
+    parser.add_argument("--sections", default="careful", choices=RULES)
     parser.add_argument("--image_root", default=None)
     parser.add_argument("--output", required=True, type=Path, help="file of passing records")
     parser.add_argument("--generator", default="graph", choices=GENERATORS)
@@ -58,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         help="another report for the image, or another image for the report",
     )
     parser.add_argument("--graph", default=None, help="concept graph (default: the package's)")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--num_targets", type=int, default=2)
+    parser.add_argument("--seed", type=SEED, default=42)
+    parser.add_argument("--num_targets", type=POSITIVE, default=2)
     parser.add_argument("--targets", default=None, help="diseases by comma, instead of a choice")
     parser.add_argument(
         "--shard", default="0/1", help="i/n: every n-th study from the i-th, 0-based"
@@ -72,16 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     models = parser.add_argument_group("--generator local and server")
     models.add_argument("--model", help="a folder (local), or the name that the server knows")
-    models.add_argument("--temperature", type=float, default=0.0, help="0: greedy, but for retries")
-    models.add_argument("--max_new_tokens", type=int, default=1024)
+    models.add_argument(
+        "--temperature", type=AT_LEAST_0, default=0.0, help="0: greedy, but for retries"
+    )
+    models.add_argument("--max_new_tokens", type=POSITIVE, default=1024)
     local = parser.add_argument_group("--generator local")
-    local.add_argument("--batch_size", type=int, default=8)
+    local.add_argument("--batch_size", type=POSITIVE, default=8)
     server = parser.add_argument_group("--generator server")
     server.add_argument("--server_url", default="http://127.0.0.1:8000/v1")
-    server.add_argument("--concurrency", type=int, default=8, help="requests at a time")
-    server.add_argument("--requests_per_second", type=float, default=0.0, help="0: no limit")
-    server.add_argument("--timeout_s", type=float, default=120.0, help="for one request")
-    server.add_argument("--max_retries", type=int, default=5, help="of a request that failed")
+    server.add_argument("--concurrency", type=POSITIVE, default=8, help="requests at a time")
+    server.add_argument("--requests_per_second", type=AT_LEAST_0, default=0.0, help="0: no limit")
+    server.add_argument(
+        "--timeout_s", type=Number(low=0.001), default=120.0, help="for one request"
+    )
+    server.add_argument("--max_retries", type=COUNT, default=5, help="of a request that failed")
     server.add_argument(
         "--api_key_env", metavar="NAME", help="environment variable that holds the server's key"
     )

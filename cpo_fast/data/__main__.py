@@ -17,22 +17,9 @@ from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
 from cpo_fast.errors import CpoFastError
+from cpo_fast.flags import POSITIVE, SHARE
 
 USABLE, TOO_MANY_BAD, UNREADABLE = 0, 1, 2
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("must lie between 0 and 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +30,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--image_root", help="folder that image paths are relative to")
     data.add_argument("--sections", choices=RULES, default="careful")
     data.add_argument(
-        "--max_images", type=_positive, default=1, help="images per study, frontal views first"
+        "--max_images", type=POSITIVE, default=1, help="images per study, frontal views first"
     )
 
     parser = argparse.ArgumentParser(prog="python -m cpo_fast.data", description=__doc__)
@@ -56,7 +43,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "Exit code 0: usable, 1: too many records set aside, 2: cannot be read.",
     )
     command.add_argument("--output_dir", required=True)
-    command.add_argument("--max_bad_fraction", type=_fraction, default=0.05)
+    command.add_argument("--max_bad_fraction", type=SHARE, default=0.05)
     command.add_argument(
         "--images",
         choices=IMAGE_CHECKS,
@@ -65,7 +52,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     command.add_argument(
         "--sample",
-        type=_fraction,
+        type=SHARE,
         default=1.0,
         help="share of the records whose images and tokens are looked at, chosen by their ids",
     )
@@ -73,7 +60,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model_name_or_path", "--tokenizer", dest="model", metavar="FOLDER",
         help="model or tokenizer to count tokens with",
     )  # fmt: skip
-    command.add_argument("--max_length", type=_positive, help="count what is longer, in tokens")
+    command.add_argument("--max_length", type=POSITIVE, help="count what is longer, in tokens")
 
     command = commands.add_parser(
         "export",

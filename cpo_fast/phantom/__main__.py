@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
-from cpo_fast.phantom.dataset import write_phantom
+from cpo_fast.flags import SEED
+from cpo_fast.phantom.dataset import IMAGE_SIZE, NUM_STUDIES, write_phantom
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output_dir", required=True, help="a new or empty folder")
-    parser.add_argument("--num_studies", required=True, type=int)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--image_size", type=int, default=256, help="pixels per side")
+    parser.add_argument("--num_studies", required=True, type=NUM_STUDIES)
+    parser.add_argument("--seed", type=SEED, default=42)
+    parser.add_argument("--image_size", type=IMAGE_SIZE, default=256, help="pixels per side")
     flags = parser.parse_args(arguments)
     try:
         root = write_phantom(

@@ -17,12 +17,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from cpo_fast.errors import UsageError
+from cpo_fast.flags import SEED, whole
 from cpo_fast.phantom.cases import Exam, exams
 from cpo_fast.phantom.radiograph import frontal, lateral
 from cpo_fast.phantom.wording import DRIFTS, Written, write_report
 from cpo_fast.types import FINDINGS
 
 MARKER = "phantom.json"
+NUM_STUDIES = whole(1, 1_000_000)
+IMAGE_SIZE = whole(64, 2048)
 TRUTH = "phantom_truth.jsonl"
 GENERATION = 1  # raise it when the same settings no longer give the same bytes
 _JPEG_QUALITY = 88
@@ -92,12 +95,13 @@ def study_path(exam: Exam) -> str:
 
 
 def _check(num_studies: int, seed: int, image_size: int) -> None:
-    if not 1 <= num_studies <= 1_000_000:
-        raise UsageError(f"num_studies is {num_studies}; give a number from 1 to 1000000")
-    if seed < 0:
-        raise UsageError(f"seed is {seed}; give 0 or a positive number")
-    if not 64 <= image_size <= 2048:
-        raise UsageError(f"image_size is {image_size}; give a number of pixels from 64 to 2048")
+    for name, value, allowed in (
+        ("num_studies", num_studies, NUM_STUDIES),
+        ("seed", seed, SEED),
+        ("image_size", image_size, IMAGE_SIZE),
+    ):
+        if fault := allowed.fault(value):
+            raise UsageError(f"{name} {value}: {fault}")
 
 
 def _already_there(root: Path, marker: dict[str, Any]) -> bool:

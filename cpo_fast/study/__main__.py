@@ -17,6 +17,7 @@ from typing import Any
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate import make_private, write_json
+from cpo_fast.flags import POSITIVE, SEED, Number
 
 SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
 """Settings that decide an SFT model's figures."""
@@ -45,23 +46,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("runs/study"), help="results (mode 0700)")
     add("--sft_from", type=Path, help="another study's folder: its data and SFT models are used")
     add("--quick", action="store_true", help="two seeds at a smaller scale, within ten minutes")
-    add("--seeds", type=int, default=5, help="independent repetitions: data, model, order")
-    add("--first_seed", type=int, default=42, help="seeds count up from here")
-    add("--num_studies", type=int, default=3200, help="size of each phantom")
-    add("--sft_epochs", type=float, default=3.0, help="epochs of SFT")
-    add("--steps", type=int, default=60, help="optimiser steps of every arm, of 16 pairs each")
-    add("--learning_rate", type=float, default=5e-5, help="peak learning rate of every arm")
-    add("--beta", type=float, default=0.1, help="beta of every arm")
-    add("--test_samples", type=int, default=200, help="test studies that each model answers")
-    add("--reports", type=int, default=60, help="of them, whose reports are probed by swaps")
+    add("--seeds", type=POSITIVE, default=5, help="independent repetitions: data, model, order")
+    add("--first_seed", type=SEED, default=42, help="seeds count up from here")
+    add("--num_studies", type=POSITIVE, default=3200, help="size of each phantom")
+    add("--sft_epochs", type=Number(), default=3.0, help="epochs of SFT")
+    add("--steps", type=POSITIVE, default=60, help="optimiser steps of every arm, of 16 pairs each")
+    add("--learning_rate", type=Number(), default=5e-5, help="peak learning rate of every arm")
+    add("--beta", type=Number(), default=0.1, help="beta of every arm")
+    add("--test_samples", type=POSITIVE, default=200, help="test studies that each model answers")
+    add("--reports", type=POSITIVE, default=60, help="of them, whose reports are probed by swaps")
     add("--cpo_plus", action="store_true", help="one more arm: with perception pairs, too (CPO++)")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    for name in ("seeds", "num_studies", "steps", "test_samples", "reports"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def study(args: argparse.Namespace) -> Path:
@@ -69,6 +66,7 @@ def study(args: argparse.Namespace) -> Path:
     from cpo_fast.study.figures import as_markdown, results
     from cpo_fast.study.page import write_study_page
 
+    training(args, args.first_seed, args.output_dir, "sft,cpo")  # flags that cannot work end here
     make_private(args.output_dir)
     keep_settings(args)
     seeds = range(args.first_seed, args.first_seed + args.seeds)

@@ -102,7 +102,8 @@ def check_machine(args: TrainArguments) -> None:
     for name in ("image_root", "model_name_or_path", "sft_checkpoint"):
         path = getattr(args, name)
         if path not in (None, TINY) and not Path(path).is_dir():
-            raise UsageError(f"--{name} {path}: no such folder")
+            kind = "folder" if name == "image_root" else "model folder"
+            raise UsageError(f"--{name} {path}: no such {kind}")
     _check_resume(args)
     _check_device(args)
 
