@@ -212,7 +212,7 @@ def test_export_reads_back(tmp_path: Path) -> None:
         json.loads((tmp_path / "graph.json").read_text()), edges="edges"
     )
     assert set(back.edges) == set(network.edges)
-    assert main(["export", "--output", str(tmp_path / "graph.txt")]) == 1
+    assert main(["export", "--output", str(tmp_path / "graph.txt")]) == 2
 
 
 def test_the_picture_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,5 +222,5 @@ def test_the_picture_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["plot", "--output", str(path)]) == 0
     with Image.open(path) as image:
         assert min(image.size) > 500
-    assert main(["plot", "--output", str(tmp_path / "graph.nonsense")]) == 1
+    assert main(["plot", "--output", str(tmp_path / "graph.nonsense")]) == 2
     assert "graph.nonsense" in capsys.readouterr().err

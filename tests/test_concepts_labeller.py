@@ -209,5 +209,5 @@ def test_command_names_a_bad_line(
 
 
 def test_command_names_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["label", "--input", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 1
+    assert main(["label", "--input", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 2
     assert str(tmp_path / "no") in capsys.readouterr().err

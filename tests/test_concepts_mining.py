@@ -107,7 +107,7 @@ def test_command_writes_the_weighted_graph(suffix: str, tmp_path: Path) -> None:
     edge = read.edges["Emphysema", "F2"]
     assert (edge["relation"], edge["together"]) == ("association", 1)
     assert edge["pmi"] > 0
-    assert main([*command, "--weighted_graph", str(tmp_path / "graph.txt")]) == 1
+    assert main([*command, "--weighted_graph", str(tmp_path / "graph.txt")]) == 2
 
 
 EXTRACTION = {

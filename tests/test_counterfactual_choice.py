@@ -139,7 +139,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None and other.stdin is not None
         assert other.stdout.readline() == b"held\n"
-        assert main(["--dataset", str(dataset), "--output", str(output)]) == 1
+        assert main(["--dataset", str(dataset), "--output", str(output)]) == 2
         other.stdin.close()
     assert main(["--dataset", str(dataset), "--output", str(output)]) == 0
     assert len(output.read_text().splitlines()) == 2 * len(REPORTS)
@@ -158,5 +158,5 @@ def test_flags_that_do_not_go_together(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_open_i(tmp_path / "reports", REPORTS)
-    assert main(["--dataset", str(dataset), "--output", str(tmp_path / "o"), *flags]) == 1
+    assert main(["--dataset", str(dataset), "--output", str(tmp_path / "o"), *flags]) == 2
     assert message in capsys.readouterr().err

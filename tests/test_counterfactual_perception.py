@@ -96,5 +96,5 @@ def test_command_needs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(command) == 1  # no image folder: nothing can be paired
     rows = [json.loads(line) for line in (tmp_path / "p.rejected.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in rows} == {"image,neighbour"}
-    assert main([*command, "--targets", "Edema"]) == 1
+    assert main([*command, "--targets", "Edema"]) == 2
     assert "--targets" in capsys.readouterr().err

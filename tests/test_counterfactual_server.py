@@ -346,7 +346,7 @@ def test_a_server_that_is_set_up_otherwise_ends_the_run(
     status: str, host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host.rest = f"status:{status}"
-    assert run(dataset, tmp_path / "cf.jsonl", host.url) == 1
+    assert run(dataset, tmp_path / "cf.jsonl", host.url) == 2
     message = capsys.readouterr().err
     assert f"status {status}" in message and "SECRET" not in message
     assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
@@ -428,9 +428,9 @@ def test_a_missing_model_or_key_is_named(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset", str(dataset), "--output", str(tmp_path / "o"), "--generator", "server"]
-    assert main(flags) == 1
+    assert main(flags) == 2
     assert "needs --model" in capsys.readouterr().err
-    assert main([*flags, "--model", "m", "--api_key_env", "NO_SUCH_KEY_HERE"]) == 1
+    assert main([*flags, "--model", "m", "--api_key_env", "NO_SUCH_KEY_HERE"]) == 2
     assert "NO_SUCH_KEY_HERE" in capsys.readouterr().err
 
 

@@ -132,6 +132,8 @@ def _writer(args: argparse.Namespace) -> Writer:
 
 def _run(args: argparse.Namespace) -> int:
     index, count = _shard(args.shard)
+    if args.graph is not None and not Path(args.graph).is_file():
+        raise UsageError(f"--graph {args.graph}: no such file")
     graph = load_graph(args.graph)
     targets = [t.strip() for t in args.targets.split(",") if t.strip()] if args.targets else None
     if args.kind == "perception" and (
