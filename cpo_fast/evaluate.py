@@ -134,11 +134,20 @@ def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str
     from cpo_fast.report import write_report
 
     reasons: dict[str, int] = {}
+    samples: dict[str, dict[str, int]] = {}
     for record in cohort.rejected:
-        reasons[record.reason] = reasons.get(record.reason, 0) + 1
-    for reason, count in sorted(reasons.items()):
-        print(f"data: {count} set aside: {reason} (rejected_records.jsonl)")
-    data = {"read": cohort.read, "used": len(cohort.studies), "rejected": reasons}
+        counted = samples.setdefault(record.stage, {}) if record.stage else reasons
+        counted[record.reason] = counted.get(record.reason, 0) + 1
+    for stage, counted in {"data": reasons, **samples}.items():
+        for reason, count in sorted(counted.items()):
+            print(f"{stage}: {count} set aside: {reason} (rejected_records.jsonl)")
+    data = {
+        "read": cohort.read,
+        "used": len(cohort.studies),
+        "rejected": reasons,
+        "left_out": cohort.left_out,
+        "samples_set_aside": samples,
+    }
     write_json(args.output_dir / "summary.json", {"evaluation": evaluation, "data": data})
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_json(args.output_dir / "config.json", shown)
@@ -196,13 +205,14 @@ def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:
         if study.split == "train":
             cohort.training_truth.append(names)
         if study.split != args.split or len(cohort.studies) == args.max_samples:
+            cohort.left_out += 1
             continue
         asked = sft_preference(study, uncertain=args.uncertain_labels)
         try:
             prompt = loaded.prompt(asked, max_length=args.max_length)
         except RecordError as error:
             cohort.rejected.append(
-                RejectedRecord(str(args.dataset), None, study.study_id, error.reason, error.detail)
+                RejectedRecord.of(study.study_id, study.origin, error, file=str(args.dataset))
             )
             continue
         cohort.studies.append(study)
@@ -238,15 +248,20 @@ def drift(
     drifts, effects = [], []
     examples: list[dict[str, Any]] = []
     studies = zip(cohort.studies, cohort.prompts, map(thought_of, answers), strict=True)
-    for study, prompt, thought in tqdm(
-        list(studies)[: args.drift_samples], desc="drift", unit="study", disable=None
+    for number, (study, prompt, thought) in enumerate(
+        tqdm(list(studies)[: args.drift_samples], desc="drift", unit="study", disable=None)
     ):
         if not thought:
             continue
         about = (packed, loaded.tokenizer, prompt, thought)
-        drifts.append(probe(*about, loaded.pixels, image_token_id=image))
         swaps = find_swaps(thought, graph)
-        end, found = swap_effects(*about, swaps, loaded.pixels, image_token_id=image)
+        try:
+            moved = probe(*about, loaded.pixels, image_token_id=image)
+            end, found = swap_effects(*about, swaps, loaded.pixels, image_token_id=image)
+        except RecordError as error:  # its image is gone since the answers
+            cohort.rejected.append(cohort.named(number, error, "drift"))
+            continue
+        drifts.append(moved)
         effects += found
         if len(examples) < args.num_examples:
             shown = drift_example(study.study_id, drifts[-1], end, found)

@@ -53,6 +53,7 @@ def _labelled(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any],
         Path(args.dataset), Path(args.image_root), uncertain=args.uncertain_labels
     )
     cohort = Cohort([], [], [], [], len(found.images) + len(found.rejected), found.rejected)
+    cohort.left_out = len(found.images[args.max_samples :]) if args.max_samples else 0
     for one in found.images[: args.max_samples]:
         study = Study(one.image.path, one.patient, Report(), (one.image,), split=args.split)
         if (prompt := _prompt(args, loaded, cohort, study)) is not None:
@@ -80,24 +81,33 @@ def _temporal(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any],
 
     cases, unusable = ms_cxr_t.read_ms_cxr_t(Path(args.dataset))
     cohort = Cohort([], [], [], [], len(cases) + len(unusable), unusable)
+    cohort.left_out = len(cases[args.max_samples :]) if args.max_samples else 0
     kept = []
     for case in cases[: args.max_samples]:
         images = tuple(_path(args.image_root, one)
                        for one in (case.previous_dicom_id, case.dicom_id))  # fmt: skip
         study = Study(case.study_id, case.subject_id, Report(), images[1:], split=args.split)
         prompt = _prompt(args, loaded, cohort, study)
-        asked = [_prompt(args, loaded, cohort, Study(case.study_id, case.subject_id, Report(),
-                         images), QUESTION.format(finding=name.lower()))
-                 for name in case.progression] if prompt else []  # fmt: skip
-        if prompt is not None and all(one is not None for one in asked):
+        both = Study(case.study_id, case.subject_id, Report(), images)
+        asked = []
+        for name in case.progression if prompt else ():
+            one = _prompt(args, loaded, cohort, both, QUESTION.format(finding=name.lower()))
+            if one is None:
+                break
+            asked.append(one)
+        if prompt is not None and len(asked) == len(case.progression):
             cohort.studies.append(study)
             cohort.prompts.append(prompt)
             cohort.truth.append(tuple(case.progression))
             kept.append((case, asked))
     _stop_if_empty(args, cohort)
-    progression = _progressions(args, loaded, kept)
+    failed: dict[int, RecordError] = {}
+    likeliest = _progressions(args, loaded, kept, failed)
+    told = {id(s): (kept[i][0], likeliest[i]) for i, s in enumerate(cohort.studies)}
+    cohort.drop(failed)
     parsed = [parse_answer(text) or None for text in diagnose_cohort(args, loaded, cohort)]
-    only = [case for case, _ in kept]
+    only = [told[id(study)][0] for study in cohort.studies]
+    progression = [told[id(study)][1] for study in cohort.studies]
     figures = {
         "A": ms_cxr_t.progression_accuracy(only, progression, seed=args.seed),
         "B": ms_cxr_t.presence_accuracy(only, parsed, seed=args.seed),
@@ -113,15 +123,22 @@ def _temporal(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any],
 
 
 def _progressions(
-    args: argparse.Namespace, loaded: Loaded, kept: Sequence[tuple[TemporalCase, Sequence[Any]]]
+    args: argparse.Namespace,
+    loaded: Loaded,
+    kept: Sequence[tuple[TemporalCase, Sequence[Any]]],
+    failed: dict[int, RecordError],
 ) -> list[dict[str, str]]:
-    """The likeliest class of every labelled finding of every case."""
+    """The likeliest class of every labelled finding of every case; `failed` gets the numbers of the
+    cases whose images cannot be read any more.
+    """
     from cpo_fast.evaluation.likelihood import score_answers
     from cpo_fast.evaluation.ms_cxr_t import CLASSES
     from cpo_fast.model.packed import PackedModel
     from cpo_fast.packing import image_token_id
 
     prompts = [prompt for _, asked in kept for prompt in asked]
+    of_case = [number for number, (_, asked) in enumerate(kept) for _ in asked]
+    unread: dict[int, RecordError] = {}
     candidates = [
         [tuple(loaded.tokenizer(ANSWER.format(finding=name.lower(), progression=one),
                                 add_special_tokens=False)["input_ids"]) for one in CLASSES]
@@ -135,7 +152,9 @@ def _progressions(
         loaded.pixels,
         image_token_id=image_token_id(loaded.tokenizer),
         packing_length=args.packing_length,
+        failed=unread,
     )
+    failed |= {of_case[prompt]: error for prompt, error in unread.items()}
     best = iter(scores.argmax(dim=1).tolist())
     return [{name: CLASSES[next(best)] for name in case.progression} for case, _ in kept]
 

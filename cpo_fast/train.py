@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.console import piped
-from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
 from cpo_fast.training.distributed import World, joined
 from cpo_fast.training.flag_rules import check_machine
@@ -69,7 +69,7 @@ def run(args: TrainArguments) -> dict[str, Any]:
     if args.dry_run:  # an exception, so that its temporary folder goes
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with joined(args.ddp_timeout) as world:
-        args, folder, corpus, texts, base, samples = world.main_first(lambda: prepare(args, world))
+        args, folder, corpus, texts, base, samples = prepare(args, world)
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest(args.max_minutes))
             if args.dry_run:
@@ -82,14 +82,20 @@ def run(args: TrainArguments) -> dict[str, Any]:
                 train_cpo(args, folder, samples, base, stop)
     if not world.is_main:
         return {}
+    failure: DataError | None = None
     if "evaluate" in args.stage_names:
         begun = time.perf_counter()
-        evaluate(args, folder, corpus, samples, texts, base)
+        try:
+            evaluate(args, folder, corpus, samples, texts, base)
+        except DataError as error:  # what was trained has its summary and report all the same
+            failure = error
         seconds = round(time.perf_counter() - begun, 2)
         folder.summary["stages"]["evaluate"] = {"seconds": seconds}
     folder.finish(versions())
     write_cards(folder.path)
     print(f"report: {write_report(folder.path)}")
+    if failure is not None:
+        raise failure
     return folder.summary
 
 
@@ -97,11 +103,32 @@ def prepare(
     args: TrainArguments, world: World
 ) -> tuple[TrainArguments, RunFolder, Corpus, Texts, Base, Samples]:
     """What training needs, made by rank 0 and read from its files by the others."""
+    from cpo_fast.training.base import base_model
+    from cpo_fast.training.corpus import write_preferences
+    from cpo_fast.training.image_check import ImageCheck, leave_out_samples, leave_out_studies
+    from cpo_fast.training.samples import check_samples, tokenise
+
+    args, folder, corpus = world.main_first(lambda: read(args, world))
+    check = ImageCheck(args, folder)
+    leave_out_studies(args, folder, corpus, check)
+    texts = world.main_first(lambda: write_preferences(args, folder, corpus))
+    leave_out_samples(args, folder, corpus, texts, check)
+
+    def encoded() -> tuple[Base, Samples]:
+        base = base_model(args, folder, texts)
+        samples = tokenise(args, folder, texts, base)
+        check_samples(args, samples)
+        return base, samples
+
+    base, samples = world.main_first(encoded)
+    return args, folder, corpus, texts, base, samples
+
+
+def read(args: TrainArguments, world: World) -> tuple[TrainArguments, RunFolder, Corpus]:
+    """The run's folder, and what its data set holds."""
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.phantom import write_phantom
-    from cpo_fast.training.base import base_model
-    from cpo_fast.training.corpus import read_corpus, write_preferences
-    from cpo_fast.training.samples import check_samples, tokenise
+    from cpo_fast.training.corpus import read_corpus
 
     if args.fsdp and world.size == 1:
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
@@ -111,12 +138,7 @@ def prepare(
     if args.dataset == "phantom":
         data = write_phantom(folder.made / "data", num_studies=args.num_studies, seed=args.seed)
         args = replace(args, dataset=str(data))
-    corpus = read_corpus(args, folder)
-    texts = write_preferences(args, folder, corpus)
-    base = base_model(args, folder, texts)
-    samples = tokenise(args, folder, texts, base)
-    check_samples(args, samples)
-    return args, folder, corpus, texts, base, samples
+    return args, folder, read_corpus(args, folder)
 
 
 def evaluate(
@@ -129,7 +151,8 @@ def evaluate(
 ) -> None:
     """Diagnoses of the untrained, SFT and CPO models on the test split; rewards on held-out pairs.
 
-    Every model is loaded from its files, as a user would load it.
+    Every model is loaded from its files, as a user would load it. A study whose image cannot be
+    read any more is left out for all models; DataError when none is left.
     """
     from cpo_fast.data.labels import diagnosis
     from cpo_fast.evaluation.generate import diagnose
@@ -140,7 +163,8 @@ def evaluate(
         write_examples,
     )
     from cpo_fast.training.checkpoint import result_checkpoint
-    from cpo_fast.training.stages import load, pair_logps, sft_model
+    from cpo_fast.training.stages import left_out, load, pair_logps, sft_model
+    from cpo_fast.types import RejectedRecord
 
     models: dict[str, Path] = {"untrained": base.path}
     if (sft := sft_model(args, folder, base)) != base.path:
@@ -151,6 +175,7 @@ def evaluate(
     studies = [study for study in corpus.studies["test"] if study.study_id in tested]
     studies = studies[: args.max_eval_samples]
     answers: dict[str, list[str]] = {}
+    failed: dict[int, RecordError] = {}
     rewards: dict[str, dict[str, Any]] = {}
     held_out = (samples.cpo["test"] or samples.cpo["validate"])[: args.max_eval_samples]
     for name, path in models.items():
@@ -163,6 +188,7 @@ def evaluate(
                 base.pixels,
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.eval_batch_size,
+                failed=failed,
                 description=f"answers of {name}",
             )
         if name == "cpo" and held_out:
@@ -170,6 +196,19 @@ def evaluate(
             rewards[name] = preference(**scored, beta=args.beta, seed=args.seed)
         del model
         gc.collect()
+    if failed:
+        unread = [(studies[i], error) for i, error in failed.items()]
+        left_out(folder, "evaluation", [
+            RejectedRecord.of(study.study_id, study.origin, error, stage="evaluate")
+            for study, error in unread
+        ])  # fmt: skip
+        studies = [study for i, study in enumerate(studies) if i not in failed]
+        answers = {
+            name: [answer for i, answer in enumerate(texts) if i not in failed]
+            for name, texts in answers.items()
+        }
+        if not studies:
+            raise DataError(f"evaluation: no test sample of {len(failed)} studies could be read")
     if studies:
         truth, training_truth = (
             [diagnosis(study.labels, uncertain=args.uncertain_labels) for study in part]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import networkx
     import torch
 
+    from cpo_fast.errors import RecordError
+
 FINDINGS: tuple[str, ...] = (
     "Atelectasis",
     "Cardiomegaly",
@@ -50,6 +52,15 @@ class ImageRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record was read: a file, and its line (Parquet, Arrow: row) from 1 where there are
+    several records in it."""
+
+    file: str
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The two sections of a radiology report that are learned from; one of them may be empty."""
 
@@ -75,20 +86,38 @@ class Study:
     split: str = "train"  # "train" | "validate" | "test"
     date: str = ""
     indication: str = ""
+    origin: Origin | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedRecord:
-    """A record that was set aside: one line of rejected_records.jsonl. Never holds patient text."""
+    """What was set aside: one line of rejected_records.jsonl. Never holds patient text.
+
+    `stage` is empty for a record that nothing uses. "counterfactual" is one that failed its checks;
+    another stage ("sft", "cpo", "evaluate") did without its sample of a record that is used
+    elsewhere.
+    """
 
     file: str
     line: int | None
     id: str
     reason: str  # a short constant such as "no-findings-or-impression"; what summary.json counts
     detail: str = ""
+    stage: str = ""
+
+    @classmethod
+    def of(
+        cls, id: str, origin: Origin | None, error: RecordError, *, file: str = "", stage: str = ""
+    ) -> RejectedRecord:
+        """The record `id` that failed with `error`; `file` is named where it has no origin."""
+        place = origin or Origin(file)
+        return cls(place.file, place.line, id, error.reason, error.detail, stage)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        row = asdict(self)
+        if not self.stage:
+            del row["stage"]
+        return row
 
 
 # --- concepts ------------------------------------------------------------------------------------
@@ -206,6 +235,7 @@ class Preference:
     template: Mapping[str, Any] = field(default_factory=dict)
     sighted: bool = False
     patients: tuple[str, ...] = ()
+    origin: Origin | None = field(default=None, compare=False)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -245,6 +275,7 @@ class PreferenceGroup:
     source: str = "thinking"
     weight: float = 1.0
     ref_logps: tuple[float, ...] = ()  # cached log-probs of the reference: chosen, then rejected
+    origin: Origin | None = field(default=None, compare=False)
 
     @property
     def sources(self) -> tuple[str, ...]:

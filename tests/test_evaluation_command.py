@@ -10,7 +10,9 @@ import pytest
 from packing_samples import images, tokenizer, vision_language_model
 
 from cpo_fast.data.labels import LABEL_NAMES
-from cpo_fast.evaluate import load, main
+from cpo_fast.errors import DataError
+from cpo_fast.evaluate import load, main, parse_arguments, read, write_results
+from cpo_fast.evaluation.cohort import diagnose_cohort, zero_shot
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
 from cpo_fast.loss import processor
 from cpo_fast.model.build import load_tokenizer, save_model
@@ -61,6 +63,37 @@ def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, mess
     flags = {"--model": model, "--dataset": data, "--output_dir": tmp_path / "out"} | changed
     assert main([str(word) for pair in flags.items() for word in pair]) == status
     assert message in capsys.readouterr().err
+
+
+def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    flags = ["--model", model, "--dataset", copy, "--output_dir", tmp_path / "out",
+             "--max_samples", "4", "--max_new_tokens", "2"]  # fmt: skip
+    args = parse_arguments([str(flag) for flag in flags])
+    loaded = load(args)
+    cohort = read(args, loaded)
+    assert cohort.read == len(cohort.studies) + len(cohort.rejected) + cohort.left_out
+    first, second, *others = cohort.studies
+    (copy / first.images[0].path).unlink()
+    answers = diagnose_cohort(args, loaded, cohort)
+    assert cohort.studies == [second, *others] and len(answers) == len(cohort.truth) == 3
+    (copy / second.images[0].path).unlink()
+    zero_shot(args, loaded, cohort, answers)
+    assert cohort.studies == [second, *others]  # its answer still counts
+    listed = [(one.id, one.reason, one.stage) for one in cohort.rejected]
+    assert listed == [(first.study_id, "image-missing", ""),
+                      (second.study_id, "image-missing", "zero_shot")]  # fmt: skip
+    assert cohort.rejected[0].file.endswith(f"{first.study_id}.txt")
+    args.output_dir.mkdir()
+    write_results(args, cohort, {})
+    found = json.loads((args.output_dir / "summary.json").read_text())["data"]
+    assert found["rejected"] == {"image-missing": 1} and found["used"] == 3
+    assert found["samples_set_aside"] == {"zero_shot": {"image-missing": 1}}
+    for study in others:
+        (copy / study.images[0].path).unlink()
+    with pytest.raises(DataError, match="no sample could be read"):
+        diagnose_cohort(args, loaded, cohort)
 
 
 @pytest.mark.parametrize("bf16", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.evaluation.generate import diagnose, stop_ids
 from cpo_fast.types import ImageRef, Prompt
 
@@ -152,6 +152,22 @@ def test_text_only_model_and_early_stop(tokenizer):
     model.generation_config.eos_token_id = [first]
     assert first in stop_ids(model, tokenizer)
     assert diagnose(model, tokenizer, prompts, max_new_tokens=40, batch_size=4)[0] == ""
+
+
+def test_an_image_that_fails_costs_its_own_answer_only(vision_model, tokenizer):
+    def missing(image: ImageRef) -> tuple[torch.Tensor, torch.Tensor]:
+        if image.path == "2x2":
+            raise RecordError("image-missing", "2x2 is not there")
+        return pixels(image)
+
+    whole = diagnose(vision_model, tokenizer, PROMPTS, pixels, max_new_tokens=8, batch_size=3)
+    options = {"max_new_tokens": 8, "batch_size": 3}
+    failed: dict[int, RecordError] = {}
+    found = diagnose(vision_model, tokenizer, PROMPTS, missing, failed=failed, **options)
+    assert found == [whole[0], "", *whole[2:]]
+    assert {i: error.reason for i, error in failed.items()} == {1: "image-missing"}
+    with pytest.raises(RecordError, match="2x2 is not there"):
+        diagnose(vision_model, tokenizer, PROMPTS, missing, **options)
 
 
 def test_nothing_to_do_gives_nothing(vision_model, tokenizer):

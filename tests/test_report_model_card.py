@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
         # as a run names it whose folder was moved later
         summary["stages"].setdefault(stage, {})["checkpoint"] = f"/elsewhere/{checkpoint.name}"
     (folder / "sft" / "merged").mkdir()
-    summary["data"] |= {"kind": "mimic-cxr", "counterfactuals": 12}
+    summary["data"] |= {"kind": "mimic-cxr", "counterfactuals": {"made": 15, "passed": 12}}
     summary["data"]["counterfactual_sources"] = {"thinking": 8, "perception": 4}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cpo_fast.counterfactual.generate import study_labels
 from cpo_fast.data.labels import DEFAULT_PROMPT, diagnosis, question, thought
@@ -19,6 +20,7 @@ def sft_preference(
         prompt=question(len(study.images), prompt),
         chosen=thought(study.report.text, names),
         images=study.images,
+        origin=study.origin,
     )
 
 
@@ -51,6 +53,4 @@ def preference(
         )
         for cf in cfs
     )
-    return Preference(
-        id=sft.id, prompt=sft.prompt, chosen=sft.chosen, rejected=rejected, images=sft.images
-    )
+    return replace(sft, rejected=rejected)

@@ -96,7 +96,13 @@ def _check(args: argparse.Namespace) -> int:
         lengths = Lengths.of_model(
             args.model, max_length=args.max_length, max_images=args.max_images
         )
-    checked = check(_source(args), args.images, lengths=lengths, sample=args.sample)
+    checked = check(
+        _source(args),
+        args.images,
+        lengths=lengths,
+        sample=args.sample,
+        max_images=args.max_images,
+    )
     write(checked, args.output_dir)
     print(table(checked))
     if checked.facts["used"] == 0 or checked.bad_fraction > args.max_bad_fraction:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cpo_fast.data.images import image_size, load_image
+from cpo_fast.data.images import image_size, load_image, naming
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.data.lengths import Lengths, quantiles
 from cpo_fast.data.preference_values import words
@@ -148,11 +148,21 @@ class Checked:
         return len(self.rejected) / self.facts["read"]
 
 
-def _images_of(record: Any) -> Iterator[ImageRef]:
+def _images_of(record: Study | Preference, max_images: int) -> Iterator[ImageRef]:
+    """The images that a run would use: of a study the first `max_images`, of a preference all."""
+    if isinstance(record, Study):
+        yield from record.images[:max_images]
+        return
     yield from record.images
-    if isinstance(record, Preference):
-        for images in record.rejected_images:
-            yield from images or ()
+    for images in record.rejected_images:
+        yield from images or ()
+
+
+def _look(ref: ImageRef, look: Callable[[ImageRef], object]) -> None:
+    try:
+        look(ref)
+    except RecordError as error:
+        raise naming(ref, error) from None
 
 
 def _chosen(id: str, sample: float) -> bool:
@@ -167,12 +177,13 @@ def check(
     *,
     lengths: Lengths | None = None,
     sample: float = 1.0,
+    max_images: int = 1,
 ) -> Checked:
     """Read all of `source` and look at its images as far as `images`, one of `IMAGE_CHECKS`, says.
 
     `lengths` counts tokens. Images and tokens are looked at in a share `sample` of the records,
-    chosen by their ids. A record with an image that fails, or with messages that
-    the chat template refuses, is set aside as a whole. `read` counts
+    chosen by their ids; of a study its first `max_images` images. A record with an image that
+    fails, or with messages that the chat template refuses, is set aside as a whole. `read` counts
     records, `used` those that remain. Raises DataError when the data set cannot be read.
     """
     if images not in IMAGE_CHECKS:
@@ -184,12 +195,12 @@ def check(
         id = record.study_id if isinstance(record, Study) else record.id
         sampled = sample >= 1 or _chosen(id, sample)
         try:
-            for ref in _images_of(record) if sampled and images != "none" else ():
-                look(ref)
+            for ref in _images_of(record, max_images) if sampled and images != "none" else ():
+                _look(ref, look)
             if lengths is not None and sampled:
                 lengths.add(record)
         except RecordError as error:
-            bad.append(RejectedRecord(source.path, None, id, error.reason, error.detail))
+            bad.append(RejectedRecord.of(id, record.origin, error, file=source.path))
             continue
         tally.add(record)
     rejected = [*source.rejected, *bad]

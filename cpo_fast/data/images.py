@@ -78,6 +78,13 @@ def resolve(ref: ImageRef) -> str:
     return str(path)
 
 
+def naming(ref: ImageRef, error: RecordError) -> RecordError:
+    """The error with the image's path in its detail, whether a decoder repeated it or not."""
+    if not ref.path or _name(ref) in error.detail:
+        return error
+    return RecordError(error.reason, f"{_name(ref)}: {error.detail}")
+
+
 @contextmanager
 def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
     """The bytes of `ref` as a file, and its name for messages."""

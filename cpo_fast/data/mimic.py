@@ -19,7 +19,7 @@ from cpo_fast.data.mimic_index import BAD_ROW, BLANK, FRONTAL, NOT_MENTIONED, SP
 from cpo_fast.data.sections import indication, parse_report
 from cpo_fast.data.source import StudySource
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.types import FINDINGS, ImageRef, Study
+from cpo_fast.types import FINDINGS, ImageRef, Origin, Study
 
 LABELLERS = ("chexpert", "negbio")
 
@@ -121,7 +121,8 @@ class MimicSource(StudySource):
                 "bad-label", f"see the row of the study in {Path(self.labels_path).name}"
             )
         frontal = self._frontal(place)
-        text = read_report(f"{self.path}/{folder}.txt")
+        report = f"{self.path}/{folder}.txt"
+        text = read_report(report)
         known = zip(FINDINGS, index.labels[place].tolist(), strict=True)
         return Study(
             study_id=f"s{index.study[place]}",
@@ -135,6 +136,7 @@ class MimicSource(StudySource):
             split=SPLITS[index.split[place]],
             date=bytes(index.date[place]).decode(),
             indication=indication(text),
+            origin=Origin(report),
         )
 
     def _records(self) -> Iterator[Study]:

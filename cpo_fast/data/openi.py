@@ -23,7 +23,7 @@ from xml.parsers import expat
 from cpo_fast.data.files import open_regular
 from cpo_fast.data.source import StudySource
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.types import ImageRef, Report, Study
+from cpo_fast.types import ImageRef, Origin, Report, Study
 
 MAX_XML_BYTES = 1_000_000
 MAX_XML_DEPTH = 64
@@ -178,7 +178,7 @@ class OpenISource(StudySource):
         frontal = [name for name in names if self._view.get(name) == "PA"]
         return frontal or [name for name in names if self._view.get(name) != "L"] or names
 
-    def _study(self, root: Element, study_id: str) -> Study:
+    def _study(self, root: Element, study_id: str, file: str) -> Study:
         text = {"FINDINGS": "", "IMPRESSION": "", "INDICATION": ""}
         for part in root.iter("AbstractText"):
             if (name := part.get("Label", "")) in text:
@@ -197,13 +197,14 @@ class OpenISource(StudySource):
             labels=mesh_labels([major.text or "" for major in root.iter("major")]),
             split=split_of(study_id),
             indication=text["INDICATION"],
+            origin=Origin(file),
         )
 
     def _records(self) -> Iterator[Study]:
         seen: set[str] = set()
         for name, data in _members(self.path):
             self.read += 1
-            study_id = PurePosixPath(name).stem
+            study_id, file = PurePosixPath(name).stem, f"{self.path}:{name}"
             try:
                 root = parse_xml(data)
                 uid = root.find("uId")
@@ -213,8 +214,8 @@ class OpenISource(StudySource):
                 if study_id in seen:
                     raise RecordError("duplicate-id", "another file has the same uId")
                 seen.add(study_id)
-                study = self._study(root, study_id)
+                study = self._study(root, study_id, file)
             except RecordError as error:
-                self._reject(f"{self.path}:{name}", None, study_id, error.reason, error.detail)
+                self._reject(file, None, study_id, error.reason, error.detail)
                 continue
             yield study

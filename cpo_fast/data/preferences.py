@@ -21,7 +21,7 @@ from cpo_fast.data.preference_values import Message, words
 from cpo_fast.data.source import Source
 from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
-from cpo_fast.types import Preference
+from cpo_fast.types import Origin, Preference
 
 PREFERENCE_FORMATS = ("auto", *PARSERS)
 
@@ -138,7 +138,7 @@ class PreferenceSource(Source[Preference]):
                 if isinstance(row, RecordError):
                     raise row
                 self.ref_logps += row.get("ref_chosen_logps") is not None
-                one = parse(row, self.root, id)
+                one = replace(parse(row, self.root, id), origin=Origin(self.path, line))
                 self.unread.update(unread_fields(row, one, self.kind))
                 if one.id != id:
                     self._compare(one, met)

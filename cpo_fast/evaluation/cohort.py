@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.data.images import naming
 from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.errors import DataError, RecordError
+from cpo_fast.types import RejectedRecord
 
 if TYPE_CHECKING:
     from cpo_fast.model.images import ImageProcessor
-    from cpo_fast.types import Preference, Prompt, RejectedRecord, Study
+    from cpo_fast.types import Preference, Prompt, Study
 
 
 @dataclass
@@ -37,7 +40,10 @@ class Loaded:
         prompt = encode(asked, self.tokenizer, grid, max_length=max_length).prompt
         if self.images is not None:
             for image in asked.images:
-                self.images.pixels(image)
+                try:
+                    self.images.pixels(image)
+                except RecordError as error:
+                    raise naming(image, error) from None
         return prompt
 
 
@@ -51,20 +57,45 @@ class Cohort:
     training_truth: list[tuple[str, ...]]
     read: int
     rejected: list[RejectedRecord]
+    left_out: int = 0  # records of other splits, or beyond --max_samples
+
+    def drop(self, failed: Mapping[int, RecordError]) -> None:
+        """Set aside the studies of these numbers. Raises DataError when none is left."""
+        for number, error in failed.items():
+            self.rejected.append(self.named(number, error))
+        if failed and len(failed) == len(self.studies):
+            raise DataError(
+                f"no sample could be read: all {len(failed)} studies have an image that fails, the "
+                f"first: {next(iter(failed.values()))}"
+            )
+        read = [i for i in range(len(self.studies)) if i not in failed]
+        self.studies = [self.studies[i] for i in read]
+        self.prompts = [self.prompts[i] for i in read]
+        self.truth = [self.truth[i] for i in read]
+
+    def named(self, number: int, error: RecordError, stage: str = "") -> RejectedRecord:
+        study = self.studies[number]
+        return RejectedRecord.of(study.study_id, study.origin, error, stage=stage)
 
 
 def diagnose_cohort(args: argparse.Namespace, loaded: Loaded, cohort: Cohort) -> list[str]:
-    """The model's answer to every prompt of the cohort."""
+    """The model's answer to every prompt of the cohort. A study whose image cannot be read any more
+    is set aside; DataError when none is left.
+    """
     from cpo_fast.evaluation.generate import diagnose
 
-    return diagnose(
+    failed: dict[int, RecordError] = {}
+    answers = diagnose(
         loaded.model,
         loaded.tokenizer,
         cohort.prompts,
         loaded.pixels,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
+        failed=failed,
     )
+    cohort.drop(failed)
+    return [answer for i, answer in enumerate(answers) if i not in failed]
 
 
 def zero_shot(
@@ -76,7 +107,11 @@ def zero_shot(
     findings: Sequence[str] = LABEL_NAMES,
     patients: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """AUC per finding: the likelihood of its sentence after the model's own thought."""
+    """AUC per finding: the likelihood of its sentence after the model's own thought.
+
+    A study whose image cannot be read any more is left out of these figures; DataError when none is
+    left.
+    """
     from cpo_fast.evaluation.classification import auc
     from cpo_fast.evaluation.likelihood import (
         after_thought,
@@ -92,6 +127,7 @@ def zero_shot(
         after_thought(prompt, loaded.tokenizer, thought_of(answer))
         for prompt, answer in zip(cohort.prompts, answers, strict=True)
     ]
+    failed: dict[int, RecordError] = {}
     scores = score_answers(
         PackedModel(loaded.model),
         prompts,
@@ -99,6 +135,16 @@ def zero_shot(
         loaded.pixels,
         image_token_id=image_token_id(loaded.tokenizer),
         packing_length=args.packing_length,
+        failed=failed,
     )
-    likelihoods = finding_distribution(scores).numpy()
-    return auc(cohort.truth, likelihoods, findings=findings, patients=patients, seed=args.seed)
+    cohort.rejected += [cohort.named(i, error, "zero_shot") for i, error in failed.items()]
+    read = [i for i in range(len(prompts)) if i not in failed]
+    if not read:
+        raise DataError(f"zero_shot: no sample of {len(prompts)} studies could be read")
+    return auc(
+        [cohort.truth[i] for i in read],
+        finding_distribution(scores[read]).numpy(),
+        findings=findings,
+        patients=[patients[i] for i in read] if patients else None,
+        seed=args.seed,
+    )

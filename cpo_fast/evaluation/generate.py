@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ImageRef, Prompt
 
 if TYPE_CHECKING:
     import torch
+
+    from cpo_fast.packing.readable import Decoded
 
 END_OF_TURN = "<|im_end|>"
 
@@ -30,6 +32,7 @@ def diagnose(
     *,
     max_new_tokens: int = 256,
     batch_size: int = 32,
+    failed: dict[int, RecordError] | None = None,
     description: str = "generating",
 ) -> list[str]:
     """What `model` answers to every prompt, greedily, in the order of `prompts`.
@@ -38,17 +41,22 @@ def diagnose(
     left out of the text. Prompts of like length share a batch, so little is padding. The sampling
     defaults that a model brings (temperature, repetition penalty) do not apply; nor does dropout.
 
-    Raises UsageError for prompts that hold ids outside the model's embedding (tokenizer and model
-    do not belong together), an empty prompt, or images without `pixels`.
+    A prompt whose image cannot be read raises a RecordError; with `failed` it is entered there by
+    its number instead, and its answer is "". Raises UsageError for prompts that hold ids outside
+    the model's embedding (tokenizer and model do not belong together), an empty prompt, or images
+    without `pixels`.
     """
     import torch
     from tqdm import tqdm
+
+    from cpo_fast.packing.readable import decode
 
     if batch_size < 1 or max_new_tokens < 1:
         raise UsageError("batch_size and max_new_tokens must be at least 1")
     _check(model, tokenizer, prompts, pixels)
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+    image = getattr(model.config, "image_token_id", None)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     answers = [""] * len(prompts)
     with (
@@ -57,8 +65,21 @@ def diagnose(
         tqdm(total=len(prompts), desc=description, unit="study", disable=None) as bar,
     ):
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            inputs = _left_padded(model, [prompts[i] for i in chosen], pixels, pad)
+            asked = order[start : start + batch_size]
+            decoded: Decoded = {}
+            chosen = []
+            for i in asked:
+                try:
+                    decode([prompts[i]], pixels, decoded, image)
+                    chosen.append(i)
+                except RecordError as error:
+                    if failed is None:
+                        raise
+                    failed[i] = error
+            bar.update(len(asked))
+            if not chosen:
+                continue
+            inputs = _left_padded(model, [prompts[i] for i in chosen], decoded, pad)
             tokens = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -75,7 +96,6 @@ def diagnose(
             new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             for index, row in zip(chosen, new, strict=True):
                 answers[index] = tokenizer.decode(_until(row, stops), skip_special_tokens=True)
-            bar.update(len(chosen))
     return answers
 
 
@@ -113,7 +133,7 @@ def _check(model: Any, tokenizer: Any, prompts: Sequence[Prompt], pixels: Pixels
 
 
 def _left_padded(
-    model: Any, prompts: Sequence[Prompt], pixels: Pixels | None, pad: int
+    model: Any, prompts: Sequence[Prompt], decoded: Decoded, pad: int
 ) -> dict[str, torch.Tensor]:
     """Inputs of `generate`: ids, mask [B, L]; with images also pixels, grids and modalities."""
     import torch
@@ -127,8 +147,8 @@ def _left_padded(
         mask[row, length - len(prompt.input_ids) :] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
     images = [image for prompt in prompts for image in prompt.images]
-    if images and pixels is not None:
-        arrays, grids = zip(*(pixels(image) for image in images), strict=True)
+    if images:
+        arrays, grids = zip(*(decoded[image] for image in images), strict=True)
         inputs["pixel_values"] = torch.cat([torch.as_tensor(array) for array in arrays])
         inputs["image_grid_thw"] = torch.stack([torch.as_tensor(grid).view(3) for grid in grids])
         # mRoPE positions follow the modality of each token; padding is masked and counts as text.

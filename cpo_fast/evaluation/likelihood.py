@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.data.labels import LABEL_NAMES, answer
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import PreferenceGroup, Prompt
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def score_answers(
     image_token_id: int | None = None,
     packing_length: int = 4096,
     impl: str | None = None,
+    failed: dict[int, RecordError] | None = None,
     description: str = "scoring",
 ) -> torch.Tensor:
     """Log-probability of every candidate after every prompt: [N, C] float32 on the CPU.
@@ -40,7 +41,9 @@ def score_answers(
     `candidates` are C answers for all prompts, or N lists of C answers, one list for each; the sum
     runs over all tokens of an answer. A pack holds whole prompts with all of their candidates, up
     to `packing_length` tokens (one prompt that is longer gets a pack of its own). `impl` is that of
-    `linear_logprobs`. Raises UsageError for an empty prompt or answer, or lists of unequal length.
+    `linear_logprobs`. A prompt whose image cannot be read raises a RecordError; with `failed` it is
+    entered there by its number instead, and its row is NaN. Raises UsageError for an empty prompt
+    or answer, or lists of unequal length.
     """
     import torch
     from tqdm import tqdm
@@ -48,6 +51,7 @@ def score_answers(
     from cpo_fast.evaluation.generate import evaluating
     from cpo_fast.loss import linear_logprobs
     from cpo_fast.packing import collate
+    from cpo_fast.packing.readable import readable
 
     groups = _groups(prompts, candidates)
     width = 1 + len(groups[0].rejected) if groups else 0
@@ -60,15 +64,29 @@ def score_answers(
     ):
         for pack in _packs(groups, packing_length):
             parts = tuple((i, tuple(range(width - 1))) for i in pack)
-            batch = collate(groups, parts, pixels=pixels, image_token_id=image_token_id)
+            found = readable(groups, parts, pixels, image_token_id)
+            for index, error in found.failed:
+                if failed is None:
+                    raise error
+                failed[index] = error
+                scores[index] = torch.nan
+            bar.update(len(pack))
+            if not found.pack:
+                continue
+            batch = collate(
+                groups,
+                found.pack,
+                pixels=found.decoded.__getitem__ if pixels else None,
+                image_token_id=image_token_id,
+            )
             batch = batch.to(weight.device)
             hidden = model.hidden(batch)
             logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=impl)
             sums = torch.zeros(batch.num_segments, device=logps.device, dtype=logps.dtype)
             sums.index_add_(0, batch.segment_ids, logps)
             # Segments follow the groups of the pack, the chosen (candidate 0) first in each.
-            scores[list(pack)] = sums.view(len(pack), width).float().cpu()
-            bar.update(len(pack))
+            read = [index for index, _ in found.pack]
+            scores[read] = sums.view(len(read), width).float().cpu()
     return scores
 
 

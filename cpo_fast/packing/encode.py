@@ -69,13 +69,14 @@ def encode_all(
     max_length: int,
     over_long: OverLong = "drop",
     file: str = "",
+    stage: str = "",
     needed: bool = True,
 ) -> Encoded:
     """Tokenise all preferences with a progress bar; a RecordError becomes a line of `rejected`.
 
-    `file` is what the rejected records name as their origin. Raises DataError with the reasons
-    counted when nothing is left and something is `needed`; UsageError where that is because all of
-    them need a chat template and the tokenizer has none.
+    `stage` is what the rejected records say, `file` what those name that have no origin. Raises
+    DataError with the reasons counted when nothing is left and something is `needed`; UsageError
+    where that is because all of them need a chat template and the tokenizer has none.
     """
     from tqdm import tqdm
 
@@ -87,13 +88,13 @@ def encode_all(
             group, cut = _encode(preference, tokenizer, image_tokens, max_length, over_long)
         except RecordError as error:
             rejected.append(
-                RejectedRecord(file, None, preference.id, error.reason, detail=error.detail)
+                RejectedRecord.of(preference.id, preference.origin, error, file=file, stage=stage)
             )
             continue
         groups.append(group)
         truncated += cut
     if needed and not groups:
-        raise _nothing_left(rejected, file)
+        raise _nothing_left(rejected, f"{file or 'the data'}{f' for {stage}' if stage else ''}")
     return Encoded(groups, rejected, truncated)
 
 
@@ -104,12 +105,12 @@ _ADVICE = {
 }
 
 
-def _nothing_left(rejected: Sequence[RejectedRecord], file: str) -> DataError | UsageError:
+def _nothing_left(rejected: Sequence[RejectedRecord], what: str) -> DataError | UsageError:
     reasons = Counter(record.reason for record in rejected)
     counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
     advice = [_ADVICE[reason] for reason in reasons if reason in _ADVICE]
     said = "; ".join(
-        [f"no sample is left after tokenising {file or 'the data'} ({counted or 'it held none'})"]
+        [f"no sample is left after tokenising {what} ({counted or 'it held none'})"]
         + (advice or ["see rejected_records.jsonl"])
     )
     wrong_model = reasons and reasons.keys() <= {"no-chat-template", "model-cannot-see"}
@@ -176,6 +177,7 @@ def _encode(
         rejected_prompts=prompts if any(prompts) else (),
         source=preference.source,
         weight=preference.weight,
+        origin=preference.origin,
     )
     return group, any(cuts)
 

@@ -184,7 +184,9 @@ def _data(run: Run) -> Table:
     rows = [_row("Records read", data.get("read")), _row("Records used", data.get("used"))]
     rejected = counts(data.get("rejected"))
     rows += [_row(f"Set aside: {reason}", count) for reason, count in rejected.items()]
-    rows.append(_row("Counterfactuals", data.get("counterfactuals")))
+    rows.append(_row("Left out by a flag", data.get("left_out") or None))
+    made = counts(data.get("counterfactuals"))
+    rows.append(_row("Counterfactuals", made.get("passed", made.get("read"))))
     sources = counts(data.get("counterfactual_sources"))
     rows += [_row(f"Counterfactuals, {source}", count) for source, count in sources.items()]
     return Table("", ("", "Number"), tuple(row for row in rows if row.cells[0].text != "–"))

@@ -313,11 +313,11 @@ def data_tables(run: Run) -> list[Table]:
     if counted or reasons:
         rows = [Row(_words(k), (Cell(number(v)),)) for k, v in counted.items()]
         rows += [Row(f"Set aside: {reason}", (Cell(number(n)),)) for reason, n in reasons.items()]
-        nested = {k: counts(v) for k, v in data.items() if k != "rejected"}
         rows += [
             Row(f"{_words(k)}: {name}", (Cell(number(n)),))
-            for k, inner in nested.items()
-            for name, n in inner.items()
+            for k, inner in data.items()
+            if k != "rejected"
+            for name, n in _counted(inner)
         ]
         tables.append(Table("Records", ("", "Number"), tuple(rows)))
     if run.targets:
@@ -328,18 +328,26 @@ def data_tables(run: Run) -> list[Table]:
         rows = [
             Row(
                 str(r.get("id") or "–"),
-                tuple(Cell(str(r.get(key) or "")) for key in ("reason", "detail")),
+                tuple(Cell(str(r.get(key) or "")) for key in ("stage", "reason", "detail")),
                 f"{r.get('file', '')}{':' + str(r['line']) if r.get('line') else ''}",
             )
-            for r in run.rejected[:SHOWN_RECORDS]
+            for r in sorted(run.rejected, key=lambda r: bool(r.get("stage")))[:SHOWN_RECORDS]
         ]
         more = "rejected_records.jsonl lists them all." if len(run.rejected) > SHOWN_RECORDS else ""
-        columns = ("Record", "Reason", "Detail")
+        columns = ("Record", "Stage", "Reason", "Detail")
         tables.append(Table("Records set aside", columns, tuple(rows), more, words=True))
     return tables
 
 
 SHOWN_RECORDS = 12
+
+
+def _counted(value: Any) -> list[tuple[str, int | float]]:
+    """The numbers of a JSON object and of the objects in it, by their names."""
+    inner = [
+        (f"{name}, {key}", n) for name, v in objects(value).items() for key, n in counts(v).items()
+    ]
+    return [*counts(value).items(), *inner]
 
 
 def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, parse_answer
-from cpo_fast.errors import DataError
+from cpo_fast.errors import DataError, RecordError
 from cpo_fast.evaluate import load, parse_arguments, read
 from cpo_fast.evaluation.cohort import Cohort, Loaded
 from cpo_fast.phantom.wording import DRIFTS
@@ -63,6 +63,7 @@ def measure(
     args = parse_arguments([str(word) for pair in flags.items() for word in pair])
     loaded = load(args)
     cohort = read(args, loaded)
+    failed: dict[int, RecordError] = {}
     texts = diagnose(
         loaded.model,
         loaded.tokenizer,
@@ -70,7 +71,16 @@ def measure(
         loaded.pixels,
         max_new_tokens=scale.max_new_tokens,
         batch_size=160,
+        failed=failed,
     )
+    cohort.drop(failed)
+    # The models are compared on the same studies, and the phantom is the study's own.
+    if cohort.rejected:
+        first = cohort.rejected[0]
+        raise DataError(
+            f"{len(cohort.rejected)} studies of the phantom in {data} cannot be read, the first: "
+            f"{first.id} ({first.reason}: {first.detail}); delete {data.parent} to make it anew"
+        )
     parsed = [parse_answer(text) or None for text in texts]
     drifted = drifted_studies(data)
     where = [i for i, s in enumerate(cohort.studies) if s.study_id.lstrip("s") in drifted]

@@ -29,7 +29,7 @@ from cpo_fast.counterfactual.perception import (
     with_perception,
 )
 from cpo_fast.data import is_preference_file, open_preferences, open_studies
-from cpo_fast.errors import DataError, UsageError
+from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.run_folder import RunFolder, write_private
 from cpo_fast.training.split import first_questions, sizes, split_by_question
@@ -50,9 +50,14 @@ SPLITS = ("train", "validate", "test")
 
 @dataclass
 class Corpus:
-    """What was read: studies by split, or the preferences of a file that has no studies."""
+    """What was read: studies by split, or the preferences of a file that has no studies.
+
+    `read` counts records, `rejected` those of them that the reader set aside.
+    """
 
     kind: str
+    read: int = 0
+    rejected: int = 0
     studies: dict[str, list[Study]] = field(default_factory=lambda: {s: [] for s in SPLITS})
     preferences: list[Preference] = field(default_factory=list)
 
@@ -82,8 +87,11 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
         if args.max_train_samples is not None:
             left_out = len(corpus.studies["train"][args.max_train_samples :])
             del corpus.studies["train"][args.max_train_samples :]
+            folder.left_out += left_out
             print(f"data: {left_out} training studies left out by --max_train_samples")
         used = sum(map(len, corpus.studies.values()))
+    corpus.read, corpus.rejected = source.read, len(source.rejected)
+    folder.summary.pop("data", None)
     folder.reject(source.rejected)
     folder.data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
     print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
@@ -126,9 +134,9 @@ def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -
     if corpus.preferences:
         kept = of_sources(corpus.preferences, args.source_weights(SOURCES))
         texts = split_preferences(kept, args.eval_fraction, args.seed, args.max_train_samples)
-        if left_out := len(kept) - sum(map(len, texts.sft.values())):
-            folder.summary["data"]["used"] -= left_out
-            folder.summary["data"]["left_out"] = left_out
+        used = sum(map(len, texts.sft.values()))
+        folder.left_out += len(kept) - used
+        folder.data(used=used)
         return texts
     counterfactuals = make_counterfactuals(args, folder, corpus)
     home = Path(args.counterfactuals).parent if args.counterfactuals else folder.path
@@ -180,17 +188,22 @@ def of_sources(preferences: Sequence[Preference], sources: Collection[str]) -> l
         names = one.sources
         where = [k for k, name in enumerate(names) if name in sources]
         left_out.update(name for name in names if name not in sources)
-        if len(where) < len(names):
-            parts: dict[str, Any] = {
-                name: tuple(value[k] for k in where) if value else ()
-                for name in ("rejected", "rejected_images", "rejected_prompts")
-                for value in (getattr(one, name),)
-            }
-            one = replace(one, **parts)
-        kept.append(one)
+        kept.append(without_answers(one, where))
     for name, count in left_out.items():
         print(f"data: {count} {name} pairs left out by --counterfactual_sources or --{name}_weight")
     return kept
+
+
+def without_answers(one: Preference, where: Sequence[int]) -> Preference:
+    """The preference with the rejected answers of these numbers only."""
+    if len(where) == len(one.rejected):
+        return one
+    parts: dict[str, Any] = {
+        name: tuple(value[k] for k in where) if value else ()
+        for name in ("rejected", "rejected_images", "rejected_prompts")
+        for value in (getattr(one, name),)
+    }
+    return replace(one, **parts)
 
 
 def make_counterfactuals(
@@ -213,6 +226,7 @@ def make_counterfactuals(
                 f"{given} has no {' and no '.join(missing)} counterfactual; make them with "
                 "counterfactual in --stages, or leave them out of --counterfactual_sources"
             )
+        folder.data(counterfactuals={"read": len(found)})
         return found
     begun = time.perf_counter()
     parts = (corpus.studies[split] for split in SPLITS)
@@ -220,14 +234,19 @@ def make_counterfactuals(
     studies = sum(map(len, corpus.studies.values()))
     expected = studies * sum(args.num_targets if s == "thinking" else 1 for s in sources)
     passed = []
+    failing = 0
+    failed: Counter[str] = Counter()  # by check; one may fail several
+    origins = {study.study_id: study.origin for part in corpus.studies.values() for study in part}
     for one in tqdm(made, desc="counterfactuals", unit="report", disable=None, total=expected):
         if one.passed:
             passed.append(one)
         else:
-            failed = ",".join(name for name, good in one.checks.items() if not good)
-            folder.reject(
-                [RejectedRecord(str(path), None, one.id, "counterfactual-checks", failed)]
-            )
+            checks = [name for name, good in one.checks.items() if not good]
+            failing += 1
+            failed.update(checks)
+            error = RecordError("counterfactual-checks", ",".join(checks))
+            origin = origins[one.study_id]
+            folder.reject([RejectedRecord.of(one.id, origin, error, stage="counterfactual")])
     counts = Counter(one.kind for one in passed)
     if missing := [name for name in sources if not counts[name]]:
         raise DataError(
@@ -237,12 +256,13 @@ def make_counterfactuals(
     folder.summary["stages"]["counterfactual"] = {"seconds": round(time.perf_counter() - begun, 2)}
     if folder.writes:
         write_private(path, (one.to_json() for one in passed))
-    folder.summary["data"]["counterfactuals"] = len(passed)
+    total = len(passed) + failing
+    folder.data(counterfactuals={"made": total, "passed": len(passed), "failed": dict(failed)})
     if len(sources) > 1:
-        folder.summary["data"]["counterfactual_sources"] = dict(counts)
+        folder.data(counterfactual_sources=dict(counts))
     if args.print_example and passed:
         show(passed[0])
-    print(f"counterfactuals: {len(passed)} of {expected} pass all checks")
+    print(f"counterfactuals: {len(passed)} of {total} pass all checks")
     return passed
 
 

@@ -8,18 +8,31 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cpo_fast.errors import CpoFastError, RecordError
+from cpo_fast.errors import CpoFastError
 from cpo_fast.packing import Step, collate
 from cpo_fast.packing.plan import Pack
-from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt, RejectedRecord
+from cpo_fast.packing.readable import readable
+from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, RejectedRecord
 
 Pixels = Callable[[ImageRef], tuple[torch.Tensor, torch.Tensor]]
 
 DEATHS = 3  # of worker processes that a stage puts up with
+
+
+Item = TypeVar("Item", covariant=True)
+
+
+class Items(Protocol[Item]):
+    """What worker processes make ahead, item by item; a StepFeed is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item: ...
 
 
 @dataclass(frozen=True)
@@ -39,11 +52,13 @@ class StepFeed(Dataset):
         steps: Sequence[Step],
         pixels: Pixels | None,
         image_token_id: int | None,
+        stage: str = "",
     ) -> None:
         self.groups = groups
         self.steps = steps
         self.pixels = pixels
         self.image_token_id = image_token_id
+        self.stage = stage  # what its rejected records name
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -60,34 +75,19 @@ class StepFeed(Dataset):
     def _collated(self, packs: Iterable[Pack]) -> StepBatch:
         batches, rejected = [], []
         for pack in packs:
-            decoded: dict[ImageRef, tuple[torch.Tensor, torch.Tensor]] = {}
-            usable = []
-            for group_index, kept in pack:
-                group = self.groups[group_index]
-                image = ImageRef("")
-                try:
-                    for image in _images(group):
-                        if image not in decoded and self.pixels is not None:
-                            decoded[image] = self.pixels(image)
-                    usable.append((group_index, kept))
-                except RecordError as error:
-                    rejected.append(
-                        RejectedRecord(image.path, None, group.id, error.reason, error.detail)
-                    )
-            if usable:
+            found = readable(self.groups, pack, self.pixels, self.image_token_id)
+            for index, error in found.failed:
+                group = self.groups[index]
+                rejected.append(RejectedRecord.of(group.id, group.origin, error, stage=self.stage))
+            if found.pack:
                 batch = collate(
                     self.groups,
-                    tuple(usable),
-                    pixels=decoded.__getitem__,
+                    found.pack,
+                    pixels=found.decoded.__getitem__,
                     image_token_id=self.image_token_id,
                 )
                 batches.append(batch)
         return StepBatch(tuple(batches), tuple(rejected))
-
-
-def _images(group: PreferenceGroup) -> Iterator[ImageRef]:
-    prompts: list[Prompt | None] = [group.prompt, *group.rejected_prompts]
-    return (image for prompt in prompts if prompt is not None for image in prompt.images)
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -104,10 +104,10 @@ def _end_workers() -> None:
             child.kill()
 
 
-def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator[StepBatch]:
-    """Yield the steps from `start` on, in order, whatever the number of workers.
+def step_loader(feed: Items[Item], *, num_workers: int, start: int = 0) -> Iterator[Item]:
+    """Yield the items (steps) of `feed` from `start` on, in order, whatever the number of workers.
 
-    Workers that die (killed, out of memory) are replaced and their steps made again: a step is a
+    Workers that die (killed, out of memory) are replaced and their items made again: an item is a
     pure function of its number. Raises CpoFastError when that keeps happening.
     """
     deaths = 0
@@ -129,11 +129,11 @@ def step_loader(feed: StepFeed, *, num_workers: int, start: int = 0) -> Iterator
                   file=sys.stderr)  # fmt: skip
 
 
-def _loader(feed: StepFeed, num_workers: int, start: int) -> Iterator[StepBatch]:
+def _loader(feed: Items[Item], num_workers: int, start: int) -> Iterator[Item]:
     before = signal.getsignal(signal.SIGCHLD)
     loader = iter(
         DataLoader(
-            feed,
+            cast(Any, feed),
             batch_size=None,
             sampler=range(start, len(feed)),
             num_workers=num_workers,

@@ -83,14 +83,16 @@ class Trainer:
 
         With `resume` it goes on after that checkpoint exactly as if it had never stopped. Raises
         Interrupted when a stop was asked for (a checkpoint is written first), and CpoFastError when
-        `max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
+        `max_nonfinite_steps` steps in a row had a loss or gradient that is not finite; DataError
+        when as many had no sample whose image could be read, or no held-out sample had one.
         """
         self._prepare()
         state, stepper, clock, log = self.state, self.stepper, self.clock, self.log
         progress = state.progress
         log.rewind(self.stage, progress.step)
         self.begun = time.perf_counter() - progress.seconds
-        feed = StepFeed(self.groups, self.steps, self.pixels, self.image_token_id)
+        feed = StepFeed(self.groups, self.steps, self.pixels, self.image_token_id, self.stage)
+        empty = 0  # steps in a row without an image that could be read
         loader = step_loader(
             feed, num_workers=self.args.dataloader_num_workers, start=progress.step
         )
@@ -103,9 +105,12 @@ class Trainer:
                 outcome = stepper(number, batch, partial(feed.halved, number - 1))
                 if not outcome.finished:
                     self._leave()
+                self._set_aside(batch.rejected)
+                empty = empty + 1 if outcome.empty else 0
+                if empty >= min(self.args.max_nonfinite_steps, len(self.steps)):
+                    self._nothing_read(f"no training sample of {empty} steps in a row")
                 progress.step = number
                 progress.nonfinite_in_a_row = stepper.nonfinite_in_a_row
-                state.rejected += [record.to_json() for record in batch.rejected]
                 state.oom_retries += outcome.oom_retries
                 if outcome.sums is not None:
                     state.sums.add(outcome.sums)
@@ -231,19 +236,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:
-        """The objective's metrics over the held-out groups, each with `eval_` in front.
+        """The objective's metrics over the held-out groups, each with `eval_` in front;
+        `eval_left_out` counts those whose image could not be read.
 
-        None when a stop was asked for meanwhile.
+        None when a stop was asked for meanwhile. Raises DataError when none could be read.
         """
         size = self.args.of_stage(self.stage)["per_device_train_batch_size"]
         steps = epoch_steps(self.args, self.eval_groups, size * 4, self.world, shuffle=False)
-        feed = StepFeed(self.eval_groups, steps, self.pixels, self.image_token_id)
+        feed = StepFeed(self.eval_groups, steps, self.pixels, self.image_token_id, self.stage)
         sums, cut_short = Sums(), False
+        failed: set[Any] = set()
         self.model.model.eval()
         for step in step_loader(feed, num_workers=0):
             cut_short = self.stepper.stopping(together=self.sharded)
             if cut_short:
                 break
+            self._set_aside(step.rejected)
+            failed.update((record.id, record.line) for record in step.rejected)
             for batch, counts in self.stepper.level(step.batches):
                 values = self.objective.summed(batch.to(self.device))[1]
                 if counts:
@@ -251,8 +260,33 @@ class Trainer:
         self.model.model.train()
         if self.world.any(cut_short):
             return None
-        row = self.objective.row(Sums.together(self.world.gather(sums.take())))
+        taken = Sums.together(self.world.gather(sums.take()))
+        if not taken:
+            self.state.progress.owes_evaluation = True
+            self._nothing_read("no held-out sample")
+        row = self.objective.row(taken)
+        if left_out := round(self.world.sum([len(failed)])[0]):
+            row["left_out"] = left_out
         return {f"eval_{name}": value for name, value in row.items()}
+
+    def _set_aside(self, records: Sequence[RejectedRecord]) -> None:
+        """List samples whose image could not be read, each once in the stage."""
+        if not records:
+            return
+        listed = {(one["file"], one["line"], one["id"]) for one in self.state.rejected}
+        for record in records:
+            if (record.file, record.line, record.id) not in listed:
+                listed.add((record.file, record.line, record.id))
+                self.state.rejected.append(record.to_json())
+
+    def _nothing_read(self, what: str) -> NoReturn:
+        """Raise DataError; what the steps before have done is saved first, if it is not yet."""
+        self._save_once()
+        last = next((f" ({r['reason']}: {r['detail']})" for r in self.state.rejected[-1:]), "")
+        raise DataError(
+            f"{self.stage}: {what} could be read{last}; are the images still there? Go on with "
+            "--resume_from_checkpoint auto"
+        )
 
     def _is_best(self, evaluated: dict[str, float]) -> bool:
         """Whether this evaluation is the best so far; kept in the progress when it is."""
@@ -322,11 +356,16 @@ class Trainer:
 
         self.world.on_main(write)
 
-    def _leave(self) -> NoReturn:
-        """Raise Interrupted; what the steps before have done is saved first, if it is not yet."""
+    def _save_once(self) -> None:
+        """Save the steps so far, unless it has been done."""
         step = self.state.progress.step
         if step and (self.saved is None or self.saved.name != self._checkpoint(step).name):
             self._save()
+
+    def _leave(self) -> NoReturn:
+        """Raise Interrupted; what the steps before have done is saved first, if it is not yet."""
+        self._save_once()
+        step = self.state.progress.step
         reason = next(reason for reason in self.world.gather(self.stop.reason) if reason)
         raise Interrupted(
             f"stopped by {reason} after {self.stage} step {step} of {len(self.steps)}; go on "

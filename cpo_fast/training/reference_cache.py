@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.loss import linear_logprobs
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, image_token_id, plan_epoch
@@ -29,7 +29,7 @@ from cpo_fast.training.base import Base
 from cpo_fast.training.digests import data_bytes, digest, json_bytes, model_bytes
 from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import Interrupted, StopRequest
-from cpo_fast.types import PackedBatch, PreferenceGroup
+from cpo_fast.types import PackedBatch, PreferenceGroup, RejectedRecord
 
 PART = 256  # groups that a killed run computes again at most
 PACKS = 4  # a pack without a backward keeps one layer's activations: it may be larger
@@ -53,6 +53,7 @@ class ReferenceCache:
     num_workers: int = 0
     impl: str | None = None
     overwrite: bool = False
+    rejected: dict[int, RejectedRecord] = field(default_factory=dict)  # by number of the group
 
     @property
     def path(self) -> Path:
@@ -65,8 +66,9 @@ class ReferenceCache:
     def fill(self, groups: Sequence[PreferenceGroup]) -> list[PreferenceGroup]:
         """The groups with their `ref_logps`, from the file or computed now.
 
-        A group whose image does not decode keeps none. Raises UsageError when the file, or a part
-        of it, was made with another key, Interrupted when a stop was asked for meanwhile.
+        A group whose image does not decode keeps none, and `rejected` says why. Raises UsageError
+        when the file, or a part of it, was made with another key, Interrupted when a stop was asked
+        for meanwhile.
         """
         if not groups:
             return []
@@ -78,12 +80,20 @@ class ReferenceCache:
             shutil.rmtree(self.parts)
         ends = list(accumulate((1 + len(group.rejected) for group in groups), initial=0))
         filled = []
-        for group, start, end in zip(groups, ends, ends[1:], strict=False):
+        for index, (group, start, end) in enumerate(zip(groups, ends, ends[1:], strict=False)):
             own = values[start:end]
-            filled.append(
-                group if own.isnan().any() else replace(group, ref_logps=tuple(own.tolist()))
-            )
+            if own.isnan().any():
+                self.rejected.setdefault(index, self._unknown(group))
+                filled.append(group)
+            else:
+                filled.append(replace(group, ref_logps=tuple(own.tolist())))
         return filled
+
+    def _unknown(self, group: PreferenceGroup) -> RejectedRecord:
+        """A group that has none in a file that an earlier run left."""
+        detail = f"its image failed when {self.path.name} was made; delete that to make it anew"
+        error = RecordError("no-reference-logps", detail)
+        return RejectedRecord.of(group.id, group.origin, error, stage="cpo")
 
     def _read(self, path: Path, key: dict[str, str]) -> torch.Tensor | None:
         """The values of a file with this key; None where there is none (any more)."""
@@ -124,12 +134,16 @@ class ReferenceCache:
             if first not in done:
                 steps += self._steps(groups, first)
                 ends[len(steps)] = first
-        feed = StepFeed(numbered, steps, self.base.pixels, image_token_id(self.base.tokenizer))
+        pad = image_token_id(self.base.tokenizer)
+        feed = StepFeed(numbered, steps, self.base.pixels, pad, "cpo")
         loader = step_loader(feed, num_workers=self.num_workers if steps else 0)
         self.model.model.eval()
         found: dict[str, float] = {}
         bar = tqdm(loader, total=len(steps), desc="reference", unit="pack", disable=None)
         for number, step in enumerate(bar, start=1):
+            for record in step.rejected:
+                index = int(record.id)
+                self.rejected[index] = replace(record, id=groups[index].id)
             for batch in step.batches:
                 sums = self._score(batch.to(self.device))
                 found |= zip(batch.segment_names, sums.tolist(), strict=True)

@@ -38,6 +38,7 @@ class RunFolder:
         self.path = Path(args.output_dir)
         self.flags = {"world_size": self.world.size, **asdict(args)}
         self.rejected: list[RejectedRecord] = []
+        self.left_out = 0  # records that --max_train_samples and --max_eval_samples leave out
         self.summary: dict[str, Any] = {"stages": {}}
         trained: list[str] = []
         if args.resume_from_checkpoint is None:
@@ -100,7 +101,7 @@ class RunFolder:
             raise UsageError(f"--output_dir {self.path} cannot be written: {error}") from error
 
     def reject(self, records: Iterable[RejectedRecord]) -> None:
-        """Append to rejected_records.jsonl; records are counted by reason in summary.json."""
+        """Append to rejected_records.jsonl; `finish` counts them for summary.json."""
         if not self.writes:
             self.rejected += records if self.dry else []
             return
@@ -109,17 +110,30 @@ class RunFolder:
                 self.rejected.append(record)
                 file.write(json.dumps(record.to_json()) + "\n")
 
-    def data(self, *, read: int, used: int, **more: Any) -> None:
-        """The `data` part of summary.json."""
-        reasons = Counter(record.reason for record in self.rejected)
-        self.summary["data"] = {"read": read, "used": used, "rejected": dict(reasons), **more}
+    def data(self, **facts: Any) -> None:
+        """Facts for the `data` part of summary.json, added to those that are there.
+
+        Of records, `read` = `used` + all of `rejected` + `left_out`; the last two are counted here.
+        `samples_set_aside` counts what single stages did without.
+        """
+        data = self.summary.setdefault("data", {})
+        data |= facts
+        whole: Counter[str] = Counter()
+        samples: dict[str, Counter[str]] = {}
+        for record in self.rejected:
+            if record.stage != "counterfactual":
+                (samples.setdefault(record.stage, Counter()) if record.stage else whole)[
+                    record.reason
+                ] += 1
+        data["rejected"] = dict(whole)
+        data["left_out"] = self.left_out
+        data["samples_set_aside"] = {stage: dict(found) for stage, found in samples.items()}
 
     def finish(self, versions: Mapping[str, str]) -> None:
         """Write summary.json."""
         if not self.writes:
             return
-        reasons = Counter(record.reason for record in self.rejected)
-        self.summary.get("data", {})["rejected"] = dict(reasons)
+        self.data()
         self.summary["versions"] = dict(versions)
         self._write_json("summary.json", self.summary)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 from cpo_fast.errors import DataError
@@ -14,7 +14,7 @@ from cpo_fast.training.base import Base
 from cpo_fast.training.corpus import Texts, stop_if_too_bad
 from cpo_fast.training.flag_ranges import SOURCES
 from cpo_fast.training.run_folder import RunFolder
-from cpo_fast.types import PreferenceGroup
+from cpo_fast.types import Origin, PreferenceGroup, RejectedRecord
 
 
 @dataclass
@@ -28,11 +28,11 @@ class Samples:
 def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
     """Encode all samples; those that cannot be are set aside.
 
-    A record that fails in both stages for the same reason is one record: it is listed and counted
-    once. `--max_bad_fraction` is a share of the records, each of which has a sample of SFT.
+    A record without a sample in any stage is set aside as a whole, and counts as not used.
+    `--max_bad_fraction` is a share of the records, each of which has a sample of SFT.
     """
     samples = Samples({}, {})
-    listed: Counter[tuple[str, str, str]] = Counter()  # by split, id and reason
+    rejected: list[RejectedRecord] = []
     for stage in ("sft", "cpo"):
         max_length = args.of_stage(stage)["max_length"]
         for split, preferences in getattr(texts, stage).items():
@@ -45,25 +45,24 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                 base.images.grid if base.images else None,
                 max_length=max_length,
                 over_long=cast(OverLong, args.truncation),
-                file=f"{args.dataset} ({stage}, {split})",
+                file=args.dataset,
+                stage=stage,
                 needed=split == "train" and stage in args.stage_names,
             )
             getattr(samples, stage)[split] = done.groups
-            met: Counter[tuple[str, str, str]] = Counter()
-            for record in done.rejected:
-                key = (split, record.id, record.reason)
-                met[key] += 1
-                if met[key] > listed[key]:
-                    listed[key] += 1
-                    folder.reject([record])
+            rejected += done.rejected
             if not done.groups:
                 print(f"{stage}: no sample of split {split} is left after tokenising")
             if done.truncated:
                 print(
                     f"{stage}: {done.truncated} responses cut to {max_length} tokens (--max_length)"
                 )
+    merged = whole_records(rejected, texts)
+    folder.reject(merged)
     records = sum(map(len, texts.sft.values()))
-    stop_if_too_bad(args, folder, listed.total(), records)
+    folder.data(used=records - sum(not record.stage for record in merged))
+    bad = {(record.id, record.file, record.line) for record in rejected}
+    stop_if_too_bad(args, folder, len(bad), records)
     return samples
 
 
@@ -89,3 +88,29 @@ def check_samples(args: TrainArguments, samples: Samples) -> None:
                 f"--metric_for_best_model {metric}: all pairs are of {', '.join(sorted(held))}, so "
                 "there are no figures by source; name the metric without it"
             )
+
+
+def whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[RejectedRecord]:
+    """`rejected` with one line, of no stage, for a record that failed in all stages that hold it.
+
+    Every record has a sample of SFT, and one of CPO where it has rejected answers.
+    """
+
+    def key(id: str, origin: Origin | None) -> tuple[str, Origin]:
+        return id, origin or Origin(rejected[0].file)
+
+    if not rejected:
+        return []
+    pairs = {key(one.id, one.origin) for split in texts.cpo.values() for one in split}
+    failed = {
+        stage: {(r.id, Origin(r.file, r.line)) for r in rejected if r.stage == stage}
+        for stage in ("sft", "cpo")
+    }
+    lost = {one for one in failed["sft"] if one in failed["cpo"] or one not in pairs}
+    listed = []
+    for record in rejected:
+        if (record.id, Origin(record.file, record.line)) not in lost:
+            listed.append(record)
+        elif record.stage == "sft":
+            listed.append(replace(record, stage=""))
+    return listed

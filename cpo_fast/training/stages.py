@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from cpo_fast.errors import DataError
 from cpo_fast.model.build import add_lora, freeze_vision, load_model, merge, save_model
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id, plan_epoch
@@ -26,7 +27,7 @@ from cpo_fast.training.resume import checked_start
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.training.samples import Samples
 from cpo_fast.training.sharding import names_in_files, shard
-from cpo_fast.types import PreferenceGroup
+from cpo_fast.types import PreferenceGroup, RejectedRecord
 
 MERGED = "merged"  # the folder beside SFT's checkpoints that holds its adapter merged into the base
 
@@ -163,7 +164,21 @@ def with_reference(
         overwrite=args.overwrite_output_dir or args.allow_changed_data,
     )
     filled = folder.world.main_first(lambda: cache.fill([*train, *watched]))
-    return {**splits, "train": filled[: len(train)], "validate": filled[len(train) :]}
+    left_out(folder, "reference", list(cache.rejected.values()))
+    parts = {"train": filled[: len(train)], "validate": filled[len(train) :]}
+    for split, groups in parts.items():
+        parts[split] = [group for group in groups if group.ref_logps]
+        if groups and not parts[split]:
+            raise DataError(f"cpo: no sample of split {split} could be read for the reference")
+    return {**splits, **parts}
+
+
+def left_out(folder: RunFolder, what: str, records: Sequence[RejectedRecord]) -> None:
+    """List samples that a stage did without, and say so."""
+    folder.reject(records)
+    if records:
+        print(f"{what}: {len(records)} samples left out, an image could not be read; the first: "
+              f"{records[0].id} ({records[0].reason}: {records[0].detail})")  # fmt: skip
 
 
 def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
@@ -219,7 +234,7 @@ def pair_logps(
     args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
 ) -> dict[str, list[Any]]:
     """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups
-    and sources."""
+    and sources. A pair whose image cannot be read is left out; DataError when none is left."""
     packed = PackedModel(model.eval(), attention=args.attn_implementation)
     reference = None
     if not args.use_peft:
@@ -234,10 +249,12 @@ def pair_logps(
         epoch=0,
         shuffle=False,
     )
-    feed = StepFeed(groups, steps, base.pixels, image_token_id(base.tokenizer))
+    feed = StepFeed(groups, steps, base.pixels, image_token_id(base.tokenizer), "evaluate")
+    failed: dict[tuple[str, Any], RejectedRecord] = {}
     found: dict[str, list[Any]] = defaultdict(list)
     for step in tqdm(step_loader(feed, num_workers=0), total=len(feed), desc="rewards",
                      unit="step", disable=None):  # fmt: skip
+        failed |= {(one.id, one.line): one for one in step.rejected}
         for batch in step.batches:
             out = objective.score(batch.to(device()))
             chosen, rejected = batch.pairs.unbind(1)
@@ -248,6 +265,9 @@ def pair_logps(
             names = [batch.segment_names[index] for index in chosen.tolist()]
             found["sources"] += batch.pair_sources
             found["groups"] += [name.rsplit("/", 1)[0] for name in names]
+    left_out(folder, "rewards", list(failed.values()))
+    if not found:
+        raise DataError(f"evaluation: no held-out pair of {len(groups)} samples could be read")
     return dict(found)
 
 
@@ -334,7 +354,7 @@ def run_stage(
 
 def record(folder: RunFolder, stage: str, result: StageResult, begun: dict[str, Any]) -> None:
     """The stage's part of summary.json, with what had changed where it was resumed."""
-    folder.reject(result.rejected)
+    left_out(folder, stage, result.rejected)
     changes = {"resumed_with_changes": begun["changes"]} if begun["changes"] else {}
     folder.summary["stages"][stage] = {
         "steps": result.steps,

@@ -42,6 +42,7 @@ class Outcome:
     sums: dict[str, float] | None = None  # this rank's; None where the step did not count
     oom_retries: int = 0
     finished: bool = True
+    empty: bool = False  # no image of the step could be read, on any rank
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Stepper:
         """
         total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
         if not total:  # every image of the step failed; it stays in the count of steps
-            return Outcome()
+            return Outcome(empty=not self.world.any(bool(step.batches)))
         before = generators()
         retries = 0
         try:

@@ -1,0 +1,74 @@
+"""The images of a pack, decoded; groups whose image fails are told apart from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cpo_fast.data.images import naming
+from cpo_fast.errors import RecordError
+from cpo_fast.packing.collate import Pixels
+from cpo_fast.packing.encode import MERGE_SIZE
+from cpo_fast.packing.plan import Pack
+from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
+
+Decoded = dict[ImageRef, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """The parts of a pack whose images decode, these images, and the groups that are left out."""
+
+    pack: Pack
+    decoded: Decoded
+    failed: tuple[tuple[int, RecordError], ...]  # (index of the group, why)
+
+
+def readable(
+    groups: Sequence[PreferenceGroup],
+    pack: Pack,
+    pixels: Pixels | None,
+    image_token_id: int | None = None,
+) -> Readable:
+    """Decode the images of `pack`, each once. An image fails with a RecordError of `pixels`, or
+    with "image-changed" where it does not take the tokens that the prompt has for it.
+    """
+    decoded: Decoded = {}
+    usable, failed = [], []
+    for index, which in pack:
+        group = groups[index]
+        prompts = [group.prompt, *(own for own in group.rejected_prompts if own is not None)]
+        try:
+            decode(prompts, pixels, decoded, image_token_id)
+            usable.append((index, which))
+        except RecordError as error:
+            failed.append((index, error))
+    return Readable(tuple(usable), decoded, tuple(failed))
+
+
+def decode(
+    prompts: Iterable[Prompt],
+    pixels: Pixels | None,
+    decoded: Decoded,
+    image_token_id: int | None = None,
+) -> None:
+    """Add the images of `prompts` to `decoded`. Raises RecordError as `readable`, with the image's
+    path in its detail.
+    """
+    if pixels is None:
+        return
+    for prompt in prompts:
+        for image in prompt.images:
+            if image not in decoded:
+                try:
+                    decoded[image] = pixels(image)
+                except RecordError as error:
+                    raise naming(image, error) from None
+        if prompt.images and image_token_id is not None:
+            grids = [decoded[image][1] for image in prompt.images]
+            tokens = sum(int(grid.prod()) // MERGE_SIZE**2 for grid in grids)
+            if prompt.input_ids.count(image_token_id) != tokens:
+                detail = "another size than when the prompt was made"
+                raise naming(prompt.images[0], RecordError("image-changed", detail))
