@@ -105,6 +105,12 @@ EDITS = [
     ),
     ("Atelectasis", "No change in bibasilar atelectasis.", "No change in bibasilar atelectasis."),
     ("Emphysema", "No change in bibasilar atelectasis.", ""),
+    (
+        "Emphysema",
+        "Low lung volumes with bibasilar atelectasis and a small left effusion.",
+        "A small left effusion.",
+    ),
+    ("Emphysema", "Left basal opacity, likely atelectasis.", ""),
     ("Consolidation", "No consolidation in the right middle lobe and left lower lobe.", ""),
     ("Pneumothorax", "Neither pneumothorax nor effusion is seen.", ""),
     # an exemption is asserted where what it is exempt from goes

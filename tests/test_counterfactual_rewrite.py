@@ -247,9 +247,6 @@ CASES = [json.loads(line) for line in (DATA / "counterfactual_rewriting.jsonl").
 
 @pytest.mark.parametrize("case", [c for c in CASES if "rest" in c], ids=itemgetter("text"))
 def test_what_a_report_asserts_is_still_asserted(case: dict[str, Any]) -> None:
-    read = label_report(case["text"])
-    if any((read[n] == 1) != bool(v) for n, v in case["labels"].items()) or read[case["target"]]:
-        pytest.skip("the labeller reads this sentence in another way")
     made = one(Report(case["text"], ""), case["target"])
     assert made.passed, [name for name, ok in made.checks.items() if not ok]
     sentences = [unit.plain for unit in split(made.counterfactual.removeprefix("FINDINGS: "))]

@@ -83,6 +83,7 @@ _DISEASE: dict[str, frozenset[str]] = {
     "Pneumothorax": frozenset({"pneumothorax"}),
 }
 _TOKEN = re.compile(r"[a-z]+(?:['/-][a-z]+)*|[,;:(]")
+_CLAUSE = re.compile(r"[,;:(]|\b(?:but|and)\b")
 _ANY = re.compile("|".join(sorted({word[:5] for word in _KEY})) + r"|space")
 
 _NEGATORS = frozenset({"no", "not", "without", "w/o", "nor", "neither", "never", "negative", "non"})
@@ -261,7 +262,7 @@ def _bound(
     if any(key in excluded and place == clause for key, _, _, place in told(line)):
         return True
     pattern = _exclusions(GraphKey(graph), target)
-    return pattern is not None and pattern.search(line) is not None
+    return pattern is not None and pattern.search(_CLAUSE.split(line)[clause]) is not None
 
 
 @lru_cache(maxsize=64)

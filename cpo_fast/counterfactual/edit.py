@@ -13,9 +13,10 @@ import re
 from cpo_fast.counterfactual.clauses import clauses, sides
 from cpo_fast.counterfactual.denial import BROAD, NEGATION, denied_in, edit_denial
 from cpo_fast.counterfactual.exemption import Exemption, asserted, find_exemption, without_otherwise
+from cpo_fast.counterfactual.grammar import start_like
 from cpo_fast.counterfactual.lexicon import Lexicon
 from cpo_fast.counterfactual.normal import INFLATED, TOPICS, edit_normal
-from cpo_fast.counterfactual.scope import AmbiguousError, cut, starts_unchanged
+from cpo_fast.counterfactual.scope import AmbiguousError, cut, starts_unchanged, without
 from cpo_fast.counterfactual.text import capitalised
 
 _ALL_NORMAL = re.compile(
@@ -181,7 +182,7 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
     if lex.denied.search(lower) and denied_in(lower, lex):
         return ""
     if lex.excluded is not None and _asserts(lex.excluded, lower):
-        return ""
+        return start_like(clause, without(clause, lex.excluded))
     if lex.excluded_here is not None and _asserts(lex.excluded_here, lower):
         named = sides(lower)
         if not named or named & where:

@@ -103,6 +103,11 @@ _FINITE = re.compile(
 )
 _MEANS = re.compile(r"\b(?:compatible|consistent) with\b|\bsuggestive of\b|\bin (?:place|situ)\b")
 _REFERS = re.compile(r"^(?:please )?(?:see|as|per|described|given|allowing)\b")
+_COORDINATED = re.compile(r"\s*,\s*(?:and\s+)?|\s+and\s+", re.I)
+_EXPLAINS = re.compile(
+    r"^(?:likely|probabl[ey]|possibl[ey]|perhaps|consistent|compatible|represent\w*|suggest\w*|which|"
+    r"due|from|most|reflect\w*|secondary|related|caus\w+|favor\w*|concerning|may|thought)\b"
+)
 _RELATIVE = re.compile(r"\b(?:that|which|to|if|whether)\b")
 _PLACE = re.compile(
     r"^(?:the |also |in |at |both )*(?:(?:left|right|upper|middle|mid|lower|bilateral|lung|"
@@ -164,6 +169,20 @@ def cut(connector: str, clause: str) -> list[Part]:
             connector, start, unsure = clause[match.start() : match.end()], match.end(), False
         unsure = unsure or verdict is None
     return [*parts, Part(connector, clause[start:], unsure)]
+
+
+def without(clause: str, gone: re.Pattern[str]) -> str:
+    """`clause`, an assertion, without the items of its list that `gone` finds; "" where an item
+    that stays may not stand alone."""
+    pieces = _COORDINATED.split(clause)
+    kept = [piece for piece in pieces if not gone.search(piece.lower())]
+    alone = all(
+        piece is pieces[0] or _FRONT.match(piece.lower()) or own_clause(piece.lower())
+        for piece in kept
+    )
+    if not alone or any(_EXPLAINS.match(piece.lower()) for piece in pieces[1:]):
+        return ""
+    return " and ".join(kept)
 
 
 def unchanged(lower: str) -> bool:
