@@ -238,21 +238,41 @@ def compare(
 ) -> tuple[bool, bool]:
     """(nothing that `before` asserts is lost, nothing of it is denied) in `after`; lower-case
     sentences of the original and of the counterfactual towards `target`."""
-    old = [(item, line) for line in before for item in told(line)]
-    new = [item for line in after for item in told(line)]
-    here = {item[:2] for item in new if not item[2]} | {(i[0], "") for i in new if not i[2]}
-    excluded = frozenset[str]().union(*(_DISEASE.get(d, ()) for d in graph.excluded[target]))
-    lost: dict[tuple[str, str], list[bool]] = {}
-    for item, line in old:
-        if not item[2] and item[0] not in excluded and item[:2] not in here:
-            lost.setdefault(item[:2], []).append(_bound(graph, target, line, item[3], excluded))
-    denied = Counter(item[0] for item in new if item[2])
-    if not denied:
-        return all(map(all, lost.values())), True
-    denied_before = Counter(item[0] for item, _ in old if item[2])
-    asserted = {item[0] for item, _ in old if not item[2]}
-    kept = all(denied[key] <= denied_before[key] for key in asserted)
-    return all(map(all, lost.values())), kept
+    asserted, named, denied_before = _original(tuple(before))
+    here: set[tuple[str, str]] = set()
+    denied = Counter[str]()
+    for line in after:
+        for key, side, negative, _ in told(line):
+            if negative:
+                denied[key] += 1
+            else:
+                here.update(((key, side), (key, "")))
+    excluded = _excluded(GraphKey(graph), target)
+    lost: dict[tuple[str, str], bool] = {}
+    for item, line in asserted:
+        if item[:2] not in here and item[0] not in excluded:
+            tied = _bound(graph, target, line, item[3], excluded)
+            lost[item[:2]] = lost.get(item[:2], True) and tied
+    kept = all(number <= denied_before[key] for key, number in denied.items() if key in named)
+    return all(lost.values()), kept
+
+
+@lru_cache(maxsize=1 << 12)
+def _original(
+    lines: tuple[str, ...],
+) -> tuple[tuple[tuple[tuple[str, str, bool, int], str], ...], frozenset[str], Counter[str]]:
+    """Of an original: its asserted findings with their sentences, their names, and how often each
+    finding is denied."""
+    items = [(item, line) for line in lines for item in told(line)]
+    asserted = tuple((item, line) for item, line in items if not item[2])
+    denied = Counter(item[0] for item, _ in items if item[2])
+    return asserted, frozenset(item[0] for item, _ in asserted), denied
+
+
+@lru_cache(maxsize=64)
+def _excluded(key: GraphKey, target: str) -> frozenset[str]:
+    names = key.graph.excluded[target]
+    return frozenset[str]().union(*(_DISEASE.get(name, frozenset()) for name in names))
 
 
 def _bound(
