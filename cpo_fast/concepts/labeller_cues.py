@@ -58,7 +58,7 @@ NEUTRAL = (
     + r" )(?:\w+ ){0,2}?(?:resolved|cleared|removed)|"
     + r"fail(?:s|ed|ure)? to (?:\w+ )?(?:resolve|clear|improve|change)|"
     r"(?:has|have|had|is|are|was|were|been) (?:now |since |\w+ly )*(?:resolved|cleared|excluded)|"
-    r"unlikely(?=\s*[.,;])|(?:is|are) (?:\w+ )?(?:unlikely|absent)(?! to)"
+    r"unlikely(?=\s*[.,;])|(?:is|are) (?:\w+ )?(?:unlikely|absent)(?! to|,? as (?:is|are)\b)"
     r")"
 )
 """Looks like a cue and is none, or speaks of what stands before it."""
@@ -97,7 +97,7 @@ DOUBT = (
     + r"(?=[^;.]*"
     r"\b(?:was|were|had)\b)|"
     r"\br/o\b|\?\s*(?=\w)|\b(?:h/o|hx of|history of)\b|"
-    r"\b(?:evaluat\w+|assess\w+|detect\w+|sensitiv\w+|interrogat\w+) (?:for|to)\b|"
+    r"\b(?:eval(?:uat\w+)?|assess\w+|detect\w+|sensitiv\w+|interrogat\w+) (?:for|to)\b|"
     r"\b(?:not (?:optimal|sensitive|designed)|suboptimal|limited|insensitive) for\b|"
     r"\b(?:limits?|limiting|precludes?|degrades?) (?:the )?(?:detect|evaluat|assess)\w+ of\b|"
     r"\b(?:possib\w+|may|might|could|can ?not|can't|questionabl[ey]|question|questioned|"
@@ -115,11 +115,13 @@ ENDING = (
 """Denies what was there or was thought of, whatever its size and side."""
 
 DENIAL = (
-    r"\b(?:no longer|no|w/o|without|not|absent|absence of|negative|free (?:of|from)|"
+    r"\b(?:no longer|no|w/o|without|absent(?:,? as (?:is|are))?|"
+    r"absence of|negative|free (?:of|from)|"
     r"clear(?:ed)? (?:of|from)|never|nor|neither|none of|lack of|denies|excludes?|excluded|"
+    r"not (?:seen|identified|present) (?:is|are)|"
     r"fail(?:s|ed)? to|nothing|non[- ]?visuali[sz]ation of|"
-    r"un(?:likely|remarkable) for|unlikely(?: to (?:represent|be|reflect|indicate))?)\b"
-    r"(?: (?:represent|reflect|show|demonstrate|suggest|indicate|contain|appear)\b)?"
+    r"not|un(?:likely|remarkable) for|unlikely(?: to (?:represent|be|reflect|indicate))?)\b"
+    r"(?: (?:have|represent|reflect|show|demonstrate|suggest|indicate|contain|appear)\b)?"
 )
 
 CUES = (
@@ -211,7 +213,9 @@ DENIED_AFTER = (
     r"withdrawn|extubated|disappeared|negative|unlikely(?! to))\b|"
     r"\b(?:(?:completely|entirely|totally|fully) )?(?<!not )(?:resolved|cleared)\s*[.,;]?$|"
     r"\bunlikely(?! to)\b|\bno longer\b|"
-    r"(?:\b(?:" + _BE + r"|do|does|did)\b)?(?: \w+ly)?(?: not|n't)(?: (?:be|been|being))?"
+    r"(?:\b(?:"
+    + _BE
+    + r"|do|does|did)\b)?(?: \w+ly)?(?: not| cannot| can't|n't)(?: (?:be|been|being))?"
     r"(?: (?:clearly|definite\w*|readily|confidently|currently|again|actually|radiographically|"
     r"convincingly))?"
     r" (?:" + _SHOWN + r"|developed|enlarged|suspected|wide\w*|large|recurred)\b"
