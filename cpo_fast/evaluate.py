@@ -42,7 +42,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", required=True, help="folder of a model or of an adapter")
+    add("--model", required=True, help="folder of a model, an adapter or a training stage")
+    add("--base_model", help="folder of an adapter's base (default: what the adapter names)")
     add("--dataset", required=True, help="MIMIC-CXR folder, 'open-i', or a CSV (see evaluate_csv)")
     add("--output_dir", required=True, type=Path, help="where the results are written (mode 0700)")
     add("--suite", default="classification,report", help=f"of {','.join(SUITES)}")
@@ -161,27 +162,20 @@ def load(args: argparse.Namespace) -> Loaded:
     import torch
 
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
-    from cpo_fast.model.build import load_model, load_tokenizer
-    from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.model.build import load_model
+    from cpo_fast.model.supported import check_vocabulary
+    from cpo_fast.training.named_model import companions, find_checkpoint
 
-    path = Path(args.model)
-    if not path.is_dir():
-        raise UsageError(f"--model {path}: no such model folder")
+    path = find_checkpoint(args.model, "--model")
     if args.bf16:
         warn_of_slow_bfloat16()
+    tokenizer, images = companions(path, base_model=args.base_model, max_pixels=args.max_pixels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    tokenizer = load_tokenizer(path)
     if not tokenizer.chat_template:
         raise UsageError(f"--model {path}: its tokenizer has no chat template; put one beside it")
-    known, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.vocab.values())
-    if largest >= known:
-        raise UsageError(
-            f"--model {path}: the tokenizer's ids go up to {largest}, but the model knows {known} "
-            "tokens; put the tokenizer beside it that it was trained with"
-        )
-    sees = (path / "preprocessor_config.json").is_file()
-    images = ImageProcessor.load(path, max_pixels=args.max_pixels) if sees else None
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model: Any = load_model(path, dtype=dtype, base_model=args.base_model)
+    check_vocabulary(path, tokenizer, model)
     return Loaded(path.resolve().name, model.to(device), tokenizer, images)
 
 

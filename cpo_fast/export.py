@@ -7,7 +7,6 @@ and others load it, without peft.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -24,7 +23,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m cpo_fast.export", description=__doc__, allow_abbrev=False
     )
     parser.add_argument(
-        "--merge", required=True, type=Path, metavar="CHECKPOINT", help="folder of an adapter"
+        "--merge", required=True, type=Path, metavar="CHECKPOINT",
+        help="folder of an adapter, or of a training stage",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base_model", type=Path, help="folder of its base (default: what the adapter names)"
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of the whole model")
     parser.add_argument(
@@ -35,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        export_merged(args.merge, args.output_dir, dtype=args.dtype)
+        export_merged(args.merge, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except (CpoFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -43,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") -> None:
+def export_merged(
+    checkpoint: Path, output_dir: Path, *, dtype: str = "auto", base_model: Path | None = None
+) -> None:
     """Write the base model of an adapter with the adapter added into its weights.
 
     The sum is made in float32 and rounded once, to `dtype` ("auto": that of the base model's
@@ -53,36 +58,30 @@ def export_merged(checkpoint: Path, output_dir: Path, *, dtype: str = "auto") ->
     card with the run's data, settings and evaluation.
     """
     import torch
-    from peft import PeftModel
-    from transformers import AutoConfig
 
-    from cpo_fast.model.build import load_model, load_tokenizer, merge, save_model
-    from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.model.adapters import is_adapter, lineage, merge
+    from cpo_fast.model.build import load_model, save_model
+    from cpo_fast.model.supported import read_config
     from cpo_fast.report.model_card import card_of_export
-    from cpo_fast.training.checkpoint import MANIFEST, damage_of
+    from cpo_fast.training.named_model import companions, find_checkpoint
 
-    if not (checkpoint / "adapter_config.json").is_file():
+    checkpoint = find_checkpoint(checkpoint, "--merge", adapter=True)
+    if not is_adapter(checkpoint):
         raise UsageError(f"--merge {checkpoint}: no adapter_config.json there, so nothing to merge")
-    if (checkpoint / MANIFEST).is_file() and (damage := damage_of(checkpoint)):
-        raise UsageError(f"--merge {checkpoint} is damaged ({damage}); take another checkpoint")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UsageError(f"--output_dir {output_dir} is not empty; name a new folder")
-    model = load_model(checkpoint, dtype=torch.float32)
-    assert isinstance(model, PeftModel)
+    tokenizer, images = companions(checkpoint, base_model=base_model)
+    model: Any = load_model(checkpoint, dtype=torch.float32, base_model=base_model)
     if dtype == "auto":
-        base = json.loads((checkpoint / "adapter_config.json").read_text())
-        base_dtype = AutoConfig.from_pretrained(base["base_model_name_or_path"]).dtype
+        written = read_config(lineage(checkpoint, base_model)[-1]).dtype or torch.float32
     else:
-        base_dtype = getattr(torch, dtype)
-    sees = (checkpoint / "preprocessor_config.json").is_file()
-    images = ImageProcessor.load(checkpoint) if sees else None
+        written = getattr(torch, dtype)
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     os.umask(0o077)
     try:
         whole: Any = merge(model)
-        whole = whole.to(base_dtype or torch.float32)
-        save_model(whole, partial, tokenizer=load_tokenizer(checkpoint), images=images)
+        save_model(whole.to(written), partial, tokenizer=tokenizer, images=images)
         card_of_export(checkpoint, partial)
         if output_dir.exists():
             output_dir.rmdir()

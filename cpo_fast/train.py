@@ -128,12 +128,14 @@ def read(args: TrainArguments, world: World) -> tuple[TrainArguments, RunFolder,
     """The run's folder, and what its data set holds."""
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.phantom import write_phantom
+    from cpo_fast.training.base import check_start
     from cpo_fast.training.corpus import read_corpus
 
     if args.fsdp and world.size == 1:
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
     if args.bf16 and world.is_main:
         warn_of_slow_bfloat16()
+    check_start(args)
     folder = RunFolder(args, world)
     if args.dataset == "phantom":
         data = write_phantom(folder.made / "data", num_studies=args.num_studies, seed=args.seed)

@@ -99,7 +99,7 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_slow_bfloat16_is_warned_of(model, monkeypatch, capsys, bf16):
     monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
-    load(argparse.Namespace(model=str(model), bf16=bf16, max_pixels=50_000))
+    load(argparse.Namespace(model=str(model), bf16=bf16, max_pixels=50_000, base_model=None))
     assert ("warning: --bf16" in capsys.readouterr().err) is bf16
 
 

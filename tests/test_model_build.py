@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 import subprocess
@@ -11,12 +12,13 @@ import pytest
 import torch
 from packing_samples import CORPUS, image, images, text_model, tokenizer, vision_language_model
 
+from cpo_fast.data.lengths import Lengths
 from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.model.adapters import merge
 from cpo_fast.model.build import (
     add_lora,
     load_model,
     load_tokenizer,
-    merge,
     save_model,
     tiny_model,
 )
@@ -82,6 +84,94 @@ def test_image_processor_round_trip(tmp_path):
         ImageProcessor.load(tmp_path / "nothing")
     with pytest.raises(UsageError, match="max_pixels"):
         ImageProcessor.create(min_pixels=100, max_pixels=50)
+
+
+OWN = {
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.25, 0.3],
+    "rescale_factor": 1 / 128,
+    "size": {"shortest_edge": 28 * 28 * 2, "longest_edge": 28 * 28 * 9},
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"image_mean": 0.5, "image_std": 0.5},
+        {"size": None, "min_pixels": 28 * 28, "max_pixels": 28 * 28 * 6},
+    ],
+)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_the_checkpoints_own_preprocessing_is_transformers(tmp_path, file, changed):
+    """Bit for bit, from either file, also when it was saved again."""
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings = {k: v for k, v in (OWN | changed).items() if v is not None}
+    nested = {"image_processor": settings, "processor_class": "Qwen2_5_VLProcessor"}
+    (tmp_path / file).write_text(json.dumps(settings if file.startswith("pre") else nested))
+    ours = ImageProcessor.load(tmp_path)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(str(tmp_path))
+    ours.save(tmp_path / "again")
+    for size in ((300, 200), (60, 90)):
+        ref = image(*size)
+        want = theirs(Image.open(io.BytesIO(ref.data)).convert("RGB"), return_tensors="pt")
+        for processor in (ours, ImageProcessor.load(tmp_path / "again")):
+            values, grid = processor.pixels(ref)
+            assert torch.equal(values, want["pixel_values"])
+            assert grid.tolist() == want["image_grid_thw"][0].tolist()
+    tokenizer().save_pretrained(str(tmp_path))
+    lengths = Lengths.of_model(str(tmp_path))
+    assert (
+        lengths._images((image(300, 200),)) == int(ours.pixels(image(300, 200))[1].prod()) // 4 - 1
+    )
+
+
+def test_processor_config_counts_before_preprocessor_config(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.1, 0.1]}))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": OWN}))
+    assert list(ImageProcessor.load(tmp_path).processor.image_mean) == OWN["image_mean"]
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_seq_len": 4}))
+    assert list(ImageProcessor.load(tmp_path).processor.image_mean) == [0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"resample": 2}, r"resample 2; only true and 3 \(bicubic\)"),
+        ({"do_resize": False}, "do_resize False"),
+        ({"patch_size": 16}, "patches of 16 pixels"),
+        ({"merge_size": 4}, "merges 4 a side"),
+        ({"image_std": [0.5, 0.5]}, "image_std .0.5, 0.5. .*three numbers"),
+        ({"image_std": 0.0}, "image_std or rescale_factor"),
+        ({"size": {"shortest_edge": 100, "longest_edge": 50}}, "min_pixels=100, max_pixels=50"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor is not supported"),
+    ],
+)
+def test_preprocessing_that_is_not_supported_is_refused(tmp_path, changed, message):
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(OWN | changed))
+    with pytest.raises(UsageError, match=f"{file.name}: .*{message}"):
+        ImageProcessor.load(tmp_path)
+
+
+def test_who_takes_images_is_said_by_the_configuration(tmp_path):
+    """transformers 5 writes processor_config.json alone; a tower without either file is refused."""
+    model = vision_language_model()
+    assert ImageProcessor.find(tmp_path, text_model().config) is None
+    with pytest.raises(UsageError, match=r"no preprocessor_config.json or processor_config.json"):
+        ImageProcessor.find(tmp_path, model.config)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": OWN}))
+    found = ImageProcessor.find(tmp_path, model.config, max_pixels=28 * 28 * 4)
+    assert list(found.processor.image_std) == OWN["image_std"]
+    assert found.grid(image(500, 500)) == (1, 4, 4)
+    model.config.vision_config.patch_size = 16
+    with pytest.raises(UsageError, match="the vision tower has patch_size 16"):
+        ImageProcessor.find(tmp_path, model.config)
 
 
 def test_bad_images_are_record_errors():

@@ -13,6 +13,7 @@ from cpo_fast.data.images import image_size
 from cpo_fast.data.labels import diagnosis, question, thought
 from cpo_fast.data.patients import patients_of
 from cpo_fast.data.pixels import visual_tokens
+from cpo_fast.data.processor_files import image_processor_settings, pixel_bounds
 from cpo_fast.data.tokens import cannot_see, token_ids
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, Study
@@ -34,15 +35,12 @@ def quantiles(values: array[int]) -> dict[str, int]:
 
 
 def _pixel_bounds(folder: str) -> tuple[int, int]:
-    """What preprocessor_config.json in `folder` says, in either spelling, or Qwen2.5-VL's own."""
+    """Those of the image processor in `folder`, or Qwen2.5-VL's own."""
     try:
-        with open_regular(str(Path(folder) / "preprocessor_config.json")) as file:
-            config = json.loads(file.read(1_000_000))
-        size = config.get("size") or {}
-        low = size.get("shortest_edge") or config.get("min_pixels") or MIN_PIXELS
-        high = size.get("longest_edge") or config.get("max_pixels") or MAX_PIXELS
-        return int(low), int(high)
-    except (OSError, ValueError, AttributeError, TypeError):
+        found = image_processor_settings(folder)
+        low, high = pixel_bounds(found[1]) if found else (None, None)
+        return int(low or MIN_PIXELS), int(high or MAX_PIXELS)
+    except (OSError, ValueError, TypeError):
         return MIN_PIXELS, MAX_PIXELS
 
 

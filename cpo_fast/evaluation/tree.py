@@ -91,6 +91,7 @@ def score_tree(
         for nodes, hidden, parents in forward.passes(tokens_per_pass):
             labels = torch.tensor([tree.tokens[node] for node in nodes], device=weight.device)
             rows = hidden.index_select(0, torch.tensor(parents, device=weight.device))
+            rows = model.head_inputs(rows)
             found = linear_logprobs(rows, weight, labels, bias=bias, impl=impl)
             logps[nodes] = found.double().cpu().numpy()
     sums = np.zeros(len(tree.tokens) + 1)  # the last entry, index -1, is the end of the prompt

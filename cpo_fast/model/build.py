@@ -4,14 +4,15 @@ classes.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cpo_fast.errors import UsageError
+from cpo_fast.model.adapters import base_of_adapter, check_targets, is_adapter, merge, put_on
 from cpo_fast.model.images import ImageProcessor
+from cpo_fast.model.supported import first_line, model_class, read_config
 from cpo_fast.model.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -144,44 +145,67 @@ def _random(kind: Any, config: Any, tokenizer: PreTrainedTokenizerBase, seed: in
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | str = "auto"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    base_model: str | Path | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A Qwen2.5-VL or text-only causal LM from a folder (or a hub name, if transformers may go
     there).
 
-    A folder with an adapter gives the peft model over its base, the adapter not trainable. Weights
-    come from safetensors only and no code from the checkpoint runs. `dtype` is a torch dtype or
-    "auto" (the checkpoint's). Raises UsageError when there is nothing of that kind.
+    A folder with an adapter gives the peft model over its base, the adapter not trainable; a base
+    that is an adapter itself is merged first. `base_model` stands in for the base that the adapter
+    names. Weights come from safetensors only and no code from the checkpoint runs. `dtype` is a
+    torch dtype or "auto" (the checkpoint's). Dropout is off, in the configuration too: it would
+    make policy and reference differ before the first step (LoRA adds its own). Raises UsageError
+    when there is nothing of that kind.
     """
     folder = Path(path)
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        from peft import PeftModel
-
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        if not base:
-            raise UsageError(f"{adapter} names no base model; set base_model_name_or_path in it")
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UsageError(f"{folder} has no adapter_model.safetensors; pickles are not read")
-        return PeftModel.from_pretrained(load_model(base, dtype=dtype), str(folder))
-
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
-
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} has no config.json; name a folder that save_pretrained wrote")
+    if is_adapter(folder):
+        base: Any = load_model(base_of_adapter(folder, base_model), dtype=dtype)
+        return put_on(merge(base) if hasattr(base, "peft_config") else base, folder)
+    config = read_config(path)
+    kind = model_class(config, path)
+    drop_nothing(config)
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-        kind: Any = AutoModelForCausalLM
-        if config.model_type == "qwen2_5_vl":
-            kind = Qwen2_5_VLForConditionalGeneration
-        return kind.from_pretrained(
-            str(path), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, found = kind.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(
-            f"no model could be loaded from {path}: {_first_line(error)}; a folder with "
+            f"no model could be loaded from {path}: {first_line(error)}; a folder with "
             "config.json and *.safetensors of a Qwen2.5-VL or text-only causal LM is needed"
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(
+            f"the files in {path} lack {len(missing)} weights of {type(model).__name__}, "
+            f"{missing[0]} among them: copy the whole model"
+        )
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.modules.dropout._DropoutNd):
+            layer.p = 0.0
+    return model
+
+
+def drop_nothing(config: Any) -> None:
+    """Set every rate of dropout, layer drop and drop path to 0, in the parts of `config` too."""
+    from transformers import PreTrainedConfig
+
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            drop_nothing(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    return any((folder / name).is_file() for name in names)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -192,21 +216,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     folder = Path(path)
     # transformers would make an empty tokenizer from a bare config.json.
-    if folder.is_dir() and not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
-    ):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise UsageError(f"no tokenizer in {path}; copy tokenizer.json beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"no tokenizer in {path}: {_first_line(error)}; copy its files beside the weights"
+            f"no tokenizer in {path}: {first_line(error)}; copy its files beside the weights"
         ) from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def save_model(
@@ -246,6 +264,12 @@ def freeze_vision(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
+def frozen_modules(model: PreTrainedModel, *, freeze_vit: bool) -> str | None:
+    """The pattern of the modules that LoRA leaves out, or None."""
+    has_tower = any(name.endswith(VISION_TOWER) for name, _ in model.named_modules())
+    return rf"(.*\.)?{VISION_TOWER}\..*" if freeze_vit and has_tower else None
+
+
 def add_lora(
     model: PreTrainedModel,
     *,
@@ -266,13 +290,14 @@ def add_lora(
 
     if r < 1:
         raise UsageError(f"lora_r={r} must be at least 1")
-    has_tower = any(name.endswith(VISION_TOWER) for name, _ in model.named_modules())
+    excluded = frozen_modules(model, freeze_vit=freeze_vit)
+    check_targets(model, target_modules, excluded=excluded)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
-        exclude_modules=rf"(.*\.)?{VISION_TOWER}\..*" if freeze_vit and has_tower else None,
+        exclude_modules=excluded,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -281,10 +306,5 @@ def add_lora(
             return get_peft_model(model, config)
         except ValueError as error:
             raise UsageError(
-                f"lora_target_modules={target_modules!r} does not fit: {_first_line(error)}"
+                f"lora_target_modules={target_modules!r} does not fit: {first_line(error)}"
             ) from error
-
-
-def merge(model: PeftModel) -> PreTrainedModel:
-    """The base model with its adapter added into the weights; the adapter is gone afterwards."""
-    return model.merge_and_unload()

@@ -8,13 +8,20 @@ CPU build; its PIL-backed image processor does not, and gives the same preproces
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cpo_fast.data.images import image_size, load_shades
 from cpo_fast.data.pixels import FRAMES, PATCH, pixel_values, resized
+from cpo_fast.data.processor_files import (
+    PREPROCESSOR,
+    PROCESSOR,
+    image_processor_settings,
+    pixel_bounds,
+)
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.packing.encode import MERGE_SIZE, Grid
 from cpo_fast.types import ImageRef
@@ -27,6 +34,16 @@ MAX_PIXELS = 1280 * 28 * 28
 """Qwen2.5-VL's own bounds on the resized image; 1,003,520 pixels are 1,280 visual tokens."""
 
 
+TYPES = tuple(
+    f"{family}ImageProcessor{variant}"
+    for family in ("Qwen2VL", "Qwen2_5_VL")
+    for variant in ("", "Fast", "Pil")
+)
+"""Image processors that compute what this one does."""
+
+BICUBIC = 3
+
+
 class ImageProcessor:
     """The image side of a checkpoint. Resizes so that both sides are multiples of 28 pixels and the
     area lies between `min_pixels` and `max_pixels`, the aspect ratio kept as closely as that
@@ -34,18 +51,31 @@ class ImageProcessor:
     """
 
     def __init__(self, processor: Qwen2VLImageProcessorPil) -> None:
-        if processor.merge_size != MERGE_SIZE:
+        self.processor = processor
+        sizes = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
+        if sizes != (PATCH, FRAMES, MERGE_SIZE):
             raise UsageError(
-                f"the image processor merges {processor.merge_size} patches a side; only "
-                f"{MERGE_SIZE} (Qwen2.5-VL) is supported"
-            )
-        if (processor.patch_size, processor.temporal_patch_size) != (PATCH, FRAMES):
-            raise UsageError(
-                f"the image processor cuts patches of {processor.patch_size} pixels and "
-                f"{processor.temporal_patch_size} frames; only {PATCH} and {FRAMES} (Qwen2.5-VL) "
+                f"the image processor cuts patches of {sizes[0]} pixels and {sizes[1]} frames and "
+                f"merges {sizes[2]} a side; only {PATCH}, {FRAMES} and {MERGE_SIZE} (Qwen2.5-VL) "
                 "are supported"
             )
-        self.processor = processor
+        if not processor.do_resize or int(processor.resample) != BICUBIC:
+            raise UsageError(
+                f"the image processor has do_resize {processor.do_resize} and resample "
+                f"{int(processor.resample)}; only true and {BICUBIC} (bicubic) are supported"
+            )
+        low, high = processor.size.get("shortest_edge"), processor.size.get("longest_edge")
+        if not (isinstance(low, int) and isinstance(high, int) and 0 < low <= high):
+            raise UsageError(
+                f"min_pixels={low}, max_pixels={high}: give 0 < min_pixels <= max_pixels"
+            )
+        # Turned off, a step is one that changes nothing: transformers' very numbers.
+        self._scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        normalize = processor.do_normalize
+        self._mean = _channels("image_mean", processor.image_mean if normalize else 0.0)
+        self._std = _channels("image_std", processor.image_std if normalize else 1.0)
+        if not all(self._std) or not math.isfinite(self._scale):
+            raise UsageError("the image processor's image_std or rescale_factor is not usable")
 
     @classmethod
     def create(
@@ -58,11 +88,6 @@ class ImageProcessor:
             Qwen2VLImageProcessorPil,
         )
 
-        if not 0 < min_pixels <= max_pixels:
-            raise UsageError(
-                f"min_pixels={min_pixels}, max_pixels={max_pixels}: "
-                "give 0 < min_pixels <= max_pixels"
-            )
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         return cls(Qwen2VLImageProcessorPil(size=size))
 
@@ -70,23 +95,69 @@ class ImageProcessor:
     def load(
         cls, folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ImageProcessor:
-        """From a checkpoint's preprocessor_config.json, its bounds replaced where given."""
+        """From a checkpoint's processor_config.json or preprocessor_config.json, its bounds
+        replaced where given.
+
+        Mean, standard deviation, rescaling and bounds are the file's. Raises UsageError where there
+        is none, or for what is not supported: another class, patch size, merging or resampling.
+        """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
             Qwen2VLImageProcessorPil,
         )
 
         try:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
+            found = image_processor_settings(folder)
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"no usable preprocessor_config.json in {folder} ({type(error).__name__}); "
-                "point at a Qwen2.5-VL checkpoint"
+                f"no usable {PREPROCESSOR} in {folder}: {str(error) or type(error).__name__}"
             ) from error
-        size = processor.size
-        return cls.create(
-            min_pixels=min_pixels or size["shortest_edge"],
-            max_pixels=max_pixels or size["longest_edge"],
+        if found is None:
+            raise UsageError(
+                f"no {PREPROCESSOR} or {PROCESSOR} with an image processor in {folder}; copy the "
+                "one of the Qwen2.5-VL checkpoint there"
+            )
+        file, settings = found
+        kind = settings.get("image_processor_type", TYPES[0])
+        if kind not in TYPES:
+            raise UsageError(f"{file}: a {kind} is not supported, only Qwen2.5-VL's processor is")
+        low, high = pixel_bounds(settings)
+        size = {
+            "shortest_edge": min_pixels or low or MIN_PIXELS,
+            "longest_edge": max_pixels or high or MAX_PIXELS,
+        }
+        other = {k: v for k, v in settings.items() if k not in ("min_pixels", "max_pixels")}
+        try:
+            processor = Qwen2VLImageProcessorPil.from_dict(other | {"size": size})
+            return cls(processor)
+        except (ValueError, TypeError, UsageError) as error:
+            raise UsageError(f"{file}: {error}") from error
+
+    @classmethod
+    def find(
+        cls, folder: str | Path, config: Any, *, beside: str | Path | None = None, **bounds: Any
+    ) -> ImageProcessor | None:
+        """That of a model with this configuration; None for one that takes no images.
+
+        It is looked for in `beside` (the folder of an adapter) and in `folder` (its base's).
+        Raises UsageError as `load`, and where the vision tower expects other patches.
+        """
+        vision = getattr(config, "vision_config", None)
+        if vision is None:
+            return None
+        has = beside is not None and any(
+            (Path(beside) / name).is_file() for name in (PROCESSOR, PREPROCESSOR)
         )
+        images = cls.load(beside if has and beside is not None else folder, **bounds)
+        expected = {
+            "patch_size": PATCH, "temporal_patch_size": FRAMES, "spatial_merge_size": MERGE_SIZE
+        }  # fmt: skip
+        for name, size in expected.items():
+            if getattr(vision, name, size) != size:
+                raise UsageError(
+                    f"{folder}: the vision tower has {name} {getattr(vision, name)}, the image "
+                    f"processor {size}"
+                )
+        return images
 
     def save(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, which also tells AutoProcessor its class."""
@@ -117,8 +188,19 @@ class ImageProcessor:
             load_shades(ref),
             min_pixels=self.processor.size["shortest_edge"],
             max_pixels=self.processor.size["longest_edge"],
-            mean=self.processor.image_mean,
-            std=self.processor.image_std,
-            scale=self.processor.rescale_factor,
+            mean=self._mean,
+            std=self._std,
+            scale=self._scale,
         )
         return torch.from_numpy(values), torch.tensor(grid)
+
+
+def _channels(name: str, value: Any) -> tuple[float, float, float]:
+    """One number for each of the three channels."""
+    each = value if isinstance(value, list | tuple) else [value] * 3
+    if len(each) != 3 or not all(
+        isinstance(one, int | float) and math.isfinite(one) for one in each
+    ):
+        raise UsageError(f"{name} {value} of the image processor: three numbers are needed")
+    first, second, third = map(float, each)
+    return first, second, third

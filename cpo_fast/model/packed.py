@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from cpo_fast.errors import UsageError
+from cpo_fast.model.head import OutputHead
+from cpo_fast.model.supported import check_adapter, check_model
 from cpo_fast.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ class PackedModel:
     `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask), "varlen" (K/V per
     branch in one flash attention call; CUDA, half precision, torch 2.12 or flash-attn) or "flex"
     (flex_attention with a block mask; CUDA); all give the same numbers. Raises UsageError for an
-    unknown one, for one that the model's device or dtype cannot use, and for models with
-    sliding-window layers.
+    unknown one, for one that the model's device or dtype cannot use, and for a model or an adapter
+    that packs do not support (`cpo_fast.model.supported`), sliding-window layers among them.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
     with a break at attention over branches, whose layout changes from pack to pack.
     """
@@ -49,15 +51,14 @@ class PackedModel:
         self.attention = attention
         self._peft = model if isinstance(model, PeftModel) else None
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_model(base, attention=attention)
+        if self._peft is not None:
+            check_adapter(self._peft)
         self._base = base
+        self._head = OutputHead(base)
         self._inner = base.model
         self.vision: nn.Module | None = getattr(self._inner, "visual", None)
         self.trunk = self._inner if self.vision is None else self._inner.language_model
-        if "sliding_attention" in (getattr(self.trunk.config, "layer_types", None) or ()):
-            raise UsageError(
-                "the model has sliding-window layers, which packs do not support; "
-                "set use_sliding_window to false in its config.json"
-            )
         check_attention(attention, base.device.type, base.dtype)
         from cpo_fast.model.attention import BRANCHES
 
@@ -66,18 +67,24 @@ class PackedModel:
             implementation if self.vision is None else {"text_config": implementation}
         )
         if compile:
+            if not hasattr(self.trunk, "layers"):
+                raise UsageError(
+                    f"the layers of {type(base).__name__} are not where they could be compiled; "
+                    "leave --torch_compile out"
+                )
             for layer in self.trunk.layers:
                 layer.compile(dynamic=True)
         self._last: _Prepared | None = None
 
     def hidden(self, batch: PackedBatch, *, reference: bool = False) -> torch.Tensor:
-        """Hidden states [R, D] of the batch's scored rows, after the final norm.
+        """Hidden states [R, D'] of the batch's scored rows, after the final norm, as `head` takes
+        them: D' is the hidden size, and more under LoRA on the output layer.
 
         With `reference` the adapters are off and nothing is recorded for a backward. `batch` is on
         the model's device. Raises UsageError for `reference` on a model without adapters.
         """
         if not reference:
-            return self._forward(batch)
+            return self.head_inputs(self._forward(batch))
         if self._peft is None:
             raise UsageError(
                 "the reference is the model with its adapters off, and this model has none; "
@@ -86,10 +93,15 @@ class PackedModel:
         with torch.no_grad(), self._peft.disable_adapter():
             return self._forward(batch)
 
-    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(weight [V, D], bias [V] or None) of the output layer."""
-        layer = self._base.get_output_embeddings()
-        return layer.weight, layer.bias
+    def head(self, *, reference: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight [V, D'], bias [V] or None) of the output layer; with `reference` [V, D] and
+        without adapters.
+        """
+        return self._head.weight(reference=reference)
+
+    def head_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, D] of the trunk as `head` takes them, [N, D']."""
+        return self._head.inputs(hidden)
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         embeddings = self.trunk.get_input_embeddings()(batch.input_ids)  # [T, D]

@@ -70,8 +70,8 @@ class TrainArguments:
     print_example: bool = _flag(False, "show one counterfactual on the screen (it holds a report)")
 
     # --- model
-    model_name_or_path: str = _flag("tiny", "folder of a Qwen2.5-VL or causal LM, or 'tiny'")
-    sft_checkpoint: str | None = _flag(None, "model folder that CPO starts from (no SFT then)")
+    model_name_or_path: str = _flag("tiny", "folder of a model or an adapter, or 'tiny'")
+    sft_checkpoint: str | None = _flag(None, "model, adapter or SFT stage to start CPO from")
     attn_implementation: str = _flag("gathered", "over packs: gathered, sdpa; CUDA: varlen, flex")
     use_peft: bool = _flag(True, "CPO trains LoRA adapters (else all weights, with a frozen copy)")
     sft_use_peft: bool = _flag(True, "SFT trains LoRA adapters (else all weights)")

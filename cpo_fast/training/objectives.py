@@ -109,6 +109,9 @@ class CPOObjective:
             reference |= {"ref_weight": ref_weight.detach(), "ref_bias": ref_bias}
         elif LOSS_TYPES[self.loss_type].reference:
             reference["ref_hidden"] = self.model.hidden(batch, reference=True)
+            ref_weight, ref_bias = self.model.head(reference=True)
+            if ref_weight is not weight:  # an adapter on the output layer
+                reference |= {"ref_weight": ref_weight.detach(), "ref_bias": ref_bias}
         return cpo_loss(
             hidden,
             weight,

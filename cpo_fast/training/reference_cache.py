@@ -177,7 +177,7 @@ class ReferenceCache:
 
     def _score(self, batch: PackedBatch) -> torch.Tensor:
         """[S] summed log-probs of the batch's segments, float32 on the CPU."""
-        weight, bias = self.model.head()
+        weight, bias = self.model.head(reference=self.adapters_off)
         hidden = self.model.hidden(batch, reference=self.adapters_off)
         logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=self.impl)
         sums = logps.new_zeros(batch.num_segments, dtype=torch.float64)

@@ -12,15 +12,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cpo_fast.errors import DataError
-from cpo_fast.model.build import add_lora, freeze_vision, load_model, merge, save_model
+from cpo_fast.model.adapters import merge
+from cpo_fast.model.build import add_lora, freeze_vision, load_model, save_model
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id, plan_epoch
 from cpo_fast.training.arguments import SOURCES, TrainArguments
-from cpo_fast.training.base import Base
+from cpo_fast.training.base import Base, lora_targets
 from cpo_fast.training.checkpoint import result_checkpoint, resume_point
 from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
+from cpo_fast.training.named_model import MERGED
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.reference_cache import ReferenceCache
 from cpo_fast.training.resume import checked_start
@@ -28,8 +30,6 @@ from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.training.samples import Samples
 from cpo_fast.training.sharding import names_in_files, shard
 from cpo_fast.types import PreferenceGroup, RejectedRecord
-
-MERGED = "merged"  # the folder beside SFT's checkpoints that holds its adapter merged into the base
 
 
 def device() -> torch.device:
@@ -288,13 +288,12 @@ def trainable(
 
 
 def lora(args: TrainArguments, model: Any, *, freeze_vit: bool) -> Any:
-    modules: str | list[str] = args.lora_target_modules
     return add_lora(
         model,
         r=args.lora_r,
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
-        target_modules=modules if modules == "all-linear" else str(modules).split(","),
+        target_modules=lora_targets(args),
         freeze_vit=freeze_vit,
         seed=args.seed,
     )

@@ -1,0 +1,178 @@
+"""Adapters of peft: the base that one was trained on, its modules, and merging it into the base."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cpo_fast.errors import UsageError
+from cpo_fast.model.head import original
+from cpo_fast.model.supported import first_line
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def base_of_adapter(folder: Path, base_model: str | Path | None = None) -> Path:
+    """The folder of the model that the adapter in `folder` was trained on.
+
+    That is `base_model` where given, else what adapter_config.json names: an absolute path, one
+    relative to `folder` or to the working directory, or a model in the hub's local cache. Nothing
+    is downloaded. Raises UsageError when there is no such folder, or no adapter in safetensors.
+    """
+    file = folder / CONFIG
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder} has no {WEIGHTS}; pickles are not read")
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{file} is not readable as JSON: {first_line(error)}") from error
+    if base_model is not None:
+        if not Path(base_model).is_dir():
+            raise UsageError(f"--base_model {base_model}: no such model folder")
+        return Path(base_model)
+    if not named:
+        raise UsageError(
+            f"{file} names no base model; set base_model_name_or_path in it to the folder of the "
+            "model that the adapter was trained on"
+        )
+    for found in (folder / named, Path(named), _cached(named)):
+        if found is not None and found.is_dir():
+            return found
+    raise UsageError(
+        f"the base model of the adapter {folder} is not there: {named}. Move it back, set "
+        f"base_model_name_or_path in {file} to where it is now, or give the folder with "
+        "--base_model (of cpo-fast export and evaluate)"
+    )
+
+
+def lineage(folder: Path, base_model: str | Path | None = None) -> list[Path]:
+    """`folder`, and where it is an adapter its base, whose base in turn, down to a whole model."""
+    found = [folder]
+    while is_adapter(found[-1]):
+        below = base_of_adapter(found[-1], base_model if len(found) == 1 else None)
+        if any(below.resolve() == earlier.resolve() for earlier in found):
+            raise UsageError(f"{found[-1] / CONFIG} names {below}, which is an adapter upon it")
+        found.append(below)
+    return found
+
+
+def _cached(name: str) -> Path | None:
+    """The hub's local copy of a model by its name, if there is one."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def put_on(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """`model` under the adapter in `folder`, which is not trainable.
+
+    Raises UsageError when the adapter cannot be read or does not belong to this model.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # Else an adapter of another model would be loaded as zeros, with a warning.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # peft raises what its parts raise
+        raise UsageError(
+            f"the adapter {folder} does not fit its base model ({type(model).__name__}): "
+            f"{first_line(error)[:300]}"
+        ) from error
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with its adapter added into the weights; the adapter is gone afterwards.
+
+    Where embeddings and output layer are one tensor and either is adapted, the merged model has
+    two. Raises UsageError for an adapter that is not weights to be added.
+    """
+    base: Any = model.get_base_model()
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    if getattr(base.config, "tie_word_embeddings", False) and (
+        _adapted(inputs) or _adapted(outputs)
+    ):
+        _untie(base, original(outputs))
+    try:
+        merged: Any = model.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        kinds = ", ".join(sorted({str(c.peft_type) for c in model.peft_config.values()}))
+        raise UsageError(
+            f"an adapter of the kind {kinds} cannot be merged: {first_line(error)}"
+        ) from error
+    return merged
+
+
+def _adapted(layer: Any) -> bool:
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    shared = getattr(layer, "token_adapter", layer)  # peft ties these to the output layer
+    return original(layer) is not layer and not isinstance(shared, TrainableTokensLayer)
+
+
+def _untie(base: Any, outputs: Any) -> None:
+    """Give the output layer a weight of its own."""
+    outputs.weight = nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
+    base.all_tied_weights_keys = base.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def check_targets(
+    model: PreTrainedModel, targets: str | Sequence[str], *, excluded: str | None = None
+) -> None:
+    """UsageError for a name of `targets` that matches no module outside `excluded`, a pattern.
+
+    A name matches as in peft: a module's whole name, or its end after a dot. A str is a pattern or
+    a word of peft's ("all-linear"), which peft itself checks.
+    """
+    if isinstance(targets, str):
+        return
+    if not targets:
+        raise UsageError("lora_target_modules names no module; give names or all-linear")
+    names = [name for name, _ in model.named_modules() if name]
+    free = [name for name in names if not (excluded and re.fullmatch(excluded, name))]
+    for target in targets:
+        if any(_ends(name, target) for name in free):
+            continue
+        if any(_ends(name, target) for name in names):
+            reason = "is in the vision tower only, which is frozen (--freeze_vit)"
+        else:
+            linear = _linear(model)
+            close = difflib.get_close_matches(target, linear, n=1)
+            reason = "matches no module; " + (
+                f"did you mean {close[0]}?" if close else f"choose from {', '.join(linear)}"
+            )
+        raise UsageError(f"lora_target_modules: {target} {reason}")
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The last parts of the names of the linear layers."""
+    found = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return sorted({name.rsplit(".", 1)[-1] for name in found})

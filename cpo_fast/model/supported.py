@@ -1,0 +1,168 @@
+"""Which models and adapters can be run over packs; any other is refused by its class and a reason.
+
+The checks look at the structure of a model, so that they hold for classes that nobody has listed.
+`empty_model` makes a model without weights from a checkpoint's config.json: a wrong one is refused
+before any data is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cpo_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask")
+"""What a pack hands to the decoder."""
+
+ENCODER_DECODER = "it is an encoder-decoder, and packs are for decoder-only models"
+
+PEFT_REASONS = {
+    "ADAPTION_PROMPT": "adds attention to a learned prompt, which a pack has no place for",
+    "XLORA": "looks at each sequence by itself first, and a pack holds many",
+    "POLY": "needs a task id for each sequence, and a pack holds many",
+}
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint; UsageError where transformers alone cannot make it."""
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = Path(path) / "config.json"
+    if Path(path).is_dir():
+        if not file.is_file():
+            raise UsageError(f"{path} has no config.json; name a folder that save_pretrained wrote")
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            kind = raw.get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"{file} is not readable as JSON: {first_line(error)}") from error
+        if kind not in CONFIG_MAPPING:
+            if raw.get("auto_map"):
+                raise UsageError(
+                    f"{path}: a model of type {kind!r} brings code of its own (auto_map in "
+                    "config.json), and no code from a checkpoint is run; use a model whose class "
+                    "is in transformers"
+                )
+            raise UsageError(
+                f"{path}: no model could be loaded: the model type {kind!r} of config.json is not "
+                f"known to transformers {transformers.__version__}"
+            )
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # whatever a class's own validation raises
+        raise UsageError(f"no model could be loaded from {path}: {first_line(error)}") from error
+
+
+def model_class(config: PreTrainedConfig, path: str | Path) -> Any:
+    """The auto class or class that loads the model; UsageError where it is no supported kind."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        Qwen2_5_VLForConditionalGeneration,
+    )
+
+    name = (config.architectures or [type(config).__name__])[0]
+    reason = None
+    if config.model_type == "qwen2_5_vl":
+        return Qwen2_5_VLForConditionalGeneration
+    if getattr(config, "is_encoder_decoder", False):
+        reason = ENCODER_DECODER
+    elif any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+        reason = "of the models that take images or sound, only Qwen2.5-VL is"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = f"transformers has no causal language model for {config.model_type!r}"
+    if reason:
+        raise UsageError(f"{path}: {_refusal(name, reason)}")
+    return AutoModelForCausalLM
+
+
+def empty_model(path: str | Path) -> PreTrainedModel:
+    """The model of a checkpoint's config.json on the device "meta": structure without weights."""
+    config = read_config(path)
+    kind = model_class(config, path)
+    try:
+        with torch.device("meta"):
+            return kind(config) if hasattr(kind, "config_class") else kind.from_config(config)
+    except Exception as error:  # whatever a class's own constructor raises
+        raise UsageError(
+            f"{path}: {config.model_type!r} cannot be made from config.json: {first_line(error)}"
+        ) from error
+
+
+def check_model(model: Any, *, attention: str = "gathered") -> None:
+    """UsageError, with the class and the reason, for a model that packs do not support."""
+    name = type(model).__name__
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(name, ENCODER_DECODER)
+    inner = getattr(model, "model", None)
+    if inner is None:
+        raise _refusal(
+            name,
+            "it has no decoder named `model` that takes embeddings and positions, as Llama, Qwen "
+            "and other current decoder-only models have",
+        )
+    trunk = getattr(inner, "language_model", inner)
+    taken = inspect.signature(trunk.forward).parameters
+    if missing := [argument for argument in ARGUMENTS if argument not in taken]:
+        raise _refusal(name, f"its decoder takes no {' and no '.join(missing)}")
+    if getattr(model, "_is_stateful", False):
+        raise _refusal(
+            name,
+            "its layers carry a state along the row, from one answer of a pack into the next",
+        )
+    if "sliding_attention" in (getattr(trunk.config, "layer_types", None) or ()):
+        raise UsageError(
+            "the model has sliding-window layers, which packs do not support; "
+            "set use_sliding_window to false in its config.json"
+        )
+    if model.get_output_embeddings() is None:
+        raise _refusal(name, "it has no output layer")
+    if attention != "sdpa" and not getattr(model, "_supports_attention_backend", False):
+        raise UsageError(
+            f"{name} does not take an attention function from outside, which "
+            f"--attn_implementation {attention} is; use --attn_implementation sdpa"
+        )
+
+
+def check_adapter(model: PeftModel) -> None:
+    """UsageError for active adapters that act outside the layers a pack runs through."""
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        kind = str(config.peft_type).removeprefix("PeftType.")
+        reason = PEFT_REASONS.get(kind)
+        if config.is_prompt_learning:
+            reason = "adds learned tokens or keys before a sequence, and a pack holds many"
+        elif getattr(config, "alora_invocation_tokens", None):
+            reason = "acts from a token of each sequence on (aLoRA), and a pack holds many"
+        if reason:
+            raise UsageError(f"an adapter of the kind {kind} is not supported: it {reason}")
+
+
+def check_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """UsageError when the tokenizer gives ids that the embeddings of the model do not have."""
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= known:
+        raise UsageError(
+            f"{path}: the tokenizer's ids go up to {largest}, but the model knows {known} tokens; "
+            "put the tokenizer beside it that it was trained with"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _refusal(name: str, reason: str) -> UsageError:
+    return UsageError(f"{name} is not supported: {reason}")
