@@ -16,7 +16,13 @@ from cpo_fast.counterfactual.exemption import Exemption, asserted, find_exemptio
 from cpo_fast.counterfactual.grammar import start_like
 from cpo_fast.counterfactual.lexicon import Lexicon
 from cpo_fast.counterfactual.normal import INFLATED, TOPICS, edit_normal
-from cpo_fast.counterfactual.scope import AmbiguousError, cut, starts_unchanged, without
+from cpo_fast.counterfactual.scope import (
+    AmbiguousError,
+    cut,
+    leaves_verb_out,
+    starts_unchanged,
+    without,
+)
 from cpo_fast.counterfactual.text import capitalised
 
 _ALL_NORMAL = re.compile(
@@ -95,6 +101,8 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
             new = ""
         dropped = new == ""
         changed = changed or new != part.text
+        if new and changed and leaves_verb_out(new.lower()):
+            raise AmbiguousError
         if new:
             kept.append((part.connector, new))
     if not changed:

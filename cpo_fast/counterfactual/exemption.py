@@ -14,7 +14,9 @@ _CUE = (
     r"aside from|other than|besides|save for|outside of)"
 )
 _BEHIND = re.compile(rf"^(?P<head>.+?),?\s+{_CUE}\s+(?P<tail>.+)$", re.I)
-_BEFORE = re.compile(rf"^{_CUE}\s+(?P<tail>.+?),\s+(?P<head>(?:otherwise,? )?.+)$", re.I)
+_BEFORE = re.compile(
+    rf"^{_CUE}\s+(?P<tail>.+?)(?:,\s+|\s+(?=there (?:is|are)\b))(?P<head>.+)$", re.I
+)
 _END = re.compile(r"\s*[,;]\s*(?:and\s+|but\s+)?|\s+(?:and|but|with)\s+", re.I)
 _DENIES = re.compile(r"(?:no|without|negative|there (?:is|are))\b")
 _VERB = re.compile(

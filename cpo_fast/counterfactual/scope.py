@@ -128,6 +128,7 @@ _ELLIPTIC = re.compile(
     r"when|with|as|at|for)\b|$))"
 )
 """Goes on with the subject before the separator."""
+_VERB_LEFT_OUT = re.compile(r"\b(?:is|are|was|were|has|have|had|does|do|did)(?: not|n't)?$")
 _PREDICATE_ONLY = re.compile(
     r"^(?:(?:well|fully|grossly|otherwise)[- ])*"
     r"(?:expanded|inflated|aerated|clear|hyper\w+|hypo\w+)$"
@@ -242,6 +243,11 @@ def _asserts(left: str, right: str, separator: str) -> bool | None:
     if not change and _SIDE_ONLY.match(item) and _SIDE.search(left) and not closed:
         return None
     return True
+
+
+def leaves_verb_out(lower: str) -> bool:
+    """Whether a lower-case clause needs the verb of the one before it ("the effusion has not")."""
+    return _VERB_LEFT_OUT.search(lower) is not None
 
 
 def goes_with_last(item: str) -> bool:
