@@ -121,9 +121,9 @@ class ImageCheck:
         return found
 
     def _outcomes(self, refs: Sequence[ImageRef]) -> Iterator[tuple[str, str] | None]:
-        # The other processes of the run wait meanwhile: their workers are taken, too.
-        workers = self.args.dataloader_num_workers * self.folder.world.size
-        workers = min(workers, os.cpu_count() or 1, len(refs) // PER_PROCESS)
+        # Nothing else runs meanwhile: every core is used, unless no worker processes are wanted.
+        cores = (os.cpu_count() or 1) if self.args.dataloader_num_workers else 0
+        workers = min(cores, len(refs) // PER_PROCESS)
         looks = _Looks(refs, self.args.max_pixels, self.args.min_pixels)
         outcomes = step_loader(looks, num_workers=workers)
         return iter(tqdm(outcomes, desc="images", unit="image", total=len(refs), disable=None))
