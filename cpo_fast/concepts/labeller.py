@@ -39,6 +39,10 @@ _SENTENCE = re.compile(
     r"(?<=[.?!])(?<!\bvs\.)\s+|\n\s*\n|\n(?=\s*(?:\d+[.)]|-)\s)|"
     r"\s(?=\d{1,2}\. +[a-z]|\d{1,2}\.[a-z]{2}|\d{1,2}\) +[a-z])"
 )
+_WITH = re.compile(r"\bw/(?!o\b)\s*")
+_ANSWER = re.compile(
+    r"\s*\?\s+(?=(?:no|none|absent|negative|nil|yes|present)\b\s*(?:[.;!?]|$))", re.MULTILINE
+)
 _ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)](?!\d)|-)\s*")
 
 
@@ -50,7 +54,12 @@ def sentences(text: str) -> list[str]:
 @lru_cache(maxsize=1 << 6)
 def _cut(text: str) -> tuple[str, ...]:
     # Remembered for the moment: one report is read by several rules in a row.
-    plain = [" ".join(part.split()) for part in _SENTENCE.split(text.lower())]
+    text = text.lower()
+    if "w/" in text:
+        text = _WITH.sub("with ", text)
+    if "?" in text:
+        text = _ANSWER.sub(": ", text)
+    plain = [" ".join(part.split()) for part in _SENTENCE.split(text)]
     return tuple([s for s in [_ENUMERATOR.sub("", part) for part in plain] if s])
 
 

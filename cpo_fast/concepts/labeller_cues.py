@@ -38,6 +38,16 @@ _CHANGED = (
 )
 _NO = r"(?:no|without|with no|w/o|(?:has|have) not (?:been|shown|had) (?:any|an|a)?)"
 
+_PLACES = (
+    r"(?: (?:in|at|of|on|over|the|both|right|left|bilateral\w*|upper|lower|mid|middle|lobes?|"
+    r"lungs?|bas(?:e|es|is|ilar)|lingula|zones?|region|side|hemithorax|apex|apices|changes?|disease|"
+    r"pattern|process|formation))*"
+)
+"""Where a finding is, without a finding of its own."""
+_CAUSE = (
+    r"(?:atelecta|pneumonia|o?edema|consolidat|aspirat|infect|scar|fibros|malignan|h[ae]+morrh)"
+)
+
 NEUTRAL = (
     r"\b(?:"
     r"(?:as )?(?:compared|in comparison|comparison|similar|relative)(?: is)?(?: made)? (?:to|with)"
@@ -62,6 +72,23 @@ NEUTRAL = (
     r")"
 )
 """Looks like a cue and is none, or speaks of what stands before it."""
+
+PLACE = (
+    r"\b(?:(?:adjacent|next|contiguous|lateral|medial|superior|inferior|distal|proximal|close) to|"
+    r"(?:beneath|underneath|surrounding|around|near|within|behind|along|in spite of|"
+    r"notwithstanding) (?=(?:the|an?|this|these|that|known|right|left|moderate|severe|"
+    r"extensive)\b)|"
+    r"in (?=(?:the|this|these) (?:(?:right|left|upper|lower|middle|lobe|lung|basilar|known|"
+    r"existing|persistent|dense|large|small) )*"
+    r"(?:consolidat|opaci|atelecta|effusion|mass|nodul|edema)))"
+)
+"""What stands behind it is taken for granted: "no effusion adjacent to the consolidation"."""
+
+PLACE_END = (
+    r"\b(?:to|concerning|worrisome|suspicious|suggest\w*|compatible|consistent|"
+    r"(?:(?:lung|lobe|base|field|space)s?|chest|thorax|hemithorax) (?:of|for))\b"
+)
+"""Ends the reach of a place besides."""
 
 CHANGE = (
     r"\b(?:"
@@ -105,30 +132,42 @@ DOUBT = (
     r"exclude|consider\w*|differential|indeterminate|query|evaluate|rule out|if|doubt\w*|"
     r"uncertain|unclear|borderline|perhaps|less likely|correlate|conceivabl[ey]|presum\w+|"
     r"whether|potential\w*|risk|predispos\w+|upper limits|top normal|history|prior|previous\w*|"
-    r"preclude|sequela\w*|versus|vs)\b)"
+    r"preclude|sequela\w*|versus|either(?! (?:side|lung|base))(?=[^,;.]* or\b))\b|\bvs\b\.?|"
+    r"\b(?:opacit(?:y|ies)|opacifications?|densit(?:y|ies)|haziness)"
+    + _PLACES
+    + r"\s*[,:] (?:either )?(?=(?:\w+ ){0,3}?(?!scar|fibros)"
+    + _CAUSE
+    + r"\w*(?: \w+)?,? or\b(?! (?:\w+ )?(?:scar|fibros))))"
 )
 
 ENDING = (
-    r"\b(?:" + _ENDED + r" of|(?<!has )(?<!have )(?<!been )resolved|removal of|rather than|"
+    r"\b(?:" + _ENDED + r" of|(?<!has )(?<!have )(?<!been )resolved|rather than|"
     r"as opposed to|instead of|in lieu of)\b"
 )
 """Denies what was there or was thought of, whatever its size and side."""
 
+REMOVAL = r"\bremoval of\b"
+"""Denies devices only."""
+
 DENIAL = (
-    r"\b(?:no longer|no|w/o|without|absent(?:,? as (?:is|are))?|"
+    r"\b(?:(?:no longer|not) (?:\w+ly )?" + _SHOWN + r" (?:is|are|was|were)|"
+    r"(?:nor|neither) (?:(?:is|are|was|were) there|(?:has|have) there been|"
+    r"(?:is|are|was|were)(?= [^,;.]*?\b" + _SHOWN + r"))|"
+    r"no longer|no|w/o|without|absent(?:,? as (?:is|are))?|"
     r"absence of|negative|free (?:of|from)|"
     r"clear(?:ed)? (?:of|from)|never|nor|neither|none of|lack of|denies|excludes?|excluded|"
-    r"not (?:seen|identified|present) (?:is|are)|"
     r"fail(?:s|ed)? to|nothing|non[- ]?visuali[sz]ation of|"
     r"not|un(?:likely|remarkable) for|unlikely(?: to (?:represent|be|reflect|indicate))?)\b"
-    r"(?: (?:have|represent|reflect|show|demonstrate|suggest|indicate|contain|appear)\b)?"
+    r"(?: (?:has|have|(?:represent|reflect|show|demonstrate|suggest|indicate|contain|appear)s?)\b)?"
 )
 
 CUES = (
     ("neutral", NEUTRAL),
+    ("place", PLACE),
     ("assertion", CHANGE),
     ("doubt", DOUBT),
     ("ending", ENDING),
+    ("removal", REMOVAL),
     ("denial", DENIAL),
 )
 """(kind, expression) of words before a mention; where two start together, the first one counts."""
@@ -203,16 +242,26 @@ _NOUNS = (
     r"(?:(?!\b(?:is|are|has|have|with|without|no|not|but|while|although|w/o|"
     r"and (?:the|an?) [^,;.]*?\b(?:is|was|has))\b)[^,;.:]){0,60}?"
 )
-_ASIDE = r"(?:, (?:which|as|previously|seen|noted|present)\b[^,;.]{0,60},)?"
+_ASIDE = (
+    r"(?:, (?:which|as|previously|seen|noted|present)\b[^,;.]{0,60}, |"
+    r",(?! (?:and|or|nor|but|no|without)\b)[^,;.:]{1,60}, (?=(?:has|have|is|are|was|were)\b))?"
+)
+_FELT = r"(?: \w+ly)? (?:felt|thought|considered|believed|deemed|judged)(?: to be)?(?: \w+ly)?"
+_GROWS = (
+    r"(?! (?:\w+ly )?(?:enlarg|increas|decreas|grow|chang|progress|worsen|improv|as|large|"
+    r"massive|tension|so|quite)\w*)"
+)
 _BE = r"(?:is|are|was|were|has been|have been|has|have|had|remains?|appears?|now)"
 _NOW = r"(?: (?:now|since|also|again|currently|otherwise|(?!near|part|incomp|most|large)\w+ly))*"
 
 DENIED_AFTER = (
     r"^" + _NOUNS + _ASIDE + r"(?:"
-    r"\b" + _BE + _NOW + r" (?:no longer|absent|resolved|cleared|excluded|ruled out|gone|removed|"
-    r"withdrawn|extubated|disappeared|negative|unlikely(?! to))\b|"
+    r"\b" + _BE + _NOW + r" (?:no longer" + _GROWS + r"|absent|resolved|cleared|excluded|ruled out|"
+    r"gone|removed|withdrawn|extubated|disappeared|negative|unlikely(?! to)|"
+    r"re-? ?(?:expanded|inflated|aerated))\b|"
+    r"(?:\b(?:is|are|was|were))?" + _FELT + r" unlikely\b|"
     r"\b(?:(?:completely|entirely|totally|fully) )?(?<!not )(?:resolved|cleared)\s*[.,;]?$|"
-    r"\bunlikely(?! to)\b|\bno longer\b|"
+    r"\bunlikely(?! to)\b|\bno longer\b" + _GROWS + r"|"
     r"(?:\b(?:"
     + _BE
     + r"|do|does|did)\b)?(?: \w+ly)?(?: not| cannot| can't|n't)(?: (?:be|been|being))?"
@@ -241,23 +290,50 @@ DOUBTED_AFTER = (
     r"(?:is|are|was|were) not (?:well|optimally|adequately|fully|sufficiently|as well|reliably)[ -]"
     r"(?:seen|visuali[sz]ed|evaluated|assessed|appreciated|delineated|demonstrated|defined|shown)"
     r"(?!" + _BEFORE + r")|"
-    r"(?:would|could|may|might|should) (?:also |well )?(?:be|have|look)|possible\b|suspected|"
+    r"(?:would|could|may|might|should) (?:also |well )?(?:be(?! (?:due|secondary|related|"
+    r"caused|explained)\b|(?: \w+){0,2}? " + _CAUSE + r")|have|look)|possible\b|suspected|"
     r"in the differential|"
     r"(?:not|n't) (?:completely |entirely )?excluded)|"
     r"^[^.;:,]{0,25}\s*(?::|=| -+|--+)\s*(?:possib\w+|questionabl[ey]|question|suspected|equivocal|"
     r"indeterminate|uncertain|borderline|maybe|cannot|can't|unclear)\b|"
+    r"^" + _PLACES + r" (?:versus\b|vs\b\.?)(?! (?:the |an? )?(?:prior|previous|old|recent|earlier|"
+    r"last|yesterday))|"
+    r"^(?:(?!\b(?:or|and)\b)[^,;.:]){0,40}?\bless likely(?=\s*(?:[.,;)]|$))|"
     r"^[^;.]{0,60}?\bbut (?:is )?(?:not|can ?not be|could not be) (?:\w+ly )?"
     r"(?:excluded|ruled out)\b|"
     r"^[^.;:,?]{0,40}\?|^[^.;:,?]{0,40},? if (?:any|present)\b"
 )
 
-EXEMPTED_AFTER = (
-    r"^[^,;.]{0,40}\b(?:other than|apart from|aside from|besides|except(?: for)?|beyond)\b"
-    r"[^;.]{0,60}\b(?:ones?|that|those)\b"
+_BUT = (
+    r"(?:other than|apart from|aside from|besides|except(?:ing)?(?: for)?|beyond|"
+    r"with the exception of)"
 )
-"""A denied mention of which one is left: "no effusion apart from a trace left one"."""
+_WHERE = r"(?:lobes?|bas(?:e|es)|ap(?:ex|ices)|lingula|angles?|sides?|zones?|region|sulcus|fissure)"
+_AMOUNT = (
+    r"(?:small|large|moderate|mild|minimal|tiny|trace|extensive|unchanged|stable|persistent|"
+    r"present)"
+)
+EXEMPTED_AFTER = (
+    r"^[^,;.]{0,40}\b" + _BUT + r"\b[^;.]{0,60}\b(?:ones?|that|those)\b|"
+    r"^(?:(?!\b(?:or|and|nor)\b)[^;.]){0,40}?\b" + _BUT + r" (?:(?:perhaps|maybe|\w+ly) )?"
+    r"(?:(?:in|at|on|over|within|along)\b|(?:(?:the|an?|some) )?(?:(?:right|left|upper|lower|"
+    r"middle|costophrenic|small|tiny|trace|minimal|apical|basal|lateral|medial|minor|major|"
+    r"posterior) )*"
+    r"(?:" + _WHERE + r"|components?|amount|focus|area)\b)|"
+    r"^[^.]{0,60}?(?:[,;]|\b(?:and|but|while|whereas)) (?:on|at|in) the (?:right|left)(?: \w+)?,? "
+    r"(?:(?:it|they) (?:persists?|(?:is|are|was|were|remains?|appears?)(?! (?:\w+ly )?(?:no|not|"
+    r"absent|resolved|normal|clear|gone|negative)))\b|"
+    r"(?:there (?:is|are|remains?) )?(?:an?|some) (?:\w+ ){0,3}ones?\b|"
+    r"there (?:is|are|remains?) " + _AMOUNT + r" (?:\w+ )?ones?\b)|"
+    r"^[^.,;]{0,30}\b(?:right|left)[^.,;]{0,15}[,;] (?:(?:and|but) )?(?:"
+    + _AMOUNT
+    + r" (?:on|at|in) the (?:right|left)(?: \w+)?\s*(?:[.,;]|$)|"
+    r"(?:the )?(?:right|left) (?:(?:one|side) )?(?:is|remains) " + _AMOUNT + r"\b)"
+)
+"""A denied mention of which one is left, or that one side has: "no effusion apart from a trace left
+one", "no opacity except at the base", "no effusion on the right, on the left it is small"."""
 
 DOUBTED_INSIDE = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|borderline|perhaps)\b"
 """Doubt inside a mention that spans several words ("the heart may be enlarged")."""
 
-DENIED_INSIDE = r"\bnot\b(?! (?:changed|significantly changed))"
+DENIED_INSIDE = r"\b(?:not|no longer)\b(?! (?:changed|significantly changed))"

@@ -15,6 +15,8 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"atelecta\w+",
         r"collapsed? (?:of the )?(?:\w+ ){0,3}(?:lobe|lung)",
         r"(?:lobe|lobar|lung|lingular|segmental) collapse",
+        r"(?:lobes?|lungs?|lingula)(?:,[^,;.]{1,40},)?(?: (?:is|are|was|were|has|have|been|"
+        r"remains?|appears?|not|no|longer|now|again|also|\w+ly))+ collapsed",
     ),
     "Cardiomegaly": (
         r"cardiomegaly",
@@ -48,6 +50,7 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"volume overload",
         r"vascular engorgement",
         r"engorged",
+        r"(?:vascula\w+|vessels) (?:is|are|appears?|remains?) (?:\w+ )?congested",
     ),
     "Emphysema": (
         r"(?<!subcutaneous )(?<!mediastinal )(?<!tissue )(?<!wall )emphysema\w*",
@@ -165,6 +168,11 @@ _CALLED_NORMAL = (
     r"limits of normal)|of normal size|not (?:\w+ )?(?:enlarged|widened))\b"
 )
 CALLED_NORMAL: tuple[tuple[str, str], ...] = (
+    (
+        "Atelectasis",
+        r"\b(?:lungs?|lobes?|lingula)(?: (?:has|have|is|are|now|again|fully|completely|since))+ "
+        r"re-? ?(?:expanded|inflated|aerated)\b",
+    ),
     (
         "Cardiomegaly",
         r"\b(?:heart|cardiac|cardiomediastinal|cardiopericardial)\b" + _CALLED_NORMAL,

@@ -20,6 +20,7 @@ from cpo_fast.concepts.labeller_cues import (
     DOUBTED_INSIDE,
     EXEMPTED_AFTER,
     LIST_PREDICATE,
+    PLACE_END,
     SIDE,
     SIZABLE,
     SIZE,
@@ -33,9 +34,18 @@ _CONJUNCTION = re.compile(CONJUNCTION)
 _DENIAL_END = re.compile(f"{CONJUNCTION}|{DENIAL_END}|{VERB}")
 _VERB = re.compile(VERB)
 _LIST_PREDICATE = re.compile(LIST_PREDICATE)
-_SEPARATOR = re.compile(r",\s*(?:and/or|and|or|nor)\b|\b(?:and/or|and|or|nor)\b|,")
+_SEPARATOR = re.compile(
+    r",\s*(?:and/or|and|or|nor)\b|\b(?:and/or|and|or|nor)\b|,|\(|\s(?:--?|[–—])\s"
+)
+_PLACE_END = re.compile(f"{_SEPARATOR.pattern}|{PLACE_END}")
+_ONE_WORD_ASIDE = re.compile(r"\(\w+\)")
 _CLOSING = re.compile(r"\b(?:or|nor)\b|(?<=[a-z]{3})/(?=[a-z]{3})")
 _LAST_AND = re.compile(r"\band (?!(?:\w+ly )?(?:" + f"{SIZE}|{SIDE}|{SIZABLE}" + r")\b)")
+_SHOWN_OR = re.compile(rf"{LIST_PREDICATE},? (?=n?or\b)")
+_DEVICE = re.compile(
+    r"\b(?:tub(?:e|es|ing)|lines?|catheters?|picc|drains?|pace\w+|leads?|wires?|port|balloon|pump|"
+    r"swan\S*|sheath|stents?|devices?|hardware|clips?|staples?|icd|defibrillator|tracheostomy)\b"
+)
 _STATE = re.compile(STATE)
 _STATE_AFTER = re.compile(STATE_AFTER)
 _ASSERTIVE = re.compile(rf"^(?:\w+ly )?(?:{SIZE}|{SIDE}|{SIZABLE})\b")
@@ -49,6 +59,9 @@ _DOUBTED_INSIDE = re.compile(DOUBTED_INSIDE)
 _DENIED_INSIDE = re.compile(DENIED_INSIDE)
 
 
+_DENYING = ("denial", "ending", "removal")
+
+
 def judge(sentence: str, start: int, end: int) -> int:
     """1 where a lower-case sentence asserts what stands at start:end, 0 where it denies it, -1
     where it doubts it."""
@@ -59,7 +72,7 @@ def judge(sentence: str, start: int, end: int) -> int:
     if _DOUBTED_INSIDE.search(sentence, start, end) or _DOUBTED_AFTER.search(after):
         return -1
     if _DENIED_INSIDE.search(sentence, start, end) or _DENIED_AFTER.search(after):
-        return 0
+        return 1 if _EXEMPTED_AFTER.search(after) else 0
     return value
 
 
@@ -72,9 +85,9 @@ def _governed(sentence: str, at: int) -> int:
         if kind == "assertion" and begin <= at < start:
             return 0  # "no enlargement of the heart": the change is the finding
         if start <= at < end:
-            if kind == "assertion":
+            if kind in ("assertion", "place"):
                 value = 1
-            elif kind in ("denial", "ending"):
+            elif kind in _DENYING:
                 value = 0
             elif value:
                 value = -1
@@ -94,12 +107,23 @@ def _reaches(sentence: str) -> tuple[tuple[str, int, int, int], ...]:
 
 
 def _end_of_reach(sentence: str, start: int, kind: str) -> int:
-    ends = _DENIAL_END if kind in ("denial", "ending") else _CONJUNCTION
+    ends = _CONJUNCTION if kind in ("assertion", "doubt") else _DENIAL_END
     stop = ends.search(sentence, start)
+    while stop and kind == "denial" and (shown := _SHOWN_OR.match(sentence, stop.start())):
+        stop = ends.search(sentence, shown.end())  # "no effusion seen or pneumothorax"
     limit = stop.start() if stop else len(sentence)
+    if ")" in sentence:
+        closing = sentence.find(")", start, limit)
+        if closing >= 0 and "(" not in sentence[start:closing]:
+            limit = closing
     if kind == "assertion":
         return limit
+    if kind == "place":
+        end = _PLACE_END.search(sentence, start, limit)
+        return end.start() if end else limit
     for separator in _SEPARATOR.finditer(sentence, start, limit):
+        if _ONE_WORD_ASIDE.match(sentence, separator.start()):
+            continue
         joins = _CLOSING.search(separator.group())
         if not joins and _asserts(sentence, separator.end(), separator.group(), kind):
             return separator.start()
@@ -107,7 +131,10 @@ def _end_of_reach(sentence: str, start: int, kind: str) -> int:
 
 
 def _asserts(sentence: str, start: int, separator: str, kind: str) -> bool:
-    """Whether a new assertion starts behind a comma or an "and", not another item of the list."""
+    """Whether a new assertion starts behind a comma, dash, bracket or "and", not another item of
+    the list."""
+    if not separator[-1:].isalpha() and not separator.startswith(","):
+        separator = ","
     while sentence[start : start + 1] == " ":
         start += 1
     stop = _CONJUNCTION.search(sentence, start)
@@ -123,6 +150,8 @@ def _asserts(sentence: str, start: int, separator: str, kind: str) -> bool:
         return True
     if kind == "ending":
         return False
+    if kind == "removal":
+        return not _DEVICE.search(item)
     head = " ".join(noun.split()[:5])
     if _SIZE.match(head) and _SIDE.search(head):
         return True
