@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,14 +94,19 @@ class Echo:
         self.generation_config = SimpleNamespace(eos_token_id=None)
         self.device = torch.device("cpu")
         self.batches: list[int] = []
+        self.killed_at = 1000
+        self.prompts: list[str] = []
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         self.batches.append(len(input_ids))
+        if len(self.batches) == self.killed_at:
+            raise KeyboardInterrupt
         new = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.tokenizer.decode(ids[mask.bool()])
+            self.prompts.append(prompt)
             answer = self.tokenizer(self.script(prompt))["input_ids"]
             new.append([*answer, self.tokenizer.eos_token_id])
         width = max(map(len, new))
@@ -142,6 +148,82 @@ def test_a_bad_first_answer_is_retried_and_others_do_not_wait(folder: Path) -> N
     assert [cf.study_id for cf in made] == [s.study_id for s in studies]
     assert all(cf.passed for cf in made)
     assert sum(model.batches) == 10 and len(model.batches) <= 6
+
+
+@pytest.fixture
+def stubborn(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(run, ids): runs the command with a model that never rewrites the first record, which `ids`
+    begin with, and is killed at a batch."""
+    dataset = write_open_i(tmp_path / "reports", REPORTS[:5])
+    main(["--dataset", str(dataset), "--output", str(tmp_path / "graph.jsonl")])
+    first = rows(tmp_path / "graph.jsonl")[0]
+    tokenizer = load_local(folder)._tokenizer
+
+    def script(prompt: str) -> str:
+        bad = first["report"] in prompt and f"also had {first['target']}." in prompt
+        return "no report" if bad else answer(prompt)
+
+    def command(output: Path, *more: str, killed_at: int = 1000) -> Echo:
+        model = Echo(tokenizer, script)
+        model.killed_at = killed_at
+        monkeypatch.setattr(
+            "cpo_fast.counterfactual.__main__.load_local",
+            lambda _, **options: LocalWriter(model, tokenizer, **options),
+        )
+        flags = ("--batch_size", "3", "--max_new_tokens", "1024", *more)
+        if killed_at == 1000:
+            assert run(folder, dataset, output, *flags) == 0
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(folder, dataset, output, *flags)
+        return model
+
+    return command, [row["id"] for row in rows(tmp_path / "graph.jsonl")]
+
+
+def test_a_record_is_written_as_it_is_decided_and_a_killed_run_repeats_none(
+    stubborn: Any, tmp_path: Path
+) -> None:
+    command, ids = stubborn
+    output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
+    command(output, killed_at=3)
+    assert [row["id"] for row in rows(output)] == ids[1:5]  # the first one is open still
+    rest = command(output)
+    assert [row["id"] for row in rows(apart)] == ids[:1]
+    assert sorted(row["id"] for row in rows(output)) == sorted(ids[1:])
+    assert len(rest.prompts) == 4 + len(ids[5:])
+    assert command(output).batches == []
+
+
+@pytest.mark.parametrize("form", ["trl", "ccf"])
+def test_formats_by_study_hold_whole_studies(form: str, stubborn: Any, tmp_path: Path) -> None:
+    command, ids = stubborn
+    command(tmp_path / "cut", "--format", form, killed_at=3)
+    text = (tmp_path / "cut").read_text()
+    if form == "trl":
+        assert [row["id"] for row in rows(tmp_path / "cut")] == ids[2:4]  # study 0 is open still
+    else:
+        (item,) = json.loads(text + "]")
+        assert [f"{item['sid']}/{target}" for target in item["counterfact"]] == ids[2:4]
+    command(tmp_path / "whole", "--format", form)
+    whole = (tmp_path / "whole").read_text()
+    assert whole.startswith(text)
+    if form == "trl":
+        found = [row["id"].split("/")[0] for row in rows(tmp_path / "whole")]
+        assert all(a == b or a not in found[n + 1 :] for n, (a, b) in enumerate(pairwise(found)))
+        assert len(found) == len(ids) - 1
+
+
+def test_progress_counts_drafts_and_tokens_of_a_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("cpo_fast.counterfactual.progress.EVERY_SECONDS", 0.0)
+    dataset = write_open_i(tmp_path / "reports", REPORTS[:2])
+    run(folder, dataset, tmp_path / "cf.jsonl", "--batch_size", "4")
+    said = capsys.readouterr().err
+    assert "0 drafts, 0 passed, 0 set aside, 4 open, 2 studies, token 1 of at most 12" in said
+    assert "16 drafts, 0 passed, 4 set aside, 0 open, 2 studies" in said
+    assert not any(report.findings in said for report in REPORTS[:2])
 
 
 def test_a_prompt_longer_than_the_model_reads_is_set_aside_at_once(folder: Path) -> None:

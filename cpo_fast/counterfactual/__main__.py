@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +19,10 @@ from tqdm import tqdm
 from cpo_fast.concepts import load_graph
 from cpo_fast.console import piped
 from cpo_fast.counterfactual.formats import FORMATS, rows
-from cpo_fast.counterfactual.generate import balance, counterfactuals, placed
+from cpo_fast.counterfactual.generate import balance, decided, placed
 from cpo_fast.counterfactual.local import load_local
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
+from cpo_fast.counterfactual.progress import DraftBar
 from cpo_fast.counterfactual.server import ServerWriter
 from cpo_fast.counterfactual.writers import GraphWriter, Writer
 from cpo_fast.data import STUDY_FORMATS, open_studies
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _writer(args: argparse.Namespace) -> Writer:
+def _writer(args: argparse.Namespace, bar: DraftBar) -> Writer:
     """The generator that the flags ask for."""
     if args.generator == "graph":
         return GraphWriter()
@@ -113,6 +114,7 @@ def _writer(args: argparse.Namespace) -> Writer:
             batch_size=args.batch_size,
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
+            told=bar.writing,
         )
     if args.api_key_env and not os.environ.get(args.api_key_env):
         raise UsageError(f"--api_key_env {args.api_key_env}: there is no such variable")
@@ -151,7 +153,8 @@ def _run(args: argparse.Namespace) -> int:
         sections=args.sections,
         image_root=args.image_root,
     )
-    writer = _writer(args)
+    bar = DraftBar()
+    writer = _writer(args, bar)
     folder = args.output.parent
     if not folder.is_dir():
         folder.mkdir(parents=True, mode=0o700)
@@ -168,22 +171,24 @@ def _run(args: argparse.Namespace) -> int:
         }
 
         def studies() -> Iterator[Study]:
-            shard = islice(source, index, None, count)
-            for study in tqdm(shard, "counterfactuals", disable=None, unit=" studies"):
+            for study in islice(source, index, None, count):
+                bar.studies += 1
                 if study.study_id not in finished:
                     yield placed(study, folder)
 
-        made: Iterable[Counterfactual]
+        made: Iterable[list[Counterfactual]]
         if args.kind == "perception":
             everyone = tqdm(source, "images", disable=None, unit=" studies")
             pool = build_pool((placed(study, folder) for study in everyone), graph)
-            made = perception_counterfactuals(studies(), pool, graph, seed=args.seed)
+            left = tqdm(studies(), "counterfactuals", disable=None, unit=" studies")
+            found = perception_counterfactuals(left, pool, graph, seed=args.seed)
+            made = ([one] for one in found)
         else:
             prices = {}
             if args.balance_targets:
                 everyone = tqdm(source, "targets", disable=None, unit=" studies")
                 prices = balance(everyone, graph, num_targets=args.num_targets, seed=args.seed)
-            made = counterfactuals(
+            made = decided(
                 studies(),
                 graph,
                 num_targets=args.num_targets,
@@ -192,10 +197,12 @@ def _run(args: argparse.Namespace) -> int:
                 generator=writer,
                 prices=prices,
                 skip=done,
+                by_study=not lines,
+                told=bar.drafted,
             )
         passed, failed = 0, Counter[str]()
         write = _Writer(good, args.format)
-        for _, group in groupby(made, key=lambda cf: cf.study_id):
+        for group in made:
             passing = []
             for cf in group:
                 if cf.passed:
@@ -204,10 +211,11 @@ def _run(args: argparse.Namespace) -> int:
                     reason = ",".join(name for name, ok in cf.checks.items() if not ok)
                     failed[reason] += 1
                     bad.write(_line({**cf.to_json(), "reason": reason}))
-            bad.flush()
+                    bad.flush()
             passed += len(passing)
-            write.study(passing)
+            write.add(passing)
         write.close()
+        bar.close()
     _summary(args.output, passed, failed, len(done), source)
     for reason, number in writer.faults.most_common():
         print(f"  while writing, {reason}: {number}")
@@ -297,7 +305,8 @@ class _Writer:
         if form == "ccf":
             file.write("[\n")
 
-    def study(self, passing: list[Counterfactual]) -> None:
+    def add(self, passing: list[Counterfactual]) -> None:
+        """One record, or all of a study where the format keeps them together."""
         for row in rows(passing, self.form):
             if self.form == "ccf":
                 self.file.write((",\n" if self.count else "") + _line(row).rstrip("\n"))

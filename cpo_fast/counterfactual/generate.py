@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from cpo_fast.concepts.labeller import (
@@ -19,6 +18,7 @@ from cpo_fast.concepts.labeller import (
 from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.checks import check
 from cpo_fast.counterfactual.lexicon import GraphKey
+from cpo_fast.counterfactual.progress import Tally
 from cpo_fast.counterfactual.prompt import Task
 from cpo_fast.counterfactual.targets import even_prices, pick, target_scores
 from cpo_fast.counterfactual.wording import WORDINGS
@@ -62,8 +62,10 @@ def counterfactuals(
     prices: Mapping[str, float] | None = None,
     skip: Collection[str] = (),
 ) -> Iterator[Counterfactual]:
-    """Counterfactuals of each study in turn, `num_targets` of them; failing ones too (`.passed`
-    False).
+    """Counterfactuals of the studies, `num_targets` of each; failing ones too (`.passed` False).
+
+    They come in the order in which they are decided: that of the studies for "graph", which writes
+    one at a time; others may pass while an earlier one is drafted again.
 
     `generator` is "graph" or a `Writer`. With `targets`, the first `num_targets` of them are taken;
     `prices` (see `balance`) even out the choice. What `skip` names by id is
@@ -71,6 +73,35 @@ def counterfactuals(
     without text one whose check "report" is False; both have no text, as has a record whose writer
     gave none: its one check is the reason. Raises UsageError for an unknown generator or disease.
     """
+    return chain.from_iterable(
+        decided(
+            studies,
+            graph,
+            num_targets=num_targets,
+            targets=targets,
+            seed=seed,
+            generator=generator,
+            prices=prices,
+            skip=skip,
+        )
+    )
+
+
+def decided(
+    studies: Iterable[Study],
+    graph: ConceptGraph,
+    *,
+    num_targets: int = 2,
+    targets: Sequence[str] | None = None,
+    seed: int = 42,
+    generator: str | Writer = "graph",
+    prices: Mapping[str, float] | None = None,
+    skip: Collection[str] = (),
+    by_study: bool = False,
+    told: Callable[[Tally], None] | None = None,
+) -> Iterator[list[Counterfactual]]:
+    """`counterfactuals`, each alone when it is decided, or all of a study (`by_study`) when the
+    last of them is. `told` hears of every draft."""
     if generator == "graph":
         generator = GraphWriter()
     if isinstance(generator, str):
@@ -84,8 +115,11 @@ def counterfactuals(
             known = ", ".join(n for n in graph.diseases if n in WORDINGS)
             raise UsageError(f"target {name} is unknown; one of {known}")
     entries = _entries(studies, graph, num_targets, targets, seed, prices or {}, skip)
-    for entry in _drafted(entries, graph, generator):
-        yield _record(entry, graph, generator.name)
+    for entry in _drafted(entries, graph, generator, told):
+        entry.decided = True
+        group = entry.of_study if by_study else [entry]
+        if all(one.decided for one in group):
+            yield [_record(one, graph, generator.name) for one in group]
 
 
 def balance(
@@ -104,8 +138,10 @@ class _Entry:
     labels: Labels
     task: Task
     checks: dict[str, bool]
+    of_study: list[_Entry] = field(repr=False)
     text: Report = field(default_factory=Report)
     open: bool = True
+    decided: bool = False
 
 
 def read_study(
@@ -141,30 +177,46 @@ def _entries(
         labels, merged, scores = read_study(study, graph, seed)
         chosen = list(targets)[:num_targets] if targets else pick(scores, prices, num_targets)
         written = bool(study.report.findings.strip() or study.report.impression.strip())
+        of_study: list[_Entry] = []
         for target in chosen:
             if f"{study.study_id}/{target}" in skip:
                 continue
             checks = {"report": written, "target_absent": merged.get(target) != 1}
             task = Task(study.report, target, study.study_id, seed)
-            yield _Entry(study, labels, task, checks, open=all(checks.values()))
+            of_study.append(
+                _Entry(study, labels, task, checks, of_study, open=all(checks.values()))
+            )
+        yield from of_study
 
 
-def _drafted(entries: Iterator[_Entry], graph: ConceptGraph, writer: Writer) -> Iterator[_Entry]:
-    """The entries in order, each drafted until it passes or its attempts are used up.
+def _drafted(
+    entries: Iterator[_Entry],
+    graph: ConceptGraph,
+    writer: Writer,
+    told: Callable[[Tally], None] | None,
+) -> Iterator[_Entry]:
+    """Each entry as soon as it is decided: a draft passes, or its attempts are used up.
 
     A round writes all that is open among the next `writer.window`: first drafts beside retries, so
     that a writer is never left with the few that are hard.
     """
-    queue: deque[_Entry] = deque()
-    waiting = 0
+    waiting: list[_Entry] = []
+    tally = Tally()
     while True:
-        for entry in islice(entries, writer.window - waiting):
-            queue.append(entry)
-        tried = [entry for entry in queue if entry.open]
-        if not queue:
+        new = list(islice(entries, writer.window - len(waiting)))
+        waiting += [entry for entry in new if entry.open]
+        for entry in new:
+            if not entry.open:
+                tally.set_aside += 1
+                yield entry
+        if not waiting and not new:
             return
-        drafts = writer.write(graph, [entry.task for entry in tried]) if tried else []
-        for entry, draft in zip(tried, drafts, strict=True):
+        tally.open = len(waiting)
+        if told is not None:
+            told(tally)
+        drafts = writer.write(graph, [entry.task for entry in waiting]) if waiting else ()
+        for index, draft in drafts:
+            entry = waiting[index]
             task = entry.task
             if isinstance(draft, RecordError):
                 entry.text, entry.checks = Report(), {draft.reason: False}
@@ -174,11 +226,17 @@ def _drafted(entries: Iterator[_Entry], graph: ConceptGraph, writer: Writer) -> 
             failed = tuple(name for name, good in entry.checks.items() if not good)
             last = task.attempt + 1 == ATTEMPTS or isinstance(draft, GaveUpError)
             entry.open = bool(failed) and not last
+            tally.drafts += 1
             if entry.open:
                 entry.task = replace(task, attempt=task.attempt + 1, failed=failed)
-        while queue and not queue[0].open:
-            yield queue.popleft()
-        waiting = sum(entry.open for entry in queue)
+            else:
+                tally.passed += not failed
+                tally.set_aside += bool(failed)
+                tally.open -= 1
+                yield entry
+            if told is not None:
+                told(tally)
+        waiting = [entry for entry in waiting if entry.open]
 
 
 def _stronger(a: int | None, b: int | None) -> int | None:

@@ -8,13 +8,14 @@ not depend on which others share its batch (up to the rounding of batched matrix
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_answer
 from cpo_fast.counterfactual.targets import draw
 from cpo_fast.counterfactual.writers import Draft, GaveUpError
+from cpo_fast.data.positions import position_limit
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ConceptGraph
 
@@ -26,7 +27,10 @@ RETRY_TEMPERATURE = 0.7
 
 
 class LocalWriter:
-    """Writes with `model` and `tokenizer`, `batch_size` records at a time; see `load_local`."""
+    """Writes with `model` and `tokenizer`, `batch_size` records at a time; see `load_local`.
+
+    `told` hears (new tokens per draft so far, `max_new_tokens`) at every token of a batch.
+    """
 
     name = "local"
 
@@ -38,6 +42,7 @@ class LocalWriter:
         batch_size: int = 8,
         temperature: float = 0.0,
         max_new_tokens: int = 1024,
+        told: Callable[[int, int], None] | None = None,
     ) -> None:
         for flag, value, least in (
             ("batch_size", batch_size, 1),
@@ -50,30 +55,32 @@ class LocalWriter:
             raise UsageError("--model: its tokenizer has no end-of-text token; give another model")
         self._model, self._tokenizer = model, tokenizer
         self._temperature, self._max_new = temperature, max_new_tokens
+        self._told = told
         self.window = batch_size
         self.faults: Counter[str] = Counter()
 
-    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        drafts: dict[int, Draft] = {}
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterator[tuple[int, Draft]]:
+        limit = position_limit(self._model.config)
         prompts: dict[int, list[int]] = {}
         for index, task in enumerate(tasks):
             ids = self._encode(build_prompt(graph, task))
             if limit is not None and len(ids) + self._max_new > limit:
                 detail = f"{len(ids)} and {self._max_new} new tokens, at most {limit} together"
-                drafts[index] = GaveUpError("prompt-too-long", detail)
                 self.faults["prompt-too-long"] += 1
+                yield index, GaveUpError("prompt-too-long", detail)
             else:
                 prompts[index] = ids
         if prompts:
             written = self._generate(list(prompts.values()), [tasks[i] for i in prompts])
             for index, new in zip(prompts, written, strict=True):
-                try:
-                    drafts[index] = parse_answer(self._text(new), tasks[index].report)
-                except RecordError as error:
-                    self.faults[error.reason] += 1
-                    drafts[index] = error
-        return [drafts[index] for index in range(len(tasks))]
+                yield index, self._draft(new, tasks[index])
+
+    def _draft(self, new: list[int], task: Task) -> Draft:
+        try:
+            return parse_answer(self._text(new), task.report)
+        except RecordError as error:
+            self.faults[error.reason] += 1
+            return error
 
     def _encode(self, prompt: str) -> list[int]:
         if self._tokenizer.chat_template:
@@ -113,6 +120,9 @@ class LocalWriter:
                 eos_token_id=sorted(self._ends()),
                 pad_token_id=pad,
                 logits_processor=processors,
+                **(
+                    {} if self._told is None else {"streamer": _Streamer(self._told, self._max_new)}
+                ),
             )
         return [row[width:].tolist() for row in out]
 
@@ -122,6 +132,20 @@ class LocalWriter:
         if stop is None and len(new) >= self._max_new:
             raise RecordError("answer-cut-short", f"no end within {self._max_new} tokens")
         return str(self._tokenizer.decode(new[:stop], skip_special_tokens=True))
+
+
+class _Streamer:
+    """What `generate` puts tokens into: the prompts first, then one token of every row."""
+
+    def __init__(self, told: Callable[[int, int], None], most: int) -> None:
+        self.told, self.most, self.tokens = told, most, -1
+
+    def put(self, _: Any) -> None:
+        self.tokens += 1
+        self.told(self.tokens, self.most)
+
+    def end(self) -> None:
+        pass
 
 
 class _Sampling:

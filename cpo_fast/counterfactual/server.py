@@ -18,8 +18,8 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
@@ -135,20 +135,29 @@ class ServerWriter:
             )
         return addresses
 
-    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterator[tuple[int, Draft]]:
+        unreachable: list[tuple[int, Draft]] = []  # until an answer shows that there is a server
         with ThreadPoolExecutor(self._concurrency) as pool:
-            futures = [pool.submit(self._draft, build_prompt(graph, t), t) for t in tasks]
+            futures = {
+                pool.submit(self._draft, build_prompt(graph, task), task): index
+                for index, task in enumerate(tasks)
+            }
             try:
-                drafts = [future.result() for future in futures]
+                for future in as_completed(futures):
+                    draft = future.result()
+                    if isinstance(draft, GaveUpError) and draft.reason == "server-unreachable":
+                        unreachable.append((futures[future], draft))
+                    else:
+                        yield futures[future], draft
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if all(isinstance(d, GaveUpError) and d.reason == "server-unreachable" for d in drafts):
+        if len(unreachable) == len(tasks):
             raise DataError(
                 f"no server answers at {self._host}, port {self._port}; start it and run the same "
                 f"command again: it goes on where it stopped"
             )
-        return drafts
+        yield from unreachable
 
     def _draft(self, prompt: str, task: Task) -> Draft:
         try:

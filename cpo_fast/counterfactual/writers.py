@@ -7,7 +7,7 @@ of them (`cpo_fast.counterfactual.generate`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from cpo_fast.counterfactual.prompt import Task
@@ -31,9 +31,11 @@ class Writer(Protocol):
     window: int
     faults: Counter[str]
 
-    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
-        """One draft for each task, in order. Whatever concerns one record alone is returned as a
-        RecordError (`GaveUpError` where a retry can't help); what concerns the run is raised."""
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterable[tuple[int, Draft]]:
+        """(index of the task, its draft), one for each task, as they are done.
+
+        What concerns one record alone is its draft: a RecordError (`GaveUpError` where a retry
+        can't help); what concerns the run is raised."""
         ...
 
 
@@ -46,8 +48,8 @@ class GraphWriter:
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
 
-    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
-        return [self._write(graph, task) for task in tasks]
+    def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterable[tuple[int, Draft]]:
+        return enumerate(self._write(graph, task) for task in tasks)
 
     def _write(self, graph: ConceptGraph, task: Task) -> Draft:
         try:

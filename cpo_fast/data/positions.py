@@ -1,0 +1,32 @@
+"""How many positions a model was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def position_limit(config: Any) -> int | None:
+    """Tokens that a sequence may hold by a model's configuration, None where it names no bound.
+
+    `max_position_embeddings` of the text part, or what RoPE scaling (linear, dynamic, YaRN,
+    Llama 3: a `factor` on the original length) makes of it, whichever is more.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    scaled = [
+        part["factor"] * (part.get("original_max_position_embeddings") or limit)
+        for part in _parts(rope)
+        if part.get("factor")
+    ]
+    return max([limit, *map(int, scaled)])
+
+
+def _parts(rope: Any) -> Iterator[Mapping[str, Any]]:
+    """The settings themselves, or, where layers differ, those of each kind of layer."""
+    if isinstance(rope, Mapping):
+        yield rope
+        yield from (part for part in rope.values() if isinstance(part, Mapping))
