@@ -12,7 +12,10 @@ import pytest
 import yaml
 from report_samples import REPORT, write_run
 
+from cpo_fast.report import write_report
 from cpo_fast.report.model_card import base_model, card_of_export, write_cards
+from cpo_fast.report.read import Run
+from cpo_fast.report.words import reference
 from cpo_fast.training.arguments import parse_arguments
 
 
@@ -71,7 +74,7 @@ def test_figures_settings_and_nothing_private(run: Path, monkeypatch: Any) -> No
     assert "| Counterfactuals, perception | 4 |" in card and "2604.15705" in card
     for reason in summary["data"]["rejected"]:
         assert f"| Set aside: {reason} |" in card
-    assert "### Diagnosis, overall" in card and "### Preference for the original report" in card
+    assert "### Diagnosis, overall" in card and "### Preference for the chosen answer" in card
     for private in (REPORT, *REPORT.split("."), "secret", str(run), "/elsewhere", "/data/"):
         assert len(private.strip()) < 4 or private.strip() not in card, private
     ids = [json.loads(line)["id"] for line in (run / "rejected_records.jsonl").open()]
@@ -102,6 +105,42 @@ def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
 )
 def test_the_base_models_name_on_a_hub(path: str, name: str | None) -> None:
     assert base_model({"model_name_or_path": path}) == name
+
+
+def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["data"] = {"kind": "trl", "read": 30, "used": 24, "rejected": {}}
+    del summary["stages"]["sft"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    config = json.loads((run / "config.json").read_text())
+    config |= {"stages": "cpo", "loss_type": "hinge", "counterfactual_sources": "thinking"}
+    (run / "config.json").write_text(json.dumps(config))
+    cards = {path.parent.name: path for path in write_cards(run)}
+    card = cards["checkpoint-4"].read_text(encoding="utf-8")
+    assert "preference rows of the format `trl`; 24 used." in card
+    assert "to prefer the chosen to the rejected answers of the data" in card
+    assert "The reference is the model that the run started from." in card
+    top = card.split("## Hyper-parameters")[0]
+    for claim in ("think", "report", "radiolog", "counterfactual", "chest", "SFT", "2505.13081"):
+        assert claim not in top, claim
+    merged = cards["merged"].read_text(encoding="utf-8")
+    assert "It was trained on the chosen answers." in merged
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "The model learns to prefer the chosen to the rejected answers of the data." in page
+    assert "to its counterfactual" not in page and "Studies used" not in page
+    assert "<h2>Preference optimisation</h2>" in page
+
+
+def test_the_reference_is_named_as_it_was(run: Path) -> None:
+    def sentence(**config: Any) -> str:
+        return reference(Run(run, config=config))
+
+    assert sentence(stages="cpo", loss_type="sigmoid") == (
+        "The reference is the model that the run started from, so the loss starts at ln 2 = 0.693 "
+        "and the rewards at 0."
+    )
+    assert "SFT model" in sentence(stages="sft,cpo") and "SFT" in sentence(sft_checkpoint="x")
+    assert sentence(loss_type="simpo") == "The loss simpo has no reference model."
 
 
 def test_a_run_without_a_checkpoint_gets_no_card(tmp_path: Path) -> None:

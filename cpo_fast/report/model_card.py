@@ -21,16 +21,15 @@ from cpo_fast.report.tables import (
     Table,
     counts,
     evaluation_tables,
+    is_number,
     name_of,
     number,
     seconds,
     speed_table,
 )
+from cpo_fast.report.words import data_kind, of_reports, reference, stage_title
 
-TITLES = {
-    "sft": "supervised fine-tuning on radiology reports",
-    "cpo": "counterfactual preference optimisation (CPO)",
-}
+STAGES = ("sft", "cpo")
 PAPERS = {
     "cpo": "[arXiv 2505.13081](https://arxiv.org/abs/2505.13081)",
     "perception": "[arXiv 2604.15705](https://arxiv.org/abs/2604.15705)",
@@ -54,7 +53,7 @@ def write_cards(run_dir: Path) -> list[Path]:
     summary.json names, and into that of the merged SFT model. Returns the files."""
     run = read_run(run_dir)
     written = []
-    for stage in ("sft", "cpo"):
+    for stage in STAGES:
         named = run.part("stages", stage).get("checkpoint")
         checkpoint = run_dir / stage / Path(named).name if isinstance(named, str) else None
         for folder in (checkpoint, run_dir / stage / "merged"):
@@ -67,7 +66,7 @@ def card_of_export(checkpoint: Path, folder: Path) -> Path | None:
     """The card of a whole model merged from `checkpoint`, where that lies in the folder of a
     finished run (run/stage/checkpoint-N); else None."""
     stage, run_dir = checkpoint.resolve().parent.name, checkpoint.resolve().parents[1]
-    if stage not in TITLES or not (run_dir / "summary.json").is_file():
+    if stage not in STAGES or not (run_dir / "summary.json").is_file():
         return None
     return write_card(folder, read_run(run_dir), stage)
 
@@ -86,16 +85,15 @@ def model_card(folder: Path, run: Run, stage: str) -> str:
     adapter = (folder / "adapter_config.json").is_file()
     sees = (folder / "preprocessor_config.json").is_file()
     base = base_model(run.config)
-    phantom = run.config.get("dataset") == "phantom"
-    kind = "phantom" if phantom else run.part("data").get("kind")
+    phantom = data_kind(run) == "phantom"
     name = f"{base.split('/')[-1] if base else _base_words(run.config)}, {stage.upper()}"
     parts = [
-        _header(base, adapter=adapter, sees=sees, stage=stage),
+        _header(base, adapter=adapter, sees=sees, stage=stage, of_reports=of_reports(run)),
         f"# {name}",
-        f"{'A LoRA adapter' if adapter else 'A model'} from {TITLES[stage]} with cpo_fast "
+        f"{'A LoRA adapter' if adapter else 'A model'} from "
+        f"{stage_title(run, stage)[0].lower()}{stage_title(run, stage)[1:]} with cpo_fast "
         f"{run.part('versions').get('cpo_fast', '')}".rstrip()
-        + f", on data of the kind `{kind}`. It answers with a report and a diagnosis: "
-        "`<think> report </think> The disease of this patient is ...`",
+        + f", on {_data_words(run)}",
         _method(run, stage),
         "**Not a medical device.** The model was evaluated as below and in no other way; it may "
         "not be used for diagnosis."
@@ -135,8 +133,8 @@ def _base_words(config: Mapping[str, Any]) -> str:
     return "A tiny random model" if name == "tiny" else name
 
 
-def _header(base: str | None, *, adapter: bool, sees: bool, stage: str) -> str:
-    tags = ["cpo_fast", stage, "chest-x-ray", "radiology"]
+def _header(base: str | None, *, adapter: bool, sees: bool, stage: str, of_reports: bool) -> str:
+    tags = ["cpo_fast", stage, *(["chest-x-ray", "radiology"] if of_reports else [])]
     tags += ["preference-optimization", "dpo"] if stage == "cpo" else []
     lines = [
         f"library_name: {'peft' if adapter else 'transformers'}",
@@ -148,19 +146,36 @@ def _header(base: str | None, *, adapter: bool, sees: bool, stage: str) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _data_words(run: Run) -> str:
+    kind = data_kind(run)
+    if of_reports(run):
+        return (
+            f"data of the kind `{kind}`. It answers with a report and a diagnosis: "
+            "`<think> report </think> The disease of this patient is ...`"
+        )
+    if not kind:
+        return "data that the run does not describe."
+    used = run.part("data").get("used")
+    count = f"; {number(used)} used" if is_number(used) else ""
+    return f"preference rows of the format `{kind}`{count}."
+
+
 def _method(run: Run, stage: str) -> str:
     if stage == "sft":
-        return "It was trained on the radiologists' reports and diagnoses."
-    text = (
-        "It was trained to prefer the radiologist's report and diagnosis to a counterfactual one, "
-        f"as described in {PAPERS['cpo']}"
-    )
+        what = "reports and diagnoses of the data set" if of_reports(run) else "chosen answers"
+        return f"It was trained on the {what}."
+    text = "It was trained to prefer the chosen to the rejected answers of the data"
+    if of_reports(run):
+        text = (
+            "It was trained to prefer the study's report and diagnosis to a counterfactual one, "
+            f"as described in {PAPERS['cpo']}"
+        )
     if "perception" in counts(run.part("data", "counterfactual_sources")):
         text += (
             ", and the answer before its own image to the same answer before another patient's "
             f"({PAPERS['perception']})"
         )
-    return text + ". The reference was the SFT model."
+    return f"{text}. {reference(run)}"
 
 
 def _use(*, adapter: bool, sees: bool) -> str:
@@ -169,7 +184,7 @@ def _use(*, adapter: bool, sees: bool) -> str:
     if adapter:
         lines.insert(0, "from peft import PeftModel")
         lines += [
-            'base = "..."  # the SFT model that this adapter was trained on',
+            'base = "..."  # the model that this adapter was trained on',
             f"model = {auto}.from_pretrained(base)",
             'model = PeftModel.from_pretrained(model, "...")  # this folder',
         ]

@@ -18,17 +18,11 @@ from cpo_fast.report.drift import drift_study
 from cpo_fast.report.examples import data_uri, example_of
 from cpo_fast.report.figures import DARK, LIGHT, Line, Panel, concept_graph, curves, intervals
 from cpo_fast.report.read import Run, read_run
+from cpo_fast.report.words import of_reports, stage_note, stage_title
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN_EXAMPLES = 8
 SHOWN_DRIFTS = 4
-
-STAGE_TITLES = {"sft": "Supervised fine-tuning", "cpo": "Counterfactual preference optimisation"}
-STAGE_NOTES = {
-    "sft": "The model learns the report as its thought and the diagnosis as its answer.",
-    "cpo": "The model learns to prefer the report to its counterfactual; the reference is the SFT "
-    "model, so the loss starts at ln 2 = 0.693 and the rewards at 0.",
-}
 
 
 @dataclass(frozen=True)
@@ -53,9 +47,9 @@ def write_report(run_dir: Path | str) -> Path:
     stages = [
         {
             "id": _id(stage),
-            "title": STAGE_TITLES.get(stage, stage),
+            "title": stage_title(run, stage),
             "short": t.name_of(stage),
-            "note": STAGE_NOTES.get(stage, ""),
+            "note": stage_note(run, stage),
             "pictures": pictures(stage_panels([run], [""], stage), figures),
         }
         for stage in run.stages()
@@ -98,7 +92,7 @@ def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
     stages = [
         {
             "id": _id(stage),
-            "title": STAGE_TITLES.get(stage, stage),
+            "title": stage_title(runs[0], stage),
             "short": t.name_of(stage),
             "pictures": pictures(stage_panels(runs, names, stage), None),
         }
@@ -159,13 +153,13 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...
     (
         "rewards",
         "rewards",
-        (("rewards/chosen", "original"), ("rewards/rejected", "counterfactual")),
+        (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
         {"zero_line": True},
     ),
     (
         "logps",
         "log-probability of the answer",
-        (("logps/chosen", "original"), ("logps/rejected", "counterfactual")),
+        (("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
         {},
     ),
     ("grad_norm", "gradient norm", (("grad_norm", "gradient norm"),), {"log_scale": True}),
@@ -271,7 +265,8 @@ def _cards(run: Run) -> list[dict[str, str]]:
     if t.is_number(data.get("used")):
         rejected = sum(t.counts(data.get("rejected")).values())
         note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
-        cards.append({"label": "Studies used", "value": t.number(data["used"]), "note": note})
+        label = "Studies used" if of_reports(run) else "Records used"
+        cards.append({"label": label, "value": t.number(data["used"]), "note": note})
     times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]
     if known := [x for x in times if t.is_number(x)]:
         cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": _timed(run)})

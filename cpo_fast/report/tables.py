@@ -180,7 +180,7 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     wanted = (
         ("accuracy", "Reward accuracy", percent),
         ("margin", "Reward margin", number),
-        ("policy_accuracy", "More likely than the counterfactual", percent),
+        ("policy_accuracy", "More likely than the rejected answer", percent),
     )
     rows = [
         figure_row(label, [get(m, key) for m in models.values()], show)
@@ -189,10 +189,11 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     pairs = tuple(Cell(number(m.get("pairs"))) for m in models.values())
     rows.append(Row("Held-out pairs", pairs))
     note = (
-        "Reward: beta times the log-ratio to the SFT model. A pair is won when the reward of the "
-        "original is the higher one; the third row compares the model's own log-probabilities."
+        "Reward: beta times the log-ratio to the reference model. A pair is won when the reward of "
+        "the chosen answer is the higher one; the third row compares the model's own "
+        "log-probabilities."
     )
-    return [Table("Preference for the original report", ("", *columns), tuple(rows), note)]
+    return [Table("Preference for the chosen answer", ("", *columns), tuple(rows), note)]
 
 
 def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:

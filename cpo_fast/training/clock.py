@@ -75,6 +75,10 @@ class Clock:
         if self.steps >= WARM_UP_STEPS:
             self._phases[name] += seconds
 
+    def seconds(self, phase: str) -> float:
+        """Of a phase since the last row."""
+        return self._row_phases[phase]
+
     def count_step(self, batches: Iterable[PackedBatch]) -> None:
         count = _Count()
         for batch in batches:

@@ -1,7 +1,8 @@
-"""`--dry_run`: what a run would do and take, from its plan and a few steps on throw-away state."""
+"""`--dry_run`: what a run would do and take, from its plan and a few packs on throw-away state."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, image_token_id
-from cpo_fast.packing.plan import part_tokens
+from cpo_fast.packing.plan import Pack, part_tokens
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.bar import duration
 from cpo_fast.training.base import Base
@@ -29,8 +30,7 @@ from cpo_fast.training.state import StageState
 from cpo_fast.training.step import Stepper
 from cpo_fast.types import PreferenceGroup
 
-TIMED_STEPS = 3
-ENOUGH_SECONDS = 120.0  # of timed steps; long ones are not timed three times
+ENOUGH_SECONDS = 3.0  # of timed packs; no other is begun after that
 GIB = 2**30
 
 
@@ -84,27 +84,32 @@ def _plan(
         max_grad_norm=args.max_grad_norm, stop=stop, world=world,
     )  # fmt: skip
     packed.model.train()
-    heaviest = max(range(len(steps)), key=lambda i: _heaviest(groups, steps[i]))
-    heaviest = round(max(world.gather(heaviest)))
-    tried = [heaviest, *range(min(TIMED_STEPS, len(steps)))]
-    feed = StepFeed(groups, [steps[i] for i in tried], base.pixels, image_token_id(base.tokenizer))
-    seconds = tokens = 0.0
-    for index in range(len(tried)):
-        begun = time.perf_counter()
+    tried = _tried(groups, [pack for step in steps for pack in step if pack])
+    longest = max(world.gather(max(map(partial(_pack_tokens, groups), tried))))
+    if world.is_main:
+        print(f"{stage}: timing a few packs, the longest has {longest} tokens", file=sys.stderr)
+    trials = [Step((pack,), sum(max(1, len(which)) for _, which in pack)) for pack in tried]
+    feed = StepFeed(groups, trials, base.pixels, image_token_id(base.tokenizer))
+    seconds = updates = 0.0
+    tokens = timed = 0
+    for index, pack in enumerate(tried):
+        begun, updated = time.perf_counter(), clock.seconds("optimiser")
         stepper(index + 1, feed[index], partial(feed.halved, index))
         if stepper.stopping(together=True):
             raise Interrupted("the dry run was stopped; there is nothing to go on from")
         if index:  # the first one warms up
-            seconds += time.perf_counter() - begun
-            tokens += _tokens(groups, steps[tried[index]])
-            plan["timed_steps"] = index
-            if world.any(seconds > ENOUGH_SECONDS):
+            update = clock.seconds("optimiser") - updated
+            updates += update
+            seconds += time.perf_counter() - begun - update
+            tokens += _pack_tokens(groups, pack)
+            timed += 1
+            if world.any(seconds + updates > ENOUGH_SECONDS):
                 break
     all_tokens = sum(map(partial(_tokens, groups), steps))
-    share = max(world.gather(seconds / max(tokens, 1.0) * all_tokens))
+    expected = seconds / max(tokens, 1) * all_tokens + updates / timed * len(steps)
+    plan |= {"timed_packs": timed, "timed_tokens": tokens, "longest_pack": longest}
     plan |= {
-        "seconds": share,
-        "longest_pack": max(world.gather(max(_heaviest(groups, step) for step in steps))),
+        "seconds": max(world.gather(expected)),
         "memory": {
             "weights": sum(map(_bytes, packed.model.parameters())),
             "gradients": sum(map(_bytes, state.names)),
@@ -142,21 +147,33 @@ def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
         f"{stage}: memory per {where}: weights {memory['weights']}, gradients "
         f"{memory['gradients']}, AdamW {memory['optimizer']}; peak with the longest pack "
         f"{memory['peak']}",
-        f"{stage}: about {duration(plan['seconds'])}, by the tokens of {plan['timed_steps']} timed "
-        "steps; evaluation and checkpoints come on top",
+        f"{stage}: about {duration(plan['seconds'])}: an estimate of the training steps from "
+        f"{plan['timed_packs']} timed pack{'s'[: plan['timed_packs'] > 1]} of "
+        f"{plan['timed_tokens']} tokens in all; evaluation and checkpoints come on top",
     ]
 
 
 def _tokens(groups: Sequence[PreferenceGroup], step: Step) -> int:
-    return sum(part_tokens(groups, part) for pack in step for part in pack)
+    return sum(_pack_tokens(groups, pack) for pack in step)
 
 
 def _count(steps: Sequence[Step]) -> int:
     return sum(bool(pack) for step in steps for pack in step)
 
 
-def _heaviest(groups: Sequence[PreferenceGroup], step: Step) -> int:
-    return max((sum(part_tokens(groups, part) for part in pack) for pack in step), default=0)
+def _tried(groups: Sequence[PreferenceGroup], packs: Sequence[Pack]) -> list[Pack]:
+    """The shortest sample alone, which warms up and makes the optimiser's state; then the longest
+    pack, whose memory is the peak, beside that state; then typical packs, the median first."""
+    if not packs:
+        return [()] * 6  # a rank without work keeps step with the others
+    shortest = min((part for pack in packs for part in pack), key=partial(part_tokens, groups))
+    ranked = sorted(packs, key=partial(_pack_tokens, groups))
+    last = len(ranked) - 1
+    return [(shortest,), *(ranked[round(share * last)] for share in (1.0, 0.5, 0.75, 0.25, 0.9))]
+
+
+def _pack_tokens(groups: Sequence[PreferenceGroup], pack: Pack) -> int:
+    return sum(part_tokens(groups, part) for part in pack)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
