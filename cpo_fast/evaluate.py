@@ -222,7 +222,10 @@ def read(args: argparse.Namespace, loaded: Loaded) -> Cohort:
 def drift(
     args: argparse.Namespace, loaded: Loaded, cohort: Cohort, answers: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The drift probe and swaps on the model's own thoughts: (figures, examples for the page)."""
+    """The drift probe and swaps on the model's own thoughts: (figures, examples for the page).
+
+    Answers without a thought are counted and left out. Raises DataError where no answer has one.
+    """
     from tqdm import tqdm
 
     from cpo_fast.concepts import load_graph
@@ -230,10 +233,10 @@ def drift(
         drift_example,
         drift_figures,
         find_swaps,
+        own_thought,
         probe,
         swap_effects,
     )
-    from cpo_fast.evaluation.text import thought_of
     from cpo_fast.model.packed import PackedModel
     from cpo_fast.packing import image_token_id
 
@@ -241,9 +244,18 @@ def drift(
     image = image_token_id(loaded.tokenizer)
     drifts, effects = [], []
     examples: list[dict[str, Any]] = []
-    studies = zip(cohort.studies, cohort.prompts, map(thought_of, answers), strict=True)
+    studies = list(zip(cohort.studies, cohort.prompts, map(own_thought, answers), strict=True))
+    studies = studies[: args.drift_samples]
+    without = sum(not thought for *_, thought in studies)
+    if without == len(studies):
+        raise DataError(
+            f"--suite drift: none of the {without} answers of {loaded.name} has a thought "
+            "(<think> ... </think>); leave drift out, or give a model that was trained on thoughts"
+        )
+    if without:
+        print(f"drift: {without} of {len(studies)} answers have no thought; they are left out")
     for number, (study, prompt, thought) in enumerate(
-        tqdm(list(studies)[: args.drift_samples], desc="drift", unit="study", disable=None)
+        tqdm(studies, desc="drift", unit="study", disable=None)
     ):
         if not thought:
             continue
@@ -260,7 +272,7 @@ def drift(
         if len(examples) < args.num_examples:
             shown = drift_example(study.study_id, drifts[-1], end, found)
             examples.append({"model": loaded.name} | shown)
-    return drift_figures(drifts, effects), examples
+    return drift_figures(drifts, effects) | {"without_thought": without}, examples
 
 
 def make_private(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -79,9 +79,9 @@ def test_a_writer_that_gives_up_is_not_asked_again() -> None:
     class Mute(GraphWriter):
         asked = 0
 
-        def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> list[Draft]:
+        def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterable[tuple[int, Draft]]:
             self.asked += len(tasks)
-            return [GaveUpError("prompt-too-long", "9000 tokens") for _ in tasks]
+            return enumerate(GaveUpError("prompt-too-long", "9000 tokens") for _ in tasks)
 
     writer = Mute()
     records = list(counterfactuals([study(OPACITY)], load_graph(), generator=writer))

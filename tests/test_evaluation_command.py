@@ -32,7 +32,39 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_all_suites_on_the_phantom(data, model, tmp_path, capsys):
+@pytest.fixture
+def thinks(monkeypatch):
+    """Puts the random model's answers into thoughts, but for the first `number` of them."""
+
+    def use(number):
+        def answered(*parts):
+            answers = diagnose_cohort(*parts)
+            said = [
+                f"<think> lungs {a.replace('<think>', '')} </think> x" for a in answers[number:]
+            ]
+            return ["no thought"] * number + said
+
+        monkeypatch.setattr("cpo_fast.evaluate.diagnose_cohort", answered)
+
+    return use
+
+
+def test_drift_needs_thoughts_and_counts_answers_without(data, model, tmp_path, capsys, thinks):
+    arguments = [str(part) for part in (
+        "--model", model, "--dataset", data, "--output_dir", tmp_path / "out", "--max_samples", 2,
+        "--max_new_tokens", 4, "--suite", "drift")]  # fmt: skip
+    thinks(2)
+    assert main(arguments) == 1
+    assert "none of the 2 answers of random has a thought" in capsys.readouterr().err
+    thinks(1)
+    assert main(arguments) == 0
+    assert "drift: 1 of 2 answers have no thought; they are left out" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]["drift"]
+    assert (found["random"]["studies"], found["random"]["without_thought"]) == (1, 1)
+
+
+def test_all_suites_on_the_phantom(data, model, tmp_path, capsys, thinks):
+    thinks(0)
     out = tmp_path / "out"
     arguments = ["--model", model, "--dataset", data, "--output_dir", out, "--max_samples", 3,
                  "--max_new_tokens", 8, "--drift_samples", 1, "--suite",

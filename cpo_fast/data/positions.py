@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -23,6 +24,20 @@ def position_limit(config: Any) -> int | None:
         if part.get("factor")
     ]
     return max([limit, *map(int, scaled)])
+
+
+def model_positions(folder: str | Path) -> int | None:
+    """`position_limit` of the model in `folder`; None where its configuration can't be read, which
+    loading the model tells."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return position_limit(config)
 
 
 def _parts(rope: Any) -> Iterator[Mapping[str, Any]]:

@@ -19,6 +19,7 @@ import numpy as np
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation.likelihood import finding_candidates
+from cpo_fast.evaluation.text import thought_of
 from cpo_fast.evaluation.tree import score_tree
 from cpo_fast.types import ConceptGraph, Disease, Prompt
 
@@ -42,6 +43,11 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("is present", "is seen"),
 )
 """Near-synonyms that leave the diagnosis of a report as it is."""
+
+
+def own_thought(answer: str) -> str:
+    """What `answer` says in `<think>`, closed or cut short; "" for one without a thought."""
+    return thought_of(answer) if "<think>" in answer or "</think>" in answer else ""
 
 
 @dataclass(frozen=True)

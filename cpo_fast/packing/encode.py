@@ -99,7 +99,8 @@ def encode_all(
 
 
 _ADVICE = {
-    "over-long": "raise --max_length or set --truncation truncate_response",
+    "over-long": "raise --max_length (up to the model's positions) or set --truncation "
+    "truncate_response",
     "no-chat-template": "use a model whose tokenizer has a chat template, or plain strings",
     "model-cannot-see": "use a vision-language model, or leave the images out",
 }

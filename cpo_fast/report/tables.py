@@ -239,6 +239,7 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         return []
     wanted = (
         ("studies", "Studies probed"),
+        ("without_thought", "Answers without a thought, left out"),
         ("change_points", "Change points per thought"),
         ("mean_variation", "Mean variation per token"),
         ("largest_variation", "Largest variation in a thought, mean"),

@@ -101,6 +101,11 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
         print(f"data: {line}")
     if alone := sum(not one.rejected for one in corpus.preferences):
         print(f"data: {alone} have no rejected answer: they are used for SFT only")
+    records: list[Preference | Study] = [*corpus.preferences]
+    records += chain.from_iterable(corpus.studies.values())
+    reports = not corpus.preferences or corpus.kind in ("ccf", "counterfactuals")
+    if reports and records and not any(one.images for one in records):
+        print("data: no record has an image: the model learns reports from their text alone")
     stop_if_too_bad(args, folder, len(source.rejected), source.read)
     return corpus
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
+from cpo_fast.data.positions import model_positions
+from cpo_fast.data.preference_values import text_in, words
 from cpo_fast.errors import DataError
 from cpo_fast.packing import encode_all
 from cpo_fast.packing.encode import OverLong
@@ -15,6 +18,11 @@ from cpo_fast.training.corpus import Texts, stop_if_too_bad
 from cpo_fast.training.flag_ranges import SOURCES
 from cpo_fast.training.run_folder import RunFolder
 from cpo_fast.types import Origin, PreferenceGroup, RejectedRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_IDS = 10
 
 
 @dataclass
@@ -32,9 +40,18 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
     `--max_bad_fraction` is a share of the records, each of which has a sample of SFT.
     """
     samples = Samples({}, {})
+    for line in control_token_remarks(texts, base.tokenizer):
+        print(f"data: {line}")
+    limit = model_positions(base.path)
     rejected: list[RejectedRecord] = []
     for stage in ("sft", "cpo"):
         max_length = args.of_stage(stage)["max_length"]
+        if limit is not None and max_length > limit:
+            print(
+                f"{stage}: the model has {limit} positions, fewer than --max_length {max_length}: "
+                f"samples of more than {limit} tokens count as over-long (--truncation)"
+            )
+            max_length = limit
         for split, preferences in getattr(texts, stage).items():
             if not preferences:
                 getattr(samples, stage)[split] = []
@@ -114,3 +131,30 @@ def whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[Reje
         elif record.stage == "sft":
             listed.append(replace(record, stage=""))
     return listed
+
+
+def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What to say of records whose text holds special tokens of the tokenizer, such as an
+    end-of-turn token inside an answer; names ids, lines and tokens, no text."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    special = {*special, *tokenizer.all_special_tokens} - {"<think>", "</think>", ""}
+    end = str(tokenizer.eos_token or "")
+    found: dict[str, set[str]] = {}
+    for stage in (texts.sft, texts.cpo):
+        for one in chain.from_iterable(stage.values()):
+            said = [words(answer) for answer in (one.chosen, *one.rejected)]
+            if one.plain:  # a text that may hold a rendered conversation, and its own end
+                said = [answer.rstrip().removesuffix(end) for answer in said]
+            else:
+                said += map(text_in, one.prompt)
+            if held := {token for token in special if any(token in text for text in said)}:
+                line = f" (line {one.origin.line})" if one.origin and one.origin.line else ""
+                found.setdefault(one.id + line, set()).update(held)
+    if not found:
+        return []
+    tokens = ", ".join(sorted(set().union(*found.values())))
+    ids = ", ".join(list(found)[:SHOWN_IDS]) + (", ..." if len(found) > SHOWN_IDS else "")
+    return [
+        f"{len(found)} records hold control tokens of the model in their text ({tokens}), which "
+        f"are encoded as such: remove them if they are not meant. Records: {ids}"
+    ]
