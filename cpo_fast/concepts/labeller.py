@@ -51,7 +51,7 @@ def sentences(text: str) -> list[str]:
     return list(_cut(text))
 
 
-@lru_cache(maxsize=1 << 6)
+@lru_cache(maxsize=1 << 10)
 def _cut(text: str) -> tuple[str, ...]:
     # Remembered for the moment: one report is read by several rules in a row.
     text = text.lower()

@@ -68,11 +68,11 @@ def judge(sentence: str, start: int, end: int) -> int:
     after = sentence[end:]
     value = _governed(sentence, start)
     if value == 0:
-        return 1 if _EXEMPTED_AFTER.search(after) else 0
-    if _DOUBTED_INSIDE.search(sentence, start, end) or _DOUBTED_AFTER.search(after):
+        return 1 if _EXEMPTED_AFTER.match(after) else 0
+    if _DOUBTED_INSIDE.search(sentence, start, end) or _DOUBTED_AFTER.match(after):
         return -1
-    if _DENIED_INSIDE.search(sentence, start, end) or _DENIED_AFTER.search(after):
-        return 1 if _EXEMPTED_AFTER.search(after) else 0
+    if _DENIED_INSIDE.search(sentence, start, end) or _DENIED_AFTER.match(after):
+        return 1 if _EXEMPTED_AFTER.match(after) else 0
     return value
 
 

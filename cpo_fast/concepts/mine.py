@@ -30,6 +30,8 @@ from cpo_fast.concepts.labeller import (
 from cpo_fast.errors import DataError
 from cpo_fast.types import ConceptGraph
 
+_WORD = re.compile(r"\w+")
+
 CHUNK = 500
 """Reports handed to a worker at a time."""
 
@@ -77,22 +79,25 @@ class Miner:
         nodes = graph.network.nodes
         denials = {k: nodes[k]["negated"] for k in graph.attributes if nodes[k]["negated"]}
         self._denials = {k: phrase_pattern(phrases) for k, phrases in denials.items()}
-        both = [*self._patterns.values(), *self._denials.values()]
-        union = "|".join(p.pattern for p in both)
-        self._any = re.compile(union)
+        self._by_word = _by_first_word(
+            {k: (*a.phrases, *denials.get(k, ())) for k, a in graph.attributes.items()}
+        )
         self._diseases = frozenset(graph.diseases)
         self._sentence = lru_cache(maxsize=1 << 17)(self._find)
 
     def _find(self, sentence: str) -> tuple[tuple[str, int], ...]:
         found = [m for m in sentence_mentions(sentence) if m[0] in self._diseases]
-        if self._any.search(sentence):
-            for key, pattern in self._patterns.items():
-                for match in pattern.finditer(sentence):
-                    found.append((key, polarity(sentence, match.start(), match.end())))
-            for key, pattern in self._denials.items():
-                for match in pattern.finditer(sentence):
-                    if polarity(sentence, match.start(), match.end()) == 1:
-                        found.append((key, 0))
+        words = {"", *_WORD.findall(sentence)} & self._by_word.keys()
+        keys = set[str]().union(*(self._by_word[word] for word in words))
+        if not keys:
+            return tuple(found)
+        for key, pattern in self._patterns.items():
+            for match in pattern.finditer(sentence) if key in keys else ():
+                found.append((key, polarity(sentence, match.start(), match.end())))
+        for key, pattern in self._denials.items():
+            for match in pattern.finditer(sentence) if key in keys else ():
+                if polarity(sentence, match.start(), match.end()) == 1:
+                    found.append((key, 0))
         return tuple(found)
 
     def mentions(self, text: str) -> dict[str, int]:
@@ -117,6 +122,16 @@ class Miner:
             out.uncertain.update(key for key, value in found.items() if value == -1)
             out.denied.update(key for key, value in found.items() if value == 0)
         return out
+
+
+def _by_first_word(phrases: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
+    """First word of a phrase -> nodes with such phrases; "" where a phrase starts with none."""
+    found: dict[str, set[str]] = {}
+    for key, several in phrases.items():
+        for phrase in several:
+            word = _WORD.match(phrase.lower().strip())
+            found.setdefault(word.group() if word else "", set()).add(key)
+    return found
 
 
 _worker: Miner

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 from cpo_fast.concepts.labeller import (
     clear_side,
@@ -35,15 +36,31 @@ _BRINGS: dict[str, frozenset[str]] = {
 }
 
 
-def _asserted(lines: Iterable[str]) -> frozenset[str]:
-    return frozenset(n for line in lines for n, value in sentence_mentions(line) if value == 1)
+class _Read(NamedTuple):
+    """A sentence as the labeller reads it: findings asserted, ruled out and opposed, and the side
+    that is called clear."""
+
+    asserted: frozenset[str]
+    out: frozenset[str]
+    opposed: frozenset[str]
+    clear: str
+
+
+@lru_cache(maxsize=1 << 17)
+def _read(line: str) -> _Read:
+    asserted = frozenset(name for name, value in sentence_mentions(line) if value == 1)
+    return _Read(asserted, ruled_out(line), opposed(line), clear_side(line))
+
+
+def _asserted(reads: Iterable[_Read]) -> frozenset[str]:
+    return frozenset[str]().union(*[read.asserted for read in reads])
 
 
 @lru_cache(maxsize=1 << 12)
 def _told(text: str) -> tuple[frozenset[str], frozenset[str], Counter[str], int]:
     """An original: its sentences, its asserted findings, its words, and how many they are."""
     words, lines = text.lower().split(), sentences(text)
-    return frozenset(lines), _asserted(lines), Counter(words), len(words)
+    return frozenset(lines), _asserted(map(_read, lines)), Counter(words), len(words)
 
 
 _LUNG = frozenset(
@@ -56,7 +73,7 @@ def _side_conflict(lines: list[str], target: str) -> bool:
     side)."""
     if target not in _LUNG:
         return False
-    clear = {side for side in map(clear_side, lines) if side}
+    clear = {read.clear for read in map(_read, lines)} - {""}
     if not clear:
         return False
     if target == "Edema":
@@ -71,7 +88,7 @@ def _bound(text: str, gone: frozenset[str]) -> set[str]:
     free: set[str] = set()
     tied: set[str] = set()
     for line in sentences(text) if gone else ():
-        names = {name for name, value in sentence_mentions(line) if value == 1}
+        names = _read(line).asserted
         (tied if names & gone else free).update(names)
     return tied - free
 
@@ -98,10 +115,12 @@ def check(
     old_lines, old, words, count = _told(before)
     parts = [sentences(p) for p in (counterfactual.findings, counterfactual.impression) if p]
     lines = [line for part in parts for line in part]
-    new = _asserted(lines)
+    asserted = [_asserted(map(_read, part)) for part in parts]
+    reads = [_read(line) for line in lines]
+    new = _asserted(reads)
     gone = graph.excluded.get(target, frozenset())
-    written = after.lower().split()
-    changed = (words - Counter(written)).total()
+    written = Counter(after.lower().split())
+    changed = sum(max(number - written.get(word, 0), 0) for word, number in words.items())
     kept, undenied = compare(graph, target, sentences(before), lines)
     low = MIN_LENGTH * len(before) - LENGTH_ALLOWANCE
     high = MAX_LENGTH * len(before) + LENGTH_ALLOWANCE
@@ -109,15 +128,15 @@ def check(
         "differs": before.split() != after.split(),
         "format": bool(original.findings) == bool(counterfactual.findings)
         and bool(original.impression) == bool(counterfactual.impression),
-        "target": bool(parts) and all(target in _asserted(part) for part in parts),
-        "no_denial": not any(target in ruled_out(s) for s in lines),
+        "target": bool(parts) and all(target in found for found in asserted),
+        "no_denial": not any(target in read.out for read in reads),
         "sides": not _side_conflict(lines, target),
-        "no_exclusion": not gone & new and not any(target in opposed(s) for s in lines),
+        "no_exclusion": not gone & new and not any(target in read.opposed for read in reads),
         "survivors": old - gone - new <= _bound(before, gone),
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
         "assertions": kept,
         "no_new_denial": undenied,
-        "exemptions": not any(exempts_other(s, target) for s in lines),
+        "exemptions": target not in _LUNG or not any(exempts_other(s, target) for s in lines),
         "length": low <= len(after) <= high,
         "edits": changed <= MAX_EDITED * count + EDIT_ALLOWANCE,
         "no_leak": not _leaked(old_lines, lines),

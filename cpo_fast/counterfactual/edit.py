@@ -9,6 +9,7 @@ dropped. Verbs are made to agree again. What can't be taken apart safely is drop
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from cpo_fast.counterfactual.clauses import clauses, sides
 from cpo_fast.counterfactual.denial import BROAD, NEGATION, denied_in, edit_denial
@@ -18,6 +19,7 @@ from cpo_fast.counterfactual.lexicon import Lexicon
 from cpo_fast.counterfactual.normal import INFLATED, TOPICS, edit_normal
 from cpo_fast.counterfactual.scope import (
     AmbiguousError,
+    Part,
     cut,
     leaves_verb_out,
     starts_unchanged,
@@ -88,11 +90,10 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
             plain = pattern.sub(instead, plain)
         if plain != body and body[:1].isupper():
             plain = capitalised(plain)
-    pieces = [part for connector, clause in clauses(plain) for part in cut(connector, clause)]
     kept: list[tuple[str, str]] = []
     changed = plain != body
     context, dropped = "", False
-    for part in pieces:
+    for part in _pieces(plain):
         new = _edit_clause(part.text, lex, where, context)
         context += " " + part.text.lower()
         if new != part.text and part.unsure:
@@ -112,6 +113,11 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     return _assemble(kept, body, dropped_head=kept[0][0] != "") + (end or "")
 
 
+@lru_cache(maxsize=1 << 16)
+def _pieces(body: str) -> tuple[Part, ...]:
+    return tuple(part for connector, clause in clauses(body) for part in cut(connector, clause))
+
+
 def _edit_exemption(
     sentence: str, exemption: Exemption, end: str, lex: Lexicon, where: frozenset[str]
 ) -> str:
@@ -128,12 +134,17 @@ def _edit_exemption(
     )
 
 
+@lru_cache(maxsize=64)
+def _topics(names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
+    return tuple(pattern for name, pattern in TOPICS if name in names)
+
+
 def _suspect(lower: str, lex: Lexicon) -> bool:
     return bool(
         lex.denied.search(lower)
         or (lex.excluded is not None and lex.excluded.search(lower))
         or (lex.excluded_here is not None and lex.excluded_here.search(lower))
-        or any(p.search(lower) for name, p in TOPICS if name in lex.topics)
+        or any(p.search(lower) for p in _topics(lex.topics))
         or ("inflation" in lex.topics and INFLATED.search(lower))
         or ("lungs" in lex.topics and "otherwise" in lower)
         or BROAD.search(lower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cpo_fast.counterfactual.grammar import plural
 from cpo_fast.counterfactual.scope import own_clause
@@ -45,6 +46,7 @@ class Exemption:
     rest: str
 
 
+@lru_cache(maxsize=1 << 16)
 def find_exemption(body: str) -> Exemption | None:
     """The exemption of a sentence without its full stop; None if it has none."""
     match = _BEFORE.match(body)

@@ -248,8 +248,7 @@ def _record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactua
     names = diagnosis(entry.labels)
     gone = set(graph.excluded[target]) | {"No Finding"}
     if graph.excluded[target]:  # what went with an excluded disease
-        lost = label_report(text.text)
-        gone |= {n for n, v in label_report(study.report.text).items() if v == 1 and lost[n] != 1}
+        gone |= _present(study.report.text) - _present(text.text)
     return Counterfactual(
         id=f"{study.study_id}/{target}",
         study_id=study.study_id,
@@ -264,6 +263,11 @@ def _record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactua
         seed=entry.task.seed,
         checks=entry.checks,
     )
+
+
+@lru_cache(maxsize=1 << 10)
+def _present(text: str) -> frozenset[str]:
+    return frozenset(name for name, value in label_report(text).items() if value == 1)
 
 
 def placed(study: Study, folder: Path) -> Study:

@@ -59,9 +59,9 @@ _MORE_DENIED: dict[str, str] = {
 """Further words whose denial denies the target, beside the names and hallmarks of the graph."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lexicon:
-    """Expressions for one target; all match lower-case text."""
+    """Expressions for one target; all match lower-case text. Hashed by identity, for speed."""
 
     target: str
     denied: re.Pattern[str]

@@ -136,12 +136,16 @@ def _edited(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     return edit_sentence(sentence, lex, where)
 
 
+@lru_cache(maxsize=1 << 14)
+def _plain(section: str) -> tuple[str, ...]:
+    return tuple(unit.plain for unit in split(section))
+
+
 def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position: _Position) -> str:
     units = split(text)
     out: list[Unit] = []
     touched: int | None = None
-    for unit in units:
-        plain = unit.plain
+    for unit, plain in zip(units, _plain(text), strict=True):
         edited = _edited(plain, lex, where)
         if edited == plain:
             out.append(unit)
@@ -181,8 +185,11 @@ def _position(units: list[Unit], touched: int | None, target: str) -> int:
     place = _beside_organ(units, target) if touched is None else touched
     if target in _ORGANS and target != "Pneumothorax":
         return place
-    clear = (i for i, unit in enumerate(units[:place]) if _OTHERWISE.search(unit.body.lower()))
-    return next(clear, place)
+    for index, unit in enumerate(units[:place]):
+        lower = unit.body.lower()
+        if "otherwise" in lower and _OTHERWISE.search(lower):
+            return index
+    return place
 
 
 def _beside_organ(units: list[Unit], target: str) -> int:
