@@ -20,13 +20,23 @@ from cpo_fast.cli import main
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.generate import counterfactuals
 from cpo_fast.counterfactual.prompt import Task
+from cpo_fast.counterfactual.rewrite import rewrite
+from cpo_fast.counterfactual.scope import AMBIGUOUS, AmbiguousError
 from cpo_fast.counterfactual.writers import Draft, GaveUpError, GraphWriter
 from cpo_fast.data.images import load_image
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted
-from cpo_fast.types import ConceptGraph, ImageRef
+from cpo_fast.types import ConceptGraph, ImageRef, Report
 
-COVERED = {CpoFastError, UsageError, DataError, RecordError, Interrupted, GaveUpError}
+COVERED = {
+    CpoFastError,
+    UsageError,
+    DataError,
+    RecordError,
+    Interrupted,
+    GaveUpError,
+    AmbiguousError,
+}
 
 
 def all_errors() -> set[type[CpoFastError]]:
@@ -73,6 +83,13 @@ def test_record_has_a_reason_to_count_and_no_text(tmp_path: Path) -> None:
     assert caught.value.reason == "image-unreadable"
     assert str(caught.value).startswith("image-unreadable") and "PATIENT" not in str(caught.value)
     assert str(RecordError("no-rejected")) == "no-rejected"
+
+
+def test_a_sentence_that_reads_both_ways_is_named_without_its_text() -> None:
+    report = Report("No right pneumothorax, left effusion.", "")
+    with pytest.raises(AmbiguousError) as caught:
+        rewrite(load_graph(), report, "Pneumothorax", "s1", 42, 0)
+    assert caught.value.reason == AMBIGUOUS and "effusion" not in str(caught.value)
 
 
 def test_a_writer_that_gives_up_is_not_asked_again() -> None:
