@@ -19,6 +19,7 @@ from cpo_fast.concepts.mine import Miner, evidence, fisher, mine, proposals, wit
 from cpo_fast.errors import DataError
 
 GRAPH = load_graph()
+MINER = Miner(GRAPH)
 CORPUS = (
     ["Cardiomegaly with peribronchial cuffing. No effusion."] * 40
     + ["The heart is normal. The lungs are clear."] * 300
@@ -39,6 +40,12 @@ def test_normal_statements_deny_attributes_that_they_do_not_name() -> None:
     assert miner.mentions("Costophrenic angles are sharp.") == {"M11": 0}
     assert miner.mentions("The lungs are not clear.") == {}
     assert miner.mentions("Normal heart. Mild cardiomegaly.")["M14"] == 1
+
+
+@pytest.mark.parametrize("key", GRAPH.attributes)
+def test_every_phrase_of_an_attribute_is_found(key: str) -> None:
+    for phrase in GRAPH.attributes[key].phrases:
+        assert key in MINER.mentions(f"There is {phrase.replace('...', ' of the ')}.")
 
 
 def test_counts_and_evidence() -> None:
