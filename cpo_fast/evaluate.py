@@ -106,9 +106,13 @@ def evaluate(args: argparse.Namespace) -> Path:
         figures = zero_shot(args, loaded, cohort, answers, patients=patients)
         evaluation["zero_shot"] = {loaded.name: figures}
     probed: list[dict[str, Any]] = []
+    no_drift: DataError | None = None
     if "drift" in args.suite:
-        figures, probed = drift(args, loaded, cohort, answers)
-        evaluation["drift"] = {loaded.name: figures}
+        try:
+            figures, probed = drift(args, loaded, cohort, answers)
+            evaluation["drift"] = {loaded.name: figures}
+        except DataError as error:  # the other suites are written first
+            no_drift = error
     make_private(args.output_dir)
     examples = evaluation_examples(
         cohort.studies,
@@ -117,7 +121,10 @@ def evaluate(args: argparse.Namespace) -> Path:
         uncertain=args.uncertain_labels,
     )
     write_examples(args.output_dir, examples, probed)
-    return write_results(args, cohort, evaluation)
+    page = write_results(args, cohort, evaluation)
+    if no_drift is not None:
+        raise no_drift
+    return page
 
 
 def check_paths(args: argparse.Namespace) -> None:

@@ -52,10 +52,12 @@ def thinks(monkeypatch):
 def test_drift_needs_thoughts_and_counts_answers_without(data, model, tmp_path, capsys, thinks):
     arguments = [str(part) for part in (
         "--model", model, "--dataset", data, "--output_dir", tmp_path / "out", "--max_samples", 2,
-        "--max_new_tokens", 4, "--suite", "drift")]  # fmt: skip
+        "--max_new_tokens", 4, "--suite", "report,drift")]  # fmt: skip
     thinks(2)
     assert main(arguments) == 1
     assert "none of the 2 answers of random has a thought" in capsys.readouterr().err
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
+    assert "text" in written and "drift" not in written  # the other suites are not lost
     thinks(1)
     assert main(arguments) == 0
     assert "drift: 1 of 2 answers have no thought; they are left out" in capsys.readouterr().out
