@@ -22,7 +22,7 @@ from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
 from cpo_fast.training.distributed import World, joined
-from cpo_fast.training.flag_rules import check_machine
+from cpo_fast.training.flag_rules import TINY, check_machine
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
 from cpo_fast.training.report_to import tracker_names, trackers
 from cpo_fast.training.run_folder import RunFolder
@@ -135,6 +135,8 @@ def read(args: TrainArguments, world: World) -> tuple[TrainArguments, RunFolder,
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
     if args.bf16 and world.is_main:
         warn_of_slow_bfloat16()
+    if args.sft_checkpoint and args.model_name_or_path != TINY and world.is_main:
+        print("note: --sft_checkpoint is where CPO starts; --model_name_or_path is not used")
     check_start(args)
     folder = RunFolder(args, world)
     if args.dataset == "phantom":

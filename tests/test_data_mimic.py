@@ -305,7 +305,7 @@ def test_no_study_at_all(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder"):
+    with pytest.raises(UsageError, match="no such file or folder"):
         open_studies(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="empty"):
         open_studies(str(tmp_path))

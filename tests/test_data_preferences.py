@@ -542,16 +542,18 @@ def test_a_swift_row_whose_rejected_answer_is_null_has_none(tmp_path: Path) -> N
         {"prompt": "Q", "completion": "x"},
         {"messages": [USER, said("x")]},
         {"instruction": "Q", "output": "x"},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "x"}]},
         {"prompt": [USER], "chosen": "x", "rejected_responses": []},
     ],
 )
 def test_answers_marked_bad_are_not_learned(tmp_path: Path, row: dict) -> None:
-    name = "kto_tag" if "instruction" in row else "label"
+    name = "kto_tag" if {"instruction", "conversations"} & row.keys() else "label"
     marks = [True, False, 1, 0, "good", None, 2, True]
     found, reasons, _ = read(tmp_path, *({**row, "id": n, name: m} for n, m in enumerate(marks)))
     assert [(one.id, one.rejected) for one in found] == [("0", ()), ("2", ()), ("7", ())]
     assert reasons == ["answer-marked-bad"] * 2 + ["unclear-label"] * 3
-    _, reasons, _ = read(tmp_path, {**row, "is_correct": False}, row)
+    good = {**row, "kto_tag": True} if "conversations" in row else row
+    _, reasons, _ = read(tmp_path, {**good, "is_correct": False}, good)
     assert reasons == ["answer-marked-bad"]
 
 

@@ -226,6 +226,9 @@ def test_what_is_out_of_range_is_refused_on_the_command_line_and_in_a_file(
         ("--loss_type hinge --label_smoothing 0.1",
          "--label_smoothing 0.1: must be 0: loss_type 'hinge' does not use it"),
         ("--loss_type robust --label_smoothing 0.5", "must be >= 0 and < 0.5 for loss_type"),
+        ("--label_smoothing 0.5", "--label_smoothing 0.5: must be below 0.5"),
+        ("--loss_type exo_pair --label_smoothing 0.9", "above it the rejected answers"),
+        ("--learning_rate -1e-5", "--learning_rate -1e-05: must be"),
         ("--loss_type exo_pair", "--label_smoothing 0.0: must be > 0 and < 1"),
         ("--loss_type simpo --precompute_ref_log_probs", "has no reference to precompute"),
         ("--stages cpo,sft", "write sft,cpo"),
@@ -285,6 +288,7 @@ def test_a_file_may_write_numbers_as_yaml_does_not(tmp_path: Path) -> None:
         ("--loss_impl nonsense", "--loss_impl nonsense: there is no such implementation"),
         ("--report_to tensorboard,nonsense", "--report_to tensorboard,nonsense: choose from"),
         ("--loss_type sigmod", "--loss_type sigmod: choose from"),
+        ("", "--dataset /nowhere/data: no such file or folder; give a preference file"),
     ],
 )
 def test_a_run_is_refused_before_anything_is_read(
@@ -313,6 +317,15 @@ def test_a_checkpoint_of_another_run_is_no_place_to_resume_from(tmp_path: Path) 
     check_machine(parse_arguments([*flags, str(own)]))
     with pytest.raises(UsageError, match="below --output_dir"):
         check_machine(parse_arguments([*flags, str(other)]))
+
+
+def test_cpo_of_studies_needs_counterfactuals_and_sft_does_not(tmp_path: Path) -> None:
+    flags = ["--dataset", "phantom", "--output_dir", str(tmp_path), "--stages"]
+    check_machine(parse_arguments([*flags, "sft,evaluate"]))
+    with pytest.raises(UsageError, match="add counterfactual to --stages"):
+        check_machine(parse_arguments([*flags, "sft,cpo"]))
+    (tmp_path / "counterfactuals.jsonl").write_text("")
+    check_machine(parse_arguments([*flags, "cpo"]))
 
 
 def groups(number: int, *sources: str) -> list[PreferenceGroup]:
@@ -366,5 +379,5 @@ def test_a_missing_data_set_ends_with_a_message_not_a_traceback(
 ) -> None:
     status = main(["--dataset", "/nowhere/mimic", "--output_dir", str(tmp_path / "out")])
     error = capsys.readouterr().err
-    assert status == 1
+    assert status == 2
     assert "/nowhere/mimic" in error and "Traceback" not in error

@@ -124,6 +124,6 @@ def test_control_tokens_in_texts_are_named_without_the_text() -> None:
     twice = replace(row(5, "Clear.<|im_end|> More.", plain=True), origin=Origin("pairs.jsonl", 9))
     assert control_token_remarks(texts(good, rendered), tokenizer()) == []
     (line,) = control_token_remarks(texts(good, ended, asked, rendered, twice), tokenizer())
-    assert line.startswith("3 records hold control tokens")
+    assert line.startswith("records with control tokens of the model in their text: 3")
     assert "(<|im_end|>, <|im_start|>)" in line
     assert line.endswith("Records: pairs:2, pairs:3, pairs:5 (line 9)") and "SECRET" not in line

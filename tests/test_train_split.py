@@ -146,6 +146,9 @@ def test_pairs_are_held_out_of_a_file_of_answers_too(tmp_path: Path) -> None:
         ({"patient_id": "p10000032"}, (), ("10000032",)),
         ({"subject_id": 10000032.0}, (), ("10000032",)),
         ({"subject_id": "10000032.0"}, (), ("10000032",)),
+        ({"patientId": "p7"}, (), ("p7",)),
+        ({"PatientID": 7}, (), ("7",)),
+        ({"Subject-Id": "7", "patient_name": "x"}, (), ("7",)),
         ({}, (f"files/p10/p10000032/s50414267/{dicom(1)}.jpg",), ("10000032",)),
         ({}, ("train/patient00042/study1/view1_frontal.jpg",), ("patient00042",)),
         ({}, ("../deid_png/GRDN1/A1/studies/u/1.png",), ("GRDN1",)),
@@ -203,7 +206,7 @@ def test_max_train_samples_of_a_preference_file(tmp_path: Path, capsys: Any) -> 
         texts_of(tmp_path, rows, "--max_train_samples", "2", "--overwrite_output_dir")
 
 
-def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path) -> None:
+def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path, capsys: Any) -> None:
     """1 of 11 records is over-long in SFT and in CPO: less than --max_bad_fraction 0.1."""
     rows = [row(f"Q{i}", id=i) for i in range(10)]
     rows.append({**row("long " * 90), "id": "long"})
@@ -217,6 +220,7 @@ def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path) -> None:
     samples = tokenise(args, folder, texts, Base(tmp_path, tokenizer(), None))
     assert (len(samples.sft["train"]), len(samples.cpo["train"])) == (10, 10)
     assert [(one.id, one.reason) for one in folder.rejected] == [("long", "over-long")]
+    assert "data: 1 set aside: over-long (rejected_records.jsonl)" in capsys.readouterr().out
 
 
 def test_a_held_out_side_may_end_up_empty(tmp_path: Path, capsys: Any) -> None:

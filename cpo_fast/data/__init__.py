@@ -23,11 +23,12 @@ def _holds_xml(folder: str) -> bool:
 
 
 def study_format(dataset: str) -> str:
-    """ "mimic-cxr" or "open-i". Raises DataError when `dataset` is missing, empty or neither."""
+    """ "mimic-cxr" or "open-i". Raises UsageError when `dataset` is missing, DataError when it is
+    empty or neither."""
     if dataset == "open-i":
         return "open-i"
     if not Path(dataset).exists():
-        raise DataError(
+        raise UsageError(
             f"{dataset}: no such file or folder; give a MIMIC-CXR-JPG folder or the name open-i"
         )
     if Path(dataset).is_file():
@@ -66,8 +67,8 @@ def open_studies(
     `image_root` is the folder of Open-I's PNG files, or where the files/ of MIMIC-CXR-JPG lies if
     the images are not in the data set.
     Returns an iterable of Study with `kind`, `path`, `read` and `rejected`. Raises UsageError for
-    an unknown name and DataError for a data set that cannot be read; the latter may come while
-    iterating.
+    an unknown name or a missing path, and DataError for a data set that cannot be read; the latter
+    may come while iterating.
     """
     if dataset_format not in STUDY_FORMATS:
         raise UsageError(
@@ -83,12 +84,12 @@ def open_studies(
     if kind == "open-i":
         path = "" if dataset == "open-i" else dataset
         if path and not Path(path).exists():
-            raise DataError(
+            raise UsageError(
                 f"{path}: no such file or folder; give Open-I's .tgz or folder, or the name open-i"
             )
         return openi.OpenISource(path, sections=sections, image_root=image_root)
     if not Path(dataset).is_dir():
-        raise DataError(
+        raise UsageError(
             f"{dataset}: no such folder; give the folder that holds mimic-cxr-2.0.0-split.csv.gz"
         )
     return mimic.MimicSource(dataset, sections=sections, image_root=image_root)

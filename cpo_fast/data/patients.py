@@ -9,7 +9,8 @@ from typing import Any
 
 from cpo_fast.types import ImageRef
 
-PATIENT_FIELDS = ("patient_id", "subject_id", "patient", "PatientID", "deid_patient_id")
+_PATIENT_NAME = re.compile(r"(?:deid)?(?:patient|subject)(?:id|number|no)?|mrn")
+"""A field that names the patient, in lower case without `_`, `-`, `.` and spaces."""
 
 _ID = re.compile(r"[\w.\-]{1,64}", re.ASCII)
 _MIMIC = re.compile(r"p(1\d{7})")
@@ -32,19 +33,23 @@ def _id(value: Any) -> str | None:
     return mimic[1] if mimic else text
 
 
+def names_patient(field: str) -> bool:
+    """Whether a field is one for a patient's id: `patient_id`, `PatientID`, `subject-id`, `mrn`."""
+    return _PATIENT_NAME.fullmatch(re.sub(r"[\s_.-]", "", field.lower())) is not None
+
+
 def is_patient(value: Any) -> bool:
-    """Whether a field of `PATIENT_FIELDS` holds an id (or several) and not a description."""
+    """Whether a field that `names_patient` holds an id (or several) and not a description."""
     values = value if isinstance(value, list) else [value]
     return all(_id(one) is not None for one in values)
 
 
 def patients_of(row: Mapping[str, Any], images: Sequence[ImageRef]) -> tuple[str, ...]:
-    """The ids of the row's patients, sorted: those of `PATIENT_FIELDS`, and those that the paths of
-    its images name. () where the row tells none.
+    """The ids of the row's patients, sorted: those of fields that `names_patient`, and those that
+    the paths of its images name. () where the row tells none.
     """
     found: set[str] = set()
-    for name in PATIENT_FIELDS:
-        value = row.get(name)
+    for value in (value for name, value in row.items() if names_patient(name)):
         for one in value if isinstance(value, list) else [value]:
             if (id := _id(one)) is not None:
                 found.add(id)

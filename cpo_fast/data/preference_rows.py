@@ -39,6 +39,7 @@ from cpo_fast.data.preference_values import (
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Preference
 
+PAIR = ("chosen", "rejected")
 _NECTAR_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -181,21 +182,26 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
 
 
 def parse_llama_factory(row: Row, root: str, id: str) -> Preference:
-    """LLaMA-Factory's sharegpt preferences: `conversations` end with what a human says."""
+    """LLaMA-Factory's sharegpt rows: `conversations` end with what a human says; with `kto_tag` in
+    place of `chosen` and `rejected`, with the answer that it marks."""
     turns = [
         message_of(turn, "conversations", "from", "value")
         for turn in list_of(row.get("conversations"), "conversations")
     ]
+    answers = [message_of(row[name], name, "from", "value") for name in PAIR if name in row]
+    if "kto_tag" in row and not answers and turns and turns[-1]["role"] == "assistant":
+        answers = [turns.pop()]
+    elif len(answers) < len(PAIR):
+        raise RecordError("missing-field", "there should be chosen and rejected")
     if not turns or turns[-1]["role"] != "user":
         raise RecordError("not-one-answer", "conversations should end with what a human says")
     turns = with_system(row, turns)
-    chosen, rejected = (
-        response([message_of(row.get(name), name, "from", "value")], name)
-        for name in ("chosen", "rejected")
+    chosen, *rejected = (
+        response([answer], name) for answer, name in zip(answers, PAIR, strict=False)
     )
     images = row_images(row, root)
     prompt = with_images(tags_to_parts(turns), len(images), insert=False)
-    return build(row, id, prompt, chosen, (rejected,), images)
+    return build(row, id, prompt, chosen, rejected, images)
 
 
 def parse_alpaca(row: Row, root: str, id: str) -> Preference:
@@ -312,7 +318,7 @@ def tell(row: Row) -> str | None:
         return "ccf"
     if {"context", "completions"} <= names or {"prompt", "answers"} <= names:
         return "ranked"
-    if {"conversations", "chosen", "rejected"} <= names:
+    if "conversations" in names and ({"chosen", "rejected"} <= names or "kto_tag" in names):
         return "llama-factory"
     pair = {"chosen", "rejected"} <= names
     if "messages" in names and not pair:

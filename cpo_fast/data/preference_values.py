@@ -170,7 +170,10 @@ def messages(value: Any, field: str) -> list[Message]:
     """A conversation; plain text is what a user says."""
     if isinstance(value, str):
         return [{"role": "user", "content": text_of(value, field)}]
-    return [message_of(entry, field) for entry in list_of(value, field)]
+    if not isinstance(value, list):
+        reason = "missing-field" if value is None else "wrong-type"
+        raise RecordError(reason, f"{field} should be text or a list of messages")
+    return [message_of(entry, field) for entry in value]
 
 
 def response(value: Any, field: str) -> Answer:
@@ -180,6 +183,9 @@ def response(value: Any, field: str) -> Answer:
     """
     given = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     given = given if isinstance(given, list) else [given]
+    if not all(isinstance(turn, dict) for turn in given):
+        reason = "missing-field" if value is None else "wrong-type"
+        raise RecordError(reason, f"{field} should be text, a message or a list of messages")
     turns = [message_of(turn, field) for turn in given]
     refuse_unlearned(given, field)
     if not turns:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cpo_fast.data.patients import PATIENT_FIELDS, is_patient
+from cpo_fast.data.patients import is_patient, names_patient
 from cpo_fast.data.preference_values import text_in, words
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Preference
@@ -112,7 +112,7 @@ def unread_fields(row: Mapping[str, Any], one: Preference, kind: str) -> list[st
         if name in _PICTURES:
             raise RecordError("unread-field", f"{name}: the images of a row belong in images")
         texts = [text for text in _texts(value) if text.strip()]
-        if not texts or (name in PATIENT_FIELDS and is_patient(value)):
+        if not texts or (names_patient(name) and is_patient(value)):
             continue
         said = said or _joined(
             " ".join([*map(text_in, one.prompt), *map(words, (one.chosen, *one.rejected))])

@@ -8,6 +8,7 @@ script); the embedded default (phantom.yaml beside this file) replaces some for 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -196,7 +197,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
     """
     from transformers import HfArgumentParser
 
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _with_negatives(list(sys.argv[1:] if argv is None else argv))
     parser = HfArgumentParser(
         cast(Any, TrainArguments),
         prog="python -m cpo_fast.train",
@@ -224,6 +225,18 @@ def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
         if known.config is None:
             raise
         raise UsageError(f"{error} (flags of --config {known.config} count, too)") from None
+
+
+def _with_negatives(argv: list[str]) -> list[str]:
+    """`argv` with "--flag -1e-5" as "--flag=-1e-5": argparse takes the number for a flag."""
+    joined: list[str] = []
+    for word in argv:
+        negative = re.fullmatch(r"-(?:[\d.]+e[+-]?\d+|inf|nan)", word, re.I)
+        if negative and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def fault_of(name: str, value: Any) -> str | None:

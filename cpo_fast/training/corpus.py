@@ -223,6 +223,8 @@ def make_counterfactuals(
     makes = "counterfactual" in args.stage_names and folder.makes
     if args.counterfactuals is not None or not makes:
         given = Path(args.counterfactuals or path)
+        if not given.is_file() and "cpo" not in args.stage_names:
+            return []  # SFT and evaluation need none
         if not given.is_file():
             raise UsageError(f"{given}: no such file; add counterfactual to --stages")
         found = [one for one in read_counterfactuals(given) if one.kind in sources]

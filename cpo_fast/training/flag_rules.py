@@ -63,6 +63,11 @@ def _check_loss(args: TrainArguments) -> None:
     except ValueError as error:
         name, _, allowed = str(error).partition(" ")
         raise UsageError(f"--{name} {getattr(args, name)}: {allowed}") from None
+    if args.label_smoothing >= 0.5:
+        raise UsageError(
+            f"--label_smoothing {args.label_smoothing}: must be below 0.5: at 0.5 the preferences "
+            "cancel, above it the rejected answers are preferred"
+        )
     if args.precompute_ref_log_probs and not LOSS_TYPES[args.loss_type].reference:
         raise UsageError(f"--loss_type {args.loss_type} has no reference to precompute")
 
@@ -91,10 +96,7 @@ def _check_schedule(args: TrainArguments, stage: str, prefix: str) -> None:
 
 
 def check_machine(args: TrainArguments) -> None:
-    """UsageError where this machine lacks what a flag names: a file or a device.
-
-    Whether there is a data set is the reader's to say.
-    """
+    """UsageError where this machine lacks what a flag names: a file or a device."""
     for name in ("concept_graph", "counterfactuals"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
@@ -106,6 +108,27 @@ def check_machine(args: TrainArguments) -> None:
             raise UsageError(f"--{name} {path}: no such {kind}")
     _check_resume(args)
     _check_device(args)
+    _check_data(args)
+
+
+def _check_data(args: TrainArguments) -> None:
+    from cpo_fast.data import is_preference_file
+
+    if args.dataset not in ("phantom", "open-i") and not Path(args.dataset).exists():
+        raise UsageError(
+            f"--dataset {args.dataset}: no such file or folder; give a preference file, a "
+            "MIMIC-CXR-JPG folder, or one of the names open-i and phantom"
+        )
+    makes = "counterfactual" in args.stage_names or args.counterfactuals is not None
+    if "cpo" not in args.stage_names or makes:
+        return
+    made = Path(args.output_dir) / "counterfactuals.jsonl"
+    studies = args.dataset == "phantom" or not is_preference_file(args.dataset, args.dataset_format)
+    if studies and not made.is_file():
+        raise UsageError(
+            f"--stages {args.stages}: CPO needs counterfactuals, and {made} is not there; add "
+            "counterfactual to --stages, or give --counterfactuals"
+        )
 
 
 def _check_resume(args: TrainArguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -47,10 +48,12 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
     for stage in ("sft", "cpo"):
         max_length = args.of_stage(stage)["max_length"]
         if limit is not None and max_length > limit:
-            print(
-                f"{stage}: the model has {limit} positions, fewer than --max_length {max_length}: "
-                f"samples of more than {limit} tokens count as over-long (--truncation)"
-            )
+            if stage in args.stage_names:
+                print(
+                    f"{stage}: the model has {limit} positions, fewer than --max_length "
+                    f"{max_length}: samples of more than {limit} tokens count as over-long "
+                    "(--truncation)"
+                )
             max_length = limit
         for split, preferences in getattr(texts, stage).items():
             if not preferences:
@@ -68,7 +71,7 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
             )
             getattr(samples, stage)[split] = done.groups
             rejected += done.rejected
-            if not done.groups:
+            if not done.groups and stage in args.stage_names:
                 print(f"{stage}: no sample of split {split} is left after tokenising")
             if done.truncated:
                 print(
@@ -76,6 +79,8 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                 )
     merged = whole_records(rejected, texts)
     folder.reject(merged)
+    for (of, reason), count in Counter((r.stage or "data", r.reason) for r in merged).items():
+        print(f"{of}: {count} set aside: {reason} (rejected_records.jsonl)")
     records = sum(map(len, texts.sft.values()))
     folder.data(used=records - sum(not record.stage for record in merged))
     bad = {(record.id, record.file, record.line) for record in rejected}
@@ -155,6 +160,6 @@ def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> l
     tokens = ", ".join(sorted(set().union(*found.values())))
     ids = ", ".join(list(found)[:SHOWN_IDS]) + (", ..." if len(found) > SHOWN_IDS else "")
     return [
-        f"{len(found)} records hold control tokens of the model in their text ({tokens}), which "
+        f"records with control tokens of the model in their text: {len(found)} ({tokens}). They "
         f"are encoded as such: remove them if they are not meant. Records: {ids}"
     ]
