@@ -139,7 +139,7 @@ def test_bad_flags_are_named(
 def test_a_missing_data_set_and_an_output_of_another_run_are_named(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path / "nowhere", tmp_path / "cf.jsonl") == 1
+    assert run(tmp_path / "nowhere", tmp_path / "cf.jsonl") == 2
     assert "nowhere" in capsys.readouterr().err
     run(dataset, tmp_path / "cf.jsonl")
     assert run(dataset, tmp_path / "cf.jsonl", "--seed", "7") == 2
