@@ -191,8 +191,9 @@ def test_the_command_on_a_labelled_set(folder, model):
     path = write(folder, CHEST_XRAY_14 + ",Mass,0,3\ngone.png,Mass,0,3\ndamaged.png,Mass,0,3\n")
     assert evaluate(model, path, out, image_root=folder) == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["data"] == {"read": 6, "used": 3, "rejected": {
-        "no-image": 1, "image-missing": 1, "image-unreadable": 1}}  # fmt: skip
+    assert summary["data"] == {
+        "read": 6, "used": 3, "left_out": 0, "samples_set_aside": {},
+        "rejected": {"no-image": 1, "image-missing": 1, "image-unreadable": 1}}  # fmt: skip
     lines = (out / "rejected_records.jsonl").read_text().splitlines()
     assert {json.loads(line)["id"] for line in lines} == {"", "gone.png", "damaged.png"}
     evaluation = summary["evaluation"]

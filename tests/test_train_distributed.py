@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from cpo_fast.phantom import write_phantom
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import latest_checkpoint
+from cpo_fast.training.image_check import key_of
+from cpo_fast.types import ImageRef
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,7 +117,7 @@ def double(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("double") / "run"
     status, out, err = two(data, folder)
     assert status == 0, err
-    assert out.count("report: ") == 1 and out.count("data: ") == 1  # rank 0 alone speaks
+    assert out.count("report: ") == 1 and out.count("data: trl at") == 1  # rank 0 alone speaks
     return folder
 
 
@@ -233,7 +235,7 @@ def test_a_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
 
 
 def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_path: Path) -> None:
-    """Some images do not decode, on one rank more than on the other."""
+    """Some images stop decoding after they were checked, on one rank more than on the other."""
     phantom = write_phantom(tmp_path / "data", num_studies=60)
     broken = sorted(phantom.rglob("*.jpg"))[::12]
     for path in broken:
@@ -241,6 +243,10 @@ def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_pa
     flags = ["--max_pixels", "12544", "--packing_length", "600",
              "--stages", "graph,counterfactual,sft,cpo", "--max_eval_samples", "6",
              "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]  # fmt: skip
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir(mode=0o700)
+        known = [key_of(ImageRef(str(path), str(phantom))) for path in broken]
+        (tmp_path / name / "checked_images.txt").write_text("".join(f"{k}\n" for k in known))
     assert one(phantom, tmp_path / "one", *flags) == 0
     status, _, err = two(phantom, tmp_path / "two", *flags, "--fsdp", "true")
     assert status == 0, err

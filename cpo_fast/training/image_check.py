@@ -95,7 +95,7 @@ class ImageCheck:
         """(name, reason, detail) of the images that fail, as JSON can hold it."""
         kept = self.folder.path / "checked_images.txt"
         known = set(kept.read_text(encoding="utf-8").splitlines()) if kept.is_file() else set()
-        keys = {ref: key for ref in refs if (key := _key(ref)) not in known}
+        keys = {ref: key for ref in refs if (key := key_of(ref)) not in known}
         begun = time.perf_counter()
         found = []
         nowhere = contextlib.nullcontext(io.StringIO())
@@ -136,7 +136,7 @@ def _name(ref: ImageRef) -> str:
     return f"{ref.root}\0{ref.path}"
 
 
-def _key(ref: ImageRef) -> str | None:
+def key_of(ref: ImageRef) -> str | None:
     """A digest that changes with the image; None where there is no file."""
     if ref.data is not None:
         return _name(ref)[:32]
