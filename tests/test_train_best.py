@@ -87,5 +87,3 @@ def test_an_unknown_metric_is_named_with_those_that_there_are(
     assert train(data, tmp_path / "run", "--sft_metric_for_best_model", "bleu") == 2
     error = capsys.readouterr().err
     assert "--sft_metric_for_best_model bleu: choose from loss, eval_loss" in error
-        "--sft_metric_for_best_model bleu: choose from loss, eval_loss" in capsys.readouterr().err
-    )
