@@ -86,7 +86,8 @@ def test_training_refuses_a_model_before_it_looks_at_the_data(
 ) -> None:
     make(tmp_path / "model")
     out = tmp_path / "out"
-    flags = ["--dataset", str(tmp_path / "nowhere.jsonl"), "--stages", "cpo"]
+    (tmp_path / "rows.jsonl").write_text("no row of any format")
+    flags = ["--dataset", str(tmp_path / "rows.jsonl"), "--stages", "cpo"]
     status = main(
         [*flags, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(out)]
     )
@@ -100,7 +101,8 @@ def test_training_refuses_targets_and_small_vocabularies_early(
 ) -> None:
     model = tmp_path / "model"
     save_model(text_model(), model, tokenizer=tokenizer())
-    flags = ["--dataset", str(tmp_path / "nowhere.jsonl"), "--stages", "cpo",
+    (tmp_path / "rows.jsonl").write_text("no row of any format")
+    flags = ["--dataset", str(tmp_path / "rows.jsonl"), "--stages", "cpo",
              "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]  # fmt: skip
     assert main([*flags, "--lora_target_modules", "q_proj, vproj"]) == 2
     assert "vproj matches no module; did you mean v_proj?" in capsys.readouterr().err

@@ -155,7 +155,9 @@ def test_every_command_takes_a_stage_and_says_where_a_moved_base_was(
         load(evaluate_arguments(evaluate))
     merge = ["--merge", str(sft), "--output_dir", str(out)]
     assert export(merge) == 2 and message in capsys.readouterr().err
-    flags = ["--dataset", "d", "--output_dir", str(tmp_path / "run"), "--stages", "cpo"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n')
+    flags = ["--dataset", str(rows), "--output_dir", str(tmp_path / "run"), "--stages", "cpo"]
     assert main([*flags, "--sft_checkpoint", str(sft)]) == 2
     assert message in capsys.readouterr().err
     loaded = load(evaluate_arguments([*evaluate, "--base_model", str(moved)]))
