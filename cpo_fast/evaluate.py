@@ -128,9 +128,12 @@ def evaluate(args: argparse.Namespace) -> Path:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """UsageError for an image folder that is missing, before the model is read."""
+    """UsageError for a data set or an image folder that is missing, before the model is read."""
+    from cpo_fast.data import study_format
     from cpo_fast.evaluate_csv import is_csv
 
+    if not is_csv(args.dataset) and args.dataset_format == "auto":
+        study_format(args.dataset)
     if args.image_root is None and is_csv(args.dataset):
         raise UsageError(f"--dataset {args.dataset} needs --image_root, the folder of its images")
     if args.image_root is not None and not Path(args.image_root).is_dir():

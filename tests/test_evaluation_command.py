@@ -91,6 +91,7 @@ def test_all_suites_on_the_phantom(data, model, tmp_path, capsys, thinks):
         ({"--suite": "accuracy"}, 2, "choose from classification,report"),
         ({"--model": "gone"}, 2, "no such model folder"),
         ({"--dataset": "gone"}, 2, "no such file or folder"),
+        ({"--dataset": "gone", "--model": "gone"}, 2, "no such file or folder"),  # said first
     ],
 )
 def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, message):
