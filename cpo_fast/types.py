@@ -238,6 +238,11 @@ class Preference:
     origin: Origin | None = field(default=None, compare=False)
 
     @property
+    def all_images(self) -> tuple[ImageRef, ...]:
+        """The images of all its answers, of the chosen one first."""
+        return (*self.images, *(image for own in self.rejected_images for image in own or ()))
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The source of each rejected answer: perception where it stands before other images."""
         shown = self.rejected_images or (None,) * len(self.rejected)
@@ -276,6 +281,11 @@ class PreferenceGroup:
     weight: float = 1.0
     ref_logps: tuple[float, ...] = ()  # cached log-probs of the reference: chosen, then rejected
     origin: Origin | None = field(default=None, compare=False)
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompt, then those that rejected responses have of their own."""
+        return (self.prompt, *(own for own in self.rejected_prompts if own is not None))
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ import pytest
 import yaml
 from report_samples import REPORT, write_run
 
+from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.report import write_report
 from cpo_fast.report.model_card import base_model, card_of_export, write_cards
 from cpo_fast.report.read import Run
-from cpo_fast.report.words import reference
+from cpo_fast.report.words import WITHOUT_REFERENCE, reference
 from cpo_fast.training.arguments import parse_arguments
 
 
@@ -129,6 +130,10 @@ def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> 
     assert "The model learns to prefer the chosen to the rejected answers of the data." in page
     assert "to its counterfactual" not in page and "Studies used" not in page
     assert "<h2>Preference optimisation</h2>" in page
+
+
+def test_losses_without_a_reference_are_those_of_the_loss_op() -> None:
+    assert {name for name, kind in LOSS_TYPES.items() if not kind.reference} == WITHOUT_REFERENCE
 
 
 def test_the_reference_is_named_as_it_was(run: Path) -> None:

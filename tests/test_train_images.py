@@ -295,7 +295,7 @@ def test_one_image_of_each_split_is_left_out_everywhere(phantom: Path, tmp_path:
         assert record["file"].endswith(f"{study.study_id}.txt")
         assert study.images[0].path in record["detail"]
     pairs = [one for split in run.texts.cpo.values() for one in split]
-    shown = {image for one in pairs for image in image_check.all_images(one)}
+    shown = {image for one in pairs for image in one.all_images}
     assert shown and not shown & {study.images[0] for study in bad.values()}
     for split, study in bad.items():
         assert study.study_id not in run.ids("sft", split) + run.ids("cpo", split)

@@ -83,12 +83,6 @@ def called_normal(sentence: str) -> tuple[tuple[str, int], ...]:
     return tuple((name, 0) for name, pattern in _CALLED_NORMAL if pattern.search(sentence))
 
 
-def polarity(sentence: str, start: int, end: int) -> int:
-    """Whether what stands at start:end of a lower-case sentence is asserted (1), denied or
-    doubted."""
-    return judge(sentence, start, end)
-
-
 @lru_cache(maxsize=1 << 17)
 def ruled_out(sentence: str) -> frozenset[str]:
     """Findings that a lower-case sentence denies: by name, or by a statement that all is normal

@@ -22,11 +22,8 @@ from multiprocessing import get_context
 from typing import Any
 
 from cpo_fast.concepts.graph import graph_from_json, phrase_pattern, relevance
-from cpo_fast.concepts.labeller import (
-    polarity,
-    sentence_mentions,
-    sentences,
-)
+from cpo_fast.concepts.labeller import sentence_mentions, sentences
+from cpo_fast.concepts.labeller_scope import judge
 from cpo_fast.errors import DataError
 from cpo_fast.types import ConceptGraph
 
@@ -93,10 +90,10 @@ class Miner:
             return tuple(found)
         for key, pattern in self._patterns.items():
             for match in pattern.finditer(sentence) if key in keys else ():
-                found.append((key, polarity(sentence, match.start(), match.end())))
+                found.append((key, judge(sentence, match.start(), match.end())))
         for key, pattern in self._denials.items():
             for match in pattern.finditer(sentence) if key in keys else ():
-                if polarity(sentence, match.start(), match.end()) == 1:
+                if judge(sentence, match.start(), match.end()) == 1:
                     found.append((key, 0))
         return tuple(found)
 

@@ -120,9 +120,7 @@ class LocalWriter:
                 eos_token_id=sorted(self._ends()),
                 pad_token_id=pad,
                 logits_processor=processors,
-                **(
-                    {} if self._told is None else {"streamer": _Streamer(self._told, self._max_new)}
-                ),
+                streamer=_Streamer(self._told, self._max_new) if self._told else None,
             )
         return [row[width:].tolist() for row in out]
 

@@ -153,9 +153,7 @@ def _images_of(record: Study | Preference, max_images: int) -> Iterator[ImageRef
     if isinstance(record, Study):
         yield from record.images[:max_images]
         return
-    yield from record.images
-    for images in record.rejected_images:
-        yield from images or ()
+    yield from record.all_images
 
 
 def _look(ref: ImageRef, look: Callable[[ImageRef], object]) -> None:

@@ -46,12 +46,12 @@ def token_ids(preference: Preference, tokenizer: PreTrainedTokenizerBase) -> Ids
     "template-refuses", "template-rewrites-prompt", "prompt-merges", "empty-prompt",
     "empty-response", or, with images and a tokenizer without a place for them, "model-cannot-see".
     """
-    if shows_images(preference) and image_token_id(tokenizer) is None:
+    if preference.all_images and image_token_id(tokenizer) is None:
         raise cannot_see()
     for answer in (preference.chosen, *preference.rejected):
         said = words(answer)
-        for token in _control_tokens(tokenizer):
-            said = said.replace(token, "")
+        for token in control_tokens(tokenizer):
+            said = said.replace(token, "") if token != IMAGE_TOKEN else said
         if not said.strip():
             raise RecordError("empty-response", "an answer has control tokens only")
     own = preference.rejected_prompts or (None,) * len(preference.rejected)
@@ -118,11 +118,6 @@ def cannot_see() -> RecordError:
     )
 
 
-def shows_images(preference: Preference) -> bool:
-    """Whether any answer of the preference is given to an image."""
-    return bool(preference.images) or any(preference.rejected_images)
-
-
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of the image placeholder, or None for a tokenizer without one (a text-only
     model's).
@@ -132,11 +127,11 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 @lru_cache(maxsize=2)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The tokenizer's special tokens but for the image's, the longest first."""
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokenizer's special tokens, the longest first."""
     added = tokenizer.added_tokens_decoder.values()
-    names = {str(token) for token in added if token.special} - {IMAGE_TOKEN}
-    return tuple(sorted(names, key=len, reverse=True))
+    names = {str(token) for token in added if token.special} | {*tokenizer.all_special_tokens}
+    return tuple(sorted(names - {""}, key=len, reverse=True))
 
 
 def _common(one: Sequence[int] | str, other: Sequence[int] | str) -> int:

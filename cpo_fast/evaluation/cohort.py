@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.data.images import naming
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.types import RejectedRecord
@@ -35,15 +34,11 @@ class Loaded:
         RecordError of its study and does not end the run later.
         """
         from cpo_fast.packing import encode
+        from cpo_fast.packing.readable import decode
 
         grid = self.images.grid if self.images else None
         prompt = encode(asked, self.tokenizer, grid, max_length=max_length).prompt
-        if self.images is not None:
-            for image in asked.images:
-                try:
-                    self.images.pixels(image)
-                except RecordError as error:
-                    raise naming(image, error) from None
+        decode([prompt], self.pixels, {})
         return prompt
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cpo_fast.data.preference_values import same_answer, words
-from cpo_fast.data.tokens import cannot_see, image_token_id, shows_images, token_ids
+from cpo_fast.data.tokens import cannot_see, image_token_id, token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
 
@@ -137,7 +137,7 @@ def _encode(
             f"{len(replaced)} image lists for {len(preference.rejected)} rejected responses",
         )
     _check_responses(preference, replaced)
-    if image_tokens is None and shows_images(preference):
+    if image_tokens is None and preference.all_images:
         raise cannot_see()
 
     ids = token_ids(preference, tokenizer)

@@ -39,9 +39,8 @@ def readable(
     usable, failed = [], []
     for index, which in pack:
         group = groups[index]
-        prompts = [group.prompt, *(own for own in group.rejected_prompts if own is not None)]
         try:
-            decode(prompts, pixels, decoded, image_token_id)
+            decode(group.prompts, pixels, decoded, image_token_id)
             usable.append((index, which))
         except RecordError as error:
             failed.append((index, error))

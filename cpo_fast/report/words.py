@@ -7,6 +7,9 @@ from cpo_fast.report.read import Run
 OF_REPORTS = frozenset({"phantom", "mimic-cxr", "open-i", "ccf", "counterfactuals"})
 """Kinds of data whose answers this project makes: a report in `<think>`, then the diagnosis."""
 
+WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
+"""As in LOSS_TYPES of the loss op, which a page does without: importing it takes PyTorch."""
+
 
 def data_kind(run: Run) -> str:
     """The kind of data that was read, "" where the run does not say."""
@@ -47,7 +50,7 @@ def stage_note(run: Run, stage: str) -> str:
 def reference(run: Run) -> str:
     """A sentence on what CPO compares the model with."""
     loss = run.config.get("loss_type", "sigmoid")
-    if loss in ("simpo", "orpo"):
+    if loss in WITHOUT_REFERENCE:
         return f"The loss {loss} has no reference model."
     asked = str(run.config.get("stages") or "").split(",")
     sft = "sft" in asked or run.part("stages", "sft") or run.config.get("sft_checkpoint")

@@ -49,7 +49,7 @@ def data_bytes(groups: Sequence[PreferenceGroup]) -> Iterator[bytes]:
 
 def images_of(groups: Sequence[PreferenceGroup]) -> list[ImageRef]:
     """Every image once, in the order in which the groups show them."""
-    prompts = (p for group in groups for p in (group.prompt, *group.rejected_prompts) if p)
+    prompts = (prompt for group in groups for prompt in group.prompts)
     return list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
 
 

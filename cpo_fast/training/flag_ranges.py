@@ -102,7 +102,7 @@ RANGES: dict[str, Allowed] = {
     "seed": SEED,
     "preset": Choice(PRESETS),
     # --- data
-    "dataset": Text("the reader says what is wrong with it"),
+    "dataset": Text("a path or a name, see check_machine"),
     "dataset_format": Choice(_dataset_formats),
     "image_root": Text("a path, see check_machine"),
     "sections": Choice(_section_rules),

@@ -200,14 +200,14 @@ def leave_out_samples(
         keep_first(folder, texts, split, args.max_eval_samples)
     splits = used_splits(args)
     samples = {split: [*texts.sft[split], *texts.cpo[split]] for split in splits}
-    check.look(image for split in splits for one in samples[split] for image in all_images(one))
-    own = all_images if corpus.preferences else lambda one: iter(one.images)
+    check.look(image for split in splits for one in samples[split] for image in one.all_images)
     images: dict[str, list[tuple[ImageRef, ...]]] = {}
     bad: dict[str, list[RejectedRecord]] = {}
     for split in splits:
         shown: dict[Key, set[ImageRef]] = {}
         for one in samples[split]:
-            shown.setdefault(key(one), set()).update(own(one))
+            own = one.all_images if corpus.preferences else one.images
+            shown.setdefault(key(one), set()).update(own)
         images[split] = [tuple(refs) for refs in shown.values()]
         failed = {at: error for at, refs in shown.items() if (error := check.bad(refs))}
         bad[split] = [
@@ -226,12 +226,6 @@ Key = tuple[str, Origin | None]
 def key(one: Preference) -> Key:
     """What the samples of one record have in common."""
     return one.id, one.origin
-
-
-def all_images(one: Preference) -> Iterator[ImageRef]:
-    yield from one.images
-    for images in one.rejected_images:
-        yield from images or ()
 
 
 def keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from cpo_fast.model.build import has_tokenizer, load_model, load_tokenizer, save
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.supported import read_config
 from cpo_fast.training.checkpoint import MANIFEST, checkpoints, damage_of, result_checkpoint
+from cpo_fast.training.digests import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,10 +130,7 @@ def merged_adapter(
 def _origin(adapter: Path, dtype: torch.dtype, base_model: str | Path | None) -> dict[str, Any]:
     """What the merged model depends on: the adapter by its bytes, what is below it by its files."""
     _, *below = lineage(adapter, base_model)
-    digests = {
-        name: hashlib.sha256((adapter / name).read_bytes()).hexdigest()
-        for name in (CONFIG, WEIGHTS)
-    }
+    digests = {name: file_digest(adapter / name) for name in (CONFIG, WEIGHTS)}
     files = [file for folder in below for file in sorted(folder.glob("*.safetensors"))]
     weights = {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     return {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from cpo_fast.data.positions import model_positions
 from cpo_fast.data.preference_values import text_in, words
+from cpo_fast.data.tokens import control_tokens
 from cpo_fast.errors import DataError
 from cpo_fast.packing import encode_all
 from cpo_fast.packing.encode import OverLong
@@ -141,8 +142,7 @@ def whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[Reje
 def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What to say of records whose text holds special tokens of the tokenizer, such as an
     end-of-turn token inside an answer; names ids, lines and tokens, no text."""
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    special = {*special, *tokenizer.all_special_tokens} - {"<think>", "</think>", ""}
+    special = {*control_tokens(tokenizer)} - {"<think>", "</think>"}
     end = str(tokenizer.eos_token or "")
     found: dict[str, set[str]] = {}
     for stage in (texts.sft, texts.cpo):

@@ -74,7 +74,7 @@ def _keys(one: Preference) -> dict[str, list[bytes]]:
     return {
         "patient": [_digest("patient", id) for id in one.patients],
         "image": [_digest("image", image) for image in images],
-        "question": [_digest("question", [messages, images])],
+        "question": [question_key(one)],
         "answer": [_digest("answer", ["".join(text.split()), images])],
     }
 
