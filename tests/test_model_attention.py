@@ -23,13 +23,20 @@ from packed_oracle import (
 from packing_samples import mixed, preference, vision_language_model
 
 from cpo_fast.errors import UsageError
-from cpo_fast.model.attention import FlexLayout, _flex_attention, dense_mask, varlen_kernel
+from cpo_fast.model.attention import (
+    FlexLayout,
+    RepeatedRows,
+    _flex_attention,
+    dense_mask,
+    varlen_kernel,
+)
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.packed import PackedModel
 
 
-def attend_each_sequence(q, k, v, query_ends, key_ends, longest_q, longest_k, *, scale, enable_gqa):
-    """What both variable-length kernels compute, in plain torch; they run on CUDA only."""
+def attend_each_sequence(q, k, v, query_ends, key_ends, longest_q, longest_k, *, scale, causal):
+    """What both variable-length kernels compute, in plain torch; they run on CUDA only, and group
+    heads."""
     assert query_ends.dtype == key_ends.dtype == torch.int32
     assert query_ends[-1] == len(q) and key_ends[-1] == len(k) == len(v)
     assert longest_q == query_ends.diff().max() and longest_k == key_ends.diff().max()
@@ -37,10 +44,10 @@ def attend_each_sequence(q, k, v, query_ends, key_ends, longest_q, longest_k, *,
     for i in range(len(query_ends) - 1):
         rows, columns = (slice(ends[i], ends[i + 1]) for ends in (query_ends, key_ends))
         heads = [x.transpose(0, 1) for x in (q[rows], k[columns], v[columns])]
-        if enable_gqa:
-            heads[1:] = [x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in heads[1:]]
+        heads[1:] = [x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in heads[1:]]
         n, m = heads[0].shape[1], heads[1].shape[1]
-        seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)  # causal from the lower right
+        seen = torch.ones(n, m, dtype=torch.bool)
+        seen = seen.tril(m - n) if causal else seen  # from the lower right
         scores = (heads[0] @ heads[1].transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
         out.append((scores.softmax(-1) @ heads[2]).transpose(0, 1))
     return torch.cat(out)
@@ -48,19 +55,21 @@ def attend_each_sequence(q, k, v, query_ends, key_ends, longest_q, longest_k, *,
 
 def torchs_varlen(*tensors, scale=None, window_size=(-1, -1), enable_gqa=False):
     """With the signature of torch.nn.attention.varlen.varlen_attn."""
-    assert window_size == (-1, 0)
-    return attend_each_sequence(*tensors, scale=scale, enable_gqa=enable_gqa)
+    q, k = tensors[:2]
+    assert enable_gqa or q.shape[1] == k.shape[1]  # as torch itself wants it
+    return torchs_first_varlen(*tensors, scale=scale, window_size=window_size)
 
 
 def torchs_first_varlen(*tensors, scale=None, window_size=(-1, -1)):
-    """That of torch 2.11, which does not group heads."""
-    raise AssertionError("not for grouped heads")
+    """That of torch 2.11, where the kernel groups heads unasked."""
+    assert window_size in ((-1, 0), (-1, -1))
+    return attend_each_sequence(*tensors, scale=scale, causal=window_size == (-1, 0))
 
 
 def flash_attns_varlen(*tensors, dropout_p=0.0, softmax_scale=None, causal=False):
-    """With the signature of flash_attn.flash_attn_varlen_func, which groups heads by itself."""
-    assert causal and not dropout_p
-    return attend_each_sequence(*tensors, scale=softmax_scale, enable_gqa=True)
+    """With the signature of flash_attn.flash_attn_varlen_func."""
+    assert not dropout_p
+    return attend_each_sequence(*tensors, scale=softmax_scale, causal=causal)
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +84,10 @@ def cuda_attention_on_cpu(request, monkeypatch):
         # Its dense form has a backward on the CPU, too, but this check refuses it.
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     if "varlen" in name or "flash-attn" in name:
-        from_torch = torchs_first_varlen if "flash-attn" in name else torchs_varlen
+        from_torch = torchs_first_varlen if "first" in name else torchs_varlen
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", from_torch)
+        if "flash-attn" in name:
+            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # not there
         module = types.ModuleType("flash_attn")
         module.flash_attn_varlen_func = flash_attns_varlen
         monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -85,13 +96,17 @@ def cuda_attention_on_cpu(request, monkeypatch):
         request.addfinalizer(varlen_kernel.cache_clear)
 
 
+WAYS = ["gathered", "sdpa", "varlen", "first-varlen", "flash-attn", "flex"]
+
+
 def packed_model(model, attention) -> PackedModel:
     """By the name that a test gives an implementation."""
-    return PackedModel(model, attention="varlen" if attention == "flash-attn" else attention)
+    varlen = attention in ("flash-attn", "first-varlen")
+    return PackedModel(model, attention="varlen" if varlen else attention)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen", "flash-attn", "flex"])
+@pytest.mark.parametrize("attention", WAYS)
 @pytest.mark.parametrize("case", CASES)
 def test_logps_and_reference_equal_separate_forwards(case, attention):
     build, samples = CASES[case]
@@ -184,7 +199,7 @@ def test_flex_is_compiled_once_for_a_length(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("attention", ["gathered", "sdpa", "varlen", "flash-attn", "flex"])
+@pytest.mark.parametrize("attention", WAYS)
 @pytest.mark.parametrize("case", ["images", "qwen2", "llama"])
 def test_adapter_gradients_equal_separate_forwards(case, attention):
     build, samples = CASES[case]
@@ -211,9 +226,36 @@ def test_before_training_policy_is_reference(attention):
 
 
 def test_no_kernel_of_that_kind_is_said_at_once(monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_first_varlen)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as where it is not there
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     varlen_kernel.cache_clear()
     with pytest.raises(UsageError, match="flash-attn"):
         PackedModel(vision_language_model(), attention="varlen")
     varlen_kernel.cache_clear()
+
+
+def test_auto_is_the_flash_kernel_where_it_can_run_else_gathered(monkeypatch):
+    model = vision_language_model()
+    assert PackedModel(model).attention == "gathered"  # a CPU
+    monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda *_: None)
+    assert PackedModel(model).attention == "varlen"
+    model.config.text_config.attention_dropout = 0.1  # which the kernel has not
+    assert PackedModel(model).attention == "gathered"
+    model.config.text_config.attention_dropout = 0.0
+    model.config.text_config.head_dim = 512  # more than the kernel takes
+    assert PackedModel(model).attention == "gathered"
+
+
+def test_gradients_of_repeated_rows_add_up_in_the_order_of_the_index():
+    index = torch.tensor([0, 1, 2, 0, 1, 3, 0, 1, 4])
+    rows = RepeatedRows(index, 5, torch.device("cpu"))
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(rows.of(x), x[index])
+    grad = torch.randn(9, 3, dtype=torch.float64)
+    (got,) = torch.autograd.grad(rows.of(x), x, grad)
+    (want,) = torch.autograd.grad(x[index], x, grad)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # added in float32
+    half = grad.bfloat16()
+    (got,) = torch.autograd.grad(rows.of(x.bfloat16()), x, half)
+    exact = torch.zeros(5, 3, dtype=torch.float64).index_add_(0, index, half.double())
+    assert torch.equal(got.bfloat16(), exact.bfloat16())  # rounded once

@@ -2,11 +2,12 @@
 
 Four ways to the same result. One dense mask over the whole row is the specification. The others
 do no work across branches: `gathered` by one SDPA call per prompt and branch, K and V gathered for
-it (the CPU default), `varlen` by one call of a variable-length flash attention (torch's or
-flash-attn's) for the whole pack, gathered likewise, `flex` by torch's flex_attention, which skips
-blocks that a mask leaves empty (both CUDA). Those are an attention function of ours, registered
-through transformers' public AttentionInterface and handed its layout as a keyword of the forward;
-without a layout (as in `generate`) it is plain SDPA.
+it (the default on a CPU and in float32), `varlen` by one call of a variable-length flash attention
+(torch's or flash-attn's) for the whole pack, gathered likewise (the default on CUDA in half
+precision), `flex` by torch's flex_attention, which skips blocks that a mask leaves empty (CUDA).
+Those are an attention function of ours, registered through transformers' public AttentionInterface
+and handed its layout as a keyword of the forward; without a layout (as in `generate`) it is plain
+SDPA. The images of a vision tower and their windows have one too (`cpo_fast.model.windows`).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class VarlenLayout:
                 position += length
         keys = [len(sequence) for sequence in index]
         device = batch.input_ids.device
-        self.key_index = torch.cat(index).to(device)
+        self.keys = RepeatedRows(torch.cat(index), position, device)
         self.query_ends, self.key_ends = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (queries, keys)
@@ -171,39 +172,80 @@ class VarlenLayout:
             raise UsageError("attention='varlen' has no dropout; set attention_dropout to 0")
         out = kernel(
             query[0].transpose(0, 1),  # [T, H, d]
-            key[0].transpose(0, 1).index_select(0, self.key_index),
-            value[0].transpose(0, 1).index_select(0, self.key_index),
+            self.keys.of(key[0].transpose(0, 1)),
+            self.keys.of(value[0].transpose(0, 1)),
             self.query_ends,
             self.key_ends,
             self.longest_query,
             self.longest_key,
             scale,
+            True,
         )
         return out[None]
 
 
+class RepeatedRows:
+    """Rows of a tensor by an index that names every row at least once.
+
+    The backward of torch's own indexing adds with atomics on CUDA, in an order that changes from
+    run to run. Here a row's gradients are added in the order of the index, in float32.
+    """
+
+    def __init__(self, index: torch.Tensor, rows: int, device: torch.device) -> None:
+        self.index = index.to(device)
+        # The k-th time that each row is named: its position, and which rows that holds for.
+        order = index.argsort(stable=True)
+        counts = index.bincount(minlength=rows)
+        first = counts.cumsum(0) - counts
+        self.first = order[first].to(device)
+        self.again = []
+        for k in range(1, int(counts.max())):
+            named = torch.nonzero(counts > k)[:, 0]
+            self.again.append((named.to(device), order[first[named] + k].to(device)))
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return _Repeat.apply(x, self)  # type: ignore[no-any-return]
+
+
+class _Repeat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: RepeatedRows) -> torch.Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        rows = ctx.rows
+        total = grad.index_select(0, rows.first).float()
+        for named, positions in rows.again:  # no row twice, so that no two additions meet
+            total.index_add_(0, named, grad.index_select(0, positions).float())
+        return total.to(grad.dtype), None
+
+
 @cache
 def varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """Causal attention of sequences in one row: torch's own where it groups heads (2.12 on), else
-    flash-attn's where that is installed, else None.
+    """Attention of sequences in one row: torch's own, else flash-attn's where that is installed,
+    else None. CUDA, half precision.
 
     Called with q [T, H, d], k and v [keys, H_kv, d], the ends of every sequence's queries and keys
-    (int32, from 0 on), the longest of both, and the scale.
+    (int32, from 0 on), the longest of both, the scale, and whether it is causal, from the lower
+    right corner. Both kernels group heads.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         pass
     else:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        parameters = inspect.signature(varlen_attn).parameters
+        if "window_size" in parameters:
+            # torch 2.11 has no such keyword and leaves grouping to the kernel, as later ones do.
+            grouping = {"enable_gqa": True} if "enable_gqa" in parameters else {}
 
             def by_torch(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-                *ends, scale = rest
-                grouped = q.shape[1] != k.shape[1]
-                window = (-1, 0)  # causal
-                return varlen_attn(
-                    q, k, v, *ends, scale=scale, window_size=window, enable_gqa=grouped
-                )
+                *ends, scale, causal = rest
+                window = (-1, 0 if causal else -1)
+                return varlen_attn(q, k, v, *ends, scale=scale, window_size=window, **grouping)
 
             return by_torch
     try:
@@ -212,8 +254,8 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
         return None
 
     def by_flash_attn(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        *ends, scale = rest
-        return flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=True)
+        *ends, scale, causal = rest
+        return flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=causal)
 
     return by_flash_attn
 

@@ -23,17 +23,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ATTENTIONS = ("gathered", "sdpa", "varlen", "flex")
+ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
+LARGEST_FLASH_HEAD = 256
 
 
 class PackedModel:
     """Runs `model` over PackedBatches.
 
     `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask), "varlen" (K/V per
-    branch in one flash attention call; CUDA, half precision, torch 2.12 or flash-attn) or "flex"
-    (flex_attention with a block mask; CUDA); all give the same numbers. Raises UsageError for an
-    unknown one, for one that the model's device or dtype cannot use, and for a model or an adapter
-    that packs do not support (`cpo_fast.model.supported`), sliding-window layers among them.
+    branch in one flash attention call; CUDA, half precision), "flex" (flex_attention with a block
+    mask; CUDA) or "auto": "varlen" where the model's device and dtype can use it, else "gathered".
+    All give the same numbers. Raises UsageError for an unknown one, for one that the model's device
+    or dtype cannot use, and for a model or an adapter that packs do not support
+    (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower attends within
+    images and windows by `cpo_fast.model.windows`.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
     with a break at attention over branches, whose layout changes from pack to pack.
     """
@@ -42,15 +45,17 @@ class PackedModel:
         self,
         model: PreTrainedModel | PeftModel,
         *,
-        attention: str = "gathered",
+        attention: str = "auto",
         compile: bool = False,
     ) -> None:
         from peft import PeftModel
 
         self.model = model
-        self.attention = attention
         self._peft = model if isinstance(model, PeftModel) else None
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if attention == "auto":
+            attention = attention_for(base)
+        self.attention = attention
         check_model(base, attention=attention)
         if self._peft is not None:
             check_adapter(self._peft)
@@ -61,11 +66,14 @@ class PackedModel:
         self.trunk = self._inner if self.vision is None else self._inner.language_model
         check_attention(attention, base.device.type, base.dtype)
         from cpo_fast.model.attention import BRANCHES
+        from cpo_fast.model.windows import use_windows
 
         implementation = "sdpa" if attention == "sdpa" else BRANCHES
         self._base.set_attn_implementation(
             implementation if self.vision is None else {"text_config": implementation}
         )
+        if self.vision is not None:
+            use_windows(self.vision)
         if compile:
             if not hasattr(self.trunk, "layers"):
                 raise UsageError(
@@ -168,6 +176,19 @@ class _Prepared:
     image_features: torch.Tensor | None = None
 
 
+def attention_for(model: PreTrainedModel) -> str:
+    """What "auto" is for a model: "varlen" where it can run, else "gathered"."""
+    text: Any = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head > LARGEST_FLASH_HEAD or head % 8 or getattr(text, "attention_dropout", 0.0):
+        return "gathered"
+    try:
+        _check_varlen(model.device.type, model.dtype)
+    except UsageError:
+        return "gathered"
+    return "varlen"
+
+
 def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
     """UsageError for an unknown attention, or one that a model of this device ("cpu", "cuda") and
     dtype cannot use."""
@@ -184,8 +205,8 @@ def _check_varlen(device: str, dtype: torch.dtype) -> None:
 
     if varlen_kernel() is None:
         raise UsageError(
-            "attention='varlen' needs torch 2.12 or later, or flash-attn; this is torch "
-            f"{torch.__version__} without it; use 'gathered' or 'sdpa'"
+            "attention='varlen' needs torch.nn.attention.varlen, or flash-attn; this torch "
+            f"{torch.__version__} is without both; use 'gathered' or 'sdpa'"
         )
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         raise UsageError(

@@ -99,7 +99,7 @@ def empty_model(path: str | Path) -> PreTrainedModel:
         ) from error
 
 
-def check_model(model: Any, *, attention: str = "gathered") -> None:
+def check_model(model: Any, *, attention: str = "auto") -> None:
     """UsageError, with the class and the reason, for a model that packs do not support."""
     name = type(model).__name__
     config = model.config

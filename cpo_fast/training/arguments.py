@@ -73,7 +73,7 @@ class TrainArguments:
     # --- model
     model_name_or_path: str = _flag("tiny", "folder of a model or an adapter, or 'tiny'")
     sft_checkpoint: str | None = _flag(None, "model, adapter or SFT stage to start CPO from")
-    attn_implementation: str = _flag("gathered", "over packs: gathered, sdpa; CUDA: varlen, flex")
+    attn_implementation: str = _flag("auto", "over packs: gathered, sdpa; CUDA: varlen, flex")
     use_peft: bool = _flag(True, "CPO trains LoRA adapters (else all weights, with a frozen copy)")
     sft_use_peft: bool = _flag(True, "SFT trains LoRA adapters (else all weights)")
     lora_r: int = _flag(8, "LoRA rank")
