@@ -240,12 +240,12 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
         parameters = inspect.signature(varlen_attn).parameters
         if "window_size" in parameters:
             # torch 2.11 has no such keyword and leaves grouping to the kernel, as later ones do.
-            grouping = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+            grouping: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
 
-            def by_torch(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-                *ends, scale, causal = rest
+            def by_torch(*tensors: Any) -> Any:
+                *qkv_ends, scale, causal = tensors
                 window = (-1, 0 if causal else -1)
-                return varlen_attn(q, k, v, *ends, scale=scale, window_size=window, **grouping)
+                return varlen_attn(*qkv_ends, scale=scale, window_size=window, **grouping)
 
             return by_torch
     try:
@@ -253,9 +253,9 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
     except ImportError:
         return None
 
-    def by_flash_attn(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        *ends, scale, causal = rest
-        return flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=causal)
+    def by_flash_attn(*tensors: Any) -> Any:
+        *qkv_ends, scale, causal = tensors
+        return flash_attn_varlen_func(*qkv_ends, softmax_scale=scale, causal=causal)
 
     return by_flash_attn
 

@@ -51,8 +51,8 @@ class Windows:
         pieces = [x.split([count * length for count, length in self.sizes]) for x in rows]
         out = []
         for (count, length), *qkv in zip(self.sizes, *pieces, strict=True):
-            heads = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
-            seen = scaled_dot_product_attention(*heads, scale=scale, dropout_p=dropout)
+            q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+            seen = scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
             out.append(seen.transpose(1, 2).flatten(0, 1))  # of [windows, H, length, d]
         joined = torch.cat(out)
         return joined if self.order is None else joined.index_select(0, self.back)
