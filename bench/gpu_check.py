@@ -1,13 +1,13 @@
 """Checks and measures everything on a GPU: `python -m bench.gpu_check --out DIR`.
 
 In this order: what the machine is; the native parts, built in place; every implementation against
-float64 and the rules of the loss op; the tests that need a GPU; what the device reaches at best;
-the loss op against its peers; training steps of real shapes; NVIDIA's sanitizer. Each phase runs in
-processes of its own, so that a crash costs one unit of it. After every unit DIR/results.json and
+float64 and the rules of the loss op; attention over packs against float32; the tests that need a
+GPU; what the device reaches at best; the loss op against its peers; training steps of real shapes;
+NVIDIA's sanitizer. Each phase runs in processes of its own, so that a crash costs one unit of it. After every unit DIR/results.json and
 DIR/report.md are replaced by complete ones: the run may be killed at any time, and `--resume` goes
 on. Nothing is timed of an implementation that broke a rule.
 
-`--plan first` (400 s) and `--plan second` (300 s) do what matters most in the order in which it
+`--plan first` (400 s) and `--plan second` (330 s) do what matters most in the order in which it
 matters, for a machine that is to be had for a quarter of an hour; bench/gpu/plans.py lists their
 steps. Either is complete in itself. The second knows what the first found where both run in the
 same tree on the same device. `--plan quack` (240 s) compares with that peer at the headline.
@@ -36,6 +36,7 @@ PHASES = {
     "environment": 0.10,
     "build": 0.30,
     "correctness": 0.22,
+    "attention": 0.10,
     "suite": 0.18,
     "ceilings": 0.06,
     "loss": 0.25,

@@ -5,6 +5,7 @@ A study has one chosen and two rejected responses of 100 to 250 tokens; a word i
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 from dataclasses import dataclass
@@ -58,25 +59,57 @@ class Work:
         )
 
 
-def work(*, studies: int, side: int, prompt_words: int, response_words=(95, 235)) -> Work:
-    """Pairs of `studies` studies, each with an image of side x side grey noise (none for 0)."""
+@functools.cache
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """4,096 entries, trained on texts of VOCABULARY."""
+    return train_tokenizer([words(random.Random(i), 200) for i in range(200)], vocab_size=4096)
+
+
+def noise(name: str, width: int, height: int, seed: int) -> ImageRef:
+    """A grey PNG in memory."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return ImageRef(f"{name}.png", data=file.getvalue())
+
+
+def preference(
+    name: str,
+    rng: random.Random,
+    pictures: tuple[ImageRef, ...],
+    *,
+    prompt_words: int,
+    response_words: tuple[int, int],
+    rejected: int = 2,
+) -> Preference:
+    """Random words about the pictures: a question, a chosen answer and `rejected` others."""
+    text = {"type": "text", "text": words(rng, prompt_words)}
+    prompt = ({"role": "user", "content": [*[{"type": "image"}] * len(pictures), text]},)
+    answers = [words(rng, rng.randint(*response_words)) for _ in range(1 + rejected)]
+    return Preference(name, prompt, answers[0], tuple(answers[1:]), pictures)
+
+
+@functools.lru_cache(maxsize=2)
+def work(
+    *, studies: int, side: int, prompt_words: int, response_words: tuple[int, int] = (95, 235)
+) -> Work:
+    """Pairs of `studies` studies, each with an image of side x side grey noise (none for 0). The
+    same object for the same arguments: it is not to be changed.
+    """
     rng = random.Random(0)
     preferences = []
     for study in range(studies):
-        text = {"type": "text", "text": words(rng, prompt_words)}
-        pictures: tuple[ImageRef, ...] = ()
-        if side:
-            pixels = np.random.default_rng(study).integers(0, 256, (side, side), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG")
-            pictures = (ImageRef(f"{study}.png", data=file.getvalue()),)
-        content = [*[{"type": "image"}] * len(pictures), text]
-        answers = [words(rng, rng.randint(*response_words)) for _ in range(3)]
-        prompt = ({"role": "user", "content": content},)
-        one = Preference(str(study), prompt, answers[0], tuple(answers[1:]), pictures)
-        preferences.append(one)
-    texts = [words(random.Random(i), 200) for i in range(200)]
-    tokenizer = train_tokenizer(texts, vocab_size=4096)
+        pictures = (noise(str(study), side, side, study),) if side else ()
+        preferences.append(
+            preference(
+                str(study),
+                rng,
+                pictures,
+                prompt_words=prompt_words,
+                response_words=response_words,
+            )
+        )
+    tokenizer = word_tokenizer()
     images = ImageProcessor.create(max_pixels=max(side, 56) ** 2)
     groups = encode_all(preferences, tokenizer, images.grid, max_length=4096).groups
     return Work(preferences, groups, tokenizer, images)

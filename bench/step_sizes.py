@@ -126,6 +126,8 @@ def run(
     rounds: int = 3,
     side: int = VISUAL_504,
     with_ours: bool = True,
+    compile: bool = False,
+    measured: Callable[[str, Callable[[], float]], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of one optimiser step over 2 x `studies` pairs, ready for JSON.
 
@@ -133,7 +135,8 @@ def run(
     and float32 on a CPU. `peers` are "unshared" (every prompt anew for every pair), "unpacked" (one
     study at a time), the name of another attention implementation, or "trl" (DPOTrainer's step in
     micro-batches of `trl_batch` pairs); one after another, as two models may not fit together. Ours
-    is measured before them, or not at all without `with_ours`.
+    is measured before them, or not at all without `with_ours`. `compile` compiles the decoder
+    layers of every step but trl's. `measured` is called with the name and the step after each.
     `loss` is the mean loss, about 0.6931 as nothing is trained yet. Every kind of step has its own
     entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`,
     `loss`, and for steps of ours `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that
@@ -154,11 +157,12 @@ def run(
         model.train()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        packed = PackedModel(model, attention=attention)
+        packed = PackedModel(model, attention=attention, compile=compile)
         return PackedStep(
             packed, data, packing_length=packing_length, mode=mode, loss_impl=loss_impl
         )
 
+    used = attention
     steps: dict[str, dict[str, Any]] = {}
     for name in (*(("ours",) if with_ours else ()), *peers):
         try:
@@ -180,7 +184,10 @@ def run(
                     step = ours(attention, name)
                 else:
                     step = ours(attention if name == "ours" else name)
+                    used = step.packed.attention if name == "ours" else used
                 steps[name] = _figures(step, data, where, rounds, peak)
+                if measured is not None:
+                    measured(name, step)
                 del step
         except Exception as error:  # a peer's failure is a finding, ours is not
             if name == "ours":
@@ -197,7 +204,8 @@ def run(
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": attention,
+        "attention": used,
+        "compiled": compile,
         "pairs": data.pairs,
         "packing_length": packing_length,
         "gradient_checkpointing": gradient_checkpointing,
@@ -244,8 +252,9 @@ def _figures(
     }
     if isinstance(step, PackedStep):
         step.clear()
-        step.phases.on = True
+        clocked, step.phases.on = step.phases.on, True
         step()
+        step.phases.on = clocked
         figures |= {
             "packs": len(step.packs),
             "physical_tokens": step.tokens,
@@ -268,6 +277,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=16, help="two pairs each")
     parser.add_argument("--packing_length", type=int, default=8192)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the decoder layers")
     parser.add_argument("--peers", nargs="*", default=["unshared"], choices=PEERS)
     parser.add_argument("--loss_impl")
     parser.add_argument("--rounds", type=int, default=3)

@@ -3,6 +3,8 @@ process that runs the others and the report need them, too."""
 
 from __future__ import annotations
 
+from typing import Any
+
 HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}
 """D, V of Qwen2.5-VL's 7B and 3B and of Qwen2.5's 0.5B."""
 TOKENS = 8192
@@ -12,3 +14,18 @@ TRAINED = "trained head, reference on-line"
 LSE_ONLY = "log-probs alone"
 VENDOR_SETTINGS = ("vendor default", "fp32 sums")
 """Of the vendor library's products: its own default, and that of our op (chunked.fp32_sums)."""
+CLASSES = (
+    *("products", "attention", "elementwise", "reductions", "copies and casts", "ours", "other"),
+)
+"""Of kernels in a profile (bench/gpu/kernel_times.py)."""
+LOG_2, LOSS_ERROR = 0.6931472, 2e-2
+"""The loss of an untrained step, and by how much it may differ."""
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours": ("auto", {}),
+    "ours, compiled": ("auto, compiled", {"compile": True}),
+    "ours, gathered": ("gathered", {"attention": "gathered"}),
+    "ours, flex": ("flex", {"attention": "flex"}),
+}
+"""Steps of ours: the check of bench/gpu/attention.py that speaks of each, and options of
+bench.step_sizes.run beside the defaults of PackedModel."""
+ATTENTION_CHECK = "attention {}: against float32"

@@ -1,7 +1,8 @@
-"""Device time of a call by kernel, from PyTorch's profiler."""
+"""Device time of a call by kernel, from PyTorch's profiler, and by class of kernel."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,32 +10,97 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from bench.gpu.cases import CLASSES
 from bench.gpu.units import NotHere
 
 CALLS = 3
+KERNELS = 40  # that are kept
+OURS = (
+    *("lean_rows_kernel", "row_kernel", "linear_lse_kernel", "combine_kernel", "row_scale_kernel"),
+    *("segment_sums_kernel", "sigmoid_pairs_kernel", "segment_coefficients_kernel"),
+)
+"""Triton kernels of kernels/; the CUDA kernels are in the namespace `cpo`."""
+RULES = (
+    ("ours", rf"\bcpo(_fast)?::|^_zn3cpo|^({'|'.join(OURS)})"),
+    # torch.compile names a kernel after what it does, then after the operators that it fuses.
+    ("elementwise", r"^triton_poi_"),
+    ("reductions", r"^triton_(red|per|split_scan)_"),
+    ("attention", r"flash|fmha|sdpa|attention"),
+    ("products", r"gemm|cutlass|nvjet|cublas|xmma|gemv|convolve|^triton_tem_|aten::(add)?b?mm$"),
+    (
+        "copies and casts",
+        r"memcpy|memset|copy_kernel|catarray|fillfunctor|gather|scatter|index"
+        r"|aten::(_to_)?(copy_?|cat|fill_|zero_)$",
+    ),
+    ("reductions", r"reduce|softmax|norm(?!al)|cunn_|\bcub::|aten::(sum|mean)$"),
+    (
+        "elementwise",
+        r"elementwise|vectorized|pointwise|multi_tensor_apply|^triton_"
+        r"|aten::(add|sub|mul|div|neg|pow|rsqrt|silu|silu_backward|sigmoid)_?$",
+    ),
+)
+"""(class, pattern), the first one that is found counts; of names in lower case."""
+ANNOTATIONS = ("Optimizer.", "ProfilerStep", "## Call CompiledFxGraph", "Torch-Compiled Region")
+"""Marks of spans, which are no kernels; the profiler may show them on the device, too."""
 
 
-def profile(run: Callable[[], object], device: str) -> dict[str, Any]:
-    """{"seconds", "kernels": [{"name", "calls", "seconds"}]} of one call, the longest kernel first;
-    on a CPU of operators. Raises NotHere where the profiler sees no kernel."""
+def kind_of(kernel: str) -> str:
+    """The class of a kernel by its name, as the profiler shows it."""
+    name = kernel.lower()
+    return next((kind for kind, pattern in RULES if re.search(pattern, name)), "other")
+
+
+def profile(
+    run: Callable[[], object],
+    device: str,
+    *,
+    calls: int = CALLS,
+    warm: bool = True,
+    host: bool = True,
+) -> dict[str, Any]:
+    """{"seconds", "classes": {class: seconds}, "kernels": [{"name", "calls", "seconds"}]} of one
+    call, the longest kernel first; on a CPU of operators.
+
+    `calls` calls are recorded, after another one with `warm`. Without `host` what the host does is
+    not recorded: a training step has hundreds of thousands of such events. Raises NotHere where the
+    profiler sees no kernel.
+    """
     cuda = device == "cuda"
-    run()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    if warm:
+        run()
+    both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    attempts = [both] if host or not cuda else [[ProfilerActivity.CUDA], both]
+    kernels: list[dict[str, Any]] = []
+    for activities in attempts:
+        kernels = kernels or recorded(run, cuda, calls, activities)
+    if not kernels:
+        raise NotHere("the profiler sees no kernel here")
+    kernels.sort(key=lambda kernel: -kernel["seconds"])
+    classes = dict.fromkeys(CLASSES, 0.0)
+    for kernel in kernels:
+        classes[kind_of(kernel["name"])] += kernel["seconds"]
+    total = sum(kernel["seconds"] for kernel in kernels)
+    return {"seconds": total, "classes": classes, "kernels": kernels[:KERNELS]}
+
+
+def recorded(
+    run: Callable[[], object], cuda: bool, calls: int, activities: list[ProfilerActivity]
+) -> list[dict[str, Any]]:
     with torch.profiler.profile(activities=activities, acc_events=True) as found:
-        for _ in range(CALLS):
+        for _ in range(calls):
             run()
         if cuda:
             torch.cuda.synchronize()
     kernels = []
     for event in found.key_averages():
         # An operator's row repeats the time of the kernels that it launched.
-        if event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU):
-            microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-            if microseconds > 0:
-                seconds = microseconds / 1e6 / CALLS
-                name = event.key[:200]
-                kernels.append({"name": name, "calls": event.count / CALLS, "seconds": seconds})
-    if not kernels:
-        raise NotHere("the profiler sees no kernel here")
-    kernels.sort(key=lambda kernel: -kernel["seconds"])
-    return {"seconds": sum(kernel["seconds"] for kernel in kernels), "kernels": kernels[:40]}
+        if event.device_type != (DeviceType.CUDA if cuda else DeviceType.CPU):
+            continue
+        if getattr(event, "is_user_annotation", False) or event.key.startswith(ANNOTATIONS):
+            continue
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if microseconds > 0:
+            seconds = microseconds / 1e6 / calls
+            name = event.key[:200]
+            kernels.append({"name": name, "calls": event.count / calls, "seconds": seconds})
+    return kernels

@@ -65,20 +65,23 @@ FIRST = Plan(
 )
 SECOND = Plan(
     "second",
-    seconds=300,
+    seconds=330,
     first_answer=15,
     steps=(
         Step("kit", "build:kit_units", 20, "build"),
         Step("machine", "environment:units", 10, "environment"),
         Step("smoke", "smoke:units", 45, "correctness", side_by_side=True, judges=True),
-        Step("tuning", "tuning:units", 50, "tuning"),
-        Step("builds", "tuning:build_units", 30, "tuning", in_turn=BUILDS, needs="cuda fused"),
+        Step("attention", "attention:units", 35, "correctness"),
+        Step("steps", "steps:plan_units", 150, "steps"),
         Step("winner", "correctness:winner_units", 30, "correctness"),
-        Step("steps", "steps:plan_units", 70, "steps"),
+        Step("tuning", "tuning:units", 50, "tuning"),
         Step("sanitizer", "sanitizer:plan_units", 15, "sanitizer"),
+        Step("builds", "tuning:build_units", 20, "tuning", in_turn=BUILDS, needs="cuda fused"),
     ),
     reads_verdict=True,
 )
+"""Its last steps have what is left: all have their time only where those before end early. With a
+verdict of the first plan there is no smoke check, without one no time for more than the winner."""
 QUACK = Plan(
     "quack",
     seconds=240,

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import report
-from bench.gpu.sections import measured, rate
+from bench.gpu import report, sections
+from bench.gpu.sections import measured, rate, step_name
 
 Record = dict[str, Any]
 NOTHING = "Nothing has been measured on a GPU yet."
@@ -247,15 +247,17 @@ def loss_tables(device: str, data: Record) -> list[str]:
 def step_tables(device: str, data: Record) -> list[str]:
     found = measured(data["records"], "steps")
     rows = []
+    wrong = sections.wrong_attention(data["records"])
     for r in found:
         for kind, s in r["steps"].items():
-            if "pairs_per_second" not in s:
+            if "pairs_per_second" not in s or kind in wrong:
                 continue
             memory = s.get("peak_memory_bytes")
             rows.append(
                 [
                     r["size"],
-                    r["key"].partition(": ")[2] or kind,
+                    step_name(r),
+                    r["attention"],
                     f"{s['pairs_per_second']:.3g}",
                     f"{s['seconds']:.3f}",
                     f"{s['mfu']:.1%}" if "mfu" in s else "",
@@ -265,6 +267,12 @@ def step_tables(device: str, data: Record) -> list[str]:
             )
     if not rows:
         return []
-    header = ["model", "step", "pairs per second", "s", "MFU", "peak memory, GiB", "by"]
+    header = ["model", "step", "attention", "pairs per second", "s", "MFU"]
+    header += ["peak memory, GiB", "by"]
     title = f"**Training steps**, {found[0]['pairs']} pairs, {found[0]['dtype']}, {device}:"
-    return [title, report.table(header, rows)]
+    parts = [title, report.table(header, rows)]
+    profiled = sections.step_profiles(data["records"])
+    if profiled := [r for r in profiled if r["provider"] not in wrong]:
+        title = f"**Where the time of a step goes**, shares of its wall time, {device}:"
+        parts += [title, sections.class_table(profiled)]
+    return parts

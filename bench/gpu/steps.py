@@ -1,17 +1,24 @@
 """Training steps of Qwen2.5-VL's 3B and 7B shapes with random weights, against trl where it is.
 
-Ours and each peer are units of their own: what a peer takes or breaks costs none of our figures.
+Ours in its variants and each peer are units of their own: what one takes or breaks costs no figure
+of another. A step of ours is profiled by kernel right behind its timing, with the model that is
+there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import sys
+from collections.abc import Callable
 from typing import Any
 
+from bench.gpu.cases import LOG_2, LOSS_ERROR, STEPS
 from bench.gpu.units import NotHere, Setting, Unit
 
 NEEDED = {"trl": ("bench.step_sizes", "peft", "trl")}
+HELD = 1e9  # bytes that a unit may leave in use: with more, the next one has a fresh process
 ROOMY = 100e9  # bytes of device memory for packs of 8192 tokens: 7B keeps 60 GB for its backward
 
 
@@ -22,65 +29,156 @@ def missing(name: str) -> bool:
         return True
 
 
-def step(kind: str, size: str, device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One kind of step, "ours" or a peer of bench.step_sizes."""
+_measured: dict[tuple[str, str], tuple[Callable[[], float], float]] = {}
+"""(kind, size): the step and its seconds, of the unit before in this process. A model of 7B takes
+15 GB: there is one at a time."""
+
+
+def step(
+    kind: str, size: str, device: str, options: dict[str, Any], profiled: bool = False
+) -> dict[str, Any]:
+    """One kind of step, one of STEPS or a peer of bench.step_sizes; kept for the unit behind it
+    with `profiled`."""
     for name in NEEDED.get(kind, ("bench.step_sizes", "peft")):
         if missing(name):
             raise NotHere(f"{name} is not installed")
-    from bench.gpu.timing import release
     from bench.step_sizes import run
 
-    release(device)  # of the model before, which may be part of a cycle
-    peers = () if kind == "ours" else (kind,)
-    found = run(size, device=device, peers=peers, with_ours=kind == "ours", **options)
-    figures = found["steps"][kind]
+    release(device)
+    mine = kind in STEPS
+    made: list[Callable[[], float]] = []
+    found = run(
+        size,
+        device=device,
+        peers=() if mine else (kind,),
+        with_ours=mine,
+        measured=(lambda name, step: made.append(step)) if profiled else None,
+        **options,
+    )
+    figures = found["steps"]["ours" if mine else kind]
     if "error" in figures:
         raise RuntimeError(figures["error"])
+    found["steps"] = {kind: figures}
+    if kind == "trl":
+        found["attention"] = "its own"
     loss = figures["loss"]
-    if kind == "ours":
+    if mine:
         # Attention with and without gradients may take other kernels, which round differently.
-        assert abs(loss - 0.6931472) < 2e-2, f"an untrained loss is log 2, not {loss}"
+        assert abs(loss - LOG_2) < LOSS_ERROR, f"an untrained loss is log 2, not {loss}"
+    if profiled:
+        _measured[kind, size] = made[0], figures["seconds"]
+    else:
+        found["fresh_process"] = release(device) > HELD
     return found
 
 
-def unit(kind: str, size: str, setting: Setting, limit: float, **options: Any) -> Unit:
+def profile_step(kind: str, size: str, device: str) -> dict[str, Any]:
+    """One call of a step that the unit before this one has timed."""
+    if (kind, size) not in _measured:
+        raise NotHere("the step was not timed in this process")
+    from bench.gpu.kernel_times import profile
+
+    run, seconds = _measured.pop((kind, size))
+    figures = profile(run, device, calls=1, warm=False, host=False)
+    del run
+    figures["fresh_process"] = release(device) > HELD
+    return {"provider": kind, "model": size, "wall_seconds": seconds, **figures}
+
+
+def unit(
+    kind: str, size: str, setting: Setting, limit: float, profiled: bool = False, **options: Any
+) -> Unit:
+    batch = f" in batches of {options['trl_batch']}" if "trl_batch" in options else ""
     if setting.quick:
         options = {"studies": 1, "rounds": 1, "side": 56}
     else:
-        import torch
-
-        large = torch.cuda.get_device_properties(0).total_memory > ROOMY
-        options = {"studies": 16, "packing_length": 8192 if large else 4096, **options}
-    batch = f" in batches of {options['trl_batch']}" if "trl_batch" in options else ""
-    run = functools.partial(step, kind, size, setting.device, options)
+        length = 8192 if roomy() else 4096
+        options = {"studies": 16, "packing_length": length, **options}
+    options |= STEPS[kind][1] if kind in STEPS else {}
+    run = functools.partial(step, kind, size, setting.device, options, profiled)
     return Unit(f"{size}: {kind}{batch}", run, limit, phase="steps")
+
+
+def profile_unit(kind: str, size: str, setting: Setting) -> Unit:
+    run = functools.partial(profile_step, kind, size, setting.device)
+    key = f"profile of the step of {size}: {kind}"
+    return Unit(key, run, limit=30, variant="profiler", phase="profile")
+
+
+def roomy() -> bool:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory > ROOMY
+
+
+def of_sound_attention(setting: Setting, kinds: tuple[str, ...]) -> list[str]:
+    """Without those whose attention was wrong or hung; the default one is timed all the same."""
+    bad = {*setting.red, *setting.hung}
+    return [kind for kind in kinds if f"attention {STEPS[kind][0]}" not in bad]
+
+
+def load() -> None:
+    """Imports what takes seconds, which no unit should pay; one that cannot do without says so."""
+    with contextlib.suppress(Exception):
+        import peft  # noqa: F401
+        from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: F401
+
+        import bench.step_sizes  # noqa: F401
+
+
+def release(device: str) -> int:
+    """Frees the model before, which may be part of a cycle or held by torch.compile's caches; the
+    bytes of device memory that are in use all the same."""
+    import torch
+
+    from bench.gpu import timing
+
+    _measured.clear()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    timing.release(device)
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
 def units(setting: Setting) -> list[Unit]:
     """Ours first, then trl in batches of two sizes, whose better one counts."""
+    load()
     if setting.quick:
-        return [unit(kind, "tiny", setting, 120) for kind in ("ours", "unshared")]
+        return [*quick_units(setting), unit("unshared", "tiny", setting, 120)]
     at = functools.partial(unit, setting=setting, limit=100, rounds=3)
     return [
-        *(at("ours", size) for size in ("7B", "3B")),
+        at("ours", "7B", profiled=True),
+        profile_unit("ours", "7B", setting),
+        at("ours", "3B"),
         *(at("trl", size, trl_batch=batch) for batch in (8, 4) for size in ("7B", "3B")),
         *(at("unshared", size) for size in ("7B", "3B")),
     ]
 
 
-def plan_units(setting: Setting) -> list[Unit]:
-    """7B, which has a target, then 3B; ours, then trl, whose vision tower attends window by window
-    and takes seconds a step. A pair of trl's keeps 9 GB at 7B: eight do not fit 80 GB."""
-    if setting.quick:
-        return units(setting)[:1]
-    import torch
-
-    large = torch.cuda.get_device_properties(0).total_memory > ROOMY
-    ours = functools.partial(unit, "ours", setting=setting, rounds=2, limit=70)
-    trl = functools.partial(unit, "trl", setting=setting, rounds=1, limit=100)
+def quick_units(setting: Setting) -> list[Unit]:
+    others = of_sound_attention(setting, ("ours, gathered",))
     return [
-        ours("7B"),
-        trl("7B", trl_batch=8 if large else 4),
-        ours("3B"),
-        trl("3B", trl_batch=8),
+        unit("ours", "tiny", setting, 120, profiled=True),
+        profile_unit("ours", "tiny", setting),
+        *(unit(name, "tiny", setting, 120) for name in others),
+    ]
+
+
+def plan_units(setting: Setting) -> list[Unit]:
+    """7B, which has a target: ours as it is by default and compiled, each with a profile behind it,
+    trl, ours by other attentions; then 3B. trl keeps 9 GB a pair at 7B: eight do not fit 80 GB."""
+    load()
+    if setting.quick:
+        return quick_units(setting)
+    at = functools.partial(unit, setting=setting)
+    others = of_sound_attention(setting, ("ours, gathered", "ours, flex"))
+    return [
+        at("ours", "7B", limit=60, rounds=2, profiled=True),
+        profile_unit("ours", "7B", setting),
+        at("ours, compiled", "7B", limit=90, rounds=2, profiled=True),
+        profile_unit("ours, compiled", "7B", setting),
+        at("trl", "7B", limit=70, rounds=1, trl_batch=8 if roomy() else 4),
+        *(at(name, "7B", limit=50, rounds=2) for name in others),
+        at("ours", "3B", limit=50, rounds=2),
+        at("trl", "3B", limit=50, rounds=1, trl_batch=8),
     ]

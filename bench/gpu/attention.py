@@ -1,0 +1,176 @@
+"""Every attention over a pack, and the vision tower, against the same model in float32.
+
+A small Qwen2.5-VL of random weights with LoRA on both parts, three studies with images of different
+sizes and two or three answers each. Hidden states of policy and reference and the gradients of LoRA
+may err 1.5 times as much as the dense mask ("sdpa") with transformers' own window attention does in
+the same precision, plus 1e-3. On a CPU everything is float32, and may err by 1e-4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu.cases import ATTENTION_CHECK
+from bench.gpu.steps import load, missing
+from bench.gpu.units import NotHere, Setting, Unit
+
+STUDIES = ((168, 224, 2), (280, 196, 1), (84, 112, 2))  # width, height, rejected answers
+CPU_ERROR = 1e-4
+NAMES = ("auto", "gathered", "varlen", "flex")
+COMPILED = "auto, compiled"
+LIMIT, COMPILING_LIMIT = 25.0, 40.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    model: Any  # with LoRA, in the device's precision
+    batch: Any
+    truth: dict[str, Tensor]
+    allowed: dict[str, float]
+    plain: dict[str, float]  # errors of "sdpa" in the same precision
+
+
+def random_adapted(device: torch.device, dtype: torch.dtype) -> Any:
+    """Weights that make attention far from uniform, and a LoRA that changes what comes out."""
+    from bench.step_data import word_tokenizer
+    from bench.step_sizes import Size, random_model
+    from cpo_fast.model.build import add_lora
+
+    size = Size(512, 2, 4, 2, 1024, 4608, False, 320, 4, 4, 640)
+    model = add_lora(
+        random_model(size, word_tokenizer(), device, dtype), r=8, alpha=32, freeze_vit=False
+    )
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "lora_A" in name:
+            continue
+        values = torch.randn(parameter.shape, generator=generator)
+        scale = 0.02 if "lora_B" in name else parameter[0].numel() ** -0.5
+        parameter.data.copy_(values * scale)
+    return model.train()
+
+
+def pack(device: torch.device) -> Any:
+    """A PackedBatch of all STUDIES."""
+    from bench.step_data import noise, preference, word_tokenizer
+    from cpo_fast.model.images import ImageProcessor
+    from cpo_fast.packing import collate, encode_all, image_token_id
+
+    rng = random.Random(0)
+    words: dict[str, Any] = {"prompt_words": 20, "response_words": (15, 60)}
+    samples = [
+        preference(str(i), rng, (noise(str(i), width, height, i),), rejected=rejected, **words)
+        for i, (width, height, rejected) in enumerate(STUDIES)
+    ]
+    images = ImageProcessor.create(max_pixels=504**2)
+    groups = encode_all(samples, word_tokenizer(), images.grid, max_length=4096).groups
+    parts = tuple((i, tuple(range(len(group.rejected)))) for i, group in enumerate(groups))
+    pad = image_token_id(word_tokenizer())
+    return collate(groups, parts, pixels=images.pixels, image_token_id=pad).to(device)
+
+
+def outcome(
+    model: Any, batch: Any, *, own_windows: bool = False, **options: Any
+) -> dict[str, Tensor]:
+    """{what: tensor} of a copy of the model under PackedModel's `options`; with `own_windows` its
+    vision tower attends as transformers does it."""
+    from cpo_fast.model.packed import PackedModel
+
+    packed = PackedModel(copy.deepcopy(model), **options)
+    if own_windows:
+        packed.vision.config._attn_implementation = "sdpa"
+    hidden = packed.hidden(batch)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    trained = {n: p for n, p in packed.model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((hidden.float() * weights).sum(), list(trained.values()))
+    parts: dict[str, list[Tensor]] = {"gradient, language": [], "gradient, vision": []}
+    for name, grad in zip(trained, grads, strict=True):
+        part = "vision" if ".visual." in name else "language"
+        parts[f"gradient, {part}"].append(grad.double().flatten())
+    return {
+        "hidden": hidden.detach().double(),
+        "hidden, reference": packed.hidden(batch, reference=True).double(),
+        **{name: torch.cat(found) for name, found in parts.items()},
+    }
+
+
+def relative(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((found[name] - x).norm() / x.norm()) for name, x in truth.items()}
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32, which convolutions take by default."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+@functools.lru_cache(maxsize=1)
+def prepared(device: str) -> Prepared:
+    where = torch.device(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, batch = random_adapted(where, dtype), pack(where)
+    plain: dict[str, Any] = {"attention": "sdpa", "own_windows": True}
+    with exact_float32():
+        truth = outcome(copy.deepcopy(model).float(), batch, **plain)
+    if device == "cpu":
+        return Prepared(model, batch, truth, dict.fromkeys(truth, CPU_ERROR), {})
+    errors = relative(outcome(model, batch, **plain), truth)
+    allowed = {name: 1.5 * error + 1e-3 for name, error in errors.items()}
+    return Prepared(model, batch, truth, allowed, errors)
+
+
+def check(name: str, device: str, quick: bool) -> dict[str, Any]:
+    """`name` is of NAMES, or COMPILED; "auto" is the default of PackedModel."""
+    if missing("peft"):
+        raise NotHere("peft is not installed")
+    if name == COMPILED and quick:
+        raise NotHere("a CPU compiles for too long")
+    from cpo_fast.errors import UsageError
+    from cpo_fast.model.packed import check_attention
+
+    options: dict[str, Any] = {"compile": True} if name == COMPILED else {}
+    if name not in ("auto", COMPILED):
+        options = {"attention": name}
+        try:
+            check_attention(name, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        except UsageError as reason:
+            raise NotHere(str(reason)) from None
+    known = prepared(device)
+    errors = relative(outcome(known.model, known.batch, **options), known.truth)
+    for what, error in errors.items():
+        allowed = known.allowed[what]
+        assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+    return {"errors": errors, "errors_of_sdpa": known.plain}
+
+
+def units(setting: Setting) -> list[Unit]:
+    """The default first; what compiles last."""
+    load()
+    return [
+        Unit(
+            ATTENTION_CHECK.format(name),
+            functools.partial(check, name, setting.device, setting.quick),
+            COMPILING_LIMIT if name in ("flex", COMPILED) else LIMIT,
+            variant=f"attention {name}",
+            phase="correctness",
+        )
+        for name in (*NAMES, COMPILED)
+    ]
