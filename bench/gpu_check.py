@@ -3,9 +3,9 @@
 In this order: what the machine is; the native parts, built in place; every implementation against
 float64 and the rules of the loss op; attention over packs against float32; the tests that need a
 GPU; what the device reaches at best; the loss op against its peers; training steps of real shapes;
-NVIDIA's sanitizer. Each phase runs in processes of its own, so that a crash costs one unit of it. After every unit DIR/results.json and
-DIR/report.md are replaced by complete ones: the run may be killed at any time, and `--resume` goes
-on. Nothing is timed of an implementation that broke a rule.
+NVIDIA's sanitizer. Each phase runs in processes of its own, so that a crash costs one unit of it.
+After every unit DIR/results.json and DIR/report.md are replaced by complete ones: the run may be
+killed at any time, and `--resume` goes on. Nothing is timed of an implementation that broke a rule.
 
 `--plan first` (400 s) and `--plan second` (330 s) do what matters most in the order in which it
 matters, for a machine that is to be had for a quarter of an hour; bench/gpu/plans.py lists their

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import loss_peers, step_sizes
-from bench.gpu import ceilings, correctness, loss, report, sections, steps, timing, tuning
+from bench import loss_peers
+from bench.gpu import (
+    ceilings,
+    correctness,
+    loss,
+    report,
+    sections,
+    timing,
+    tuning,
+)
 from bench.gpu.cases import VENDOR_SETTINGS
 from bench.gpu.predictions import Span
 from bench.gpu.units import NotHere, Setting
@@ -184,7 +192,7 @@ def test_a_row_kernel_of_triton_is_forced() -> None:
         assert impl == "cuda" and cuda._forced == "fused"
 
 
-# --- peers, steps, settings -----------------------------------------------------------------------
+# --- peers, settings ------------------------------------------------------------------------------
 
 
 def test_liger_is_not_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,67 +211,6 @@ def test_liger_is_not_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         )
         loss_peers.liger(problem)
     assert asked == [False, True]
-
-
-def test_each_kind_of_step_is_a_unit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def run(size: str, **options: Any) -> dict[str, Any]:
-        calls.append((size, options["peers"], options["with_ours"]))
-        kinds = (*(("ours",) if options["with_ours"] else ()), *options["peers"])
-        figures = {"loss": 0.6931, "pairs_per_second": 1.0}
-        return {"size": size, "steps": {kind: dict(figures) for kind in kinds}}
-
-    monkeypatch.setattr(step_sizes, "run", run)
-    monkeypatch.setattr(steps, "missing", lambda name: False)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80e9)
-    )
-    found = steps.plan_units(GPU)
-    assert keys(found) == [  # eight pairs of trl's do not fit 80 GB at 7B
-        *("7B: ours", "7B: trl in batches of 4", "3B: ours", "3B: trl in batches of 8"),
-    ]
-    for unit in found[:3]:
-        unit.run()
-    assert calls == [("7B", (), True), ("7B", ("trl",), False), ("3B", (), True)]
-    whole = [key.partition(": ")[2].partition(" ")[0] for key in keys(steps.units(GPU))]
-    assert whole == ["ours"] * 2 + ["trl"] * 4 + ["unshared"] * 2
-
-    def fails(size: str, **options: Any) -> dict[str, Any]:
-        return {"size": size, "steps": {"trl": {"error": "OutOfMemoryError: too large"}}}
-
-    monkeypatch.setattr(step_sizes, "run", fails)
-    with pytest.raises(RuntimeError, match="too large"):
-        found[1].run()
-    monkeypatch.setattr(steps, "missing", lambda name: name == "trl")
-    with pytest.raises(NotHere, match="trl is not installed"):
-        found[1].run()
-
-
-def test_steps_of_ours_and_of_trl_are_compared_across_records() -> None:
-    def record(key: str, **figures: Any) -> dict[str, Any]:
-        base = {"phase": "steps", "status": "ok", "size": "7B", "key": key, "device": "H100"}
-        return {**base, "steps": figures, "pairs": 32, "dtype": "bfloat16", "attention": "sdpa"}
-
-    records = [
-        record("7B: ours", ours={"pairs_per_second": 9.0, "mfu": 0.5, "loss": 0.69}),
-        record("7B: trl in batches of 8", trl={"pairs_per_second": 2.0}),
-        record("7B: trl in batches of 4", trl={"pairs_per_second": 2.5}),
-    ]
-    assert report.requirements(records) == [
-        ["step of 7B: MFU", ">= 45 %", "50%"],
-        ["step of 7B v trl", ">= 3 x", "3.60 x"],
-    ]
-    assert report.requirements(records[:1]) == [["step of 7B: MFU", ">= 45 %", "50%"]]
-    assert sections.steps(records)[0] == "## Step of 7B: ours"
-
-
-@pytest.mark.slow
-def test_one_kind_of_step_only() -> None:
-    options: dict[str, Any] = {"device": "cpu", "studies": 1, "side": 56, "rounds": 1}
-    found = step_sizes.run("tiny", peers=("unpacked",), with_ours=False, **options)
-    assert list(found["steps"]) == ["unpacked"]
-    assert "ours_is_faster_by" not in found["steps"]["unpacked"]
 
 
 def test_settings_are_fixed_beforehand_and_each_says_what_is_expected(card: None) -> None:

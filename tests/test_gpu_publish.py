@@ -11,6 +11,7 @@ import pytest
 
 from bench import gpu_publish
 from bench.gpu import publish, report
+from bench.gpu.cases import CLASSES
 from bench.gpu.predictions import Span
 
 pytestmark = pytest.mark.test_bed
@@ -127,7 +128,7 @@ def test_a_run_becomes_a_record_and_two_blocks(
         assert words in checks
     assert "| 7B, T = 8192, frozen head, best of ours (triton lean): x floor | <= 1.1 |" in checks
     assert "| triton lean | 36.60 | 34.00 | 1.076 | 1024 | 1.0e-03 | 2.0e-03 | `python" in figures
-    assert "| 7B | ours | 8 | 0.125 | 40.0% | 60.0 | `python" in figures
+    assert "| 7B | ours | gathered | 8 | 0.125 | 40.0% | 60.0 | `python" in figures
     rows = [
         line for line in figures.splitlines() if line.startswith(("| 7B", "| triton", "| eager"))
     ]
@@ -139,6 +140,24 @@ def test_a_run_becomes_a_record_and_two_blocks(
     after = (root / PAGES[0]).read_text()
     assert after.startswith(head) and after.endswith(tail), "nothing else of a page changes"
     assert "Entries for MEASURED" in capsys.readouterr().out
+
+
+def test_variants_of_a_step_are_rows_and_their_time_is_shown_by_class(root: Path) -> None:
+    classes = dict.fromkeys(CLASSES, 0.0) | {"products": 0.06, "attention": 0.02, "ours": 0.02}
+    profile = record(
+        "profile", "profile of the step of 7B: ours, compiled", provider="ours, compiled",
+        model="7B", seconds=0.1, wall_seconds=0.125, classes=classes,
+        kernels=[{"name": "nvjet_tst", "calls": 1, "seconds": 0.06}],
+    )  # fmt: skip
+    flex = record("correctness", "attention flex: against float32", "failed")
+    steps = [step(name, rate) for name, rate in (("ours", 7.0), ("ours, compiled", 8.0))]
+    assert publishing(root, run(*FIRST, *steps, step("ours, flex", 9.0), flex, profile)) == 0
+    figures = block(root, 1)
+    rows = [line for line in figures.splitlines() if line.startswith("| 7B | ours")]
+    assert [row.split(" | ")[1] for row in rows] == ["ours", "ours, compiled"], "flex is wrong"
+    shares = "48.0% | 16.0% | 0.0% | 0.0% | 0.0% | 16.0% | 0.0% | 20.0% |"
+    assert f"| 7B: ours, compiled | 0.125 | 0.100 | {shares}" in figures
+    assert "best of ours (ours, compiled): MFU | >= 45 % | 40%" in block(root, 0)
 
 
 def test_publishing_again_gives_the_same_files(root: Path) -> None:
