@@ -116,7 +116,7 @@ def run(
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    attention: str = "gathered",
+    attention: str = "auto",
     studies: int = 16,
     packing_length: int = 8192,
     gradient_checkpointing: bool = False,
@@ -273,7 +273,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--device")
-    parser.add_argument("--attention", default="gathered")
+    parser.add_argument("--attention", default="auto")
     parser.add_argument("--studies", type=int, default=16, help="two pairs each")
     parser.add_argument("--packing_length", type=int, default=8192)
     parser.add_argument("--gradient_checkpointing", action="store_true")

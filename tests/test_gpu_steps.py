@@ -4,6 +4,7 @@ for a card where one is asked for."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from bench import step_sizes
 from bench.gpu import attention, kernel_times, report, sections, steps
 from bench.gpu.cases import CLASSES
 from bench.gpu.units import NotHere, Setting
+from cpo_fast.model import windows
+from cpo_fast.model.packed import PackedModel
 
 pytestmark = pytest.mark.test_bed
 
@@ -95,6 +98,14 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
     monkeypatch.setattr(steps, "missing", lambda name: name == "trl")
     with pytest.raises(NotHere, match="trl is not installed"):
         found[4].run()
+
+
+def test_a_step_has_the_attention_that_users_get() -> None:
+    run, model = (
+        inspect.signature(made).parameters["attention"].default
+        for made in (step_sizes.run, PackedModel)
+    )
+    assert run == model == "auto"
 
 
 def test_a_step_is_profiled_with_the_model_that_was_timed(
@@ -240,6 +251,20 @@ def test_attention_is_held_against_float32(name: str, monkeypatch: pytest.Monkey
     )
     with pytest.raises(AssertionError, match=r"error .*, allowed 1.00e-04"):
         attention.check(name, "cpu", True)
+
+
+def test_the_truth_attends_to_windows_as_transformers_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known, calls = attention.prepared("cpu"), []
+    attend = windows.Windows.attend
+    monkeypatch.setattr(
+        windows.Windows, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k)
+    )
+    attention.outcome(known.model, known.batch, attention="sdpa", own_windows=True)
+    assert not calls
+    attention.outcome(known.model, known.batch)
+    assert calls
 
 
 def test_attention_that_cannot_run_here_is_skipped() -> None:
