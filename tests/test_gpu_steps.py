@@ -59,6 +59,7 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
 ) -> None:
     found = steps.plan_units(GPU)
     assert [(unit.key, unit.limit) for unit in found] == [
+        ("imports", 60),
         ("7B: ours", 60),
         ("profile of the step of 7B: ours", 30),
         ("7B: ours, compiled", 90),
@@ -83,21 +84,37 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
         ("3B", (), True, {}),
         ("3B", ("trl",), False, {"trl_batch": 8}),
     ]
-    whole = [key.partition(": ")[2].partition(" ")[0] for key in keys(steps.units(GPU))]
+    whole = [key.partition(": ")[2].partition(" ")[0] for key in keys(steps.units(GPU)[1:])]
     assert whole == ["ours"] * 3 + ["trl"] * 4 + ["unshared"] * 2
-    bad = Setting("cuda", False, "", red=("attention auto",), hung=("attention flex",))
-    names = keys(steps.plan_units(bad))
-    assert "7B: ours" in names and "7B: ours, gathered" in names and "7B: ours, flex" not in names
 
     def fails(size: str, **options: Any) -> dict[str, Any]:
         return {"size": size, "steps": {"trl": {"error": "OutOfMemoryError: too large"}}}
 
     monkeypatch.setattr(step_sizes, "run", fails)
     with pytest.raises(RuntimeError, match="too large"):
-        found[4].run()
+        found[5].run()
     monkeypatch.setattr(steps, "missing", lambda name: name == "trl")
     with pytest.raises(NotHere, match="trl is not installed"):
-        found[4].run()
+        found[5].run()
+
+
+@pytest.mark.parametrize(
+    ("red", "hung", "want"),
+    [
+        # One that took too long is red, too; the default one and the compiled one are timed.
+        (("auto", "flex"), ("auto", "flex"), ["ours", "ours, compiled", "ours, gathered", "ours"]),
+        (("auto, compiled",), (), ["ours", "ours, gathered", "ours, flex", "ours"]),
+        (("auto",), (), ["ours, gathered", "ours, flex", "ours, gathered"]),
+        (("auto", "gathered"), (), ["ours", "ours, compiled", "ours, flex", "ours"]),
+    ],
+)
+def test_steps_whose_attention_is_wrong_are_left_out(
+    red: tuple[str, ...], hung: tuple[str, ...], want: list[str], stepping: list[Any]
+) -> None:
+    names = (tuple(f"attention {name}" for name in found) for found in (red, hung))
+    setting = Setting("cuda", False, "", *names)
+    found = [unit.key for unit in steps.plan_units(setting) if unit.phase == "steps"]
+    assert [key.partition(": ")[2] for key in found if "trl" not in key] == want
 
 
 def test_a_step_has_the_attention_that_users_get() -> None:
@@ -119,7 +136,7 @@ def test_a_step_is_profiled_with_the_model_that_was_timed(
         return {"seconds": 1.5, "classes": {}, "kernels": []}
 
     monkeypatch.setattr(kernel_times, "profile", profile)
-    timed, profiled, *others = steps.plan_units(GPU)
+    _, timed, profiled, *others = steps.plan_units(GPU)
     with pytest.raises(NotHere, match="not timed"):
         profiled.run()  # in a fresh process
     timed.run()
@@ -268,8 +285,8 @@ def test_the_truth_attends_to_windows_as_transformers_does(
 
 
 def test_attention_that_cannot_run_here_is_skipped() -> None:
-    found = attention.units(Setting("cpu", True, ""))
-    assert keys(found)[0] == "attention auto: against float32"
+    imports, *found = attention.units(Setting("cpu", True, ""))
+    assert imports.run() == {} and keys(found)[0] == "attention auto: against float32"
     assert {unit.phase for unit in found} == {"correctness"}
     assert [unit.variant for unit in found] == [
         f"attention {name}" for name in ("auto", "gathered", "varlen", "flex", "auto, compiled")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases import ATTENTION_CHECK
-from bench.gpu.steps import load, missing
+from bench.gpu.steps import IMPORTS, missing
 from bench.gpu.units import NotHere, Setting, Unit
 
 STUDIES = ((168, 224, 2), (280, 196, 1), (84, 112, 2))  # width, height, rejected answers
@@ -163,8 +163,7 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
 
 def units(setting: Setting) -> list[Unit]:
     """The default first; what compiles last."""
-    load()
-    return [
+    checks = [
         Unit(
             ATTENTION_CHECK.format(name),
             functools.partial(check, name, setting.device, setting.quick),
@@ -174,3 +173,4 @@ def units(setting: Setting) -> list[Unit]:
         )
         for name in (*NAMES, COMPILED)
     ]
+    return [IMPORTS, *checks]

@@ -264,7 +264,7 @@ def run_phase(
     while time.monotonic() < deadline and barren < 2 and not session.gone:
         worker = Worker(source, session.current(only), behind, log, session.environment)
         begun, running, told = time.monotonic(), "", False
-        until = [min(deadline, begun + START_SECONDS)]
+        until = [min(deadline, begun + session.setting.patience * START_SECONDS)]
         spoilt = planned = False
         try:
             for line in worker.lines(until):
