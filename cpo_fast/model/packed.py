@@ -58,7 +58,10 @@ class PackedModel:
         self.attention = attention
         check_model(base, attention=attention)
         if self._peft is not None:
+            from cpo_fast.model.lora import use_fused_lora
+
             check_adapter(self._peft)
+            use_fused_lora(self._peft)
         self._base = base
         self._head = OutputHead(base)
         self._inner = base.model

@@ -1,0 +1,153 @@
+"""LoRA linear layers computed in the dtype of the base model.
+
+    y = x W^T + b + s (x A^T) B^T
+
+peft keeps A and B in float32, so below bfloat16 base weights it computes and adds the low-rank
+update as a float32 tensor of the size of y. Here A and B are cast to the dtype of x, as autocast
+would cast them, and one skinny matrix product adds the update to y in place.
+
+LoRA: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def use_fused_lora(model: PeftModel) -> None:
+    """Make the LoRA layers of `model` compute as `lora_linear` where that gives what peft computes.
+
+    Modules, parameters and their names stay as they are; only the class of the layers changes, to
+    `FusedLinear`. The output layer is left out: `cpo_fast.model.head` computes it.
+    """
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    for layer in model.modules():
+        if type(layer) is Linear and layer is not head and type(layer.base_layer) is nn.Linear:
+            layer.__class__ = FusedLinear
+
+
+class FusedLinear(Linear):
+    """peft's LoRA layer on a plain linear layer, with a fused forward where `fused_adapter` names
+    an adapter, and peft's own forward otherwise."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = None if args or kwargs else fused_adapter(self, x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[name])
+
+
+def fused_adapter(layer: Linear, x: Tensor) -> str | None:
+    """The adapter of `layer` that `lora_linear` can compute for the input `x` as the layer is now.
+
+    None if the adapters are off or merged, if not exactly one is active, if it has dropout in
+    effect, biases or a variant (DoRA and others), if the base layer is trained, if autocast is on,
+    or if dtypes, devices, hooks or tensor subclasses need peft's own forward.
+    """
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or active[0] in layer.lora_variant:
+        return None
+    name = active[0]
+    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    if not (_is_plain(base) and _is_plain(down) and _is_plain(up)):
+        return None
+    if down.bias is not None or up.bias is not None or _drops(layer.lora_dropout[name]):
+        return None
+    frozen = [base.weight] if base.bias is None else [base.weight, base.bias]
+    if any(weight.requires_grad or weight.dtype != x.dtype for weight in frozen):
+        return None
+    kept = torch.float32 if x.dtype in HALF else x.dtype
+    if not all(weight.dtype in (x.dtype, kept) for weight in (down.weight, up.weight)):
+        return None
+    if any(weight.device != x.device for weight in (*frozen, down.weight, up.weight)):
+        return None
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
+        return None
+    return name
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+) -> Tensor:
+    """x W^T + b + s (x A^T) B^T, [..., out] in the dtype of x, differentiable once.
+
+    `x` [..., in], `weight` W [out, in] and `bias` b [out] have one floating dtype; W and b get no
+    gradient. `down` A [r, in] and `up` B [out, r] may have another dtype: they are cast to that of
+    x, and their gradients, products in the dtype of x, are cast to theirs before they are scaled.
+    For the backward x, x A^T and the parameters are kept.
+    """
+    return _LoraLinear.apply(x.contiguous(), weight, bias, down, up, scaling)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        reduced = x.view(-1, x.shape[-1]) @ down.to(x.dtype).T  # [T, r]
+        y = linear(x, weight, bias)
+        # The scaling is a factor of the product inside, where sums are float32.
+        y.view(-1, y.shape[-1]).addmm_(reduced, up.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, reduced, weight, down, up)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, reduced, weight, down, up = ctx.saved_tensors
+        need_x, _, _, need_down, need_up, _ = ctx.needs_input_grad
+        grad_x = grad_down = grad_up = None
+        with torch.autocast(x.device.type, enabled=False):
+            grad = grad.reshape(-1, grad.shape[-1])  # [T, out]
+            grad_reduced = grad @ up.to(grad.dtype)  # [T, r], without the scaling
+            if need_x:
+                grad_x = grad @ weight  # [T, in]
+                grad_x.addmm_(grad_reduced, down.to(grad.dtype), alpha=ctx.scaling)
+                grad_x = grad_x.view(x.shape)
+            if need_down:
+                product = grad_reduced.T @ x.view(-1, x.shape[-1])
+                grad_down = product.to(down.dtype) * ctx.scaling
+            if need_up:
+                grad_up = (grad.T @ reduced).to(up.dtype) * ctx.scaling
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` does no more than F.linear with a dense weight."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )
+
+
+def _drops(dropout: nn.Module) -> bool:
+    if isinstance(dropout, nn.Dropout):
+        return dropout.training and dropout.p > 0
+    return not isinstance(dropout, nn.Identity)
