@@ -44,9 +44,10 @@ class FusedLinear(Linear):
         name = None if args or kwargs else fused_adapter(self, x)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[name])
+        base: Any = self.base_layer
+        down: Any = self.lora_A[name]
+        up: Any = self.lora_B[name]
+        return lora_linear(x, base.weight, base.bias, down.weight, up.weight, self.scaling[name])
 
 
 def fused_adapter(layer: Linear, x: Tensor) -> str | None:

@@ -83,7 +83,7 @@ class TrainArguments:
     freeze_vit: bool = _flag(True, "the vision tower is frozen in CPO")
     sft_freeze_vit: bool = _flag(False, "the vision tower is frozen in SFT")
     fsdp: bool = _flag(False, "full tuning shards the decoder layers over the processes (FSDP2)")
-    bf16: bool = _flag(False, "bfloat16 base weights, float32 adapters and optimiser")
+    bf16: bool = _flag(False, "bfloat16 model weights; LoRA and its optimiser stay float32")
     gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass")
     torch_compile: bool = _flag(False, "compile the decoder layers (a minute, once)")
 
