@@ -45,6 +45,7 @@ PHASES = {
 }
 NO_GPU, UNFINISHED, INTERRUPTED = 3, 4, 130
 MINUTES = 9.0
+SHORTEST_PLAN = 60.0  # seconds
 CPU_PATIENCE = 5.0  # limits of units and plans are meant for a GPU machine that does nothing else
 FIRST_ANSWER_SECONDS = 60.0  # torch is imported from a cold disk
 
@@ -81,6 +82,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--minutes", type=float, help=f"the time of the full check (default: {MINUTES:g})"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="the time of a --plan, which all its limits are scaled to"
     )
     parser.add_argument(
         "--only",
@@ -121,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cpu is for trying the check itself: add --quick")
     if given.plan and (given.resume or given.only != list(PHASES) or given.minutes is not None):
         parser.error("--resume, --only and --minutes are for the full check, not for a --plan")
+    if given.seconds is not None and not (given.plan and given.seconds >= SHORTEST_PLAN):
+        parser.error(f"--seconds is for a --plan and at least {SHORTEST_PLAN:g}")
     if given.minutes is not None and not given.minutes > 0:
         parser.error(f"--minutes must be above 0, got {given.minutes:g}")
     try:
@@ -128,12 +134,15 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--out {given.out}: {error.strerror}; name a folder that can be written")
     plan = plans.PLANS.get(given.plan)
+    patience = CPU_PATIENCE if given.device == "cpu" else 1.0
+    if plan and given.seconds:
+        patience = given.seconds / plan.seconds
     kit = given.kit or ROOT / (plan or plans.FIRST).kit
     setting = Setting(
         given.device,
         given.quick,
         str(given.out.resolve()),
-        patience=CPU_PATIENCE if given.device == "cpu" else 1.0,
+        patience=patience,
         kit=str(kit.resolve()),
         scratch=str(given.verdict.resolve().parent / "kit"),
     )

@@ -27,9 +27,24 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "file").touch()
     file = str(tmp_path / "file")
     assert "not for a --plan" in refused(capsys, *out, "--plan", "first", "--minutes", "3")
+    assert "--seconds is for a --plan" in refused(capsys, *out, "--seconds", "300")
+    assert "at least 60" in refused(capsys, *out, "--plan", "first", "--seconds", "10")
     assert "--minutes must be above 0, got -1" in refused(capsys, *out, *QUICK, "--minutes", "-1")
     assert f"--out {file}: File exists" in refused(capsys, "--out", file, *QUICK)
     assert "add --quick" in refused(capsys, *out, "--device", "cpu")
+
+
+def test_limits_of_a_plan_are_scaled_to_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(gpu_check, "device_answers", lambda *_: True)
+    monkeypatch.setattr(
+        gpu_check.plans, "run", lambda plan, session, *_: seen.append(session.setting.patience)
+    )
+    for seconds in ("165", "660"):
+        gpu_check.main(["--out", str(tmp_path), "--plan", "second", "--seconds", seconds])
+    assert seen == [0.5, 2.0]
 
 
 def test_a_second_run_overwrites_no_figure(

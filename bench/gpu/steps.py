@@ -177,7 +177,7 @@ def quick_units(setting: Setting) -> list[Unit]:
 
 def plan_units(setting: Setting) -> list[Unit]:
     """7B, which has a target: ours as it is by default and compiled, each with a profile behind it,
-    trl, ours by other attentions; then 3B. trl keeps 9 GB a pair at 7B: eight do not fit 80 GB.
+    and trl; then 3B, and 7B by other attentions. trl keeps 9 GB a pair at 7B: eight do not fit 80 GB.
 
     Where the default attention was wrong, "gathered" takes its place; one that was only slow is
     timed."""
@@ -195,7 +195,7 @@ def plan_units(setting: Setting) -> list[Unit]:
         IMPORTS,
         *found,
         at("trl", "7B", limit=70, rounds=1, trl_batch=8 if roomy() else 4),
-        *(at(name, "7B", limit=50, rounds=2) for name in others if name != main),
         at(main, "3B", limit=50, rounds=2),
         at("trl", "3B", limit=50, rounds=1, trl_batch=8),
+        *(at(name, "7B", limit=50, rounds=2) for name in others if name != main),
     ]
