@@ -177,7 +177,8 @@ def quick_units(setting: Setting) -> list[Unit]:
 
 def plan_units(setting: Setting) -> list[Unit]:
     """7B, which has a target: ours as it is by default and compiled, each with a profile behind it,
-    and trl; then 3B, and 7B by other attentions. trl keeps 9 GB a pair at 7B: eight do not fit 80 GB.
+    and trl; then 3B, and 7B by other attentions. trl keeps 9 GB a pair at 7B: eight do not fit
+    80 GB.
 
     Where the default attention was wrong, "gathered" takes its place; one that was only slow is
     timed."""
