@@ -32,9 +32,9 @@ def pack_of(groups, pack=None, processor=None, **options):
     return collate(groups, pack, pixels=pixels, image_token_id=pad, **options)
 
 
-def adapted(model, *, freeze_vit=True, scale=0.05):
+def adapted(model, *, freeze_vit=True, scale=0.05, dropout=0.0):
     """LoRA with a B that is not zero, as after some training."""
-    model = add_lora(model, r=4, alpha=8, freeze_vit=freeze_vit)
+    model = add_lora(model, r=4, alpha=8, freeze_vit=freeze_vit, dropout=dropout)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

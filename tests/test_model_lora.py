@@ -100,6 +100,25 @@ def test_gradients_are_those_of_the_function(shape: tuple[int, ...]) -> None:
         assert torch.autograd.gradcheck(lambda t, i=i, r=rest: fused(*r[:i], t, *r[i + 1 :]), leaf)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0,)])
+def test_gradients_with_dropout_are_those_of_the_function(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
+    sizes = ((*shape, 4), (*shape, 4), (2, 4), (5, 2))
+    leaves = [torch.randn(size).double().requires_grad_() for size in sizes]
+
+    def fused(x: torch.Tensor, dropped: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, weight, bias, *adapter, 1.7, dropped)
+
+    x, dropped, down, up = leaves
+    want = linear(x, weight, bias) + 1.7 * linear(linear(dropped, down), up)
+    torch.testing.assert_close(fused(*leaves), want, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(fused, leaves)
+    for i, leaf in enumerate(leaves):  # one of them alone
+        rest = [other.detach() for other in leaves]
+        assert torch.autograd.gradcheck(lambda t, i=i, r=rest: fused(*r[:i], t, *r[i + 1 :]), leaf)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", ["plain", "rslora"])
 def test_a_layer_in_fp32_gives_pefts_numbers(bias: bool, rank: str) -> None:
@@ -113,9 +132,37 @@ def test_an_input_that_is_not_contiguous() -> None:
     assert_pefts(small(), x[:1].expand(9, -1, -1), fused=True, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropout_in_full_precision_drops_what_peft_drops(dtype: torch.dtype) -> None:
+    model = small(dtype, lora_dropout=0.4).train()
+    first, second = model(inputs(dtype)), model(inputs(dtype))
+    assert not torch.equal(first, second)  # it is in effect
+    assert_pefts(model, inputs(dtype), fused=True, rtol=1e-5 if dtype == torch.float32 else 1e-13)
+    assert_pefts(model, inputs(dtype).transpose(0, 1), fused=True, rtol=1e-5)
+
+
+class FixedDropout(nn.Dropout):
+    """Drops the same half of the elements each time, in any dtype; counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        generator = torch.Generator().manual_seed(5)
+        return x * torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2
+
+
+def with_fixed_dropout(model: Any) -> Any:
+    layer_of(model).lora_dropout["default"] = FixedDropout(0.5)
+    return model.train()
+
+
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_no_more_than_autocast(dtype: torch.dtype) -> None:
+def test_half_precision_errs_no_more_than_autocast(dtype: torch.dtype, dropout: bool) -> None:
     model, x = small(dtype), inputs(dtype)
+    if dropout:
+        model = with_fixed_dropout(model)
 
     def autocast(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype):
@@ -125,13 +172,34 @@ def test_half_precision_errs_no_more_than_autocast(dtype: torch.dtype) -> None:
     want = results(exact, x.double())
     usual = results(model, x, autocast)
     use_fused_lora(model)
+    assert lora.fused_adapter(layer_of(model), x) == "default"
     got = results(model, x)
+    if dropout:
+        assert layer_of(model).lora_dropout["default"].calls == 2  # usual, and once here
     assert got["y"].dtype == got["x"].dtype == dtype
     for name, expected in want.items():
         if name not in ("y", "x"):
             assert got[name].dtype == torch.float32
         error, bound = ((r[name] - expected).norm() for r in (got, usual))
         assert 0 < error <= 1.2 * bound, name
+
+
+def test_dropout_in_bfloat16_drops_the_share_asked_for() -> None:
+    model = small(torch.bfloat16, bias=False, r=WIDE, lora_alpha=WIDE, lora_dropout=0.25).train()
+    layer = layer_of(model)
+    use_fused_lora(model)
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+        layer.lora_A["default"].weight.copy_(torch.eye(WIDE))
+        layer.lora_B["default"].weight.copy_(torch.eye(OUT)[:, :WIDE])
+        torch.manual_seed(0)
+        x = torch.ones(2000, WIDE, dtype=torch.bfloat16)
+        dropped, base = model(x)[:, :WIDE].float(), model(x)[:, WIDE:]
+    assert not base.any()
+    kept = dropped > 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)  # six deviations: 0.0084
+    assert kept.float().mean(0) == pytest.approx(0.75 * torch.ones(WIDE), abs=0.06)
+    assert dropped[kept].tolist() == pytest.approx([1 / 0.75] * int(kept.sum()), rel=2**-8)
 
 
 class Results(TorchDispatchMode):
@@ -159,15 +227,17 @@ def float32_sizes(model: Any) -> list[int]:
     return sizes
 
 
-def test_nothing_as_large_as_an_activation_is_float32() -> None:
-    model = small(torch.bfloat16)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nothing_as_large_as_an_activation_is_float32(dropout: float) -> None:
+    model = small(torch.bfloat16, lora_dropout=dropout).train()
     assert max(float32_sizes(model)) >= TOKENS * OUT
     use_fused_lora(model)
     assert max(float32_sizes(model)) < TOKENS * WIDE
 
 
-def test_the_backward_keeps_x_and_its_reduction_only() -> None:
-    model = small(torch.bfloat16)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_backward_keeps_x_and_its_reduction_only(dropout: float) -> None:
+    model = small(torch.bfloat16, lora_dropout=dropout).train()
     use_fused_lora(model)
     weights = {p.data_ptr() for p in model.parameters()}
     x, kept = inputs(torch.bfloat16).requires_grad_(), []
@@ -179,7 +249,8 @@ def test_the_backward_keeps_x_and_its_reduction_only() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(x)
-    assert kept == [(torch.bfloat16, x.numel()), (torch.bfloat16, TOKENS * 4)]
+    mask = [(torch.bfloat16, x.numel())] if dropout else []  # dropout's own
+    assert kept == [*mask, (torch.bfloat16, x.numel()), (torch.bfloat16, TOKENS * 4)]
 
 
 def merged() -> Any:
@@ -207,8 +278,14 @@ def hooked() -> Any:
     return model
 
 
+def other_dropout() -> Any:
+    model = small()
+    layer_of(model).lora_dropout["default"] = nn.AlphaDropout(0.5)
+    return model.train()
+
+
 FALLBACKS = {
-    "dropout": lambda: small(lora_dropout=0.5).train(),
+    "other-dropout": other_dropout,
     "two-adapters": two_adapters,
     "dora": lambda: small(use_dora=True),
     "lora-bias": lambda: small(lora_bias=True),
@@ -235,8 +312,6 @@ def test_other_layers_are_pefts_bit_by_bit(name: str) -> None:
 def test_dropout_that_is_off_and_an_adapter_chosen_later() -> None:
     model = small(lora_dropout=0.5).eval()
     assert_pefts(model, inputs(), fused=True, rtol=1e-5)
-    model.train()
-    assert lora.fused_adapter(layer_of(model), inputs()) is None
     model = two_adapters()
     model.set_adapter("other")
     assert_pefts(model, inputs(), fused=True, rtol=1e-5)
@@ -275,11 +350,13 @@ def test_without_its_adapters_the_model_is_the_base() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_model_gives_pefts_numbers(
-    name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpointing: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, samples = MODELS[name]
-    model, batch = adapted(make(), freeze_vit=False).train(), pack_of(groups_of(samples))
+    model = adapted(make(), freeze_vit=False, dropout=dropout).train()
+    batch = pack_of(groups_of(samples))
     packed = PackedModel(model)
     names = [n for n, layer in model.named_modules() if isinstance(layer, FusedLinear)]
     assert {n.rsplit(".", 1)[-1] for n in names} >= {
@@ -289,6 +366,7 @@ def test_a_model_gives_pefts_numbers(
 
     def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         packed._last = None
+        torch.manual_seed(7)
         logps = packed_logps(packed, batch)
         logps.mean().backward()
         return logps.detach(), trainable_grads(model)
@@ -327,18 +405,22 @@ def test_the_output_layer_is_left_alone() -> None:
     assert sum(isinstance(layer, FusedLinear) for layer in model.modules()) > 0
 
 
-def test_checkpointing_of_a_layer_is_bit_by_bit() -> None:
-    model = small(torch.bfloat16)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_of_a_layer_is_bit_by_bit(dropout: float) -> None:
+    model = small(torch.bfloat16, lora_dropout=dropout).train()
     use_fused_lora(model)
+    torch.manual_seed(6)
     want = results(model, inputs(torch.bfloat16))
+    torch.manual_seed(6)
     got = results(
         model, inputs(torch.bfloat16), lambda x: checkpoint(model, x, use_reentrant=False)
     )
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_compiled_layers_are_one_graph() -> None:
-    block = stirred(add_lora(text_model().bfloat16()))
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_layers_are_one_graph(dropout: float) -> None:
+    block = stirred(add_lora(text_model().bfloat16(), dropout=dropout)).train()
     use_fused_lora(block)
     mlp = block.get_base_model().model.layers[0].mlp
     width = mlp.down_proj.out_features
@@ -346,6 +428,7 @@ def test_compiled_layers_are_one_graph() -> None:
 
     def run(call: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         leaf = x.clone().requires_grad_()
+        torch.manual_seed(8)
         y = call(leaf)
         y.float().square().sum().backward()
         assert leaf.grad is not None
