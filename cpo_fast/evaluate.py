@@ -2,7 +2,8 @@
 
 Suites: "classification" (accuracy of the diagnosis per finding) and "report" (the thought against
 the radiologist's report) from generated answers, "zero_shot" (AUC from the likelihood of each
-finding's sentence) and "drift" (how the diagnosis moves along the thought) by scoring.
+finding's sentence) and "drift" (how the diagnosis moves along the thought) by scoring. A preference
+file gives how often the chosen answer is preferred.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.console import piped
-from cpo_fast.data import STUDY_FORMATS
+from cpo_fast.data import STUDY_FORMATS, is_preference_file
+from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, split
 
 SUITES = ("classification", "report", "zero_shot", "drift")
+DEFAULT_SUITE = "classification,report"
+FORMATS = (*STUDY_FORMATS, *(name for name in PREFERENCE_FORMATS if name not in STUDY_FORMATS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +48,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="folder of a model, an adapter or a training stage")
     add("--base_model", help="folder of an adapter's base (default: what the adapter names)")
-    add("--dataset", required=True, help="MIMIC-CXR folder, 'open-i', or a CSV (see evaluate_csv)")
+    add("--dataset", required=True, help="MIMIC-CXR folder, open-i, a CSV, or a preference file")
     add("--output_dir", required=True, type=Path, help="where the results are written (mode 0700)")
-    add("--suite", default="classification,report", help=f"of {','.join(SUITES)}")
+    add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
     add("--split", default="test", choices=("train", "validate", "test"), help="which studies")
-    add("--dataset_format", default="auto", choices=STUDY_FORMATS, help="forces the kind of data")
+    add("--dataset_format", default="auto", choices=FORMATS, help="forces the kind of data")
     add("--image_root", help="folder of the images where the data set does not hold them")
     add("--uncertain_labels", default="negative", choices=("negative", "positive"))
     add("--max_samples", type=POSITIVE, help="use at most this many studies")
@@ -62,10 +66,25 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--bf16", action="store_true", help="bfloat16 weights")
     add("--seed", type=SEED, default=42, help="seed of the bootstrap")
     arguments = parser.parse_args(argv)
+    if is_pairs(arguments):
+        if arguments.suite is not None:
+            raise UsageError(
+                f"--suite {arguments.suite} is for studies; {arguments.dataset} is a preference "
+                "file, which gives how often the chosen answer is preferred: leave --suite out"
+            )
+        return arguments
+    arguments.suite = DEFAULT_SUITE if arguments.suite is None else arguments.suite
     if fault := Choices(SUITES).fault(arguments.suite):
         raise UsageError(f"--suite {arguments.suite}: {fault}")
     arguments.suite = split(arguments.suite)
     return arguments
+
+
+def is_pairs(args: argparse.Namespace) -> bool:
+    """Whether `--dataset` is a preference file. A CSV is not: it holds images and labels."""
+    from cpo_fast.evaluate_csv import is_csv
+
+    return not is_csv(args.dataset) and is_preference_file(args.dataset, args.dataset_format)
 
 
 def evaluate(args: argparse.Namespace) -> Path:
@@ -83,6 +102,12 @@ def evaluate(args: argparse.Namespace) -> Path:
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     check_paths(args)
     loaded = load(args)
+    if is_pairs(args):
+        from cpo_fast.evaluate_preferences import evaluate_preferences
+
+        evaluation, cohort = evaluate_preferences(args, loaded)
+        make_private(args.output_dir)
+        return write_results(args, cohort, evaluation)
     if is_csv(args.dataset):
         evaluation, cohort = evaluate_csv(args, loaded)
         make_private(args.output_dir)
@@ -132,7 +157,7 @@ def check_paths(args: argparse.Namespace) -> None:
     from cpo_fast.data import study_format
     from cpo_fast.evaluate_csv import is_csv
 
-    if not is_csv(args.dataset) and args.dataset_format == "auto":
+    if not is_csv(args.dataset) and not is_pairs(args) and args.dataset_format == "auto":
         study_format(args.dataset)
     if args.image_root is None and is_csv(args.dataset):
         raise UsageError(f"--dataset {args.dataset} needs --image_root, the folder of its images")
@@ -154,7 +179,7 @@ def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str
             print(f"{stage}: {count} set aside: {reason} (rejected_records.jsonl)")
     data = {
         "read": cohort.read,
-        "used": len(cohort.studies),
+        "used": cohort.used,
         "rejected": reasons,
         "left_out": cohort.left_out,
         "samples_set_aside": samples,

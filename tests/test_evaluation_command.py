@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from packing_samples import images, tokenizer, vision_language_model
 
 from cpo_fast.data.labels import LABEL_NAMES
@@ -15,7 +16,7 @@ from cpo_fast.evaluate import load, main, parse_arguments, read, write_results
 from cpo_fast.evaluation.cohort import diagnose_cohort, zero_shot
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
 from cpo_fast.loss import processor
-from cpo_fast.model.build import load_tokenizer, save_model
+from cpo_fast.model.build import add_lora, load_model, load_tokenizer, save_model
 from cpo_fast.phantom import write_phantom
 from cpo_fast.types import Counterfactual, ImageRef, Report, Study
 
@@ -147,6 +148,79 @@ def test_a_tokenizer_of_another_model_is_named(data, model, tmp_path, capsys):
     flags = ["--model", str(other), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
     assert main(flags) == 2
     assert "the tokenizer's ids go up to" in capsys.readouterr().err
+
+
+PAIRS = [
+    {"prompt": "What is seen?", "chosen": "A small effusion.", "rejected": "No effusion."},
+    {"prompt": "And the heart?", "chosen": "It is large.", "rejected": ""},  # set aside
+    {"prompt": "What is new?", "chosen": "An opacity on the left.", "rejected": "Nothing."},
+    {"prompt": "What else?", "chosen": "A nodule.", "rejected": "A cavity."},
+]
+
+
+def preferred(model, folder, capsys, *flags):
+    """`evaluate` on a file of PAIRS: (summary, what was printed)."""
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    out = folder / "out"
+    flags = ["--model", str(model), "--dataset", str(file), "--output_dir", str(out), *flags]
+    status = main(flags)
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    return json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
+
+
+def summed_logps(model, prompt, answer, words):
+    ids = words(prompt).input_ids
+    answers = words(answer).input_ids + [words.eos_token_id]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*ids, *answers]])).logits[0, len(ids) - 1 : -1]
+    return float(logits.log_softmax(-1)[range(len(answers)), answers].sum())
+
+
+def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, tmp_path, capsys):
+    """By a whole model's own log-probs, by an adapter's also against the model below it."""
+    summary, page = preferred(model, tmp_path, capsys)
+    assert summary["data"]["read"] == 4 and summary["data"]["used"] == 3
+    assert summary["data"]["rejected"] == {"empty-response": 1}
+    (figures,) = summary["evaluation"]["preference"].values()
+    words, whole = load_tokenizer(model), load_model(model)
+
+    def likelier(policy):
+        sides = [
+            [summed_logps(policy, row["prompt"], row[side], words) for side in row if side != "prompt"]
+            for row in PAIRS
+            if row["rejected"]
+        ]
+        return torch.tensor(sides, dtype=torch.float64)
+
+    below = likelier(whole)
+    assert figures == {"pairs": 3, "policy_accuracy": figures["policy_accuracy"]}
+    won = (below[:, 0] > below[:, 1]).double().mean()
+    assert figures["policy_accuracy"]["value"] == pytest.approx(float(won))
+    assert "Reward" not in page, "there is no reference"
+
+    adapter = add_lora(whole, r=2, alpha=8)
+    for name, weight in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    save_model(adapter, tmp_path / "adapter")
+    summary, page = preferred(tmp_path / "adapter", tmp_path, capsys, "--max_samples", "2")
+    assert summary["data"]["left_out"] == 1
+    (figures,) = summary["evaluation"]["preference"].values()
+    rewards = 0.1 * (likelier(adapter) - below)[:2]
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert figures["pairs"] == 2 and "Reward accuracy" in page
+    assert figures["accuracy"]["value"] == pytest.approx(float((margins > 0).double().mean()))
+    assert figures["margin"]["value"] == pytest.approx(float(margins.mean()), abs=1e-3)
+
+
+def test_suites_are_for_studies(model, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
+    flags = ["--model", str(model), "--dataset", str(tmp_path / "pairs.jsonl")]
+    flags += ["--output_dir", str(tmp_path / "out"), "--suite", "drift"]
+    assert main(flags) == 2
+    assert "--suite drift is for studies" in capsys.readouterr().err
 
 
 def study(number: int, *names: str, image: ImageRef | None = None) -> Study:

@@ -95,6 +95,8 @@ def put_on(model: PreTrainedModel, folder: Path) -> PeftModel:
         with warnings.catch_warnings():
             # Else an adapter of another model would be loaded as zeros, with a warning.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # peft asks transformers by a name that transformers gives up.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # peft raises what its parts raise
         raise UsageError(

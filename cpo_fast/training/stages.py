@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from cpo_fast.errors import DataError
 from cpo_fast.model.adapters import merge
 from cpo_fast.model.build import add_lora, freeze_vision, load_model, save_model
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import image_token_id, plan_epoch
+from cpo_fast.packing import image_token_id
 from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.base import Base, lora_targets
 from cpo_fast.training.checkpoint import result_checkpoint, resume_point
-from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
 from cpo_fast.training.named_model import MERGED
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
+from cpo_fast.training.pairs import score_pairs
 from cpo_fast.training.reference_cache import ReferenceCache
 from cpo_fast.training.resume import checked_start
 from cpo_fast.training.run_folder import RunFolder
@@ -229,7 +227,6 @@ def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | Non
     return Path(found) if found else None
 
 
-@torch.no_grad()
 def pair_logps(
     args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
 ) -> dict[str, list[Any]]:
@@ -241,34 +238,18 @@ def pair_logps(
         frozen = load(args, sft_model(args, folder, base)).eval()
         reference = PackedModel(frozen, attention=args.attn_implementation)
     objective = CPOObjective(packed, reference, impl=args.loss_impl)
-    steps = plan_epoch(
+    found, failed = score_pairs(
+        objective,
         groups,
-        pairs_per_step=64,
+        base.pixels,
+        base.tokenizer,
         packing_length=args.packing_length,
-        seed=0,
-        epoch=0,
-        shuffle=False,
+        device=device(),
     )
-    feed = StepFeed(groups, steps, base.pixels, image_token_id(base.tokenizer), "evaluate")
-    failed: dict[tuple[str, Any], RejectedRecord] = {}
-    found: dict[str, list[Any]] = defaultdict(list)
-    for step in tqdm(step_loader(feed, num_workers=0), total=len(feed), desc="rewards",
-                     unit="step", disable=None):  # fmt: skip
-        failed |= {(one.id, one.line): one for one in step.rejected}
-        for batch in step.batches:
-            out = objective.score(batch.to(device()))
-            chosen, rejected = batch.pairs.unbind(1)
-            found["policy_chosen"] += out.logps[chosen].tolist()
-            found["policy_rejected"] += out.logps[rejected].tolist()
-            found["reference_chosen"] += out.ref_logps[chosen].tolist()
-            found["reference_rejected"] += out.ref_logps[rejected].tolist()
-            names = [batch.segment_names[index] for index in chosen.tolist()]
-            found["sources"] += batch.pair_sources
-            found["groups"] += [name.rsplit("/", 1)[0] for name in names]
-    left_out(folder, "rewards", list(failed.values()))
+    left_out(folder, "rewards", failed)
     if not found:
         raise DataError(f"evaluation: no held-out pair of {len(groups)} samples could be read")
-    return dict(found)
+    return found
 
 
 def trainable(
