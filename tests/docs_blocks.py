@@ -166,6 +166,11 @@ def parse_block(block: Block, monkeypatch: Any) -> int:
             files = [word.split("::")[0] for word in words if word.startswith(("bench/", "tests/"))]
             assert all((ROOT / name).is_file() for name in files), f"{block.place}: {line}"
             ours += len(files)
+        if words[:2] == ["pip", "install"]:
+            pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+            unknown = [word for word in words[2:] if word != "./cpo_fast" and word not in pinned]
+            assert not unknown, f"{block.place}: {line}: constraints.txt has no {unknown}"
+            ours += 1
         if words[0] == "make":
             make = ["make", "-n", *words[1:]]
             done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)

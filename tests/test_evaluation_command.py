@@ -187,11 +187,8 @@ def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, 
     words, whole = load_tokenizer(model), load_model(model)
 
     def likelier(policy):
-        sides = [
-            [summed_logps(policy, row["prompt"], row[side], words) for side in row if side != "prompt"]
-            for row in PAIRS
-            if row["rejected"]
-        ]
+        rows = [(row["prompt"], row["chosen"], row["rejected"]) for row in PAIRS if row["rejected"]]
+        sides = [[summed_logps(policy, p, answer, words) for answer in pair] for p, *pair in rows]
         return torch.tensor(sides, dtype=torch.float64)
 
     below = likelier(whole)
