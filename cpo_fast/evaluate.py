@@ -22,6 +22,7 @@ from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, split
+from cpo_fast.locks import lock_folder
 
 SUITES = ("classification", "report", "zero_shot", "drift")
 DEFAULT_SUITE = "classification,report"
@@ -91,6 +92,15 @@ def evaluate(args: argparse.Namespace) -> Path:
     """Run the suites; writes config.json, summary.json, evaluation.json and report.html."""
     from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers' bars; ours know by themselves
+    check_paths(args)
+    with lock_folder(args.output_dir):
+        return evaluate_suites(args)
+
+
+def evaluate_suites(args: argparse.Namespace) -> Path:
+    """The suites of `evaluate`, in a folder that this process alone writes."""
     from cpo_fast.evaluate_csv import evaluate_csv, is_csv
     from cpo_fast.evaluation.summary import (
         evaluation_examples,
@@ -98,9 +108,6 @@ def evaluate(args: argparse.Namespace) -> Path:
         write_examples,
     )
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # transformers' bars; ours know by themselves
-    check_paths(args)
     loaded = load(args)
     if is_pairs(args):
         from cpo_fast.evaluate_preferences import evaluate_preferences

@@ -15,6 +15,7 @@ from typing import Any
 
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.locks import lock_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        export_merged(args.merge, args.output_dir, dtype=args.dtype, base_model=args.base_model)
+        with lock_file(args.output_dir.resolve(), "--output_dir"):
+            export_merged(args.merge, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except (CpoFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
+from cpo_fast.locks import lock_folder
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
 from cpo_fast.training.distributed import World, joined
 from cpo_fast.training.flag_rules import TINY, check_machine
@@ -54,11 +55,6 @@ def run(args: TrainArguments) -> dict[str, Any]:
     """
     from transformers.utils import logging
 
-    from cpo_fast.report import write_report
-    from cpo_fast.report.model_card import write_cards
-    from cpo_fast.training.dry_run import dry_run
-    from cpo_fast.training.stages import train_cpo, train_sft
-
     os.umask(0o077)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
@@ -68,7 +64,23 @@ def run(args: TrainArguments) -> dict[str, Any]:
     check_machine(args)
     if args.dry_run:  # an exception, so that its temporary folder goes
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as locks:
+        return run_stages(args, reported, locks)
+
+
+def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> dict[str, Any]:
+    """The stages of one run, with its folder locked by rank 0 (in `locks`) unless it is a dry run.
+
+    Raises UsageError when another process writes into the folder.
+    """
+    from cpo_fast.report import write_report
+    from cpo_fast.report.model_card import write_cards
+    from cpo_fast.training.dry_run import dry_run
+    from cpo_fast.training.stages import train_cpo, train_sft
+
     with joined(args.ddp_timeout) as world:
+        if not args.dry_run:
+            world.on_main(lambda: locks.enter_context(lock_folder(args.output_dir)))
         args, folder, corpus, texts, base, samples = prepare(args, world)
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest(args.max_minutes))

@@ -127,11 +127,13 @@ def test_perception_records_find_both_images(tmp_path: Path) -> None:
     assert first.images == second.rejected_images[0]
 
 
-def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+def test_two_runs_do_not_write_one_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = write_open_i(tmp_path / "reports", REPORTS)
     output = tmp_path / "cf.jsonl"
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX)"
-    wait = "; print('held', flush=True); sys.stdin.read()"
+    hold = "import sys; from cpo_fast.locks import *; l = lock_file(Path(sys.argv[1]))"
+    wait = "; l.__enter__(); print('held', flush=True); sys.stdin.read(); l.__exit__(*[None] * 3)"
     with subprocess.Popen(
         [sys.executable, "-c", hold + wait, str(output)],
         stdin=subprocess.PIPE,
@@ -140,6 +142,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
         assert other.stdout is not None and other.stdin is not None
         assert other.stdout.readline() == b"held\n"
         assert main(["--dataset", str(dataset), "--output", str(output)]) == 2
+        assert f"is being written by process {other.pid} on host" in capsys.readouterr().err
         other.stdin.close()
     assert main(["--dataset", str(dataset), "--output", str(output)]) == 0
     assert len(output.read_text().splitlines()) == 2 * len(REPORTS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -29,6 +27,7 @@ from cpo_fast.data import STUDY_FORMATS, open_studies
 from cpo_fast.data.sections import RULES
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Number
+from cpo_fast.locks import lock_file
 from cpo_fast.types import Counterfactual, Study
 
 AT_LEAST_0 = Number(low=0)
@@ -156,11 +155,13 @@ def _run(args: argparse.Namespace) -> int:
     bar = DraftBar()
     writer = _writer(args, bar)
     folder = args.output.parent
-    if not folder.is_dir():
-        folder.mkdir(parents=True, mode=0o700)
     failed_path = args.output.with_name(args.output.name + ".rejected.jsonl")
     lines = args.format == "jsonl"
-    with _private(args.output, lines) as good, _private(failed_path, lines) as bad:
+    with (
+        lock_file(args.output),
+        _private(args.output, lines) as good,
+        _private(failed_path, lines) as bad,
+    ):
         done: set[str] = set()
         for path, file in ((args.output, good), (failed_path, bad)) if lines else ():
             done |= _resume(path, file, args.seed, args.generator)
@@ -230,21 +231,13 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _private(path: Path, keep: bool) -> IO[str]:
-    """`path` for reading and writing by its owner, for it holds report text, and by this process
-    alone."""
+    """`path` for reading and writing by its owner, for it holds report text."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise UsageError(f"--output {path}: can't be written ({error.strerror})") from error
     file = os.fdopen(handle, "r+", encoding="utf-8", newline="\n")
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"--output {path}: another run is writing it; wait for its end"
-                ) from None
         if not keep:
             file.truncate(0)
     except OSError as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cpo_fast.console import piped
@@ -18,6 +19,7 @@ from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import POSITIVE, SHARE
+from cpo_fast.locks import lock_file, lock_folder
 
 USABLE, TOO_MANY_BAD, UNREADABLE = 0, 1, 2
 
@@ -103,7 +105,8 @@ def _check(args: argparse.Namespace) -> int:
         sample=args.sample,
         max_images=args.max_images,
     )
-    write(checked, args.output_dir)
+    with lock_folder(args.output_dir):
+        write(checked, args.output_dir)
     print(table(checked))
     if checked.facts["used"] == 0 or checked.bad_fraction > args.max_bad_fraction:
         allowed = f"more than --max_bad_fraction {args.max_bad_fraction} allows"
@@ -119,7 +122,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     source = _source(args)
-    done = export(source, args.output, args.format, max_images=args.max_images)
+    with lock_file(Path(args.output)):
+        done = export(source, args.output, args.format, max_images=args.max_images)
     print(f"{args.output}: {done.rows} rows of {done.records} records ({source.kind})")
     for reason, count in done.rejected.items():
         print(f"set aside: {count}  {reason}")

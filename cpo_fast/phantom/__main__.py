@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import SEED
+from cpo_fast.locks import lock_file
 from cpo_fast.phantom.dataset import IMAGE_SIZE, NUM_STUDIES, write_phantom
 
 
@@ -25,12 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image_size", type=IMAGE_SIZE, default=256, help="pixels per side")
     flags = parser.parse_args(arguments)
     try:
-        root = write_phantom(
-            flags.output_dir,
-            num_studies=flags.num_studies,
-            seed=flags.seed,
-            image_size=flags.image_size,
-        )
+        with lock_file(Path(flags.output_dir).resolve(), "--output_dir"):
+            root = write_phantom(
+                flags.output_dir,
+                num_studies=flags.num_studies,
+                seed=flags.seed,
+                image_size=flags.image_size,
+            )
     except (CpoFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

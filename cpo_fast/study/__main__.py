@@ -18,6 +18,7 @@ from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate import make_private, write_json
 from cpo_fast.flags import POSITIVE, SEED, Number
+from cpo_fast.locks import lock_folder
 
 SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
 """Settings that decide an SFT model's figures."""
@@ -63,11 +64,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def study(args: argparse.Namespace) -> Path:
     """Run what is missing, then write study.json, study.md and study.html; returns the last."""
+    training(args, args.first_seed, args.output_dir, "sft,cpo")  # flags that cannot work end here
+    with lock_folder(args.output_dir):
+        make_private(args.output_dir)
+        return run_seeds(args)
+
+
+def run_seeds(args: argparse.Namespace) -> Path:
+    """What `study` does, in a folder that this process alone writes."""
     from cpo_fast.study.figures import as_markdown, results
     from cpo_fast.study.page import write_study_page
 
-    training(args, args.first_seed, args.output_dir, "sft,cpo")  # flags that cannot work end here
-    make_private(args.output_dir)
     keep_settings(args)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     outcome = results({seed: one_seed(args, seed) for seed in seeds}, settings(args))
@@ -149,13 +156,14 @@ def corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[str, P
 
     data, listed = folder / "data", folder / "files.json"  # written when all is there
     if not listed.is_file():
-        make_private(folder)
-        write_phantom(data, num_studies=num_studies, seed=seed)
-        studies = [study for study in open_studies(str(data)) if study.split == "train"]
-        made = counterfactuals(studies, load_graph(), num_targets=2, seed=seed)
-        bar = tqdm(made, desc="counterfactuals", unit="report", disable=None)
-        files = write_arms(folder, studies, [one for one in bar if one.passed], seed=seed)
-        write_json(listed, {arm: str(path) for arm, path in files.items()})
+        with lock_folder(folder):  # which may be of the study that --sft_from names
+            make_private(folder)
+            write_phantom(data, num_studies=num_studies, seed=seed)
+            studies = [study for study in open_studies(str(data)) if study.split == "train"]
+            made = counterfactuals(studies, load_graph(), num_targets=2, seed=seed)
+            bar = tqdm(made, desc="counterfactuals", unit="report", disable=None)
+            files = write_arms(folder, studies, [one for one in bar if one.passed], seed=seed)
+            write_json(listed, {arm: str(path) for arm, path in files.items()})
     return data, {arm: Path(path) for arm, path in json.loads(listed.read_text()).items()}
 
 

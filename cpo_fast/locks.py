@@ -1,0 +1,180 @@
+"""One writer at a time: a lock on the folder of a run, or on an output file.
+
+The lock is a POSIX record lock on a small file, which the kernel drops when the process ends, also
+when it is killed; child processes do not inherit it. The file names the holder (process id, host,
+start time) and is deleted at the end. One that a killed process left behind is taken over.
+
+Network file systems share such locks between hosts if they are mounted so. A file that a process of
+another host left behind is taken over with a note, since that host cannot be asked. On a file
+system without locks the holder's process id decides, and a holder on another host counts as alive.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cpo_fast.errors import UsageError
+
+LOCK = ".lock"
+"""The lock file's name in a locked folder."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, and since when."""
+
+    pid: int
+    host: str
+    started: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host}, started {self.started}"
+
+    def may_live(self) -> bool:
+        """Whether the process still runs as far as this host can tell; an earlier process with
+        this one's id does not."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return self.pid != os.getpid()
+
+
+_held: dict[Path, Holder] = {}
+"""The locks of this process, which record locks do not keep from itself."""
+
+
+@contextmanager
+def lock_folder(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Be the only process that writes into `folder`, which is made (mode 0700) if need be.
+
+    A folder that was made here and is empty at the end is removed. Raises UsageError, which begins
+    with `flag`, when another process holds the lock (with its id, host and start time) or the
+    folder cannot be written.
+    """
+    path = Path(folder)
+    made = not path.exists()
+    what = f"{flag} {path}"
+    _make(path, what)
+    try:
+        with _locked(path / LOCK, what):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def lock_file(path: Path, flag: str = "--output") -> Iterator[None]:
+    """Be the only process that writes `path`; the lock file lies beside it, in a folder that is
+    made (mode 0700) if need be.
+
+    Raises UsageError as `lock_folder` does.
+    """
+    what = f"{flag} {path}"
+    _make(path.parent, what)
+    with _locked(path.with_name(f".{path.name}{LOCK}"), what):
+        yield
+
+
+def _make(folder: Path, what: str) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written: {error}") from error
+
+
+@contextmanager
+def _locked(file: Path, what: str) -> Iterator[None]:
+    file = file.resolve()
+    if file in _held:
+        raise _busy(what, _held[file])
+    try:
+        handle = _take(file, what)
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        del _held[file]
+        with suppress(OSError):
+            if _is_at(handle, file):
+                file.unlink()
+        os.close(handle)
+
+
+def _take(file: Path, what: str) -> int:
+    """A handle of `file` that holds its lock and names this process in it."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            shared = _lock(handle)
+            left = _read(handle)
+            if shared is False or (shared is None and left and left.may_live()):
+                advice = f"; if it has ended, delete {file}" if shared is None else ""
+                raise _busy(what, left, advice)
+            if not _is_at(handle, file):  # its holder has deleted it meanwhile
+                os.close(handle)
+                continue
+            if left and left.host != socket.gethostname():
+                print(
+                    f"note: {what}: takes over the lock that {left}, left behind; if that process "
+                    "still runs, the file system does not share locks between hosts: stop one",
+                    file=sys.stderr,
+                )
+            started = datetime.now().astimezone().isoformat(" ", "seconds")
+            _held[file] = Holder(os.getpid(), socket.gethostname(), started)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(asdict(_held[file])).encode(), 0)
+            return handle
+        except BaseException:
+            _held.pop(file, None)
+            os.close(handle)
+            raise
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether this process has the lock now; None on a file system without locks."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
+
+
+def _read(handle: int) -> Holder | None:
+    """Who is named in a lock file; None where nobody is."""
+    try:
+        return Holder(**json.loads(os.pread(handle, 4096, 0)))
+    except (ValueError, TypeError):
+        return None
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    """Whether `file` is the file of the handle."""
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _busy(what: str, holder: Holder | None, advice: str = "") -> UsageError:
+    by = str(holder) if holder else "another process"
+    return UsageError(
+        f"{what} is being written by {by}: wait for its end, stop it, or name another{advice}"
+    )
