@@ -271,7 +271,7 @@ def test_other_threads_do_not_lose_the_lock_of_theirs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
-def test_several_processes_of_a_run_take_one_lock(tmp_path: Path) -> None:
+def test_several_processes_of_a_run_are_refused_together(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": f"Clear {i}", "rejected": "Ill"} for i in range(30)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -283,7 +283,5 @@ def test_several_processes_of_a_run_take_one_lock(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     said = f"error: --output_dir {tmp_path / 'run'} is being written by process {first.pid} on"
     assert done.returncode != 0 and done.stderr.count(said) == 1
+    assert "rank 1: error: rank 0 stopped" in done.stderr
     assert not (tmp_path / "run").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert not (tmp_path / "run" / LOCK).exists()
