@@ -200,6 +200,18 @@ def test_studies_become_rows_of_fine_tuning(tmp_path: Path, capsys: pytest.Captu
     assert rows["ccf"][0]["counterfact"] == {} and rows["ccf"][0]["sid"] == "50000001"
 
 
+def test_image_paths_are_spoken_of_where_there_are_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for name, more in (("text", {}), ("seen", {"images": ["x.png"]})):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({**row, **more}) + "\n")
+        flags = ["--dataset", str(path), "--format", "jsonl", "--output", str(tmp_path / name)]
+        assert main(["export", *flags]) == 0
+        assert ("image" in capsys.readouterr().out) == (name == "seen")
+
+
 def test_what_cannot_be_written(tmp_path: Path, pictured: Preference) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         export(Given([pictured]), tmp_path / "no/such/folder", "jsonl")

@@ -166,7 +166,7 @@ sft_lr_scheduler_type: nonsense greedy
 metric_for_best_model: accuracy
 sft_metric_for_best_model: rewards/margins
 report_to: nonsense
-save_total_limit: 0
+save_total_limit: -1
 save_steps: -1
 eval_steps: -1
 logging_steps: 0
@@ -284,7 +284,10 @@ def test_a_file_may_write_numbers_as_yaml_does_not(tmp_path: Path) -> None:
             "--model_name_or_path /nowhere/m",
             "--model_name_or_path /nowhere/m: no such model folder",
         ),
-        ("--resume_from_checkpoint /nowhere/c", "--resume_from_checkpoint /nowhere/c: must be"),
+        (
+            "--resume_from_checkpoint /nowhere/c",
+            "--resume_from_checkpoint /nowhere/c: no checkpoint",
+        ),
         ("--loss_impl nonsense", "--loss_impl nonsense: there is no such implementation"),
         ("--report_to tensorboard,nonsense", "--report_to tensorboard,nonsense: choose from"),
         ("--loss_type sigmod", "--loss_type sigmod: choose from"),
@@ -311,12 +314,18 @@ def test_what_needs_a_gpu_is_refused_without_one(flags: str) -> None:
 
 def test_a_checkpoint_of_another_run_is_no_place_to_resume_from(tmp_path: Path) -> None:
     own, other = tmp_path / "a" / "sft" / "checkpoint-3", tmp_path / "b" / "sft" / "checkpoint-3"
-    for folder in (own, other):
+    for folder in (own, other, own.with_name("merged")):
         folder.mkdir(parents=True)
     flags = ["--output_dir", str(tmp_path / "a"), "--resume_from_checkpoint"]
     check_machine(parse_arguments([*flags, str(own)]))
-    with pytest.raises(UsageError, match="below --output_dir"):
-        check_machine(parse_arguments([*flags, str(other)]))
+    check_machine(parse_arguments([*flags, f"{own.parent}/../sft/checkpoint-3"]))
+    for wrong in (other, own.with_name("checkpoint-4"), own.with_name("merged"), own.parent):
+        with pytest.raises(UsageError, match=f"{wrong}: no checkpoint .*newest there is {own}"):
+            check_machine(parse_arguments([*flags, str(wrong)]))
+    with pytest.raises(UsageError, match=f"{tmp_path / 'c'} has none"):
+        check_machine(parse_arguments(["--output_dir", str(tmp_path / "c"), *flags[2:], str(own)]))
+    with pytest.raises(UsageError, match="its stage sft is not in --stages cpo"):
+        check_machine(parse_arguments([*flags, str(own), "--stages", "cpo"]))
 
 
 def test_cpo_of_studies_needs_counterfactuals_and_sft_does_not(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FLAGS = [
     "--per_device_train_batch_size", "3", "--max_steps", "4", "--learning_rate", "1e-3",
     "--save_steps", "2", "--logging_steps", "2", "--eval_steps", "2", "--packing_length", "200",
     "--lora_dropout", "0", "--stages", "sft,cpo", "--dataloader_num_workers", "0",
+    "--save_total_limit", "0",
 ]  # fmt: skip
 ONE = ["--sft_gradient_accumulation_steps", "2", "--gradient_accumulation_steps", "2"]
 TWO = ["--sft_gradient_accumulation_steps", "1", "--gradient_accumulation_steps", "1"]

@@ -31,6 +31,7 @@ FLAGS = [
     "--sft_use_peft", "false", "--sft_per_device_train_batch_size", "4", "--sft_max_steps", "6",
     "--sft_gradient_accumulation_steps", "1", "--save_steps", "2", "--stages", "sft",
     "--dataloader_num_workers", "0",
+    "--save_total_limit", "0",
 ]  # fmt: skip
 
 

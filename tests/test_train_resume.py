@@ -21,8 +21,15 @@ import pytest
 from cpo_fast.errors import UsageError
 from cpo_fast.train import main
 from cpo_fast.training.arguments import TrainArguments
-from cpo_fast.training.checkpoint import checkpoints, damage_of, latest_checkpoint, read_state
+from cpo_fast.training.checkpoint import (
+    checkpoints,
+    damage_of,
+    latest_checkpoint,
+    read_state,
+    write_checkpoint,
+)
 from cpo_fast.training.digests import file_digest
+from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import TIMING_FIELDS
@@ -38,6 +45,7 @@ FLAGS = [
     "--gradient_accumulation_steps", "2", "--max_steps", "9", "--learning_rate", "1e-3",
     "--save_steps", "2", "--logging_steps", "3", "--eval_steps", "4", "--packing_length", "90",
     "--lora_dropout", "0.2", "--stages", "sft,cpo", "--dataloader_num_workers", "0",
+    "--save_total_limit", "0",
 ]  # fmt: skip
 KILLS = 20 if os.environ.get("CPO_FAST_LONG_TESTS") else 3
 
@@ -404,6 +412,36 @@ def test_only_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> Non
     folder = tmp_path / "limited"
     assert main(command(data, folder, "--save_total_limit", "2", "--stages", "sft")) == 0
     assert [path.name for path in checkpoints(folder / "sft")] == ["checkpoint-8", "checkpoint-9"]
+
+
+def write_steps(stage: Path, *steps: int, **options: Any) -> list[str]:
+    for step in steps:
+        write_checkpoint(stage, step, lambda folder: None, {}, world=World(), **options)
+    return [path.name.removeprefix("checkpoint-") for path in checkpoints(stage)]
+
+
+def test_the_newest_are_those_of_the_course_of_the_run(tmp_path: Path) -> None:
+    """Resumed from an earlier step, it does not delete what it has just written."""
+    assert TrainArguments().save_steps > 0 and TrainArguments().save_total_limit > 0
+    assert write_steps(tmp_path, 100, 200, 300) == ["100", "200", "300"]
+    assert write_steps(tmp_path, 150, save_total_limit=2) == ["100", "150", "200", "300"]
+    assert write_steps(tmp_path, 180, save_total_limit=2) == ["150", "180", "200", "300"]
+    best = tmp_path / "checkpoint-150"
+    assert write_steps(tmp_path, 200, save_total_limit=1, keep=best) == ["150", "200", "300"]
+    assert write_steps(tmp_path, 300, save_total_limit=1) == ["300"]
+
+
+def test_damage_is_said_in_words(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1)
+    path = tmp_path / "checkpoint-1"
+    assert damage_of(path) is None
+    (path / "trainer_state.json").unlink()
+    assert damage_of(path) == "it has no trainer_state.json"
+    (path / "manifest.json").write_text("[1")
+    assert damage_of(path) == "its manifest.json is not a list of files and checksums"
+    (path / "manifest.json").unlink()
+    assert damage_of(path) == "it has no manifest.json"
+    assert damage_of(tmp_path / "none") == "it has no manifest.json"
 
 
 def test_a_step_that_is_not_finite_is_named_and_does_not_reach_the_weights(

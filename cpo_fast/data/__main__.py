@@ -127,7 +127,8 @@ def _export(args: argparse.Namespace) -> int:
     print(f"{args.output}: {done.rows} rows of {done.records} records ({source.kind})")
     for reason, count in done.rejected.items():
         print(f"set aside: {count}  {reason}")
-    print("image paths are relative to the folder they were read from: name it as --image_root")
+    if done.paths:
+        print("image paths are relative to the folder they were read from: name it as --image_root")
     return USABLE
 
 

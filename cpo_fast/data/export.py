@@ -200,11 +200,13 @@ FORMATS = {"jsonl": jsonl_rows, "ccf": ccf_rows, "trl": trl_rows, "swift": swift
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """How many records and rows were written, and how many records were set aside, by reason."""
+    """How many records and rows were written, how many records were set aside, by reason, and
+    whether a row names the file of an image."""
 
     records: int
     rows: int
     rejected: dict[str, int]
+    paths: bool = False
 
 
 def export(
@@ -220,6 +222,7 @@ def export(
     target = Path(output)
     part = target.with_name(f".{target.name}.part")
     records = rows = 0
+    paths = False
     reasons: Counter[str] = Counter()
     try:
         part.unlink(missing_ok=True)
@@ -228,7 +231,8 @@ def export(
             file.write("[\n" if form == "ccf" else "")
             for record in tqdm(source, "export", unit=source.noun, disable=None):
                 try:
-                    made = make(as_preference(record, max_images))
+                    one = as_preference(record, max_images)
+                    made = make(one)
                 except RecordError as error:
                     reasons[error.reason] += 1
                     continue
@@ -238,6 +242,8 @@ def export(
                     file.write("" if form == "ccf" else "\n")
                     rows += 1
                 records += 1
+                shown = (one.images, *(images or () for images in one.rejected_images))
+                paths |= any(ref.data is None for images in shown for ref in images)
             file.write("\n]\n" if form == "ccf" else "")
         reasons.update(source.reasons())
         if rows:
@@ -251,4 +257,4 @@ def export(
     if not rows:
         counted = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         raise DataError(f"{source.path}: nothing of it can be written as {form} ({counted})")
-    return Exported(records, rows, dict(reasons.most_common()))
+    return Exported(records, rows, dict(reasons.most_common()), paths)

@@ -141,8 +141,8 @@ class TrainArguments:
     ddp_timeout: int = _flag(1800, "seconds that several processes wait for one another")
     max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")
     max_nonfinite_steps: int = _flag(3, "stop after so many steps in a row that are not finite")
-    save_steps: int = _flag(0, "a checkpoint every so many steps (0: at the end)")
-    save_total_limit: int | None = _flag(None, "keep this many checkpoints per stage")
+    save_steps: int = _flag(100, "save a checkpoint every N steps (0: only at the end)")
+    save_total_limit: int = _flag(2, "keep the last N checkpoints per stage (0: all)")
     metric_for_best_model: str | None = _flag(
         None, "held-out metric of CPO (loss, rewards/margins...); each new best is saved and kept"
     )

@@ -62,8 +62,12 @@ def damage_of(path: Path) -> str | None:
         for name, digest in manifest.items():
             if _digest(path / name) != digest:
                 return f"{name} has changed"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{type(error).__name__} while reading it"
+    except FileNotFoundError as error:
+        return f"it has no {os.path.relpath(error.filename, path)}"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, AttributeError):
+        return f"its {MANIFEST} is not a list of files and checksums"
     return None
 
 
@@ -86,14 +90,15 @@ def write_checkpoint(
     trainer_state: dict[str, Any],
     *,
     world: World,
-    save_total_limit: int | None = None,
+    save_total_limit: int = 0,
     keep: Path | None = None,
 ) -> Path:
     """Write `stage_dir/checkpoint-<step>`; a crash leaves the earlier checkpoints as they were.
 
     Every rank calls it, and `write` on every rank fills the folder that it is given with the model
-    and AdamW's state. The best checkpoint, `keep`, is kept beyond `save_total_limit`.
-    `trainer_state` is JSON. Raises CpoFastError when the file system takes no more.
+    and AdamW's state. Of the checkpoints up to this step the newest `save_total_limit` are kept (0:
+    all) and the best one, `keep`; those of later steps, where a run was resumed from an earlier
+    step, stay. `trainer_state` is JSON. Raises CpoFastError when the file system takes no more.
     """
     target, partial = stage_dir / f"checkpoint-{step}", stage_dir / f".partial-{step}"
 
@@ -119,8 +124,9 @@ def write_checkpoint(
             "were. Make room (--save_total_limit) or mend the file system, then go on with "
             "--resume_from_checkpoint auto"
         ) from error
-    if save_total_limit is not None and world.is_main:
-        for old in checkpoints(stage_dir)[: -max(save_total_limit, 1)]:
+    if save_total_limit and world.is_main:
+        found = checkpoints(stage_dir)
+        for old in found[: found.index(target) + 1][:-save_total_limit]:
             if old != keep:
                 shutil.rmtree(old)
     return target

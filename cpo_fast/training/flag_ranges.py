@@ -177,7 +177,7 @@ RANGES: dict[str, Allowed] = {
     "max_minutes": Number(above=0),
     "max_nonfinite_steps": POSITIVE,
     "save_steps": COUNT,
-    "save_total_limit": POSITIVE,
+    "save_total_limit": COUNT,
     "metric_for_best_model": Choice(_cpo_metrics),
     "sft_metric_for_best_model": Choice(_with_prefix(["loss"])),
     "load_best_model_at_end": SWITCH,

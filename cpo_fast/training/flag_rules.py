@@ -135,11 +135,22 @@ def _check_resume(args: TrainArguments) -> None:
     given = args.resume_from_checkpoint
     if given in (None, "auto"):
         return
-    places = [Path(args.output_dir).resolve() / stage for stage in ("sft", "cpo")]
-    if not Path(given).is_dir() or Path(given).resolve().parent not in places:
+    from cpo_fast.training.checkpoint import checkpoints
+
+    run = Path(args.output_dir)
+    found = {one.resolve(): one for stage in ("sft", "cpo") for one in checkpoints(run / stage)}
+    path = found.get(Path(given).resolve())
+    if path is None:
+        newest = list(found.values())[-1:]
+        there = f"the newest there is {newest[0]}" if newest else f"{run} has none"
         raise UsageError(
-            f"--resume_from_checkpoint {given}: must be auto, or a checkpoint folder of a stage "
-            f"below --output_dir {args.output_dir}"
+            f"--resume_from_checkpoint {given}: no checkpoint of --output_dir {run} ({there}); "
+            "give auto, or the folder of a checkpoint"
+        )
+    if path.parent.name not in args.stage_names:
+        raise UsageError(
+            f"--resume_from_checkpoint {given}: its stage {path.parent.name} is not in --stages "
+            f"{args.stages}"
         )
 
 
