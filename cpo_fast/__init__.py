@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from cpo_fast.version import __version__
 
 if TYPE_CHECKING:
-    from cpo_fast.loss import CPOLoss, CPOOutput, available_impls, cpo_loss, linear_logprobs
+    from cpo_fast.loss import (
+        CPOLoss,
+        CPOOutput,
+        available_impls,
+        cpo_loss,
+        from_padded,
+        linear_logprobs,
+    )
 
 __all__ = [
     "CPOLoss",
@@ -19,6 +26,7 @@ __all__ = [
     "__version__",
     "available_impls",
     "cpo_loss",
+    "from_padded",
     "linear_logprobs",
 ]
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cpo_fast import cpo_loss
+from cpo_fast import cpo_loss, from_padded
 
 
 class Preference(nn.Module):
@@ -35,22 +35,15 @@ class Preference(nn.Module):
         self.beta = beta
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """ids, mask and labels [2B, T]: all chosen, then all rejected; labels are shifted here."""
-        hidden = self.policy.model(ids, mask)[0][:, :-1]
+        """ids, mask and labels [2B, T]: all chosen, then all rejected; not shifted."""
+        hidden = self.policy.model(ids, mask)[0]
         with torch.no_grad():
-            ref_hidden = self.reference.model(ids, mask)[0][:, :-1]
-        labels = labels[:, 1:]
-        rows = torch.arange(len(ids), device=ids.device)
+            ref_hidden = self.reference.model(ids, mask)[0]
         out = cpo_loss(
-            hidden.flatten(0, 1),
-            self.policy.lm_head.weight,
-            labels.flatten(),
-            rows[:, None].expand_as(labels).flatten(),
-            torch.stack(rows.chunk(2), 1),
-            ref_hidden=ref_hidden.flatten(0, 1),
+            weight=self.policy.lm_head.weight,
             ref_weight=self.reference.lm_head.weight,
             beta=self.beta,
-            num_segments=len(ids),
+            **from_padded(hidden, labels, ref_hidden),
         )
         return out.loss
 
@@ -71,13 +64,17 @@ def shard(module: Preference, device: torch.device) -> Preference:
 def encode(tokenizer: Any, pairs: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, mask and labels [2B, T] of B pairs of text; the answers alone are scored."""
     sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in pairs]
-    heads = [tokenizer(prompt)["input_ids"] for prompt, _ in sides]
-    tails = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in sides]
-    ids = {"input_ids": [head + tail for head, tail in zip(heads, tails, strict=True)]}
-    batch = tokenizer.pad(ids, return_tensors="pt", padding_side="right")
+    eos = tokenizer.eos_token_id
+    bos = [token for token in tokenizer("")["input_ids"] if token != eos]  # [] for many tokenizers
+    prompts, answers = (
+        tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for texts in zip(*sides, strict=True)
+    )
+    ids = [bos + head + tail + [eos] for head, tail in zip(prompts, answers, strict=True)]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, head in zip(labels, heads, strict=True):
-        row[: len(head)] = -100
+    for row, head in zip(labels, prompts, strict=True):
+        row[: len(bos + head)] = -100
     return batch["input_ids"], batch["attention_mask"], labels
 
 
@@ -97,6 +94,7 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # never scored
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
         for _ in range(2)

@@ -84,7 +84,8 @@ def token_weights(rollout: Rollout, tokenizer: Any, answer_weight: float) -> Ten
     for row, text in enumerate(rollout.texts):
         where = (rollout.rows == row).nonzero()[:, 0]
         if "</think>" in text:
-            said = tokenizer(text.split("</think>")[1])["input_ids"]
+            answer = text.split("</think>")[1]
+            said = tokenizer(answer, add_special_tokens=False)["input_ids"]
             weights[where[max(0, len(where) - len(said) - 1) :]] = answer_weight
     return weights
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     model, reference = (
         AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32) for _ in range(2)
     )

@@ -8,12 +8,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from packing_samples import text_model, tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from cpo_fast.model.build import save_model
 
@@ -59,9 +62,9 @@ def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def summed(model: Any, prompt: str, answer: str) -> torch.Tensor:
+def summed(model: Any, prompt: str, answer: str, bos: list[int]) -> torch.Tensor:
     """The log-prob of an answer by the model's own logits."""
-    head = tokenizer()(prompt)["input_ids"]
+    head = bos + tokenizer()(prompt)["input_ids"]
     tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
     logps = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
     return sum(logps[len(head) - 1 + i, token] for i, token in enumerate(tail))  # type: ignore[return-value]
@@ -69,7 +72,11 @@ def summed(model: Any, prompt: str, answer: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def unpatched(folder: Path) -> tuple[list[float], Any]:
-    """Losses of three steps of two pairs, and the model after them."""
+    return trained(folder, [])
+
+
+def trained(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
+    """Losses of three steps of two pairs, and the model after them; sequences begin with `bos`."""
     model, reference = loaded(folder / "model"), loaded(folder / "model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
@@ -77,7 +84,8 @@ def unpatched(folder: Path) -> tuple[list[float], Any]:
         margins = []
         for row in PAIRS[start : start + 2]:
             ours, theirs = (
-                summed(m, row["prompt"], row["chosen"]) - summed(m, row["prompt"], row["rejected"])
+                summed(m, row["prompt"], row["chosen"], bos)
+                - summed(m, row["prompt"], row["rejected"], bos)
                 for m in (model, reference)
             )
             margins.append(ours - theirs.detach())
@@ -95,6 +103,61 @@ def test_the_plain_loop(folder: Path, unpatched: Any, capsys: Any, monkeypatch: 
     losses = ran(capsys, monkeypatch, "plain_loop.py", *arguments)
     assert losses == pytest.approx(unpatched[0], abs=2e-5)
     assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.fixture(scope="module")
+def framing(folder: Path) -> tuple[Path, list[int]]:
+    """A model folder whose tokenizer puts every text between BOS and EOS and has no padding token,
+    and the ids of BOS."""
+    place = folder / "framing"
+    save_model(text_model(), place, tokenizer=tokenizer())
+    made = AutoTokenizer.from_pretrained(place)
+    made.pad_token, made.bos_token = None, "<|im_start|>"
+    marks = [(made.bos_token, made.bos_token_id), (made.eos_token, made.eos_token_id)]
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{made.bos_token} $A {made.eos_token}", special_tokens=marks
+    )
+    made.save_pretrained(place)
+    loaded = AutoTokenizer.from_pretrained(place)
+    assert loaded("a")["input_ids"][::2] == [made.bos_token_id, made.eos_token_id]
+    assert loaded.pad_token is None
+    return place, [made.bos_token_id]
+
+
+def test_the_plain_loop_puts_no_bos_into_answers(
+    framing: Any, folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    place, bos = framing
+    losses = ran(capsys, monkeypatch, "plain_loop.py", place, folder / "pairs.jsonl")
+    assert losses == pytest.approx(trained(folder, bos)[0], abs=2e-5)
+
+
+@pytest.mark.parametrize("framed", [False, True], ids=["plain", "bos-and-eos"])
+def test_fsdp2_puts_no_bos_into_answers(framing: Any, folder: Path, framed: bool) -> None:
+    place, bos = framing
+    made = AutoTokenizer.from_pretrained(place if framed else folder / "model")
+    made.pad_token = made.eos_token
+    encode = runpy.run_path(str(EXAMPLES / "fsdp2.py"))["encode"]
+    ids, mask, labels = encode(made, PAIRS[:2])
+    sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in PAIRS[:2]]
+    for row, (prompt, answer) in enumerate(sides):
+        head = (bos if framed else []) + tokenizer()(prompt)["input_ids"]
+        tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
+        assert ids[row][mask[row] == 1].tolist() == head + tail
+        assert labels[row][labels[row] != -100].tolist() == tail
+        assert labels[row][len(head) :][: len(tail)].tolist() == tail
+
+
+def test_grpo_weighs_the_answers_own_tokens(framing: Any) -> None:
+    grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))
+    said = tokenizer()(" effusion")["input_ids"]
+    rollout = SimpleNamespace(
+        labels=torch.zeros(5 + len(said)),
+        rows=torch.zeros(5 + len(said), dtype=torch.long),
+        texts=["a </think> effusion"],
+    )
+    weights = grpo["token_weights"](rollout, AutoTokenizer.from_pretrained(framing[0]), 2.0)
+    assert weights.tolist() == [1.0] * 4 + [2.0] * (len(said) + 1)  # and its end of text
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ Stands on its own (torch only). Letters: T tokens, V vocabulary, D hidden size, 
 
     api.py        checks its arguments, chooses an implementation, sums tokens to segments
     losses.py     each preference loss once, on vectors over pairs
-    checks.py     what an argument must be, said before any work is done
+    checks.py     what an argument must be, checked before any work is done
+    advice.py     what the caller of a refused argument most likely meant
+    padded.py     the arguments for a padded batch of a transformers model
     segments.py   sums over the tokens of a segment
     reference.py  eager PyTorch: the specification
     cpu.py        the native CPU implementation (csrc/cpu)
@@ -39,5 +41,14 @@ from cpo_fast.loss.api import (
     cpo_loss,
     linear_logprobs,
 )
+from cpo_fast.loss.padded import PaddedInputs, from_padded
 
-__all__ = ["CPOLoss", "CPOOutput", "available_impls", "cpo_loss", "linear_logprobs"]
+__all__ = [
+    "CPOLoss",
+    "CPOOutput",
+    "PaddedInputs",
+    "available_impls",
+    "cpo_loss",
+    "from_padded",
+    "linear_logprobs",
+]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cpo_fast.loss import checks
-from cpo_fast.loss.losses import LOSS_TYPES, plackett_luce
+from cpo_fast.loss.losses import pair_losses
 from cpo_fast.loss.segments import segment_sums
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -138,19 +138,30 @@ def linear_logprobs(
 ) -> Tensor:
     """Log-probability of every label under a linear head, without keeping the logits.
 
-    `hidden` [T, D] and `weight` [V, D] in bfloat16, float16 or float32 (float64: reference only),
-    `labels` [T] int64 where `hidden[t]` predicts `labels[t]`, `bias` [V]. Logits are `hidden @
-    weight.T + bias`, then `softcap * tanh(z / softcap)`, then `z / temperature`. Returns [T]
-    float32, 0 where the label is `ignore_index`; differentiable in hidden, weight and bias. A
-    frozen weight or bias that is sharded (FSDP2) is gathered, on all ranks together.
+    - `hidden` [T, D]: the states after the final norm, before the output layer; bfloat16, float16
+      or float32 (float64 with the reference implementation only).
+    - `weight` [V, D], contiguous, and `bias` [V]: the output layer (`model.lm_head.weight`), of the
+      dtype of `hidden` except under autocast. A frozen weight or bias that is sharded (FSDP2) is
+      gathered, on all ranks together.
+    - `labels` [T] int64, already shifted: `hidden[t]` predicts `labels[t]`. Labels that are not
+      shifted cannot be detected; `cpo_fast.from_padded` shifts. `ignore_index` marks tokens that
+      are not scored.
+    - Logits are `hidden @ weight.T + bias`, then `softcap * tanh(z / softcap)`, then
+      `z / temperature`. A model that caps its logits (Gemma 2) needs its `softcap` here.
+    - `impl`: a name of `available_impls(device)`; default: the preferred one.
 
-    Raises ValueError or TypeError naming the argument before any work is done.
+    Returns log-probs [T] in nats, float32 (float64 for float64), 0 where the label is
+    `ignore_index`; differentiable in hidden, weight and bias.
+
+    Raises TypeError (type or dtype) or ValueError (shape, device, range) before any work is done;
+    the message names the argument and says what to pass. Label values are checked on CPU tensors,
+    on CUDA tensors with `CPO_FAST_CHECKS=1` only, because the check waits for the device.
     """
     weight, bias = checks.gathered("weight", weight), checks.gathered("bias", bias)
     checks.head(hidden, weight, bias)
     checks.scoring_options(softcap, temperature, ignore_index)
     checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
-    checks.index_range("labels", labels, 0, weight.shape[0], also=ignore_index)
+    checks.label_range(labels, weight.shape[0], ignore_index)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     module = _chosen(impl, hidden, weight)
     logps, _ = module.token_logps(
@@ -190,23 +201,48 @@ def cpo_loss(
     ignore_index: int = -100,
     impl: str | None = None,
 ) -> CPOOutput:
-    """Preference loss of pairs of sequences, from the hidden states before the head.
+    """Preference loss of pairs of sequences, from the hidden states before the output layer.
 
-    `hidden` [T, D], `weight` [V, D], `labels` [T], `bias`, `softcap` as in `linear_logprobs`.
-    `segment_ids` [T] int64: the sequence 0..S-1 that a token scores for, -1 for none, in any order.
-    `pairs` [P, 2] int64: (chosen, rejected) segments. `num_segments` S: default max(segment_ids)
-    + 1.
+    Call `.loss.backward()` on what it returns. For a padded batch [B, L], `cpo_fast.from_padded`
+    makes `hidden`, `labels`, `segment_ids`, `pairs`, `ref_hidden` and `num_segments`.
 
-    The reference is `ref_hidden` [T, D] under `ref_weight`, `ref_bias` (default: the policy's,
-    detached), or `ref_logps` [S] float32 from a cache; simpo and orpo take none. `loss_type` is
-    one of `cpo_fast.loss.losses.LOSS_TYPES`, where each names its source; an option that it does
-    not use is an error. `rpo_alpha` adds that many times the chosen side's mean NLL per token.
-    orpo adds the NLL per chosen token of the batch. `pair_weights` [P] >= 0 make `loss` a
-    weighted mean. For plackett_luce, pairs that share their chosen segment form one group, and
-    `loss` is the mean over groups, each weighing the mean of its pairs. A pair without a scored
-    token on either side is left out; with no pair left the loss is 0.
+    - `hidden` [T, D], `weight` [V, D], `labels` [T], `bias` [V], `softcap`, `impl`: as in
+      `linear_logprobs`.
+    - `segment_ids` [T] int64: the sequence 0..S-1 that a token scores for, -1 for none, in any
+      order. `num_segments` is S; default: max(segment_ids) + 1, which waits for a GPU.
+    - `pairs` [P, 2] int64: a row is (chosen, rejected), two different segments. A segment may be
+      in several pairs, or in none. P may be 0.
+    - `ref_hidden` [T, D]: the same tokens under the reference model, scored by `ref_weight` [V, D]
+      and `ref_bias` [V], without gradients. Or `ref_logps` [S] float32 from a cache: sums of
+      log-probs over the tokens of each segment, in nats, at most 0. Exactly one of `ref_hidden`
+      and `ref_logps`; none for simpo and orpo.
+    - `loss_type`: a name of `cpo_fast.loss.losses.LOSS_TYPES`, where each has its source; DPO is
+      sigmoid. An option that a loss does not use is an error.
+    - `beta` > 0 scales the log-ratios. `average_log_prob` divides them by the number of tokens;
+      otherwise they are sums. `label_smoothing`, `simpo_gamma`: as in trl.
+    - `rpo_alpha` adds that many times the chosen side's mean NLL per token. orpo adds the NLL per
+      chosen token of the batch.
+    - `pair_weights` [P] float32, finite, >= 0: `loss` is the weighted mean, divided by their sum.
 
-    Raises ValueError or TypeError naming the argument before any work is done.
+    Returns `CPOOutput`. `loss` is the mean over the pairs, not their sum. For plackett_luce, pairs
+    that share their chosen segment form one group; `loss` is the mean over groups, each weighing
+    the mean of its pairs. A pair without a scored token on either side is left out; one empty side
+    counts as log-prob 0; with no pair left the loss is 0.
+
+    A trained head: without `ref_weight` the policy's `weight`, detached, scores `ref_hidden`. That
+    is right for a frozen head. A trained head moves, and the reference with it, so a UserWarning
+    says so. It is no error because a head that policy and reference share on purpose is valid, as
+    is the first step, where both are equal; `ref_weight=weight` says that it is meant. The same
+    holds for `bias` and `ref_bias`.
+
+    What cannot be detected: chosen and rejected swapped; `pairs` [2, 2] transposed, if no row then
+    names one segment twice; labels that are not shifted; hidden states before the final norm; a
+    missing `softcap`; hidden states computed without gradients (`loss.requires_grad` is False).
+
+    Raises TypeError (type or dtype) or ValueError (shape, device, range) before any work is done;
+    the message names the argument and says what to pass. Warns where no label is left to score and
+    where `ref_logps` are positive. Values are checked on CPU tensors, on CUDA tensors with
+    `CPO_FAST_CHECKS=1` only, because the check waits for the device.
     """
     weight, bias = checks.gathered("weight", weight), checks.gathered("bias", bias)
     ref_weight = checks.gathered("ref_weight", ref_weight, trained=False)
@@ -222,11 +258,7 @@ def cpo_loss(
     checks.indices("pairs", pairs, ("P", 2), device)
     if pair_weights is not None:
         checks.tensor("pair_weights", pair_weights, (pairs.shape[0],), wide, device)
-        if (
-            checks.looks_at_values(pair_weights)
-            and not (pair_weights.isfinite() & (pair_weights >= 0)).all()
-        ):
-            raise ValueError("pair_weights must be finite and >= 0")
+        checks.weights_of_pairs(pair_weights)
     if num_segments is None:
         S = int(segment_ids.max()) + 1 if T else 0
     else:
@@ -234,21 +266,20 @@ def cpo_loss(
         S = num_segments
     if ref_logps is not None:
         checks.tensor("ref_logps", ref_logps, (S,), wide, device)
-        if checks.looks_at_values(ref_logps) and not ref_logps.isfinite().all():
-            raise ValueError("ref_logps must be finite")
+        checks.sums_of_logps(ref_logps)
     if ref_hidden is not None:
-        ref_head = weight if ref_weight is None else ref_weight
-        shift = bias if ref_bias is None else ref_bias
-        checks.head(ref_hidden, ref_head, shift, prefix="ref_", rows=T, vocabulary=V, device=device)
-    checks.index_range("labels", labels, 0, V, also=ignore_index)
-    checks.index_range("segment_ids", segment_ids, 0, S, also=-1)
-    checks.index_range("pairs", pairs, 0, S)
+        checks.reference_head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        checks.frozen_reference(weight, bias, ref_weight, ref_bias)
+    checks.token_values(labels, segment_ids, V, S, ignore_index)
+    checks.pair_values(pairs, S)
 
     # Per-token log-probs: tokens of no segment are not worth scoring.
     labels = labels.where(segment_ids >= 0, ignore_index)
+    ref_head = weight if ref_weight is None else ref_weight
+    shift = bias if ref_bias is None else ref_bias
+    same_head = ref_head is weight and shift is bias
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     options = {"softcap": softcap, "temperature": 1.0, "ignore_index": ignore_index}
-    same_head = ref_weight is None and ref_bias is None
     module = _chosen(impl, hidden, weight)
     tokens, ref_tokens = module.token_logps(
         hidden,
@@ -275,7 +306,7 @@ def cpo_loss(
     else:
         ref = torch.zeros_like(logps) if ref_logps is None else ref_logps.detach().double()
 
-    loss, losses = _pair_losses(
+    loss, losses = pair_losses(
         logps,
         ref,
         counts,
@@ -298,54 +329,6 @@ def cpo_loss(
         rewards[:, 0].to(dtype),
         rewards[:, 1].to(dtype),
     )
-
-
-def _pair_losses(
-    logps: Tensor,  # [S]
-    ref: Tensor,  # [S]
-    counts: Tensor,  # [S] scored tokens
-    pairs: Tensor,  # [P, 2]
-    pair_weights: Tensor | None,  # [P]
-    *,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    average_log_prob: bool,
-    simpo_gamma: float,
-    rpo_alpha: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the losses [P] of pairs, from sums over segments, all float64."""
-    kind = LOSS_TYPES[loss_type]
-    chosen, rejected = pairs.unbind(1)
-    lengths = counts.clamp(min=1)
-    ratios = logps - ref
-    if average_log_prob or kind.averages:
-        ratios = ratios / lengths
-    counted = counts[pairs].sum(1) > 0  # [P]
-    weights = counted.double()
-    nll = -logps / lengths  # [S] per token
-
-    if loss_type == "plackett_luce":
-        S = logps.shape[0]
-        losses = plackett_luce(ratios[chosen], ratios[rejected], beta, chosen, S, counted)
-        group_size = logps.new_zeros(S).index_add(0, chosen, weights).clamp(min=1)
-        weights = weights / group_size[chosen]
-    else:
-        won = ratios[chosen]
-        if loss_type == "simpo":
-            won = won - simpo_gamma / beta
-        losses = kind.function(won, ratios[rejected], beta, label_smoothing)
-        if loss_type == "orpo":
-            # The peers' mean over the chosen tokens of the batch, written as a mean over pairs.
-            mean_length = (weights * counts[chosen]).sum() / weights.sum().clamp(min=1)
-            losses = losses - logps[chosen] / mean_length.clamp(min=1)
-    if rpo_alpha:
-        losses = losses + rpo_alpha * nll[chosen]
-
-    if pair_weights is not None:
-        weights = weights * pair_weights.double()
-    total = weights.sum()
-    return (weights * losses).sum() / total.where(total > 0, 1), losses
 
 
 class CPOLoss(nn.Module):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from cpo_fast.loss import advice
 from cpo_fast.loss.losses import LOSS_TYPES
 
 MaybeTensor = TypeVar("MaybeTensor", bound=Any)
@@ -33,10 +35,14 @@ def tensor(
     shape: tuple[int | str, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
+    like: str = "",
+    shape_hint: str | None = None,
 ) -> Tensor:
-    """`value` as a tensor of this shape (a str stands for any size), dtype and device."""
+    """`value` as a tensor of this shape (a str stands for any size), dtype (that of the argument
+    `like`) and device."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        got = f"got {type(value).__name__}{advice.on_type(name, value)}"
+        raise TypeError(f"{name} must be a torch.Tensor, {got}")
     if hasattr(value, "device_mesh"):
         raise ValueError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
     fits = value.dim() == len(shape) and all(
@@ -44,12 +50,18 @@ def tensor(
     )
     if not fits:
         expected = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{expected}], got {list(value.shape)}")
+        hint = advice.on_shape(name, value, shape) if shape_hint is None else f": {shape_hint}"
+        raise ValueError(f"{name} must have shape [{expected}], got {list(value.shape)}{hint}")
     if value.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {value.dtype}")
+        as_other = f" as {like} is" if like else ""
+        hint = advice.on_dtype(name, value, dtypes)
+        raise TypeError(f"{name} must be {expected}{as_other}, got {value.dtype}{hint}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} as hidden is, got {value.device}")
+        raise ValueError(
+            f"{name} must be on {device} as hidden is, got {value.device}: pass "
+            f"{name}.to(hidden.device)"
+        )
     return value
 
 
@@ -75,30 +87,97 @@ def head(
     weight: object,
     bias: object | None,
     *,
-    prefix: str = "",
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
     rows: int | str = "T",
     vocabulary: int | str = "V",
     device: torch.device | None = None,
 ) -> None:
     """hidden [T, D], weight [V, D] and bias [V] of one dtype (any of them under autocast) and
-    device."""
-    h = tensor(f"{prefix}hidden", hidden, (rows, "D"), FLOATS, device)
-    mixed = torch.is_autocast_enabled(h.device.type)
-    dtypes = FLOATS if mixed else (h.dtype,)
-    w = tensor(f"{prefix}weight", weight, (vocabulary, h.shape[1]), dtypes, h.device)
+    device; `names` are those that the caller passed them by."""
+    h = tensor(names[0], hidden, (rows, "D"), FLOATS, device)
+    dtypes = _beside(h)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        message = advice.on_head(h, weight, names[:2])
+        if message is not None:
+            raise ValueError(message)
+    w = tensor(names[1], weight, (vocabulary, h.shape[1]), dtypes, h.device, like=names[0])
     if not w.is_contiguous():
-        raise ValueError(f"{prefix}weight must be contiguous [V, D], got strides {w.stride()}")
+        raise ValueError(
+            f"{names[1]} must be contiguous [V, D], got strides {w.stride()}: pass "
+            f"{names[1]}.contiguous()"
+        )
     if w.shape[0] == 0 or w.shape[1] == 0:
-        raise ValueError(f"{prefix}weight must have V >= 1 and D >= 1, got {list(w.shape)}")
+        raise ValueError(f"{names[1]} must have V >= 1 and D >= 1, got {list(w.shape)}")
     if bias is not None:
-        tensor(f"{prefix}bias", bias, (w.shape[0],), dtypes, h.device)
+        tensor(names[2], bias, (w.shape[0],), dtypes, h.device, like=names[0])
+
+
+def reference_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: object,
+    ref_weight: object | None,
+    ref_bias: object | None,
+) -> None:
+    """ref_hidden with its own head, or with that of the policy, whose arguments are checked."""
+    T, D = hidden.shape
+    shared = ref_weight is None
+    narrow = FLOATS if hidden.dtype == torch.float64 else FLOATS[:3]
+    dtypes, like = (_beside(hidden), "hidden") if shared else (narrow, "")
+    states = tensor("ref_hidden", ref_hidden, (T, "D"), dtypes, hidden.device, like=like)
+    if shared and states.shape[1] not in weight.shape:
+        raise ValueError(
+            f"ref_hidden must have D = {D} as hidden has, got {list(states.shape)}: pass the "
+            "ref_weight [V, D] of a reference of another size"
+        )
+    head(
+        ref_hidden,
+        weight if shared else ref_weight,
+        bias if ref_bias is None else ref_bias,
+        names=(
+            "ref_hidden",
+            "weight" if shared else "ref_weight",
+            "bias" if ref_bias is None else "ref_bias",
+        ),
+        rows=T,
+        vocabulary=weight.shape[0],
+        device=hidden.device,
+    )
+
+
+def _beside(hidden: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that a head may have: that of hidden, under autocast any that it casts."""
+    mixed = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    return FLOATS[:3] if mixed else (hidden.dtype,)
+
+
+def frozen_reference(
+    weight: Tensor, bias: Tensor | None, ref_weight: object | None, ref_bias: object | None
+) -> None:
+    """Warn of a trained head that scores the reference, too, without having been asked to."""
+    if torch.compiler.is_compiling():
+        return
+    parts = (("weight", weight, ref_weight), ("bias", bias, ref_bias))
+    for part, own, given in parts:
+        if own is not None and own.requires_grad and given is None:
+            warnings.warn(
+                f"{part} is trained and ref_{part} is not given: ref_hidden is scored with the "
+                f"trained {part}, so the reference moves with the policy. Pass "
+                f"ref_{part}=reference.lm_head.{part}, or ref_{part}={part} if policy and "
+                "reference share it on purpose",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def indices(name: str, value: object, shape: tuple[int | str, ...], device: torch.device) -> Tensor:
     return tensor(name, value, shape, (torch.int64,), device)
 
 
-def index_range(name: str, value: Tensor, low: int, high: int, also: int | None = None) -> None:
+def index_range(
+    name: str, value: Tensor, low: int, high: int, also: int | None = None, hint: str = ""
+) -> None:
     """Every entry in low..high-1, or equal to `also`."""
     if not looks_at_values(value):
         return
@@ -107,14 +186,78 @@ def index_range(name: str, value: Tensor, low: int, high: int, also: int | None 
         bad &= value != also
     if bad.any():
         allowed = f"in [{low}, {high})" + ("" if also is None else f" or {also}")
-        raise ValueError(f"{name} must be {allowed}, got {int(value[bad][0])}")
+        place = bad.nonzero()[0].tolist()
+        got = f"got {int(value[bad][0])} in {name}{place}"
+        raise ValueError(f"{name} must be {allowed}, {got}" + (hint and f": {hint}"))
+
+
+def label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    hint = "weight has one row for each token id; mark tokens not to score with ignore_index"
+    index_range("labels", labels, 0, vocabulary, ignore_index, hint)
+
+
+def token_values(
+    labels: Tensor, segment_ids: Tensor, vocabulary: int, segments: int, ignore_index: int
+) -> None:
+    """labels and segment_ids in range; a warning where they leave no token to score."""
+    label_range(labels, vocabulary, ignore_index)
+    index_range("segment_ids", segment_ids, 0, segments, also=-1)
+    if not (looks_at_values(labels) and looks_at_values(segment_ids)) or not labels.numel():
+        return
+    if not ((labels != ignore_index) & (segment_ids >= 0)).any():
+        warnings.warn(
+            "labels leave no token to score: each is ignore_index or its token has segment_ids "
+            "-1. The loss is 0 and has no gradient. labels must hold the token ids of the answers",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def pair_values(
+    pairs: Tensor,
+    segments: int,
+    hint: str = "without num_segments the segments end at segment_ids.max()",
+) -> None:
+    """Two different segments in each row."""
+    index_range("pairs", pairs, 0, segments, hint=hint)
+    if not looks_at_values(pairs):
+        return
+    same = pairs[:, 0] == pairs[:, 1]
+    if same.any():
+        row = int(same.nonzero()[0])
+        raise ValueError(
+            f"pairs must name two different segments in each row, got {pairs[row].tolist()} in "
+            f"pairs[{row}]: a row is (chosen, rejected); for a row of all chosen and a row of all "
+            "rejected pass pairs.T"
+        )
+
+
+def sums_of_logps(ref_logps: Tensor) -> None:
+    """Finite; a warning where they cannot be log-probs."""
+    if not looks_at_values(ref_logps):
+        return
+    if not ref_logps.isfinite().all():
+        raise ValueError("ref_logps must be finite")
+    if (ref_logps > 1e-3).any():
+        warnings.warn(
+            "ref_logps are positive, which sums of log-probs cannot be: for losses (negative "
+            "log-likelihoods) pass -ref_logps",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def weights_of_pairs(pair_weights: Tensor) -> None:
+    if looks_at_values(pair_weights) and not (pair_weights.isfinite() & (pair_weights >= 0)).all():
+        raise ValueError("pair_weights must be finite and >= 0")
 
 
 def number(
     name: str, value: object, *, above: float | None = None, at_least: float | None = None
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        got = f"got {type(value).__name__}{advice.on_number(name, value)}"
+        raise TypeError(f"{name} must be a number, {got}")
     if not -math.inf < value < math.inf:  # math.isfinite takes no symbolic float of torch.compile
         raise ValueError(f"{name} must be finite, got {value}")
     if above is not None and value <= above:
@@ -146,9 +289,17 @@ def loss_options(
     rpo_alpha: object,
 ) -> None:
     """Options in range, and only those that `loss_type` uses."""
+    if not isinstance(loss_type, str):
+        raise TypeError(
+            f"loss_type must be a str, got {type(loss_type).__name__}: for a sum of losses call "
+            "once for each and add them"
+        )
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-    kind = LOSS_TYPES[str(loss_type)]
+        hint = advice.on_loss_type(loss_type, tuple(LOSS_TYPES))
+        raise ValueError(
+            f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}{hint}"
+        )
+    kind = LOSS_TYPES[loss_type]
     number("beta", beta, above=0)
     number("rpo_alpha", rpo_alpha, at_least=0)
     number("simpo_gamma", simpo_gamma)

@@ -131,3 +131,51 @@ LOSS_TYPES: dict[str, LossType] = {
 }
 """simpo (arXiv:2405.14734 eq. 6) is `sigmoid` on averages whose margin the caller lowers by gamma
 / beta."""
+
+
+def pair_losses(
+    logps: Tensor,  # [S]
+    ref: Tensor,  # [S]
+    counts: Tensor,  # [S] scored tokens
+    pairs: Tensor,  # [P, 2]
+    pair_weights: Tensor | None,  # [P]
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    average_log_prob: bool,
+    simpo_gamma: float,
+    rpo_alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the losses [P] of pairs, from sums over segments, all float64."""
+    kind = LOSS_TYPES[loss_type]
+    chosen, rejected = pairs.unbind(1)
+    lengths = counts.clamp(min=1)
+    ratios = logps - ref
+    if average_log_prob or kind.averages:
+        ratios = ratios / lengths
+    counted = counts[pairs].sum(1) > 0  # [P]
+    weights = counted.double()
+    nll = -logps / lengths  # [S] per token
+
+    if loss_type == "plackett_luce":
+        S = logps.shape[0]
+        losses = plackett_luce(ratios[chosen], ratios[rejected], beta, chosen, S, counted)
+        group_size = logps.new_zeros(S).index_add(0, chosen, weights).clamp(min=1)
+        weights = weights / group_size[chosen]
+    else:
+        won = ratios[chosen]
+        if loss_type == "simpo":
+            won = won - simpo_gamma / beta
+        losses = kind.function(won, ratios[rejected], beta, label_smoothing)
+        if loss_type == "orpo":
+            # The peers' mean over the chosen tokens of the batch, written as a mean over pairs.
+            mean_length = (weights * counts[chosen]).sum() / weights.sum().clamp(min=1)
+            losses = losses - logps[chosen] / mean_length.clamp(min=1)
+    if rpo_alpha:
+        losses = losses + rpo_alpha * nll[chosen]
+
+    if pair_weights is not None:
+        weights = weights * pair_weights.double()
+    total = weights.sum()
+    return (weights * losses).sum() / total.where(total > 0, 1), losses

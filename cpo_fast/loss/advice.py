@@ -1,0 +1,119 @@
+"""What a caller most likely meant by an argument that checks.py refuses: the end of its message.
+
+Every function gives "" or ": " and what to do. None looks at the values of a tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+# Names of losses that other libraries and papers use.
+_OTHER_NAMES = {
+    "dpo": "'sigmoid' is the DPO loss",
+    "cpo": "'sigmoid' is the loss of counterfactual preference optimisation",
+    "cdpo": "use 'sigmoid' with label_smoothing",
+    "slic": "use 'hinge'",
+    "rdpo": "use 'robust'",
+    "apo": "use 'apo_zero' or 'apo_down'",
+    "kto_pair": "use 'bco_pair' or 'apo_zero'",
+    "sigmoid_norm": "use 'sigmoid' with average_log_prob=True",
+    "pl": "use 'plackett_luce'",
+    "sft": "use linear_logprobs: the loss is -linear_logprobs(...).mean()",
+}
+
+# The argument that holds one entry for each token, and what fails when it does not.
+_PER_TOKEN = {
+    "labels": "hidden[t] predicts labels[t], so drop the last state and the first label of each "
+    "sequence, or use cpo_fast.from_padded",
+    "segment_ids": "it holds the sequence of every token; for lengths [S] pass "
+    "torch.arange(S).repeat_interleave(lengths)",
+}
+
+
+def on_type(name: str, value: object) -> str:
+    """For a value that is no tensor."""
+    if isinstance(value, nn.Module):
+        if hasattr(value, "lm_head"):
+            return f": pass model.lm_head.{'bias' if 'bias' in name else 'weight'}"
+        return f": pass lm_head.{'bias' if 'bias' in name else 'weight'}"
+    if getattr(value, "last_hidden_state", None) is not None:
+        return f": pass {name}.last_hidden_state"
+    if hasattr(value, "hidden_states"):
+        return ": pass hidden_states[-1] of the output, called with output_hidden_states=True"
+    if name == "pairs" and isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
+        return ": pass torch.stack([chosen, rejected], 1)"
+    if name.endswith("hidden") and isinstance(value, tuple):
+        return ": pass hidden_states[-1], the states after the final norm"
+    if type(value).__module__ == "numpy":
+        return f": pass torch.from_numpy({name})"
+    if isinstance(value, list | tuple):
+        return f": pass torch.tensor({name})"
+    return ""
+
+
+def on_shape(name: str, value: Tensor, shape: tuple[int | str, ...]) -> str:
+    sizes = list(value.shape)
+    if name.endswith("hidden") and len(sizes) == 3:
+        return (
+            f": pass {name}.flatten(0, 1), with the labels flattened in the same way, or use "
+            "cpo_fast.from_padded"
+        )
+    if name == "pairs":
+        if len(sizes) == 2 and sizes[0] == 2:
+            return ": pass pairs.T, one row (chosen, rejected) for each pair"
+        if sizes == [2]:
+            return ": pass pairs[None], one row (chosen, rejected) for each pair"
+        return ": one row (chosen, rejected) for each pair"
+    if name in _PER_TOKEN:
+        if len(sizes) == 2 and value.numel() == shape[0]:
+            return f": pass {name}.flatten()"
+        return f": {_PER_TOKEN[name]}"
+    if name == "ref_logps":
+        return ": one sum of log-probs for each segment, not one log-prob for each token"
+    return ""
+
+
+def on_dtype(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
+    if torch.int64 in dtypes:
+        if name == "segment_ids" and value.dtype == torch.bool:
+            return ": a mask does not say which sequence a token belongs to"
+        return f": pass {name}.long()"
+    if len(dtypes) == 1:
+        short = str(dtypes[0]).removeprefix("torch.")
+        return f": pass {name}.to(torch.{short}), or call under torch.autocast"
+    return f": pass {name}.float()"
+
+
+def on_number(name: str, value: object) -> str:
+    if isinstance(value, Tensor):
+        return f": pass {name}.item(); no gradient flows to it"
+    return "" if value is None or isinstance(value, bool) else f": pass float({name})"
+
+
+def on_head(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> str | None:
+    """The whole message where hidden's last size is the first of weight: logits, or a transposed
+    weight. None elsewhere."""
+    if hidden.shape[1] == weight.shape[1] or hidden.shape[1] != weight.shape[0]:
+        return None
+    states, head = names
+    sizes = f"got {states} {list(hidden.shape)} and {head} {list(weight.shape)}"
+    if weight.shape[0] > weight.shape[1]:
+        return (
+            f"{states} must be hidden states [T, D], {sizes}: these look like logits [T, V]; pass "
+            "the states before the output layer"
+        )
+    return f"{head} must be [V, D], {sizes}: pass {head}.T.contiguous()"
+
+
+def on_loss_type(value: str, known: tuple[str, ...]) -> str:
+    name = value.lower().replace("-", "_").removesuffix("_loss")
+    if name in known:
+        return f": use {name!r}"
+    if name in _OTHER_NAMES:
+        return f": {_OTHER_NAMES[name]}"
+    close = [k for k in known if k.startswith(name) and name]
+    close = close or difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {' or '.join(map(repr, close))}?" if close else ""
