@@ -60,7 +60,7 @@ $(LOWEST)/installed: constraints-lowest.txt $(VENV)/installed
 docs: setup ## the pages of docs/ and the API reference as HTML (docs/_build/html); warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
-doctor: setup ## what this installation can do, and why not more
+doctor: setup ## check this installation
 	$(BIN)/python -m cpo_fast.doctor
 
 dist: setup ## sdist and wheel, built in isolation (dist/)

@@ -1,7 +1,7 @@
 """`cpo-fast COMMAND ...`: every command of the package under one name.
 
-`cpo-fast train --max_steps 5` is `python -m cpo_fast.train --max_steps 5`, flag for flag. Nothing
-is imported but the command that is asked for.
+`cpo-fast train --max_steps 5` is `python -m cpo_fast.train --max_steps 5`. Only the named command
+is imported.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from cpo_fast.command_line import near
 from cpo_fast.console import piped
 from cpo_fast.version import __version__
 
 COMMANDS = {
-    "train": "the whole road: data, counterfactuals, SFT, CPO, evaluation, report",
+    "train": "the full pipeline: data, counterfactuals, SFT, CPO, evaluation, report",
     "data": "check a data set before training on it; export it for other tools",
     "concepts": "label reports; show, mine and export the concept graph",
     "counterfactual": "write counterfactual reports",
-    "phantom": "write the drawn test data set",
-    "evaluate": "what a model can do on a data set",
+    "phantom": "write a drawn test data set",
+    "evaluate": "evaluate a model on a data set",
     "study": "the paper's comparison on the phantom, several seeds",
-    "export": "make a whole model of an adapter",
-    "report": "the page of one run, or several runs compared",
-    "doctor": "what this installation can do, and why not more",
+    "export": "merge an adapter into its base",
+    "report": "write the page of one run, or compare several runs",
+    "doctor": "check this installation",
 }
 """Each is the module `cpo_fast.NAME`, with a `main(argv)` that returns the exit status."""
 
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"error: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        meant = near(words[0], COMMANDS)
+        hint = f"did you mean {meant}?" if meant else "see cpo-fast --help"
+        print(f"cpo-fast: {words[0]} is not a command; {hint}", file=sys.stderr)
         return 2
     name = f"cpo_fast.{words[0]}"
     try:  # a folder of modules has its command in __main__

@@ -1,14 +1,13 @@
-"""`python -m cpo_fast.doctor`: what this installation can do, and why not more.
+"""Check this installation.
 
 Prints versions, devices and the implementations of the loss op, each with what keeps it from
-working, and tries those that work against the reference. Every look is guarded, so that a broken
-package is a line of the answer and not its end. Paste the output into a bug report: it holds no
-paths of data and no environment variables.
+working, and compares those that work with the reference. A broken package is reported in a line and
+does not stop the check. Paste the output into a bug report: it contains no paths of data and no
+environment variables.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import platform
@@ -19,6 +18,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.version import __version__
 
@@ -30,9 +30,7 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # log-probs near -6 in float32; in bflo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when everything that is required works, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.doctor", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog=program("doctor"), description=__doc__)
     parser.parse_args(argv)
     faults = []
     with warnings.catch_warnings():

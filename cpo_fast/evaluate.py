@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.evaluate`: what a model can do on a data set, as figures and as a page.
+"""Evaluate a model on a data set; writes figures and a page.
 
 Suites: "classification" (accuracy of the diagnosis per finding) and "report" (the thought against
 the radiologist's report) from generated answers, "zero_shot" (AUC from the likelihood of each
@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.data import STUDY_FORMATS, is_preference_file
 from cpo_fast.data.preferences import PREFERENCE_FORMATS
@@ -40,29 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.evaluate",
+    parser = Parser(
+        prog=program("evaluate"),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", required=True, help="folder of a model, an adapter or a training stage")
     add("--base_model", help="folder of an adapter's base (default: what the adapter names)")
     add("--dataset", required=True, help="MIMIC-CXR folder, open-i, a CSV, or a preference file")
-    add("--output_dir", required=True, type=Path, help="where the results are written (mode 0700)")
+    add("--output_dir", required=True, type=Path, help="folder of the results (mode 0700)")
     add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
     add("--split", default="test", choices=("train", "validate", "test"), help="which studies")
-    add("--dataset_format", default="auto", choices=FORMATS, help="forces the kind of data")
+    add("--dataset_format", default="auto", choices=FORMATS, metavar="NAME",
+        help=f"format (auto: detected automatically): {', '.join(FORMATS)}")  # fmt: skip
     add("--image_root", help="folder of the images where the data set does not hold them")
-    add("--uncertain_labels", default="negative", choices=("negative", "positive"))
-    add("--max_samples", type=POSITIVE, help="use at most this many studies")
+    add("--uncertain_labels", default="negative", choices=("negative", "positive"),
+        help="how uncertain labels count")  # fmt: skip
+    add("--max_samples", type=POSITIVE, help="limit of studies")
     add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")
     add("--max_pixels", type=POSITIVE, help="largest image area (default: the model's own)")
     add("--max_new_tokens", type=POSITIVE, default=256, help="longest generated answer")
     add("--batch_size", type=POSITIVE, default=32, help="studies per generation batch")
     add("--packing_length", type=POSITIVE, default=4096, help="tokens per pack when scoring")
-    add("--drift_samples", type=POSITIVE, default=32, help="studies that the drift suite probes")
+    add("--drift_samples", type=POSITIVE, default=32, help="studies of the drift suite")
     add("--num_examples", type=COUNT, default=4, help="example studies on the page")
     add("--bf16", action="store_true", help="bfloat16 weights")
     add("--seed", type=SEED, default=42, help="seed of the bootstrap")

@@ -1,18 +1,18 @@
-"""`python -m cpo_fast.export --merge CHECKPOINT --output_dir FOLDER`: an adapter made a model.
+"""Merge an adapter into its base.
 
-The folder then holds one whole model with its tokenizer and image processor, as transformers, vLLM
-and others load it, without peft.
+The folder then holds one model with its tokenizer and image processor, as transformers, vLLM and
+others load it, without peft.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.locks import lock_file
@@ -20,22 +20,20 @@ from cpo_fast.locks import lock_file
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 written, 1 it could not be, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.export", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog=program("export"), description=__doc__)
     parser.add_argument(
         "--merge", required=True, type=Path, metavar="CHECKPOINT",
-        help="folder of an adapter, or of a training stage",
+        help="folder of an adapter or of a training stage",
     )  # fmt: skip
     parser.add_argument(
-        "--base_model", type=Path, help="folder of its base (default: what the adapter names)"
+        "--base_model", type=Path, help="folder of its base (default: the one named by the adapter)"
     )
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the whole model")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the merged model")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="of the weights written (default: the base model's)",
+        help="dtype of the written weights (default: the base model's)",
     )
     args = parser.parse_args(argv)
     try:

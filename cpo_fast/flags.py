@@ -103,8 +103,11 @@ class Choice:
 
     names: Names
 
+    def listed(self) -> list[str]:
+        return _listed(self.names)
+
     def fault(self, value: Any) -> str | None:
-        names = _listed(self.names)
+        names = self.listed()
         return None if value in names else f"choose from {', '.join(names)}{_near(value, names)}"
 
     def read(self, text: str) -> str:
@@ -156,7 +159,8 @@ class Switch:
         return None if isinstance(value, bool) else "must be true or false"
 
     def read(self, text: str) -> Any:
-        return {"true": True, "false": False}.get(text.strip().lower(), text)
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        return words.get(text.strip().lower(), text)
 
 
 def split(text: str) -> tuple[str, ...]:

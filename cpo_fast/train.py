@@ -1,7 +1,7 @@
-"""`python -m cpo_fast.train`: the whole road, from files to a report, in one readable pass.
+"""`cpo-fast train`: the full pipeline, from files to a report, in one readable pass.
 
-With no arguments it runs the embedded default: phantom data, a tiny random Qwen2.5-VL, SFT, CPO,
-evaluation and report in runs/phantom. Every other use is the same road with other flags.
+Without arguments it runs the embedded default: phantom data, a tiny random Qwen2.5-VL, SFT, CPO,
+evaluation and report in runs/phantom. Flags change the settings, not the pipeline.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.command_line import program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.locks import lock_folder
-from cpo_fast.training.arguments import TrainArguments, parse_arguments
-from cpo_fast.training.distributed import World, joined
+from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.flag_rules import TINY, check_machine
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
 from cpo_fast.training.report_to import tracker_names, trackers
-from cpo_fast.training.run_folder import RunFolder
+from cpo_fast.training.settings import read_settings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is imported after the flags are checked
     from cpo_fast.training.base import Base
     from cpo_fast.training.corpus import Corpus, Texts
+    from cpo_fast.training.distributed import World
+    from cpo_fast.training.run_folder import RunFolder
     from cpo_fast.training.samples import Samples
 
 
@@ -38,7 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 data or numbers stop the run, 2 wrong usage, 3 saved early."""
     who = f"rank {rank}: " if (rank := int(os.environ.get("RANK", "0"))) else ""
     try:
-        run(parse_arguments(argv))
+        settings = read_settings(argv)
+    except UsageError as error:
+        print(f"{who}{program('train')}: {error}", file=sys.stderr)
+        return 2
+    if not who:
+        print(*settings.lines(), sep="\n", flush=True)
+    try:
+        run(settings.args)
     except Interrupted as stopped:
         print(f"{who}{stopped}", file=sys.stderr)
         return EXIT_STATUS
@@ -53,6 +62,9 @@ def run(args: TrainArguments) -> dict[str, Any]:
 
     Of several processes (torchrun), all train; the first one prepares, evaluates and reports.
     """
+    reported = tracker_names(args.report_to)
+    check_machine(args)  # wrong paths are refused before anything heavy is imported
+
     from transformers.utils import logging
 
     os.umask(0o077)
@@ -60,8 +72,6 @@ def run(args: TrainArguments) -> dict[str, Any]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the feed's workers are forked
-    reported = tracker_names(args.report_to)
-    check_machine(args)
     if args.dry_run:  # an exception, so that its temporary folder goes
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as locks:
@@ -75,6 +85,7 @@ def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> d
     """
     from cpo_fast.report import write_report
     from cpo_fast.report.model_card import write_cards
+    from cpo_fast.training.distributed import joined
     from cpo_fast.training.dry_run import dry_run
     from cpo_fast.training.stages import train_cpo, train_sft
 
@@ -142,6 +153,7 @@ def read(args: TrainArguments, world: World) -> tuple[TrainArguments, RunFolder,
     from cpo_fast.phantom import write_phantom
     from cpo_fast.training.base import check_start
     from cpo_fast.training.corpus import read_corpus
+    from cpo_fast.training.run_folder import RunFolder
 
     if args.fsdp and world.size == 1:
         raise UsageError("--fsdp shards over several processes; start them with torchrun")

@@ -1,4 +1,4 @@
-"""The nouns that all stages share; the road from files to a loss, read from top to bottom.
+"""Data types that all stages share, in the order of the pipeline from files to a loss.
 
 Nothing here computes: a stage makes a noun, the next stage reads it. Letters that stand for sizes
 everywhere: T tokens in a pack, R scored rows, V vocabulary, D hidden size, S segments (scored

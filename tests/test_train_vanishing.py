@@ -21,6 +21,7 @@ from cpo_fast.packing.readable import readable
 from cpo_fast.phantom import write_phantom
 from cpo_fast.training.arguments import TrainArguments, parse_arguments
 from cpo_fast.training.base import Base
+from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import MetricsLog
@@ -183,7 +184,7 @@ def test_test_studies_without_image_are_left_out_for_all_models(tmp_path: Path) 
                             "--model_name_or_path", str(tmp_path / "m"), "--max_pixels", "3136",
                             "--max_new_tokens", "2", "--dataloader_num_workers", "0",
                             "--stages", "graph,counterfactual,evaluate"])  # fmt: skip
-    args, folder, corpus, texts, base, samples = train.prepare(args, train.World())
+    args, folder, corpus, texts, base, samples = train.prepare(args, World())
     tested = corpus.studies["test"]
     (data / tested[0].images[0].path).unlink()
     train.evaluate(args, folder, corpus, samples, texts, base)

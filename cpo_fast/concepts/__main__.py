@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.concepts`: label reports; show, count and export the concept graph."""
+"""Label reports; show, mine and export the concept graph."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
 from cpo_fast.console import piped
@@ -32,37 +33,35 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except CpoFastError as error:
-        print(f"cpo_fast.concepts: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.concepts", description=__doc__, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(
-        required=True, metavar="label | stats | export | plot | mine | merge"
-    )
+def _parser() -> Parser:
+    parser = Parser(prog=program("concepts"), description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command")
     label = commands.add_parser("label", help="{id, report} lines -> {id, labels} lines")
-    label.add_argument("--input", required=True, type=Path)
-    label.add_argument("--output", required=True, type=Path)
+    label.add_argument("--input", required=True, type=Path, help="JSON lines of id and report")
+    label.add_argument("--output", required=True, type=Path, help="JSON lines of id and labels")
     label.set_defaults(run=_label)
     stats = commands.add_parser("stats", help="counts of nodes and relations")
     stats.set_defaults(run=_stats)
     export = commands.add_parser("export", help="the graph as .graphml or .json")
-    export.add_argument("--output", required=True, type=Path)
+    export.add_argument("--output", required=True, type=Path, help="a .graphml or .json file")
     export.set_defaults(run=_export)
     plot = commands.add_parser("plot", help="the graph as a picture (.png, .svg, .pdf)")
-    plot.add_argument("--output", required=True, type=Path)
+    plot.add_argument("--output", required=True, type=Path, help="a .png, .svg or .pdf file")
     plot.set_defaults(run=_plot)
     mined = commands.add_parser("mine", help="counts, PMI and exclusion tests of a corpus")
     mined.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
     mined.add_argument("--output", required=True, type=Path, help="a .json file")
     mined.add_argument(
-        "--weighted_graph", type=Path, help="the graph with the corpus' weights: .graphml or .json"
+        "--weighted_graph",
+        type=Path,
+        help="also write the graph weighted by the corpus: .graphml or .json",
     )
-    mined.add_argument("--workers", type=POSITIVE, default=os.cpu_count() or 1)
+    mined.add_argument("--workers", type=POSITIVE, default=os.cpu_count() or 1, help="processes")
     mined.set_defaults(run=_mine)
     merged = commands.add_parser("merge", help="an LLM's extraction into a graph file")
     merged.add_argument("--input", required=True, type=Path, help="JSON: data, disease_feature_map")

@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.counterfactual`: studies in, counterfactual records out."""
+"""Write counterfactual reports of the studies in a data set, as checked records."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.concepts import load_graph
 from cpo_fast.console import piped
 from cpo_fast.counterfactual.formats import FORMATS, rows
@@ -41,62 +42,80 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args)
     except CpoFastError as error:
-        print(f"cpo_fast.counterfactual: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.counterfactual", description=__doc__, allow_abbrev=False
-    )
+def _parser() -> Parser:
+    parser = Parser(prog=program("counterfactual"), description=__doc__)
     parser.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
-    parser.add_argument("--dataset_format", default="auto", choices=STUDY_FORMATS)
-    parser.add_argument("--sections", default="careful", choices=RULES)
-    parser.add_argument("--image_root", default=None)
-    parser.add_argument("--output", required=True, type=Path, help="file of passing records")
-    parser.add_argument("--generator", default="graph", choices=GENERATORS)
+    parser.add_argument(
+        "--dataset_format", default="auto", choices=STUDY_FORMATS, help="format of the data"
+    )
+    parser.add_argument(
+        "--sections", default="careful", choices=RULES, help="parser of report sections"
+    )
+    parser.add_argument(
+        "--image_root", metavar="PATH", help="folder of the images if not in the data set"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="file of the records that pass all checks"
+    )
+    parser.add_argument(
+        "--generator", default="graph", choices=GENERATORS,
+        help="who writes: rules on the concept graph, a model here, or a model on a server",
+    )  # fmt: skip
     parser.add_argument(
         "--kind",
         default="thinking",
         choices=("thinking", "perception"),
-        help="another report for the image, or another image for the report",
+        help="another report for the image (thinking), or another image for the report",
     )
     parser.add_argument("--graph", default=None, help="concept graph (default: the package's)")
-    parser.add_argument("--seed", type=SEED, default=42)
-    parser.add_argument("--num_targets", type=POSITIVE, default=2)
-    parser.add_argument("--targets", default=None, help="diseases by comma, instead of a choice")
+    parser.add_argument("--seed", type=SEED, default=42, help="random seed")
+    parser.add_argument("--num_targets", type=POSITIVE, default=2, help="target diseases per study")
     parser.add_argument(
-        "--shard", default="0/1", help="i/n: every n-th study from the i-th, 0-based"
+        "--targets", metavar="NAMES", help="comma-separated diseases instead of a drawn choice"
     )
-    parser.add_argument("--format", default="jsonl", choices=FORMATS)
+    parser.add_argument(
+        "--shard", default="0/1", help="i/n: every n-th study, starting with the i-th (from 0)"
+    )
+    parser.add_argument("--format", default="jsonl", choices=FORMATS, help="format of --output")
     parser.add_argument(
         "--balance_targets",
         action="store_true",
-        help="every disease about equally often a target; reads the whole data set first",
+        help="choose every disease about equally often; reads the whole data set first",
     )
     models = parser.add_argument_group("--generator local and server")
-    models.add_argument("--model", help="a folder (local), or the name that the server knows")
     models.add_argument(
-        "--temperature", type=AT_LEAST_0, default=0.0, help="0: greedy, but for retries"
+        "--model", help="folder of a model (local), or the model's name on the server"
     )
-    models.add_argument("--max_new_tokens", type=POSITIVE, default=1024)
+    models.add_argument(
+        "--temperature", type=AT_LEAST_0, default=0.0, help="0 = greedy except on retries"
+    )
+    models.add_argument(
+        "--max_new_tokens", type=POSITIVE, default=1024, help="longest answer in tokens"
+    )
     local = parser.add_argument_group("--generator local")
-    local.add_argument("--batch_size", type=POSITIVE, default=8)
+    local.add_argument("--batch_size", type=POSITIVE, default=8, help="prompts per batch")
     server = parser.add_argument_group("--generator server")
-    server.add_argument("--server_url", default="http://127.0.0.1:8000/v1")
-    server.add_argument("--concurrency", type=POSITIVE, default=8, help="requests at a time")
+    server.add_argument(
+        "--server_url", metavar="URL", default="http://127.0.0.1:8000/v1",
+        help="an OpenAI-compatible server",
+    )  # fmt: skip
+    server.add_argument("--concurrency", type=POSITIVE, default=8, help="simultaneous requests")
     server.add_argument("--requests_per_second", type=AT_LEAST_0, default=0.0, help="0: no limit")
     server.add_argument(
-        "--timeout_s", type=Number(low=0.001), default=120.0, help="for one request"
+        "--timeout_s", type=Number(low=0.001), default=120.0, help="time limit of a request"
     )
-    server.add_argument("--max_retries", type=COUNT, default=5, help="of a request that failed")
+    server.add_argument("--max_retries", type=COUNT, default=5, help="retries of a failed request")
     server.add_argument(
-        "--api_key_env", metavar="NAME", help="environment variable that holds the server's key"
+        "--api_key_env", metavar="NAME", help="environment variable with the server's key"
     )
     server.add_argument(
         "--allow_remote_host",
         action="store_true",
-        help="send reports to a host that is neither loopback nor private",
+        help="allow sending reports to a host that is neither loopback nor private",
     )
     return parser
 

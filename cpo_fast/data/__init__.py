@@ -1,6 +1,6 @@
 """Stage 1: files -> Study, or Preference where a file already holds preferences.
 
-What lies on disk is told apart by itself and read as a stream.
+The format is detected automatically; files are read as a stream.
 """
 
 from __future__ import annotations

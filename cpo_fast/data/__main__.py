@@ -1,5 +1,5 @@
-"""`python -m cpo_fast.data check`: whether a data set can be used, before training on it;
-`python -m cpo_fast.data export`: the same records in the formats of other tools."""
+"""Check a data set before training on it (`check`), or write it in the formats of other tools
+(`export`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.data import STUDY_FORMATS, is_preference_file, open_preferences, open_studies
 from cpo_fast.data.check import IMAGE_CHECKS, check, table, write
@@ -25,58 +26,62 @@ USABLE, TOO_MANY_BAD, UNREADABLE = 0, 1, 2
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    data = argparse.ArgumentParser(add_help=False)
-    data.add_argument("--dataset", required=True, help="folder, file, or the name open-i")
-    formats = dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS))
-    data.add_argument("--dataset_format", choices=formats, default="auto")
-    data.add_argument("--image_root", help="folder that image paths are relative to")
-    data.add_argument("--sections", choices=RULES, default="careful")
-    data.add_argument(
-        "--max_images", type=POSITIVE, default=1, help="images per study, frontal views first"
-    )
-
-    parser = argparse.ArgumentParser(prog="python -m cpo_fast.data", description=__doc__)
+    parser = Parser(prog=program("data"), description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     command = commands.add_parser(
         "check",
-        parents=[data],
-        help="read everything and say what is usable",
+        help="read everything and report what is usable",
         description="Read a whole data set; write summary.json and rejected_records.jsonl. "
         "Exit code 0: usable, 1: too many records set aside, 2: cannot be read.",
     )
-    command.add_argument("--output_dir", required=True)
-    command.add_argument("--max_bad_fraction", type=SHARE, default=0.05)
+    _add_data(command)
+    command.add_argument("--output_dir", required=True, help="folder of the results")
+    command.add_argument(
+        "--max_bad_fraction", type=SHARE, default=0.05,
+        help="exit code 1 if more than this share of records is set aside",
+    )  # fmt: skip
     command.add_argument(
         "--images",
         choices=IMAGE_CHECKS,
         default="decode",
-        help="how far to look at images; header is faster, but does not see truncated files",
+        help="how to check images; header is faster but misses truncated files",
     )
     command.add_argument(
         "--sample",
         type=SHARE,
         default=1.0,
-        help="share of the records whose images and tokens are looked at, chosen by their ids",
+        help="share of the records whose images and tokens are checked, chosen by id",
     )
     command.add_argument(
         "--model_name_or_path", "--tokenizer", dest="model", metavar="FOLDER",
         help="model or tokenizer to count tokens with",
     )  # fmt: skip
-    command.add_argument("--max_length", type=POSITIVE, help="count what is longer, in tokens")
+    command.add_argument("--max_length", type=POSITIVE, help="count records longer than N tokens")
 
     command = commands.add_parser(
         "export",
-        parents=[data],
         help="write the records for another tool",
-        description="Write a data set as our own rows (jsonl), CXR-CounterFact, trl or ms-swift. "
+        description="Write a data set as own rows (jsonl), CXR-CounterFact, trl or ms-swift. "
         "Exit code 0: written, 2: could not be read or written.",
     )
+    _add_data(command)
     command.add_argument("--output", required=True, help="file to write")
-    command.add_argument("--format", choices=FORMATS, required=True)
+    command.add_argument("--format", choices=FORMATS, required=True, help="format to write")
     args = parser.parse_args(argv)
     if args.command == "check" and args.max_length and not args.model:
         parser.error("--max_length needs --model_name_or_path or --tokenizer to count tokens with")
     return args
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--dataset", required=True, help="folder, file, or the name open-i")
+    formats = dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS))
+    add("--dataset_format", choices=formats, default="auto", metavar="NAME",
+        help=f"format (auto: detected automatically): {', '.join(formats)}")  # fmt: skip
+    add("--image_root", metavar="PATH", help="folder that image paths are relative to")
+    add("--sections", choices=RULES, default="careful", help="parser of report sections")
+    add("--max_images", type=POSITIVE, default=1, help="images per study, frontal views first")
 
 
 def _source(args: argparse.Namespace) -> Source[Any]:

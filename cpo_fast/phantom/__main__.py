@@ -1,12 +1,12 @@
-"""`python -m cpo_fast.phantom --output_dir D --num_studies N [--seed 42] [--image_size 256]`."""
+"""`cpo-fast phantom --output_dir D --num_studies N [--seed 42] [--image_size 256]`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import SEED
@@ -16,14 +16,13 @@ from cpo_fast.phantom.dataset import IMAGE_SIZE, NUM_STUDIES, write_phantom
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the data set and says where; the exit code is 2 where the settings cannot work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.phantom",
+    parser = Parser(
+        prog=program("phantom"),
         description="Write a drawn test data set in the layout of MIMIC-CXR-JPG (not medicine).",
-        allow_abbrev=False,
     )
     parser.add_argument("--output_dir", required=True, help="a new or empty folder")
-    parser.add_argument("--num_studies", required=True, type=NUM_STUDIES)
-    parser.add_argument("--seed", type=SEED, default=42)
+    parser.add_argument("--num_studies", required=True, type=NUM_STUDIES, help="number of studies")
+    parser.add_argument("--seed", type=SEED, default=42, help="random seed")
     parser.add_argument("--image_size", type=IMAGE_SIZE, default=256, help="pixels per side")
     flags = parser.parse_args(arguments)
     try:

@@ -1,23 +1,23 @@
-"""`python -m cpo_fast.report RUN [RUN ...]`: the page of one run, or several runs compared."""
+"""Write the page of one run, or a comparison of several runs."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.report import write_comparison, write_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cpo_fast.report", description=__doc__)
+    parser = Parser(prog=program("report"), description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output_dir of a run")
     parser.add_argument(
         "--output",
         type=Path,
-        help="where several runs are compared (default: comparison.html beside the first run)",
+        help="file of the comparison (default: comparison.html beside the first run)",
     )
     arguments = parser.parse_args(argv)
     if len(arguments.runs) == 1 and arguments.output is not None:

@@ -1,8 +1,7 @@
-"""`python -m cpo_fast.study`: SFT, DPO with random negatives, CPO without the thought and CPO on
-the phantom, several seeds; study.json, study.md and study.html in --output_dir.
+"""Compare SFT, DPO with random negatives, CPO without the thought, and CPO on the phantom, with
+several seeds; writes study.json, study.md and study.html to --output_dir.
 
-What is finished (a model, its figures) is not computed again: a study can be broken off and
-continued with the same command.
+Finished models and figures are not computed again: the same command continues a stopped study.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate import make_private, write_json
@@ -37,26 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cpo_fast.study",
+    parser = Parser(
+        prog=program("study"),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/study"), help="results (mode 0700)")
-    add("--sft_from", type=Path, help="another study's folder: its data and SFT models are used")
+    add("--sft_from", type=Path, help="reuse data and SFT models of this study's folder")
     add("--quick", action="store_true", help="two seeds at a smaller scale, within ten minutes")
-    add("--seeds", type=POSITIVE, default=5, help="independent repetitions: data, model, order")
-    add("--first_seed", type=SEED, default=42, help="seeds count up from here")
-    add("--num_studies", type=POSITIVE, default=3200, help="size of each phantom")
+    add("--seeds", type=POSITIVE, default=5, help="independent repetitions (data, model, order)")
+    add("--first_seed", type=SEED, default=42, help="first seed; the others count up from it")
+    add("--num_studies", type=POSITIVE, default=3200, help="studies of each phantom")
     add("--sft_epochs", type=Number(), default=3.0, help="epochs of SFT")
     add("--steps", type=POSITIVE, default=60, help="optimiser steps of every arm, of 16 pairs each")
     add("--learning_rate", type=Number(), default=5e-5, help="peak learning rate of every arm")
     add("--beta", type=Number(), default=0.1, help="beta of every arm")
-    add("--test_samples", type=POSITIVE, default=200, help="test studies that each model answers")
-    add("--reports", type=POSITIVE, default=60, help="of them, whose reports are probed by swaps")
-    add("--cpo_plus", action="store_true", help="one more arm: with perception pairs, too (CPO++)")
+    add("--test_samples", type=POSITIVE, default=200, help="test studies per model")
+    add(
+        "--reports",
+        type=POSITIVE,
+        default=60,
+        help="test studies whose reports are probed by swaps",
+    )
+    add("--cpo_plus", action="store_true", help="one more arm, with perception pairs (CPO++)")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     return parser.parse_args(argv)

@@ -1,15 +1,14 @@
-"""What every flag of `python -m cpo_fast.train` may be: one table, for the command line and for the
-YAML files of `--config`.
+"""The allowed values of every flag of `cpo-fast train`: one table, for the command line and for
+the YAML files of `--config`.
 
 A flag with the prefix `sft_` has the range of the flag without it unless it has a line of its own.
-A flag whose default is None may also be left out. What depends on several flags or on the machine
-stands in flag_rules.py.
+A flag whose default is None may also be left out. flag_rules.py has what depends on several flags
+or on the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 from cpo_fast.flags import (
     COUNT,
@@ -24,74 +23,30 @@ from cpo_fast.flags import (
     Text,
     whole,
 )
+from cpo_fast.training.flag_names import (
+    ATTENTIONS,
+    DATASET_FORMATS,
+    LABEL_POLICIES,
+    LOSS_IMPLS,
+    LOSSES,
+    METRICS,
+    SCHEDULES,
+    SECTION_RULES,
+    TRUNCATIONS,
+)
+from cpo_fast.training.report_to import TRACKERS
 
 STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
 SOURCES = ("thinking", "perception")  # of counterfactuals, as CPO++ names them
 PRESETS = ("default", "paper", "lowmem")
 
 
-def _dataset_formats() -> Sequence[str]:
-    from cpo_fast.data import STUDY_FORMATS
-    from cpo_fast.data.preferences import PREFERENCE_FORMATS
-
-    return tuple(dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS)))
-
-
-def _section_rules() -> Sequence[str]:
-    from cpo_fast.data.sections import RULES
-
-    return RULES
-
-
-def _label_policies() -> Sequence[str]:
-    from cpo_fast.data.labels import UNCERTAIN_POLICIES
-
-    return sorted(UNCERTAIN_POLICIES)
-
-
-def _truncations() -> Sequence[str]:
-    from cpo_fast.packing.encode import OverLong
-
-    return get_args(OverLong)
-
-
-def _attentions() -> Sequence[str]:
-    from cpo_fast.model.packed import ATTENTIONS
-
-    return ATTENTIONS
-
-
-def _loss_types() -> Sequence[str]:
-    from cpo_fast.loss.losses import LOSS_TYPES
-
-    return tuple(LOSS_TYPES)
-
-
-def _schedules() -> Sequence[str]:
-    from transformers import SchedulerType
-
-    return [one.value for one in SchedulerType]
-
-
-def _trackers() -> Sequence[str]:
-    from cpo_fast.training.report_to import TRACKERS
-
-    return ("none", *TRACKERS)
-
-
-def _cpo_metrics() -> Sequence[str]:
-    from cpo_fast.training.objectives import METRICS
-
-    of_source = [f"{name}/{source}" for source in SOURCES for name in METRICS]
-    return _with_prefix([*METRICS, *of_source])
-
-
 def _with_prefix(names: Sequence[str]) -> Sequence[str]:
     return [*names, *(f"eval_{name}" for name in names)]
 
 
+CPO_METRICS = [*METRICS, *(f"{name}/{source}" for source in SOURCES for name in METRICS)]
 SWITCH = Switch()
-OP = Number()  # a finite number; the bounds are the loss op's own, see flag_rules.py
 STEPS = whole(1, also=-1)
 
 RANGES: dict[str, Allowed] = {
@@ -103,10 +58,10 @@ RANGES: dict[str, Allowed] = {
     "preset": Choice(PRESETS),
     # --- data
     "dataset": Text("a path or a name, see check_machine"),
-    "dataset_format": Choice(_dataset_formats),
+    "dataset_format": Choice(DATASET_FORMATS),
     "image_root": Text("a path, see check_machine"),
-    "sections": Choice(_section_rules),
-    "uncertain_labels": Choice(_label_policies),
+    "sections": Choice(SECTION_RULES),
+    "uncertain_labels": Choice(LABEL_POLICIES),
     "max_images": POSITIVE,
     "eval_fraction": Number(low=0, below=1),
     "num_studies": POSITIVE,
@@ -114,7 +69,7 @@ RANGES: dict[str, Allowed] = {
     "max_eval_samples": POSITIVE,
     "max_bad_fraction": SHARE,
     "max_length": POSITIVE,
-    "truncation": Choice(_truncations),
+    "truncation": Choice(TRUNCATIONS),
     "max_pixels": POSITIVE,
     "min_pixels": POSITIVE,
     "dataloader_num_workers": COUNT,
@@ -128,7 +83,7 @@ RANGES: dict[str, Allowed] = {
     # --- model
     "model_name_or_path": Text("a path, see check_machine"),
     "sft_checkpoint": Text("a path, see check_machine"),
-    "attn_implementation": Choice(_attentions),
+    "attn_implementation": Choice(ATTENTIONS),
     "use_peft": SWITCH,
     "lora_r": POSITIVE,
     "lora_alpha": POSITIVE,
@@ -140,15 +95,15 @@ RANGES: dict[str, Allowed] = {
     "gradient_checkpointing": SWITCH,
     "torch_compile": SWITCH,
     # --- loss
-    "beta": OP,
-    "loss_type": Choice(_loss_types),
-    "label_smoothing": OP,
+    "beta": Number(above=0),
+    "loss_type": Choice(tuple(LOSSES)),
+    "label_smoothing": Number(low=0, below=0.5),
     "thinking_weight": Number(low=0),
     "perception_weight": Number(low=0),
     "normalize_source_weights": SWITCH,
-    "rpo_alpha": OP,
+    "rpo_alpha": Number(low=0),
     "precompute_ref_log_probs": SWITCH,
-    "loss_impl": Text("depends on the device, see check_machine"),
+    "loss_impl": Choice(LOSS_IMPLS),
     # --- packing
     "packing": SWITCH,
     "packing_length": POSITIVE,
@@ -159,7 +114,7 @@ RANGES: dict[str, Allowed] = {
     "num_train_epochs": Number(above=0),
     "max_steps": STEPS,
     "learning_rate": Number(above=0),
-    "lr_scheduler_type": Choice(_schedules),
+    "lr_scheduler_type": Choice(tuple(SCHEDULES)),
     "lr_scheduler_kwargs": Text("the schedule is built from them, see flag_rules.py"),
     "warmup_ratio": SHARE,
     "weight_decay": Number(low=0),
@@ -169,7 +124,7 @@ RANGES: dict[str, Allowed] = {
     # --- keeping track
     "logging_steps": POSITIVE,
     "eval_steps": COUNT,
-    "report_to": Choices(_trackers),
+    "report_to": Choices(("none", *TRACKERS)),
     "dry_run": SWITCH,
     "resume_from_checkpoint": Text("'auto' or a path, see check_machine"),
     "allow_changed_data": SWITCH,
@@ -178,7 +133,7 @@ RANGES: dict[str, Allowed] = {
     "max_nonfinite_steps": POSITIVE,
     "save_steps": COUNT,
     "save_total_limit": COUNT,
-    "metric_for_best_model": Choice(_cpo_metrics),
+    "metric_for_best_model": Choice(_with_prefix(CPO_METRICS)),
     "sft_metric_for_best_model": Choice(_with_prefix(["loss"])),
     "load_best_model_at_end": SWITCH,
     "max_new_tokens": POSITIVE,

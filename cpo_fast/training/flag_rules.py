@@ -1,6 +1,6 @@
-"""What the flags of a run must be together, and what they ask of this machine.
+"""Rules over several flags of a run, and what they need of this machine.
 
-Both are checked before the first file is read. What a single flag may be stands in flag_ranges.py.
+Both are checked before the first file is read. flag_ranges.py has the range of each single flag.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpo_fast.errors import UsageError
+from cpo_fast.training.flag_names import LOSSES, option_fault
 from cpo_fast.training.flag_ranges import SOURCES
 
 if TYPE_CHECKING:
@@ -41,34 +42,18 @@ def check_rules(args: TrainArguments) -> None:
         _check_json(f"{prefix}lr_scheduler_kwargs", getattr(args, f"{prefix}lr_scheduler_kwargs"))
     if args.sft_lr_scheduler_kwargs and not args.sft_lr_scheduler_type:
         raise UsageError("--sft_lr_scheduler_kwargs are those of --sft_lr_scheduler_type")
-    _check_schedule(args, "cpo", "")
-    if args.sft_lr_scheduler_type:
-        _check_schedule(args, "sft", "sft_")
+    _check_schedule(args, "cpo")
+    _check_schedule(args, "sft")
 
 
 def _check_loss(args: TrainArguments) -> None:
-    """The loss op's own checks of its options, under the names of the flags."""
-    from cpo_fast.loss.checks import loss_options
-    from cpo_fast.loss.losses import LOSS_TYPES
-
-    try:
-        loss_options(
-            args.loss_type,
-            args.beta,
-            args.label_smoothing,
-            average_log_prob=False,
-            simpo_gamma=0.5,
-            rpo_alpha=args.rpo_alpha,
-        )
-    except ValueError as error:
-        name, _, allowed = str(error).partition(" ")
-        raise UsageError(f"--{name} {getattr(args, name)}: {allowed}") from None
-    if args.label_smoothing >= 0.5:
-        raise UsageError(
-            f"--label_smoothing {args.label_smoothing}: must be below 0.5: at 0.5 the preferences "
-            "cancel, above it the rejected answers are preferred"
-        )
-    if args.precompute_ref_log_probs and not LOSS_TYPES[args.loss_type].reference:
+    loss = LOSSES[args.loss_type]
+    smoothing = f"--label_smoothing {args.label_smoothing:g}"
+    if args.label_smoothing and not loss.smoothing:
+        raise UsageError(f"{smoothing}: must be 0: --loss_type {args.loss_type} does not use it")
+    if loss.needs_smoothing and not args.label_smoothing:
+        raise UsageError(f"{smoothing}: must be above 0 for --loss_type {args.loss_type}")
+    if args.precompute_ref_log_probs and not loss.reference:
         raise UsageError(f"--loss_type {args.loss_type} has no reference to precompute")
 
 
@@ -83,20 +68,37 @@ def _check_json(name: str, text: str | None) -> None:
         )
 
 
-def _check_schedule(args: TrainArguments, stage: str, prefix: str) -> None:
+def _check_schedule(args: TrainArguments, stage: str) -> None:
+    settings = args.of_stage(stage)
+    name, options = settings["lr_scheduler_type"], settings["lr_scheduler_kwargs"] or {}
+    if fault := option_fault(name, options):
+        raise UsageError(f"{_schedule_flags(args, stage)}: {fault}")
+
+
+def _try_schedules(args: TrainArguments) -> None:
+    """UsageError for options whose values a schedule cannot use."""
     from cpo_fast.training.schedule import schedule_fault
 
-    settings = args.of_stage(stage)
-    steps = settings["max_steps"] if settings["max_steps"] > 0 else MANY_STEPS
-    if fault := schedule_fault(settings, steps):
-        kwargs = getattr(args, f"{prefix}lr_scheduler_kwargs")
-        given = f" with --{prefix}lr_scheduler_kwargs {kwargs}" if kwargs else ""
-        name = settings["lr_scheduler_type"]
-        raise UsageError(f"--{prefix}lr_scheduler_type {name}{given}: {fault}")
+    for stage in ("sft", "cpo"):
+        settings = args.of_stage(stage)
+        steps = settings["max_steps"] if settings["max_steps"] > 0 else MANY_STEPS
+        if fault := schedule_fault(settings, steps):
+            raise UsageError(f"{_schedule_flags(args, stage)}: {fault}")
+
+
+def _schedule_flags(args: TrainArguments, stage: str) -> str:
+    """The flags that set the schedule of a stage, with their values."""
+    prefix = "sft_" if stage == "sft" and args.sft_lr_scheduler_type else ""
+    kwargs = getattr(args, f"{prefix}lr_scheduler_kwargs")
+    given = f" with --{prefix}lr_scheduler_kwargs {kwargs}" if kwargs else ""
+    return f"--{prefix}lr_scheduler_type {getattr(args, f'{prefix}lr_scheduler_type')}{given}"
 
 
 def check_machine(args: TrainArguments) -> None:
-    """UsageError where this machine lacks what a flag names: a file or a device."""
+    """UsageError where this machine lacks what a flag names: a file or a device.
+
+    Paths are checked first, without heavy imports.
+    """
     for name in ("concept_graph", "counterfactuals"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
@@ -107,8 +109,9 @@ def check_machine(args: TrainArguments) -> None:
             kind = "folder" if name == "image_root" else "model folder"
             raise UsageError(f"--{name} {path}: no such {kind}")
     _check_resume(args)
-    _check_device(args)
     _check_data(args)
+    _try_schedules(args)
+    _check_device(args)
 
 
 def _check_data(args: TrainArguments) -> None:
@@ -169,9 +172,8 @@ def _check_device(args: TrainArguments) -> None:
     except UsageError as error:
         raise UsageError(f"--attn_implementation {name}: {error}") from None
     obstacles = impl_obstacles(device)
-    if args.loss_impl is not None and obstacles.get(args.loss_impl, "unknown") is not None:
+    if args.loss_impl is not None and (why := obstacles[args.loss_impl]) is not None:
         usable = [name for name, obstacle in obstacles.items() if obstacle is None]
-        why = obstacles.get(args.loss_impl, "there is no such implementation")
         raise UsageError(
             f"--loss_impl {args.loss_impl}: {why}; choose from {', '.join(usable)} on {device}"
         )

@@ -29,7 +29,7 @@ class RunFolder:
     what is read but not there (phantom, tiny model) is made in a temporary folder that goes at the
     end of the process.
     Raises UsageError when a stage that will run has checkpoints there already, unless
-    `overwrite_output_dir` says that they may go.
+    `overwrite_output_dir` allows deleting them.
     """
 
     def __init__(self, args: TrainArguments, world: World | None = None) -> None:

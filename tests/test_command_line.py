@@ -1,0 +1,178 @@
+"""Wrong usage of every command: one line, status 2, and no heavy import; help in short."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from cpo_fast.cli import COMMANDS, main
+from cpo_fast.command_line import Parser, near
+from cpo_fast.flags import COUNT, Number
+from cpo_fast.training.arguments import SECTIONS, TrainArguments
+from cpo_fast.training.settings import make_parser
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "peft", "pandas", "triton", "sklearn", "matplotlib", "trl"}
+REFUSED = [
+    *([name, "--hlep"] for name in COMMANDS),
+    *([name, "--help"] for name in COMMANDS),
+    *([name, "--version"] for name in COMMANDS),
+    ["data", "check", "--hlep"],
+    ["train", "--learning_rat", "1"],
+    ["train", "--lr_scheduler_type", "cosin"],
+    ["train", "--loss_type", "sigmod"],
+    ["train", "--loss_type", "hinge", "--label_smoothing", "0.1"],
+    ["train", "--metric_for_best_model", "los"],
+    ["train", "--dataset", "/nowhere/data"],
+    ["train", "--model_name_or_path", "/nowhere/model"],
+    ["train", "--config", "/nowhere/run.yaml"],
+]
+
+
+def test_nothing_heavy_is_imported_to_refuse_a_flag() -> None:
+    code = f"""
+import contextlib, io, json, sys
+from cpo_fast.cli import main
+found = []
+for words in json.loads({json.dumps(json.dumps(REFUSED))}):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            status = main(words)
+        except SystemExit as stopped:
+            status = stopped.code
+    found.append((words, status, sorted({HEAVY!r} & set(sys.modules))))
+print(json.dumps(found))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert len(found) == len(REFUSED)
+    for words, status, modules in found:
+        fine = words[-1] in ("--help", "--version")
+        assert (status, modules) == (0 if fine else 2, []), words
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command prints with status 2."""
+    try:
+        status: object = main(words)
+    except SystemExit as stopped:
+        status = stopped.code
+    said = capsys.readouterr()
+    assert status == 2 and said.out == "", said
+    (line,) = said.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train --learning_rat 1",
+         "cpo-fast train: --learning_rat is not a flag; did you mean --learning_rate?"),
+        ("train --hlep", "cpo-fast train: --hlep is not a flag; did you mean --help?"),
+        ("train --epochs 3",
+         "cpo-fast train: --epochs is not a flag; did you mean --num_train_epochs?"),
+        ("train -lora_r 3", "cpo-fast train: -lora_r is not a flag; did you mean --lora_r?"),
+        ("train --lora-rr 3", "cpo-fast train: --lora-rr is not a flag; did you mean --lora_r?"),
+        ("train --qqqq", "cpo-fast train: --qqqq is not a flag; see cpo-fast train --help"),
+        ("train --lora_r x", "cpo-fast train: --lora_r x: must be a whole number of at least 1"),
+        ("train --lora_r", "cpo-fast train: --lora_r: needs a value"),
+        ("train --bf16=maybe", "cpo-fast train: --bf16 maybe: must be true or false"),
+        ("train --no_bf16=1", "cpo-fast train: --no_bf16: takes no value"),
+        ("train data.jsonl", "cpo-fast train: unexpected argument 'data.jsonl'; settings have the "
+         "form --flag value"),
+        ("train --sections carefull", "cpo-fast train: --sections carefull: choose from careful, "
+         "authors (did you mean careful?)"),
+        ("train --learning-rate -1e-5",
+         "cpo-fast train: --learning_rate -1e-05: must be a finite number above 0"),
+        ("evaluate --modle m", "cpo-fast evaluate: --modle is not a flag; did you mean --model?"),
+        ("evaluate --dataset d", "cpo-fast evaluate: missing --model, --output_dir; see cpo-fast "
+         "evaluate --help"),
+        ("evaluate --model m --dataset d --output_dir o --bf16=1",
+         "cpo-fast evaluate: --bf16: takes no value"),
+        ("data chek", "cpo-fast data: command chek: choose from check, export (did you mean "
+         "check?)"),
+        ("data check --output_dri o",
+         "cpo-fast data check: --output_dri is not a flag; did you mean --output_dir?"),
+        ("data check --dataset d --output_dir o --tokenizer",
+         "cpo-fast data check: --tokenizer: needs a value"),
+        ("trian", "cpo-fast: trian is not a command; did you mean train?"),
+        ("sing", "cpo-fast: sing is not a command; see cpo-fast --help"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(words.split(), capsys) == line
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [(["cpo_fast.train"], "python -m cpo_fast.train"),
+     (["cpo_fast.cli", "train"], "cpo-fast train"),
+     (["cpo_fast.data", "check"], "python -m cpo_fast.data check")],
+)  # fmt: skip
+def test_messages_name_the_program_as_it_was_called(called: list[str], name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *called, "--hlep"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{name}: --hlep is not a flag; did you mean --help?\n"
+
+
+def test_the_help_of_train_is_in_sections_and_short() -> None:
+    text = make_parser().format_help()
+    assert text.startswith("usage: cpo-fast train [--config FILE] [--preset NAME] [--flag value")
+    assert text.index("\n\n") < 100  # the usage is one line
+    positions = [text.index(f"\n{title}:\n") for title in SECTIONS]
+    assert positions == sorted(positions)
+    names = {f.name for f in fields(TrainArguments)}
+    assert set(SECTIONS.values()) <= names
+    for name in names:
+        assert text.count(f"\n  --{name} ") == 1, name
+    assert "--no_use_peft trains all weights" in text and "  --no_" not in text
+    entries = text.split("\n  --")
+    assert all(entry.count("(default") <= 1 for entry in entries)
+    text = " ".join(text.split())
+    assert "longer ones: see --truncation" in text and "filled with samples of up to --max" in text
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("data", "concepts")])
+def test_every_flag_of_every_command_has_a_help_and_no_doubled_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: cpo-fast {command}")
+    for entry in text.split("\n  -")[1:]:
+        lines = entry.split("\n\n")[0].splitlines()
+        assert "  " in lines[0].strip() or len(lines) > 1, entry
+        assert entry.count("(default") <= 1, entry
+
+
+def test_spellings_that_are_accepted() -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--some_flag", type=Number())
+    parser.add_argument("--count", type=COUNT)
+    for words in (["--some-flag", "-1e-5"], ["--some_flag", "-1e-5"], ["--some-flag=-1e-5"]):
+        assert parser.parse_args(words).some_flag == -1e-5
+    train = make_parser()
+    for words, value in ((["--bf16"], True), (["--no_bf16"], False), (["--no-bf16"], False),
+                         (["--bf16", "no"], False), (["--bf16=true"], True)):  # fmt: skip
+        assert vars(train.parse_args(words)) == {"bf16": value}
+    given = ["--lr_scheduler_kwargs", '{"a": -1}', "--output-dir", "a - b"]
+    assert vars(train.parse_args(given)) == {"lr_scheduler_kwargs": given[1], "output_dir": "a - b"}
+
+
+def test_near_names() -> None:
+    assert near("--lora_rank", ["--lora_r", "--beta"]) == "--lora_r"
+    assert near("--model", ["--model_name_or_path", "--beta"]) == "--model_name_or_path"
+    assert near("--qqq", ["--model_name_or_path", "--beta"]) is None
