@@ -133,8 +133,9 @@ def test_quick_is_smaller_and_flags_win_over_it():
 
 
 def test_wrong_usage_is_named(tmp_path, capsys):
-    assert main(["--output_dir", str(tmp_path / "new"), "--beta", "0"]) == 2
-    assert "--beta 0.0: must be > 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--output_dir", str(tmp_path / "new"), "--beta", "0"])
+    assert "--beta 0: must be a finite number above 0" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     (tmp_path / "settings.json").write_text(json.dumps({"steps": 1}))
     assert main(["--output_dir", str(tmp_path)]) == 2

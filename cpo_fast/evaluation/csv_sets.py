@@ -1,6 +1,6 @@
 """Labelled image sets as a CSV and a folder of images: ChestXray14, CheXpert, PadChest.
 
-The three are told apart by their columns. Findings keep the words of their set (they become
+The three are distinguished by their columns. Findings keep the words of their set (they become
 candidate sentences for the model), except that ChestXray14's "Effusion" is "Pleural Effusion".
 Blank means not present; CheXpert's uncertain -1 counts as the caller says. A row that cannot be
 used is set aside with its line and the reason.

@@ -1,4 +1,4 @@
-"""The images of a pack, decoded; groups whose image fails are told apart from the others."""
+"""The images of a pack, decoded; groups whose image fails are separated from the others."""
 
 from __future__ import annotations
 

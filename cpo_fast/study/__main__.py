@@ -48,10 +48,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=POSITIVE, default=5, help="independent repetitions (data, model, order)")
     add("--first_seed", type=SEED, default=42, help="first seed; the others count up from it")
     add("--num_studies", type=POSITIVE, default=3200, help="studies of each phantom")
-    add("--sft_epochs", type=Number(), default=3.0, help="epochs of SFT")
+    add("--sft_epochs", type=Number(above=0), default=3.0, help="epochs of SFT")
     add("--steps", type=POSITIVE, default=60, help="optimiser steps of every arm, of 16 pairs each")
-    add("--learning_rate", type=Number(), default=5e-5, help="peak learning rate of every arm")
-    add("--beta", type=Number(), default=0.1, help="beta of every arm")
+    add(
+        "--learning_rate",
+        type=Number(above=0),
+        default=5e-5,
+        help="peak learning rate of every arm",
+    )
+    add("--beta", type=Number(above=0), default=0.1, help="beta of every arm")
     add("--test_samples", type=POSITIVE, default=200, help="test studies per model")
     add(
         "--reports",

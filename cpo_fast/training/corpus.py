@@ -217,7 +217,7 @@ def make_counterfactuals(
     """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
     path = folder.path / "counterfactuals.jsonl"
     sources = args.source_weights(("thinking",))
-    graph = load_graph(args.concept_graph)  # a bad file is told before any work
+    graph = load_graph(args.concept_graph)  # a bad file is refused before any work
     if "graph" in args.stage_names and folder.writes:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
     makes = "counterfactual" in args.stage_names and folder.makes

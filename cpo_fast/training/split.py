@@ -120,7 +120,7 @@ def _told_apart(keys: Sequence[Mapping[str, list[bytes]]]) -> tuple[list[list[in
 def split_by_question(preferences: Sequence[Preference], share: float, seed: int) -> Split:
     """Hold out about `share` of the preferences, of pairs and of answers alone each.
 
-    Nothing is held out where the rows are not told apart by question, patient, image or answer.
+    Nothing is held out where the rows do not differ in question, patient, image or answer.
     """
     if share <= 0 or not preferences:
         return Split(list(preferences), [])
