@@ -139,7 +139,7 @@ def test_pairs_of_other_sources_are_left_out_and_counted(capsys: Any) -> None:
             ["--counterfactual_sources", "thinking,vision"],
             "vision: choose from thinking,perception",
         ),
-        (["--thinking_weight", "-1"], "--thinking_weight -1.0: must be a finite"),
+        (["--thinking_weight", "-1"], "--thinking_weight -1: must be a finite"),
         (["--perception_weight", "nan"], "--perception_weight nan: must be"),
         (["--counterfactual_sources", "perception", "--perception_weight", "0"], "no pair is left"),
     ],
