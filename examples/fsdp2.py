@@ -87,6 +87,14 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()
+    try:
+        pairs = [json.loads(line) for line in args.pairs.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.pairs} is no file of JSON lines: {error}")
+    if not pairs or any(not {"prompt", "chosen", "rejected"} <= set(row) for row in pairs):
+        parser.error(f"{args.pairs}: every line needs prompt, chosen and rejected")
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --nproc_per_node 2 examples/fsdp2.py ...")
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -102,7 +110,6 @@ def main() -> None:
     module = shard(Preference(policy, reference, args.beta), device)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
-    pairs = [json.loads(line) for line in args.pairs.read_text().splitlines()]
     step = args.batch * size
     for start in range(0, len(pairs) - step + 1, step):
         own = pairs[start + rank * args.batch :][: args.batch]

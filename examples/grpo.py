@@ -103,6 +103,12 @@ def main() -> None:
     parser.add_argument("--answer_weight", type=float, default=2.0)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     args = parser.parse_args()
+    try:
+        rows = [json.loads(line) for line in args.prompts.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.prompts} is no file of JSON lines: {error}")
+    if not rows or any(not {"prompt", "findings"} <= set(row) for row in rows):
+        parser.error(f"{args.prompts}: every line needs prompt and findings (a list of names)")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     model, reference = (
@@ -111,8 +117,7 @@ def main() -> None:
     reference.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     torch.manual_seed(0)
-    for line in args.prompts.read_text().splitlines():
-        row = json.loads(line)
+    for row in rows:
         rollout = Rollout(model, tokenizer, [row["prompt"]], args.group,
                           max_new_tokens=args.max_new_tokens,
                           temperature=args.temperature)  # fmt: skip

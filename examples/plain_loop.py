@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_fast import cpo_loss, from_padded
 
+if len(sys.argv) != 3:
+    print("usage: python examples/plain_loop.py MODEL_FOLDER PAIRS.jsonl", file=sys.stderr)
+    sys.exit(2)
 folder, file = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is not scored

@@ -8,6 +8,9 @@ from trl import DPOConfig
 
 from cpo_fast.integrations.trl import CPODPOTrainer  # in place of trl.DPOTrainer
 
+if len(sys.argv) != 4:
+    print("usage: python examples/trl_dpo.py MODEL PAIRS.jsonl OUTPUT", file=sys.stderr)
+    sys.exit(2)
 model, pairs, output_dir = sys.argv[1:]
 trainer = CPODPOTrainer(
     model=model,

@@ -98,7 +98,7 @@ def trained(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
 
 
 def test_the_plain_loop(folder: Path, unpatched: Any, capsys: Any, monkeypatch: Any) -> None:
-    assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 40
+    assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 45
     arguments = (folder / "model", folder / "pairs.jsonl")
     losses = ran(capsys, monkeypatch, "plain_loop.py", *arguments)
     assert losses == pytest.approx(unpatched[0], abs=2e-5)
@@ -158,6 +158,40 @@ def test_grpo_weighs_the_answers_own_tokens(framing: Any) -> None:
     )
     weights = grpo["token_weights"](rollout, AutoTokenizer.from_pretrained(framing[0]), 2.0)
     assert weights.tolist() == [1.0] * 4 + [2.0] * (len(said) + 1)  # and its end of text
+
+
+def refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str:
+    """The last line that an example says when it ends with status 2."""
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        ran(capsys, monkeypatch, name, *arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_without_arguments_says_what_it_needs(
+    name: str, capsys: Any, monkeypatch: Any
+) -> None:
+    line = refused(capsys, monkeypatch, name)
+    assert line.startswith(
+        (f"usage: python examples/{name} MODEL", f"{name}: error: the following")
+    )
+
+
+def test_examples_say_what_is_wrong_with_their_arguments(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    model, pairs = folder / "model", folder / "pairs.jsonl"
+    line = refused(capsys, monkeypatch, "grpo.py", model, pairs)
+    assert line.endswith("every line needs prompt and findings (a list of names)")
+    line = refused(capsys, monkeypatch, "grpo.py", model, tmp_path / "none")
+    assert "none is no file of JSON lines" in line
+    prompts = folder / "prompts.jsonl"
+    line = refused(capsys, monkeypatch, "fsdp2.py", model, prompts, tmp_path)
+    assert line.endswith("every line needs prompt, chosen and rejected")
+    line = refused(capsys, monkeypatch, "fsdp2.py", model, pairs, tmp_path)
+    assert "torchrun --nproc_per_node 2 examples/fsdp2.py" in line
 
 
 @pytest.mark.slow
