@@ -31,7 +31,8 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     if known:
         line += f"; {len(known)} of them ran here before, in {sum(known) / 60:.1f} minutes"
     if len(known) < len(items):
-        line += "; no time is known for the others, and some take minutes (-k selects)"
+        which = "the others" if known else "them"
+        line += f"; no time is known for {which}, and some take minutes (-k selects)"
     return [line]
 
 

@@ -59,6 +59,22 @@ def test_make_help_lists_the_promised_targets() -> None:
         assert f"make {target} " in done.stdout
 
 
+def test_benchmarks_are_counted_and_timed_by_what_they_took_here(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "test_slow.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
+
+    def said(*flags: str) -> str:
+        command = [sys.executable, "-m", "pytest", "--benchmark", *flags, "."]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return next(line for line in done.stdout.splitlines() if " benchmarks" in line)
+
+    unknown = "no time is known for {}, and some take minutes (-k selects)"
+    assert said("-k", "test_a") == "1 benchmarks; " + unknown.format("them")
+    before = "of them ran here before, in 0.0 minutes"
+    assert said() == f"2 benchmarks; 1 {before}; " + unknown.format("the others")
+    assert said() == f"2 benchmarks; 2 {before}"
+
+
 def test_plain_pytest_collects_tests_and_benchmark_collects_bench() -> None:
     def collected(*flags: str) -> str:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *flags]
