@@ -175,6 +175,7 @@ def check_paths(args: argparse.Namespace) -> None:
 
 def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str, Any]) -> Path:
     """summary.json, config.json, rejected_records.jsonl and the page of them."""
+    from cpo_fast.machine import hardware, versions
     from cpo_fast.report import write_report
 
     reasons: dict[str, int] = {}
@@ -192,7 +193,8 @@ def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str
         "left_out": cohort.left_out,
         "samples_set_aside": samples,
     }
-    write_json(args.output_dir / "summary.json", {"evaluation": evaluation, "data": data})
+    facts = {"versions": versions(), "hardware": hardware()}
+    write_json(args.output_dir / "summary.json", {"evaluation": evaluation, "data": data, **facts})
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_json(args.output_dir / "config.json", shown)
     lines = "".join(json.dumps(record.to_json()) + "\n" for record in cohort.rejected)

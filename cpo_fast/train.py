@@ -14,7 +14,6 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,7 @@ def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> d
 
     Raises UsageError when another process writes into the folder.
     """
+    from cpo_fast.machine import hardware, versions
     from cpo_fast.report import write_report
     from cpo_fast.report.model_card import write_cards
     from cpo_fast.training.distributed import joined
@@ -114,6 +114,7 @@ def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> d
             failure = error
         seconds = round(time.perf_counter() - begun, 2)
         folder.summary["stages"]["evaluate"] = {"seconds": seconds}
+    folder.summary["hardware"] = hardware(world.size)
     folder.finish(versions())
     write_cards(folder.path)
     print(f"report: {write_report(folder.path)}")
@@ -205,7 +206,8 @@ def evaluate(
     answers: dict[str, list[str]] = {}
     failed: dict[int, RecordError] = {}
     rewards: dict[str, dict[str, Any]] = {}
-    held_out = (samples.cpo["test"] or samples.cpo["validate"])[: args.max_eval_samples]
+    pairs_of = "test" if samples.cpo["test"] else "validate"
+    held_out = samples.cpo[pairs_of][: args.max_eval_samples]
     for name, path in models.items():
         model = load(args, path)
         if studies:
@@ -222,6 +224,7 @@ def evaluate(
         if name == "cpo" and held_out:
             scored: dict[str, Any] = pair_logps(args, folder, base, model, held_out)
             rewards[name] = preference(**scored, beta=args.beta, seed=args.seed)
+            rewards[name]["split"] = pairs_of
         del model
         gc.collect()
     if failed:
@@ -260,18 +263,6 @@ def evaluate(
         write_examples(folder.path, examples)
     else:
         folder.summary["evaluation"] = {"preference": rewards}
-
-
-def versions() -> dict[str, str]:
-    """What this run was computed with."""
-    names = ("cpo_fast", "torch", "triton", "transformers", "peft", "tokenizers", "numpy")
-    found = {"python": sys.version.split()[0]}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def difference(
 ) -> dict[str, Any]:
     """How much `second` is better than `first` on the same studies: paired bootstrap over studies.
 
-    Returns {"exact_match", "accuracy", "sensitivity", ..., "f1"} (macro means) as figures.
+    Returns {"exact_match", "accuracy", "sensitivity", ..., "f1"} (macro means), "micro_f1" (pooled)
+    and "findings" {name: {"accuracy", "f1"}}, all as figures.
     """
     sides = []
     for predicted in (first, second):
@@ -86,10 +87,18 @@ def difference(
         sides.append((once, _resampled(table, bootstrap, seed)))
     (before, before_spread), (after, after_spread) = sides
     keys = {"exact_match": "exact_match"} | {m: f"macro_{m}" for m in METRICS}
-    return {
+    keys["micro_f1"] = "micro_f1"
+    figures: dict[str, Any] = {
         name: figure(after[key][0] - before[key][0], after_spread[key] - before_spread[key])
         for name, key in keys.items()
     }
+    point = {m: (after[m] - before[m])[0] for m in ("accuracy", "f1")}
+    spread = {m: after_spread[m] - before_spread[m] for m in point}
+    figures["findings"] = {
+        name: {m: figure(point[m][column], spread[m][:, column]) for m in point}
+        for column, name in enumerate(findings)
+    }
+    return figures
 
 
 def majority_guess(training: Sequence[Names], *, findings: Names = LABEL_NAMES) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ def evaluation_summary(
     returned for held-out pairs.
 
     Returns {"split", "studies", "protocol", "majority_guess" [names], "classification" {name:
-    figures of `classification`}, "differences" {"cpo - sft": figures of `difference`, ...} between
-    neighbouring models and from the majority guess to the last, "text" {name: figures of
-    `text_metrics`}, "preference"}.
+    figures of `classification`}, "differences" {"cpo - sft": figures of `difference`, ...} of every
+    later model from every earlier one, the majority guess being the earliest, "text" {name: figures
+    of `text_metrics`}, "preference"}.
     """
     parsed: dict[str, list[tuple[str, ...] | None]] = {}
     guess = majority_guess(training_truth) if training_truth else None
@@ -67,8 +67,7 @@ def evaluation_summary(
         },
         "differences": {
             f"{later} - {earlier}": difference(truth, parsed[earlier], parsed[later], **options)
-            for earlier, later in [*pairwise(answers), (MAJORITY, list(parsed)[-1])]
-            if earlier in parsed and earlier != later
+            for earlier, later in combinations(parsed, 2)
         },
         "text": {},
         "preference": {name: dict(figures) for name, figures in (preference or {}).items()},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.report.figures import Panel
-from cpo_fast.report.tables import Cell, Row, Table, is_number, number, strings
+from cpo_fast.report.tables import Cell, Row, Table, is_number, name_of, number, strings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHOWN_SWAPS = 12
 NAMED_TOKENS = 4  # the largest moves carry their token's text in the curve
 APART = 0.2  # of the curve's length, between two such texts
-SHOWN_FINDINGS = 8  # bars; the others' share is told in the title of the axis
+SHOWN_FINDINGS = 8  # bars; the title of the axis gives the share of the others
 KINDS = {
     "synonym": "near-synonym",
     "side": "other side",
@@ -54,7 +54,7 @@ def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
         return None
     if not findings or len(before) != len(findings):
         return None
-    model = str(entry.get("model") or "")
+    model = name_of(str(entry.get("model") or ""))
     largest = max(variation) or 1.0
     panels = [curve(f"drift_{place}_curve", tokens, variation, divergence)]
     swaps = [swap for swap in _swaps(entry) if len(numbers(swap["distribution"])) == len(findings)]
@@ -143,7 +143,7 @@ def curve(
         f"Change of the diagnosis per token over {len(tokens)} tokens; the largest, total "
         f"variation {variation[j]:.3f}, is at token {j + 1}."
     )
-    return Panel(slug, "What each token does to the diagnosis", alt, draw)
+    return Panel(slug, "Change of the diagnosis per token", alt, draw)
 
 
 def bars(

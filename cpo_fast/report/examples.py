@@ -14,7 +14,7 @@ from cpo_fast.data.labels import parse_answer
 from cpo_fast.errors import RecordError
 from cpo_fast.evaluation.text import thought_of
 from cpo_fast.report.diff import Piece, word_diff
-from cpo_fast.report.tables import name_of, strings
+from cpo_fast.report.tables import in_order, name_of, strings
 from cpo_fast.types import ImageRef
 
 IMAGE_PIXELS = 448  # longest side of an image: twice what a page shows of it
@@ -51,7 +51,8 @@ def example_of(example: Mapping[str, Any], folder: Path) -> Example:
     before, after = word_diff(report, edited) if edited else ([(False, report)], [])
     image, image_note = _image(example.get("image"), folder)
     labels = tuple(strings(example.get("labels")))
-    answers = example.get("answers")
+    found = example.get("answers")
+    answers: dict[str, Any] = found if isinstance(found, dict) else {}
     return Example(
         study_id=str(example.get("study_id") or "without id"),
         labels=labels,
@@ -60,10 +61,7 @@ def example_of(example: Mapping[str, Any], folder: Path) -> Example:
         image_note=image_note,
         before=before,
         after=after,
-        answers=[
-            _answer(str(name), str(text), labels)
-            for name, text in (answers.items() if isinstance(answers, dict) else ())
-        ],
+        answers=[_answer(name, str(answers[name]), labels) for name in in_order(answers)],
     )
 
 

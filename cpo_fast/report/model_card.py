@@ -1,4 +1,4 @@
-"""The README.md of a model folder: what a hub shows of a model, out of the run's own files.
+"""The README.md of a model folder: the model card that a hub shows, from the run's own files.
 
 Figures and settings only: no text of a report, no id of a study, no path of this machine. Nothing
 is uploaded.
@@ -14,20 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.report.evaluation_tables import BEST, evaluation_tables
+from cpo_fast.report.headline import protocol
 from cpo_fast.report.read import Run, read_run
+from cpo_fast.report.run_tables import speed_table
 from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
     counts,
-    evaluation_tables,
     is_number,
     name_of,
     number,
+    objects,
     seconds,
-    speed_table,
 )
-from cpo_fast.report.words import data_kind, of_reports, reference, stage_title
+from cpo_fast.report.words import data_kind, of_reports, preferred, reference, stage_title
 
 STAGES = ("sft", "cpo")
 PAPERS = {
@@ -68,36 +70,39 @@ def card_of_export(checkpoint: Path, folder: Path) -> Path | None:
     stage, run_dir = checkpoint.resolve().parent.name, checkpoint.resolve().parents[1]
     if stage not in STAGES or not (run_dir / "summary.json").is_file():
         return None
-    return write_card(folder, read_run(run_dir), stage)
+    return write_card(folder, read_run(run_dir), stage, merged=checkpoint.resolve().name)
 
 
-def write_card(folder: Path, run: Run, stage: str) -> Path:
+def write_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> Path:
     path = folder / "README.md"
     path.unlink(missing_ok=True)  # peft leaves a template there
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(model_card(folder, run, stage))
+        file.write(model_card(folder, run, stage, merged=merged))
     return path
 
 
-def model_card(folder: Path, run: Run, stage: str) -> str:
-    """Markdown with the hub's YAML header, for the model that `stage` left in `folder`."""
+def model_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> str:
+    """Markdown with the hub's YAML header, for the model that `stage` left in `folder`.
+
+    `merged` names the adapter's checkpoint where the model was made by merging it afterwards.
+    """
     adapter = (folder / "adapter_config.json").is_file()
     sees = (folder / "preprocessor_config.json").is_file()
     base = base_model(run.config)
-    phantom = data_kind(run) == "phantom"
     name = f"{base.split('/')[-1] if base else _base_words(run.config)}, {stage.upper()}"
+    title = stage_title(run, stage)
+    version = f" {run.part('versions').get('cpo_fast', '')}".rstrip()
+    evaluation = run.part("evaluation")
+    tables = evaluation_tables(evaluation)
     parts = [
         _header(base, adapter=adapter, sees=sees, stage=stage, of_reports=of_reports(run)),
         f"# {name}",
-        f"{'A LoRA adapter' if adapter else 'A model'} from "
-        f"{stage_title(run, stage)[0].lower()}{stage_title(run, stage)[1:]} with cpo_fast "
-        f"{run.part('versions').get('cpo_fast', '')}".rstrip()
-        + f", on {_data_words(run)}",
+        f"{'A LoRA adapter' if adapter else 'A model'} from {title[0].lower()}{title[1:]} with "
+        f"cpo_fast{version}, on {_data_words(run)}",
         _method(run, stage),
-        "**Not a medical device.** The model was evaluated as below and in no other way; it may "
-        "not be used for diagnosis."
-        + (" The phantom's radiographs are drawn by a program." if phantom else ""),
+        *_merged_words(run, stage, merged, evaluated=bool(tables)),
+        _limits(run, evaluated=bool(tables)),
         "## Use",
         _use(adapter=adapter, sees=sees),
         "## Data",
@@ -107,16 +112,44 @@ def model_card(folder: Path, run: Run, stage: str) -> str:
         "## Training",
         *_markdown(_training(run, stage)),
     ]
-    tables = evaluation_tables(run.part("evaluation"))
     if tables:
-        parts.append("## Evaluation")
-        parts.append(
-            "On the run's test split; intervals (95 %, bootstrap) in brackets. "
-            "All models of the run are shown."
-        )
+        parts += ["## Evaluation", _evaluation_words(evaluation)]
         for table in tables:
             parts += [f"### {table.caption}", *_markdown(table)]
     return "\n\n".join(parts) + "\n"
+
+
+def _merged_words(run: Run, stage: str, merged: str, *, evaluated: bool) -> list[str]:
+    """What a model merged afterwards is, and which checkpoint the figures belong to."""
+    if not merged:
+        return []
+    named = run.part("stages", stage).get("checkpoint")
+    result = Path(named).name if isinstance(named, str) else ""
+    figures = "training figures and the evaluation" if evaluated else "training figures"
+    text = f"It is the adapter `{merged}` of the run, merged into its base model."
+    if result and result != merged:
+        return [f"{text} The {figures} below are those of `{result}`, not of this checkpoint."]
+    return [f"{text} The evaluation below was made before this merge." if evaluated else text]
+
+
+def _limits(run: Run, *, evaluated: bool) -> str:
+    how = "It was evaluated only as shown below." if evaluated else "It was not evaluated."
+    drawn = ""
+    if data_kind(run) == "phantom":
+        drawn = " The radiographs of the phantom are drawn by a program."
+    return f"**Not a medical device.** {how} Do not use it for diagnosis.{drawn}"
+
+
+def _evaluation_words(evaluation: Mapping[str, Any]) -> str:
+    models = objects(evaluation.get("classification"))
+    sentences = []
+    if models:
+        studies, split = evaluation.get("studies", "?"), evaluation.get("split", "?")
+        sentences.append(f"{studies} studies of the {split} split; all models of the run.")
+    sentences += [protocol(evaluation)] if protocol(evaluation) else []
+    sentences.append("Brackets after a figure hold its 95 % bootstrap interval.")
+    sentences += [BEST] if len(models) > 1 else []
+    return " ".join(sentences)
 
 
 def base_model(config: Mapping[str, Any]) -> str | None:
@@ -150,7 +183,7 @@ def _data_words(run: Run) -> str:
     kind = data_kind(run)
     if of_reports(run):
         return (
-            f"data of the kind `{kind}`. It answers with a report and a diagnosis: "
+            f"data of the kind `{kind}`. An answer of the data is a report and a diagnosis: "
             "`<think> report </think> The disease of this patient is ...`"
         )
     if not kind:
@@ -164,17 +197,13 @@ def _method(run: Run, stage: str) -> str:
     if stage == "sft":
         what = "reports and diagnoses of the data set" if of_reports(run) else "chosen answers"
         return f"It was trained on the {what}."
-    text = "It was trained to prefer the chosen to the rejected answers of the data"
+    text = f"It was trained to prefer {preferred(run)}"
     if of_reports(run):
-        text = (
-            "It was trained to prefer the study's report and diagnosis to a counterfactual one, "
-            f"as described in {PAPERS['cpo']}"
-        )
-    if "perception" in counts(run.part("data", "counterfactual_sources")):
-        text += (
-            ", and the answer before its own image to the same answer before another patient's "
-            f"({PAPERS['perception']})"
-        )
+        sources = counts(run.part("data", "counterfactual_sources"))
+        papers = [PAPERS["cpo"], *([PAPERS["perception"]] if sources.get("perception") else [])]
+        loss = str(run.config.get("loss_type") or "sigmoid")
+        other = "" if loss == "sigmoid" else f", here with the loss `{loss}`"
+        text += f" (method: {', '.join(papers)}{other})"
     return f"{text}. {reference(run)}"
 
 
@@ -241,7 +270,9 @@ def _training(run: Run, stage: str) -> Table:
         if name == "loss" or name.startswith(("eval_", "rewards/")):
             rows.append(_row(f"Last `{name}`", value))
     versions = run.part("versions")
-    note = "Computed with " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."
+    device = run.part("hardware").get("device")
+    used = [f"{name} {value}" for name, value in versions.items()]
+    note = f"Computed {f'on {device} ' if device else ''}with {', '.join(used)}."
     return Table("", ("", name_of(stage)), tuple(rows), note if versions else "")
 
 
@@ -253,10 +284,14 @@ def _markdown(table: Table) -> list[str]:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    rows = [line([name or " " for name in table.columns]), "|" + "---|" * len(table.columns)]
+    def shown(text: str, note: str, bold: bool = False) -> str:
+        text = f"**{text}**" if bold else text
+        return f"{text} ({note})" if note else text
+
+    notes = table.column_notes or ("",) * len(table.columns)
+    heads = [shown(name or " ", note) for name, note in zip(table.columns, notes, strict=True)]
+    rows = [line(heads), "|" + "---|" * len(table.columns)]
     for row in table.rows:
-        head = f"{row.head} ({row.note})" if row.note else row.head
-        rows.append(
-            line([head, *(f"{c.text} ({c.note})" if c.note else c.text for c in row.cells)])
-        )
+        cells = [shown(cell.text, cell.note, cell.best) for cell in row.cells]
+        rows.append(line([shown(row.head, row.note), *cells]))
     return ["\n".join(rows), *([table.note] if table.note else [])]

@@ -1,11 +1,14 @@
 """Puts a run's figures, pictures and examples into one HTML file that needs nothing else.
 
-All text reaches the page through jinja2 with escaping on; the page carries no script and a content
-security policy that forbids any request. Pictures are data URIs, light and dark.
+All text reaches the page through jinja2 with escaping on. The content security policy forbids any
+request and allows one script by its hash: the one that copies a table as CSV. Pictures are data
+URIs, light and dark.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.report import run_tables
 from cpo_fast.report import tables as t
 from cpo_fast.report.drift import drift_study
+from cpo_fast.report.evaluation_tables import BEST, evaluation_tables, findings_by_support, unparsed
 from cpo_fast.report.examples import data_uri, example_of
 from cpo_fast.report.figures import DARK, LIGHT, Line, Panel, concept_graph, curves, intervals
+from cpo_fast.report.headline import cards, computed_on, headline, protocol, setting
 from cpo_fast.report.read import Run, read_run
-from cpo_fast.report.words import of_reports, stage_note, stage_title
+from cpo_fast.report.words import stage_note, stage_title
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN_EXAMPLES = 8
@@ -59,22 +65,24 @@ def write_report(run_dir: Path | str) -> Path:
     probed = [drift_study(entry, i) for i, entry in enumerate(run.drifts[:SHOWN_DRIFTS], start=1)]
     context = {
         "title": run.name,
-        "lead": _lead(evaluation),
-        "meta": _meta(run),
-        "cards": _cards(run),
+        "lead": headline(evaluation),
+        "meta": setting(run),
+        "computed": computed_on(run),
+        "cards": cards(run),
         "evaluation": {
-            "tables": t.evaluation_tables(evaluation),
+            "tables": evaluation_tables(evaluation),
             "pictures": pictures(_interval_panels(classified), figures),
-            "note": _protocol(evaluation),
+            "notes": _evaluation_notes(evaluation),
         },
         "examples": examples,
+        "edited": any(example.after for example in examples),
         "drifts": [(one, pictures(one.panels, figures)) for one in probed if one],
         "stages": stages,
-        "speed": {"table": t.speed_table(run), "shares": _shares(run)},
-        "data": {"tables": t.data_tables(run)},
+        "speed": {"table": run_tables.speed_table(run), "shares": _shares(run)},
+        "data": {"tables": run_tables.data_tables(run)},
         "graph": pictures([graph], figures)[0] if graph else None,
-        "configuration": list(t.flat(run.config)),
-        "versions": list(t.flat(run.part("versions"))),
+        "configuration": list(run_tables.flat(run.config)),
+        "versions": list(run_tables.flat(run.part("versions"))),
         "notes": run.notes,
     }
     context["sections"] = _sections(context)
@@ -103,9 +111,9 @@ def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
         "title": " · ".join(names),
         "lead": "",
         "meta": [str(run.path) for run in runs],
-        "tables": t.comparison_tables(runs, names),
+        "tables": run_tables.comparison_tables(runs, names),
         "stages": stages,
-        "differences": t.configuration_differences(runs, names),
+        "differences": run_tables.configuration_differences(runs, names),
         "notes": [f"{n}: {note}" for n, run in zip(names, runs, strict=True) for note in run.notes],
         "sections": [*sections, ("configuration", "Configuration")],
     }
@@ -169,8 +177,11 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...
 
 
 def _interval_panels(classified: Mapping[str, Any]) -> list[Panel]:
-    models = t.objects(classified)
-    rows = list(t.findings_by_support(models))
+    found = t.objects(classified)
+    models = {name: found[name] for name in t.in_order(found)}
+    rows = list(findings_by_support(models))
+    shares = {model: unparsed(figures) for model, figures in models.items()}
+    names = {m: t.name_of(m) + (f" ({share})" if share else "") for m, share in shares.items()}
     if not rows:
         return []
     panels = []
@@ -179,7 +190,7 @@ def _interval_panels(classified: Mapping[str, Any]) -> list[Panel]:
             model: [t.get(figures, "findings", row, metric) for row in rows]
             for model, figures in models.items()
         }
-        panels.append(intervals(metric, title, rows, values, t.NAMES))
+        panels.append(intervals(metric, title, rows, values, names))
     return panels
 
 
@@ -210,75 +221,9 @@ def pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
     return pictures
 
 
-def _lead(evaluation: Mapping[str, Any]) -> str:
-    """One sentence with the run's main result, from figures only."""
-    models = t.objects(evaluation.get("classification"))
-    last = _trained(models)
-    if last is None:
-        return ""
-
-    def accuracy(model: str) -> str:
-        return t.percent(t.get(models[model], "macro", "accuracy").get("value"))
-
-    others = [f"{t.name_of(m)[0].lower() + t.name_of(m)[1:] if m != 'sft' else 'SFT alone'} "
-              f"{accuracy(m)}" for m in models if m != last]  # fmt: skip
-    bounds = t.interval(t.get(models[last], "macro", "accuracy"))
-    compared = f"; {', '.join(others)}" if others else ""
-    lost = models[last].get("unparsable")
-    unparsed = f" {lost} of its answers cannot be parsed and count as wrong." if lost else ""
-    model = f"the model after {t.name_of(last)}" if last in t.NAMES else last
-    return (
-        f"On {evaluation.get('studies', '?')} {evaluation.get('split', '')} studies {model} gets "
-        f"the presence of a finding right in {accuracy(last)} of cases "
-        f"(95 % interval {bounds}){compared}.{unparsed}"
-    )
-
-
-def _trained(models: Mapping[str, Any]) -> str | None:
-    """The last model that was trained, or any that is no baseline."""
-    names = [name for name in models if name not in ("majority", "untrained")]
-    return names[-1] if names else None
-
-
-def _cards(run: Run) -> list[dict[str, str]]:
-    cards = []
-    models = run.part("evaluation", "classification")
-    last = _trained(models)
-    if last:
-        for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
-            figure = t.get(models, last, "macro", metric)
-            note = f"{t.name_of(last)}, mean over findings, {t.interval(figure)}"
-            cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})
-    preference = run.part("evaluation", "preference", "cpo")
-    if figure := t.get(preference, "accuracy"):
-        note = f"CPO, {t.number(preference.get('pairs'))} held-out pairs, {t.interval(figure)}"
-        cards.append(
-            {"label": "Reward accuracy", "value": t.percent(figure.get("value")), "note": note}
-        )
-    speed = run.part("stages", "cpo")
-    if t.is_number(speed.get("pairs_per_second")):
-        logical = t.number(speed.get("logical_tokens_per_second"))
-        note = f"CPO; {logical} tokens/s as if unshared"
-        value = t.number(speed["pairs_per_second"])
-        cards.append({"label": "Pairs per second", "value": value, "note": note})
-    data = run.part("data")
-    if t.is_number(data.get("used")):
-        rejected = sum(t.counts(data.get("rejected")).values())
-        note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
-        label = "Studies used" if of_reports(run) else "Records used"
-        cards.append({"label": label, "value": t.number(data["used"]), "note": note})
-    times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]
-    if known := [x for x in times if t.is_number(x)]:
-        cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": _timed(run)})
-    return cards
-
-
-def _timed(run: Run) -> str:
-    """The stages whose time is known, in words."""
-    timed = [
-        name for name, s in t.objects(run.part("stages")).items() if t.is_number(s.get("seconds"))
-    ]
-    return ", ".join(t.name_of(name) for name in timed)
+def _evaluation_notes(evaluation: Mapping[str, Any]) -> list[str]:
+    compared = len(t.objects(evaluation.get("classification"))) > 1
+    return [note for note in (protocol(evaluation), BEST if compared else "") if note]
 
 
 def _shares(run: Run) -> list[dict[str, Any]]:
@@ -306,19 +251,6 @@ def _shares(run: Run) -> list[dict[str, Any]]:
             ]
             result.append({"title": title, "parts": shares})
     return result
-
-
-def _meta(run: Run) -> list[str]:
-    labels = {"model_name_or_path": "model", "dataset": "data set", "seed": "seed"}
-    meta = [f"{label} {run.config[key]}" for key, label in labels.items() if key in run.config]
-    if commit := run.part("versions").get("commit"):
-        meta.append(f"commit {str(commit)[:10]}")
-    return meta
-
-
-def _protocol(evaluation: Mapping[str, Any]) -> str:
-    protocol = str(evaluation.get("protocol") or "")
-    return f"Protocol {protocol}." if protocol else ""
 
 
 def _sections(context: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -351,6 +283,7 @@ def _id(stage: str) -> str:
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -359,6 +292,13 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {
+        "table_csv": t.table_csv,
+        "script": Markup(script),  # our own file; the policy allows no other script
+        "script_hash": Markup(f"sha256-{digest}"),
+    }
     return environment.get_template(template).render(context)
 
 

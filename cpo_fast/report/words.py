@@ -1,8 +1,9 @@
-"""What a page and a card may say of a run: only what the run's own files tell."""
+"""What the page and the model card say of a run: only what the run's own files show."""
 
 from __future__ import annotations
 
 from cpo_fast.report.read import Run
+from cpo_fast.report.tables import counts
 
 OF_REPORTS = frozenset({"phantom", "mimic-cxr", "open-i", "ccf", "counterfactuals"})
 """Kinds of data whose answers this project makes: a report in `<think>`, then the diagnosis."""
@@ -38,22 +39,41 @@ def stage_note(run: Run, stage: str) -> str:
             return "The model learns the report as its thought and the diagnosis as its answer."
         return "The model learns the chosen answers of the data."
     if stage == "cpo":
-        preferred = (
-            "the report to its counterfactual"
-            if of_reports(run)
-            else "the chosen to the rejected answers of the data"
-        )
-        return f"The model learns to prefer {preferred}. {reference(run)}"
+        return f"The model learns to prefer {preferred(run)}. {reference(run)}"
     return ""
 
 
+def preferred(run: Run) -> str:
+    """What CPO prefers to what, by the sources of the pairs."""
+    if not of_reports(run):
+        return "the chosen to the rejected answers of the data"
+    sources = counts(run.part("data", "counterfactual_sources")) or {"thinking": 1}
+    said = []
+    if sources.get("thinking"):
+        said.append("a study's report and diagnosis to a counterfactual of them")
+    if sources.get("perception"):
+        said.append("an answer with its own image to the same answer with another patient's image")
+    return ", and ".join(said) or "the chosen to the rejected answers of the data"
+
+
 def reference(run: Run) -> str:
-    """A sentence on what CPO compares the model with."""
+    """A sentence on the reference model of CPO, and on where loss and rewards start."""
     loss = run.config.get("loss_type", "sigmoid")
     if loss in WITHOUT_REFERENCE:
         return f"The loss {loss} has no reference model."
     asked = str(run.config.get("stages") or "").split(",")
     sft = "sft" in asked or run.part("stages", "sft") or run.config.get("sft_checkpoint")
     start = "the SFT model" if sft else "the model that the run started from"
-    zero = ", so the loss starts at ln 2 = 0.693 and the rewards at 0" if loss == "sigmoid" else ""
-    return f"The reference is {start}{zero}."
+    if loss != "sigmoid":
+        return f"The reference is {start}."
+    return f"The reference is {start}, so {_beginning(run)} at 0."
+
+
+def _beginning(run: Run) -> str:
+    """Rewards start at 0; the sigmoid loss alone, with weights that average to 1, at ln 2."""
+    config = run.config
+    weights = {config.get(f"{source}_weight", 1.0) for source in ("thinking", "perception")}
+    alone = not config.get("rpo_alpha") and (
+        config.get("normalize_source_weights", True) or weights == {1.0}
+    )
+    return "the loss starts at ln 2 = 0.693 and the rewards" if alone else "the rewards start"

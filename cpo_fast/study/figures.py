@@ -123,8 +123,9 @@ def _table_2(arms: Mapping[str, Any], note: str) -> Table:
         "Accuracy per finding, as the paper's table 2",
         ("", *PAPER_FINDINGS, "Mean"),
         tuple(rows),
-        f"{note} Ours: presence of the finding parsed from the generated diagnosis (protocol B), "
-        f"where the guess that needs no model is already right most of the time; {OTHER}.",
+        f"{note} Ours: presence of the finding, parsed from the generated diagnosis. "
+        "The majority guess, which needs no model, is already right most of the time. "
+        f"{OTHER[0].upper()}{OTHER[1:]}.",
     )
 
 

@@ -1,0 +1,157 @@
+"""The top of the page: the main result with its interval, the cards, what it was computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cpo_fast.report import tables as t
+from cpo_fast.report.evaluation_tables import NONE_PARSED, unparsed
+from cpo_fast.report.read import Run
+from cpo_fast.report.words import of_reports
+
+BASELINES = ("majority", "untrained")
+HEADLINES = {"accuracy": "accuracy", "f1": "F1"}
+
+
+def headline(evaluation: Mapping[str, Any]) -> str:
+    """The last trained model compared with SFT and with the majority guess, then its accuracy, all
+    with their intervals; "" without a diagnosis."""
+    models = t.objects(evaluation.get("classification"))
+    last = trained(models)
+    if last is None:
+        return ""
+    sentences = [
+        comparison(evaluation, last, other)
+        for other in ("sft", "majority")
+        if other in models and other != last
+    ]
+    figure = t.get(models[last], "macro", "accuracy")
+    bounds = t.interval(figure)
+    spread = f" (95 % interval {bounds})" if bounds else ""
+    studies, split = evaluation.get("studies", "?"), evaluation.get("split", "?")
+    sentences.append(
+        f"{t.name_of(last)}: {t.percent(figure.get('value'))} accuracy{spread}, mean over "
+        f"findings, {studies} studies of the {split} split."
+    )
+    share = unparsed(models[last])
+    if share == NONE_PARSED:
+        sentences.append("None of its answers can be parsed; all count as wrong.")
+    elif share:
+        lost = share.removesuffix(" not parsed").removesuffix(" answers")
+        sentences.append(f"{lost} of its answers cannot be parsed and count as wrong.")
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def trained(models: Mapping[str, Any]) -> str | None:
+    """The last model that was trained, or any that is no baseline."""
+    names = [name for name in models if name not in BASELINES]
+    return names[-1] if names else None
+
+
+def comparison(evaluation: Mapping[str, Any], model: str, other: str) -> str:
+    """A sentence on the paired differences in accuracy and F1, and whether they are significant;
+    "" where none is known."""
+    found = t.get(t.objects(evaluation.get("differences")), f"{model} - {other}")
+    parts = [difference_words(label, t.get(found, key)) for key, label in HEADLINES.items()]
+    told = "; ".join(part for part in parts if part)
+    name = "the majority guess" if other == "majority" else t.name_of(other)
+    return f"{t.name_of(model)} compared with {name}: {told}." if told else ""
+
+
+def difference_words(metric: str, figure: Mapping[str, Any]) -> str:
+    """Such as "no significant difference in accuracy, +0.1 points (−0.7 to +0.9)"."""
+    value: Any = figure.get("value")
+    if not t.is_number(value):
+        return ""
+    sure = t.significant(figure)
+    if sure is None:
+        return f"{metric} {t.points(value)} points, significance not tested"
+    what = f"no significant difference in {metric}"
+    if sure:
+        what = f"significantly {'higher' if value > 0 else 'lower'} {metric}"
+    return f"{what}, {t.points(value)} points ({t.interval(figure, t.points)})"
+
+
+def cards(run: Run) -> list[dict[str, str]]:
+    """The figures below the headline, each {"label", "value", "note"}."""
+    cards = []
+    evaluation = run.part("evaluation")
+    models = run.part("evaluation", "classification")
+    last = trained(models)
+    if last:
+        for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
+            figure = t.get(models, last, "macro", metric)
+            note = f"{t.name_of(last)}, mean over findings, {t.interval(figure)}"
+            if last != "sft" and (against := _against_sft(evaluation, last, metric)):
+                note += f"; {against}"
+            cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})
+    preference = run.part("evaluation", "preference", "cpo")
+    if figure := t.get(preference, "accuracy"):
+        note = f"CPO, {t.number(preference.get('pairs'))} held-out pairs, {t.interval(figure)}"
+        cards.append(
+            {"label": "Reward accuracy", "value": t.percent(figure.get("value")), "note": note}
+        )
+    speed = run.part("stages", "cpo")
+    if t.is_number(speed.get("pairs_per_second")):
+        note = f"CPO; {t.number(speed.get('logical_tokens_per_second'))} logical tokens/s"
+        value = t.number(speed["pairs_per_second"])
+        cards.append({"label": "Pairs per second", "value": value, "note": note})
+    data = run.part("data")
+    if t.is_number(data.get("used")):
+        rejected = sum(t.counts(data.get("rejected")).values())
+        note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
+        label = "Studies used" if of_reports(run) else "Records used"
+        cards.append({"label": label, "value": t.number(data["used"]), "note": note})
+    times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]
+    if known := [x for x in times if t.is_number(x)]:
+        cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": _timed(run)})
+    return cards
+
+
+def _against_sft(evaluation: Mapping[str, Any], model: str, metric: str) -> str:
+    found = t.get(t.objects(evaluation.get("differences")), f"{model} - sft", metric)
+    value = t.get(t.objects(evaluation.get("classification")), "sft", "macro", metric).get("value")
+    sure = t.significant(found)
+    if not t.is_number(value) or sure is None:
+        return ""
+    return f"SFT {t.percent(value)}, {'a' if sure else 'no'} significant difference"
+
+
+def _timed(run: Run) -> str:
+    """The stages whose time is known, in words."""
+    timed = [
+        name for name, s in t.objects(run.part("stages")).items() if t.is_number(s.get("seconds"))
+    ]
+    return ", ".join(t.name_of(name) for name in timed)
+
+
+def setting(run: Run) -> list[str]:
+    """Model, data set and seed of a run."""
+    labels = {"model_name_or_path": "model", "dataset": "data set", "seed": "seed"}
+    return [f"{label} {run.config[key]}" for key, label in labels.items() if key in run.config]
+
+
+def computed_on(run: Run) -> list[str]:
+    """Hardware and the main versions of a run, as far as summary.json names them."""
+    versions, hardware = run.part("versions"), run.part("hardware")
+    found = [str(hardware["device"])] if hardware.get("device") else []
+    for key, one, several in COUNTED:
+        if t.is_number(count := hardware.get(key)):
+            found.append(f"{count} {one if count == 1 else several}")
+    found += [f"{name} {versions[name]}" for name in VERSIONS if versions.get(name)]
+    if commit := versions.get("commit"):
+        found.append(f"commit {str(commit)[:10]}")
+    return found
+
+
+COUNTED = (("processes", "process", "processes"), ("threads", "CPU thread", "CPU threads"))
+VERSIONS = ("cpo_fast", "torch", "transformers", "python")
+
+
+def protocol(evaluation: Mapping[str, Any]) -> str:
+    """How the diagnosis is scored, in words; the letter of the protocol is left out."""
+    words = str(evaluation.get("protocol") or "")
+    first, colon, rest = words.partition(": ")
+    words = rest if colon and len(first) == 1 else words
+    return f"How it is scored: {words}." if words else ""

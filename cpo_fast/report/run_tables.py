@@ -1,0 +1,162 @@
+"""The tables of a run: time and throughput, data, and several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cpo_fast.report.evaluation_tables import MEAN, METRIC_NAMES, figure_row, known_rows, unparsed
+from cpo_fast.report.read import Run
+from cpo_fast.report.tables import (
+    Cell,
+    Row,
+    Table,
+    counts,
+    get,
+    in_order,
+    is_number,
+    name_of,
+    number,
+    objects,
+    percent,
+    seconds,
+)
+
+SHOWN_RECORDS = 12
+
+
+def speed_table(run: Run) -> Table | None:
+    """Steps, time and throughput of every stage in summary.json."""
+    found = objects(run.part("stages"))
+    stages = {name: found[name] for name in in_order(found)}
+    rows_of = (
+        ("steps", "Optimiser steps", number),
+        ("seconds", "Wall time", seconds),
+        ("pairs_per_second", "Pairs (SFT: samples) per second", number),
+        ("physical_tokens_per_second", "Tokens computed per second", number),
+        ("logical_tokens_per_second", "Logical tokens per second", number),
+        ("packing_efficiency", "Share of --packing_length filled", percent),
+    )
+    rows = tuple(
+        Row(label, tuple(Cell(show(stage.get(key))) for stage in stages.values()))
+        for key, label, show in rows_of
+        if any(is_number(stage.get(key)) for stage in stages.values())
+    )
+    if not rows:
+        return None
+    columns = ("", *(name_of(stage) for stage in stages))
+    note = (
+        "Throughput does not count start-up and two warm-up steps. Of a prompt that several "
+        "answers share, the tokens are computed once; logical tokens count it for every answer."
+    )
+    return Table("Stages", columns, rows, note)
+
+
+def data_tables(run: Run) -> list[Table]:
+    """What was read, used and set aside and why; the first set-aside records; targets."""
+    data = run.part("data")
+    tables = []
+    reasons = counts(data.get("rejected"))
+    counted = {k: v for k, v in data.items() if is_number(v)}
+    if counted or reasons:
+        rows = [Row(_words(k), (Cell(number(v)),)) for k, v in counted.items()]
+        rows += [Row(f"Set aside: {reason}", (Cell(number(n)),)) for reason, n in reasons.items()]
+        rows += [
+            Row(f"{_words(k)}: {name}", (Cell(number(n)),))
+            for k, inner in data.items()
+            if k != "rejected"
+            for name, n in _counted(inner)
+        ]
+        tables.append(Table("Records", ("", "Number"), tuple(rows)))
+    if run.targets:
+        rows = [Row(name, (Cell(number(n)),)) for name, n in run.targets.most_common()]
+        total = f"{number(sum(run.targets.values()))} in all."
+        tables.append(Table("Counterfactuals by target", ("", "Number"), tuple(rows), total))
+    if run.rejected:
+        rows = [
+            Row(
+                str(r.get("id") or "–"),
+                tuple(Cell(str(r.get(key) or "")) for key in ("stage", "reason", "detail")),
+                f"{r.get('file', '')}{':' + str(r['line']) if r.get('line') else ''}",
+            )
+            for r in sorted(run.rejected, key=lambda r: bool(r.get("stage")))[:SHOWN_RECORDS]
+        ]
+        more = "rejected_records.jsonl lists them all." if len(run.rejected) > SHOWN_RECORDS else ""
+        columns = ("Record", "Stage", "Reason", "Detail")
+        tables.append(Table("Records set aside", columns, tuple(rows), more, words=True))
+    return tables
+
+
+def _counted(value: Any) -> list[tuple[str, int | float]]:
+    """The numbers of a JSON object and of the objects in it, by their names."""
+    inner = [
+        (f"{name}, {key}", n) for name, v in objects(value).items() for key, n in counts(v).items()
+    ]
+    return [*counts(value).items(), *inner]
+
+
+def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
+    """One table per kind of figure, runs across."""
+    columns = ("", *names)
+    last_names, macro = zip(*map(_last_model, runs), strict=True)
+    rows = [
+        figure_row(label, [get(model, "macro", metric) for model in macro], note=MEAN)
+        for metric, label in METRIC_NAMES.items()
+    ]
+    rows.append(figure_row("All findings right", [get(model, "exact_match") for model in macro]))
+    preference = [list(objects(run.part("evaluation", "preference")).values()) for run in runs]
+    last = [models[-1] if models else {} for models in preference]
+    rows.append(figure_row("Held-out reward accuracy", [get(m, "accuracy") for m in last]))
+    rows.append(figure_row("Held-out reward margin", [get(m, "margin") for m in last], number))
+    note = "The runs may differ in their test studies, so that no run is marked as the best."
+    which = [
+        ", ".join(filter(None, (name_of(name), unparsed(model))))
+        for name, model in zip(last_names, macro, strict=True)
+    ]
+    models = ("", *which) if any(which) else ()
+    caption = "Last model of each run"
+    tables = [Table(caption, columns, known_rows(rows), note, column_notes=models)]
+    speed = []
+    for stage in dict.fromkeys(s for run in runs for s in objects(run.part("stages"))):
+        for key, label, show in (
+            ("seconds", "wall time", seconds),
+            ("pairs_per_second", "pairs per second", number),
+            ("logical_tokens_per_second", "logical tokens per second", number),
+        ):
+            cells = tuple(Cell(show(run.part("stages", stage).get(key))) for run in runs)
+            speed.append(Row(f"{name_of(stage)}: {label}", cells))
+    tables.append(Table("Time and throughput", columns, known_rows(speed)))
+    return [table for table in tables if table.rows]
+
+
+def configuration_differences(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    """The configuration keys whose values are not the same in all runs."""
+    configurations = [dict(flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for configuration in configurations for key in configuration)
+    rows = tuple(
+        Row(key, tuple(Cell(configuration.get(key, "–")) for configuration in configurations))
+        for key in keys
+        if len({configuration.get(key) for configuration in configurations}) > 1
+    )
+    return Table("Flags with different values", ("", *names), rows, words=True)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested configuration as dotted keys and readable values."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", ", ".join(map(str, value)) or "–"
+        else:
+            yield f"{prefix}{key}", "–" if value is None or value == "" else str(value)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ").capitalize()
+
+
+def _last_model(run: Run) -> tuple[str, Mapping[str, Any]]:
+    """Name and figures of the model that was evaluated last; ("", {}) without an evaluation."""
+    models = objects(run.part("evaluation", "classification"))
+    return list(models.items())[-1] if models else ("", {})
