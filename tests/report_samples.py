@@ -168,6 +168,7 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
             "rejected": {"no-findings-or-impression": 9, "image-unreadable": 3},
             "splits": {"train": 1600, "validate": 188, "test": 200},
         },
+        "hardware": {"device": "Some GPU", "processes": 2},
         "versions": {"cpo_fast": "0.1.0", "torch": "2.13.0", "commit": "0123456789abcdef"},
     }
 

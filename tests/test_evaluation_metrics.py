@@ -95,6 +95,14 @@ def test_difference_is_paired():
     same = c.difference(truth, worse, worse)
     assert same["accuracy"] == {"value": 0.0, "interval": [0.0, 0.0]}
     assert c.difference(truth, worse, truth)["accuracy"]["value"] == pytest.approx(1.0)
+    found = c.difference(truth, worse, truth)
+    assert found["micro_f1"]["value"] == pytest.approx(1.0)
+    assert found["findings"][LABEL_NAMES[0]]["accuracy"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    half = [
+        row if i % 2 else names for i, (row, names) in enumerate(zip(truth, worse, strict=True))
+    ]
+    mixed = c.difference(truth, half, truth)["findings"][LABEL_NAMES[1]]["accuracy"]
+    assert mixed["value"] == pytest.approx(0.5) and mixed["interval"][0] > 0.4
 
 
 def test_majority_guess_is_what_most_training_studies_have():

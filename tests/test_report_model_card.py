@@ -91,6 +91,14 @@ def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
     out.mkdir()
     assert card_of_export(run / "cpo" / "checkpoint-4", out) == out / "README.md"
     assert header(out / "README.md")["library_name"] == "transformers"
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "It is the adapter `checkpoint-4` of the run, merged into its base model. " in card
+    assert "The evaluation below was made before this merge." in card
+    earlier = run / "cpo" / "checkpoint-2"
+    earlier.mkdir()
+    card_of_export(earlier, out)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "evaluation below are those of `checkpoint-4`, not of this checkpoint." in card
     assert card_of_export(tmp_path / "alone" / "x" / "adapter", out) is None
 
 
@@ -132,6 +140,52 @@ def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> 
     assert "<h2>Preference optimisation</h2>" in page
 
 
+def edited(run: Path, stage: str, *, summary: Any = None, **config: Any) -> str:
+    """The card of `stage` after a change to config.json and summary.json."""
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    path = run / "summary.json"
+    found = json.loads(path.read_text())
+    for key, value in (summary or {}).items():
+        found[key] = value
+    path.write_text(json.dumps(found))
+    cards = {card.parent.parent.name: card for card in write_cards(run) if "check" in str(card)}
+    return cards[stage].read_text(encoding="utf-8")
+
+
+def test_a_run_without_evaluation_does_not_point_to_one(run: Path) -> None:
+    card = edited(run, "cpo", summary={"evaluation": {}})
+    assert "It was not evaluated. Do not use it for diagnosis." in card
+    assert "as below" not in card and "## Evaluation" not in card
+    assert "It was evaluated only as shown below." in edited(
+        run, "sft", summary={"evaluation": {"preference": {"cpo": {"pairs": 3, "split": "validate",
+        "policy_accuracy": {"value": 0.5, "interval": [0.1, 0.9]}}}}})  # fmt: skip
+
+
+def test_held_out_pairs_are_of_the_split_that_they_are_of(run: Path) -> None:
+    """A run on one's own file has no test split: its pairs come from the validation split."""
+    pairs = {"pairs": 6, "accuracy": {"value": 0.8, "interval": [0.5, 1.0]}, "split": "validate"}
+    data = {"kind": "trl", "read": 24, "used": 24, "rejected": {}}
+    card = edited(run, "cpo", summary={"evaluation": {"preference": {"cpo": pairs}}, "data": data})
+    assert "Pairs of the validate split." in card and "test split" not in card
+    assert "studies" not in card.split("## Evaluation")[1]
+
+
+def test_the_method_is_that_of_the_pairs(run: Path) -> None:
+    both = edited(run, "cpo")
+    assert "a study's report and diagnosis to a counterfactual of them, and an answer" in both
+    data = {"kind": "mimic-cxr", "counterfactual_sources": {"perception": 4}}
+    card = edited(run, "cpo", summary={"data": data}, loss_type="hinge")
+    assert "to prefer an answer with its own image to the same answer with another" in card
+    assert "a counterfactual of them" not in card and "here with the loss `hinge`" in card
+    assert "ln 2" not in card and "The answers" not in card
+    assert "An answer of the data is a report and a diagnosis" in card
+    sft = edited(run, "sft")
+    assert "It was trained on the reports and diagnoses of the data set." in sft
+    assert "eference" not in sft.split("## Data")[0]
+    assert "Computed on Some GPU with cpo_fast 0.1.0, torch 2.13.0" in sft
+
+
 def test_losses_without_a_reference_are_those_of_the_loss_op() -> None:
     assert {name for name, kind in LOSS_TYPES.items() if not kind.reference} == WITHOUT_REFERENCE
 
@@ -144,6 +198,11 @@ def test_the_reference_is_named_as_it_was(run: Path) -> None:
         "The reference is the model that the run started from, so the loss starts at ln 2 = 0.693 "
         "and the rewards at 0."
     )
+    zero = "The reference is the model that the run started from, so the rewards start at 0."
+    assert sentence(stages="cpo", rpo_alpha=1.0) == zero, "the loss has another part"
+    weights = {"normalize_source_weights": False, "perception_weight": 0.5}
+    assert sentence(stages="cpo", **weights) == zero
+    assert "ln 2" in sentence(stages="cpo", perception_weight=0.5)
     assert "SFT model" in sentence(stages="sft,cpo") and "SFT" in sentence(sft_checkpoint="x")
     assert sentence(loss_type="simpo") == "The loss simpo has no reference model."
 

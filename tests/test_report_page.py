@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
+import io
 import json
 import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -59,25 +64,69 @@ def test_the_page_has_all_parts(run):
     expected = {"evaluation", "examples", "stage-sft", "stage-cpo", "speed", "data", "graph"}
     assert expected | {"configuration"} <= sections
     for text in ("Majority guess", "Untrained", "no-findings-or-impression", "50000003", "BLEU-4",
-                 "Tokens per second as if unshared", "learning_rate", "2.13.0"):  # fmt: skip
+                 "Logical tokens per second", "learning_rate", "2.13.0"):  # fmt: skip
         assert text in page.text
     accuracy = read_run(run).summary["evaluation"]["classification"]["cpo"]["macro"]["accuracy"]
     low, high = (f"{100 * bound:.1f}" for bound in accuracy["interval"])
-    assert (
-        f"{100 * accuracy['value']:.1f}\u00a0% of cases (95 % interval {low}–{high})" in page.text
-    )
+    value = f"{100 * accuracy['value']:.1f}\u00a0%"
+    assert f"CPO: {value} accuracy (95 % interval {low}–{high})" in page.text
+    top = page.text[: page.text.index("Bold: significantly")]
+    assert "Computed on Some GPU · 2 processes · cpo_fast 0.1.0 · torch 2.13.0" in top
 
 
 def test_hostile_text_stays_text(run):
     page = Elements(run / "report.html")
     assert HOSTILE in page.text
-    assert not {"script", "iframe", "link", "object", "base", "form"} & {t for t, _ in page.tags}
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    assert scripts == [{}], "one script, and it is inline"
+    assert not {"iframe", "link", "object", "base", "form"} & {t for t, _ in page.tags}
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(sources) > 20
     assert all(source.startswith("data:image/") for source in sources)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    inline = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+    assert f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">" in html
+    assert "content=\"default-src 'none'; img-src data:; " in html
+    assert HOSTILE not in inline and "http" not in inline
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     assert links and all(link.startswith("#") for link in links)
+
+
+def test_every_table_is_there_as_csv_and_shows_cpo_first(run):
+    html = (run / "report.html").read_text(encoding="utf-8")
+    figures = re.findall(r'<figure class="table.*?</figure>', html, re.DOTALL)
+    assert len(figures) > 8
+    for figure in figures:
+        assert figure.count('<button type="button" class="copy"') == 1 and "hidden" in figure
+        text = unescape(figure.split("<pre>")[1].split("</pre>")[0])
+        rows = list(csv.reader(io.StringIO(text)))
+        assert len({len(row) for row in rows}) == 1 and len(rows) > 1
+        heads = re.findall(r"<th scope=\"col\"[^>]*>(.*?)(?:<small>|</th>)", figure)
+        if "CPO" in heads:
+            assert heads[1] == "CPO", heads
+        if "Untrained" in heads:
+            assert heads[-1] == "Untrained", heads
+        wide = figure.count('class="wide-only"') + figure.count(" wide-only")
+        shown = len(heads) - bool(wide)
+        assert 'stacked"' in figure.split(">")[0] or shown <= 4, "too wide for 390 pixels"
+        assert bool(wide) == (len(heads) == 5 and heads[-1] == "Untrained")
+    overall = next(f for f in figures if "Diagnosis, overall" in f)
+    assert overall.index("<small>no answer parsed</small>") < overall.index("0.0\u00a0%")
+
+
+def test_the_page_uses_no_undefined_or_archaic_words(run):
+    text = Elements(run / "report.html").text
+    for words in (
+        "Protocol B",
+        "protocol B",
+        "as if unshared",
+        "can do",
+        "told apart",
+        "Where each",
+    ):
+        assert words not in text, words
 
 
 def test_everything_written_is_private_and_whole(run):
@@ -208,7 +257,18 @@ def test_a_browser_shows_it_whole_and_quietly(browser, run, comparison, which, w
     browser.ask("Emulation.setEmulatedMedia", media="print")
     assert set(browser.evaluate(shown)) == {"light"}, "a dark screen does not print dark figures"
     browser.ask("Emulation.setEmulatedMedia", media="")
-    # Only a table may be wider than the page, and it scrolls inside its own frame.
-    outside = """[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&
+    # No table scrolls sideways, and nothing is wider than the page.
+    scrolled = """[...document.querySelectorAll('.scroll')].filter(e =>
+        e.scrollWidth > e.clientWidth).map(e => e.getAttribute('aria-label'))"""
+    assert browser.evaluate(scrolled) == []
+    outside = """[...document.querySelectorAll('main *')].filter(e =>
         e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.className)"""
     assert browser.evaluate(outside) == []
+    shown = "[...document.querySelectorAll('button.copy')].filter(b => b.offsetWidth).length"
+    assert browser.evaluate(shown) == browser.evaluate("document.querySelectorAll('table').length")
+    browser.evaluate("document.querySelector('button.copy').click()")
+    told = "document.querySelector('.csv [role=status]').textContent"
+    for _ in range(50):
+        if text := browser.evaluate(told):
+            break
+    assert text.startswith(("Copied", "Selected"))

@@ -170,7 +170,8 @@ def unparsed(figures: Mapping[str, Any]) -> str:
 
 def findings_by_support(models: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """The findings that occur among the true labels with their number of studies, largest first."""
-    findings = objects(next(iter(models.values()), {}).get("findings"))
+    found = (objects(figures.get("findings")) for figures in models.values())
+    findings: dict[str, dict[str, Any]] = next(filter(None, found), {})
     support = {name: figures.get("support") for name, figures in findings.items()}
     known = {name: n for name, n in support.items() if isinstance(n, int) and n > 0}
     return dict(sorted(known.items(), key=lambda item: -item[1]))
@@ -221,15 +222,22 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         for key, label, show in wanted
     ]
     rows.append(Row("Pairs", tuple(Cell(number(m.get("pairs"))) for m in shown.values())))
-    splits = {str(m.get("split")) for m in models.values() if m.get("split")}
-    where = f"Pairs of the {' and '.join(sorted(splits))} split. " if splits else ""
-    note = (
-        f"{where}Reward: beta times the log-ratio of the model to the reference, the model that "
-        "CPO started from. Reward accuracy: the share of pairs in which the chosen answer has the "
-        "higher reward. Chosen answer more likely: the same with the model's own "
-        "log-probabilities, without the reference."
+    splits = sorted({str(m["split"]) for m in models.values() if m.get("split")})
+    notes = [f"Pairs of the {' and '.join(splits)} split."] if splits else []
+    if any(get(m, "accuracy") for m in shown.values()):
+        notes.append(
+            "Reward: beta times the log-ratio of the model to the reference, the model before this "
+            "training. Reward accuracy: the share of pairs in which the chosen answer has the "
+            "higher reward."
+        )
+    notes.append(
+        "Chosen answer more likely: the share of pairs in which the model itself gives the chosen "
+        "answer the higher log-probability."
     )
-    return [Table("Preference for the chosen answer", ("", *shown), tuple(rows), note)]
+    table = Table(
+        "Preference for the chosen answer", ("", *shown), known_rows(rows), " ".join(notes)
+    )
+    return [table] if table.rows else []
 
 
 def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:

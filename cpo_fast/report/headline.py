@@ -21,6 +21,9 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     last = trained(models)
     if last is None:
         return ""
+    share = unparsed(models[last])
+    if share == NONE_PARSED:
+        return f"No answer of {t.name_of(last)} can be parsed, so there is no accuracy to compare."
     sentences = [
         comparison(evaluation, last, other)
         for other in ("sft", "majority")
@@ -34,10 +37,7 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         f"{t.name_of(last)}: {t.percent(figure.get('value'))} accuracy{spread}, mean over "
         f"findings, {studies} studies of the {split} split."
     )
-    share = unparsed(models[last])
-    if share == NONE_PARSED:
-        sentences.append("None of its answers can be parsed; all count as wrong.")
-    elif share:
+    if share:
         lost = share.removesuffix(" not parsed").removesuffix(" answers")
         sentences.append(f"{lost} of its answers cannot be parsed and count as wrong.")
     return " ".join(sentence for sentence in sentences if sentence)
@@ -56,6 +56,8 @@ def comparison(evaluation: Mapping[str, Any], model: str, other: str) -> str:
     parts = [difference_words(label, t.get(found, key)) for key, label in HEADLINES.items()]
     told = "; ".join(part for part in parts if part)
     name = "the majority guess" if other == "majority" else t.name_of(other)
+    if share := unparsed(t.get(t.objects(evaluation.get("classification")), other)):
+        name += f" ({share})"
     return f"{t.name_of(model)} compared with {name}: {told}." if told else ""
 
 
@@ -77,12 +79,13 @@ def cards(run: Run) -> list[dict[str, str]]:
     """The figures below the headline, each {"label", "value", "note"}."""
     cards = []
     evaluation = run.part("evaluation")
-    models = run.part("evaluation", "classification")
+    models = t.objects(evaluation.get("classification"))
     last = trained(models)
-    if last:
+    if last and unparsed(models[last]) != NONE_PARSED:
         for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
             figure = t.get(models, last, "macro", metric)
             note = f"{t.name_of(last)}, mean over findings, {t.interval(figure)}"
+            note += f"; {share}" if (share := unparsed(models[last])) else ""
             if last != "sft" and (against := _against_sft(evaluation, last, metric)):
                 note += f"; {against}"
             cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})

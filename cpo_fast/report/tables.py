@@ -141,7 +141,9 @@ def table_csv(table: Table) -> str:
     for i, name in enumerate(names[1:]):
         cells = [row.cells[i] if i < len(row.cells) else Cell("") for row in table.rows]
         columns.append([name, *(cell.text for cell in cells)])
-        columns.append([f"{name}: interval or note", *(cell.note for cell in cells)])
+        columns.append(
+            [f"{table.columns[i + 1]}: interval or note", *(cell.note for cell in cells)]
+        )
     kept = [c for i, c in enumerate(columns) if i % 2 == 0 or any(c[1:])]
     buffer = io.StringIO()
     csv.writer(buffer).writerows(map(_field, line) for line in zip(*kept, strict=True))
