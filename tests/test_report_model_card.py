@@ -157,9 +157,10 @@ def test_a_run_without_evaluation_does_not_point_to_one(run: Path) -> None:
     card = edited(run, "cpo", summary={"evaluation": {}})
     assert "It was not evaluated. Do not use it for diagnosis." in card
     assert "as below" not in card and "## Evaluation" not in card
-    assert "It was evaluated only as shown below." in edited(
-        run, "sft", summary={"evaluation": {"preference": {"cpo": {"pairs": 3, "split": "validate",
-        "policy_accuracy": {"value": 0.5, "interval": [0.1, 0.9]}}}}})  # fmt: skip
+    figures = {"pairs": 3, "policy_accuracy": {"value": 0.5, "interval": [0.1, 0.9]}}
+    summary = {"evaluation": {"preference": {"cpo": figures}}}
+    assert "It was evaluated only as shown below." in edited(run, "cpo", summary=summary)
+    assert "It was not evaluated; the evaluation below is of another" in edited(run, "sft")
 
 
 def test_held_out_pairs_are_of_the_split_that_they_are_of(run: Path) -> None:

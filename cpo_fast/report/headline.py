@@ -135,17 +135,19 @@ def setting(run: Run) -> list[str]:
     return [f"{label} {run.config[key]}" for key, label in labels.items() if key in run.config]
 
 
-def computed_on(run: Run) -> list[str]:
-    """Hardware and the main versions of a run, as far as summary.json names them."""
+def computed_on(run: Run) -> str:
+    """A line with the hardware and the main versions of a run, as far as summary.json has them."""
     versions, hardware = run.part("versions"), run.part("hardware")
-    found = [str(hardware["device"])] if hardware.get("device") else []
+    on = [str(hardware["device"])] if hardware.get("device") else []
     for key, one, several in COUNTED:
         if t.is_number(count := hardware.get(key)):
-            found.append(f"{count} {one if count == 1 else several}")
-    found += [f"{name} {versions[name]}" for name in VERSIONS if versions.get(name)]
+            on.append(f"{count} {one if count == 1 else several}")
+    used = [f"{name} {versions[name]}" for name in VERSIONS if versions.get(name)]
     if commit := versions.get("commit"):
-        found.append(f"commit {str(commit)[:10]}")
-    return found
+        used.append(f"commit {str(commit)[:10]}")
+    parts = [f"on {', '.join(on)}"] if on else []
+    parts += [f"with {', '.join(used)}"] if used else []
+    return f"Computed {' '.join(parts)}" if parts else ""
 
 
 COUNTED = (("processes", "process", "processes"), ("threads", "CPU thread", "CPU threads"))

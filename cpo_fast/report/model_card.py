@@ -102,7 +102,7 @@ def model_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> str:
         f"cpo_fast{version}, on {_data_words(run)}",
         _method(run, stage),
         *_merged_words(run, stage, merged, evaluated=bool(tables)),
-        _limits(run, evaluated=bool(tables)),
+        _limits(run, stage, evaluated=bool(tables)),
         "## Use",
         _use(adapter=adapter, sees=sees),
         "## Data",
@@ -132,8 +132,12 @@ def _merged_words(run: Run, stage: str, merged: str, *, evaluated: bool) -> list
     return [f"{text} The evaluation below was made before this merge." if evaluated else text]
 
 
-def _limits(run: Run, *, evaluated: bool) -> str:
-    how = "It was evaluated only as shown below." if evaluated else "It was not evaluated."
+def _limits(run: Run, stage: str, *, evaluated: bool) -> str:
+    how = "It was not evaluated."
+    if any(stage in objects(part) for part in run.part("evaluation").values()):
+        how = "It was evaluated only as shown below."
+    elif evaluated:
+        how = "It was not evaluated; the evaluation below is of another model of the run."
     drawn = ""
     if data_kind(run) == "phantom":
         drawn = " The radiographs of the phantom are drawn by a program."

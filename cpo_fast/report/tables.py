@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NAMES = {"majority": "Majority guess", "untrained": "Untrained", "sft": "SFT", "cpo": "CPO"} | {
+    "images": "Image check",
     "graph": "Concept graph",
     "counterfactual": "Counterfactuals",
     "evaluate": "Evaluation",
