@@ -122,6 +122,16 @@ def test_a_preset_says_what_it_changes() -> None:
     assert said("--dataset", "d", "--preset", "paper").count("expand_pairs=true") == 1
 
 
+def test_a_flag_for_a_stage_that_does_not_run_is_named() -> None:
+    text = said("--stages", "sft", "--max_steps", "20", "--max_length", "99", "--lora_r", "4")
+    assert "not used by --stages sft: --max_steps (SFT has --sft_max_steps)" in text
+    assert "not used by --stages cpo: --sft_max_steps" in said(
+        "--stages", "cpo", "--sft_max_steps", "20", "--sft_checkpoint", "m", "--max_steps", "3"
+    )
+    for stages in ("sft,cpo", "evaluate"):
+        assert "not used" not in said("--stages", stages, "--max_steps", "20", "--beta", "0.2")
+
+
 def test_settings_are_printed_before_a_wrong_path_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

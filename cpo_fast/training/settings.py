@@ -31,6 +31,8 @@ belong to SFT, the others to CPO or both; --lora-r is --lora_r. The defaults bel
 without --dataset and --model_name_or_path, those of phantom.yaml (tiny model, phantom data) apply.
 """
 FLAGS = {f.name: f for f in fields(TrainArguments)}
+SHARED = ("max_length", "lr_scheduler_type", "lr_scheduler_kwargs")
+"""These hold for SFT too, where its own flag is not given."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,21 @@ class Settings:
                 and getattr(self.args, name) != FLAGS[name].default
             ]
             texts += [f"  {layer.name}: {', '.join(shown)}"] if shown else []
+        if idle := self._idle():
+            texts.append(f"  not used by --stages {self.args.stages}: {', '.join(idle)}")
         return [line for text in texts for line in _wrapped(text)]
+
+    def _idle(self) -> list[str]:
+        """Flags of the command line for a stage that does not run, which another flag is for."""
+        running = self.args.stage_names
+        found = []
+        for name in self.layers[-1].values:
+            twin = f"sft_{name}"
+            if name.startswith("sft_") and "sft" not in running and name != "sft_checkpoint":
+                found.append(f"--{name}")
+            elif twin in FLAGS and name not in SHARED and "cpo" not in running and "sft" in running:
+                found.append(f"--{name} (SFT has --{twin})")
+        return found
 
 
 def read_settings(argv: Sequence[str] | None = None) -> Settings:
