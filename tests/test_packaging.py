@@ -165,7 +165,7 @@ def test_the_console_command(python: str, tmp_path: Path) -> None:
     listed = run(command, tmp_path, "--help")
     assert listed.returncode == 0 and all(f"\n  {name} " in listed.stdout for name in COMMANDS)
     wrong = run(command, tmp_path, "trian")
-    assert wrong.returncode == 2 and "no command 'trian'" in wrong.stderr
+    assert wrong.returncode == 2 and "trian is not a command; did you mean train?" in wrong.stderr
     drawn = run(command, tmp_path, "phantom", "--output_dir", "d", "--num_studies", "2")
     assert drawn.returncode == 0 and (tmp_path / "d" / "files").is_dir(), drawn.stderr
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from cpo_fast.train import main
+from cpo_fast.training.arguments import parse_arguments
 from cpo_fast.training.checkpoint import damage_of
 from cpo_fast.training.metrics import TIMING_FIELDS
+from cpo_fast.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -136,6 +138,20 @@ def test_a_second_run_does_not_overwrite_checkpoints(
     assert train(finished, "--stages", "sft") == 2
     assert "--overwrite_output_dir" in capsys.readouterr().err
     assert (finished / "sft" / "checkpoint-6" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("stages", "kept"), [("cpo", False), ("evaluate", True)])
+def test_figures_of_models_that_are_trained_again_are_not_kept(
+    tmp_path: Path, stages: str, kept: bool
+) -> None:
+    before = {"stages": {"sft": {}, "evaluate": {}}, "evaluation": {"preference": {}}}
+    (tmp_path / "summary.json").write_text(json.dumps(before))
+    (tmp_path / "evaluation.json").write_text("{}")
+    flags = ["--dataset", "phantom", "--output_dir", str(tmp_path), "--stages", stages]
+    folder = RunFolder(parse_arguments(flags))
+    assert ("evaluation" in folder.summary) is kept
+    assert ("evaluate" in folder.summary["stages"]) is kept and "sft" in folder.summary["stages"]
+    assert (tmp_path / "evaluation.json").exists() is kept
 
 
 def test_cpo_alone_starts_from_an_earlier_runs_files(finished: Path, tmp_path: Path) -> None:

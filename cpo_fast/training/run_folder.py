@@ -23,7 +23,8 @@ from cpo_fast.types import RejectedRecord
 
 
 class RunFolder:
-    """`output_dir` of a run. Opening it writes config.json and clears the stages that will run.
+    """`output_dir` of a run. Opening it writes config.json and clears the stages that will run,
+    and the evaluation of models that will be trained.
 
     Only rank 0 of `world` writes; the others read what it left there. In a dry run nobody writes:
     what is read but not there (phantom, tiny model) is made in a temporary folder that goes at the
@@ -57,6 +58,10 @@ class RunFolder:
         self.summary["stages"] = {
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
+        if {"sft", "cpo"} & set(args.stage_names):  # figures of models that are trained again
+            self.summary.pop("evaluation", None)
+            self.summary["stages"].pop("evaluate", None)
+            (self.path / "evaluation.json").unlink(missing_ok=True)
 
     @property
     def writes(self) -> bool:
