@@ -22,7 +22,7 @@ from cpo_fast.data import STUDY_FORMATS, is_preference_file
 from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
-from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, split
+from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, Number, split
 from cpo_fast.locks import lock_folder
 
 SUITES = ("classification", "report", "zero_shot", "drift")
@@ -60,6 +60,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_samples", type=POSITIVE, help="limit of studies")
     add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")
     add("--max_pixels", type=POSITIVE, help="largest image area (default: the model's own)")
+    add("--beta", type=Number(above=0), default=0.1, help="scale of the rewards of pairs")
     add("--max_new_tokens", type=POSITIVE, default=256, help="longest generated answer")
     add("--batch_size", type=POSITIVE, default=32, help="studies per generation batch")
     add("--packing_length", type=POSITIVE, default=4096, help="tokens per pack when scoring")

@@ -11,9 +11,6 @@ from typing import Any
 from cpo_fast.errors import DataError
 from cpo_fast.evaluation.cohort import Cohort, Loaded
 
-BETA = 0.1
-"""Of the rewards' margin; which answer has the higher reward does not depend on it."""
-
 
 def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
     """(`evaluation` of summary.json, what was read). All rows of the file are used, up to
@@ -59,7 +56,7 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
     if not scored:
         raise DataError(f"evaluation: no pair of {len(encoded.groups)} records could be read")
     columns: dict[str, Any] = scored
-    figures = preference(**columns, beta=BETA, seed=args.seed)
+    figures = preference(**columns, beta=args.beta, seed=args.seed)
     if not adapted:
         figures = {name: figures[name] for name in ("pairs", "policy_accuracy")}
     cohort = Cohort([], [], [], [], source.read, [*source.rejected, *encoded.rejected, *failed])

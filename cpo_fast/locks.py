@@ -137,7 +137,7 @@ def _take(file: Path, what: str) -> int:
                     "still runs, the file system does not share locks between hosts: stop one",
                     file=sys.stderr,
                 )
-            started = datetime.now().astimezone().isoformat(" ", "seconds")
+            started = _process_start().astimezone().isoformat(" ", "seconds")
             _held[file] = Holder(os.getpid(), socket.gethostname(), started)
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(asdict(_held[file])).encode(), 0)
@@ -146,6 +146,17 @@ def _take(file: Path, what: str) -> int:
             _held.pop(file, None)
             os.close(handle)
             raise
+
+
+def _process_start() -> datetime:
+    """When this process began, as Linux tells it; elsewhere now."""
+    try:
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        lines = Path("/proc/stat").read_text().splitlines()
+        boot = next(line for line in lines if line.startswith("btime")).split()[1]
+        return datetime.fromtimestamp(int(boot) + int(ticks) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return datetime.now()
 
 
 def _lock(handle: int) -> bool | None:

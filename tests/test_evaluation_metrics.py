@@ -164,8 +164,17 @@ def test_preference_of_a_case_worked_out_by_hand():
 def test_policy_equal_to_reference_has_no_reward():
     logps = [-10.0, -12.0]
     result = preference(logps, logps, logps, logps, beta=0.1, groups=["a", "a"])
-    assert result["accuracy"] == {"value": 0.0, "interval": [0.0, 0.0]}
-    assert result["margin"]["value"] == 0
+    assert result["accuracy"] == {"value": 0.0, "interval": [0.0, pytest.approx(0.975)]}
+    assert result["margin"] == {"value": 0.0, "interval": None}  # of one study
+
+
+def test_few_pairs_that_are_all_won_are_no_certainty():
+    won, lost = [-10.0] * 4, [-12.0] * 4
+    result = preference(won, lost, lost, won, beta=0.5)
+    # Clopper and Pearson 1934: 4 of 4 are compatible with 39.8 % at the level of 95 %.
+    assert result["accuracy"] == {"value": 1.0, "interval": [pytest.approx(0.3976, abs=1e-4), 1.0]}
+    assert result["policy_accuracy"]["interval"] == result["accuracy"]["interval"]
+    assert result["beta"] == 0.5
 
 
 def test_preference_refuses_what_it_cannot_use():

@@ -64,7 +64,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "labels -1 for padding": {"labels": label(7, -1)},
     "`labels` that are all ignored": {"labels": torch.full((T,), -100)},
     "lengths as `segment_ids`": {"segment_ids": torch.tensor([4, 4])},
-    "a mask as `segment_ids`": {"segment_ids": torch.ones(T).bool()},
+    "a boolean mask as `segment_ids`": {"segment_ids": torch.ones(T).bool()},
     "a pair beyond the segments": {"pairs": torch.tensor([[0, 2]])},
     "`pairs` [2, P], P not 2": {"pairs": torch.tensor([[0, 1, 0], [1, 0, 1]])},
     "`pairs` [2, 2] transposed, a segment twice in a row": {

@@ -122,7 +122,7 @@ def test_sources_of_one_model_are_not_ranked() -> None:
     one = {"pairs": 9, "accuracy": low, "sources": sources, "split": "validate"}
     (shown,) = evaluation_tables({"preference": {"cpo": one}})
     assert shown.columns == ("", "CPO", "CPO, thinking", "CPO, perception")
-    assert bold(shown) == set() and shown.note.startswith("Pairs of the validate split.")
+    assert bold(shown) == set() and shown.note.startswith("Held-out pairs.")
     (alone,) = evaluation_tables({"preference": {"x": {"pairs": 9, "policy_accuracy": high}}})
     assert "eward" not in str(alone), "there is no reference"
 

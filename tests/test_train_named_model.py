@@ -121,7 +121,7 @@ def test_a_path_is_a_model_a_stage_or_an_error_that_blames_its_flag(
     assert find_checkpoint(sft, "--model") == sft / "merged"
     assert find_checkpoint(sft, "--merge", adapter=True) == sft / "checkpoint-1"
     (sft / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"")
-    (run / "config.json").unlink()
+    (run / "config.json").write_text(json.dumps({"stages": "sft", "beta": 0.1}))  # of the run
     errors = {
         run: f"--sft_checkpoint {run} is the folder of a run: name {sft}",
         tmp_path / "none": f"--sft_checkpoint {tmp_path / 'none'}: no such model folder",

@@ -27,9 +27,11 @@ def preference(
     reward = beta x (log pi - log pi_ref), as in the loss (arXiv 2505.13081; DPO, arXiv 2305.18290).
     Returns {"pairs", "accuracy" (chosen reward above the rejected one, strictly), "margin",
     "chosen_reward", "rejected_reward" (means), "policy_accuracy" (the policy's own log-probs alone,
-    whatever the reference)}; the accuracies and the margin as {"value", "interval"}, 95 % by
+    whatever the reference), "beta"}; accuracies and margin as {"value", "interval"}, 95 % by
     bootstrap over `groups` ([P] names, such as study ids; pairs of one study are not independent)
-    or over pairs. With `sources` [P] (thinking, perception) of more than one kind, "sources" holds
+    or over pairs. Where all pairs are won, or none, every draw says the same: the accuracy's bound
+    is then the exact binomial one for that many groups. One group alone gives a margin no interval.
+    With `sources` [P] (thinking, perception) of more than one kind, "sources" holds
     the same figures of each. Raises UsageError for unequal lengths, no pair, or values that are not
     finite.
     """
@@ -50,18 +52,31 @@ def preference(
     keys = np.arange(pairs) if groups is None else np.unique(list(groups), return_inverse=True)[1]
     weights = _pair_weights(keys, bootstrap, seed)
 
+    studies = int(keys.max()) + 1
+
     def figure(values: np.ndarray) -> dict[str, Any]:
+        if studies == 1:
+            return {"value": float(values.mean()), "interval": None}
         spread = (weights @ values) / weights.sum(axis=1)
         low, high = np.quantile(spread, [0.025, 0.975])
         return {"value": float(values.mean()), "interval": [float(low), float(high)]}
 
+    def share(won: np.ndarray) -> dict[str, Any]:
+        least = 0.025 ** (1 / studies)  # Clopper and Pearson 1934
+        if won.all():
+            return {"value": 1.0, "interval": [least, 1.0]}
+        if not won.any():
+            return {"value": 0.0, "interval": [0.0, 1 - least]}
+        return figure(won.astype(np.float64))
+
     figures: dict[str, Any] = {
         "pairs": pairs,
-        "accuracy": figure((chosen > rejected).astype(np.float64)),
+        "beta": beta,
+        "accuracy": share(chosen > rejected),
         "margin": figure(chosen - rejected),
         "chosen_reward": float(chosen.mean()),
         "rejected_reward": float(rejected.mean()),
-        "policy_accuracy": figure((vectors[0] > vectors[1]).astype(np.float64)),
+        "policy_accuracy": share(vectors[0] > vectors[1]),
     }
     names = list(dict.fromkeys(sources or ()))
     if sources is not None and len(names) > 1:

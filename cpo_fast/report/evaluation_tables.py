@@ -223,12 +223,13 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     ]
     rows.append(Row("Pairs", tuple(Cell(number(m.get("pairs"))) for m in shown.values())))
     splits = sorted({str(m["split"]) for m in models.values() if m.get("split")})
-    notes = [f"Pairs of the {' and '.join(splits)} split."] if splits else []
+    held = {"validate": "Held-out pairs.", "test": "Pairs of the test split."}
+    notes = [held.get(split, f"Pairs of the {split} split.") for split in splits]
     if any(get(m, "accuracy") for m in shown.values()):
         notes.append(
-            "Reward: beta times the log-ratio of the model to the reference, the model before this "
-            "training. Reward accuracy: the share of pairs in which the chosen answer has the "
-            "higher reward."
+            f"Reward: beta{_betas(shown)} times the log-ratio of the model to the reference, the "
+            "model before this training. Reward accuracy: the share of pairs in which the chosen "
+            "answer has the higher reward."
         )
     notes.append(
         "Chosen answer more likely: the share of pairs in which the model itself gives the chosen "
@@ -238,6 +239,11 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         "Preference for the chosen answer", ("", *shown), known_rows(rows), " ".join(notes)
     )
     return [table] if table.rows else []
+
+
+def _betas(models: Mapping[str, Mapping[str, Any]]) -> str:
+    found = sorted({m["beta"] for m in models.values() if is_number(m.get("beta"))})
+    return f" ({', '.join(map(number, found))})" if found else ""
 
 
 def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:

@@ -91,7 +91,9 @@ def cards(run: Run) -> list[dict[str, str]]:
             cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})
     preference = run.part("evaluation", "preference", "cpo")
     if figure := t.get(preference, "accuracy"):
-        note = f"CPO, {t.number(preference.get('pairs'))} held-out pairs, {t.interval(figure)}"
+        pairs = preference.get("pairs")
+        note = f"CPO, {t.number(pairs)} held-out {'pair' if pairs == 1 else 'pairs'}"
+        note += f", {bounds}" if (bounds := t.interval(figure)) else ""
         cards.append(
             {"label": "Reward accuracy", "value": t.percent(figure.get("value")), "note": note}
         )

@@ -117,7 +117,8 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
             return {}
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        notes.append(f"{path.name} is missing")
+        if path.name != "evaluation.json":  # it holds examples, which not every run has
+            notes.append(f"{path.name} is missing")
         return {}
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__})")

@@ -51,7 +51,17 @@ def find_checkpoint(named: str | Path, flag: str, *, adapter: bool = False) -> P
 
 
 def _holds_model(folder: Path) -> bool:
-    return is_adapter(folder) or (folder / "config.json").is_file()
+    file = folder / "config.json"
+    return is_adapter(folder) or (file.is_file() and not _is_of_run(file))
+
+
+def _is_of_run(file: Path) -> bool:
+    """Whether a config.json holds the flags of a run, not a model's configuration."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "stages" in found and "model_type" not in found
 
 
 def _is_stage(folder: Path) -> bool:

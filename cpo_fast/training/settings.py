@@ -100,7 +100,8 @@ def read_settings(argv: Sequence[str] | None = None) -> Settings:
     named = " and ".join(f"--{name}" for name in CHOOSES_BASE if name in in_file | given)
     of_base: dict[str, Any] = {}
     if named:
-        base = f"the paper's (defaults of --help), because {named} is set"
+        are = "are" if " and " in named else "is"
+        base = f"the paper's (defaults of --help), because {named} {are} set"
     else:
         of_base = read_config(EMBEDDED)
         base = (

@@ -224,6 +224,8 @@ def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | Non
         return str(found) if found else None
 
     found = folder.world.on_main(find)
+    if found is None and args.resume_from_checkpoint is not None and folder.writes:
+        print(f"{stage}: no checkpoint to resume from in {folder.path / stage}: it starts anew")
     return Path(found) if found else None
 
 
