@@ -168,7 +168,7 @@ def test_held_out_pairs_are_of_the_split_that_they_are_of(run: Path) -> None:
     pairs = {"pairs": 6, "accuracy": {"value": 0.8, "interval": [0.5, 1.0]}, "split": "validate"}
     data = {"kind": "trl", "read": 24, "used": 24, "rejected": {}}
     card = edited(run, "cpo", summary={"evaluation": {"preference": {"cpo": pairs}}, "data": data})
-    assert "Pairs of the validate split." in card and "test split" not in card
+    assert "Held-out pairs." in card and "test split" not in card
     assert "studies" not in card.split("## Evaluation")[1]
 
 
