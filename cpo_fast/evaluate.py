@@ -18,8 +18,7 @@ from typing import Any
 
 from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
-from cpo_fast.data import STUDY_FORMATS, is_preference_file
-from cpo_fast.data.preferences import PREFERENCE_FORMATS
+from cpo_fast.data import DATASET_FORMATS, is_preference_file
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, Number, split
@@ -27,7 +26,6 @@ from cpo_fast.locks import lock_folder
 
 SUITES = ("classification", "report", "zero_shot", "drift")
 DEFAULT_SUITE = "classification,report"
-FORMATS = (*STUDY_FORMATS, *(name for name in PREFERENCE_FORMATS if name not in STUDY_FORMATS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +50,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", required=True, type=Path, help="folder of the results (mode 0700)")
     add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
     add("--split", default="test", choices=("train", "validate", "test"), help="which studies")
-    add("--dataset_format", default="auto", choices=FORMATS, metavar="NAME",
-        help=f"format (auto: detected automatically): {', '.join(FORMATS)}")  # fmt: skip
+    add("--dataset_format", default="auto", choices=DATASET_FORMATS, metavar="NAME",
+        help=f"format (auto: detected automatically): {', '.join(DATASET_FORMATS)}")  # fmt: skip
     add("--image_root", help="folder of the images where the data set does not hold them")
     add("--uncertain_labels", default="negative", choices=("negative", "positive"),
         help="how uncertain labels count")  # fmt: skip
@@ -98,6 +96,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     check_paths(args)
     with lock_folder(args.output_dir):
+        make_private(args.output_dir)
         return evaluate_suites(args)
 
 
@@ -115,11 +114,9 @@ def evaluate_suites(args: argparse.Namespace) -> Path:
         from cpo_fast.evaluate_preferences import evaluate_preferences
 
         evaluation, cohort = evaluate_preferences(args, loaded)
-        make_private(args.output_dir)
         return write_results(args, cohort, evaluation)
     if is_csv(args.dataset):
         evaluation, cohort = evaluate_csv(args, loaded)
-        make_private(args.output_dir)
         return write_results(args, cohort, evaluation)
     cohort = read(args, loaded)
     answers = diagnose_cohort(args, loaded, cohort)
@@ -147,7 +144,6 @@ def evaluate_suites(args: argparse.Namespace) -> Path:
             evaluation["drift"] = {loaded.name: figures}
         except DataError as error:  # the other suites are written first
             no_drift = error
-    make_private(args.output_dir)
     examples = evaluation_examples(
         cohort.studies,
         {loaded.name: answers},

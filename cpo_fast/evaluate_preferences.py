@@ -18,7 +18,6 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
     """
     from cpo_fast.data import open_preferences
     from cpo_fast.evaluation.preference import preference
-    from cpo_fast.loss.losses import LOSS_TYPES
     from cpo_fast.model.packed import PackedModel
     from cpo_fast.packing import encode_all
     from cpo_fast.training.objectives import CPOObjective
@@ -42,9 +41,8 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
     )
     packed = PackedModel(loaded.model.eval())
     adapted = hasattr(loaded.model, "peft_config")
-    # A whole model has nothing below it to compare with: a loss without a reference asks for none.
-    without = next(name for name, kind in LOSS_TYPES.items() if not kind.reference)
-    objective = CPOObjective(packed, loss_type="sigmoid" if adapted else without)
+    # A whole model has nothing below it to compare with: simpo asks for no reference.
+    objective = CPOObjective(packed, loss_type="sigmoid" if adapted else "simpo")
     scored, failed = score_pairs(
         objective,
         encoded.groups,
@@ -55,11 +53,10 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
     )
     if not scored:
         raise DataError(f"evaluation: no pair of {len(encoded.groups)} records could be read")
-    columns: dict[str, Any] = scored
-    figures = preference(**columns, beta=args.beta, seed=args.seed)
+    figures = preference(**scored, beta=args.beta, seed=args.seed)
     if not adapted:
         figures = {name: figures[name] for name in ("pairs", "policy_accuracy")}
     cohort = Cohort([], [], [], [], source.read, [*source.rejected, *encoded.rejected, *failed])
-    cohort.pairs_of = len(encoded.groups) - len(failed)
+    cohort.scored = len(encoded.groups) - len(failed)
     cohort.left_out = len(records) - len(used)
     return {"preference": {loaded.name: figures}}, cohort

@@ -222,7 +222,7 @@ def evaluate(
                 description=f"answers of {name}",
             )
         if name == "cpo" and held_out:
-            scored: dict[str, Any] = pair_logps(args, folder, base, model, held_out)
+            scored = pair_logps(args, folder, base, model, held_out)
             rewards[name] = preference(**scored, beta=args.beta, seed=args.seed)
             rewards[name]["split"] = pairs_of
         del model

@@ -12,6 +12,7 @@ from cpo_fast.model.build import add_lora, tiny_text_model
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.packing import collate
+from cpo_fast.training.flag_names import METRICS
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import PreferenceGroup, Prompt
 
@@ -34,6 +35,7 @@ def test_loss_is_log_2_and_rewards_are_0(impl: str, dtype: torch.dtype) -> None:
     loss, values = objective.summed(batch)
     assert float(loss.detach()) / 6 == pytest.approx(math.log(2), abs=5e-5)
     row = objective.row({name: float(torch.as_tensor(v).detach()) for name, v in values.items()})
+    assert set(row) == set(METRICS), "what --metric_for_best_model takes"
     assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margins"] == 0
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

@@ -11,9 +11,8 @@ import torch
 from transformers import SchedulerType
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from cpo_fast.data import STUDY_FORMATS
+from cpo_fast.data import DATASET_FORMATS
 from cpo_fast.data.labels import UNCERTAIN_POLICIES
-from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.data.sections import RULES
 from cpo_fast.errors import UsageError
 from cpo_fast.loss.api import impl_obstacles
@@ -21,7 +20,7 @@ from cpo_fast.loss.checks import loss_options
 from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.model import packed
 from cpo_fast.packing.encode import OverLong
-from cpo_fast.training import flag_names, objectives
+from cpo_fast.training import flag_names
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.flag_ranges import range_of
 from cpo_fast.training.schedule import schedule_fault
@@ -34,13 +33,11 @@ VALUES = {"num_decay_steps": 2, "num_stable_steps": 2, "warmup_type": "linear", 
 
 
 def test_names_equal_those_of_their_users() -> None:
-    formats = tuple(dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS)))
-    assert formats == flag_names.DATASET_FORMATS
+    assert DATASET_FORMATS == flag_names.DATASET_FORMATS
     assert RULES == flag_names.SECTION_RULES
     assert sorted(UNCERTAIN_POLICIES) == list(flag_names.LABEL_POLICIES)
     assert get_args(OverLong) == flag_names.TRUNCATIONS
     assert packed.ATTENTIONS == flag_names.ATTENTIONS
-    assert objectives.METRICS == flag_names.METRICS
     assert tuple(impl_obstacles()) == flag_names.LOSS_IMPLS
 
 

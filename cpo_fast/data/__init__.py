@@ -10,12 +10,18 @@ from pathlib import Path
 from cpo_fast.data import mimic, openi
 from cpo_fast.data.mimic import MimicSource
 from cpo_fast.data.openi import OpenISource
-from cpo_fast.data.preferences import PreferenceSource, is_preference_file, open_preferences
+from cpo_fast.data.preferences import (
+    PREFERENCE_FORMATS,
+    PreferenceSource,
+    is_preference_file,
+    open_preferences,
+)
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import StudySource
 from cpo_fast.errors import DataError, UsageError
 
 STUDY_FORMATS = ("auto", "mimic-cxr", "open-i")
+DATASET_FORMATS = tuple(dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS)))
 
 
 def _holds_xml(folder: str) -> bool:
@@ -96,6 +102,7 @@ def open_studies(
 
 
 __all__ = [
+    "DATASET_FORMATS",
     "STUDY_FORMATS",
     "MimicSource",
     "OpenISource",

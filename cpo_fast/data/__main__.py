@@ -11,11 +11,10 @@ from typing import Any
 
 from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
-from cpo_fast.data import STUDY_FORMATS, is_preference_file, open_preferences, open_studies
+from cpo_fast.data import DATASET_FORMATS, is_preference_file, open_preferences, open_studies
 from cpo_fast.data.check import IMAGE_CHECKS, check, table, write
 from cpo_fast.data.export import FORMATS, export
 from cpo_fast.data.lengths import Lengths
-from cpo_fast.data.preferences import PREFERENCE_FORMATS
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
 from cpo_fast.errors import CpoFastError
@@ -76,9 +75,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _add_data(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--dataset", required=True, help="folder, file, or the name open-i")
-    formats = dict.fromkeys((*STUDY_FORMATS, *PREFERENCE_FORMATS))
-    add("--dataset_format", choices=formats, default="auto", metavar="NAME",
-        help=f"format (auto: detected automatically): {', '.join(formats)}")  # fmt: skip
+    add("--dataset_format", choices=DATASET_FORMATS, default="auto", metavar="NAME",
+        help=f"format (auto: detected automatically): {', '.join(DATASET_FORMATS)}")  # fmt: skip
     add("--image_root", metavar="PATH", help="folder that image paths are relative to")
     add("--sections", choices=RULES, default="careful", help="parser of report sections")
     add("--max_images", type=POSITIVE, default=1, help="images per study, frontal views first")

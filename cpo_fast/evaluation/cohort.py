@@ -53,11 +53,11 @@ class Cohort:
     read: int
     rejected: list[RejectedRecord]
     left_out: int = 0  # records of other splits, or beyond --max_samples
-    pairs_of: int | None = None  # records of a preference file that were scored, which has no study
+    scored: int | None = None  # records of a preference file, which has no studies
 
     @property
     def used(self) -> int:
-        return len(self.studies) if self.pairs_of is None else self.pairs_of
+        return len(self.studies) if self.scored is None else self.scored
 
     def drop(self, failed: Mapping[int, RecordError]) -> None:
         """Set aside the studies of these numbers. Raises DataError when none is left."""

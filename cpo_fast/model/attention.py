@@ -30,6 +30,8 @@ from cpo_fast.types import PackedBatch
 BRANCHES = "cpo_fast_branches"
 """The name under which transformers finds `branch_attention`."""
 
+HALF = (torch.bfloat16, torch.float16)
+
 SHORTEST_FLEX = 1024
 """Rows of fewer tokens are filled up to this many for flex_attention."""
 
@@ -258,6 +260,11 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
         return flash_attn_varlen_func(*qkv_ends, softmax_scale=scale, causal=causal)
 
     return by_flash_attn
+
+
+def kernel_takes(head_size: int) -> bool:
+    """Whether the kernels of `varlen_kernel` have heads of this size."""
+    return head_size % 8 == 0 and head_size <= 256
 
 
 class FlexLayout:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-HALF = (torch.bfloat16, torch.float16)
+from cpo_fast.model.attention import HALF
 
 
 def use_fused_lora(model: PeftModel) -> None:

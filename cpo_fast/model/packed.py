@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
-LARGEST_FLASH_HEAD = 256
 
 
 class PackedModel:
@@ -181,9 +180,12 @@ class _Prepared:
 
 def attention_for(model: PreTrainedModel) -> str:
     """What "auto" is for a model: "varlen" where it can run, else "gathered"."""
+    from cpo_fast.model.attention import kernel_takes
+
     text: Any = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if head > LARGEST_FLASH_HEAD or head % 8 or getattr(text, "attention_dropout", 0.0):
+    dropout = getattr(text, "attention_dropout", 0.0)
+    if dropout or not kernel_takes(head):
         return "gathered"
     try:
         _check_varlen(model.device.type, model.dtype)
@@ -204,14 +206,14 @@ def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
 
 
 def _check_varlen(device: str, dtype: torch.dtype) -> None:
-    from cpo_fast.model.attention import varlen_kernel
+    from cpo_fast.model.attention import HALF, varlen_kernel
 
     if varlen_kernel() is None:
         raise UsageError(
             "attention='varlen' needs torch.nn.attention.varlen, or flash-attn; this torch "
             f"{torch.__version__} is without both; use 'gathered' or 'sdpa'"
         )
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device != "cuda" or dtype not in HALF:
         raise UsageError(
             f"attention='varlen' needs a CUDA model in bfloat16 or float16, this one is "
             f"{dtype} on {device}; use 'gathered' or 'sdpa'"

@@ -1,9 +1,8 @@
 """Attention in a vision tower: every patch sees its own window, or its own image.
 
 transformers splits a row of patches at the windows' ends and calls the attention function for each
-one: at 504 x 504 pixels 28 layers x 25 windows x three dozen launches per image. Here a layer is
-one call: variable-length flash attention on CUDA in half precision, else one SDPA call for all
-windows of a length.
+one: 25 times a layer for an image of 504 x 504 pixels. Here a layer is one call: variable-length
+flash attention on CUDA in half precision, else one SDPA call for all windows of a length.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cpo_fast.model.attention import varlen_kernel
+from cpo_fast.model.attention import HALF, kernel_takes, varlen_kernel
 
 WINDOWS = "cpo_fast_flash_windows"
 """The name of `window_attention`. To functions with "flash" in their name transformers hands the
@@ -97,8 +96,7 @@ def window_attention(
 
 
 def _takes_flash(q: torch.Tensor) -> bool:
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_cuda and q.dtype in HALF and kernel_takes(q.shape[-1])
 
 
 AttentionInterface.register(WINDOWS, window_attention)

@@ -61,6 +61,8 @@ def read_run(path: Path | str) -> Run:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: name the output_dir of a run")
     notes: list[str] = []
+    file = folder / "evaluation.json"  # which not every run has
+    shown = _object(file, notes) if file.exists() else {}
     run = Run(
         path=folder,
         config=_object(folder / "config.json", notes),
@@ -70,8 +72,8 @@ def read_run(path: Path | str) -> Run:
             if isinstance(row.get("stage"), str) and _finite(row.get("step"))
         ],
         summary=_object(folder / "summary.json", notes),
-        examples=_examples(folder, notes),
-        drifts=_list(_object(folder / "evaluation.json", []).get("drift")),
+        examples=_list(shown.get("examples")) or _counterfactuals(folder),
+        drifts=_list(shown.get("drift")),
         targets=Counter(
             str(row.get("target"))
             for row in _lines(folder / "counterfactuals.jsonl", notes)
@@ -96,10 +98,8 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300
 
 
-def _examples(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The examples of evaluation.json, else the first counterfactuals without any answers."""
-    if found := _list(_object(folder / "evaluation.json", notes).get("examples")):
-        return found
+def _counterfactuals(folder: Path) -> list[dict[str, Any]]:
+    """The first counterfactuals, as examples without any answers."""
     wanted = ("study_id", "report", "labels", "counterfactual", "target")
     rows = zip(_lines(folder / "counterfactuals.jsonl", []), range(4), strict=False)
     return [{key: row.get(key) for key in wanted} for row, _ in rows]
@@ -117,8 +117,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
             return {}
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if path.name != "evaluation.json":  # it holds examples, which not every run has
-            notes.append(f"{path.name} is missing")
+        notes.append(f"{path.name} is missing")
         return {}
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__})")

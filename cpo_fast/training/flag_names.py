@@ -27,6 +27,7 @@ METRICS = (
     "logps/rejected",
     "nll_loss",
 )
+"""What a row of CPO holds, of all pairs or, with `/<source>` behind the name, of a source's."""
 
 
 class Loss(NamedTuple):

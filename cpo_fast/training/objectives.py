@@ -170,19 +170,6 @@ class CPOObjective:
         return row
 
 
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "nll_loss",
-)
-"""What a row of CPO holds, of all pairs or, with `/<source>` behind the name, of a source's."""
-
-
 def _means(sums: dict[str, float]) -> dict[str, float]:
     pairs = sums["samples"]
     row = {name: value / pairs for name, value in sums.items() if "/" in name}

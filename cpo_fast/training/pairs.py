@@ -25,7 +25,7 @@ def score_pairs(
     *,
     packing_length: int,
     device: torch.device,
-) -> tuple[dict[str, list[Any]], list[RejectedRecord]]:
+) -> tuple[dict[str, Any], list[RejectedRecord]]:
     """(what `evaluation.preference` takes of P pairs, the groups left out).
 
     That is "policy_"/"reference_" x "chosen"/"rejected", log-probs summed over an answer (zeros for

@@ -231,7 +231,7 @@ def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | Non
 
 def pair_logps(
     args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
-) -> dict[str, list[Any]]:
+) -> dict[str, Any]:
     """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups
     and sources. A pair whose image cannot be read is left out; DataError when none is left."""
     packed = PackedModel(model.eval(), attention=args.attn_implementation)
