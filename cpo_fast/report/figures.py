@@ -222,7 +222,7 @@ def intervals(
         axes.set_xlim(-0.03, 1.03)
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06 - 0.25 / len(rows)),
+        axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.06 - 0.25 / len(rows)),
                     ncols=2 if len(models) > 3 else len(models), labelcolor=theme.ink,
                     handletextpad=0.1, columnspacing=1.2)  # fmt: skip
 
