@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from bench.ahead import ahead
 from bench.step_data import Work
 from cpo_fast.loss import cpo_loss
 from cpo_fast.model.flops import FlopCounter
@@ -59,6 +60,7 @@ class Phases:
 class PackedStep:
     """Call it for one optimiser step: preprocessing, policy and reference forward, loss, backward,
     AdamW (with a learning rate of 0, so that every call computes the same); returns the mean loss.
+    For a GPU, worker processes prepare batches while it computes, as in a training run.
 
     `mode` "unshared" computes prompt + chosen and prompt + rejected anew for every pair, as peers
     do; only the image is still encoded once per study. "unpacked" computes one study at a time.
@@ -90,6 +92,7 @@ class PackedStep:
             self.packs = [(part,) for pack in step for part in pack]
         self.device = packed.head()[0].device
         self._count = FlopCounter(packed)
+        self._batches = ahead(self._collated, self.packs, self.device)
         self.phases = Phases(packed, self.device)
         self.clear()
 
@@ -98,14 +101,17 @@ class PackedStep:
         self.tokens, self.flops = 0, 0.0
         self.phases.seconds.clear()
 
-    def _batch(self, pack: Pack) -> PackedBatch:
-        batch = collate(
+    def _collated(self, pack: Pack) -> PackedBatch:
+        return collate(
             self.work.groups,
             pack,
             pixels=self.work.images.pixels,
             image_token_id=image_token_id(self.work.tokenizer),
             share_prompt=self.shared,
         )
+
+    def _batch(self) -> PackedBatch:
+        batch = next(self._batches)
         # Counted before the batch goes to the device, whose answers one would have to wait for.
         self.tokens += len(batch.input_ids)
         self.flops += self._count(batch).total
@@ -113,9 +119,9 @@ class PackedStep:
 
     def __call__(self) -> float:
         total = torch.zeros((), device=self.device)
-        for pack in self.packs:
+        for _ in self.packs:
             with self.phases("data"):
-                batch = self._batch(pack)
+                batch = self._batch()
             with self.phases("policy"):
                 hidden = self.packed.hidden(batch)
             with self.phases("reference"):

@@ -31,6 +31,7 @@ from bench.step_data import VISUAL_504, Work, work
 from bench.trl_step import TrlStep
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.flops import mfu, peak_flops
+from cpo_fast.model.fused import restore_functions
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.model.tokenizer import SPECIAL_TOKENS
 
@@ -127,6 +128,7 @@ def run(
     side: int = VISUAL_504,
     with_ours: bool = True,
     compile: bool = False,
+    fused: bool = True,
     measured: Callable[[str, Callable[[], float]], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of one optimiser step over 2 x `studies` pairs, ready for JSON.
@@ -136,7 +138,7 @@ def run(
     study at a time), the name of another attention implementation, or "trl" (DPOTrainer's step in
     micro-batches of `trl_batch` pairs); one after another, as two models may not fit together. Ours
     is measured before them, or not at all without `with_ours`. `compile` compiles the decoder
-    layers of every step but trl's. `measured` is called with the name and the step after each.
+    layers of every step but trl's, `fused` is PackedModel's. `measured` is called with the name and the step after each.
     `loss` is the mean loss, about 0.6931 as nothing is trained yet. Every kind of step has its own
     entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`,
     `loss`, and for steps of ours `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that
@@ -157,7 +159,7 @@ def run(
         model.train()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        packed = PackedModel(model, attention=attention, compile=compile)
+        packed = PackedModel(model, attention=attention, compile=compile, fused=fused)
         return PackedStep(
             packed, data, packing_length=packing_length, mode=mode, loss_impl=loss_impl
         )
@@ -168,6 +170,7 @@ def run(
         try:
             with ExitStack() as stack:
                 if name == "trl":
+                    restore_functions()
                     folder = stack.enter_context(tempfile.TemporaryDirectory())
                     model = random_model(SIZES[size], data.tokenizer, where, dtype)
                     step: Callable[[], float] = TrlStep(

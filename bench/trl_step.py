@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.ahead import ahead
 from bench.step_data import Work
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -17,7 +18,7 @@ from trl_oracle import trainer
 
 class TrlStep:
     """Call it for one optimiser step over all pairs, `batch` of them at a time; returns the mean
-    loss. `options` go to DPOConfig.
+    loss. Batches are prepared as for PackedStep. `options` go to DPOConfig.
     """
 
     def __init__(self, model: Any, work: Work, *, folder: str, batch: int, **options: Any) -> None:
@@ -39,17 +40,21 @@ class TrlStep:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)
+        self.parts = [
+            range(start, min(start + batch, self.pairs)) for start in range(0, self.pairs, batch)
+        ]
+        self._batches = ahead(self._collated, self.parts, model.device)
+
+    def _collated(self, part: range) -> Any:
+        return self.trainer.data_collator([self.trainer.train_dataset[i] for i in part])
 
     def __call__(self) -> float:
         made = self.trainer
         total = 0.0
-        for start in range(0, self.pairs, self.batch):
-            rows = [
-                made.train_dataset[i] for i in range(start, min(start + self.batch, self.pairs))
-            ]
-            inputs = made._prepare_inputs(made.data_collator(rows))
+        for part in self.parts:
+            inputs = made._prepare_inputs(next(self._batches))
             with made.compute_loss_context_manager():
-                loss = made.compute_loss(made.model, inputs) * len(rows) / self.pairs
+                loss = made.compute_loss(made.model, inputs) * len(part) / self.pairs
             loss.backward()
             total += loss.item()
         self.optimizer.step()

@@ -174,3 +174,8 @@ def units(setting: Setting) -> list[Unit]:
         for name in (*NAMES, COMPILED)
     ]
     return [IMPORTS, *checks]
+
+
+def default_units(setting: Setting) -> list[Unit]:
+    """The default alone."""
+    return units(setting)[:2]

@@ -54,8 +54,13 @@ class Measured(NamedTuple):
     origin: str  # device, versions of torch and CUDA, commit; the report that holds the figures
 
 
-MEASURED: dict[tuple[int, int], Measured] = {}
-"""By (V, D). Nothing has been measured yet; `make gpu-check` prints the entries that its figures
+_H200 = "NVIDIA H200, torch 2.11.0, triton 3.6.0, commit 13d5edb4ee31"
+MEASURED: dict[tuple[int, int], Measured] = {
+    (151936, 896): Measured("fused", _H200),
+    (151936, 2048): Measured("fused", _H200),
+    (152064, 3584): Measured("fused", _H200),
+}
+"""By (V, D); bench/results/ has the figures. `make gpu-check` prints the entries that its figures
 justify. Without an entry `impl=None` does not come here and `impl="cuda"` takes `rows`."""
 
 _forced: str | None = None

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -41,6 +41,10 @@ class StepBatch:
 
     batches: tuple[PackedBatch, ...]
     rejected: tuple[RejectedRecord, ...] = ()
+
+    def pin_memory(self) -> StepBatch:
+        """What torch's DataLoader asks for where a GPU waits."""
+        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
 
 
 class StepFeed(Dataset):

@@ -1,0 +1,34 @@
+"""Batches made ahead of the step by worker processes, as the trainer's feed makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpo_fast.training.feed import step_loader
+
+WORKERS = 2  # the default of --dataloader_num_workers
+ENDLESS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """The batches `make(x)` of all x of `parts`, over and over."""
+
+    make: Callable[[Any], Any]
+    parts: Sequence[Any]
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(self.parts[index % len(self.parts)])
+
+
+def ahead(make: Callable[[Any], Any], parts: Sequence[Any], device: torch.device) -> Iterator[Any]:
+    """Batches without end: by WORKERS processes for a GPU, for a CPU each when it is asked for."""
+    workers = WORKERS if device.type == "cuda" else 0
+    return step_loader(Cycle(make, parts), num_workers=workers)
