@@ -5,7 +5,7 @@ image of 324 visual tokens. The mathematics of random weights costs what that of
 so speed, memory and MFU are those of a real run; the tokenizer has 4,096 entries, the model's
 vocabulary is the real one. MFU is of model FLOPs (cpo_fast/model/flops.py) against the data sheet's
 dense bfloat16 peak, or on a CPU against a square matrix product of the same process.
-Written for a GPU; untested on one.
+Written for a GPU; docs/gpu.md has what was measured on one.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def run(
     side: int = VISUAL_504,
     with_ours: bool = True,
     compile: bool = False,
-    fused: bool = True,
+    fused: bool = False,
     measured: Callable[[str, Callable[[], float]], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of one optimiser step over 2 x `studies` pairs, ready for JSON.
@@ -138,7 +138,8 @@ def run(
     study at a time), the name of another attention implementation, or "trl" (DPOTrainer's step in
     micro-batches of `trl_batch` pairs); one after another, as two models may not fit together. Ours
     is measured before them, or not at all without `with_ours`. `compile` compiles the decoder
-    layers of every step but trl's, `fused` is PackedModel's. `measured` is called with the name and the step after each.
+    layers of every step but trl's, `fused` is PackedModel's. `measured` is called with the name and
+    the step after each.
     `loss` is the mean loss, about 0.6931 as nothing is trained yet. Every kind of step has its own
     entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`,
     `loss`, and for steps of ours `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that

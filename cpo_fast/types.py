@@ -7,7 +7,7 @@ sequences), P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -334,7 +334,7 @@ class PackedBatch:
         return self._each(lambda x: x.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
-        tensors = {
+        tensors: dict[str, Any] = {
             name: change(value)
             for name in self.__dataclass_fields__
             if hasattr(value := getattr(self, name), "device")

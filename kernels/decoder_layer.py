@@ -1,10 +1,12 @@
 """The elementwise parts of a decoder layer, one launch each: SwiGLU and rotary embedding.
 
-    swiglu    silu(gate) * up                                      (Shazeer 2020, arXiv:2002.05202)
-    rotate    x cos + rotate_half(x) sin, for every head of a row  (Su et al. 2021, arXiv:2104.09864)
+    swiglu    silu(gate) * up (Shazeer 2020, arXiv:2002.05202)
+    rotate    x cos + rotate_half(x) sin for every head of a row (Su et al. 2021, arXiv:2104.09864)
 
 Written out in torch they take three and five launches, and as many passes over memory. Here the
 arithmetic is float32 and rounds once. Both have a backward, which is differentiable no further.
+
+Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
 """
 
 # mypy: allow-untyped-defs

@@ -35,7 +35,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
 # --- the plans themselves -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("plan", "most"), [(plans.FIRST, 400), (plans.QUACK, 240)])
+@pytest.mark.parametrize(
+    ("plan", "most"), [(plans.FIRST, 400), (plans.TRAINING, 280), (plans.QUACK, 240)]
+)
 def test_the_time_limits_of_the_steps_add_up(plan: Plan, most: float) -> None:
     assert plan.seconds <= most and plan.margin >= 2 * run.DEATH_SECONDS + 5
     limits = [step.limit for step in plan.steps]

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.test_bed
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = Setting("cuda", False, "")
+MAIN = ("ours, fused", "ours")
+MADE = ("auto", "auto, fused", "gathered", "varlen")
 
 
 def keys(units: list[Any]) -> list[str]:
@@ -37,7 +39,9 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def run(size: str, **options: Any) -> dict[str, Any]:
         measured = options.pop("measured")
-        given = {k: options[k] for k in ("attention", "compile", "trl_batch") if k in options}
+        given = {
+            k: options[k] for k in ("attention", "compile", "fused", "trl_batch") if k in options
+        }
         calls.append((size, options["peers"], options["with_ours"], given))
         kinds = (*(("ours",) if options["with_ours"] else ()), *options["peers"])
         figures = {"loss": 0.6931, "pairs_per_second": 1.0, "seconds": 2.0}
@@ -60,11 +64,12 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
     found = steps.plan_units(GPU)
     assert [(unit.key, unit.limit) for unit in found] == [
         ("imports", 60),
+        ("7B: ours, fused", 60),
+        ("profile of the step of 7B: ours, fused", 30),
         ("7B: ours", 60),
         ("profile of the step of 7B: ours", 30),
-        ("7B: ours, compiled", 90),
-        ("profile of the step of 7B: ours, compiled", 30),
         ("7B: trl in batches of 4", 70),  # eight pairs of trl's do not fit 80 GB at 7B
+        ("3B: ours, fused", 50),
         ("3B: ours", 50),
         ("3B: trl in batches of 8", 50),
         ("7B: ours, gathered", 50),
@@ -73,39 +78,44 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
     timed = [unit for unit in found if unit.phase == "steps"]
     names = [next(iter(unit.run()["steps"])) for unit in timed]
     assert names == [
-        *("ours", "ours, compiled", "trl", "ours", "trl", "ours, gathered", "ours, flex")
+        *("ours, fused", "ours", "trl", "ours, fused", "ours", "trl"),
+        *("ours, gathered", "ours, flex"),
     ]
     assert stepping == [  # what is not asked for is left to PackedModel
+        ("7B", (), True, {"fused": True}),
         ("7B", (), True, {}),
-        ("7B", (), True, {"compile": True}),
         ("7B", ("trl",), False, {"trl_batch": 4}),
+        ("3B", (), True, {"fused": True}),
         ("3B", (), True, {}),
         ("3B", ("trl",), False, {"trl_batch": 8}),
         ("7B", (), True, {"attention": "gathered"}),
         ("7B", (), True, {"attention": "flex"}),
     ]
     whole = [key.partition(": ")[2].partition(" ")[0] for key in keys(steps.units(GPU)[1:])]
-    assert whole == ["ours"] * 3 + ["trl"] * 4 + ["unshared"] * 2
+    assert whole == ["ours"] * 2 + ["ours,", "ours", "ours,"] + ["trl"] * 4 + [
+        *("unshared", "unshared", "ours,")
+    ]
+
+    trl = found[5]
 
     def fails(size: str, **options: Any) -> dict[str, Any]:
         return {"size": size, "steps": {"trl": {"error": "OutOfMemoryError: too large"}}}
 
     monkeypatch.setattr(step_sizes, "run", fails)
     with pytest.raises(RuntimeError, match="too large"):
-        found[5].run()
+        trl.run()
     monkeypatch.setattr(steps, "missing", lambda name: name == "trl")
     with pytest.raises(NotHere, match="trl is not installed"):
-        found[5].run()
+        trl.run()
 
 
 @pytest.mark.parametrize(
     ("red", "hung", "want"),
     [
-        # One that took too long is red, too; the default one and the compiled one are timed.
-        (("auto", "flex"), ("auto", "flex"), ["ours", "ours, compiled", "ours", "ours, gathered"]),
-        (("auto, compiled",), (), ["ours", "ours", "ours, gathered", "ours, flex"]),
+        # One that took too long is red, too; the default and its variants are timed.
+        (("auto", "flex"), ("auto", "flex"), [*MAIN, *MAIN, "ours, gathered"]),
+        (("auto, fused",), (), ["ours", "ours", "ours, gathered", "ours, flex"]),
         (("auto",), (), ["ours, gathered", "ours, gathered", "ours, flex"]),
-        (("auto", "gathered"), (), ["ours", "ours, compiled", "ours", "ours, flex"]),
     ],
 )
 def test_steps_whose_attention_is_wrong_are_left_out(
@@ -141,7 +151,8 @@ def test_a_step_is_profiled_with_the_model_that_was_timed(
         profiled.run()  # in a fresh process
     timed.run()
     figures = profiled.run()
-    assert (figures["provider"], figures["seconds"], figures["wall_seconds"]) == ("ours", 1.5, 2.0)
+    assert figures["provider"] == "ours, fused"
+    assert (figures["seconds"], figures["wall_seconds"]) == (1.5, 2.0)
     assert stepping[-1] == "profiled" and asked == [{"calls": 1, "warm": False, "host": False}]
     assert profiled.variant == "profiler" and not steps._measured
     with pytest.raises(NotHere, match="not timed"):
@@ -195,7 +206,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
 
 def test_every_triton_kernel_of_ours_is_known_as_ours() -> None:
     text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    here = set(re.findall(r"^def (\w+_kernel)\($", text, re.MULTILINE))
+    here = set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE))
     assert len(here) >= 7 and here == set(kernel_times.OURS)
 
 
@@ -289,9 +300,9 @@ def test_attention_that_cannot_run_here_is_skipped() -> None:
     assert imports.run() == {} and keys(found)[0] == "attention auto: against float32"
     assert {unit.phase for unit in found} == {"correctness"}
     assert [unit.variant for unit in found] == [
-        f"attention {name}" for name in ("auto", "gathered", "varlen", "flex", "auto, compiled")
+        f"attention {name}" for name in (*MADE, "flex", "auto, compiled")
     ]
-    for unit in found[2:]:
+    for unit in (found[1], *found[3:]):
         with pytest.raises(NotHere):
             unit.run()
 

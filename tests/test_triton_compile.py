@@ -22,7 +22,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton_binary import DTYPES, SHARED_LIMIT, Binary, compiled, loops  # noqa: E402
 
-from cpo_fast.kernels import lean_rows, linear_lse, pair_reduction, row_kernel  # noqa: E402
+from cpo_fast.kernels import (  # noqa: E402
+    decoder_layer,
+    lean_rows,
+    linear_lse,
+    pair_reduction,
+    row_kernel,
+)
 
 HIDDEN_SIZES = (896, 2048, 3584)
 VOCABULARIES = (151_936, 152_064, 32_000, 50_257)
@@ -284,3 +290,35 @@ def test_pair_reduction(n: int, tmp_path: Path) -> None:
     ):
         binary = compiled(kernel, arguments, block, tmp_path, num_warps=4)
         assert binary.stack == 0 and "atom." not in binary.ptx and "red.global" not in binary.ptx
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_swiglu_kernels(dtype: str, tmp_path: Path) -> None:
+    for kernel in (decoder_layer.swiglu_kernel, decoder_layer.swiglu_backward_kernel):
+        tensors = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        arguments: dict[str, str | int] = dict.fromkeys(tensors, f"*{dtype}") | {"N": 16}
+        constants = {"BLOCK": decoder_layer.BLOCK}
+        binary = compiled(kernel, arguments, constants, tmp_path, num_warps=4)
+        assert binary.stack == 0 and "v4.b32" in binary.ptx, "16 bytes a thread"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("heads", "size"), [(28, 128), (4, 128), (16, 80)])
+def test_rotate_kernel(heads: int, size: int, backward: bool, tmp_path: Path) -> None:
+    binary = compiled(
+        decoder_layer.rotate_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"),
+            **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+            **{"row_stride": heads * size, "head_stride": size, "H": heads},
+        },
+        {
+            "HALF": size // 2,
+            "HEADS": triton.next_power_of_2(heads),
+            "WIDTH": triton.next_power_of_2(size // 2),
+            "BACKWARD": backward,
+        },
+        tmp_path,
+        num_warps=4,
+    )
+    assert binary.stack == 0 and binary.shared < SHARED_LIMIT

@@ -24,7 +24,7 @@ def test_kernels_in_the_interpreter() -> None:
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + [str(TESTS / name) for name in ("test_triton_kernels.py", "test_triton_loss.py")],
+        + [str(TESTS / f"test_triton_{name}.py") for name in ("kernels", "loss", "layers")],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
         cwd=TESTS.parent,
         capture_output=True,

@@ -22,7 +22,7 @@ LOG_2, LOSS_ERROR = 0.6931472, 2e-2
 """The loss of an untrained step, and by how much it may differ."""
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("auto", {}),
-    "ours, plain layers": ("auto", {"fused": False}),
+    "ours, fused": ("auto, fused", {"fused": True}),
     "ours, compiled": ("auto, compiled", {"compile": True}),
     "ours, gathered": ("gathered", {"attention": "gathered"}),
     "ours, flex": ("flex", {"attention": "flex"}),

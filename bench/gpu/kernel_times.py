@@ -18,6 +18,7 @@ KERNELS = 40  # that are kept
 OURS = (
     *("lean_rows_kernel", "row_kernel", "linear_lse_kernel", "combine_kernel", "row_scale_kernel"),
     *("segment_sums_kernel", "sigmoid_pairs_kernel", "segment_coefficients_kernel"),
+    *("swiglu_kernel", "swiglu_backward_kernel", "rotate_kernel"),
 )
 """Triton kernels of kernels/; the CUDA kernels are in the namespace `cpo`."""
 RULES = (

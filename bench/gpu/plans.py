@@ -71,7 +71,7 @@ SECOND = Plan(
         Step("kit", "build:kit_units", 20, "build"),
         Step("machine", "environment:units", 10, "environment"),
         Step("smoke", "smoke:units", 45, "correctness", side_by_side=True, judges=True),
-        Step("attention", "attention:units", 35, "correctness"),
+        Step("attention", "attention:plan_units", 35, "correctness"),
         Step("steps", "steps:plan_units", 150, "steps"),
         Step("winner", "correctness:winner_units", 30, "correctness"),
         Step("tuning", "tuning:units", 50, "tuning"),

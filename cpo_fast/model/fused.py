@@ -1,10 +1,11 @@
 """The elementwise parts of a model's layers in one pass each, on CUDA in half precision.
 
-At 7B a quarter of a step's kernel time went into RMSNorm, SwiGLU and rotary embedding as
-transformers writes them out, and into products of a vision tower whose 3,420 columns no tensor core
-takes well (docs/gpu.md). Here RMSNorm is torch's fused one, SwiGLU and rotary embedding are Triton
-kernels, and a frozen tower's MLP computes with columns of zeros added. All compute in float32 and
-round once, where transformers rounds after every operation.
+On an H200 a quarter of the time of a 7B step goes into RMSNorm, SwiGLU and rotary embedding as
+transformers writes them out, and a twentieth into products of a vision tower whose 3,420 columns
+the vendor's fast kernels do not take (docs/gpu.md). Here RMSNorm is torch's fused one, SwiGLU and
+rotary embedding are Triton kernels, and a frozen tower's MLP computes with columns of zeros added.
+All compute in float32 and round once, where transformers rounds after every operation. Untested on
+a GPU: the kernels are run in Triton's interpreter and compiled for sm_90.
 
 What a layer computes is not guessed by its name: one is replaced whose forward gives, on a small
 input, to the last bit what the formula here gives in transformers' order of operations.
@@ -13,13 +14,15 @@ input, to the last bit what the formula here gives in transformers' order of ope
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, rms_norm, silu
 
+from cpo_fast.errors import UsageError
 from cpo_fast.model.attention import HALF
 
 ALIGNED = 8
@@ -29,20 +32,31 @@ _replaced: dict[tuple[str, str], Any] = {}
 """(module, name of a function in it): what stood there."""
 
 
+def check_fused(device: str, dtype: torch.dtype, *, compile: bool) -> None:
+    """UsageError where a model of this device ("cpu", "cuda") and dtype has no fused layers, and
+    for compiled layers, in which torch.compile fuses what it finds."""
+    if compile:
+        raise UsageError("fused layers are not compiled: set either fused or compile")
+    if device != "cuda" or dtype not in HALF:
+        raise UsageError(
+            "fused layers need a CUDA model in bfloat16 or float16, this one is "
+            f"{dtype} on {device}"
+        )
+    if find_spec("triton") is None:
+        raise UsageError("fused layers need triton, which is not installed")
+
+
 def use_fused_layers(base: nn.Module, vision: nn.Module | None) -> None:
     """Make the layers of a transformers model on CUDA in half precision compute in fewer passes.
 
     Modules, parameters and their names stay; the class of a layer becomes a subclass with another
     forward. The functions for rotary embedding are replaced in their module, for every model of the
-    process, by ones that leave to the former ones what is not on CUDA in half precision.
-    Does nothing where Triton is not installed.
+    process, by ones that leave to the former ones what is not on CUDA in half precision;
+    `restore_functions` puts those back.
     """
-    try:
-        import cpo_fast.kernels.decoder_layer  # noqa: F401
-    except ImportError:
-        return
     tower = set() if vision is None else set(vision.modules())
     homes: set[str] = set()
+    layer: Any
     for layer in base.modules():
         if is_rms_norm(layer):
             _use(layer, _norm_forward)
@@ -76,7 +90,7 @@ def _use(layer: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 @torch.no_grad()
-def is_rms_norm(layer: nn.Module) -> bool:
+def is_rms_norm(layer: Any) -> bool:
     """Whether the layer computes weight * (x / rms(x)) in transformers' usual way."""
     weight, eps = getattr(layer, "weight", None), getattr(layer, "variance_epsilon", None)
     if list(dict(layer.named_parameters())) != ["weight"] or not isinstance(eps, float):
@@ -90,7 +104,7 @@ def is_rms_norm(layer: nn.Module) -> bool:
     return torch.equal(layer(x), weight * wide.to(x.dtype))
 
 
-def is_gated_mlp(layer: nn.Module) -> bool:
+def is_gated_mlp(layer: Any) -> bool:
     """Whether the layer computes down(silu(gate(x)) * up(x))."""
     names = ["gate_proj", "up_proj", "down_proj"]
     if not all(hasattr(layer, name) for name in (*names, "act_fn")) or _has_hooks(layer):
@@ -233,8 +247,3 @@ def _takes(*tensors: Tensor) -> bool:
 
 def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-
-
-def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a model that compute in fewer passes."""
-    return (layer for layer in model.modules() if getattr(type(layer), "_fused", False))

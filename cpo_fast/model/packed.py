@@ -38,8 +38,8 @@ class PackedModel:
     images and windows by `cpo_fast.model.windows`.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
     with a break at attention over branches, whose layout changes from pack to pack.
-    Without it, and with `fused`, a model on CUDA in half precision has fused layers
-    (`cpo_fast.model.fused`).
+    `fused` gives the model fused layers (`cpo_fast.model.fused`): CUDA in half precision, without
+    `compile`, which fuses itself. They are off by default until they have run on a GPU.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PackedModel:
         *,
         attention: str = "auto",
         compile: bool = False,
-        fused: bool = True,
+        fused: bool = False,
     ) -> None:
         from peft import PeftModel
 
@@ -70,7 +70,7 @@ class PackedModel:
         self.vision: nn.Module | None = getattr(self._inner, "visual", None)
         self.trunk = self._inner if self.vision is None else self._inner.language_model
         check_attention(attention, base.device.type, base.dtype)
-        from cpo_fast.model.attention import BRANCHES, HALF
+        from cpo_fast.model.attention import BRANCHES
         from cpo_fast.model.windows import use_windows
 
         implementation = "sdpa" if attention == "sdpa" else BRANCHES
@@ -79,9 +79,10 @@ class PackedModel:
         )
         if self.vision is not None:
             use_windows(self.vision)
-        if fused and not compile and base.device.type == "cuda" and base.dtype in HALF:
-            from cpo_fast.model.fused import use_fused_layers
+        if fused:
+            from cpo_fast.model.fused import check_fused, use_fused_layers
 
+            check_fused(base.device.type, base.dtype, compile=compile)
             use_fused_layers(base, self.vision)
         if compile:
             if not hasattr(self.trunk, "layers"):
