@@ -10,11 +10,11 @@ A tile's arithmetic and the order in which tiles are combined depend on V, dtype
 never on T or on how tiles fall on multiprocessors, so that a token's log-prob is bitwise the same
 whatever else is in the batch. Logits are never rounded to the inputs' dtype.
 
-`impl="triton"` does not use it: by arithmetic (docs/gpu.md) it runs at 600 to 660 TFLOP/s on an
-H100, where the vendor GEMM and a row pass reach 90 to 94 % of the bare product's rate. The check
-on a GPU measures it beside them, to decide whether it stays.
+`impl="triton"` does not use it: on an H200 it takes 1.29 times the bare product's time at 7B, where
+the vendor GEMM and a row pass take 1.09 (docs/gpu.md). It holds no logits.
 
-Untested on a GPU: run in Triton's interpreter (fp32 and fp16) and compiled ahead of time for sm_90.
+Run on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and compiled ahead of time for
+sm_90 in the tests.
 """
 
 # mypy: allow-untyped-defs

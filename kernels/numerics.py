@@ -8,7 +8,7 @@ cannot be positive however the logits were rounded, and is exact where the label
 of the mass (1 - p_y = sigmoid(a) is then far below the rounding of p_y).
 
 Only `tl` primitives are used: libdevice functions do not exist in Triton's interpreter, where the
-tests run. Untested on a GPU.
+tests run.
 """
 
 # mypy: allow-untyped-defs

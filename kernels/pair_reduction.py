@@ -11,7 +11,8 @@ results are bitwise the same from run to run whatever the order of segments and 
 reads all T segment ids (64 KB at T = 8192, from L2), which for the tens of segments of a pack is
 cheaper than sorting them.
 
-Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
+Run on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and compiled ahead of time for
+sm_90 in the tests.
 """
 
 # mypy: allow-untyped-defs

@@ -13,10 +13,11 @@ flight (40 MB on 132 SMs) fit a 50 MB L2 and the second read should rarely go to
 Each thread keeps a running maximum and sum of its own columns and all are combined once at the
 end: no barrier in the loop, and no sum of more than a few hundred terms at a time.
 
-lean_rows.py does the same with a third of the instructions and is the default. This kernel stays
-until one of the two has won on a GPU.
+lean_rows.py does the same with a third of the instructions and is the default: on an H200 it is
+faster at every head measured (docs/gpu.md). This kernel is there to compare with.
 
-Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
+Run on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and compiled ahead of time for
+sm_90 in the tests.
 """
 
 # mypy: allow-untyped-defs

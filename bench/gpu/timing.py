@@ -2,7 +2,7 @@
 
 Small calls take the host longer to launch than the device to run. Their launches are recorded in a
 CUDA graph, which is replayed: what is timed is the device's work alone, as where the host runs
-ahead. Untested on a GPU.
+ahead.
 """
 
 from __future__ import annotations
