@@ -1,10 +1,4 @@
-"""Evaluate a model on a data set; writes figures and a page.
-
-Suites: "classification" (accuracy of the diagnosis per finding) and "report" (the thought against
-the radiologist's report) from generated answers, "zero_shot" (AUC from the likelihood of each
-finding's sentence) and "drift" (how the diagnosis moves along the thought) by scoring. A preference
-file gives how often the chosen answer is preferred.
-"""
+"""`cpo-fast evaluate`: a model on a data set; writes figures and a page."""
 
 from __future__ import annotations
 
@@ -16,16 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
-from cpo_fast.data import DATASET_FORMATS, is_preference_file
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
+from cpo_fast.evaluate_options import IMAGES, PAIRS, STUDIES, kind_of, parse_arguments, settle_model
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
-from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, Number, split
+from cpo_fast.folders import EVALUATION, check_free, make_private, write_json, write_private
 from cpo_fast.locks import lock_folder
-
-SUITES = ("classification", "report", "zero_shot", "drift")
-DEFAULT_SUITE = "classification,report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,56 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=program("evaluate"),
-        description=__doc__,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="folder of a model, an adapter or a training stage")
-    add("--base_model", help="folder of an adapter's base (default: what the adapter names)")
-    add("--dataset", required=True, help="MIMIC-CXR folder, open-i, a CSV, or a preference file")
-    add("--output_dir", required=True, type=Path, help="folder of the results (mode 0700)")
-    add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
-    add("--split", default="test", choices=("train", "validate", "test"), help="which studies")
-    add("--dataset_format", default="auto", choices=DATASET_FORMATS, metavar="NAME",
-        help=f"format (auto: detected automatically): {', '.join(DATASET_FORMATS)}")  # fmt: skip
-    add("--image_root", help="folder of the images where the data set does not hold them")
-    add("--uncertain_labels", default="negative", choices=("negative", "positive"),
-        help="how uncertain labels count")  # fmt: skip
-    add("--max_samples", type=POSITIVE, help="limit of studies")
-    add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")
-    add("--max_pixels", type=POSITIVE, help="largest image area (default: the model's own)")
-    add("--beta", type=Number(above=0), default=0.1, help="scale of the rewards of pairs")
-    add("--max_new_tokens", type=POSITIVE, default=256, help="longest generated answer")
-    add("--batch_size", type=POSITIVE, default=32, help="studies per generation batch")
-    add("--packing_length", type=POSITIVE, default=4096, help="tokens per pack when scoring")
-    add("--drift_samples", type=POSITIVE, default=32, help="studies of the drift suite")
-    add("--num_examples", type=COUNT, default=4, help="example studies on the page")
-    add("--bf16", action="store_true", help="bfloat16 weights")
-    add("--seed", type=SEED, default=42, help="seed of the bootstrap")
-    arguments = parser.parse_args(argv)
-    if is_pairs(arguments):
-        if arguments.suite is not None:
-            raise UsageError(
-                f"--suite {arguments.suite} is for studies; {arguments.dataset} is a preference "
-                "file, which gives how often the chosen answer is preferred: leave --suite out"
-            )
-        return arguments
-    arguments.suite = DEFAULT_SUITE if arguments.suite is None else arguments.suite
-    if fault := Choices(SUITES).fault(arguments.suite):
-        raise UsageError(f"--suite {arguments.suite}: {fault}")
-    arguments.suite = split(arguments.suite)
-    return arguments
-
-
-def is_pairs(args: argparse.Namespace) -> bool:
-    """Whether `--dataset` is a preference file. A CSV is not: it holds images and labels."""
-    from cpo_fast.evaluate_csv import is_csv
-
-    return not is_csv(args.dataset) and is_preference_file(args.dataset, args.dataset_format)
-
-
 def evaluate(args: argparse.Namespace) -> Path:
     """Run the suites; writes config.json, summary.json, evaluation.json and report.html."""
     from transformers.utils import logging
@@ -95,6 +35,7 @@ def evaluate(args: argparse.Namespace) -> Path:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
     check_paths(args)
+    check_free(args.output_dir, EVALUATION)
     with lock_folder(args.output_dir):
         make_private(args.output_dir)
         return evaluate_suites(args)
@@ -102,20 +43,22 @@ def evaluate(args: argparse.Namespace) -> Path:
 
 def evaluate_suites(args: argparse.Namespace) -> Path:
     """The suites of `evaluate`, in a folder that this process alone writes."""
-    from cpo_fast.evaluate_csv import evaluate_csv, is_csv
     from cpo_fast.evaluation.summary import (
         evaluation_examples,
         evaluation_summary,
         write_examples,
     )
 
-    loaded = load(args)
-    if is_pairs(args):
+    loaded = load(args, settle_model(args))
+    kind = kind_of(args)
+    if kind is PAIRS:
         from cpo_fast.evaluate_preferences import evaluate_preferences
 
         evaluation, cohort = evaluate_preferences(args, loaded)
         return write_results(args, cohort, evaluation)
-    if is_csv(args.dataset):
+    if kind is IMAGES:
+        from cpo_fast.evaluate_csv import evaluate_csv
+
         evaluation, cohort = evaluate_csv(args, loaded)
         return write_results(args, cohort, evaluation)
     cohort = read(args, loaded)
@@ -160,11 +103,11 @@ def evaluate_suites(args: argparse.Namespace) -> Path:
 def check_paths(args: argparse.Namespace) -> None:
     """UsageError for a data set or an image folder that is missing, before the model is read."""
     from cpo_fast.data import study_format
-    from cpo_fast.evaluate_csv import is_csv
 
-    if not is_csv(args.dataset) and not is_pairs(args) and args.dataset_format == "auto":
+    kind = kind_of(args)
+    if kind is STUDIES and args.dataset_format == "auto":
         study_format(args.dataset)
-    if args.image_root is None and is_csv(args.dataset):
+    if args.image_root is None and kind is IMAGES:
         raise UsageError(f"--dataset {args.dataset} needs --image_root, the folder of its images")
     if args.image_root is not None and not Path(args.image_root).is_dir():
         raise UsageError(f"--image_root {args.image_root}: no such folder")
@@ -195,23 +138,24 @@ def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_json(args.output_dir / "config.json", shown)
     lines = "".join(json.dumps(record.to_json()) + "\n" for record in cohort.rejected)
-    (args.output_dir / "rejected_records.jsonl").write_text(lines, encoding="utf-8")
+    write_private(args.output_dir / "rejected_records.jsonl", lines)
     return write_report(args.output_dir)
 
 
-def load(args: argparse.Namespace) -> Loaded:
-    """The model on the GPU if there is one, fp32 unless --bf16."""
+def load(args: argparse.Namespace, path: Path) -> Loaded:
+    """The model in `path` on the GPU if there is one, fp32 unless --bf16."""
     import torch
 
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.model.build import load_model
     from cpo_fast.model.supported import check_vocabulary
-    from cpo_fast.training.named_model import companions, find_checkpoint
+    from cpo_fast.training.named_model import companions
 
-    path = find_checkpoint(args.model, "--model")
     if args.bf16:
         warn_of_slow_bfloat16()
     tokenizer, images = companions(path, base_model=args.base_model, max_pixels=args.max_pixels)
+    if images is None and args.max_pixels is not None:
+        raise UsageError(f"--max_pixels {args.max_pixels}: --model {path} takes no images")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not tokenizer.chat_template:
         raise UsageError(f"--model {path}: its tokenizer has no chat template; put one beside it")
@@ -315,20 +259,6 @@ def drift(
             shown = drift_example(study.study_id, drifts[-1], end, found)
             examples.append({"model": loaded.name} | shown)
     return drift_figures(drifts, effects) | {"without_thought": without}, examples
-
-
-def make_private(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

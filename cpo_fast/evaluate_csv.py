@@ -26,10 +26,6 @@ QUESTION = (
 ANSWER = "The {finding} is {progression}."
 
 
-def is_csv(dataset: str) -> bool:
-    return dataset.endswith((".csv", ".csv.gz"))
-
-
 def evaluate_csv(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
     """(`evaluation` of summary.json, what was read). Raises UsageError for a text-only model,
     DataError for a file that cannot be used.

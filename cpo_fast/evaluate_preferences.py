@@ -1,6 +1,7 @@
 """`python -m cpo_fast.evaluate` on a preference file: does the model prefer the chosen answers?
 
-By its own log-probs, and, for an adapter, by its rewards against the model below it.
+By its own log-probs, and, for an adapter, by its rewards against the model below it, whose own
+log-probs stand beside them as "reference".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
     `--max_samples`, whatever they were used for before. Raises DataError where no pair is left.
     """
     from cpo_fast.data import open_preferences
-    from cpo_fast.evaluation.preference import preference
+    from cpo_fast.evaluation.preference import both_models, more_likely
     from cpo_fast.model.packed import PackedModel
     from cpo_fast.packing import encode_all
     from cpo_fast.training.objectives import CPOObjective
@@ -53,10 +54,14 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
     )
     if not scored:
         raise DataError(f"evaluation: no pair of {len(encoded.groups)} records could be read")
-    figures = preference(**scored, beta=args.beta, seed=args.seed)
-    if not adapted:
-        figures = {name: figures[name] for name in ("pairs", "policy_accuracy")}
+    if adapted:
+        of_model, below = both_models(scored, beta=args.beta, seed=args.seed)
+        figures = {loaded.name: of_model, "reference": below}
+    else:
+        own = (scored["policy_chosen"], scored["policy_rejected"])
+        of_pairs = {name: scored[name] for name in ("groups", "sources")}
+        figures = {loaded.name: more_likely(*own, **of_pairs, seed=args.seed)}
     cohort = Cohort([], [], [], [], source.read, [*source.rejected, *encoded.rejected, *failed])
     cohort.scored = len(encoded.groups) - len(failed)
     cohort.left_out = len(records) - len(used)
-    return {"preference": {loaded.name: figures}}, cohort
+    return {"preference": figures}, cohort

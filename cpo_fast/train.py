@@ -185,7 +185,7 @@ def evaluate(
     """
     from cpo_fast.data.labels import diagnosis
     from cpo_fast.evaluation.generate import diagnose
-    from cpo_fast.evaluation.preference import preference
+    from cpo_fast.evaluation.preference import both_models
     from cpo_fast.evaluation.summary import (
         evaluation_examples,
         evaluation_summary,
@@ -195,7 +195,7 @@ def evaluate(
     from cpo_fast.training.stages import left_out, load, pair_logps, sft_model
     from cpo_fast.types import RejectedRecord
 
-    models: dict[str, Path] = {"untrained": base.path}
+    models: dict[str, Path] = {"sft" if args.sft_checkpoint else "untrained": base.path}
     if (sft := sft_model(args, folder, base)) != base.path:
         models["sft"] = sft
     if cpo := result_checkpoint(folder.path / "cpo", best=args.load_best_model_at_end):
@@ -223,8 +223,10 @@ def evaluate(
             )
         if name == "cpo" and held_out:
             scored = pair_logps(args, folder, base, model, held_out)
-            rewards[name] = preference(**scored, beta=args.beta, seed=args.seed)
-            rewards[name]["split"] = pairs_of
+            before = list(models)[-2]
+            both = both_models(scored, beta=args.beta, seed=args.seed)
+            for of, figures in zip(("cpo", before), both, strict=True):
+                rewards[of] = figures | {"split": pairs_of}
         del model
         gc.collect()
     if failed:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.data.labels import answer, thought
-from cpo_fast.evaluation.preference import preference
+from cpo_fast.evaluation.preference import more_likely, preference
 from cpo_fast.evaluation.summary import evaluation_summary, write_examples
 
 HOSTILE = '</p><script>alert("x")</script><img src="https://example.org/a.png" onerror=boom()>&amp;'
@@ -159,14 +159,15 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
             training_truth=[draw() for _ in range(300)],
             answers={"untrained": ["?"] * 200, "sft": said(0.7), "cpo": said(0.85)},
             reports=reports,
-            preference={"cpo": preference(*pairs, beta=0.1)},
+            preference={"cpo": preference(*pairs, beta=0.1), "sft": more_likely(*pairs[2:])},
             bootstrap=200,
         ),
         "data": {
             "read": 2000,
             "used": 1988,
             "rejected": {"no-findings-or-impression": 9, "image-unreadable": 3},
-            "splits": {"train": 1600, "validate": 188, "test": 200},
+            "trained_on": {"sft": 1600, "cpo": 1590},
+            "held_out": {"sft": 388, "cpo": 381},
         },
         "hardware": {"device": "Some GPU", "processes": 2},
         "versions": {"cpo_fast": "0.1.0", "torch": "2.13.0", "commit": "0123456789abcdef"},

@@ -49,6 +49,24 @@ def mimic(tmp_path: Path) -> Path:
     return write_mimic(tmp_path / "mimic", studies)
 
 
+def test_results_of_others_are_not_replaced(
+    mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Refused before the data set is read; what an earlier check wrote is replaced, privately."""
+    out = tmp_path / "out"
+    assert run(mimic, out)[0] == 0
+    (out / "summary.json").chmod(0o644)
+    assert run(mimic, out)[0] == 0
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o600}
+    capsys.readouterr()
+    before = {"config.json": '{"stages": "sft"}', "summary.json": '{"data": {}}'}
+    for name, text in before.items():
+        (out / name).write_text(text)
+    assert main(["check", "--dataset", "gone", "--output_dir", str(out)]) == 2
+    assert f"--output_dir {out} holds a training run" in capsys.readouterr().err
+    assert {name: (out / name).read_text() for name in before} == before
+
+
 def test_a_usable_data_set(mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, facts, rejected = run(mimic, tmp_path / "out")
     assert (code, rejected) == (0, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from packing_samples import images, tokenizer, vision_language_model
 
 from cpo_fast.data.labels import LABEL_NAMES
-from cpo_fast.errors import DataError
-from cpo_fast.evaluate import load, main, parse_arguments, read, write_results
+from cpo_fast.errors import DataError, UsageError
+from cpo_fast.evaluate import load, main, read, write_results
+from cpo_fast.evaluate_options import parse_arguments, settle_model
 from cpo_fast.evaluation.cohort import diagnose_cohort, zero_shot
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
 from cpo_fast.loss import processor
@@ -107,7 +109,7 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
     flags = ["--model", model, "--dataset", copy, "--output_dir", tmp_path / "out",
              "--max_samples", "4", "--max_new_tokens", "2"]  # fmt: skip
     args = parse_arguments([str(flag) for flag in flags])
-    loaded = load(args)
+    loaded = load(args, settle_model(args))
     cohort = read(args, loaded)
     assert cohort.read == len(cohort.studies) + len(cohort.rejected) + cohort.left_out
     first, second, *others = cohort.studies
@@ -135,7 +137,7 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_slow_bfloat16_is_warned_of(model, monkeypatch, capsys, bf16):
     monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
-    load(argparse.Namespace(model=str(model), bf16=bf16, max_pixels=50_000, base_model=None))
+    load(argparse.Namespace(bf16=bf16, max_pixels=50_000, base_model=None), model)
     assert ("warning: --bf16" in capsys.readouterr().err) is bf16
 
 
@@ -196,6 +198,12 @@ def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, 
     won = (below[:, 0] > below[:, 1]).double().mean()
     assert figures["policy_accuracy"]["value"] == pytest.approx(float(won))
     assert "Reward" not in page, "there is no reference"
+    assert f"model {model} · data set" in page and "cpo_fast · evaluation" in page
+    assert "summed over the tokens of an answer and not divided by its length" in page
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").glob("*.*")}
+    assert modes == dict.fromkeys(
+        ("config.json", "summary.json", "rejected_records.jsonl", "report.html"), 0o600
+    )
 
     adapter = add_lora(whole, r=2, alpha=8)
     for name, weight in adapter.named_parameters():
@@ -204,7 +212,11 @@ def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, 
     save_model(adapter, tmp_path / "adapter")
     summary, page = preferred(tmp_path / "adapter", tmp_path, capsys, "--max_samples", "2")
     assert summary["data"]["left_out"] == 1
-    (figures,) = summary["evaluation"]["preference"].values()
+    figures, reference = summary["evaluation"]["preference"].values()
+    won = (below[:2, 0] > below[:2, 1]).double().mean()
+    assert reference == {"pairs": 2, "policy_accuracy": reference["policy_accuracy"]}
+    assert reference["policy_accuracy"]["value"] == pytest.approx(float(won))
+    assert ">Reference<" in page
     rewards = 0.1 * (likelier(adapter) - below)[:2]
     margins = rewards[:, 0] - rewards[:, 1]
     assert figures["pairs"] == 2 and "Reward accuracy" in page
@@ -212,12 +224,99 @@ def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, 
     assert figures["margin"]["value"] == pytest.approx(float(margins.mean()), abs=1e-3)
 
 
-def test_suites_are_for_studies(model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("dataset", "flags", "message"),
+    [
+        ("pairs.jsonl", "--suite drift", "--suite drift does nothing here: .* a preference file"),
+        ("pairs.jsonl", "--split test", "--split test does nothing here"),
+        ("pairs.jsonl", "--uncertain_labels negative", "--uncertain_labels negative does"),
+        ("pairs.jsonl", "--max_new_tokens 9", "--max_new_tokens 9 does nothing"),
+        ("pairs.jsonl", "--batch_size 32", "--batch_size 32 does nothing"),  # the default's value
+        ("pairs.jsonl", "--drift-samples 3", "--drift_samples 3 does nothing"),
+        ("pairs.jsonl", "--num_examples 0", "--num_examples 0 does nothing"),
+        ("labels.csv", "--suite zero_shot", "--suite zero_shot does nothing here: .* a CSV"),
+        ("labels.csv", "--split train", "--split train does nothing"),
+        ("labels.csv", "--beta 1", "--beta 1.0 does nothing"),
+        ("labels.csv", "--dataset_format auto", "--dataset_format auto does nothing"),
+        ("temporal.csv", "--uncertain_labels positive", "is MS-CXR-T, which has no uncertain"),
+        ("studies", "--beta 1", "--beta 1.0 does nothing here: .* studies, which have no pairs"),
+        ("studies", "--drift_samples 3", "--drift_samples 3 is for --suite drift, and --suite is"),
+        ("studies", "--packing_length 9", "--packing_length 9 is for --suite zero_shot"),
+        ("studies", "--suite drift --seed 1", "--seed 1 is for --suite classification or report"),
+    ],
+)
+def test_a_flag_that_does_nothing_is_refused_by_name(tmp_path, capsys, dataset, flags, message):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
-    flags = ["--model", str(model), "--dataset", str(tmp_path / "pairs.jsonl")]
-    flags += ["--output_dir", str(tmp_path / "out"), "--suite", "drift"]
-    assert main(flags) == 2
-    assert "--suite drift is for studies" in capsys.readouterr().err
+    (tmp_path / "labels.csv").write_text("Image Index,Finding Labels\n")
+    (tmp_path / "temporal.csv").write_text("dicom_id,previous_dicom_id\n")
+    given = ["--model", "m", "--dataset", tmp_path / dataset, "--output_dir", tmp_path / "out"]
+    arguments = [*map(str, given), *flags.split()]
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_do_something_are_taken(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
+    (tmp_path / "labels.csv").write_text("Image Index,Finding Labels\n")
+    given = {
+        "pairs.jsonl": "--beta 1 --seed 3 --max_samples 2 --packing_length 99 --bf16",
+        "labels.csv": "--uncertain_labels positive --max_new_tokens 3 --batch_size 2 --seed 3",
+        "studies": "--suite drift,zero_shot --drift_samples 3 --packing_length 99 --seed 3",
+    }
+    for dataset, flags in given.items():
+        common = ["--model", "m", "--dataset", str(tmp_path / dataset), "--output_dir", "o"]
+        found = parse_arguments([*common, *flags.split()])
+        assert found.split == "test" and found.num_examples == 4, "the defaults are there"
+
+
+def test_flags_of_adapters_are_refused_for_a_whole_model(model, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
+    common = ["--model", str(model), "--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir",
+              str(tmp_path / "out")]  # fmt: skip
+    for flag, message in (("--beta=0.5", "--beta 0.5 does nothing here: it scales rewards"),
+                          (f"--base_model={model}", "names an adapter's base")):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            settle_model(parse_arguments([*common, flag]))
+
+
+def test_the_rewards_of_a_run_have_its_own_beta(tmp_path, capsys):
+    run = tmp_path / "run"
+    checkpoint = run / "cpo" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
+    common = ["--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out")]
+
+    def beta(*flags):
+        args = parse_arguments([*common, "--model", str(checkpoint), *flags])
+        assert settle_model(args) == checkpoint
+        return args.beta
+
+    assert beta() == 0.1
+    assert "beta 0.1 (the default: no run that trained the adapter is there)" in (
+        capsys.readouterr().out
+    )
+    (run / "config.json").write_text(json.dumps({"stages": "cpo", "beta": 0.4}))
+    assert beta() == 0.4
+    assert capsys.readouterr().out == f"beta 0.4 of the run {run.resolve()}\n"
+    assert beta("--beta", "0.2") == 0.2
+
+
+def test_results_of_others_are_not_replaced(data, model, tmp_path, capsys):
+    """Neither of a training run, nor a model, nor a stage; its own are."""
+    run = tmp_path / "run"
+    (run / "cpo" / "checkpoint-2").mkdir(parents=True)
+    before = {"config.json": '{"stages": "cpo"}', "summary.json": '{"stages": {}}'}
+    for name, text in before.items():
+        (run / name).write_text(text)
+    held = {run: "a training run", model: "a model", run / "cpo": "the checkpoints of a training"}
+    for folder, what in held.items():
+        flags = ["--model", model, "--dataset", data, "--output_dir", folder]
+        assert main(list(map(str, flags))) == 2
+        error = capsys.readouterr().err
+        assert f"--output_dir {folder} holds {what}" in error and "name another folder" in error
+    assert {name: (run / name).read_text() for name in before} == before
 
 
 def study(number: int, *names: str, image: ImageRef | None = None) -> Study:

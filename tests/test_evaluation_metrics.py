@@ -11,7 +11,7 @@ from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation import classification as c
 from cpo_fast.evaluation import text
-from cpo_fast.evaluation.preference import preference
+from cpo_fast.evaluation.preference import both_models, preference
 
 ABC = ("Atelectasis", "Edema", "Pneumonia")
 
@@ -159,6 +159,21 @@ def test_preference_of_a_case_worked_out_by_hand():
     assert result["policy_accuracy"]["value"] == pytest.approx(1 / 3)
     assert result["chosen_reward"] == pytest.approx(-1 / 3)
     assert result["pairs"] == 3
+
+
+def test_the_reference_is_judged_by_its_own_log_probs():
+    scored = {
+        "policy_chosen": [-1.0, -5.0, -3.0], "policy_rejected": [-4.0, -4.0, -4.0],
+        "reference_chosen": [-3.0, -2.0, -3.0], "reference_rejected": [-2.0, -3.0, -3.0],
+        "groups": ["a", "b", "c"], "sources": ["thinking", "thinking", "perception"],
+    }  # fmt: skip
+    policy, reference = both_models(scored, beta=0.5)
+    assert policy == preference(**scored, beta=0.5)
+    assert reference.keys() == {"pairs", "policy_accuracy", "sources"}
+    assert reference["policy_accuracy"]["value"] == pytest.approx(1 / 3)
+    assert reference["sources"]["thinking"] == {
+        "pairs": 2, "policy_accuracy": {"value": 0.5, "interval": [0.0, 1.0]}}  # fmt: skip
+    assert reference["sources"]["perception"]["policy_accuracy"]["value"] == 0.0, "a tie"
 
 
 def test_policy_equal_to_reference_has_no_reward():

@@ -16,7 +16,7 @@ from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.report import write_report
 from cpo_fast.report.model_card import base_model, card_of_export, write_cards
 from cpo_fast.report.read import Run
-from cpo_fast.report.words import WITHOUT_REFERENCE, reference
+from cpo_fast.report.words import WITHOUT_REFERENCE, reference, title_of_all
 from cpo_fast.training.arguments import parse_arguments
 
 
@@ -119,6 +119,7 @@ def test_the_base_models_name_on_a_hub(path: str, name: str | None) -> None:
 def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     summary["data"] = {"kind": "trl", "read": 30, "used": 24, "rejected": {}}
+    summary["data"] |= {"trained_on": {"cpo": 18}, "held_out": {"cpo": 6}}
     del summary["stages"]["sft"]
     (run / "summary.json").write_text(json.dumps(summary))
     config = json.loads((run / "config.json").read_text())
@@ -126,15 +127,19 @@ def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> 
     (run / "config.json").write_text(json.dumps(config))
     cards = {path.parent.name: path for path in write_cards(run)}
     card = cards["checkpoint-4"].read_text(encoding="utf-8")
-    assert "preference rows of the format `trl`; 24 used." in card
+    assert "preference rows of the format `trl`; 18 trained on, 6 held out." in card
+    assert "| Records trained on | 18 |\n| Records held out | 6 |" in card
+    assert "Records used" not in card
     assert "to prefer the chosen to the rejected answers of the data" in card
     assert "The reference is the model that the run started from." in card
     top = card.split("## Hyper-parameters")[0]
     for claim in ("think", "report", "radiolog", "counterfactual", "chest", "SFT", "2505.13081"):
         assert claim not in top, claim
     merged = cards["merged"].read_text(encoding="utf-8")
+    assert "; 24 used." in merged and "| Records used | 24 |" in merged  # the run did not train it
     assert "It was trained on the chosen answers." in merged
     page = write_report(run).read_text(encoding="utf-8")
+    assert "Records trained on" in page and "6 held out; of 30 read, 0 set aside" in page
     assert "The model learns to prefer the chosen to the rejected answers of the data." in page
     assert "to its counterfactual" not in page and "Studies used" not in page
     assert "<h2>Preference optimisation</h2>" in page
@@ -185,6 +190,12 @@ def test_the_method_is_that_of_the_pairs(run: Path) -> None:
     assert "It was trained on the reports and diagnoses of the data set." in sft
     assert "eference" not in sft.split("## Data")[0]
     assert "Computed on Some GPU with cpo_fast 0.1.0, torch 2.13.0" in sft
+
+
+def test_a_stage_of_several_runs_has_the_title_that_fits_them_all(run: Path) -> None:
+    of_reports, other = (Run(run, summary={"data": {"kind": kind}}) for kind in ("ccf", "trl"))
+    assert title_of_all([of_reports, other], "cpo") == "Preference optimisation"
+    assert title_of_all([of_reports] * 2, "cpo") == "Counterfactual preference optimisation"
 
 
 def test_losses_without_a_reference_are_those_of_the_loss_op() -> None:

@@ -74,6 +74,27 @@ def test_the_page_has_all_parts(run):
     assert "Computed on Some GPU, 2 processes with cpo_fast 0.1.0, torch 2.13.0" in top
 
 
+def test_records_trained_on_and_held_out_are_told_apart(run):
+    text = " ".join(Elements(run / "report.html").text.split())
+    held = "CPO (SFT 1 600); 381 held out; of 2 000 read, 12 set aside"
+    assert f"Records trained on1 590{held}" in text and "Records used" not in text
+    assert "Trained on: SFT 1 600 Trained on: CPO 1 590 Held out: SFT 388 Held out: CPO 381" in text
+
+
+def test_an_evaluation_names_its_model_on_top(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    figures = {"pairs": 1, "policy_accuracy": {"value": 1.0, "interval": [0.025, 1.0]}}
+    evaluation = {"preference": {"checkpoint-9": figures}}
+    (folder / "summary.json").write_text(json.dumps({"evaluation": evaluation}))
+    config = {"model": "runs/x/cpo/checkpoint-9", "dataset": "pairs.jsonl", "suite": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = Elements(write_report(folder)).text
+    top = " ".join(text[: text.index("Preference for the chosen answer")].split())
+    assert "cpo_fast · evaluation out model runs/x/cpo/checkpoint-9 · data set pairs.jsonl" in top
+    assert "Chosen answer more likely100.0 %checkpoint-9, 1 pair, 2.5–100.0" in top
+
+
 def test_hostile_text_stays_text(run):
     page = Elements(run / "report.html")
     assert HOSTILE in page.text
@@ -218,6 +239,7 @@ def test_values_of_the_wrong_kind_leave_gaps_not_tracebacks(tmp_path):
 def test_comparison_shows_what_differs(comparison, run):
     page = Elements(comparison)
     assert "phantom" in page.text and "other" in page.text
+    assert page.text.split("comparison")[0].strip().endswith("cpo_fast ·"), "of any kind of data"
     assert re.search(r"seed\s*42\s*43", page.text)
     assert "learning_rate" not in page.text, "an equal flag is shown as a difference"
     assert comparison.stat().st_mode & 0o777 == 0o600

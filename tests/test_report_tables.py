@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from cpo_fast.report.evaluation_tables import clear_best, evaluation_tables
 from cpo_fast.report.headline import cards, headline
 from cpo_fast.report.model_card import _markdown
 from cpo_fast.report.read import Run
+from cpo_fast.report.run_tables import comparison_tables
 from cpo_fast.report.tables import Cell, Row, Table, in_order, table_csv
 
 NAMES = ("Edema", "Pneumonia")
@@ -125,6 +127,25 @@ def test_sources_of_one_model_are_not_ranked() -> None:
     assert bold(shown) == set() and shown.note.startswith("Held-out pairs.")
     (alone,) = evaluation_tables({"preference": {"x": {"pairs": 9, "policy_accuracy": high}}})
     assert "eward" not in str(alone), "there is no reference"
+
+
+def test_the_model_before_cpo_stands_beside_it() -> None:
+    high, low = ({"value": v, "interval": [v, v]} for v in (0.9, 0.5))
+    of_sft = {"pairs": 9, "policy_accuracy": low, "split": "validate"}
+    of_cpo = {"pairs": 9, "policy_accuracy": high, "accuracy": high, "split": "validate"}
+    (shown,) = evaluation_tables({"preference": {"sft": of_sft, "cpo": of_cpo}})
+    assert shown.columns == ("", "CPO", "SFT")
+    cells = {row.head: [cell.text for cell in row.cells] for row in shown.rows}
+    assert cells["Chosen answer more likely"] == ["90.0\u00a0%", "50.0\u00a0%"]
+    assert cells["Reward accuracy"] == ["90.0\u00a0%", "–"]
+    summed = (
+        "summed over the tokens of an answer and not divided by its length, which favours short"
+    )
+    assert summed in shown.note
+    run = Run(Path("run"), summary={"evaluation": {"preference": {"sft": of_sft, "cpo": of_cpo}}})
+    (last, *_) = comparison_tables([run], ["run"])
+    (reward,) = [row for row in last.rows if row.head == "Held-out reward accuracy"]
+    assert [cell.text for cell in reward.cells] == ["90.0\u00a0%"]
 
 
 def test_systems_have_one_order() -> None:

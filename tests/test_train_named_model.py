@@ -14,7 +14,8 @@ import torch
 
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluate import load
-from cpo_fast.evaluate import parse_arguments as evaluate_arguments
+from cpo_fast.evaluate_options import parse_arguments as evaluate_arguments
+from cpo_fast.evaluate_options import settle_model
 from cpo_fast.export import main as export
 from cpo_fast.model.build import add_lora, load_model, save_model
 from cpo_fast.train import main
@@ -147,12 +148,17 @@ def test_every_command_takes_a_stage_and_says_where_a_moved_base_was(
         _seal(checkpoint, {"best_global_step": None})
     out = tmp_path / "out"
     want = logits(load_model(sft / "checkpoint-2"))
+
+    def loaded(flags: list[str]) -> Any:
+        args = evaluate_arguments(flags)
+        return load(args, settle_model(args)).model
+
     evaluate = ["--model", str(sft), "--dataset", "d", "--output_dir", str(out)]
-    torch.testing.assert_close(logits(load(evaluate_arguments(evaluate)).model), want)
+    torch.testing.assert_close(logits(loaded(evaluate)), want)
     moved = base.rename(tmp_path / "elsewhere")
     message = f"is not there: {base}. Move it back"
     with pytest.raises(UsageError, match=message):
-        load(evaluate_arguments(evaluate))
+        loaded(evaluate)
     merge = ["--merge", str(sft), "--output_dir", str(out)]
     assert export(merge) == 2 and message in capsys.readouterr().err
     rows = tmp_path / "rows.jsonl"
@@ -160,8 +166,8 @@ def test_every_command_takes_a_stage_and_says_where_a_moved_base_was(
     flags = ["--dataset", str(rows), "--output_dir", str(tmp_path / "run"), "--stages", "cpo"]
     assert main([*flags, "--sft_checkpoint", str(sft)]) == 2
     assert message in capsys.readouterr().err
-    loaded = load(evaluate_arguments([*evaluate, "--base_model", str(moved)]))
-    torch.testing.assert_close(logits(loaded.model), want)
+    tuned = loaded([*evaluate, "--base_model", str(moved)])
+    torch.testing.assert_close(logits(tuned), want)
     assert export([*merge, "--base_model", str(moved)]) == 0
     torch.testing.assert_close(logits(load_model(out)), want, rtol=0, atol=1e-5)
 

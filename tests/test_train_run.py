@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cpo_fast.errors import UsageError
 from cpo_fast.train import main
 from cpo_fast.training.arguments import parse_arguments
 from cpo_fast.training.checkpoint import damage_of
@@ -154,6 +155,18 @@ def test_figures_of_models_that_are_trained_again_are_not_kept(
     assert (tmp_path / "evaluation.json").exists() is kept
 
 
+def test_a_run_does_not_replace_the_results_of_others(tmp_path: Path) -> None:
+    held = {"config.json": ('{"suite": null}', "results of cpo-fast evaluate"),
+            "summary.json": ('{"data": {}}', "results of cpo-fast data check")}  # fmt: skip
+    for name, (text, what) in held.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(UsageError, match=f"{folder} holds {what}"):
+            RunFolder(parse_arguments(["--dataset", "phantom", "--output_dir", str(folder)]))
+        assert (folder / name).read_text() == text
+
+
 def test_cpo_alone_starts_from_an_earlier_runs_files(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "c"
     shutil.copytree(finished, folder)
@@ -246,7 +259,13 @@ def test_a_preference_file_needs_no_graph(finished: Path, tmp_path: Path) -> Non
     assert main(["--dataset", str(source), "--output_dir", str(folder), *SMALL]) == 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["data"]["kind"] == "trl" and summary["data"]["read"] == 60
-    assert summary["evaluation"]["preference"]["cpo"]["pairs"] >= 1
+    cpo, sft = (summary["evaluation"]["preference"][name] for name in ("cpo", "sft"))
+    assert cpo["pairs"] == sft["pairs"] >= 1 and "accuracy" not in sft
+    data = summary["data"]
+    for stage in ("sft", "cpo"):
+        assert data["trained_on"][stage] + data["held_out"][stage] == data["used"]
+        (card,) = (folder / stage).glob("checkpoint-*/README.md")
+        assert f"| Records trained on | {data['trained_on'][stage]} |" in card.read_text()
 
 
 def test_no_report_text_in_metrics_summary_or_rejected_records(finished: Path) -> None:

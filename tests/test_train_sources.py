@@ -196,6 +196,8 @@ def test_a_run_on_the_phantom_with_both(plain: Path, tmp_path: Path) -> None:
     held_out = summary["evaluation"]["preference"]["cpo"]
     parts = held_out["sources"]
     assert parts["thinking"]["pairs"] + parts["perception"]["pairs"] == held_out["pairs"]
+    before = summary["evaluation"]["preference"]["sft"]  # --sft_checkpoint is the reference
+    assert before["pairs"] == held_out["pairs"] and before["sources"].keys() == parts.keys()
     page = (tmp_path / "report.html").read_text()
     assert "margin by source" in page and "CPO, perception" in page
     lines = [json.loads(line) for line in (tmp_path / "counterfactuals.jsonl").open()]

@@ -220,7 +220,33 @@ def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path, capsys: 
     samples = tokenise(args, folder, texts, Base(tmp_path, tokenizer(), None))
     assert (len(samples.sft["train"]), len(samples.cpo["train"])) == (10, 10)
     assert [(one.id, one.reason) for one in folder.rejected] == [("long", "over-long")]
-    assert "data: 1 set aside: over-long (rejected_records.jsonl)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data: 1 set aside: over-long (rejected_records.jsonl)" in printed
+    assert "sft: 10 records to train on, 0 held out\n" in printed
+    assert "cpo: 10 records to train on, 0 held out\n" in printed
+    data = folder.summary["data"]
+    assert data["trained_on"] == {"sft": 10, "cpo": 10} and data["held_out"]["cpo"] == 0
+
+
+def test_each_stage_says_how_many_records_it_trains_on(tmp_path: Path, capsys: Any) -> None:
+    """CPO has fewer than SFT; a stage that the run does not train says nothing."""
+    flags = ["--eval_fraction", "0.3"]
+    texts, _ = texts_of(tmp_path, [row(f"Q{i}", id=i) for i in range(10)], *flags)
+    del texts.cpo["train"][:2], texts.cpo["validate"][:1]  # as answers without a rejected one
+    want = {"sft": (7, 3), "cpo": (5, 2)}
+    capsys.readouterr()
+    for name, stages in (("both", "sft,cpo"), ("one", "cpo")):
+        out = ["--output_dir", str(tmp_path / name), "--stages", stages]
+        args = parse_arguments(["--dataset", str(tmp_path / "rows.jsonl"), *out, *flags])
+        folder = RunFolder(args)
+        tokenise(args, folder, texts, Base(tmp_path, tokenizer(), None))
+        data, printed = folder.summary["data"], capsys.readouterr().out
+        shown = stages.split(",")
+        for side, number in (("trained_on", 0), ("held_out", 1)):
+            assert data[side] == {stage: want[stage][number] for stage in shown}
+        for stage, (trained, held) in want.items():
+            line = f"{stage}: {trained} records to train on, {held} held out"
+            assert (line in printed) is (stage in shown)
 
 
 def test_a_held_out_side_may_end_up_empty(tmp_path: Path, capsys: Any) -> None:

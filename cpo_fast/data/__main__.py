@@ -19,6 +19,7 @@ from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import POSITIVE, SHARE
+from cpo_fast.folders import CHECK, check_free
 from cpo_fast.locks import lock_file, lock_folder
 
 USABLE, TOO_MANY_BAD, UNREADABLE = 0, 1, 2
@@ -96,6 +97,7 @@ def _source(args: argparse.Namespace) -> Source[Any]:
 
 
 def _check(args: argparse.Namespace) -> int:
+    check_free(args.output_dir, CHECK)
     lengths = None
     if args.model:
         lengths = Lengths.of_model(

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import textwrap
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from cpo_fast.data.preference_values import words
 from cpo_fast.data.preferences import PreferenceSource
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
+from cpo_fast.folders import write_json, write_private
 from cpo_fast.types import ImageRef, Preference, RejectedRecord, Study
 
 IMAGE_CHECKS = ("decode", "header", "none")
@@ -227,21 +227,15 @@ def check(
 # --- out -----------------------------------------------------------------------------------------
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
 def write(checked: Checked, output_dir: str) -> None:
     """summary.json (its `data` part) and rejected_records.jsonl in `output_dir`, made if need
     be."""
     folder = Path(output_dir)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(folder / "summary.json", [json.dumps({"data": checked.facts}, indent=2), "\n"])
-        records = (json.dumps(record.to_json()) + "\n" for record in checked.rejected)
-        _write(folder / "rejected_records.jsonl", records)
+        write_json(folder / "summary.json", {"data": checked.facts})
+        lines = "".join(json.dumps(record.to_json()) + "\n" for record in checked.rejected)
+        write_private(folder / "rejected_records.jsonl", lines)
     except OSError as error:
         raise DataError(
             f"{output_dir}: cannot be written ({error.strerror}); choose another --output_dir"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,38 @@ def preference(
                 *own, beta=beta, groups=list(keys[where]), bootstrap=bootstrap, seed=seed
             )
     return figures
+
+
+def more_likely(
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    *,
+    groups: Sequence[Any] | None = None,
+    sources: Sequence[str] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """What `preference` says of P pairs without a reference: {"pairs", "policy_accuracy"}, and
+    "sources" where there is more than one. Raises UsageError as it does.
+    """
+    options: dict[str, Any] = {"groups": groups, "sources": sources, "bootstrap": bootstrap}
+    figures = preference(chosen, rejected, chosen, rejected, beta=1.0, seed=seed, **options)
+
+    def kept(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: found[name] for name in ("pairs", "policy_accuracy")}
+
+    parts = {name: kept(found) for name, found in figures.get("sources", {}).items()}
+    return kept(figures) | ({"sources": parts} if parts else {})
+
+
+def both_models(
+    scored: Mapping[str, Any], *, beta: float, seed: int = 42
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(figures of the policy, figures of the reference) of pairs as `score_pairs` returns them: by
+    `preference` and by `more_likely`."""
+    of_pairs = {name: scored[name] for name in ("groups", "sources")}
+    below = (scored["reference_chosen"], scored["reference_rejected"])
+    return preference(**scored, beta=beta, seed=seed), more_likely(*below, **of_pairs, seed=seed)
 
 
 def _pair_weights(keys: np.ndarray, bootstrap: int, seed: int) -> np.ndarray:

@@ -233,7 +233,8 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         )
     notes.append(
         "Chosen answer more likely: the share of pairs in which the model itself gives the chosen "
-        "answer the higher log-probability."
+        "answer the higher log-probability. Log-probabilities are summed over the tokens of an "
+        "answer and not divided by its length, which favours short answers."
     )
     table = Table(
         "Preference for the chosen answer", ("", *shown), known_rows(rows), " ".join(notes)

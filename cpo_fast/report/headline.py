@@ -8,7 +8,7 @@ from typing import Any
 from cpo_fast.report import tables as t
 from cpo_fast.report.evaluation_tables import NONE_PARSED, unparsed
 from cpo_fast.report.read import Run
-from cpo_fast.report.words import of_reports
+from cpo_fast.report.words import of_reports, sides
 
 BASELINES = ("majority", "untrained")
 HEADLINES = {"accuracy": "accuracy", "f1": "F1"}
@@ -89,14 +89,7 @@ def cards(run: Run) -> list[dict[str, str]]:
             if last != "sft" and (against := _against_sft(evaluation, last, metric)):
                 note += f"; {against}"
             cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})
-    preference = run.part("evaluation", "preference", "cpo")
-    if figure := t.get(preference, "accuracy"):
-        pairs = preference.get("pairs")
-        note = f"CPO, {t.number(pairs)} held-out {'pair' if pairs == 1 else 'pairs'}"
-        note += f", {bounds}" if (bounds := t.interval(figure)) else ""
-        cards.append(
-            {"label": "Reward accuracy", "value": t.percent(figure.get("value")), "note": note}
-        )
+    cards += _preferred(t.objects(run.part("evaluation", "preference")))
     speed = run.part("stages", "cpo")
     if t.is_number(speed.get("pairs_per_second")):
         note = f"CPO; {t.number(speed.get('logical_tokens_per_second'))} logical tokens/s"
@@ -106,12 +99,40 @@ def cards(run: Run) -> list[dict[str, str]]:
     if t.is_number(data.get("used")):
         rejected = sum(t.counts(data.get("rejected")).values())
         note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
-        label = "Studies used" if of_reports(run) else "Records used"
-        cards.append({"label": label, "value": t.number(data["used"]), "note": note})
+        what, used = "used", data["used"]
+        if of_stages := sides(run):
+            what, (used, held_out) = "trained on", list(of_stages.values())[-1]
+            note = "; ".join([*_earlier(of_stages), f"{t.number(held_out)} held out", note])
+        label = f"{'Studies' if of_reports(run) else 'Records'} {what}"
+        cards.append({"label": label, "value": t.number(used), "note": note})
     times = [s.get("seconds") for s in run.part("stages").values() if isinstance(s, dict)]
     if known := [x for x in times if t.is_number(x)]:
         cards.append({"label": "Time", "value": t.seconds(sum(known)), "note": _timed(run)})
     return cards
+
+
+def _preferred(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The first model's reward accuracy, or how often the chosen answer is more likely where it has
+    no rewards."""
+    wanted = {"accuracy": "Reward accuracy", "policy_accuracy": "Chosen answer more likely"}
+    for name in t.in_order(models)[:1]:
+        for key, label in wanted.items():
+            if not (figure := t.get(models[name], key)):
+                continue
+            pairs, held_out = models[name].get("pairs"), "held-out " if name == "cpo" else ""
+            note = f"{t.name_of(name)}, {t.number(pairs)} {held_out}"
+            note += "pair" if pairs == 1 else "pairs"
+            note += f", {bounds}" if (bounds := t.interval(figure)) else ""
+            return [{"label": label, "value": t.percent(figure.get("value")), "note": note}]
+    return []
+
+
+def _earlier(of_stages: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Which stage a number of records belongs to, where the stages before it had others."""
+    *earlier, last = of_stages
+    other = [name for name in earlier if of_stages[name] != of_stages[last]]
+    said = [f"{t.name_of(name)} {t.number(of_stages[name][0])}" for name in other]
+    return [f"{t.name_of(last)} ({', '.join(said)})"] if said else []
 
 
 def _against_sft(evaluation: Mapping[str, Any], model: str, metric: str) -> str:
@@ -133,7 +154,12 @@ def _timed(run: Run) -> str:
 
 def setting(run: Run) -> list[str]:
     """Model, data set and seed of a run."""
-    labels = {"model_name_or_path": "model", "dataset": "data set", "seed": "seed"}
+    labels = {
+        "model_name_or_path": "model",
+        "model": "model",  # of cpo-fast evaluate
+        "dataset": "data set",
+        "seed": "seed",
+    }
     return [f"{label} {run.config[key]}" for key, label in labels.items() if key in run.config]
 
 

@@ -29,7 +29,7 @@ from cpo_fast.report.tables import (
     objects,
     seconds,
 )
-from cpo_fast.report.words import data_kind, of_reports, preferred, reference, stage_title
+from cpo_fast.report.words import data_kind, of_reports, preferred, reference, sides, stage_title
 
 STAGES = ("sft", "cpo")
 PAPERS = {
@@ -99,14 +99,14 @@ def model_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> str:
         _header(base, adapter=adapter, sees=sees, stage=stage, of_reports=of_reports(run)),
         f"# {name}",
         f"{'A LoRA adapter' if adapter else 'A model'} from {title[0].lower()}{title[1:]} with "
-        f"cpo_fast{version}, on {_data_words(run)}",
+        f"cpo_fast{version}, on {_data_words(run, stage)}",
         _method(run, stage),
         *_merged_words(run, stage, merged, evaluated=bool(tables)),
         _limits(run, stage, evaluated=bool(tables)),
         "## Use",
         _use(adapter=adapter, sees=sees),
         "## Data",
-        *_markdown(_data(run)),
+        *_markdown(_data(run, stage)),
         "## Hyper-parameters",
         *_markdown(_settings(run.config, stage, adapter)),
         "## Training",
@@ -183,7 +183,7 @@ def _header(base: str | None, *, adapter: bool, sees: bool, stage: str, of_repor
     return "\n".join(["---", *lines, "---"])
 
 
-def _data_words(run: Run) -> str:
+def _data_words(run: Run, stage: str) -> str:
     kind = data_kind(run)
     if of_reports(run):
         return (
@@ -194,6 +194,9 @@ def _data_words(run: Run) -> str:
         return "data that the run does not describe."
     used = run.part("data").get("used")
     count = f"; {number(used)} used" if is_number(used) else ""
+    if stage in sides(run):
+        trained_on, held_out = map(number, sides(run)[stage])
+        count = f"; {trained_on} trained on, {held_out} held out"
     return f"preference rows of the format `{kind}`{count}."
 
 
@@ -227,9 +230,14 @@ def _use(*, adapter: bool, sees: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _data(run: Run) -> Table:
+def _data(run: Run, stage: str) -> Table:
     data = run.part("data")
-    rows = [_row("Records read", data.get("read")), _row("Records used", data.get("used"))]
+    rows = [_row("Records read", data.get("read"))]
+    if stage in sides(run):
+        trained_on, held_out = sides(run)[stage]
+        rows += [_row("Records trained on", trained_on), _row("Records held out", held_out)]
+    else:
+        rows.append(_row("Records used", data.get("used")))
     rejected = counts(data.get("rejected"))
     rows += [_row(f"Set aside: {reason}", count) for reason, count in rejected.items()]
     rows.append(_row("Left out by a flag", data.get("left_out") or None))

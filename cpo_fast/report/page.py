@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.folders import write_private
 from cpo_fast.report import run_tables
 from cpo_fast.report import tables as t
 from cpo_fast.report.drift import drift_study
@@ -24,7 +24,7 @@ from cpo_fast.report.examples import data_uri, example_of
 from cpo_fast.report.figures import DARK, LIGHT, Line, Panel, concept_graph, curves, intervals
 from cpo_fast.report.headline import cards, computed_on, headline, protocol, setting
 from cpo_fast.report.read import Run, read_run
-from cpo_fast.report.words import stage_note, stage_title
+from cpo_fast.report.words import is_evaluation, stage_note, stage_title, title_of_all
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN_EXAMPLES = 8
@@ -64,6 +64,7 @@ def write_report(run_dir: Path | str) -> Path:
     examples = [example_of(example, run.path) for example in run.examples[:SHOWN_EXAMPLES]]
     probed = [drift_study(entry, i) for i, entry in enumerate(run.drifts[:SHOWN_DRIFTS], start=1)]
     context = {
+        "kicker": f"cpo_fast · {'evaluation' if is_evaluation(run) else 'run report'}",
         "title": run.name,
         "lead": headline(evaluation),
         "meta": setting(run),
@@ -100,7 +101,7 @@ def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
     stages = [
         {
             "id": _id(stage),
-            "title": stage_title(runs[0], stage),
+            "title": title_of_all(runs, stage),
             "short": t.name_of(stage),
             "pictures": pictures(stage_panels(runs, names, stage), None),
         }
@@ -300,13 +301,3 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         "script_hash": Markup(f"sha256-{digest}"),
     }
     return environment.get_template(template).render(context)
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace `path` by a new file that only its owner can read: it may hold patients' words."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    partial.replace(path)

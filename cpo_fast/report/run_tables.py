@@ -62,7 +62,7 @@ def data_tables(run: Run) -> list[Table]:
         rows = [Row(_words(k), (Cell(number(v)),)) for k, v in counted.items()]
         rows += [Row(f"Set aside: {reason}", (Cell(number(n)),)) for reason, n in reasons.items()]
         rows += [
-            Row(f"{_words(k)}: {name}", (Cell(number(n)),))
+            Row(f"{_words(k)}: {name_of(name)}", (Cell(number(n)),))
             for k, inner in data.items()
             if k != "rejected"
             for name, n in _counted(inner)
@@ -104,8 +104,8 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
         for metric, label in METRIC_NAMES.items()
     ]
     rows.append(figure_row("All findings right", [get(model, "exact_match") for model in macro]))
-    preference = [list(objects(run.part("evaluation", "preference")).values()) for run in runs]
-    last = [models[-1] if models else {} for models in preference]
+    preference = [objects(run.part("evaluation", "preference")) for run in runs]
+    last = [models[in_order(models)[0]] if models else {} for models in preference]
     rows.append(figure_row("Held-out reward accuracy", [get(m, "accuracy") for m in last]))
     rows.append(figure_row("Held-out reward margin", [get(m, "margin") for m in last], number))
     note = "The runs may differ in their test studies, so that no run is marked as the best."

@@ -12,6 +12,7 @@ from typing import Any
 NAMES = {"majority": "Majority guess", "untrained": "Untrained", "sft": "SFT", "cpo": "CPO"} | {
     "images": "Image check",
     "graph": "Concept graph",
+    "reference": "Reference",
     "counterfactual": "Counterfactuals",
     "evaluate": "Evaluation",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cpo_fast.report.read import Run
 from cpo_fast.report.tables import counts
 
@@ -24,6 +26,14 @@ def of_reports(run: Run) -> bool:
     return data_kind(run) in OF_REPORTS
 
 
+def sides(run: Run) -> dict[str, tuple[int, int]]:
+    """How many records each stage was trained on, and how many it held out; {} where the run does
+    not say."""
+    held_out = counts(run.part("data", "held_out"))
+    trained_on = counts(run.part("data", "trained_on"))
+    return {stage: (int(n), int(held_out.get(stage, 0))) for stage, n in trained_on.items()}
+
+
 def stage_title(run: Run, stage: str) -> str:
     if stage == "sft":
         return "Supervised fine-tuning"
@@ -31,6 +41,16 @@ def stage_title(run: Run, stage: str) -> str:
         whole = "Counterfactual preference optimisation"
         return whole if of_reports(run) else "Preference optimisation"
     return stage
+
+
+def title_of_all(runs: Sequence[Run], stage: str) -> str:
+    """The title of a stage of several runs: the counterfactual one only where it holds for all."""
+    return min((stage_title(run, stage) for run in runs), key=len)
+
+
+def is_evaluation(run: Run) -> bool:
+    """Whether `cpo-fast evaluate` wrote the folder."""
+    return "suite" in run.config and "stages" not in run.config
 
 
 def stage_note(run: Run, stage: str) -> str:

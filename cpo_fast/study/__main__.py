@@ -16,8 +16,8 @@ from typing import Any
 from cpo_fast.command_line import Parser, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.evaluate import make_private, write_json
 from cpo_fast.flags import POSITIVE, SEED, Number
+from cpo_fast.folders import make_private, write_json, write_private
 from cpo_fast.locks import lock_folder
 
 SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
@@ -87,7 +87,7 @@ def run_seeds(args: argparse.Namespace) -> Path:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     outcome = results({seed: one_seed(args, seed) for seed in seeds}, settings(args))
     write_json(args.output_dir / "study.json", outcome)
-    (args.output_dir / "study.md").write_text(as_markdown(outcome), encoding="utf-8")
+    write_private(args.output_dir / "study.md", as_markdown(outcome))
     return write_study_page(args.output_dir / "study.html", outcome)
 
 

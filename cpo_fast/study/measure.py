@@ -10,7 +10,8 @@ from typing import Any
 
 from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, parse_answer
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.evaluate import load, parse_arguments, read
+from cpo_fast.evaluate import load, read
+from cpo_fast.evaluate_options import parse_arguments, settle_model
 from cpo_fast.evaluation.cohort import Cohort, Loaded
 from cpo_fast.phantom.wording import DRIFTS
 from cpo_fast.types import Prompt
@@ -61,7 +62,7 @@ def measure(
         "--max_pixels": scale.max_pixels,
     }
     args = parse_arguments([str(word) for pair in flags.items() for word in pair])
-    loaded = load(args)
+    loaded = load(args, settle_model(args))
     cohort = read(args, loaded)
     failed: dict[int, RecordError] = {}
     texts = diagnose(

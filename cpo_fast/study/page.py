@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.folders import write_private
 from cpo_fast.report.figures import intervals
-from cpo_fast.report.page import pictures, render, write_private
+from cpo_fast.report.page import pictures, render
 from cpo_fast.study.arms import ARMS, MORE
 from cpo_fast.study.figures import tables, verdict
 from cpo_fast.study.measure import PAPER_FINDINGS

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import UsageError
+from cpo_fast.folders import TRAINING, check_free
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import checkpoints
 from cpo_fast.training.distributed import World
@@ -49,6 +50,7 @@ class RunFolder:
         if not self.writes:
             self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=False)
             return
+        check_free(self.path, TRAINING)
         self._make_room(trained, args.overwrite_output_dir)
         self._write_json("config.json", self.flags)
         self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
+from cpo_fast.counting import counted
 from cpo_fast.data.positions import model_positions
 from cpo_fast.data.preference_values import text_in, words
 from cpo_fast.data.tokens import control_tokens
@@ -84,9 +85,26 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
         print(f"{of}: {count} set aside: {reason} (rejected_records.jsonl)")
     records = sum(map(len, texts.sft.values()))
     folder.data(used=records - sum(not record.stage for record in merged))
+    tell_sides(args, folder, samples)
     bad = {(record.id, record.file, record.line) for record in rejected}
     stop_if_too_bad(args, folder, len(bad), records)
     return samples
+
+
+def tell_sides(args: TrainArguments, folder: RunFolder, samples: Samples) -> None:
+    """Print and note how many records each stage of the run trains on and holds out.
+
+    That includes the stages that an earlier call trained in this folder.
+    """
+    facts: dict[str, dict[str, int]] = {"trained_on": {}, "held_out": {}}
+    for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
+        if stage not in args.stage_names and stage not in folder.summary["stages"]:
+            continue
+        train = len(splits["train"])
+        held_out = sum(len(groups) for split, groups in splits.items() if split != "train")
+        print(f"{stage}: {counted(train, 'record')} to train on, {held_out} held out")
+        facts["trained_on"][stage], facts["held_out"][stage] = train, held_out
+    folder.data(**facts)
 
 
 def check_samples(args: TrainArguments, samples: Samples) -> None:

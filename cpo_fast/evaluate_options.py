@@ -1,0 +1,169 @@
+"""The flags of `cpo-fast evaluate`, and which of them do something for which kind of data."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.command_line import Parser, program
+from cpo_fast.data import DATASET_FORMATS, is_preference_file
+from cpo_fast.errors import UsageError
+from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, Number, split
+from cpo_fast.folders import TRAINING, contents_of, read_object
+
+SUITES = ("classification", "report", "zero_shot", "drift")
+DEFAULT_SUITE = "classification,report"
+DEFAULT_BETA = 0.1
+
+DESCRIPTION = """Evaluate a model on a data set; writes figures and a page.
+
+Suites: "classification" (accuracy of the diagnosis per finding) and "report" (the thought against
+the radiologist's report) from generated answers, "zero_shot" (AUC from the likelihood of each
+finding's sentence) and "drift" (how the diagnosis moves along the thought) by scoring. A preference
+file gives how often the chosen answer is preferred."""
+
+PAIRS = "a preference file, which gives how often the chosen answer is preferred"
+IMAGES = "a CSV of images, whose columns decide what is computed"
+STUDIES = "studies, which have no pairs"
+
+IDLE = {
+    PAIRS: ("suite", "split", "uncertain_labels", "max_new_tokens", "batch_size", "drift_samples",
+            "num_examples"),
+    IMAGES: ("suite", "split", "dataset_format", "drift_samples", "num_examples", "beta"),
+    STUDIES: ("beta",),
+}  # fmt: skip
+"""Flags that do nothing for a kind of data."""
+
+OF_SUITES = {
+    "drift_samples": ("drift",),
+    "packing_length": ("zero_shot",),
+    "seed": ("classification", "report", "zero_shot"),
+}
+"""Flags that do something only with one of these suites."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; `beta` is None where it is not given. UsageError names a flag that is given and
+    does nothing for this data set."""
+    arguments = _parser().parse_args(argv)
+    given = vars(_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
+    kind = kind_of(arguments)
+    for name in IDLE[kind]:
+        if name in given:
+            raise UsageError(
+                f"--{name} {given[name]} does nothing here: {arguments.dataset} is {kind}; leave "
+                f"--{name} out"
+            )
+    if kind is IMAGES and "uncertain_labels" in given and _is_temporal(arguments.dataset):
+        raise UsageError(
+            f"--uncertain_labels {given['uncertain_labels']} does nothing here: "
+            f"{arguments.dataset} is MS-CXR-T, which has no uncertain labels; leave it out"
+        )
+    if kind is not STUDIES:
+        return arguments
+    arguments.suite = DEFAULT_SUITE if arguments.suite is None else arguments.suite
+    if fault := Choices(SUITES).fault(arguments.suite):
+        raise UsageError(f"--suite {arguments.suite}: {fault}")
+    suites = arguments.suite = split(arguments.suite)
+    for name, users in OF_SUITES.items():
+        if name in given and not set(users) & set(suites):
+            raise UsageError(
+                f"--{name} {given[name]} is for --suite {' or '.join(users)}, and --suite is "
+                f"{','.join(suites)}"
+            )
+    return arguments
+
+
+def _parser(**settings: Any) -> Parser:
+    """With `argument_default` its results hold the flags only that are given."""
+    parser = Parser(prog=program("evaluate"), description=DESCRIPTION, **settings)
+    suppressed = "argument_default" in settings
+
+    def add(flag: str, **options: Any) -> None:
+        if suppressed:
+            options.pop("default", None)
+        parser.add_argument(flag, **options)
+
+    add("--model", required=True, help="folder of a model, an adapter or a training stage")
+    add("--base_model", help="folder of an adapter's base (default: what the adapter names)")
+    add("--dataset", required=True, help="MIMIC-CXR folder, open-i, a CSV, or a preference file")
+    add("--output_dir", required=True, type=Path, help="folder of the results (mode 0700)")
+    add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
+    add("--split", default="test", choices=("train", "validate", "test"),
+        help="for studies: which ones")  # fmt: skip
+    add("--dataset_format", default="auto", choices=DATASET_FORMATS, metavar="NAME",
+        help=f"format (auto: detected automatically): {', '.join(DATASET_FORMATS)}")  # fmt: skip
+    add("--image_root", help="folder of the images where the data set does not hold them")
+    add("--uncertain_labels", default="negative", choices=("negative", "positive"),
+        help="how uncertain labels count")  # fmt: skip
+    add("--max_samples", type=POSITIVE, help="limit of studies, images or records")
+    add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")
+    add("--max_pixels", type=POSITIVE, help="largest image area (default: the model's own)")
+    add("--beta", type=Number(above=0),
+        help="for an adapter and pairs: scale of the rewards (default: that of the run that "
+        f"trained it, else {DEFAULT_BETA:g})")  # fmt: skip
+    add("--max_new_tokens", type=POSITIVE, default=256, help="longest generated answer")
+    add("--batch_size", type=POSITIVE, default=32, help="studies per generation batch")
+    add("--packing_length", type=POSITIVE, default=4096, help="tokens per pack when scoring")
+    add("--drift_samples", type=POSITIVE, default=32, help="studies of the drift suite")
+    add("--num_examples", type=COUNT, default=4, help="example studies on the page")
+    add("--bf16", action="store_true", help="bfloat16 weights")
+    add("--seed", type=SEED, default=42, help="seed of the bootstrap")
+    return parser
+
+
+def kind_of(args: argparse.Namespace) -> str:
+    """PAIRS, IMAGES or STUDIES."""
+    if is_csv(args.dataset):
+        return IMAGES
+    return PAIRS if is_preference_file(args.dataset, args.dataset_format) else STUDIES
+
+
+def is_csv(dataset: str) -> bool:
+    """Whether it holds images and labels; a CSV is no preference file."""
+    return dataset.endswith((".csv", ".csv.gz"))
+
+
+def _is_temporal(dataset: str) -> bool:
+    from cpo_fast.evaluation.csv_sets import rows
+    from cpo_fast.evaluation.ms_cxr_t import is_ms_cxr_t
+
+    return Path(dataset).is_file() and is_ms_cxr_t(rows(Path(dataset))[0])
+
+
+def settle_model(args: argparse.Namespace) -> Path:
+    """The folder that `--model` means, which `args.model` names from here on; for an adapter and
+    pairs, `args.beta` as given, else that of the run that trained it.
+
+    Raises UsageError for flags of adapters that are given for a whole model.
+    """
+    from cpo_fast.model.adapters import is_adapter
+    from cpo_fast.training.named_model import find_checkpoint
+
+    path = find_checkpoint(args.model, "--model")
+    if not is_adapter(path):
+        idle = {"base_model": "names an adapter's base", "beta": "scales rewards, which compare an "
+                "adapter with the model below it"}  # fmt: skip
+        for name, purpose in idle.items():
+            if (value := getattr(args, name)) is not None:
+                raise UsageError(
+                    f"--{name} {value} does nothing here: it {purpose}, and --model {args.model} "
+                    f"is a whole model; leave --{name} out"
+                )
+    elif args.beta is None and kind_of(args) is PAIRS:
+        args.beta = _beta_of_run(path)
+    args.model = str(path)
+    return path
+
+
+def _beta_of_run(checkpoint: Path) -> float:
+    """`--beta` of the run whose stage holds the checkpoint; the default where there is none."""
+    run = checkpoint.resolve().parents[1]
+    found = read_object(run / "config.json") if contents_of(run) == TRAINING else {}
+    known = Number(above=0).fault(found.get("beta")) is None
+    beta = float(found["beta"]) if known else DEFAULT_BETA
+    of = f"of the run {run}" if known else "(the default: no run that trained the adapter is there)"
+    print(f"beta {beta:g} {of}")
+    return beta

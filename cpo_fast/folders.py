@@ -1,0 +1,83 @@
+"""Folders of results: whose they are, and private files in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.errors import UsageError
+
+TRAINING = "a training run"
+EVALUATION = "results of cpo-fast evaluate"
+CHECK = "results of cpo-fast data check"
+
+
+def contents_of(folder: str | Path) -> str:
+    """What the results in `folder` are, in words; "" where it holds none of this package.
+
+    A training run is known by metrics.jsonl or by the `stages` of its config.json, an evaluation by
+    its `suite`; any other config.json is of a model. A stage of a run holds checkpoints, `data
+    check` writes summary.json without config.json.
+    """
+    folder = Path(folder)
+    if (folder / "metrics.jsonl").is_file():
+        return TRAINING
+    file = folder / "config.json"
+    if file.is_file():
+        config = read_object(file)
+        if "model_type" not in config and "stages" in config:
+            return TRAINING
+        return EVALUATION if "model_type" not in config and "suite" in config else "a model"
+    if (folder / "adapter_config.json").is_file():
+        return "a model"
+    if any(folder.glob("checkpoint-*/")) or (folder / "merged").is_dir():
+        return "the checkpoints of a training stage"
+    file = folder / "summary.json"
+    if not file.is_file():
+        return ""
+    return CHECK if set(read_object(file)) == {"data"} else TRAINING
+
+
+def check_free(folder: str | Path, own: str) -> None:
+    """UsageError where `folder` holds results that are not `own`: files of theirs, such as
+    config.json and summary.json, would be replaced."""
+    if (held := contents_of(folder)) not in ("", own):
+        raise UsageError(
+            f"--output_dir {folder} holds {held}, whose files would be replaced: name another "
+            "folder"
+        )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; {} where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def make_private(folder: Path) -> None:
+    """Make `folder`, which only its owner may enter (mode 0700)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def write_private(path: Path, data: bytes | str) -> None:
+    """Replace `path` by a new file that only its owner can read: it may hold patients' words."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_private` of `value` as indented JSON."""
+    write_private(path, json.dumps(value, indent=2) + "\n")
