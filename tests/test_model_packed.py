@@ -176,6 +176,8 @@ def test_compiled_layers_say_the_same_without_compiling_anew(checkpointing):
 
     eager = PackedModel(model)
     want = [step(eager, batch) for batch in batches]
+    torch._dynamo.reset()
+    counters.clear()
     compiled = PackedModel(model, compile=True)
     graphs = []
     for batch, (loss, grads) in zip(batches, want, strict=True):
@@ -183,7 +185,8 @@ def test_compiled_layers_say_the_same_without_compiling_anew(checkpointing):
         assert got == pytest.approx(loss, abs=1e-5)
         assert_same_grads(got_grads, grads)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] == graphs[2] > 0
+    # Five pieces of a layer around its attention, with gradients and without; all layers share them.
+    assert graphs == [10, 10, 10]
 
 
 def test_bfloat16():

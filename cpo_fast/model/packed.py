@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +38,8 @@ class PackedModel:
     (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower attends within
     images and windows by `cpo_fast.model.windows`.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
-    with a break at attention over branches, whose layout changes from pack to pack.
+    with a break at attention over branches, whose layout changes from pack to pack. Gradient
+    checkpointing is to be enabled before.
     `fused` gives the model fused layers (`cpo_fast.model.fused`): CUDA in half precision, without
     `compile`, which fuses itself. They are off by default until they have run on a GPU.
     """
@@ -84,6 +86,7 @@ class PackedModel:
 
             check_fused(base.device.type, base.dtype, compile=compile)
             use_fused_layers(base, self.vision)
+        self._compiled = compile
         if compile:
             if not hasattr(self.trunk, "layers"):
                 raise UsageError(
@@ -91,7 +94,7 @@ class PackedModel:
                     "leave --torch_compile out"
                 )
             for layer in self.trunk.layers:
-                layer.compile(dynamic=True)
+                _compile(layer)
         self._last: _Prepared | None = None
 
     def hidden(self, batch: PackedBatch, *, reference: bool = False) -> torch.Tensor:
@@ -133,8 +136,12 @@ class PackedModel:
             positions = batch.position_ids[:1]  # [1, T]
         else:
             positions = batch.position_ids[:, None]  # [3, 1, T]
+        row = embeddings[None]
+        if self._compiled:
+            # Of the kind that a layer returns, else the first layer would be compiled for itself.
+            row = row.clone().requires_grad_(torch.is_grad_enabled())
         out = self.trunk(
-            inputs_embeds=embeddings[None],
+            inputs_embeds=row,
             position_ids=positions,
             use_cache=False,
             **self._prepared(batch).attention,
@@ -175,6 +182,29 @@ class PackedModel:
         if frozen:
             prepared.image_features = features
         return features
+
+
+def _compile(layer: Any) -> None:
+    """Compiles a decoder layer; under gradient checkpointing, what is computed once more."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    inside = "__call__" not in vars(GradientCheckpointingLayer)
+    if not (inside and getattr(layer, "gradient_checkpointing", False)):
+        layer.compile(dynamic=True)
+        return
+    # In transformers 5.23 (not in 5.17) a layer's forward checkpoints itself: torch.compile, which
+    # finds a graph break in there (attention), would leave the whole layer uncompiled and not say so.
+    checkpoint = layer._gradient_checkpointing_func
+
+    def checkpoint_compiled(call: partial[Any], *args: Any) -> Any:
+        return checkpoint(partial(_compiled(call.func), *call.args, **call.keywords), *args)
+
+    layer._gradient_checkpointing_func = checkpoint_compiled
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
 
 
 @dataclass(slots=True)
