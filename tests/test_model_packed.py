@@ -185,7 +185,7 @@ def test_compiled_layers_say_the_same_without_compiling_anew(checkpointing):
         assert got == pytest.approx(loss, abs=1e-5)
         assert_same_grads(got_grads, grads)
         graphs.append(counters["stats"]["unique_graphs"])
-    # Five pieces of a layer around its attention, with gradients and without; all layers share them.
+    # Five pieces of a layer around its attention, with gradients and without, for all layers.
     assert graphs == [10, 10, 10]
 
 

@@ -193,7 +193,7 @@ def _compile(layer: Any) -> None:
         layer.compile(dynamic=True)
         return
     # In transformers 5.23 (not in 5.17) a layer's forward checkpoints itself: torch.compile, which
-    # finds a graph break in there (attention), would leave the whole layer uncompiled and not say so.
+    # finds a graph break in there (attention), would leave the layer uncompiled and not say so.
     checkpoint = layer._gradient_checkpointing_func
 
     def checkpoint_compiled(call: partial[Any], *args: Any) -> Any:
