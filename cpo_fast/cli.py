@@ -10,8 +10,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cpo_fast.command_line import near
+from cpo_fast.command_line import failed
 from cpo_fast.console import piped
+from cpo_fast.errors import UsageError
+from cpo_fast.flags import near
 from cpo_fast.version import __version__
 
 COMMANDS = {
@@ -41,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         meant = near(words[0], COMMANDS)
         hint = f"did you mean {meant}?" if meant else "see cpo-fast --help"
-        print(f"cpo-fast: {words[0]} is not a command; {hint}", file=sys.stderr)
-        return 2
+        return failed("cpo-fast", UsageError(f"{words[0]} is not a command; {hint}"))
     name = f"cpo_fast.{words[0]}"
     try:  # a folder of modules has its command in __main__
         module = importlib.import_module(f"{name}.__main__")

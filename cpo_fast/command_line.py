@@ -1,6 +1,7 @@
 """The parser of every command: short help in groups, and wrong usage refused in one line.
 
-A wrong flag ends the program with status 2 and `PROGRAM: --name value: what is allowed`.
+A wrong flag ends the program with status 2 and `PROGRAM: error: --name value: what is allowed`;
+other errors of a command have the same form (`failed`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cpo_fast.flags import Choice, Number
+from cpo_fast.errors import UsageError
+from cpo_fast.flags import Choice, Number, near
 from cpo_fast.version import __version__
 
 _NEGATIVE = re.compile(r"-(?:\.?\d.*|inf|nan)", re.I)
@@ -27,13 +28,10 @@ def program(command: str) -> str:
     return f"python -m {name}" if name == f"cpo_fast.{command}" else f"cpo-fast {command}"
 
 
-def near(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that was probably meant, if any."""
-    names = list(names)
-    if close := get_close_matches(name, names, n=1):
-        return close[0]
-    word = name.strip("-_")
-    return next((one for one in names if len(word) > 2 and word in one), None)
+def failed(prog: str, error: Exception) -> int:
+    """Print `PROGRAM: error: what was wrong`; the exit status, 2 for wrong usage, else 1."""
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -91,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         missing = "the following arguments are required: "
         if message.startswith(missing):
             message = f"missing {message.removeprefix(missing)}; see {self.prog} --help"
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(failed(self.prog, UsageError(message)))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and (

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.command_line import failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluate_options import IMAGES, PAIRS, STUDIES, kind_of, parse_arguments, settle_model
@@ -23,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(f"report: {evaluate(parse_arguments(argv))}")
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return failed(program("evaluate"), error)
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.locks import lock_file
@@ -40,8 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         with lock_file(args.output_dir.resolve(), "--output_dir"):
             export_merged(args.merge, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except (CpoFastError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return failed(program("export"), error)
     print(f"{args.output_dir}: {args.merge} merged into its base")
     return 0
 

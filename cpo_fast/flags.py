@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -163,6 +163,16 @@ class Switch:
         return words.get(text.strip().lower(), text)
 
 
+def near(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that was probably meant: the closest spelling, else one that contains
+    `name`."""
+    names = list(names)
+    if close := get_close_matches(name, names, n=1):
+        return close[0]
+    word = name.strip("-_")
+    return next((one for one in names if len(word) > 2 and word in one), None)
+
+
 def split(text: str) -> tuple[str, ...]:
     """The names in a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
@@ -173,5 +183,5 @@ def _listed(names: Names) -> list[str]:
 
 
 def _near(value: Any, names: Sequence[str]) -> str:
-    close = get_close_matches(str(value), names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    meant = near(str(value), names)
+    return f" (did you mean {meant}?)" if meant else ""

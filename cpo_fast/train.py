@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.command_line import program
+from cpo_fast.command_line import failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.locks import lock_folder
@@ -38,11 +38,11 @@ if TYPE_CHECKING:  # torch is imported after the flags are checked
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 data or numbers stop the run, 2 wrong usage, 3 saved early."""
     who = f"rank {rank}: " if (rank := int(os.environ.get("RANK", "0"))) else ""
+    name = f"{who}{program('train')}"
     try:
         settings = read_settings(argv)
     except UsageError as error:
-        print(f"{who}{program('train')}: {error}", file=sys.stderr)
-        return 2
+        return failed(name, error)
     if not who:
         print(*settings.lines(), sep="\n", flush=True)
     try:
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{who}{stopped}", file=sys.stderr)
         return EXIT_STATUS
     except CpoFastError as error:
-        print(f"{who}error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return failed(name, error)
     return 0
 
 

@@ -24,7 +24,7 @@ def fails(
     """stderr of a run that must end without a traceback and not with status 0."""
     status = main(["--dataset", str(dataset), "--output_dir", str(folder / "out"), *flags])
     error = capsys.readouterr().err
-    assert status in (1, 2) and error.startswith("error: "), error
+    assert status in (1, 2) and error.startswith("cpo-fast train: error: "), error
     return error
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.cli import COMMANDS, main
-from cpo_fast.command_line import Parser, near
-from cpo_fast.flags import COUNT, Number
+from cpo_fast.command_line import Parser
+from cpo_fast.flags import COUNT, Number, near
 from cpo_fast.training.arguments import SECTIONS, TrainArguments
 from cpo_fast.training.settings import make_parser
 
@@ -109,7 +109,31 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )  # fmt: skip
 def test_wrong_usage_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(words.split(), capsys) == line
+    program, _, fault = line.partition(": ")
+    assert refusal(words.split(), capsys) == f"{program}: error: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [
+        ("train --config /nowhere", "cpo-fast train"),
+        ("train --dataset /nowhere", "cpo-fast train"),
+        ("evaluate --model m --dataset open-i --output_dir o --suite x", "cpo-fast evaluate"),
+        ("data check --dataset /nowhere --output_dir {here}/out", "cpo-fast data check"),
+        ("data export --dataset /nowhere --output {here}/o --format trl", "cpo-fast data export"),
+        ("counterfactual --dataset open-i --output o --shard 9", "cpo-fast counterfactual"),
+        ("concepts export --output graph.txt", "cpo-fast concepts"),
+        ("report /nowhere", "cpo-fast report"),
+        ("phantom --output_dir /proc/x --num_studies 4", "cpo-fast phantom"),
+        ("study --output_dir /proc/x", "cpo-fast study"),
+        ("export --merge /nowhere --output_dir {here}/out", "cpo-fast export"),
+    ],
+)
+def test_errors_after_parsing_have_the_form_of_wrong_usage(
+    words: str, program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.format(here=tmp_path).split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{program}: error: ")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +148,7 @@ def test_messages_name_the_program_as_it_was_called(called: list[str], name: str
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{name}: --hlep is not a flag; did you mean --help?\n"
+    assert done.stderr == f"{name}: error: --hlep is not a flag; did you mean --help?\n"
 
 
 def test_the_help_of_train_is_in_sections_and_short() -> None:

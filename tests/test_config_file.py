@@ -70,7 +70,7 @@ def test_a_wrong_file_is_one_line_with_file_line_and_key(
     assert main(["--config", str(path)]) == 2
     said = capsys.readouterr()
     (line,) = said.err.splitlines()
-    assert said.out == "" and line.startswith("cpo-fast train: --config ")
+    assert said.out == "" and line.startswith("cpo-fast train: error: --config ")
     start = f"--config {path}{message}" if message[0] in ",:" else f"--config {path}"
     assert start in line and message in line, line
 
@@ -140,7 +140,7 @@ def test_settings_are_printed_before_a_wrong_path_is_refused(
     monkeypatch.setenv("RANK", "1")
     assert main(["--dataset", "/nowhere/data"]) == 2
     other = capsys.readouterr()
-    assert other.out == "" and other.err.startswith("rank 1: error: --dataset /nowhere/data")
+    assert other.out == "" and other.err.startswith("rank 1: cpo-fast train: error: --dataset /n")
 
 
 def test_the_embedded_default_overwrites_in_its_own_folder_only(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         code, facts, _ = run(tmp_path / dataset, tmp_path / "out")
         assert (code, facts) == (2, {})
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and dataset in error and ";" in error
+        assert (
+            error.startswith("cpo-fast data check: error: ") and dataset in error and ";" in error
+        )
         assert SECRET not in error
 
 

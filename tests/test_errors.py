@@ -56,7 +56,7 @@ def test_every_class_has_a_case() -> None:
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     """What is on stderr: one message, no traceback."""
     error = capsys.readouterr().err.strip()
-    assert error.startswith(("error: ", "cpo-fast train: ")) and "Traceback" not in error, error
+    assert error.startswith("cpo-fast train: error: ") and "Traceback" not in error, error
     return error
 
 

@@ -283,5 +283,5 @@ def test_several_processes_of_a_run_are_refused_together(tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     said = f"error: --output_dir {tmp_path / 'run'} is being written by process {first.pid} on"
     assert done.returncode != 0 and done.stderr.count(said) == 1
-    assert "rank 1: error: rank 0 stopped" in done.stderr
+    assert "rank 1: python -m cpo_fast.train: error: rank 0 stopped" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
 from cpo_fast.console import piped
@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return failed(program("concepts"), error)
     return 0
 
 

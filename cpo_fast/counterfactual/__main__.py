@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.concepts import load_graph
 from cpo_fast.console import piped
 from cpo_fast.counterfactual.formats import FORMATS, rows
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args)
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return failed(program("counterfactual"), error)
 
 
 def _parser() -> Parser:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
 from cpo_fast.data import DATASET_FORMATS, is_preference_file, open_preferences, open_studies
 from cpo_fast.data.check import IMAGE_CHECKS, check, table, write
@@ -17,7 +17,7 @@ from cpo_fast.data.export import FORMATS, export
 from cpo_fast.data.lengths import Lengths
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
-from cpo_fast.errors import CpoFastError
+from cpo_fast.errors import CpoFastError, DataError
 from cpo_fast.flags import POSITIVE, SHARE
 from cpo_fast.folders import CHECK, check_free
 from cpo_fast.locks import lock_file, lock_folder
@@ -115,11 +115,13 @@ def _check(args: argparse.Namespace) -> int:
     print(table(checked))
     if checked.facts["used"] == 0 or checked.bad_fraction > args.max_bad_fraction:
         allowed = f"more than --max_bad_fraction {args.max_bad_fraction} allows"
-        print(
-            f"error: {len(checked.rejected)} of {checked.facts['read']} records are set aside, "
-            f"{allowed if checked.facts['used'] else 'none is left'}; "
-            f"see {args.output_dir}/rejected_records.jsonl",
-            file=sys.stderr,
+        failed(
+            f"{program('data')} check",
+            DataError(
+                f"{len(checked.rejected)} of {checked.facts['read']} records are set aside, "
+                f"{allowed if checked.facts['used'] else 'none is left'}; "
+                f"see {args.output_dir}/rejected_records.jsonl"
+            ),
         )
         return TOO_MANY_BAD
     return USABLE
@@ -145,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _check(args) if args.command == "check" else _export(args)
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
+        failed(f"{program('data')} {args.command}", error)
         return UNREADABLE
 
 

@@ -5,10 +5,10 @@ Every function gives "" or ": " and what to do. None looks at the values of a te
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
+
+from cpo_fast.flags import near
 
 # Names of losses that other libraries and papers use.
 _OTHER_NAMES = {
@@ -115,5 +115,6 @@ def on_loss_type(value: str, known: tuple[str, ...]) -> str:
     if name in _OTHER_NAMES:
         return f": {_OTHER_NAMES[name]}"
     close = [k for k in known if k.startswith(name) and name]
-    close = close or difflib.get_close_matches(name, known, n=1)
+    if not close and (meant := near(name, known)):
+        close = [meant]
     return f": did you mean {' or '.join(map(repr, close))}?" if close else ""

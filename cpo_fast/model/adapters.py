@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import warnings
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cpo_fast.errors import UsageError
+from cpo_fast.flags import near
 from cpo_fast.model.head import original
 from cpo_fast.model.supported import first_line
 
@@ -163,9 +163,9 @@ def check_targets(
             reason = "is in the vision tower only, which is frozen (--freeze_vit)"
         else:
             linear = _linear(model)
-            close = difflib.get_close_matches(target, linear, n=1)
+            meant = near(target, linear)
             reason = "matches no module; " + (
-                f"did you mean {close[0]}?" if close else f"choose from {', '.join(linear)}"
+                f"did you mean {meant}?" if meant else f"choose from {', '.join(linear)}"
             )
         raise UsageError(f"lora_target_modules: {target} {reason}")
 

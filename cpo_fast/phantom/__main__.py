@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import SEED
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 image_size=flags.image_size,
             )
     except (CpoFastError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        failed(program("phantom"), error)
         return 2
     print(f"{flags.num_studies} studies in {root}")
     return 0

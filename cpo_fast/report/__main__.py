@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.report import write_comparison, write_report
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             output = arguments.output or arguments.runs[0].resolve().parent / "comparison.html"
             path = write_comparison(arguments.runs, output)
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
+        failed(program("report"), error)
         return 2
     print(path)
     return 0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, program
+from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.flags import POSITIVE, SEED, Number
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(f"study: {study(parse_arguments(argv))}")
     except CpoFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return failed(program("study"), error)
     return 0
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import near
 from cpo_fast.errors import UsageError
-from cpo_fast.flags import Number, Switch, split
+from cpo_fast.flags import Number, Switch, near, split
 from cpo_fast.training.config_file import read_entries
 from cpo_fast.training.flag_ranges import SOURCES as SOURCES
 from cpo_fast.training.flag_ranges import STAGES, range_of
