@@ -15,6 +15,11 @@ class DataError(CpoFastError):
     """A data set that cannot be read at all (missing folder, missing columns, nothing usable)."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library, or its class where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RecordError(CpoFastError):
     """One record that is set aside; `reason` is what is counted, `detail` holds no text."""
 

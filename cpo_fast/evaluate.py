@@ -16,7 +16,7 @@ from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluate_options import IMAGES, PAIRS, STUDIES, kind_of, parse_arguments, settle_model
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
 from cpo_fast.folders import EVALUATION, check_free, make_private, write_json, write_private
-from cpo_fast.locks import lock_folder
+from cpo_fast.locks import check_folder, lock_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Run the suites; writes config.json, summary.json, evaluation.json and report.html."""
+    check_paths(args)
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' bars; ours know by themselves
-    check_paths(args)
-    check_free(args.output_dir, EVALUATION)
     with lock_folder(args.output_dir):
         make_private(args.output_dir)
         return evaluate_suites(args)
@@ -101,12 +100,18 @@ def evaluate_suites(args: argparse.Namespace) -> Path:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """UsageError for a data set or an image folder that is missing, before the model is read."""
-    from cpo_fast.data import study_format
+    """UsageError for a path that cannot be what its flag says, before torch is imported."""
+    from cpo_fast.data import study_kind
+    from cpo_fast.training.find_checkpoint import check_named
 
     kind = kind_of(args)
-    if kind is STUDIES and args.dataset_format == "auto":
-        study_format(args.dataset)
+    if kind is STUDIES:
+        study_kind(args.dataset, args.dataset_format)
+    elif not Path(args.dataset).exists():
+        raise UsageError(f"--dataset {args.dataset}: no such file")
+    check_named(args.model, "--model", base_model=args.base_model)
+    check_folder(args.output_dir)
+    check_free(args.output_dir, EVALUATION)
     if args.image_root is None and kind is IMAGES:
         raise UsageError(f"--dataset {args.dataset} needs --image_root, the folder of its images")
     if args.image_root is not None and not Path(args.image_root).is_dir():

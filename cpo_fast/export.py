@@ -15,7 +15,7 @@ from typing import Any
 from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.locks import lock_file
+from cpo_fast.locks import check_folder, lock_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        check_paths(args.merge, args.output_dir, args.base_model)
         with lock_file(args.output_dir.resolve(), "--output_dir"):
             export_merged(args.merge, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except (CpoFastError, OSError) as error:
@@ -58,17 +59,18 @@ def export_merged(
     """
     import torch
 
-    from cpo_fast.model.adapters import is_adapter, lineage, merge
+    from cpo_fast.model.adapters import merge
     from cpo_fast.model.build import load_model, save_model
+    from cpo_fast.model.lineage import is_adapter, lineage
     from cpo_fast.model.supported import read_config
     from cpo_fast.report.model_card import card_of_export
-    from cpo_fast.training.named_model import companions, find_checkpoint
+    from cpo_fast.training.find_checkpoint import find_checkpoint
+    from cpo_fast.training.named_model import companions
 
+    check_paths(checkpoint, output_dir, base_model)
     checkpoint = find_checkpoint(checkpoint, "--merge", adapter=True)
     if not is_adapter(checkpoint):
-        raise UsageError(f"--merge {checkpoint}: no adapter_config.json there, so nothing to merge")
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise UsageError(f"--output_dir {output_dir} is not empty; name a new folder")
+        raise UsageError(f"--merge {checkpoint}: it was trained without LoRA: nothing to merge")
     tokenizer, images = companions(checkpoint, base_model=base_model)
     model: Any = load_model(checkpoint, dtype=torch.float32, base_model=base_model)
     if dtype == "auto":
@@ -87,6 +89,16 @@ def export_merged(
         partial.rename(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_paths(checkpoint: Path, output_dir: Path, base_model: Path | None) -> None:
+    """UsageError for folders that cannot be what their flags say; torch is not imported."""
+    from cpo_fast.training.find_checkpoint import check_named
+
+    check_named(checkpoint, "--merge", adapter=True, base_model=base_model)
+    check_folder(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UsageError(f"--output_dir {output_dir} is not empty; name a new folder")
 
 
 if __name__ == "__main__":

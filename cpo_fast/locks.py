@@ -92,6 +92,24 @@ def lock_file(path: Path, flag: str = "--output") -> Iterator[None]:
         yield
 
 
+def check_folder(folder: str | Path, flag: str = "--output_dir") -> None:
+    """UsageError where `folder` can be neither written nor made; nothing is made."""
+    path = Path(folder)
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise UsageError(f"{flag} {path} cannot be written: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path} cannot be written: no permission to write into {there}")
+
+
+def check_file(file: str | Path, flag: str = "--output") -> None:
+    """UsageError where `file` is a folder, or its folder can be neither written nor made."""
+    path = Path(file)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} cannot be written: it is a folder; name a file")
+    check_folder(path.parent, flag)
+
+
 def _make(folder: Path, what: str) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -155,8 +155,6 @@ def read(args: TrainArguments, world: World) -> tuple[TrainArguments, RunFolder,
     from cpo_fast.training.corpus import read_corpus
     from cpo_fast.training.run_folder import RunFolder
 
-    if args.fsdp and world.size == 1:
-        raise UsageError("--fsdp shards over several processes; start them with torchrun")
     if args.bf16 and world.is_main:
         warn_of_slow_bfloat16()
     if args.sft_checkpoint and args.model_name_or_path != TINY and world.is_main:

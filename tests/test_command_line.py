@@ -35,29 +35,98 @@ REFUSED = [
 ]
 
 
-def test_nothing_heavy_is_imported_to_refuse_a_flag() -> None:
+def refusals(cases: list[list[str]], folder: Path) -> list[tuple[list[str], int, list[str], str]]:
+    """(words, status, heavy modules that are loaded by then, stderr) of every command line."""
     code = f"""
 import contextlib, io, json, sys
 from cpo_fast.cli import main
 found = []
-for words in json.loads({json.dumps(json.dumps(REFUSED))}):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+for words in json.loads({json.dumps(json.dumps(cases))}):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:
             status = main(words)
         except SystemExit as stopped:
             status = stopped.code
-    found.append((words, status, sorted({HEAVY!r} & set(sys.modules))))
+    found.append((words, status, sorted({HEAVY!r} & set(sys.modules)), said.getvalue()))
 print(json.dumps(found))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", code],
+        env=environment, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     found = json.loads(done.stdout)
-    assert len(found) == len(REFUSED)
-    for words, status, modules in found:
+    assert len(found) == len(cases)
+    return found
+
+
+def test_nothing_heavy_is_imported_to_refuse_a_flag(tmp_path: Path) -> None:
+    for words, status, modules, _ in refusals(REFUSED, tmp_path):
         fine = words[-1] in ("--help", "--version")
         assert (status, modules) == (0 if fine else 2, []), words
+
+
+WRONG_PATHS = {
+    "train --output_dir old --stages sft": "holds checkpoints of an earlier run",
+    "train --output_dir old --resume_from_checkpoint nowhere": "nowhere: no checkpoint of",
+    "train --output_dir new --resume_from_checkpoint nowhere": "new has none",
+    "train --output_dir old --resume_from_checkpoint auto --seed 7": "other values of seed",
+    "train --output_dir pairs.jsonl": "pairs.jsonl is not a folder",
+    "train --output_dir pairs.jsonl/x": "pairs.jsonl is not a folder",
+    "train --dataset pairs.jsonl --output_dir new --model_name_or_path empty": "no config.json",
+    "train --dataset pairs.jsonl --output_dir new --model_name_or_path old": "folder of a run",
+    "train --dataset pairs.jsonl --output_dir new --stages cpo --sft_checkpoint empty":
+        "--sft_checkpoint empty: no config.json",
+    "train --dataset pairs.jsonl --output_dir new --stages cpo --sft_checkpoint adapter":
+        "the base model of the adapter adapter is not there: gone",
+    "train --dataset pairs.jsonl --dataset_format mimic-cxr --output_dir new": "no such folder",
+    "train --dataset pairs.jsonl --output_dir new --image_root nowhere": "no such folder",
+    "train --output_dir new --fsdp --no_use_peft --no_sft_use_peft": "start them with torchrun",
+    "train --output_dir new --counterfactuals empty": "no such file",
+    "export --merge nowhere --output_dir new": "--merge nowhere: no such model folder",
+    "export --merge empty --output_dir new": "--merge empty: no config.json",
+    "export --merge old/sft --output_dir new": "no checkpoint there is a whole adapter",
+    "export --merge adapter --output_dir new": "not there: gone",
+    "export --merge adapter --base_model nowhere --output_dir new": "--base_model nowhere: no such",
+    "export --merge adapter --base_model empty --output_dir old": "old is not empty",
+    "export --merge adapter --base_model empty --output_dir pairs.jsonl": "is not a folder",
+    "evaluate --model nowhere --dataset open-i --output_dir new": "--model nowhere: no such",
+    "evaluate --model empty --dataset pairs.jsonl --output_dir new": "--model empty: no config",
+    "evaluate --model adapter --dataset pairs.jsonl --base_model no --output_dir new":
+        "--base_model no: no such",
+    "evaluate --model adapter --dataset no.jsonl --dataset_format trl --output_dir new":
+        "--dataset no.jsonl: no such file",
+    "evaluate --model adapter --dataset no.csv --image_root empty --output_dir new":
+        "--dataset no.csv: no such file",
+    "evaluate --model adapter --base_model empty --dataset open-i --output_dir pairs.jsonl":
+        "is not a folder",
+    "data check --dataset pairs.jsonl --output_dir pairs.jsonl": "is not a folder",
+    "data check --dataset pairs.jsonl --output_dir new --tokenizer nowhere": "no tokenizer there",
+    "data export --dataset pairs.jsonl --output pairs.jsonl --format trl": "the data set itself",
+    "data export --dataset pairs.jsonl --output empty --format trl": "empty cannot be written",
+    "counterfactual --dataset open-i --output out.jsonl --generator local --model empty":
+        "no folder with a config.json",
+    "counterfactual --dataset open-i --output empty --generator local --model old": "is a folder",
+    "concepts mine --dataset open-i --output empty": "is a folder",
+    "study --output_dir new --sft_from nowhere": "holds no study",
+}  # fmt: skip
+
+
+def test_wrong_paths_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    row = {"prompt": "Q", "chosen": "x", "rejected": "y"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "old/sft/checkpoint-3").mkdir(parents=True)
+    (tmp_path / "old/config.json").write_text('{"seed": 42, "stages": "sft"}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
+    (tmp_path / "adapter/adapter_model.safetensors").touch()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for words, status, modules, said in refusals([w.split() for w in WRONG_PATHS], tmp_path):
+        assert (status, modules) == (2, []), (words, said)
+        assert WRONG_PATHS[" ".join(words)] in said, (words, said)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

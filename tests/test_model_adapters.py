@@ -21,8 +21,9 @@ from packing_samples import images, strengthen, text_model, tokenizer, vision_la
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation.tree import score_tree
 from cpo_fast.loss import linear_logprobs
-from cpo_fast.model.adapters import base_of_adapter, check_targets, merge
+from cpo_fast.model.adapters import check_targets, merge
 from cpo_fast.model.build import add_lora, load_model, save_model, tiny_text_model
+from cpo_fast.model.lineage import base_of_adapter
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import Prompt

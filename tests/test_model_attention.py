@@ -246,6 +246,23 @@ def test_auto_is_the_flash_kernel_where_it_can_run_else_gathered(monkeypatch):
     assert PackedModel(model).attention == "gathered"
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "why"),
+    [("attention_dropout", 0.1, "attention_dropout is 0.1"),
+     ("head_dim", 512, "heads of a multiple of 8 up to 256, and the model's have 512"),
+     ("head_dim", 36, "have 36 dimensions")],
+)  # fmt: skip
+def test_varlen_is_refused_at_once_where_its_kernel_lacks_the_heads_or_dropout(
+    monkeypatch, setting, value, why
+):
+    monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda *_: None)  # as on CUDA
+    model = vision_language_model()
+    setattr(model.config.text_config, setting, value)
+    with pytest.raises(UsageError, match=f"--attn_implementation varlen .*{why}"):
+        PackedModel(model, attention="varlen")
+    assert PackedModel(model, attention="sdpa").attention == "sdpa"
+
+
 def test_gradients_of_repeated_rows_add_up_in_the_order_of_the_index():
     index = torch.tensor([0, 1, 2, 0, 1, 3, 0, 1, 4])
     rows = RepeatedRows(index, 5, torch.device("cpu"))

@@ -76,3 +76,11 @@ def test_a_dry_run_over_an_earlier_run_leaves_it_as_it_is(
     assert main([*flags, "--stages", "cpo", "--max_steps", "7", "--dry_run"]) == 0
     assert "cpo: 7 steps" in capsys.readouterr().out
     assert everything(tmp_path / "out") == before
+
+
+def test_sizes_have_a_unit_that_shows_something() -> None:
+    from cpo_fast.training.dry_run import _size
+
+    shown = ["0 B", "900 B", "1.50 KiB", "3.00 MiB", "1023.00 MiB", "2.25 GiB"]
+    counts = [0, 900, 1536, 3 << 20, 1023 << 20, 9 << 28]
+    assert [_size(count) for count in counts] == shown

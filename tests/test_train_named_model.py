@@ -24,7 +24,7 @@ from cpo_fast.training.base import base_model
 from cpo_fast.training.checkpoint import write_checkpoint
 from cpo_fast.training.corpus import Texts
 from cpo_fast.training.distributed import World
-from cpo_fast.training.named_model import find_checkpoint
+from cpo_fast.training.find_checkpoint import find_checkpoint
 from cpo_fast.training.run_folder import RunFolder
 
 TOKENS = torch.arange(300, 320)[None]

@@ -34,7 +34,8 @@ from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import TIMING_FIELDS
 from cpo_fast.training.objectives import CPOObjective
-from cpo_fast.training.resume import check_flags, data_facts
+from cpo_fast.training.resume import data_facts
+from cpo_fast.training.same_flags import check_flags
 from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 
 pytestmark = pytest.mark.slow

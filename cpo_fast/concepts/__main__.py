@@ -19,6 +19,7 @@ from cpo_fast.concepts.labeller import label_report
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.flags import POSITIVE
+from cpo_fast.locks import check_file
 from cpo_fast.types import ConceptGraph
 
 _MAX_LINE = 4 << 20
@@ -184,6 +185,9 @@ def _mine(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--weighted_graph {args.weighted_graph}: the name must end in .json or .graphml"
         )
+    check_file(args.output)
+    if args.weighted_graph:
+        check_file(args.weighted_graph, "--weighted_graph")
     graph_json = read_graph_json(args.graph)
     graph = graph_from_json(graph_json)
     studies = open_studies(args.dataset)

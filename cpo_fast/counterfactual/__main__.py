@@ -28,7 +28,7 @@ from cpo_fast.data import STUDY_FORMATS, open_studies
 from cpo_fast.data.sections import RULES
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Number
-from cpo_fast.locks import lock_file
+from cpo_fast.locks import check_file, lock_file
 from cpo_fast.types import Counterfactual, Study
 
 AT_LEAST_0 = Number(low=0)
@@ -153,6 +153,7 @@ def _run(args: argparse.Namespace) -> int:
     index, count = _shard(args.shard)
     if args.graph is not None and not Path(args.graph).is_file():
         raise UsageError(f"--graph {args.graph}: no such file")
+    check_file(args.output)
     graph = load_graph(args.graph)
     targets = [t.strip() for t in args.targets.split(",") if t.strip()] if args.targets else None
     if args.kind == "perception" and (

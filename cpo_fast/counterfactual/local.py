@@ -177,11 +177,11 @@ def load_local(folder: str | Path, **options: Any) -> LocalWriter:
     Weights are read from safetensors only, and no code of the folder is run. Raises UsageError for
     a folder that holds no such model.
     """
+    if not (Path(folder) / "config.json").is_file():
+        raise UsageError(f"--model {folder}: no folder with a config.json; give a model's folder")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not (Path(folder) / "config.json").is_file():
-        raise UsageError(f"--model {folder}: no folder with a config.json; give a model's folder")
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **common)

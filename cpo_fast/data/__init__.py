@@ -59,6 +59,21 @@ def study_format(dataset: str) -> str:
     )
 
 
+def study_kind(dataset: str, dataset_format: str = "auto") -> str:
+    """As `study_format`, for a format that may be named: then only that its path is there."""
+    if dataset_format == "auto":
+        return study_format(dataset)
+    if dataset_format == "open-i" and dataset != "open-i" and not Path(dataset).exists():
+        raise UsageError(
+            f"{dataset}: no such file or folder; give Open-I's .tgz or folder, or the name open-i"
+        )
+    if dataset_format == "mimic-cxr" and not Path(dataset).is_dir():
+        raise UsageError(
+            f"{dataset}: no such folder; give the folder that holds mimic-cxr-2.0.0-split.csv.gz"
+        )
+    return dataset_format
+
+
 def open_studies(
     dataset: str,
     *,
@@ -86,18 +101,9 @@ def open_studies(
         raise DataError(
             f"{image_root}: --image_root is not a folder; give the one that holds the images"
         )
-    kind = study_format(dataset) if dataset_format == "auto" else dataset_format
-    if kind == "open-i":
+    if study_kind(dataset, dataset_format) == "open-i":
         path = "" if dataset == "open-i" else dataset
-        if path and not Path(path).exists():
-            raise UsageError(
-                f"{path}: no such file or folder; give Open-I's .tgz or folder, or the name open-i"
-            )
         return openi.OpenISource(path, sections=sections, image_root=image_root)
-    if not Path(dataset).is_dir():
-        raise UsageError(
-            f"{dataset}: no such folder; give the folder that holds mimic-cxr-2.0.0-split.csv.gz"
-        )
     return mimic.MimicSource(dataset, sections=sections, image_root=image_root)
 
 
@@ -112,4 +118,5 @@ __all__ = [
     "open_preferences",
     "open_studies",
     "study_format",
+    "study_kind",
 ]

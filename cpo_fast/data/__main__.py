@@ -17,10 +17,10 @@ from cpo_fast.data.export import FORMATS, export
 from cpo_fast.data.lengths import Lengths
 from cpo_fast.data.sections import RULES
 from cpo_fast.data.source import Source
-from cpo_fast.errors import CpoFastError, DataError
+from cpo_fast.errors import CpoFastError, DataError, UsageError
 from cpo_fast.flags import POSITIVE, SHARE
 from cpo_fast.folders import CHECK, check_free
-from cpo_fast.locks import lock_file, lock_folder
+from cpo_fast.locks import check_file, check_folder, lock_file, lock_folder
 
 USABLE, TOO_MANY_BAD, UNREADABLE = 0, 1, 2
 
@@ -97,14 +97,16 @@ def _source(args: argparse.Namespace) -> Source[Any]:
 
 
 def _check(args: argparse.Namespace) -> int:
+    check_folder(args.output_dir)
     check_free(args.output_dir, CHECK)
+    source = _source(args)
     lengths = None
     if args.model:
         lengths = Lengths.of_model(
             args.model, max_length=args.max_length, max_images=args.max_images
         )
     checked = check(
-        _source(args),
+        source,
         args.images,
         lengths=lengths,
         sample=args.sample,
@@ -128,7 +130,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    check_file(args.output)
     source = _source(args)
+    if Path(args.output).exists() and Path(args.output).samefile(source.path):
+        raise UsageError(f"--output {args.output} is the data set itself; name another file")
     with lock_file(Path(args.output)):
         done = export(source, args.output, args.format, max_images=args.max_images)
     print(f"{args.output}: {done.rows} rows of {done.records} records ({source.kind})")

@@ -53,16 +53,26 @@ def _sees(folder: str) -> bool:
         return True
 
 
+def has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    return any((folder / name).is_file() for name in names)
+
+
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder. Raises UsageError; nothing is fetched or run."""
+    if not has_tokenizer(Path(folder)):
+        raise UsageError(
+            f"--model_name_or_path {folder}: no tokenizer there; give the folder of a model or of "
+            "its tokenizer"
+        )
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder}: no tokenizer there that can be loaded ({type(error).__name__}); "
-            "give the folder of a model or of its tokenizer"
+            f"--model_name_or_path {folder}: no tokenizer there that can be loaded "
+            f"({type(error).__name__}); give the folder of a model or of its tokenizer"
         ) from None
 
 

@@ -1,8 +1,7 @@
-"""Adapters of peft: the base that one was trained on, its modules, and merging it into the base."""
+"""Adapters of peft: putting one on a model, its modules, and merging it into the base."""
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -11,77 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import UsageError, first_line
 from cpo_fast.flags import near
 from cpo_fast.model.head import original
-from cpo_fast.model.supported import first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def base_of_adapter(folder: Path, base_model: str | Path | None = None) -> Path:
-    """The folder of the model that the adapter in `folder` was trained on.
-
-    That is `base_model` where given, else what adapter_config.json names: an absolute path, one
-    relative to `folder` or to the working directory, or a model in the hub's local cache. Nothing
-    is downloaded. Raises UsageError when there is no such folder, or no adapter in safetensors.
-    """
-    file = folder / CONFIG
-    if not (folder / WEIGHTS).is_file():
-        raise UsageError(f"{folder} has no {WEIGHTS}; pickles are not read")
-    try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{file} is not readable as JSON: {first_line(error)}") from error
-    if base_model is not None:
-        if not Path(base_model).is_dir():
-            raise UsageError(f"--base_model {base_model}: no such model folder")
-        return Path(base_model)
-    if not named:
-        raise UsageError(
-            f"{file} names no base model; set base_model_name_or_path in it to the folder of the "
-            "model that the adapter was trained on"
-        )
-    for found in (folder / named, Path(named), _cached(named)):
-        if found is not None and found.is_dir():
-            return found
-    raise UsageError(
-        f"the base model of the adapter {folder} is not there: {named}. Move it back, set "
-        f"base_model_name_or_path in {file} to where it is now, or give the folder with "
-        "--base_model (of cpo-fast export and evaluate)"
-    )
-
-
-def lineage(folder: Path, base_model: str | Path | None = None) -> list[Path]:
-    """`folder`, and where it is an adapter its base, whose base in turn, down to a whole model."""
-    found = [folder]
-    while is_adapter(found[-1]):
-        below = base_of_adapter(found[-1], base_model if len(found) == 1 else None)
-        if any(below.resolve() == earlier.resolve() for earlier in found):
-            raise UsageError(f"{found[-1] / CONFIG} names {below}, which is an adapter upon it")
-        found.append(below)
-    return found
-
-
-def _cached(name: str) -> Path | None:
-    """The hub's local copy of a model by its name, if there is one."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def put_on(model: PreTrainedModel, folder: Path) -> PeftModel:

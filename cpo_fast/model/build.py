@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cpo_fast.errors import UsageError
-from cpo_fast.model.adapters import base_of_adapter, check_targets, is_adapter, merge, put_on
+from cpo_fast.data.lengths import has_tokenizer
+from cpo_fast.errors import UsageError, first_line
+from cpo_fast.model.adapters import check_targets, merge, put_on
 from cpo_fast.model.images import ImageProcessor
-from cpo_fast.model.supported import first_line, model_class, read_config
+from cpo_fast.model.lineage import base_of_adapter, is_adapter
+from cpo_fast.model.supported import model_class, read_config
 from cpo_fast.model.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -201,11 +203,6 @@ def drop_nothing(config: Any) -> None:
             drop_nothing(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
-    return any((folder / name).is_file() for name in names)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

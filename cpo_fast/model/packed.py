@@ -17,7 +17,7 @@ from torch import nn
 
 from cpo_fast.errors import UsageError
 from cpo_fast.model.head import OutputHead
-from cpo_fast.model.supported import check_adapter, check_model
+from cpo_fast.model.supported import check_adapter, check_model, varlen_obstacle
 from cpo_fast.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ class PackedModel:
     `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask), "varlen" (K/V per
     branch in one flash attention call; CUDA, half precision), "flex" (flex_attention with a block
     mask; CUDA) or "auto": "varlen" where the model's device and dtype can use it, else "gathered".
-    All give the same numbers. Raises UsageError for an unknown one, for one that the model's device
-    or dtype cannot use, and for a model or an adapter that packs do not support
-    (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower attends within
-    images and windows by `cpo_fast.model.windows`.
+    All give the same numbers. Raises UsageError for an unknown one, for one that does not suit the
+    model's device, dtype, heads or attention dropout, and for a model or an adapter that packs do not
+    support (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower attends
+    within images and windows by `cpo_fast.model.windows`.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
     with a break at attention over branches, whose layout changes from pack to pack. Gradient
     checkpointing is to be enabled before.
@@ -218,12 +218,7 @@ class _Prepared:
 
 def attention_for(model: PreTrainedModel) -> str:
     """What "auto" is for a model: "varlen" where it can run, else "gathered"."""
-    from cpo_fast.model.attention import kernel_takes
-
-    text: Any = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dropout = getattr(text, "attention_dropout", 0.0)
-    if dropout or not kernel_takes(head):
+    if varlen_obstacle(model.config):
         return "gathered"
     try:
         _check_varlen(model.device.type, model.dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -128,11 +128,27 @@ def check_model(model: Any, *, attention: str = "auto") -> None:
         )
     if model.get_output_embeddings() is None:
         raise _refusal(name, "it has no output layer")
+    if attention == "varlen" and (why := varlen_obstacle(config)):
+        raise UsageError(f"--attn_implementation varlen {why}, or use gathered or sdpa")
     if attention != "sdpa" and not getattr(model, "_supports_attention_backend", False):
         raise UsageError(
             f"{name} does not take an attention function from outside, which "
             f"--attn_implementation {attention} is; use --attn_implementation sdpa"
         )
+
+
+def varlen_obstacle(config: PreTrainedConfig) -> str | None:
+    """What in a decoder's configuration flash attention does not support; None for nothing."""
+    from cpo_fast.model.attention import kernel_takes
+
+    text: Any = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dropout = getattr(text, "attention_dropout", 0.0)
+    if dropout:
+        return f"has no dropout, and attention_dropout is {dropout:g} in config.json; set it to 0"
+    if not kernel_takes(head):
+        return f"takes heads of a multiple of 8 up to 256, and the model's have {head} dimensions"
+    return None
 
 
 def check_adapter(model: PeftModel) -> None:
@@ -158,10 +174,6 @@ def check_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase, model: Any)
             f"{path}: the tokenizer's ids go up to {largest}, but the model knows {known} tokens; "
             "put the tokenizer beside it that it was trained with"
         )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _refusal(name: str, reason: str) -> UsageError:

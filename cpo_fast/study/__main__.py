@@ -79,10 +79,10 @@ def study(args: argparse.Namespace) -> Path:
 
 def run_seeds(args: argparse.Namespace) -> Path:
     """What `study` does, in a folder that this process alone writes."""
+    keep_settings(args)
     from cpo_fast.study.figures import as_markdown, results
     from cpo_fast.study.page import write_study_page
 
-    keep_settings(args)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     outcome = results({seed: one_seed(args, seed) for seed in seeds}, settings(args))
     write_json(args.output_dir / "study.json", outcome)

@@ -11,15 +11,17 @@ import torch
 
 from cpo_fast.data.preference_values import words
 from cpo_fast.errors import UsageError
-from cpo_fast.model.adapters import check_targets, is_adapter, lineage
+from cpo_fast.model.adapters import check_targets
 from cpo_fast.model.build import frozen_modules, save_model, tiny_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
+from cpo_fast.model.lineage import is_adapter, lineage
 from cpo_fast.model.supported import check_model, check_vocabulary, empty_model
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.corpus import Texts
+from cpo_fast.training.find_checkpoint import find_checkpoint
 from cpo_fast.training.flag_rules import TINY
-from cpo_fast.training.named_model import companions, find_checkpoint, merged_adapter
+from cpo_fast.training.named_model import companions, merged_adapter
 from cpo_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:

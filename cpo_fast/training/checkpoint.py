@@ -12,15 +12,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.training.distributed import World
+
+if TYPE_CHECKING:
+    from cpo_fast.training.distributed import World
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -31,6 +32,17 @@ def checkpoints(stage_dir: Path) -> list[Path]:
     """The checkpoints of a stage, oldest first."""
     found = [(int(m[1]), p) for p in stage_dir.glob("checkpoint-*") if (m := _number(p.name))]
     return [path for _, path in sorted(found)]
+
+
+def check_unused(run: Path, stages: Iterable[str]) -> None:
+    """UsageError where a stage that is to be trained has checkpoints of an earlier run."""
+    for stage in stages:
+        if checkpoints(run / stage):
+            raise UsageError(
+                f"{run / stage} holds checkpoints of an earlier run: choose another --output_dir, "
+                f"leave {stage} out of --stages, pass --overwrite_output_dir true, or go on with "
+                "--resume_from_checkpoint auto"
+            )
 
 
 def latest_checkpoint(stage_dir: Path) -> Path | None:
@@ -100,6 +112,8 @@ def write_checkpoint(
     all) and the best one, `keep`; those of later steps, where a run was resumed from an earlier
     step, stay. `trainer_state` is JSON. Raises CpoFastError when the file system takes no more.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+
     target, partial = stage_dir / f"checkpoint-{step}", stage_dir / f".partial-{step}"
 
     def begin() -> None:
@@ -152,9 +166,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _cause(error: BaseException) -> str:
     """The first line of what went wrong, on whichever rank."""
-    if isinstance(error, CheckpointException):
-        inner = next(iter(error.failures.values()))[0]
-        return _cause(inner)
+    if failures := getattr(error, "failures", None):  # a CheckpointException of several ranks
+        return _cause(next(iter(failures.values()))[0])
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -31,7 +31,6 @@ from cpo_fast.training.step import Stepper
 from cpo_fast.types import PreferenceGroup
 
 ENOUGH_SECONDS = 3.0  # of timed packs; no other is begun after that
-GIB = 2**30
 
 
 def dry_run(
@@ -136,7 +135,7 @@ def _parts(
 
 
 def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
-    memory = {name: f"{value / GIB:.2f} GiB" for name, value in plan["memory"].items()}
+    memory = {name: _size(value) for name, value in plan["memory"].items()}
     what = "samples" if stage == "sft" else "pairs"
     where = "GPU" if torch.cuda.is_available() else "process"
     fill = plan["physical_tokens"] / max(plan["packs"], 1) / args.packing_length
@@ -151,6 +150,14 @@ def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
         f"{plan['timed_packs']} timed pack{'s'[: plan['timed_packs'] > 1]} of "
         f"{plan['timed_tokens']} tokens in all; evaluation and checkpoints come on top",
     ]
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest binary unit of which there is at least one."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
 
 
 def _tokens(groups: Sequence[PreferenceGroup], step: Step) -> int:

@@ -6,10 +6,14 @@ Both are checked before the first file is read. flag_ranges.py has the range of 
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpo_fast.errors import UsageError
+from cpo_fast.folders import TRAINING, check_free
+from cpo_fast.locks import check_folder
 from cpo_fast.training.flag_names import LOSSES, option_fault
 from cpo_fast.training.flag_ranges import SOURCES
 
@@ -99,35 +103,66 @@ def check_machine(args: TrainArguments) -> None:
 
     Paths are checked first, without heavy imports.
     """
-    for name in ("concept_graph", "counterfactuals"):
-        path = getattr(args, name)
-        if path is not None and not Path(path).is_file():
-            raise UsageError(f"--{name} {path}: no such file")
-    for name in ("image_root", "model_name_or_path", "sft_checkpoint"):
-        path = getattr(args, name)
-        if path not in (None, TINY) and not Path(path).is_dir():
-            kind = "folder" if name == "image_root" else "model folder"
-            raise UsageError(f"--{name} {path}: no such {kind}")
+    _check_paths(args)
     _check_resume(args)
+    _check_output(args)
     _check_data(args)
     _try_schedules(args)
     _check_device(args)
 
 
+def _check_paths(args: TrainArguments) -> None:
+    from cpo_fast.training.find_checkpoint import check_named
+
+    for name in ("concept_graph", "counterfactuals"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_file():
+            raise UsageError(f"--{name} {path}: no such file")
+    if args.image_root is not None and not Path(args.image_root).is_dir():
+        raise UsageError(f"--image_root {args.image_root}: no such folder")
+    name = "model_name_or_path" if args.sft_checkpoint is None else "sft_checkpoint"
+    if getattr(args, name) != TINY:
+        check_named(getattr(args, name), f"--{name}")
+    if args.fsdp and _processes() == 1:
+        raise UsageError("--fsdp shards over several processes; start them with torchrun")
+
+
+def _processes() -> int:
+    """How many processes torchrun started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_output(args: TrainArguments) -> None:
+    """The folder of the run can be written, and holds no checkpoints of another run."""
+    from cpo_fast.training.checkpoint import check_unused
+
+    if args.dry_run:
+        return  # nothing is written
+    check_folder(args.output_dir)
+    check_free(args.output_dir, TRAINING)
+    if args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+        trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
+        check_unused(Path(args.output_dir), trained)
+
+
 def _check_data(args: TrainArguments) -> None:
-    from cpo_fast.data import is_preference_file
+    from cpo_fast.data import is_preference_file, study_kind
 
     if args.dataset not in ("phantom", "open-i") and not Path(args.dataset).exists():
         raise UsageError(
             f"--dataset {args.dataset}: no such file or folder; give a preference file, a "
             "MIMIC-CXR-JPG folder, or one of the names open-i and phantom"
         )
+    preferences = args.dataset != "phantom" and is_preference_file(
+        args.dataset, args.dataset_format
+    )
+    if args.dataset != "phantom" and not preferences:
+        study_kind(args.dataset, args.dataset_format)
     makes = "counterfactual" in args.stage_names or args.counterfactuals is not None
     if "cpo" not in args.stage_names or makes:
         return
     made = Path(args.output_dir) / "counterfactuals.jsonl"
-    studies = args.dataset == "phantom" or not is_preference_file(args.dataset, args.dataset_format)
-    if studies and not made.is_file():
+    if not preferences and not made.is_file():
         raise UsageError(
             f"--stages {args.stages}: CPO needs counterfactuals, and {made} is not there; add "
             "counterfactual to --stages, or give --counterfactuals"
@@ -135,9 +170,16 @@ def _check_data(args: TrainArguments) -> None:
 
 
 def _check_resume(args: TrainArguments) -> None:
-    given = args.resume_from_checkpoint
-    if given in (None, "auto"):
+    from cpo_fast.training.same_flags import check_folder_flags
+
+    if args.resume_from_checkpoint is None:
         return
+    if args.resume_from_checkpoint != "auto":
+        _check_resumed(args, args.resume_from_checkpoint)
+    check_folder_flags(Path(args.output_dir), {"world_size": _processes(), **asdict(args)})
+
+
+def _check_resumed(args: TrainArguments, given: str) -> None:
     from cpo_fast.training.checkpoint import checkpoints
 
     run = Path(args.output_dir)

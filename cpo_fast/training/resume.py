@@ -7,14 +7,11 @@ order, of the starting model, the tokenizer and the image processor, and the fla
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.errors import UsageError
-from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.checkpoint import read_state
 from cpo_fast.training.digests import (
     IMAGE_HEAD,
@@ -26,6 +23,7 @@ from cpo_fast.training.digests import (
     json_bytes,
 )
 from cpo_fast.training.distributed import World
+from cpo_fast.training.same_flags import check_flags
 from cpo_fast.types import PreferenceGroup
 
 if TYPE_CHECKING:
@@ -33,68 +31,6 @@ if TYPE_CHECKING:
 
 BEGUN_WITH = "begun_with"
 MANY_IMAGES = 10_000  # of more images, so many are opened, the others count by path and size
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-DATA_FLAGS = (
-    "dataset",
-    "dataset_format",
-    "image_root",
-    "concept_graph",
-    "counterfactuals",
-    "model_name_or_path",
-    "sft_checkpoint",
-)
-"""Flags that name data or a model: with --allow_changed_data they may change as what they name."""
-MAY_CHANGE = (
-    *BATCH,
-    *(f"sft_{name}" for name in BATCH),
-    "resume_from_checkpoint",
-    "allow_changed_data",
-    "report_to",
-    "dry_run",
-    "ddp_timeout",
-    "fsdp",
-    "overwrite_output_dir",
-    "output_dir",
-    "stages",
-    "max_minutes",
-    "preset",
-    "save_steps",
-    "save_total_limit",
-    "dataloader_num_workers",
-    "eval_batch_size",
-    "num_examples",
-    "print_example",
-)
-"""Flags that do not change what a resumed run computes (of the batch only the product counts)."""
-
-
-def check_flags(place: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """UsageError naming the flags of a resumed run that are not those of the run that was begun.
-
-    Both have the values of config.json; a flag that the earlier version did not have counts with
-    its default.
-    """
-    defaults = {f.name: f.default for f in fields(TrainArguments)}
-    allowed = (*MAY_CHANGE, *(DATA_FLAGS if now["allow_changed_data"] else ()))
-    changed = [
-        name
-        for name, default in defaults.items()
-        if name not in allowed and now[name] != earlier.get(name, default)
-    ]
-    advice = "resume with the same flags, or start again in another --output_dir"
-    if changed and set(changed) <= set(DATA_FLAGS):
-        advice += ", or go on with other data by --allow_changed_data true"
-    for prefix in ("sft_", ""):
-        before, after = (
-            math.prod(flags.get(prefix + name, 0) for name in BATCH) * flags.get("world_size", 1)
-            for flags in (earlier, now)
-        )
-        if before != after:
-            changed.append(
-                f"{prefix}{BATCH[0]} x {prefix}{BATCH[1]} x processes ({before}, now {after})"
-            )
-    if changed:
-        raise UsageError(f"{place} was written with other values of {', '.join(changed)}: {advice}")
 
 
 def checked_start(

@@ -16,10 +16,10 @@ from typing import Any
 from cpo_fast.errors import UsageError
 from cpo_fast.folders import TRAINING, check_free
 from cpo_fast.training.arguments import TrainArguments
-from cpo_fast.training.checkpoint import checkpoints
+from cpo_fast.training.checkpoint import check_unused
 from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import MetricsLog
-from cpo_fast.training.resume import check_flags
+from cpo_fast.training.same_flags import check_folder_flags
 from cpo_fast.types import RejectedRecord
 
 
@@ -46,7 +46,7 @@ class RunFolder:
         if args.resume_from_checkpoint is None:
             trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
         elif self.world.is_main:
-            self._same_settings()
+            check_folder_flags(self.path, self.flags)
         if not self.writes:
             self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=False)
             return
@@ -84,21 +84,11 @@ class RunFolder:
         self._temporary = tempfile.TemporaryDirectory(prefix="cpo_fast-", dir=place)
         return Path(self._temporary.name)
 
-    def _same_settings(self) -> None:
-        """A resumed run must be the run that was begun; UsageError names what differs."""
-        path = self.path / "config.json"
-        if not path.is_file():
-            return
-        check_flags(path, json.loads(path.read_text(encoding="utf-8")), self.flags)
-
     def _make_room(self, trained: Sequence[str], overwrite: bool) -> None:
+        if not overwrite:
+            check_unused(self.path, trained)
         for stage in trained:
             folder = self.path / stage
-            if checkpoints(folder) and not overwrite:
-                raise UsageError(
-                    f"{folder} holds checkpoints of an earlier run: choose another --output_dir, "
-                    f"leave {stage} out of --stages, or pass --overwrite_output_dir true"
-                )
             if folder.exists():
                 shutil.rmtree(folder)
         try:

@@ -17,9 +17,9 @@ from cpo_fast.packing import image_token_id
 from cpo_fast.training.arguments import SOURCES, TrainArguments
 from cpo_fast.training.base import Base, lora_targets
 from cpo_fast.training.checkpoint import result_checkpoint, resume_point
+from cpo_fast.training.find_checkpoint import MERGED
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import StageResult, Trainer
-from cpo_fast.training.named_model import MERGED
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.pairs import score_pairs
 from cpo_fast.training.reference_cache import ReferenceCache

@@ -1,0 +1,116 @@
+"""From the path that a user names to the checkpoint that it means; torch is not imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cpo_fast.errors import UsageError
+from cpo_fast.model.lineage import CONFIG, WEIGHTS, is_adapter, lineage
+from cpo_fast.training.checkpoint import MANIFEST, checkpoints, damage_of, result_checkpoint
+
+MERGED = "merged"
+"""The folder beside SFT's checkpoints that holds its adapter merged into the base."""
+
+STAGES = ("sft", "cpo")
+
+
+def find_checkpoint(named: str | Path, flag: str, *, adapter: bool = False) -> Path:
+    """The folder of the model or adapter that `named` means.
+
+    That is `named` itself, or, where it is the folder of a stage (`runs/x/sft`), what the stage
+    ended with: its merged model (unless an `adapter` is asked for), else its best checkpoint where
+    its run asked for the best one, else its last. Raises UsageError, which begins with `flag`, when
+    there is no such folder or checkpoint, or it is damaged.
+    """
+    path = _existing(named, flag)
+    if not _holds_model(path):
+        _check_stage(path, flag)
+        path = _of_stage(path, flag, adapter=adapter)
+    if (path / MANIFEST).is_file() and (damage := damage_of(path)):
+        raise UsageError(f"{flag} {path} is damaged ({damage}); take another checkpoint")
+    return path
+
+
+def check_named(
+    named: str | Path,
+    flag: str,
+    *,
+    adapter: bool = False,
+    base_model: str | Path | None = None,
+) -> None:
+    """UsageError where `find_checkpoint` and `lineage` would find no model, by names of files only:
+    quick, without torch. `adapter`: only an adapter will do. Damage is found later, in reading."""
+    path = _existing(named, flag)
+    if base_model is not None:
+        _existing(base_model, "--base_model")
+    candidates = [path]
+    if not _holds_model(path):
+        _check_stage(path, flag)
+        if _holds_model(path / MERGED) and not adapter:
+            return
+        # One without these is damaged, and passed over.
+        needed = (MANIFEST, CONFIG, WEIGHTS)
+        found = [p for p in checkpoints(path) if adapter or is_adapter(p)]
+        candidates = [p for p in found if all((p / name).is_file() for name in needed)][-1:]
+        if adapter and not candidates:
+            raise UsageError(f"{flag} {path}: no checkpoint there is a whole adapter to merge")
+    elif adapter and not is_adapter(path):
+        raise UsageError(f"{flag} {path}: no {CONFIG} there, so nothing to merge")
+    for one in candidates:
+        lineage(one, base_model)
+
+
+def _existing(named: str | Path, flag: str) -> Path:
+    if not Path(named).is_dir():
+        raise UsageError(
+            f"{flag} {named}: no such model folder; models are read from folders, and nothing is "
+            "downloaded"
+        )
+    return Path(named)
+
+
+def _holds_model(folder: Path) -> bool:
+    file = folder / "config.json"
+    return is_adapter(folder) or (file.is_file() and not _is_of_run(file))
+
+
+def _is_of_run(file: Path) -> bool:
+    """Whether a config.json holds the flags of a run, not a model's configuration."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "stages" in found and "model_type" not in found
+
+
+def _is_stage(folder: Path) -> bool:
+    return bool(checkpoints(folder)) or _holds_model(folder / MERGED)
+
+
+def _check_stage(folder: Path, flag: str) -> None:
+    if stages := [str(folder / name) for name in STAGES if _is_stage(folder / name)]:
+        raise UsageError(f"{flag} {folder} is the folder of a run: name {' or '.join(stages)}")
+    if not _is_stage(folder):
+        raise UsageError(
+            f"{flag} {folder}: no config.json or {CONFIG} there; name a folder that "
+            "save_pretrained or a training stage wrote"
+        )
+
+
+def _of_stage(folder: Path, flag: str, *, adapter: bool) -> Path:
+    if _holds_model(folder / MERGED) and not adapter:
+        return folder / MERGED
+    found = result_checkpoint(folder, best=_wants_best(folder.parent))
+    if found is None:
+        raise UsageError(f"{flag} {folder}: every checkpoint there is damaged")
+    return found
+
+
+def _wants_best(run: Path) -> bool:
+    """Whether the run's stages ended with their best checkpoints."""
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("load_best_model_at_end"))
+    except (OSError, ValueError, AttributeError):
+        return False
