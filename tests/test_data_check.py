@@ -165,10 +165,11 @@ def test_preference_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert facts["characters"]["chosen"] == {
         "min": 1,
         "p50": 1,
-        "p95": 1,
-        "p99": 1,
+        "p95": len(SECRET),  # of three
+        "p99": len(SECRET),
         "max": len(SECRET),
     }
+    assert facts["characters"]["prompt"]["max"] == len("Q")  # no JSON around it
     assert SECRET not in str(rejected) + str(capsys.readouterr())
     assert run(path, tmp_path / "out", "--max_bad_fraction", "0.4")[0] == 0
 

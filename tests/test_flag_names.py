@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from transformers import SchedulerType
+from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from cpo_fast.data import DATASET_FORMATS
@@ -23,7 +23,7 @@ from cpo_fast.packing.encode import OverLong
 from cpo_fast.training import flag_names
 from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.flag_ranges import range_of
-from cpo_fast.training.schedule import schedule_fault
+from cpo_fast.training.schedule import make_schedule, schedule_fault
 
 BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # a value at every step, which stages do not have
 GIVEN_BY_TRAINING = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
@@ -85,3 +85,18 @@ def test_no_range_allows_what_every_loss_refuses() -> None:
     for value in (0.5, 0.9):  # at 0.5 the preferences cancel, above it the rejected are preferred
         assert "below 0.5" in str(range_of("label_smoothing").fault(value))
     assert torch.isfinite(LOSS_TYPES["robust"].function(*torch.ones(2, 1), 0.1, 0.49)).all()
+
+
+@pytest.mark.parametrize(("ratio", "first"), [(0.0, 0.1), (0.3, 0.0)])
+def test_the_first_step_has_the_full_rate_without_warmup_and_none_with_it(
+    ratio: float, first: float
+) -> None:
+    """As get_scheduler of transformers: 3 of 10 steps lead up to the full rate."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    settings = {"lr_scheduler_type": "cosine", "warmup_ratio": ratio, "lr_scheduler_kwargs": None}
+    schedule = make_schedule(optimizer, settings, 10)
+    assert schedule.get_last_lr() == [first]
+    same = get_scheduler("cosine", optimizer, round(10 * ratio), 10)
+    assert isinstance(same, torch.optim.lr_scheduler.LambdaLR)
+    for step in range(11):
+        assert schedule.lr_lambdas[0](step) == same.lr_lambdas[0](step)

@@ -200,6 +200,9 @@ def test_a_stop_between_two_packs_leaves_the_step_to_the_resumed_run(
     step = int(saved.name.rsplit("-", 1)[1])
     assert 0 < step < 9 and f"stopped by SIGTERM after cpo step {step} of 9" in error
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    said = capsys.readouterr().out
+    assert "sft: nothing is left to train: " in said and "checkpoint-9 is the last of 9" in said
+    assert "cpo: nothing is left" not in said
     assert outcome(folder) == outcome(straight)
 
 

@@ -24,7 +24,7 @@ from cpo_fast.data.preferences import PreferenceSource
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.folders import write_json, write_private
-from cpo_fast.types import ImageRef, Preference, RejectedRecord, Study
+from cpo_fast.types import Answer, ImageRef, Preference, RejectedRecord, Study
 
 IMAGE_CHECKS = ("decode", "header", "none")
 """How far images are looked at: every pixel (finds truncated files), the header only, or not at
@@ -33,6 +33,11 @@ all."""
 
 def _digest(*texts: str) -> bytes:
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=12).digest()
+
+
+def _characters(said: Answer) -> int:
+    """Of the text alone, without what messages are wrapped in."""
+    return len(said) if isinstance(said, str) else sum(len(words((turn,))) for turn in said)
 
 
 class Tally(ABC):
@@ -112,10 +117,10 @@ class PreferenceTally(Tally):
         self.images[len(record.images)] += 1
         self.sources[record.source] += 1
         prompt = json.dumps(record.prompt)
-        self.lengths["prompt"].append(len(prompt))
-        self.lengths["chosen"].append(len(words(record.chosen)))
+        self.lengths["prompt"].append(_characters(record.prompt))
+        self.lengths["chosen"].append(_characters(record.chosen))
+        self.lengths["rejected"].extend(map(_characters, record.rejected))
         said = [words(answer) for answer in record.rejected]
-        self.lengths["rejected"].extend(map(len, said))
         names = [ref.path or hashlib.sha256(ref.data or b"").hexdigest() for ref in record.images]
         prompt += json.dumps(record.rejected_prompts)
         row = _digest(prompt, words(record.chosen), *said, *names)

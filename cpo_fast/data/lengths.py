@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,12 @@ _QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def quantiles(values: array[int]) -> dict[str, int]:
-    """Lower quantiles of `values`, by name; {} of nothing."""
+    """The smallest values that a share q of `values` do not exceed, by name; {} of nothing."""
     ranked = sorted(values)
-    last = len(ranked) - 1
-    return {name: ranked[int(q * last)] for name, q in _QUANTILES.items()} if ranked else {}
+    if not ranked:
+        return {}
+    places = {name: math.ceil(q * len(ranked) - 1e-9) for name, q in _QUANTILES.items()}
+    return {name: ranked[max(place, 1) - 1] for name, place in places.items()}
 
 
 def _pixel_bounds(folder: str) -> tuple[int, int]:

@@ -34,9 +34,9 @@ class PackedModel:
     branch in one flash attention call; CUDA, half precision), "flex" (flex_attention with a block
     mask; CUDA) or "auto": "varlen" where the model's device and dtype can use it, else "gathered".
     All give the same numbers. Raises UsageError for an unknown one, for one that does not suit the
-    model's device, dtype, heads or attention dropout, and for a model or an adapter that packs do not
-    support (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower attends
-    within images and windows by `cpo_fast.model.windows`.
+    model's device, dtype, heads or attention dropout, and for a model or an adapter that packs do
+    not support (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower
+    attends within images and windows by `cpo_fast.model.windows`.
     `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
     with a break at attention over branches, whose layout changes from pack to pack. Gradient
     checkpointing is to be enabled before.

@@ -168,6 +168,10 @@ class Trainer:
         self.saved = self.resume
         if self.resume is not None:
             self.state.restore(self.resume)
+            last = self.state.progress.step
+            if last >= len(self.steps) and self.world.is_main:
+                print(f"{self.stage}: nothing is left to train: {self.resume} is the last of "
+                      f"{last} steps")  # fmt: skip
         nonfinite = MetricsLog(
             self.log.path.with_name("nonfinite_steps.jsonl"),
             fresh=() if self.resume else (self.stage,),
