@@ -12,6 +12,7 @@ from typing import Any
 
 from cpo_fast.command_line import failed, program
 from cpo_fast.console import piped
+from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.evaluate_options import IMAGES, PAIRS, STUDIES, kind_of, parse_arguments, settle_model
 from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
@@ -126,10 +127,10 @@ def write_results(args: argparse.Namespace, cohort: Cohort, evaluation: dict[str
     reasons: dict[str, int] = {}
     samples: dict[str, dict[str, int]] = {}
     for record in cohort.rejected:
-        counted = samples.setdefault(record.stage, {}) if record.stage else reasons
-        counted[record.reason] = counted.get(record.reason, 0) + 1
-    for stage, counted in {"data": reasons, **samples}.items():
-        for reason, count in sorted(counted.items()):
+        found = samples.setdefault(record.stage, {}) if record.stage else reasons
+        found[record.reason] = found.get(record.reason, 0) + 1
+    for stage, found in {"data": reasons, **samples}.items():
+        for reason, count in sorted(found.items()):
             print(f"{stage}: {count} set aside: {reason} (rejected_records.jsonl)")
     data = {
         "read": cohort.read,
@@ -240,11 +241,12 @@ def drift(
     without = sum(not thought for *_, thought in studies)
     if without == len(studies):
         raise DataError(
-            f"--suite drift: none of the {without} answers of {loaded.name} has a thought "
+            f"--suite drift: none of {counted(without, 'answer')} of {loaded.name} has a thought "
             "(<think> ... </think>); leave drift out, or give a model that was trained on thoughts"
         )
     if without:
-        print(f"drift: {without} of {len(studies)} answers have no thought; they are left out")
+        answered = counted(len(studies), "answer")
+        print(f"drift: {without} of {answered} left out, without a thought")
     for number, (study, prompt, thought) in enumerate(
         tqdm(studies, desc="drift", unit="study", disable=None)
     ):

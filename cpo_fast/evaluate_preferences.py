@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import DataError
 from cpo_fast.evaluation.cohort import Cohort, Loaded
 
@@ -53,7 +54,9 @@ def evaluate_preferences(args: argparse.Namespace, loaded: Loaded) -> tuple[dict
         device=loaded.model.device,
     )
     if not scored:
-        raise DataError(f"evaluation: no pair of {len(encoded.groups)} records could be read")
+        raise DataError(
+            f"evaluation: no pair of {counted(len(encoded.groups), 'record')} could be read"
+        )
     if adapted:
         of_model, below = both_models(scored, beta=args.beta, seed=args.seed)
         figures = {loaded.name: of_model, "reference": below}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.command_line import failed, program
 from cpo_fast.console import piped
+from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.locks import lock_folder
 from cpo_fast.training.arguments import TrainArguments
@@ -238,7 +239,10 @@ def evaluate(
             for name, texts in answers.items()
         }
         if not studies:
-            raise DataError(f"evaluation: no test sample of {len(failed)} studies could be read")
+            raise DataError(
+                "evaluation: no test sample of "
+                f"{counted(len(failed), 'study', 'studies')} could be read"
+            )
     if studies:
         truth, training_truth = (
             [diagnosis(study.labels, uncertain=args.uncertain_labels) for study in part]

@@ -203,7 +203,7 @@ def test_command_names_a_bad_line(
     assert main(["label", "--input", str(source), "--output", str(tmp_path / "o")]) == 1
     assert len((tmp_path / "o").read_text().splitlines()) == 3
     message = capsys.readouterr().err
-    assert "2 lines are set aside" in message
+    assert "2 lines set aside" in message
     assert f"{source}, line 2" in message and f"{source}, line 4: more than 4 MiB" in message
     assert "SECRET" not in message
 

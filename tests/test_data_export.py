@@ -184,7 +184,7 @@ def test_studies_become_rows_of_fine_tuning(tmp_path: Path, capsys: pytest.Captu
         text = path.read_text()
         rows[form] = json.loads(text)
         printed = capsys.readouterr()
-        assert "1 rows of 1 records" in printed.out and "report-missing" in printed.out
+        assert "1 row of 1 record" in printed.out and "report-missing" in printed.out
         assert SECRET in text and SECRET not in printed.out + printed.err
     (study,) = open_studies(str(root))
     answer = thought(study.report.text, ["Edema"])

@@ -659,7 +659,7 @@ def test_other_fields_are_counted(tmp_path: Path) -> None:
     source = open_preferences(str(path))
     list(source)
     assert source.unread == {"rationale": 1, "a field": 1}
-    assert "1 rows have text in the field rationale, which nobody reads" in source.remarks()
+    assert "1 row with text in the field rationale, which nobody reads" in source.remarks()
 
 
 @pytest.mark.parametrize(
@@ -695,4 +695,4 @@ def test_a_repeated_id_with_another_answer_is_mentioned(tmp_path: Path) -> None:
     source = open_preferences(str(path))
     assert len(list(source)) == 5
     assert source.repeated_ids == 2
-    assert source.remarks() == ["2 rows repeat an id with another question or answer"]
+    assert source.remarks() == ["2 rows with an id repeated for another question or answer"]

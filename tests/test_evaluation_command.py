@@ -58,12 +58,12 @@ def test_drift_needs_thoughts_and_counts_answers_without(data, model, tmp_path, 
         "--max_new_tokens", 4, "--suite", "report,drift")]  # fmt: skip
     thinks(2)
     assert main(arguments) == 1
-    assert "none of the 2 answers of random has a thought" in capsys.readouterr().err
+    assert "none of 2 answers of random has a thought" in capsys.readouterr().err
     written = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
     assert "text" in written and "drift" not in written  # the other suites are not lost
     thinks(1)
     assert main(arguments) == 0
-    assert "drift: 1 of 2 answers have no thought; they are left out" in capsys.readouterr().out
+    assert "drift: 1 of 2 answers left out, without a thought" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]["drift"]
     assert (found["random"]["studies"], found["random"]["without_thought"]) == (1, 1)
 

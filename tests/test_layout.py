@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cpo_fast.counting import counted
+
 ROOT = Path(__file__).parents[1]
 STAGES = ("data", "concepts", "counterfactual", "packing", "model", "loss", "training",
           "evaluation", "report")  # fmt: skip
@@ -51,6 +53,12 @@ def test_a_stage_imports_earlier_stages_only(stage: str) -> None:
             native = {"kernels"}
         outside = set(imported) - allowed - native
         assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
+
+
+def test_a_number_and_its_noun_agree() -> None:
+    assert counted(1, "step") == "1 step" and counted(0, "step") == "0 steps"
+    assert counted(1, "study", "studies") == "1 study"
+    assert counted(2000, "study", "studies", show=lambda n: f"{n:,}") == "2,000 studies"
 
 
 def test_make_help_lists_the_promised_targets() -> None:

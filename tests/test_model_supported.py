@@ -188,5 +188,5 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"lack 1 weights of Qwen2ForCausalLM, lm_head\.weight"):
+    with pytest.raises(UsageError, match=r"lack 1 weight of Qwen2ForCausalLM, lm_head\.weight"):
         load_model(tmp_path)

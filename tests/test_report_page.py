@@ -193,7 +193,7 @@ def test_a_run_that_only_trained_still_gets_its_page(tmp_path):
     (folder / "metrics.jsonl").write_text(json.dumps(row) + '\n{"stage": "cpo", "st')
     page = Elements(write_report(folder))
     assert "summary.json is missing" in page.text
-    assert "metrics.jsonl: 1 damaged lines" in page.text
+    assert "metrics.jsonl: 1 damaged line left out" in page.text
     assert [path.name for path in (folder / "figures").iterdir()] == ["cpo_loss.png"]
     before = (folder / "report.html").read_bytes()
     assert write_report(folder).read_bytes() == before

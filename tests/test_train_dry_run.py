@@ -10,6 +10,7 @@ import pytest
 
 from cpo_fast.train import main, run
 from cpo_fast.training.arguments import parse_arguments
+from cpo_fast.training.dry_run import _lines
 
 
 @pytest.fixture
@@ -84,3 +85,19 @@ def test_sizes_have_a_unit_that_shows_something() -> None:
     shown = ["0 B", "900 B", "1.50 KiB", "3.00 MiB", "1023.00 MiB", "2.25 GiB"]
     counts = [0, 900, 1536, 3 << 20, 1023 << 20, 9 << 28]
     assert [_size(count) for count in counts] == shown
+
+
+def test_one_is_singular() -> None:
+    ones = dict.fromkeys(("steps", "steps_per_epoch", "samples", "packs", "physical_tokens",
+                          "longest_pack", "timed_packs", "timed_tokens", "seconds"), 1)  # fmt: skip
+    plan = ones | {"memory": dict.fromkeys(("weights", "gradients", "optimizer", "peak"), 1)}
+    args = parse_arguments(["--dataset", "d", "--output_dir", "o", "--packing_length", "10"])
+    first, _, last = _lines(args, "cpo", plan)
+    assert first == ("cpo: 1 step (1 an epoch), 1 pair, 1 pack, 1 token; on average 10% of "
+                     "--packing_length 10 is filled, the longest pack has 1 token")  # fmt: skip
+    assert "from 1 timed pack of 1 token in all" in last
+    assert (
+        _lines(args, "sft", plan | {"samples": 2})[0]
+        .split("; ")[0]
+        .endswith("2 samples, 1 pack, 1 token")
+    )

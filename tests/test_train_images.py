@@ -171,7 +171,7 @@ def test_max_eval_samples_spares_the_images_beyond(tmp_path: Path, decoded: list
 
 def test_too_many_bad_images_stop_the_run_before_training(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", bad=range(3))
-    with pytest.raises(DataError, match="3 of 24 records have an image that cannot be read: more"):
+    with pytest.raises(DataError, match="an image cannot be read in 3 of 24 records: more"):
         prepared(data, tmp_path / "run")
     assert len((tmp_path / "run" / "rejected_records.jsonl").read_text().splitlines()) == 3
 
@@ -181,7 +181,7 @@ def test_the_readers_rejects_count_in_the_same_fraction(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     prepared(write_lines(data, rows), tmp_path / "one")  # 1 of 40 alone may go
     rows[1:3] = ["{", "{"]  # as may 2 of 40
-    with pytest.raises(DataError, match=r"1 of 38 records have .* and 2 of 40 were set"):
+    with pytest.raises(DataError, match="in 1 of 38 records and 2 of 40 were set"):
         prepared(write_lines(data, rows), tmp_path / "two")
 
 
@@ -210,7 +210,7 @@ def test_a_missing_decoder_for_a_few_is_a_warning_and_they_are_named(
     data = write_rows(tmp_path / "data")
     monkeypatch.setattr(image_check, "load_shades", few)
     run = prepared(data, tmp_path / "run")
-    assert capsys.readouterr().err.count(f"warning: {NO_DECODER} (1 images)") == 1
+    assert capsys.readouterr().err.count(f"warning: {NO_DECODER} (1 image)") == 1
     assert [(r["line"], r["detail"]) for r in run.listed] == [(9, f"8.jpg: {NO_DECODER}")]
 
 
@@ -221,7 +221,7 @@ def test_no_held_out_image_at_all_is_said_so(tmp_path: Path) -> None:
     assert held_out
     for name in held_out:
         (tmp_path / "data" / f"{int(name.split(':')[1]) - 1}.jpg").write_bytes(TRUNCATED)
-    with pytest.raises(DataError, match="no held-out sample could be read: all"):
+    with pytest.raises(DataError, match="no held-out sample could be read: an image fails in each"):
         prepared(data, tmp_path / "run", *flags)
 
 

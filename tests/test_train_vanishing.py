@@ -155,7 +155,7 @@ def test_held_out_pairs_are_scored_without_those_that_are_gone(
     found = pair_logps(args, folder, base_without(tmp_path, groups[1]), model, groups)
     assert found["groups"] == ["0", "2"] and len(found["policy_chosen"]) == 2
     assert [(r["line"], r["stage"]) for r in listed(folder)] == [(2, "evaluate")]
-    assert "rewards: 1 samples left out" in capsys.readouterr().out
+    assert "rewards: 1 sample left out" in capsys.readouterr().out
     with pytest.raises(DataError, match="no held-out pair of 3 samples could be read"):
         pair_logps(args, folder, base_without(tmp_path, *groups), model, groups)
 

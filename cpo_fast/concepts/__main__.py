@@ -17,6 +17,7 @@ from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
 from cpo_fast.console import piped
+from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.flags import POSITIVE
 from cpo_fast.locks import check_file
@@ -100,11 +101,11 @@ def _label(args: argparse.Namespace) -> None:
             if report is not None:
                 out.write(json.dumps({"id": key, "labels": label_report(report)}) + "\n")
                 labelled += 1
-    print(f"{args.output}: {labelled} reports labelled")
+    print(f"{args.output}: {counted(labelled, 'report')} labelled")
     if bad:
         shown = "\n  ".join(bad[:_SHOWN])
         more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise DataError(f"{len(bad)} lines are set aside:\n  {shown}{more}")
+        raise DataError(f"{counted(len(bad), 'line')} set aside:\n  {shown}{more}")
 
 
 def _lines(source: IO[bytes]) -> Iterator[bytes]:
@@ -210,7 +211,7 @@ def _mine(args: argparse.Namespace) -> None:
         )
     if args.weighted_graph:
         _write_network(with_weights(graph, edges), args.weighted_graph, "--weighted_graph")
-    print(f"{args.output}: {counts.reports} reports, {len(edges)} pairs")
+    print(f"{args.output}: {counted(counts.reports, 'report')}, {counted(len(edges), 'pair')}")
     for change, number in Counter(row["change"] for row in proposed).most_common():
         print(f"  {change}: {number} proposed")
 

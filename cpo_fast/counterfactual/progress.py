@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from cpo_fast.counting import counted
+
 EVERY_SECONDS = 30.0
 """Between two lines where stderr is no terminal."""
 
@@ -58,7 +60,7 @@ class DraftBar:
         tally = self._tally
         return (
             f"{tally.passed} passed, {tally.set_aside} set aside, {tally.open} open, "
-            f"{self.studies} studies{self._tokens}"
+            f"{counted(self.studies, 'study', 'studies')}{self._tokens}"
         )
 
     def _draw(self) -> None:

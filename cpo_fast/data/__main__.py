@@ -11,6 +11,7 @@ from typing import Any
 
 from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
+from cpo_fast.counting import counted
 from cpo_fast.data import DATASET_FORMATS, is_preference_file, open_preferences, open_studies
 from cpo_fast.data.check import IMAGE_CHECKS, check, table, write
 from cpo_fast.data.export import FORMATS, export
@@ -120,7 +121,7 @@ def _check(args: argparse.Namespace) -> int:
         failed(
             f"{program('data')} check",
             DataError(
-                f"{len(checked.rejected)} of {checked.facts['read']} records are set aside, "
+                f"{len(checked.rejected)} of {counted(checked.facts['read'], 'record')} set aside, "
                 f"{allowed if checked.facts['used'] else 'none is left'}; "
                 f"see {args.output_dir}/rejected_records.jsonl"
             ),
@@ -136,7 +137,10 @@ def _export(args: argparse.Namespace) -> int:
         raise UsageError(f"--output {args.output} is the data set itself; name another file")
     with lock_file(Path(args.output)):
         done = export(source, args.output, args.format, max_images=args.max_images)
-    print(f"{args.output}: {done.rows} rows of {done.records} records ({source.kind})")
+    print(
+        f"{args.output}: "
+        f"{counted(done.rows, 'row')} of {counted(done.records, 'record')} ({source.kind})"
+    )
     for reason, count in done.rejected.items():
         print(f"set aside: {count}  {reason}")
     if done.paths:

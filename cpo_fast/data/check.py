@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cpo_fast.counting import counted
 from cpo_fast.data.images import image_size, load_image, naming
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.data.lengths import Lengths, quantiles
@@ -280,7 +281,8 @@ def table(checked: Checked, examples: int = 3) -> str:
         named = ", ".join(_short(id) for id in ids if id)
         rows.append((f"  {reason}", f"{count}  e.g. {named}" if named else str(count)))
     for split, sizes in facts.get("splits", {}).items():
-        rows.append((split, f"{sizes['studies']} studies of {sizes['patients']} patients"))
+        studies = counted(sizes["studies"], "study", "studies")
+        rows.append((split, f"{studies} of {counted(sizes['patients'], 'patient')}"))
     single = (
         "patients_in_several_splits unlabelled repeated_reports merged_rows repeated_preferences "
         "answers_alone unused_reference_logps repeated_ids"

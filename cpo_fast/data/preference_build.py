@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.data.patients import patients_of
 from cpo_fast.data.preference_values import (
     Message,
@@ -117,7 +118,8 @@ def build(
     if other_images and rejected_prompt is None and len(rejected_images or ()) != len(images):
         raise RecordError(
             "image-placeholder-mismatch",
-            f"{len(rejected_images or ())} rejected images for {len(images)} images",
+            f"{counted(len(rejected_images or ()), 'rejected image')} for "
+            f"{counted(len(images), 'image')}",
         )
     weight = 1.0 if row.get("weight") is None else number(row["weight"])
     if weight is None or weight <= 0:

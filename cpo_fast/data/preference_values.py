@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Answer, ImageRef
 
@@ -312,5 +313,8 @@ def with_images(prompt: list[Message], images: int, *, insert: bool) -> tuple[Me
     if there < images and insert:
         prompt = _before_first_user(prompt, images - there)
     elif there != images:
-        raise RecordError("image-placeholder-mismatch", f"{there} placeholders, {images} images")
+        raise RecordError(
+            "image-placeholder-mismatch",
+            f"{counted(there, 'placeholder')}, {counted(images, 'image')}",
+        )
     return tuple(prompt)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from cpo_fast.counting import counted
 from cpo_fast.data.arrow_files import is_datasets_folder
 from cpo_fast.data.json_files import records
 from cpo_fast.data.preference_rows import PARSERS, tell
@@ -112,10 +113,13 @@ class PreferenceSource(Source[Preference]):
         )
 
     def remarks(self) -> list[str]:
-        said = [f"{count} rows have text in the field {name}, which nobody reads"
+        said = [f"{counted(count, 'row')} with text in the field {name}, which nobody reads"
                 for name, count in self.unread.most_common()]  # fmt: skip
         if self.repeated_ids:
-            said.append(f"{self.repeated_ids} rows repeat an id with another question or answer")
+            said.append(
+                f"{counted(self.repeated_ids, 'row')} with an id repeated for another question or "
+                "answer"
+            )
         return said
 
     def _compare(self, one: Preference, met: dict[int, int]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.counting import counted
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.types import RejectedRecord
@@ -65,8 +66,9 @@ class Cohort:
             self.rejected.append(self.named(number, error))
         if failed and len(failed) == len(self.studies):
             raise DataError(
-                f"no sample could be read: all {len(failed)} studies have an image that fails, the "
-                f"first: {next(iter(failed.values()))}"
+                "no sample could be read: an image fails in each of "
+                f"{counted(len(failed), 'study', 'studies')}, the first: "
+                f"{next(iter(failed.values()))}"
             )
         read = [i for i in range(len(self.studies)) if i not in failed]
         self.studies = [self.studies[i] for i in read]
@@ -140,7 +142,9 @@ def zero_shot(
     cohort.rejected += [cohort.named(i, error, "zero_shot") for i, error in failed.items()]
     read = [i for i in range(len(prompts)) if i not in failed]
     if not read:
-        raise DataError(f"zero_shot: no sample of {len(prompts)} studies could be read")
+        raise DataError(
+            f"zero_shot: no sample of {counted(len(prompts), 'study', 'studies')} could be read"
+        )
     return auc(
         [cohort.truth[i] for i in read],
         finding_distribution(scores[read]).numpy(),

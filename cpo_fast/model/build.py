@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cpo_fast.counting import counted
 from cpo_fast.data.lengths import has_tokenizer
 from cpo_fast.errors import UsageError, first_line
 from cpo_fast.model.adapters import check_targets, merge, put_on
@@ -185,7 +186,8 @@ def load_model(
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise UsageError(
-            f"the files in {path} lack {len(missing)} weights of {type(model).__name__}, "
+            f"the files in {path} lack "
+            f"{counted(len(missing), 'weight')} of {type(model).__name__}, "
             f"{missing[0]} among them: copy the whole model"
         )
     for layer in model.modules():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.packing.encode import MERGE_SIZE
 from cpo_fast.packing.plan import Pack
@@ -46,7 +47,7 @@ def prompt_positions(
         if not bool(is_image[start:end].all()) or end > len(input_ids):
             raise RecordError(
                 "image-placeholder-mismatch",
-                f"an image takes {t * h * w} tokens, the prompt differs",
+                f"an image takes {counted(t * h * w, 'token')}, the prompt differs",
             )
         pieces.append(torch.arange(position, position + start - token).expand(3, -1))
         position += start - token

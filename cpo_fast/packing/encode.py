@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from cpo_fast.counting import counted
 from cpo_fast.data.preference_values import same_answer, words
 from cpo_fast.data.tokens import cannot_see, image_token_id, token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
@@ -169,7 +170,9 @@ def _encode(
         fit(answer, own or prompt) for answer, own in zip(ids.rejected, prompts, strict=True)
     )
     if any(answer == chosen and own is None for answer, own in zip(rejected, prompts, strict=True)):
-        raise RecordError("chosen-equals-rejected", f"equal in the first {len(chosen)} tokens")
+        raise RecordError(
+            "chosen-equals-rejected", f"equal in the first {counted(len(chosen), 'token')}"
+        )
     group = PreferenceGroup(
         id=preference.id,
         prompt=prompt,
@@ -206,7 +209,8 @@ def _expand(
     found = 0 if pad_id is None else ids.count(pad_id)
     if found != len(images):
         raise RecordError(
-            "image-placeholder-mismatch", f"{found} placeholders for {len(images)} images"
+            "image-placeholder-mismatch",
+            f"{counted(found, 'placeholder')} for {counted(len(images), 'image')}",
         )
     if not images:
         return tuple(ids)
@@ -223,7 +227,8 @@ def _room(length: int, prompt: Prompt, max_length: int, over_long: OverLong, nam
     room = max_length - len(prompt.input_ids)
     if length <= room:
         return length
-    detail = f"prompt {len(prompt.input_ids)} + response {length} tokens, max_length {max_length}"
+    whole = f"prompt {len(prompt.input_ids)} + response {counted(length, 'token')}"
+    detail = f"{whole}, max_length {max_length}"
     if over_long == "error":
         raise DataError(f"{name} is over-long: {detail}; raise --max_length or change --over_long")
     if over_long == "drop" or room < 1:

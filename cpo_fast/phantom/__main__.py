@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.console import piped
+from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import SEED
 from cpo_fast.locks import lock_file
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CpoFastError, OSError) as error:
         failed(program("phantom"), error)
         return 2
-    print(f"{flags.num_studies} studies in {root}")
+    print(f"{counted(flags.num_studies, 'study', 'studies')} in {root}")
     return 0
 
 

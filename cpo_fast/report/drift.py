@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.counting import counted
 from cpo_fast.report.figures import Panel
 from cpo_fast.report.tables import Cell, Row, Table, is_number, name_of, number, strings
 
@@ -140,7 +141,8 @@ def curve(
 
     j = ranked[0]
     alt = (
-        f"Change of the diagnosis per token over {len(tokens)} tokens; the largest, total "
+        f"Change of the diagnosis per token over "
+        f"{counted(len(tokens), 'token')}; the largest, total "
         f"variation {variation[j]:.3f}, is at token {j + 1}."
     )
     return Panel(slug, "Change of the diagnosis per token", alt, draw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.report.tables import (
     Cell,
     Row,
@@ -125,8 +126,8 @@ def _classification(evaluation: Mapping[str, Any]) -> list[Table]:
     ]
     rows.append(row("F1, pooled", _first(("micro", "f1"), ("micro_f1",))))
     rows.append(row("All findings right", _first(("exact_match",))))
-    counted = tuple(Cell(number(m.get("unparsable"))) for m in models.values())
-    rows.append(Row("Answers not parsed", counted))
+    not_parsed = tuple(Cell(number(m.get("unparsable"))) for m in models.values())
+    rows.append(Row("Answers not parsed", not_parsed))
     guess = ", ".join(strings(evaluation.get("majority_guess"))) or "none"
     always = f"Majority guess: what more than half of the training studies have (here: {guess})."
     always = always if "majority" in models else ""
@@ -138,7 +139,7 @@ def _classification(evaluation: Mapping[str, Any]) -> list[Table]:
             row(
                 name,
                 _first(("findings", name, metric)),
-                f"{support} stud{'y' if support == 1 else 'ies'}",
+                counted(support, "study", "studies"),
             )
             for name, support in found.items()
         ]
@@ -162,7 +163,7 @@ def unparsed(figures: Mapping[str, Any]) -> str:
     if not is_number(lost) or not lost:
         return ""
     if not is_number(studies) or not studies:
-        return f"{number(lost)} answers not parsed"
+        return f"{counted(lost, 'answer', show=number)} not parsed"
     if lost == studies:
         return NONE_PARSED
     return f"{percent(lost / studies)} not parsed"
@@ -315,7 +316,9 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     labels["hallmark"] = "another disease's hallmark"
     for kind in kinds:
         found = [get(m, "swaps", kind) for m in models.values()]
-        cells = tuple(Cell(number(f.get("variation")), f"{f.get('swaps', 0)} swaps") for f in found)
+        cells = tuple(
+            Cell(number(f.get("variation")), counted(f.get("swaps", 0), "swap")) for f in found
+        )
         rows.append(Row(f"Variation by {labels.get(kind, kind)}", cells))
     note = (
         "Variation: total variation distance, 0 to 1, between the distributions over findings "
@@ -342,7 +345,7 @@ def _progression(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         rows = [Row("Mean", tuple(_percent_cell(get(part, key)) for part, key in columns))]
         for finding, figures in objects(a.get("findings")).items():
             cells = tuple(_percent_cell(get(p, "findings", finding, key)) for p, key in columns)
-            rows.append(Row(finding, cells, f"{figures.get('cases', 0)} cases"))
+            rows.append(Row(finding, cells, counted(figures.get("cases", 0), "case")))
         heads = ("", "Progression, micro", "Progression, macro", "Presence")
         tables.append(Table(f"MS-CXR-T, {name_of(name)}", heads, tuple(rows), note))
     return tables

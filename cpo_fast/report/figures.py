@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.counting import counted
 from cpo_fast.report.tables import interval, is_number
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def concept_graph(graph: ConceptGraph) -> Panel:
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.3, -0.005), ncols=3,
                     labelcolor=theme.ink)  # fmt: skip
 
-    title = f"{len(diseases)} diseases, {len(attributes)} attributes"
+    title = f"{counted(len(diseases), 'disease')}, {counted(len(attributes), 'attribute')}"
     alt = f"Concept graph as cells: {title}; coloured: hallmarks, associations, exclusions."
     return Panel("concept_graph", title, alt, draw, height=2.2 + 0.155 * len(attributes))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.report import tables as t
 from cpo_fast.report.evaluation_tables import NONE_PARSED, unparsed
 from cpo_fast.report.read import Run
@@ -35,10 +36,10 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     studies, split = evaluation.get("studies", "?"), evaluation.get("split", "?")
     sentences.append(
         f"{t.name_of(last)}: {t.percent(figure.get('value'))} accuracy{spread}, mean over "
-        f"findings, {studies} studies of the {split} split."
+        f"findings, {counted(studies, 'study', 'studies')} of the {split} split."
     )
     if share:
-        lost = share.removesuffix(" not parsed").removesuffix(" answers")
+        lost = share.removesuffix(" not parsed").removesuffix(" answers").removesuffix(" answer")
         sentences.append(f"{lost} of its answers cannot be parsed and count as wrong.")
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -119,9 +120,10 @@ def _preferred(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
         for key, label in wanted.items():
             if not (figure := t.get(models[name], key)):
                 continue
-            pairs, held_out = models[name].get("pairs"), "held-out " if name == "cpo" else ""
-            note = f"{t.name_of(name)}, {t.number(pairs)} {held_out}"
-            note += "pair" if pairs == 1 else "pairs"
+            what = "held-out pair" if name == "cpo" else "pair"
+            note = (
+                f"{t.name_of(name)}, {counted(models[name].get('pairs', 0), what, show=t.number)}"
+            )
             note += f", {bounds}" if (bounds := t.interval(figure)) else ""
             return [{"label": label, "value": t.percent(figure.get("value")), "note": note}]
     return []
@@ -168,8 +170,9 @@ def computed_on(run: Run) -> str:
     versions, hardware = run.part("versions"), run.part("hardware")
     on = [str(hardware["device"])] if hardware.get("device") else []
     for key, one, several in COUNTED:
-        if t.is_number(count := hardware.get(key)):
-            on.append(f"{count} {one if count == 1 else several}")
+        count: Any = hardware.get(key)
+        if t.is_number(count):
+            on.append(counted(count, one, several))
     used = [f"{name} {versions[name]}" for name in VERSIONS if versions.get(name)]
     if commit := versions.get("commit"):
         used.append(f"commit {str(commit)[:10]}")

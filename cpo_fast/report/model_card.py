@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.report.evaluation_tables import BEST, evaluation_tables
 from cpo_fast.report.headline import protocol
 from cpo_fast.report.read import Run, read_run
@@ -149,7 +150,8 @@ def _evaluation_words(evaluation: Mapping[str, Any]) -> str:
     sentences = []
     if models:
         studies, split = evaluation.get("studies", "?"), evaluation.get("split", "?")
-        sentences.append(f"{studies} studies of the {split} split; all models of the run.")
+        asked = counted(studies, "study", "studies")
+        sentences.append(f"{asked} of the {split} split; all models of the run.")
     sentences += [protocol(evaluation)] if protocol(evaluation) else []
     sentences.append("Brackets after a figure hold its 95 % bootstrap interval.")
     sentences += [BEST] if len(models) > 1 else []

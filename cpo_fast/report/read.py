@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import UsageError
 
 MAX_JSON_BYTES = 64_000_000
@@ -141,4 +142,4 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             elif line.strip():
                 damaged += 1
     if damaged:
-        notes.append(f"{path.name}: {damaged} damaged lines were left out")
+        notes.append(f"{path.name}: {counted(damaged, 'damaged line')} left out")

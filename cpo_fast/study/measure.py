@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, parse_answer
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.evaluate import load, read
@@ -79,7 +80,8 @@ def measure(
     if cohort.rejected:
         first = cohort.rejected[0]
         raise DataError(
-            f"{len(cohort.rejected)} studies of the phantom in {data} cannot be read, the first: "
+            f"{counted(len(cohort.rejected), 'study', 'studies')} of the phantom in {data} cannot "
+            "be read, the first: "
             f"{first.id} ({first.reason}: {first.detail}); delete {data.parent} to make it anew"
         )
     parsed = [parse_answer(text) or None for text in texts]

@@ -28,6 +28,7 @@ from cpo_fast.counterfactual.perception import (
     perception_counterfactuals,
     with_perception,
 )
+from cpo_fast.counting import counted
 from cpo_fast.data import is_preference_file, open_preferences, open_studies
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.training.arguments import SOURCES, TrainArguments
@@ -88,7 +89,8 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
             left_out = len(corpus.studies["train"][args.max_train_samples :])
             del corpus.studies["train"][args.max_train_samples :]
             folder.left_out += left_out
-            print(f"data: {left_out} training studies left out by --max_train_samples")
+            studies = counted(left_out, "training study", "training studies")
+            print(f"data: {studies} left out by --max_train_samples")
         used = sum(map(len, corpus.studies.values()))
     corpus.read, corpus.rejected = source.read, len(source.rejected)
     folder.summary.pop("data", None)
@@ -100,7 +102,7 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     for line in source.remarks():
         print(f"data: {line}")
     if alone := sum(not one.rejected for one in corpus.preferences):
-        print(f"data: {alone} have no rejected answer: they are used for SFT only")
+        print(f"data: {counted(alone, 'record')} without a rejected answer, for SFT only")
     records: list[Preference | Study] = [*corpus.preferences]
     records += chain.from_iterable(corpus.studies.values())
     reports = not corpus.preferences or corpus.kind in ("ccf", "counterfactuals")
@@ -114,7 +116,7 @@ def stop_if_too_bad(args: TrainArguments, folder: RunFolder, bad: int, read: int
     """DataError when more than `max_bad_fraction` of what was read is set aside."""
     if read and bad / read > args.max_bad_fraction:
         raise DataError(
-            f"{bad} of {read} records are set aside, more than --max_bad_fraction "
+            f"{bad} of {counted(read, 'record')} set aside, more than --max_bad_fraction "
             f"{args.max_bad_fraction}; see {folder.path / 'rejected_records.jsonl'}"
         )
 
@@ -195,7 +197,8 @@ def of_sources(preferences: Sequence[Preference], sources: Collection[str]) -> l
         left_out.update(name for name in names if name not in sources)
         kept.append(without_answers(one, where))
     for name, count in left_out.items():
-        print(f"data: {count} {name} pairs left out by --counterfactual_sources or --{name}_weight")
+        pairs = counted(count, f"{name} pair")
+        print(f"data: {pairs} left out by --counterfactual_sources or --{name}_weight")
     return kept
 
 
@@ -325,7 +328,8 @@ def split_preferences(
             if one.rejected:
                 texts.cpo[name].append(one)
     if left_out := len(split.train) - len(train):
-        print(f"data: {left_out} training records left out by --max_train_samples {most}")
+        records = counted(left_out, "training record")
+        print(f"data: {records} left out by --max_train_samples {most}")
     print(f"data: to train on: {sizes(train)}")
     if share > 0:
         print(f"data: held out (--eval_fraction {share:g}): {sizes(split.held_out)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cpo_fast.counting import counted
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, image_token_id
 from cpo_fast.packing.plan import Pack, part_tokens
@@ -86,7 +87,10 @@ def _plan(
     tried = _tried(groups, [pack for step in steps for pack in step if pack])
     longest = max(world.gather(max(map(partial(_pack_tokens, groups), tried))))
     if world.is_main:
-        print(f"{stage}: timing a few packs, the longest has {longest} tokens", file=sys.stderr)
+        print(
+            f"{stage}: timing a few packs, the longest has {counted(longest, 'token')}",
+            file=sys.stderr,
+        )
     trials = [Step((pack,), sum(max(1, len(which)) for _, which in pack)) for pack in tried]
     feed = StepFeed(groups, trials, base.pixels, image_token_id(base.tokenizer))
     seconds = updates = 0.0
@@ -136,19 +140,21 @@ def _parts(
 
 def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
     memory = {name: _size(value) for name, value in plan["memory"].items()}
-    what = "samples" if stage == "sft" else "pairs"
+    what = "sample" if stage == "sft" else "pair"
     where = "GPU" if torch.cuda.is_available() else "process"
     fill = plan["physical_tokens"] / max(plan["packs"], 1) / args.packing_length
     return [
-        f"{stage}: {plan['steps']} steps ({plan['steps_per_epoch']:g} an epoch), {plan['samples']} "
-        f"{what}, {plan['packs']} packs, {plan['physical_tokens']} tokens; packs are {fill:.0%} of "
-        f"--packing_length {args.packing_length}, the longest {plan['longest_pack']} tokens",
+        f"{stage}: {counted(plan['steps'], 'step')} ({plan['steps_per_epoch']:g} an epoch), "
+        f"{counted(plan['samples'], what)}, {counted(plan['packs'], 'pack')}, "
+        f"{counted(plan['physical_tokens'], 'token')}; on average {fill:.0%} of --packing_length "
+        f"{args.packing_length} is filled, the longest pack has "
+        f"{counted(plan['longest_pack'], 'token')}",
         f"{stage}: memory per {where}: weights {memory['weights']}, gradients "
         f"{memory['gradients']}, AdamW {memory['optimizer']}; peak with the longest pack "
         f"{memory['peak']}",
         f"{stage}: about {duration(plan['seconds'])}: an estimate of the training steps from "
-        f"{plan['timed_packs']} timed pack{'s'[: plan['timed_packs'] > 1]} of "
-        f"{plan['timed_tokens']} tokens in all; evaluation and checkpoints come on top",
+        f"{counted(plan['timed_packs'], 'timed pack')} of "
+        f"{counted(plan['timed_tokens'], 'token')} in all; evaluation and checkpoints come on top",
     ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cpo_fast.counting import counted
 from cpo_fast.data.images import load_shades, naming
 from cpo_fast.data.pixels import resized
 from cpo_fast.errors import DataError, RecordError
@@ -236,7 +237,8 @@ def keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -
     kept = {key(one) for stage in (texts.sft, texts.cpo) for one in stage[split]}
     if left_out := len(before - kept):
         folder.left_out += left_out
-        print(f"data: {left_out} records of split {split} left out by --max_eval_samples")
+        records = counted(left_out, "record")
+        print(f"data: {records} of split {split} left out by --max_eval_samples")
 
 
 def leave_out_answers(
@@ -260,7 +262,7 @@ def leave_out_answers(
         texts.cpo[split] = kept
     folder.reject(unreadable)
     if unreadable:
-        print(f"counterfactuals: {len(unreadable)} left out, their image does not decode")
+        print(f"counterfactuals: {len(unreadable)} left out, an image does not decode")
         folder.summary["data"].get("counterfactuals", {})["unreadable"] = len(unreadable)
 
 
@@ -290,18 +292,19 @@ def set_aside(
         if too_bad:
             earlier = f" and {corpus.rejected} of {corpus.read} were set aside before"
             raise DataError(
-                f"{len(found)} of {looked} records have an image that cannot be read"
+                f"an image cannot be read in {len(found)} of {counted(looked, 'record')}"
                 f"{earlier if corpus.rejected else ''}: more than --max_bad_fraction "
                 f"{args.max_bad_fraction}; see {folder.path / 'rejected_records.jsonl'}"
             )
         for split, records in bad.items():
             if records and len(records) == len(images[split]):
                 raise DataError(
-                    f"no {WORDS[split]} sample could be read: all {len(records)} have an image "
-                    f"that fails, the first: {records[0].reason}, {records[0].detail}"
+                    f"no {WORDS[split]} sample could be read: an image fails in each of "
+                    f"{counted(len(records), 'sample')}, the first: {records[0].reason}, "
+                    f"{records[0].detail}"
                 )
         if found:
-            print(f"data: {len(found)} records set aside: an image cannot be read")
+            print(f"data: {counted(len(found), 'record')} set aside: an image cannot be read")
         if found and remedy:
             print(f"warning: {remedy}", file=sys.stderr)
 
@@ -314,4 +317,4 @@ def remedy_of(check: ImageCheck) -> str:
         error.detail if error.reason == "no-decoder" else error.reason: error.detail
         for error in check.failed.values()
     }
-    return f"{'; '.join(said.values())} ({len(check.failed)} images)"
+    return f"{'; '.join(said.values())} ({counted(len(check.failed), 'image')})"

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import save_file
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.model.flops import FlopCounter, peak_flops
@@ -108,7 +109,7 @@ class Trainer:
                 self._set_aside(batch.rejected)
                 empty = empty + 1 if outcome.empty else 0
                 if empty >= min(self.args.max_nonfinite_steps, len(self.steps)):
-                    self._nothing_read(f"no training sample of {empty} steps in a row")
+                    self._nothing_read(f"no training sample of {counted(empty, 'step')} in a row")
                 progress.step = number
                 progress.nonfinite_in_a_row = stepper.nonfinite_in_a_row
                 state.oom_retries += outcome.oom_retries

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import UsageError
 from cpo_fast.training.checkpoint import read_state
 from cpo_fast.training.digests import (
@@ -91,9 +92,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before, after = then[name], now[name]
         if before["digest"] == after["digest"]:
             continue
-        counts = f"{before['samples']} samples then, {after['samples']} now"
+        counts = f"{counted(before['samples'], 'sample')} then, {after['samples']} now"
         if before["in_any_order"] == after["in_any_order"]:
-            found.append(f"{name}: the same {after['samples']} samples in another order")
+            found.append(f"{name}: the same {counted(after['samples'], 'sample')} in another order")
         elif before["samples"] == after["samples"]:
             found.append(f"{name}: {counts}, with other content")
         else:

@@ -52,9 +52,9 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
         if limit is not None and max_length > limit:
             if stage in args.stage_names:
                 print(
-                    f"{stage}: the model has {limit} positions, fewer than --max_length "
-                    f"{max_length}: samples of more than {limit} tokens count as over-long "
-                    "(--truncation)"
+                    f"{stage}: the model has {counted(limit, 'position')}, fewer than --max_length "
+                    f"{max_length}: samples of more than {counted(limit, 'token')} count as "
+                    "over-long (--truncation)"
                 )
             max_length = limit
         for split, preferences in getattr(texts, stage).items():
@@ -77,7 +77,8 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                 print(f"{stage}: no sample of split {split} is left after tokenising")
             if done.truncated:
                 print(
-                    f"{stage}: {done.truncated} responses cut to {max_length} tokens (--max_length)"
+                    f"{stage}: {counted(done.truncated, 'response')} cut to "
+                    f"{counted(max_length, 'token')} (--max_length)"
                 )
     merged = whole_records(rejected, texts)
     folder.reject(merged)

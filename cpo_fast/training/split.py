@@ -16,6 +16,7 @@ from typing import Any
 
 from networkx.utils import UnionFind
 
+from cpo_fast.counting import counted
 from cpo_fast.data.preference_values import parts_of, words
 from cpo_fast.errors import UsageError
 from cpo_fast.types import ImageRef, Preference
@@ -166,9 +167,5 @@ def sizes(preferences: Sequence[Preference]) -> str:
     """`12 questions of 3 patients in 14 records`."""
     questions = len({question_key(one) for one in preferences})
     patients = len({id for one in preferences for id in one.patients})
-    of = f" of {patients} patient{'s' * (patients != 1)}" if patients else ""
-    records = len(preferences)
-    return (
-        f"{questions} question{'s' * (questions != 1)}{of} "
-        f"in {records} record{'s' * (records != 1)}"
-    )
+    of = f" of {counted(patients, 'patient')}" if patients else ""
+    return f"{counted(questions, 'question')}{of} in {counted(len(preferences), 'record')}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import DataError
 from cpo_fast.model.adapters import merge
 from cpo_fast.model.build import add_lora, freeze_vision, load_model, save_model
@@ -175,7 +176,8 @@ def left_out(folder: RunFolder, what: str, records: Sequence[RejectedRecord]) ->
     """List samples that a stage did without, and say so."""
     folder.reject(records)
     if records:
-        print(f"{what}: {len(records)} samples left out, an image could not be read; the first: "
+        samples = counted(len(records), "sample")
+        print(f"{what}: {samples} left out, an image could not be read; the first: "
               f"{records[0].id} ({records[0].reason}: {records[0].detail})")  # fmt: skip
 
 
@@ -250,7 +252,9 @@ def pair_logps(
     )
     left_out(folder, "rewards", failed)
     if not found:
-        raise DataError(f"evaluation: no held-out pair of {len(groups)} samples could be read")
+        raise DataError(
+            f"evaluation: no held-out pair of {counted(len(groups), 'sample')} could be read"
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.training.clock import Clock
@@ -174,7 +175,8 @@ class Stepper:
             weights = f" Weights that were so before: {', '.join(bad[:5])}." if bad else ""
             raise CpoFastError(
                 f"{self.stage} step {number}: loss {loss}, gradient norm {grad_norm}, and "
-                f"so for {self.nonfinite_in_a_row} steps in a row. The weights were left as "
+                f"so for "
+                f"{counted(self.nonfinite_in_a_row, 'step')} in a row. The weights were left as "
                 f"they were.{weights} {path} names the samples. Look at them, or lower the "
                 "learning rate"
             )
