@@ -201,7 +201,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], list[str]]] = {
     "evaluate": (
         "folder",
         evaluate.main,
-        ["--model", "M", "--dataset", "open-i", "--output_dir"],
+        ["--model", "ADAPTER", "--dataset", "open-i", "--output_dir"],
     ),
     "study": ("folder", study, ["--output_dir"]),
     "check": ("folder", data_main, ["check", "--dataset", "PAIRS", "--output_dir"]),
@@ -210,7 +210,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], list[str]]] = {
         data_main,
         ["export", "--dataset", "PAIRS", "--format", "trl", "--output"],
     ),
-    "export": ("file", export.main, ["--merge", "M", "--output_dir"]),
+    "export": ("file", export.main, ["--merge", "ADAPTER", "--output_dir"]),
     "phantom": ("file", phantom, ["--num_studies", "4", "--output_dir"]),
 }
 
@@ -223,9 +223,14 @@ def test_every_command_that_writes_is_refused(
     target = tmp_path / "target"
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
+    (tmp_path / "base").mkdir()
+    named = {"PAIRS": str(pairs), "ADAPTER": str(adapter)}
     with held(kind, target) as first:
-        words = [str(pairs) if word == "PAIRS" else word for word in flags]
-        assert main([*words, str(target)]) == 2
+        assert main([*(named.get(word, word) for word in flags), str(target)]) == 2
     error = capsys.readouterr().err
     assert f"{target} is being written by process {first.pid} on host {HOST}" in error
     assert "Traceback" not in error and not target.exists()
