@@ -60,6 +60,34 @@ def test_the_header_is_what_a_hub_reads(run: Path) -> None:
     assert merged_card["pipeline_tag"] == "text-generation"
 
 
+@pytest.mark.parametrize(
+    ("named", "line"),
+    [
+        ("../../base", 'base = folder + "/../../base"'),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 'base = "Qwen/Qwen2.5-VL-3B-Instruct"'),
+        ("/home/someone/models/mine", 'base = "..."  # mine'),
+        (None, 'base = "..."  # what it was trained on'),
+    ],
+)
+def test_the_base_of_an_adapter_is_named(run: Path, named: str | None, line: str) -> None:
+    config = run / "cpo" / "checkpoint-4" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": named}))
+    write_cards(run)
+    card = (config.parent / "README.md").read_text(encoding="utf-8")
+    assert f"\n{line}\n" in card and "someone" not in card
+    assert 'folder = "..."  # this folder' in card
+
+
+def test_a_run_that_starts_from_sft_names_that_checkpoint(run: Path) -> None:
+    file = run / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"sft_checkpoint": "/home/someone/runs/sft/finding-tuned"}))
+    write_cards(run)
+    card = (run / "cpo" / "checkpoint-4" / "README.md").read_text(encoding="utf-8")
+    assert "# The SFT checkpoint finding-tuned, CPO" in card and "someone" not in card
+    assert "tiny" not in card.split("\n# ")[1].split("\n")[0]
+
+
 def test_figures_settings_and_nothing_private(run: Path, monkeypatch: Any) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a card needs no network")

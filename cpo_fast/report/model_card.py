@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.counting import counted
+from cpo_fast.model.lineage import CONFIG
 from cpo_fast.report.evaluation_tables import BEST, evaluation_tables
 from cpo_fast.report.headline import protocol
 from cpo_fast.report.read import Run, read_run
@@ -105,7 +106,7 @@ def model_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> str:
         *_merged_words(run, stage, merged, evaluated=bool(tables)),
         _limits(run, stage, evaluated=bool(tables)),
         "## Use",
-        _use(adapter=adapter, sees=sees),
+        _use(base or _named_base(folder), adapter=adapter, sees=sees),
         "## Data",
         *_markdown(_data(run, stage)),
         "## Hyper-parameters",
@@ -160,7 +161,7 @@ def _evaluation_words(evaluation: Mapping[str, Any]) -> str:
 
 def base_model(config: Mapping[str, Any]) -> str | None:
     """The hub's name of the base model, where the path is a hub's cache or says org/name."""
-    path = str(config.get("model_name_or_path") or "")
+    path = _start(config)
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)(?:/|$)", path)
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -168,8 +169,15 @@ def base_model(config: Mapping[str, Any]) -> str | None:
 
 
 def _base_words(config: Mapping[str, Any]) -> str:
-    name = Path(str(config.get("model_name_or_path") or "model")).name
+    name = Path(_start(config) or "model").name
+    if config.get("sft_checkpoint"):
+        return f"The SFT checkpoint {name}"
     return "A tiny random model" if name == "tiny" else name
+
+
+def _start(config: Mapping[str, Any]) -> str:
+    """What the run started from: an SFT checkpoint takes the place of the model."""
+    return str(config.get("sft_checkpoint") or config.get("model_name_or_path") or "")
 
 
 def _header(base: str | None, *, adapter: bool, sees: bool, stage: str, of_reports: bool) -> str:
@@ -216,20 +224,33 @@ def _method(run: Run, stage: str) -> str:
     return f"{text}. {reference(run)}"
 
 
-def _use(*, adapter: bool, sees: bool) -> str:
+def _use(base: str, *, adapter: bool, sees: bool) -> str:
+    """`base` is a hub's name, or the path in the adapter's own configuration."""
     auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
-    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    lines = [f"from transformers import {auto}, AutoTokenizer", "", 'folder = "..."  # this folder']
     if adapter:
         lines.insert(0, "from peft import PeftModel")
-        lines += [
-            'base = "..."  # the model that this adapter was trained on',
-            f"model = {auto}.from_pretrained(base)",
-            'model = PeftModel.from_pretrained(model, "...")  # this folder',
-        ]
+        if base.startswith("."):
+            lines.append(f'base = folder + "/{base}"')
+        elif base and not Path(base).is_absolute():
+            lines.append(f'base = "{base}"')
+        else:  # a path of the machine it was trained on is nobody's business
+            lines.append(f'base = "..."  # {Path(base).name or "what it was trained on"}')
+        lines.append(f"model = {auto}.from_pretrained(base)")
+        lines.append("model = PeftModel.from_pretrained(model, folder)")
     else:
-        lines += [f'model = {auto}.from_pretrained("...")  # this folder']
-    lines.append('tokenizer = AutoTokenizer.from_pretrained("...")')
+        lines.append(f"model = {auto}.from_pretrained(folder)")
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
     return "\n".join(["```python", *lines, "```"])
+
+
+def _named_base(folder: Path) -> str:
+    """The path or name in adapter_config.json; "" where there is none."""
+    try:
+        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return str(named.get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def _data(run: Run, stage: str) -> Table:
