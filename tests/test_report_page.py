@@ -21,6 +21,7 @@ from cpo_fast.report import write_comparison, write_report
 from cpo_fast.report.__main__ import main
 from cpo_fast.report.diff import word_diff
 from cpo_fast.report.figures import running_mean
+from cpo_fast.report.headline import setting
 from cpo_fast.report.read import read_run
 
 GRAPH = Path(__file__).parents[1] / "cpo_fast" / "concepts" / "graph.json"
@@ -234,6 +235,30 @@ def test_values_of_the_wrong_kind_leave_gaps_not_tracebacks(tmp_path):
     page = Elements(write_report(folder))
     assert "$\\frac{" in page.text and "50.0" in page.text
     assert "The image is not shown (image-missing)" in page.text
+
+
+def test_a_page_names_what_the_run_started_from(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    assert any(text.startswith("model ") for text in setting(read_run(folder)))
+    config |= {"sft_checkpoint": "runs/sft/sft"}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = setting(read_run(folder))
+    assert "from the SFT checkpoint runs/sft/sft" in found
+    assert not any(text.startswith("model ") for text in found), "its flag has no effect"
+
+
+def test_a_comparison_needs_a_file_to_write_to(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), str(run), "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert f"--output {tmp_path}: a folder" in capsys.readouterr().err
+    assert not list(tmp_path.parent.glob(".*.partial"))
+
+
+def test_sft_has_samples_per_second(comparison):
+    text = Elements(comparison).text
+    assert "SFT: pairs per second" not in text
 
 
 def test_comparison_shows_what_differs(comparison, run):

@@ -11,6 +11,7 @@ import pytest
 from cpo_fast.train import main, run
 from cpo_fast.training.arguments import parse_arguments
 from cpo_fast.training.dry_run import _lines
+from cpo_fast.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -101,3 +102,9 @@ def test_one_is_singular() -> None:
         .split("; ")[0]
         .endswith("2 samples, 1 pack, 1 token")
     )
+
+
+def test_a_dry_run_points_at_no_file_that_it_does_not_write(tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path / "run"), "--dataset", "phantom"]
+    assert "data check" in RunFolder(parse_arguments([*flags, "--dry_run"])).where_rejected
+    assert "rejected_records.jsonl" in RunFolder(parse_arguments(flags)).where_rejected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -70,6 +71,24 @@ def batch(tokens: int) -> PackedBatch:
     return cast(
         PackedBatch, SimpleNamespace(pairs=range(2), input_ids=ids, logical_tokens=3 * tokens)
     )
+
+
+def test_the_end_of_the_feed_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
+
+    def feed() -> Iterator[int]:
+        nonlocal now
+        for step in range(4):
+            now += 1.0
+            yield step
+        now += 50.0  # workers end
+
+    counted = Clock(World())
+    for _ in counted.waiting(feed()):
+        now += 3.0
+        counted.count_step([batch(100)])
+    assert counted.stage()["time"] == {"data": 0.25}
 
 
 def test_rates_mfu_and_shares_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ def study_format(dataset: str) -> str:
         return "open-i"
     if not Path(dataset).exists():
         raise UsageError(
-            f"{dataset}: no such file or folder; give a MIMIC-CXR-JPG folder or the name open-i"
+            f"--dataset {dataset}: no such file or folder; give a preference file, a "
+            "MIMIC-CXR-JPG folder or the name open-i"
         )
     if Path(dataset).is_file():
         if dataset.endswith((".tgz", ".tar.gz")):

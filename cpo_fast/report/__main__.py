@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if len(arguments.runs) == 1 and arguments.output is not None:
         parser.error("--output is for comparing several runs; one run's page is RUN/report.html")
+    if arguments.output is not None and arguments.output.is_dir():
+        parser.error(f"--output {arguments.output}: a folder; name the file of the comparison")
     try:
         if len(arguments.runs) == 1:
             path = write_report(arguments.runs[0])

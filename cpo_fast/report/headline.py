@@ -155,13 +155,16 @@ def _timed(run: Run) -> str:
 
 
 def setting(run: Run) -> list[str]:
-    """Model, data set and seed of a run."""
+    """What a run started from, its data set and its seed."""
     labels = {
         "model_name_or_path": "model",
         "model": "model",  # of cpo-fast evaluate
         "dataset": "data set",
         "seed": "seed",
     }
+    if run.config.get("sft_checkpoint"):  # takes the place of the model
+        labels["sft_checkpoint"] = "from the SFT checkpoint"
+        del labels["model_name_or_path"]
     return [f"{label} {run.config[key]}" for key, label in labels.items() if key in run.config]
 
 

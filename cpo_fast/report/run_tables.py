@@ -120,7 +120,7 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     for stage in dict.fromkeys(s for run in runs for s in objects(run.part("stages"))):
         for key, label, show in (
             ("seconds", "wall time", seconds),
-            ("pairs_per_second", "pairs per second", number),
+            ("pairs_per_second", f"{'samples' if stage == 'sft' else 'pairs'} per second", number),
             ("logical_tokens_per_second", "logical tokens per second", number),
         ):
             cells = tuple(Cell(show(run.part("stages", stage).get(key))) for run in runs)

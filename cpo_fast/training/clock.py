@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -57,12 +57,13 @@ class Clock:
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield `items`, counting the time that each one was waited for as the phase "data"."""
         iterator = iter(items)
+        nothing: Any = object()
         while True:
-            with self.phase("data"):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
+            begun = time.perf_counter()
+            item = next(iterator, nothing)
+            if item is nothing:  # the end of the workers belongs to no step
+                return
+            self._add("data", time.perf_counter() - begun)
             yield item
 
     @contextmanager
@@ -70,7 +71,9 @@ class Clock:
         """Host time of a phase; on CUDA the work that was queued may end in a later phase."""
         begun = time.perf_counter()
         yield
-        seconds = time.perf_counter() - begun
+        self._add(name, time.perf_counter() - begun)
+
+    def _add(self, name: str, seconds: float) -> None:
         self._row_phases[name] += seconds
         if self.steps >= WARM_UP_STEPS:
             self._phases[name] += seconds

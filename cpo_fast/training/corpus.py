@@ -117,7 +117,7 @@ def stop_if_too_bad(args: TrainArguments, folder: RunFolder, bad: int, read: int
     if read and bad / read > args.max_bad_fraction:
         raise DataError(
             f"{bad} of {counted(read, 'record')} set aside, more than --max_bad_fraction "
-            f"{args.max_bad_fraction}; see {folder.path / 'rejected_records.jsonl'}"
+            f"{args.max_bad_fraction}; {folder.where_rejected}"
         )
 
 

@@ -294,7 +294,7 @@ def set_aside(
             raise DataError(
                 f"an image cannot be read in {len(found)} of {counted(looked, 'record')}"
                 f"{earlier if corpus.rejected else ''}: more than --max_bad_fraction "
-                f"{args.max_bad_fraction}; see {folder.path / 'rejected_records.jsonl'}"
+                f"{args.max_bad_fraction}; {folder.where_rejected}"
             )
         for split, records in bad.items():
             if records and len(records) == len(images[split]):

@@ -66,6 +66,13 @@ class RunFolder:
             (self.path / "evaluation.json").unlink(missing_ok=True)
 
     @property
+    def where_rejected(self) -> str:
+        """Where the records that were set aside can be read."""
+        if self.dry:
+            return "a dry run writes nothing: cpo-fast data check lists them"
+        return f"see {self.path / 'rejected_records.jsonl'}"
+
+    @property
     def writes(self) -> bool:
         return self.world.is_main and not self.dry
 
