@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from cpo_fast.training.arguments import TrainArguments
 from cpo_fast.training.feed import step_loader
 
-WORKERS = 2  # the default of --dataloader_num_workers
+WORKERS = TrainArguments.dataloader_num_workers
 ENDLESS = 1_000_000
 
 

@@ -9,8 +9,9 @@ killed at any time, and `--resume` goes on. Nothing is timed of an implementatio
 
 `--plan first` (400 s) and `--plan second` (330 s) do what matters most in the order in which it
 matters, for a machine that is to be had for a quarter of an hour; bench/gpu/plans.py lists their
-steps. Either is complete in itself. The second knows what the first found where both run in the
-same tree on the same device. `--plan quack` (240 s) compares with that peer at the headline.
+steps. Each is complete in itself. The second knows what the first found where both run in the
+same tree on the same device. `--plan training` (280 s) times training steps alone, `--plan quack`
+(240 s) compares with that peer at the headline.
 
 Exit status: 0 all checks passed, 1 one failed, 2 wrong options, 3 no GPU, 4 the time was too short
 for all checks, 130 interrupted.

@@ -170,8 +170,8 @@ def run(
     for name in (*(("ours",) if with_ours else ()), *peers):
         try:
             with ExitStack() as stack:
+                restore_functions()  # of a step before, which may have had fused layers
                 if name == "trl":
-                    restore_functions()
                     folder = stack.enter_context(tempfile.TemporaryDirectory())
                     model = random_model(SIZES[size], data.tokenizer, where, dtype)
                     step: Callable[[], float] = TrlStep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def contents_of(folder: str | Path) -> str:
     file = folder / "config.json"
     if file.is_file():
         config = read_object(file)
-        if "model_type" not in config and "stages" in config:
+        if is_of_run(config):
             return TRAINING
         return EVALUATION if "model_type" not in config and "suite" in config else "a model"
     if (folder / "adapter_config.json").is_file():
@@ -38,6 +39,11 @@ def contents_of(folder: str | Path) -> str:
     if not file.is_file():
         return ""
     return CHECK if set(read_object(file)) == {"data"} else TRAINING
+
+
+def is_of_run(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has the flags of a training run, not a model's configuration."""
+    return "stages" in config and "model_type" not in config
 
 
 def check_free(folder: str | Path, own: str) -> None:

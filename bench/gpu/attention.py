@@ -145,6 +145,7 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
     if name == COMPILED and quick:
         raise NotHere("a CPU compiles for too long")
     from cpo_fast.errors import UsageError
+    from cpo_fast.model.fused import restore_functions
     from cpo_fast.model.packed import check_attention
 
     if name == FUSED and device == "cpu":
@@ -157,7 +158,10 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
         except UsageError as reason:
             raise NotHere(str(reason)) from None
     known = prepared(device)
-    errors = relative(outcome(known.model, known.batch, **options), known.truth)
+    try:
+        errors = relative(outcome(known.model, known.batch, **options), known.truth)
+    finally:
+        restore_functions()  # for the checks that follow in this process
     for what, error in errors.items():
         allowed = known.allowed[what]
         assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"

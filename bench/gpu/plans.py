@@ -48,6 +48,12 @@ class Plan:
     kit: str = "gpu-kit"  # the folder of the tree that is unpacked
 
 
+SET_UP = (
+    Step("kit", "build:kit_units", 20, "build"),
+    Step("machine", "environment:units", 10, "environment"),
+)
+"""Of plans that follow the first: what it has unpacked may be there."""
+
 FIRST = Plan(
     "first",
     seconds=400,
@@ -68,8 +74,7 @@ SECOND = Plan(
     seconds=330,
     first_answer=15,
     steps=(
-        Step("kit", "build:kit_units", 20, "build"),
-        Step("machine", "environment:units", 10, "environment"),
+        *SET_UP,
         Step("smoke", "smoke:units", 45, "correctness", side_by_side=True, judges=True),
         Step("attention", "attention:plan_units", 35, "correctness"),
         Step("steps", "steps:plan_units", 150, "steps"),
@@ -87,8 +92,7 @@ TRAINING = Plan(
     seconds=280,
     first_answer=15,
     steps=(
-        Step("kit", "build:kit_units", 20, "build"),
-        Step("machine", "environment:units", 10, "environment"),
+        *SET_UP,
         Step("attention", "attention:default_units", 35, "correctness"),
         Step("steps", "steps:plan_units", 185, "steps"),
     ),

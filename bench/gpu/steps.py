@@ -144,8 +144,6 @@ def release(device: str) -> int:
     from bench.gpu import timing
 
     _measured.clear()
-    if "cpo_fast.model.fused" in sys.modules:  # a peer's model is not to have ours
-        sys.modules["cpo_fast.model.fused"].restore_functions()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     timing.release(device)

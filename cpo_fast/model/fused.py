@@ -24,9 +24,13 @@ from torch.nn.functional import linear, pad, rms_norm, silu
 
 from cpo_fast.errors import UsageError
 from cpo_fast.model.attention import HALF
+from cpo_fast.model.lora import is_plain
 
 ALIGNED = 8
 """Elements in half precision that make 16 bytes, which fast loads need."""
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+"""Of a gated MLP."""
 
 _replaced: dict[tuple[str, str], Any] = {}
 """(module, name of a function in it): what stood there."""
@@ -63,7 +67,7 @@ def use_fused_layers(base: nn.Module, vision: nn.Module | None) -> None:
         elif is_gated_mlp(layer):
             frozen = not any(p.requires_grad for p in layer.parameters())
             narrow = layer.gate_proj.weight.shape[0] % ALIGNED
-            if layer in tower and frozen and narrow and _is_plain_mlp(layer):
+            if layer in tower and frozen and narrow and all(map(is_plain, _parts(layer))):
                 add_columns(layer)
                 _use(layer, _padded_forward)
             else:
@@ -106,12 +110,11 @@ def is_rms_norm(layer: Any) -> bool:
 
 def is_gated_mlp(layer: Any) -> bool:
     """Whether the layer computes down(silu(gate(x)) * up(x))."""
-    names = ["gate_proj", "up_proj", "down_proj"]
-    if not all(hasattr(layer, name) for name in (*names, "act_fn")) or _has_hooks(layer):
+    if not all(hasattr(layer, name) for name in (*PARTS, "act_fn")) or _has_hooks(layer):
         return False
     if not isinstance(layer.act_fn, nn.SiLU) and type(layer.act_fn).__name__ != "SiLUActivation":
         return False
-    if {name.split(".")[0] for name, _ in layer.named_parameters()} != set(names):
+    if {name.split(".")[0] for name, _ in layer.named_parameters()} != set(PARTS):
         return False
     gate: Any = layer.gate_proj
     weight = getattr(gate, "weight", None)
@@ -147,11 +150,6 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _is_plain_mlp(layer: Any) -> bool:
-    return all(type(part) is nn.Linear and not _has_hooks(part) for part in layer.children()
-               if not isinstance(part, nn.SiLU) and list(part.parameters()))  # fmt: skip
-
-
 def add_columns(layer: Any) -> None:
     """Lay the weights of a gated MLP out with columns of zeros, so that the inner size is a
     multiple of ALIGNED. Those of the first two products become views of the new ones."""
@@ -169,10 +167,13 @@ def add_columns(layer: Any) -> None:
     layer._wide_of = _identity(layer)
 
 
+def _parts(layer: Any) -> list[Any]:
+    return [getattr(layer, name) for name in PARTS]
+
+
 def _identity(layer: Any) -> tuple[int, ...]:
     """Changes where weights are moved, replaced or written to."""
-    weights = [p for name in ("gate_proj", "up_proj", "down_proj")
-               for p in getattr(layer, name).parameters()]  # fmt: skip
+    weights = [weight for part in _parts(layer) for weight in part.parameters()]
     return tuple(x for weight in weights for x in (weight.data_ptr(), weight._version))
 
 
@@ -203,12 +204,12 @@ def _is_rotation(name: str, function: Callable[..., Any]) -> bool:
     try:
         if name == "apply_rotary_pos_emb":
             q, k, cos, sin = draw(1, 4, 3, 8), draw(1, 2, 3, 8), draw(1, 3, 8), draw(1, 3, 8)
-            found, c, s = function(q, k, cos, sin), cos[:, None], sin[:, None]
         else:
             q, k, cos, sin = draw(3, 4, 8), draw(3, 4, 8), draw(3, 8), draw(3, 8)
-            found, c, s = function(q, k, cos, sin), cos[:, None], sin[:, None]
+        found = function(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return False
+    c, s = cos[:, None], sin[:, None]
     expected = [x * c + torch.cat((-x[..., 4:], x[..., :4]), -1) * s for x in (q, k)]
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

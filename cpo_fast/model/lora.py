@@ -70,7 +70,7 @@ def fused_adapter(layer: Linear, x: Tensor) -> str | None:
         return None
     name = active[0]
     base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    if not (_is_plain(base) and _is_plain(down) and _is_plain(up)):
+    if not (is_plain(base) and is_plain(down) and is_plain(up)):
         return None
     if down.bias is not None or up.bias is not None:
         return None
@@ -158,7 +158,7 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_dropped, None, None, grad_down, grad_up, None
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether calling `layer` does no more than F.linear with a dense weight."""
     return (
         type(layer) is nn.Linear

@@ -197,13 +197,13 @@ def _compile(layer: Any) -> None:
     checkpoint = layer._gradient_checkpointing_func
 
     def checkpoint_compiled(call: partial[Any], *args: Any) -> Any:
-        return checkpoint(partial(_compiled(call.func), *call.args, **call.keywords), *args)
+        return checkpoint(partial(_compiled_once(call.func), *call.args, **call.keywords), *args)
 
     layer._gradient_checkpointing_func = checkpoint_compiled
 
 
 @cache
-def _compiled(function: Any) -> Any:
+def _compiled_once(function: Any) -> Any:
     return torch.compile(function, dynamic=True)
 
 

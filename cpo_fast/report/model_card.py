@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.counting import counted
+from cpo_fast.folders import read_object
 from cpo_fast.model.lineage import CONFIG
 from cpo_fast.report.evaluation_tables import BEST, evaluation_tables
 from cpo_fast.report.headline import protocol
@@ -246,11 +247,7 @@ def _use(base: str, *, adapter: bool, sees: bool) -> str:
 
 def _named_base(folder: Path) -> str:
     """The path or name in adapter_config.json; "" where there is none."""
-    try:
-        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return str(named.get("base_model_name_or_path") or "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return str(read_object(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
 def _data(run: Run, stage: str) -> Table:

@@ -210,6 +210,11 @@ class TrainArguments:
     def stage_names(self) -> tuple[str, ...]:
         return split(self.stages)
 
+    @property
+    def trained_stages(self) -> tuple[str, ...]:
+        """Of "sft" and "cpo" those that run."""
+        return tuple(stage for stage in ("sft", "cpo") if stage in self.stage_names)
+
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The optimisation settings of "sft" or "cpo" under their plain names."""
         own = {f.name.removeprefix("sft_") for f in fields(self) if f.name.startswith("sft_")}

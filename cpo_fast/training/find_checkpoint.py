@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from cpo_fast.errors import UsageError
+from cpo_fast.folders import is_of_run, read_object
 from cpo_fast.model.lineage import CONFIG, WEIGHTS, is_adapter, lineage
 from cpo_fast.training.checkpoint import MANIFEST, checkpoints, damage_of, result_checkpoint
 
@@ -72,16 +72,7 @@ def _existing(named: str | Path, flag: str) -> Path:
 
 def _holds_model(folder: Path) -> bool:
     file = folder / "config.json"
-    return is_adapter(folder) or (file.is_file() and not _is_of_run(file))
-
-
-def _is_of_run(file: Path) -> bool:
-    """Whether a config.json holds the flags of a run, not a model's configuration."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "stages" in found and "model_type" not in found
+    return is_adapter(folder) or (file.is_file() and not is_of_run(read_object(file)))
 
 
 def _is_stage(folder: Path) -> bool:
@@ -109,8 +100,4 @@ def _of_stage(folder: Path, flag: str, *, adapter: bool) -> Path:
 
 def _wants_best(run: Path) -> bool:
     """Whether the run's stages ended with their best checkpoints."""
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        return bool(config.get("load_best_model_at_end"))
-    except (OSError, ValueError, AttributeError):
-        return False
+    return bool(read_object(run / "config.json").get("load_best_model_at_end"))

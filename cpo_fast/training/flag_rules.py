@@ -141,8 +141,7 @@ def _check_output(args: TrainArguments) -> None:
     check_folder(args.output_dir)
     check_free(args.output_dir, TRAINING)
     if args.resume_from_checkpoint is None and not args.overwrite_output_dir:
-        trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
-        check_unused(Path(args.output_dir), trained)
+        check_unused(Path(args.output_dir), args.trained_stages)
 
 
 def _check_data(args: TrainArguments) -> None:

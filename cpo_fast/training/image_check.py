@@ -154,7 +154,7 @@ def key_of(ref: ImageRef) -> str | None:
 
 def used_splits(args: TrainArguments) -> list[str]:
     """The splits whose images the stages of this run look at."""
-    trains = not {"sft", "cpo"}.isdisjoint(args.stage_names)
+    trains = bool(args.trained_stages)
     evaluates = "evaluate" in args.stage_names
     uses = {"train": trains, "validate": trains or evaluates, "test": evaluates}
     return [split for split, used in uses.items() if used]

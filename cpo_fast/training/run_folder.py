@@ -42,9 +42,9 @@ class RunFolder:
         self.rejected: list[RejectedRecord] = []
         self.left_out = 0  # records that --max_train_samples and --max_eval_samples leave out
         self.summary: dict[str, Any] = {"stages": {}}
-        trained: list[str] = []
+        trained: tuple[str, ...] = ()
         if args.resume_from_checkpoint is None:
-            trained = [stage for stage in ("sft", "cpo") if stage in args.stage_names]
+            trained = args.trained_stages
         elif self.world.is_main:
             check_folder_flags(self.path, self.flags)
         if not self.writes:
@@ -55,12 +55,12 @@ class RunFolder:
         self._write_json("config.json", self.flags)
         self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)
         (self.path / "rejected_records.jsonl").write_text("")
-        if trained != ["sft", "cpo"] and (self.path / "summary.json").is_file():
+        if trained != ("sft", "cpo") and (self.path / "summary.json").is_file():
             self.summary |= json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         self.summary["stages"] = {
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
-        if {"sft", "cpo"} & set(args.stage_names):  # figures of models that are trained again
+        if args.trained_stages:  # figures of models that are trained again
             self.summary.pop("evaluation", None)
             self.summary["stages"].pop("evaluate", None)
             (self.path / "evaluation.json").unlink(missing_ok=True)
