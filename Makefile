@@ -10,11 +10,11 @@ export HF_HUB_OFFLINE := 1
 # wait for each other on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 LOWEST := $(VENV)/lowest
-LOWEST_TESTS := tests/test_first_step.py tests/test_model_packed.py tests/test_model_build.py \
-	tests/test_packing_collate.py tests/test_data_arrow_files.py tests/test_data_dicom.py \
-	tests/test_concepts_graph.py tests/test_evaluation_metrics.py tests/test_report_page.py \
-	tests/test_train_run.py::test_the_run_leaves_what_the_layout_promises \
-	tests/test_train_export.py
+LOWEST_TESTS := tests/loss/test_first_step.py tests/model/test_packed.py tests/model/test_build.py \
+	tests/packing/test_collate.py tests/data/test_arrow_files.py tests/data/test_dicom.py \
+	tests/concepts/test_graph.py tests/evaluation/test_metrics.py tests/report/test_page.py \
+	tests/run/test_whole_runs.py::test_the_run_leaves_what_the_layout_promises \
+	tests/run/test_export.py
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: help setup train test quick lowest real real-data bench gpu-check gpu-kit gpu-kit-quack gpu-publish lint docs doctor dist clean

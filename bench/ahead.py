@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.feed import step_loader
 
 WORKERS = TrainArguments.dataloader_num_workers

@@ -22,11 +22,12 @@ from cpo_fast.concepts import label_report, labeller, load_graph
 from cpo_fast.concepts.graph import read_graph_json
 from cpo_fast.concepts.labeller import ruled_out, sentence_mentions, sentences
 from cpo_fast.concepts.mine import Miner, evidence, mine, proposals
-from cpo_fast.counterfactual import checks, counterfactuals, generate, prompt, rewrite, text
+from cpo_fast.counterfactual import checks, counterfactuals, generate, prompt
 from cpo_fast.counterfactual.generate import balance
-from cpo_fast.counterfactual.lexicon import GraphKey
+from cpo_fast.counterfactual.graph import rewrite, text
+from cpo_fast.counterfactual.graph.lexicon import GraphKey
+from cpo_fast.counterfactual.graph.text import split
 from cpo_fast.counterfactual.targets import drift_proneness, nearness
-from cpo_fast.counterfactual.text import split
 from cpo_fast.data import open_studies
 from cpo_fast.data.openi import MESH_TERMS
 from cpo_fast.errors import DataError

@@ -27,7 +27,7 @@ from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.packing import encode_all, image_token_id
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.interrupt import StopRequest
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import MetricsLog

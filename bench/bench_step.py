@@ -34,7 +34,7 @@ from cpo_fast.model.build import add_lora, tiny_model, tiny_text_model
 from cpo_fast.model.flops import mfu, peak_flops
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.training.objectives import CPOObjective

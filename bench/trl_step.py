@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.ahead import ahead
 from bench.step_data import Work
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
-from trl_oracle import trainer
+from cpo_fast.testing.trl_oracle import trainer
 
 
 class TrlStep:

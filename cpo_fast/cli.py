@@ -30,6 +30,9 @@ COMMANDS = {
 }
 """Each is the module `cpo_fast.NAME`, with a `main(argv)` that returns the exit status."""
 
+ELSEWHERE = {"study": "cpo_fast.experiments.study"}
+"""Commands whose module lies deeper in the package."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status of the command; 2 where there is no such command."""
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = near(words[0], COMMANDS)
         hint = f"did you mean {meant}?" if meant else "see cpo-fast --help"
         return failed("cpo-fast", UsageError(f"{words[0]} is not a command; {hint}"))
-    name = f"cpo_fast.{words[0]}"
+    name = ELSEWHERE.get(words[0], f"cpo_fast.{words[0]}")
     try:  # a folder of modules has its command in __main__
         module = importlib.import_module(f"{name}.__main__")
     except ModuleNotFoundError as error:

@@ -52,12 +52,12 @@ def evaluate_suites(args: argparse.Namespace) -> Path:
     loaded = load(args, settle_model(args))
     kind = kind_of(args)
     if kind is PAIRS:
-        from cpo_fast.evaluate_preferences import evaluate_preferences
+        from cpo_fast.evaluation.evaluate_preferences import evaluate_preferences
 
         evaluation, cohort = evaluate_preferences(args, loaded)
         return write_results(args, cohort, evaluation)
     if kind is IMAGES:
-        from cpo_fast.evaluate_csv import evaluate_csv
+        from cpo_fast.evaluation.evaluate_csv import evaluate_csv
 
         evaluation, cohort = evaluate_csv(args, loaded)
         return write_results(args, cohort, evaluation)
@@ -103,7 +103,7 @@ def evaluate_suites(args: argparse.Namespace) -> Path:
 def check_paths(args: argparse.Namespace) -> None:
     """UsageError for a path that cannot be what its flag says, before torch is imported."""
     from cpo_fast.data import study_kind
-    from cpo_fast.training.find_checkpoint import check_named
+    from cpo_fast.run.find_checkpoint import check_named
 
     kind = kind_of(args)
     if kind is STUDIES:
@@ -155,7 +155,7 @@ def load(args: argparse.Namespace, path: Path) -> Loaded:
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.model.build import load_model
     from cpo_fast.model.supported import check_vocabulary
-    from cpo_fast.training.named_model import companions
+    from cpo_fast.run.named_model import companions
 
     if args.bf16:
         warn_of_slow_bfloat16()

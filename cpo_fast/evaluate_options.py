@@ -140,7 +140,7 @@ def settle_model(args: argparse.Namespace) -> Path:
     Raises UsageError for flags of adapters that are given for a whole model.
     """
     from cpo_fast.model.lineage import is_adapter
-    from cpo_fast.training.find_checkpoint import find_checkpoint
+    from cpo_fast.run.find_checkpoint import find_checkpoint
 
     path = find_checkpoint(args.model, "--model")
     if not is_adapter(path):

@@ -64,8 +64,8 @@ def export_merged(
     from cpo_fast.model.lineage import is_adapter, lineage
     from cpo_fast.model.supported import read_config
     from cpo_fast.report.model_card import card_of_export
-    from cpo_fast.training.find_checkpoint import find_checkpoint
-    from cpo_fast.training.named_model import companions
+    from cpo_fast.run.find_checkpoint import find_checkpoint
+    from cpo_fast.run.named_model import companions
 
     check_paths(checkpoint, output_dir, base_model)
     checkpoint = find_checkpoint(checkpoint, "--merge", adapter=True)
@@ -93,7 +93,7 @@ def export_merged(
 
 def check_paths(checkpoint: Path, output_dir: Path, base_model: Path | None) -> None:
     """UsageError for folders that cannot be what their flags say; torch is not imported."""
-    from cpo_fast.training.find_checkpoint import check_named
+    from cpo_fast.run.find_checkpoint import check_named
 
     check_named(checkpoint, "--merge", adapter=True, base_model=base_model)
     check_folder(output_dir)

@@ -22,18 +22,18 @@ from cpo_fast.console import piped
 from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.locks import lock_folder
-from cpo_fast.training.arguments import TrainArguments
-from cpo_fast.training.flag_rules import TINY, check_machine
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.flag_rules import TINY, check_machine
+from cpo_fast.run.report_to import tracker_names, trackers
+from cpo_fast.run.settings import read_settings
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
-from cpo_fast.training.report_to import tracker_names, trackers
-from cpo_fast.training.settings import read_settings
 
 if TYPE_CHECKING:  # torch is imported after the flags are checked
-    from cpo_fast.training.base import Base
-    from cpo_fast.training.corpus import Corpus, Texts
+    from cpo_fast.run.base import Base
+    from cpo_fast.run.corpus import Corpus, Texts
+    from cpo_fast.run.run_folder import RunFolder
+    from cpo_fast.run.samples import Samples
     from cpo_fast.training.distributed import World
-    from cpo_fast.training.run_folder import RunFolder
-    from cpo_fast.training.samples import Samples
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,9 +85,9 @@ def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> d
     from cpo_fast.machine import hardware, versions
     from cpo_fast.report import write_report
     from cpo_fast.report.model_card import write_cards
+    from cpo_fast.run.dry_run import dry_run
+    from cpo_fast.run.stages import train_cpo, train_sft
     from cpo_fast.training.distributed import joined
-    from cpo_fast.training.dry_run import dry_run
-    from cpo_fast.training.stages import train_cpo, train_sft
 
     with joined(args.ddp_timeout) as world:
         if not args.dry_run:
@@ -127,10 +127,10 @@ def prepare(
     args: TrainArguments, world: World
 ) -> tuple[TrainArguments, RunFolder, Corpus, Texts, Base, Samples]:
     """What training needs, made by rank 0 and read from its files by the others."""
-    from cpo_fast.training.base import base_model
-    from cpo_fast.training.corpus import write_preferences
-    from cpo_fast.training.image_check import ImageCheck, leave_out_samples, leave_out_studies
-    from cpo_fast.training.samples import check_samples, tokenise
+    from cpo_fast.run.base import base_model
+    from cpo_fast.run.corpus import write_preferences
+    from cpo_fast.run.image_check import ImageCheck, leave_out_samples, leave_out_studies
+    from cpo_fast.run.samples import check_samples, tokenise
 
     args, folder, corpus = world.main_first(lambda: read(args, world))
     check = ImageCheck(args, folder)
@@ -152,9 +152,9 @@ def read(args: TrainArguments, world: World) -> tuple[TrainArguments, RunFolder,
     """The run's folder, and what its data set holds."""
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.phantom import write_phantom
-    from cpo_fast.training.base import check_start
-    from cpo_fast.training.corpus import read_corpus
-    from cpo_fast.training.run_folder import RunFolder
+    from cpo_fast.run.base import check_start
+    from cpo_fast.run.corpus import read_corpus
+    from cpo_fast.run.run_folder import RunFolder
 
     if args.bf16 and world.is_main:
         warn_of_slow_bfloat16()
@@ -189,8 +189,8 @@ def evaluate(
         evaluation_summary,
         write_examples,
     )
+    from cpo_fast.run.stages import left_out, load, pair_logps, sft_model
     from cpo_fast.training.checkpoint import result_checkpoint
-    from cpo_fast.training.stages import left_out, load, pair_logps, sft_model
     from cpo_fast.types import RejectedRecord
 
     models: dict[str, Path] = {"sft" if args.sft_checkpoint else "untrained": base.path}

@@ -113,7 +113,7 @@ def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
     errors = io.StringIO()
     try:
         if name == "train":
-            from cpo_fast.training.arguments import parse_arguments
+            from cpo_fast.run.arguments import parse_arguments
 
             with contextlib.redirect_stderr(errors):
                 parse_arguments(argv)
@@ -184,7 +184,7 @@ def check_data(block: Block, folder: Path) -> None:
     if block.language == "json":
         json.loads(block.text)
     elif block.language == "yaml":
-        from cpo_fast.training.arguments import read_config
+        from cpo_fast.run.arguments import read_config
 
         path = folder / "block.yaml"
         path.write_text(block.text)

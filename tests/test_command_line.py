@@ -14,8 +14,8 @@ import pytest
 from cpo_fast.cli import COMMANDS, main
 from cpo_fast.command_line import Parser
 from cpo_fast.flags import COUNT, Number, near
-from cpo_fast.training.arguments import SECTIONS, TrainArguments
-from cpo_fast.training.settings import make_parser
+from cpo_fast.run.arguments import SECTIONS, TrainArguments
+from cpo_fast.run.settings import make_parser
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "pandas", "triton", "sklearn", "matplotlib", "trl"}

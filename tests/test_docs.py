@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, pages, parse_block
+
+from tests.docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, pages, parse_block
 
 PARSED_ONLY = {
     "README.md": 4,

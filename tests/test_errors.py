@@ -12,21 +12,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from counterfactual_samples import OPACITY, study
 
 import cpo_fast
 from cpo_fast import train
 from cpo_fast.cli import main
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.generate import counterfactuals
+from cpo_fast.counterfactual.graph.rewrite import rewrite
+from cpo_fast.counterfactual.graph.scope import AMBIGUOUS, AmbiguousError
 from cpo_fast.counterfactual.prompt import Task
-from cpo_fast.counterfactual.rewrite import rewrite
-from cpo_fast.counterfactual.scope import AMBIGUOUS, AmbiguousError
 from cpo_fast.counterfactual.writers import Draft, GaveUpError, GraphWriter
 from cpo_fast.data.images import load_image
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted
 from cpo_fast.types import ConceptGraph, ImageRef, Report
+from tests.counterfactual.samples import OPACITY, study
 
 COVERED = {
     CpoFastError,
@@ -109,7 +109,7 @@ def test_a_writer_that_gives_up_is_not_asked_again() -> None:
 def test_interrupted_is_a_status_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real signals are in test_train_resume.py."""
+    """Real signals are in tests/training/test_resume.py."""
 
     def stopped(args: object) -> None:
         raise Interrupted("saved runs/x/cpo/checkpoint-7; go on with --resume_from_checkpoint auto")

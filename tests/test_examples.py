@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from packing_samples import text_model, tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from cpo_fast.model.build import save_model
+from cpo_fast.testing.samples import text_model, tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = ["clear lungs", "a small effusion", "an enlarged heart", "basal atelectasis"]

@@ -14,7 +14,7 @@ from cpo_fast.counting import counted
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("data", "concepts", "counterfactual", "packing", "model", "loss", "training",
-          "evaluation", "report")  # fmt: skip
+          "evaluation", "report", "run")  # fmt: skip
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -23,9 +23,9 @@ import torch
 from cpo_fast import evaluate, export, train
 from cpo_fast.data.__main__ import main as data_main
 from cpo_fast.errors import DataError, UsageError
+from cpo_fast.experiments.study.__main__ import main as study
 from cpo_fast.locks import LOCK, lock_file, lock_folder
 from cpo_fast.phantom.__main__ import main as phantom
-from cpo_fast.study.__main__ import main as study
 
 HOST = socket.gethostname()
 HOLD = """

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docs_blocks import ROOT, blocks
 
 from cpo_fast.cli import COMMANDS
 from cpo_fast.version import __version__
+from tests.docs_blocks import ROOT, blocks
 
 pytestmark = pytest.mark.slow
 BUILT = ("*.so", "__pycache__", "_build", ".git", ".venv", "runs", "build", "dist", "*.egg-info",
@@ -187,8 +187,7 @@ def test_the_embedded_default_is_found_in_the_installed_package(
     python: str, tmp_path: Path
 ) -> None:
     code = (
-        "from cpo_fast.training.arguments import parse_arguments\n"
-        "print(parse_arguments([]).output_dir)"
+        "from cpo_fast.run.arguments import parse_arguments\nprint(parse_arguments([]).output_dir)"
     )
     assert run(python, tmp_path, "-c", code).stdout.strip() == "runs/phantom"
 

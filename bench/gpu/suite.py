@@ -13,7 +13,8 @@ from typing import Any
 
 from bench.gpu.units import ROOT, NotHere, Setting, Unit
 
-TRITON = ("test_triton_kernels.py", "test_triton_loss.py")  # run on a GPU where there is one
+TRITON = ("kernels/test_triton_kernels.py", "kernels/test_triton_loss.py")
+"""Tests that run on a GPU where there is one, else in the interpreter."""
 
 
 def run(path: Path, only_marked: bool, out: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def run(path: Path, only_marked: bool, out: str) -> dict[str, Any]:
 def units(setting: Setting) -> list[Unit]:
     marked = [
         path
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if re.search(r"pytest\.mark\.gpu\b|marks=.*\bgpu\b", path.read_text())
     ]
     files = [(path, True) for path in marked]

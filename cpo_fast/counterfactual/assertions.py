@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from cpo_fast.concepts.graph import phrase_pattern
-from cpo_fast.counterfactual.lexicon import GraphKey
+from cpo_fast.counterfactual.graph.lexicon import GraphKey
 from cpo_fast.types import ConceptGraph
 
 

@@ -17,11 +17,11 @@ from cpo_fast.concepts.labeller import (
 )
 from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.checks import check
-from cpo_fast.counterfactual.lexicon import GraphKey
+from cpo_fast.counterfactual.graph.lexicon import GraphKey
+from cpo_fast.counterfactual.graph.wording import WORDINGS
 from cpo_fast.counterfactual.progress import Tally
 from cpo_fast.counterfactual.prompt import Task
 from cpo_fast.counterfactual.targets import even_prices, pick, target_scores
-from cpo_fast.counterfactual.wording import WORDINGS
 from cpo_fast.counterfactual.writers import GaveUpError, GraphWriter, Writer
 from cpo_fast.data.labels import diagnosis
 from cpo_fast.errors import RecordError, UsageError

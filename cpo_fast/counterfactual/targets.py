@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from cpo_fast.counterfactual.lexicon import GraphKey
-from cpo_fast.counterfactual.wording import WORDINGS
+from cpo_fast.counterfactual.graph.lexicon import GraphKey
+from cpo_fast.counterfactual.graph.wording import WORDINGS
 from cpo_fast.types import ConceptGraph, Labels
 
 NEARNESS, DRIFT, STATED, CONFLICT, CHANCE = 1.0, 1.0, 0.1, 0.5, 0.5

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from cpo_fast.counterfactual.graph.rewrite import rewrite
 from cpo_fast.counterfactual.prompt import Task
-from cpo_fast.counterfactual.rewrite import rewrite
 from cpo_fast.errors import RecordError
 from cpo_fast.types import ConceptGraph, Report
 

@@ -24,7 +24,8 @@ from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.model.flops import FlopCounter, peak_flops
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import packing_efficiency
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.resume import BEGUN_WITH
 from cpo_fast.training.bar import StageBar
 from cpo_fast.training.checkpoint import write_checkpoint
 from cpo_fast.training.clock import Clock
@@ -34,7 +35,6 @@ from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.training.metrics import MetricsLog, Sums, finite
 from cpo_fast.training.objectives import Objective
 from cpo_fast.training.plan import epoch_steps, stage_steps
-from cpo_fast.training.resume import BEGUN_WITH
 from cpo_fast.training.sharding import is_sharded, unaliased, write_model, write_shards
 from cpo_fast.training.state import OPTIMIZER, StageState
 from cpo_fast.training.step import Stepper

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cpo_fast.errors import DataError
 from cpo_fast.packing import Step, plan_epoch
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.distributed import World
 from cpo_fast.types import PreferenceGroup
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cpo_fast.errors import UsageError
-from cpo_fast.training.arguments import TrainArguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.checkpoint import read_state
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World

@@ -1,0 +1,1 @@
+"""The rewriter: counterfactual reports along the concept graph, without a language model."""

@@ -1,0 +1,228 @@
+"""One sentence made fit to stand beside a target: kept as it is, trimmed, or dropped.
+
+A sentence is cut into clauses. A denial ("no pneumothorax or pleural effusion is seen") loses the
+items that name the target, a normal statement ("heart size and vascularity are normal") loses the
+subjects that the target contradicts, and a clause that asserts what the target excludes is
+dropped. Verbs are made to agree again. What can't be taken apart safely is dropped whole.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from cpo_fast.counterfactual.graph.clauses import clauses, sides
+from cpo_fast.counterfactual.graph.denial import BROAD, NEGATION, denied_in, edit_denial
+from cpo_fast.counterfactual.graph.exemption import (
+    Exemption,
+    asserted,
+    find_exemption,
+    without_otherwise,
+)
+from cpo_fast.counterfactual.graph.grammar import start_like
+from cpo_fast.counterfactual.graph.lexicon import Lexicon
+from cpo_fast.counterfactual.graph.normal import INFLATED, TOPICS, edit_normal
+from cpo_fast.counterfactual.graph.scope import (
+    AmbiguousError,
+    Part,
+    cut,
+    leaves_verb_out,
+    starts_unchanged,
+    without,
+)
+from cpo_fast.counterfactual.graph.text import capitalised
+
+_ALL_NORMAL = re.compile(
+    r"^(?:(?:stable|grossly|essentially|radiographically|there is|this is|an?) )*"
+    r"(?:normal|negative|unremarkable)(?: \w+)? "
+    r"(?:chest(?! wall)|examination|exam|study|radiographs?|x-\w+|films?)\b|"
+    r"^(?:the )?chest (?:radiograph|x-?\w+|examination|exam|"
+    r"film)?\s*(?:is )?(?:within )?(?:normal|unremarkable|negative)|"
+    r"^normal$|^negative$"
+)
+_FILLER = re.compile(
+    r"\b(?:otherwise|and|but|the|with|also|there|again|specifically|chest|grossly|impression)\b"
+)
+_CLEAR_LUNGS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(\w+ed),?(?: but| and)? (?:grossly )?clear lungs\b", re.I), r"\1 lungs"),
+    (re.compile(r",? (?:with|and) (?:grossly )?clear lungs\b", re.I), ""),
+    (re.compile(r",? which are (?:grossly )?clear\b", re.I), ""),
+    (re.compile(r"(?<=normal) (?:the )?lungs are clear\b", re.I), ""),  # a lost full stop
+    (re.compile(r"^(?:grossly )?clear,? (?=(?:hyper|hypo)\w+ lungs\b)", re.I), ""),
+    (re.compile(r"^(?:grossly )?clear lungs with (?=heart|stable|normal|no|mild)", re.I), ""),
+)
+"""Ways to say in passing that the lungs are clear, and what is left without it."""
+_REST = re.compile(
+    r"^(?:(?:they|lungs|the|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|"
+    r"both|still|also)\s+)*"
+    r"(?:clear|normal|unremarkable)(?: bilaterally| lungs)?$"
+)
+_SAYS_NOTHING_ACUTE = re.compile(
+    r"^(?P<subject>.+?)\s+(?:shows?|reveals?|demonstrates?|(?:is|are)(?= without)|with)\s+(?:no|"
+    r"without)"
+    r"(?: (?:evidence|convincing|definite|evident|of))*\s+(?:acute|active)\b(?:\s+\w+){1,3}$"
+)
+_BONES = re.compile(r"\bbon[ey]|osse|skelet|spin[ea]|\bribs?\b|fractur|abdom|soft tissue|cervical")
+_CLEAR_OF = re.compile(
+    r"(?:grossly )?(?:clear|free) (?:of|from)\b|"
+    r"(?:(?:well|fully|grossly)[- ])*(?:expanded|inflated|aerated|hyper\w+|hypo\w+)$"
+)
+_LUNGS_ARE = re.compile(r"(?:(?:the|both) )?lungs? (?:is|are|appear|remain)\b", re.I)
+_NOT_MEANT = re.compile(r"\b(?:no|without|not)\b|\bsubcutaneous $")
+
+
+def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
+    """`sentence` (single spaces) as it may stand beside the target on the sides `where`; "" to
+    drop it.
+
+    Gives the very same string where nothing has to change.
+    """
+    if not _suspect(sentence.lower(), lex):
+        return sentence
+    if sentence.isupper():
+        written = capitalised(sentence.lower())
+        edited = edit_sentence(written, lex, where)
+        return sentence if edited == written else edited.upper()
+    body = sentence.rstrip(" .!?")
+    end = sentence[len(body) :]
+    exemption = find_exemption(body)
+    if exemption is not None:
+        return _edit_exemption(sentence, exemption, end, lex, where)
+    plain = body
+    if "lungs" in lex.topics:
+        plain = without_otherwise(plain)
+        for pattern, instead in _CLEAR_LUNGS:
+            plain = pattern.sub(instead, plain)
+        if plain != body and body[:1].isupper():
+            plain = capitalised(plain)
+    kept: list[tuple[str, str]] = []
+    changed = plain != body
+    context, dropped = "", False
+    for part in _pieces(plain):
+        new = _edit_clause(part.text, lex, where, context)
+        context += " " + part.text.lower()
+        if new != part.text and part.unsure:
+            raise AmbiguousError
+        if dropped and _REST.match(new.lower()):  # "and clear", of what was dropped
+            new = ""
+        dropped = new == ""
+        changed = changed or new != part.text
+        if new and changed and leaves_verb_out(new.lower()):
+            raise AmbiguousError
+        if new:
+            kept.append((part.connector, new))
+    if not changed:
+        return sentence
+    if not kept or all(_hollow(clause) for _, clause in kept):
+        return ""
+    return _assemble(kept, body, dropped_head=kept[0][0] != "") + (end or "")
+
+
+@lru_cache(maxsize=1 << 16)
+def _pieces(body: str) -> tuple[Part, ...]:
+    return tuple(part for connector, clause in clauses(body) for part in cut(connector, clause))
+
+
+def _edit_exemption(
+    sentence: str, exemption: Exemption, end: str, lex: Lexicon, where: frozenset[str]
+) -> str:
+    """A sentence with an exemption: what it exempts is asserted where the statement changes."""
+    head = edit_sentence(exemption.head, lex, where)
+    exempt = edit_sentence(exemption.exempt, lex, where)
+    rest = edit_sentence(exemption.rest, lex, where) if exemption.rest else ""
+    if (head, exempt, rest) == (exemption.head, exemption.exempt, exemption.rest):
+        return sentence
+    told = asserted(exempt, exemption.head) if exempt else ""
+    stop = end.strip()[:1] or "."
+    return f"{stop} ".join(capitalised(part) for part in (head, told, rest) if part) + (
+        end if head or told or rest else ""
+    )
+
+
+@lru_cache(maxsize=64)
+def _topics(names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
+    return tuple(pattern for name, pattern in TOPICS if name in names)
+
+
+def _suspect(lower: str, lex: Lexicon) -> bool:
+    return bool(
+        lex.denied.search(lower)
+        or (lex.excluded is not None and lex.excluded.search(lower))
+        or (lex.excluded_here is not None and lex.excluded_here.search(lower))
+        or any(p.search(lower) for p in _topics(lex.topics))
+        or ("inflation" in lex.topics and INFLATED.search(lower))
+        or ("lungs" in lex.topics and "otherwise" in lower)
+        or BROAD.search(lower)
+        or _ALL_NORMAL.search(lower.rstrip(" .!?"))
+    )
+
+
+def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> str:
+    connector, first = kept[0]
+    if dropped_head:
+        if _CLEAR_OF.match(first.lower()):  # "the lungs are expanded and clear of ..."
+            subject = _LUNGS_ARE.match(body)
+            first = f"{subject.group() if subject else 'The lungs are'} {first}"
+        first = re.sub(r"^(?:without|w/o)(?: any)?\b", "no", first, flags=re.I)
+        if body[:1].isupper():
+            first = capitalised(first)
+    text = first
+    for connector, clause in kept[1:]:
+        goes_on = "and" in connector and clause.lower().startswith("without")
+        if goes_on and "without" not in text.lower():
+            connector = " "  # what "and without" went on with is gone
+        text += connector + clause
+    return text
+
+
+def _hollow(clause: str) -> bool:
+    """Whether nothing is said: only connecting words are left."""
+    return re.search(r"[a-z]{3,}", _FILLER.sub("", clause.lower())) is None
+
+
+def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str) -> str:
+    """`clause` without what contradicts the target; `context` is the sentence before it."""
+    lower = clause.lower()
+    if _REST.match(lower) and "lung" in context:
+        named = sides(context)
+        elsewhere = bool(named) and not named & where
+        return clause if "lungs" not in lex.topics or "otherwise" in lower or elsewhere else ""
+    quiet = _SAYS_NOTHING_ACUTE.match(lower)
+    if quiet is not None:
+        return _edit_quiet(clause, quiet.group("subject"), lex)
+    cue = NEGATION.match(lower)
+    if cue is not None and starts_unchanged(lower, cue.end()):
+        told = lex.excluded is not None and lex.excluded.search(lower)
+        return "" if told else clause
+    if cue is not None:
+        if _BONES.search(context) and not lex.denied.search(lower):
+            return clause
+        return edit_denial(clause, cue.end(), lex)
+    if _ALL_NORMAL.search(lower):
+        return ""
+    new = edit_normal(clause, lex, where)
+    if new is not None:
+        return new
+    if lex.denied.search(lower) and denied_in(lower, lex):
+        return ""
+    if lex.excluded is not None and _asserts(lex.excluded, lower):
+        return start_like(clause, without(clause, lex.excluded))
+    if lex.excluded_here is not None and _asserts(lex.excluded_here, lower):
+        named = sides(lower)
+        if not named or named & where:
+            return ""
+    return clause
+
+
+def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
+    """ "The lungs and pleural spaces show no acute abnormality": dropped for a disease of one of
+    them."""
+    if _BONES.search(subject):
+        return clause
+    topics = {name for name, pattern in TOPICS if pattern.search(subject)}
+    return "" if lex.acute or topics & lex.topics else clause
+
+
+def _asserts(pattern: re.Pattern[str], lower: str) -> bool:
+    match = pattern.search(lower)
+    return match is not None and _NOT_MEANT.search(lower[: match.start()]) is None

@@ -1,0 +1,210 @@
+"""The `graph` generator: a report rewritten towards a target by small edits along the graph.
+
+Sentences that deny or exclude the target are trimmed or dropped, the target is asserted once in
+the findings and once in the impression, in the place of what it replaces; everything else keeps
+its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+from cpo_fast.counterfactual.graph.clauses import sides
+from cpo_fast.counterfactual.graph.edit import edit_sentence
+from cpo_fast.counterfactual.graph.lexicon import Lexicon, lexicon
+from cpo_fast.counterfactual.graph.text import (
+    NEW_ITEM,
+    Unit,
+    join,
+    numbered_once,
+    split,
+    upper_case,
+)
+from cpo_fast.counterfactual.graph.wording import WORDINGS, Place, fill
+from cpo_fast.counterfactual.targets import draw
+from cpo_fast.types import ConceptGraph, Report
+
+# What a new finding may be tied to when the report has it already: the same lobe, base or side.
+_ANCHORS: dict[str, str] = {
+    "Atelectasis": r"opaci\w+|airspace disease|scar\w*|effusion",
+    "Consolidation": r"opaci\w+|airspace disease|infiltrat\w*|pneumonia|atelectasis",
+    "Lung Opacity": r"densit\w+|atelectasis|infiltrat\w*",
+    "Pneumonia": r"opaci\w+|airspace disease|infiltrat\w*|consolidation|atelectasis",
+    "Pleural Effusion": r"blunting|costophrenic|consolidation|thoracentesis|pleural thickening",
+    "Pneumothorax": r"chest tube|rib fractures?|thoracostomy|pleural catheter",
+    "Pleural Other": r"blunting|pleural|costophrenic",
+    "Lung Lesion": r"densit\w+|opaci\w+",
+}
+_ANCHOR = {name: re.compile(rf"\b(?:{p})\b") for name, p in _ANCHORS.items()}
+_DENIAL = re.compile(r"\b(?:no|without|not|clear|negative|resol\w+)\b")
+_LOBE = re.compile(r"\b(right|left) (upper|middle|lower) lobe\b")
+_BASE = re.compile(r"\b(?:(right|left)(?: lung)? bas\w+|(?:lung )?bases|bibasilar)\b")
+_SIGNS = re.compile(
+    r"hyperinflat|hyperexpan|hyperlucen|flatten|retrosternal|blunting|volume loss|crowding|"
+    r"cardiomegaly|vascular congestion|infiltrate"
+)
+_CLEAR_SIDE = re.compile(
+    r"\b(right|left) (?:lung|hemithorax)[^.;]*\bclear\b|\bclear (right|left) lung\b"
+)
+_ORGANS: dict[str, re.Pattern[str]] = {
+    "Cardiomegaly": re.compile(r"heart|cardi|mediastin"),
+    "Enlarged Cardiomediastinum": re.compile(r"mediastin|heart|cardi"),
+    "Pleural Effusion": re.compile(r"effusion|pleural|pneumothora|costophrenic|lung"),
+    "Pleural Other": re.compile(r"pleural|effusion|pneumothora|costophrenic|lung"),
+    "Pneumothorax": re.compile(r"effusion|pleural|pneumothora|lung"),
+}
+_LUNGS = re.compile(r"\blungs?\b|consolid|opaci|air ?space|infiltrat|pulmonary|lobe|basilar|inflat")
+
+_OTHERWISE = re.compile(
+    r"(?:^otherwise|\b(?:lungs?|parenchyma|chest|exam)\b.*\botherwise)\b.*"
+    r"\b(?:clear|normal|unremarkable)\b(?!.*\b(?:mediastin|bon|oss|heart|cardi))"
+)
+
+_STOPS = (".", "?", "!", ":", ";", ",")
+_Position = Callable[[list[Unit], int | None, str], int]
+
+
+def rewrite(
+    graph: ConceptGraph, report: Report, target: str, study_id: str, seed: int, attempt: int
+) -> Report:
+    """`report` as it would read with `target`; `attempt` counts retries, which use other wordings.
+
+    Deterministic in its arguments. Raises KeyError for a target without wordings.
+    """
+    lex = lexicon(graph, target)
+    wording = WORDINGS[target]
+    chance = draw(seed, study_id, target, str(attempt))
+    place = _place(report, target, chance, attempt)
+    size = wording.sizes[(chance >> 16) % len(wording.sizes)]
+    both = len(place.sides) == 2
+    sentences = wording.both if both else wording.one
+    phrases = wording.impression_both if both else wording.impression_one
+    sentence = fill(_unsaid(sentences, chance >> 24, report.findings.lower()), place, size)
+    phrase = fill(phrases[(chance >> 32) % len(phrases)], place, size)
+    capitals = upper_case(report.text)
+    if capitals:
+        sentence, phrase = sentence.upper(), phrase.upper()
+    findings, impression = report.findings, report.impression
+    if findings:
+        findings = _section(findings, lex, place.sides, sentence, _position)
+    if impression:
+        impression = _section(impression, lex, place.sides, phrase, _first)
+    return Report(findings, impression)
+
+
+def _unsaid(templates: tuple[str, ...], chance: int, told: str) -> str:
+    """A template by chance, preferring those whose signs the findings do not tell already."""
+    fresh = [t for t in templates if not any(m in told for m in _SIGNS.findall(t.lower()))]
+    options = fresh or templates
+    return options[chance % len(options)]
+
+
+def _place(report: Report, target: str, chance: int, attempt: int) -> Place:
+    """A place for the target: where the report has a related finding, else any not called clear."""
+    places = WORDINGS[target].places
+    if len(places) == 1:
+        return places[0]
+    anchored, clear = _mentioned(report.findings + "\n" + report.impression, target)
+    options = [p for p in places if p.place in anchored or p.zone in anchored]
+    if options and attempt < 2:
+        return options[chance % len(options)]
+    free = [p for p in places if not p.sides & clear] or list(places)
+    return free[chance % len(free)]
+
+
+@lru_cache(maxsize=1 << 14)
+def _mentioned(text: str, target: str) -> tuple[frozenset[str], frozenset[str]]:
+    """(places of findings related to the target, sides called clear) in a report."""
+    anchored: set[str] = set()
+    clear: set[str] = set()
+    anchor = _ANCHOR.get(target)
+    for unit in split(text.lower()):
+        body = unit.plain
+        clear.update(
+            side for match in _CLEAR_SIDE.finditer(body) for side in match.groups() if side
+        )
+        if anchor is None or _DENIAL.search(body) or not anchor.search(body):
+            continue
+        anchored.update(match.group() for match in _LOBE.finditer(body))
+        for match in _BASE.finditer(body):
+            side = match.group(1)
+            anchored.update((f"{side} lung base", f"{side} lower lobe") if side else ("bibasilar",))
+        named = sides(body)
+        if len(named) == 1:
+            anchored.add(next(iter(named)))
+    return frozenset(anchored), frozenset(clear)
+
+
+@lru_cache(maxsize=1 << 17)
+def _edited(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
+    return edit_sentence(sentence, lex, where)
+
+
+@lru_cache(maxsize=1 << 14)
+def _plain(section: str) -> tuple[str, ...]:
+    return tuple(unit.plain for unit in split(section))
+
+
+def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position: _Position) -> str:
+    units = split(text)
+    out: list[Unit] = []
+    touched: int | None = None
+    for unit, plain in zip(units, _plain(text), strict=True):
+        edited = _edited(plain, lex, where)
+        if edited == plain:
+            out.append(unit)
+            continue
+        if touched is None:
+            touched = len(out)
+        if edited:
+            out.append(Unit(unit.lead, unit.mark, edited))
+        elif unit.mark and not any(u.mark for u in out):
+            touched = len(out)
+    index = position(out, touched, lex.target)
+    listed = any(u.mark for u in units)
+    mark = next((u.mark for u in units if u.mark), "") if listed and position is _first else ""
+    if mark[:1].isdigit():
+        mark = NEW_ITEM + mark.lstrip("0123456789")
+    if index and not mark and not out[index - 1].body.endswith(_STOPS):
+        out[index - 1] = replace(out[index - 1], body=out[index - 1].body + ".")
+    lead = out[index].lead if 0 < index < len(out) else " "
+    out.insert(index, Unit(lead or " ", mark, new))
+    if index == 0 and len(out) > 1 and not out[1].lead:
+        out[1] = Unit(_gap(units), out[1].mark, out[1].body)
+    return join(numbered_once(out))
+
+
+def _gap(units: tuple[Unit, ...]) -> str:
+    return next((u.lead for u in units[1:] if u.lead.strip() == "" and u.lead), " ")
+
+
+def _first(units: list[Unit], touched: int | None, target: str) -> int:
+    """Where the impression names the target: first, before what was known already."""
+    return 0
+
+
+def _position(units: list[Unit], touched: int | None, target: str) -> int:
+    """Where the findings describe the target: in the place of what it replaces, else beside its
+    organ, and before the lungs are called "otherwise clear"."""
+    place = _beside_organ(units, target) if touched is None else touched
+    if target in _ORGANS and target != "Pneumothorax":
+        return place
+    for index, unit in enumerate(units[:place]):
+        lower = unit.body.lower()
+        if "otherwise" in lower and _OTHERWISE.search(lower):
+            return index
+    return place
+
+
+def _beside_organ(units: list[Unit], target: str) -> int:
+    organ = _ORGANS.get(target, _LUNGS)
+    last = None
+    for index, unit in enumerate(units):
+        if organ.search(unit.body.lower()):
+            last = index
+    if last is None and organ is not _LUNGS:
+        last = next((i for i, u in enumerate(units) if _LUNGS.search(u.body.lower())), None)
+    return len(units) if last is None else last + 1

@@ -1,0 +1,258 @@
+"""From the figures of every seed and arm to means with intervals, laid out as the paper's tables.
+
+An interval is the 95 % interval of the mean over seeds (Student's t); a seed draws its own phantom,
+model and order, so that it covers all of them. Differences are paired by seed. The paper's figures
+(arXiv 2505.13081, tables 2 and 5) stand beside ours: other data, another scale, another protocol.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpo_fast.experiments.study.arms import ANSWERS, ARMS, CPO, MORE, PLUS, RANDOM, SFT, SFT_ANSWERS
+from cpo_fast.experiments.study.measure import PAPER_FINDINGS
+from cpo_fast.report.tables import Cell, Row, Table, interval, number, percent
+
+Figures = Mapping[str, float | None]
+Figure = dict[str, Any]
+
+PAPER_TABLE_2 = {
+    SFT: (54.9, 71.7, 70.0, 95.9, 76.5, 73.8),
+    RANDOM: (63.2, 72.4, 76.7, 93.5, 76.3, 76.4),
+    CPO: (77.7, 72.7, 87.4, 95.8, 75.3, 81.8),
+}
+PAPER_TABLE_5 = {SFT_ANSWERS: 73.8, SFT: 74.9, ANSWERS: 78.3, CPO: 81.8}
+OTHER = "the paper: 7B model, MIMIC-CXR, MS-CXR-T; other data, another scale and protocol"
+NAMES = {"majority": "Majority guess"} | ARMS | MORE
+
+
+def results(
+    seeds: Mapping[int, Mapping[str, Figures]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """study.json: {"settings", "seeds", "arms" {arm: {figure: mean}}, "differences", "paper"}.
+
+    A mean is {"value", "interval", "seeds"}; the interval is None for fewer than two seeds.
+    """
+    by_arm: dict[str, list[Figures]] = {}
+    for measured in seeds.values():
+        for arm, figures in measured.items():
+            by_arm.setdefault(arm, []).append(figures)
+    pairs = [(CPO, SFT), (CPO, RANDOM), (CPO, ANSWERS), (RANDOM, SFT), (ANSWERS, SFT_ANSWERS),
+             (SFT, SFT_ANSWERS)]  # fmt: skip
+    if PLUS in by_arm:
+        pairs += [(PLUS, CPO), (PLUS, SFT)]
+    return {
+        "settings": dict(settings),
+        "seeds": list(seeds),
+        "arms": {arm: means(figures, shares=True) for arm, figures in by_arm.items()},
+        "differences": {
+            f"{a} - {b}": means([_minus(x, y) for x, y in zip(by_arm[a], by_arm[b], strict=True)])
+            for a, b in pairs
+        },
+        "paper": {"table 2": PAPER_TABLE_2, "table 5": PAPER_TABLE_5, "note": OTHER},
+        "by_seed": by_arm,
+    }
+
+
+def means(seeds: Sequence[Figures], *, shares: bool = False) -> dict[str, Figure]:
+    """Mean over seeds of every figure, leaving out where it is undefined.
+
+    `shares`: the figures lie in 0..1 (but for counts), and so do their intervals.
+    """
+    return {
+        key: mean([one.get(key) for one in seeds], shares=shares and not key.endswith("/studies"))
+        for key in seeds[0]
+    }
+
+
+def mean(values: Sequence[float | None], *, shares: bool = False) -> Figure:
+    from scipy.stats import t
+
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"value": None, "interval": None, "seeds": 0}
+    middle = sum(known) / len(known)
+    bounds = None
+    if len(known) > 1:
+        spread = math.sqrt(sum((x - middle) ** 2 for x in known) / (len(known) - 1))
+        half = float(t.ppf(0.975, len(known) - 1)) * spread / math.sqrt(len(known))
+        bounds = [middle - half, middle + half]
+        if shares:
+            bounds = [max(0.0, bounds[0]), min(1.0, bounds[1])]
+    return {"value": middle, "interval": bounds, "seeds": len(known)}
+
+
+def _minus(one: Figures, other: Figures) -> dict[str, float | None]:
+    return {
+        key: None if (a := one[key]) is None or (b := other[key]) is None else a - b for key in one
+    }
+
+
+def tables(outcome: Mapping[str, Any]) -> list[Table]:
+    """Tables 2 and 5 of the paper with ours beside them, drift, F1 and differences."""
+    arms = outcome["arms"]
+    seeds = len(outcome["seeds"])
+    note = (
+        f"Means over {seeds} seed{'s' * (seeds > 1)} with 95 % intervals (Student's t over seeds)."
+    )
+    return [
+        _table_2(arms, note),
+        _table_5(arms),
+        _drift(arms, note),
+        _differences(outcome["differences"]),
+        _per_finding(arms, "f1", "F1 per finding"),
+    ]
+
+
+def _cell(figures: Mapping[str, Any], key: str, show: Any = percent) -> Cell:
+    figure = figures.get(key, {})
+    return Cell(show(figure.get("value")), interval(figure, show))
+
+
+def _table_2(arms: Mapping[str, Any], note: str) -> Table:
+    rows = []
+    for arm, figures in arms.items():
+        keys = [*(f"accuracy/{name}" for name in PAPER_FINDINGS.values()), "accuracy/mean5"]
+        rows.append(Row(NAMES[arm], tuple(_cell(figures, key) for key in keys), "phantom"))
+        if arm in PAPER_TABLE_2:
+            cells = tuple(Cell(f"{value:.1f}\u00a0%") for value in PAPER_TABLE_2[arm])
+            rows.append(Row(NAMES[arm], cells, "the paper, other data and scale"))
+    return Table(
+        "Accuracy per finding, as the paper's table 2",
+        ("", *PAPER_FINDINGS, "Mean"),
+        tuple(rows),
+        f"{note} Ours: presence of the finding, parsed from the generated diagnosis. "
+        "The majority guess, which needs no model, is already right most of the time. "
+        f"{OTHER[0].upper()}{OTHER[1:]}.",
+    )
+
+
+def _table_5(arms: Mapping[str, Any]) -> Table:
+    def row(arm: str, thought: str, cpo: str) -> Row:
+        own = [_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
+        drift = _cell(arms[arm], "swap/synonym", number)
+        paper = Cell(f"{PAPER_TABLE_5[arm]:.1f}\u00a0%")
+        return Row(NAMES[arm], (Cell(thought), Cell(cpo), *own, drift, paper))
+
+    rows = (
+        row(SFT_ANSWERS, "", ""),
+        row(SFT, "yes", ""),
+        row(ANSWERS, "", "yes"),
+        row(CPO, "yes", "yes"),
+    )
+    return Table(
+        "Thought and CPO, as the paper's table 5",
+        ("", "Thought", "CPO", "Accuracy", "F1", "Synonym drift", "Paper"),
+        rows,
+        "Means of the five findings. The two rows of SFT are one model, asked for the diagnosis "
+        "with and without a thought; the arms start from it.",
+    )
+
+
+DRIFT_ROWS = (
+    ("drifted/accuracy", "Accuracy, reports with a drifting word", percent),
+    ("drifted/pairs", "Accuracy there, the drifting findings", percent),
+    ("accuracy/mean", "Accuracy, whole test split", percent),
+    ("exact", "All findings right", percent),
+    ("unparsable", "Answers not parsed", percent),
+    ("swap/synonym", "Variation by a near-synonym", number),
+    ("swap/drifting", "Variation by a drifting near-synonym", number),
+    ("swap/side", "Variation by the other side", number),
+    ("swap/negation", "Variation by a negation", number),
+    ("swap/hallmark", "Variation by another disease's hallmark", number),
+    ("flip/synonym", "Likeliest finding changed by a near-synonym", percent),
+    ("flip/negation", "Likeliest finding changed by a negation", percent),
+    ("flip/hallmark", "Likeliest finding changed by a hallmark", percent),
+)
+
+
+def _drift(arms: Mapping[str, Any], note: str) -> Table:
+    rows = tuple(
+        Row(label, tuple(_cell(figures, key, show) for figures in arms.values()))
+        for key, label, show in DRIFT_ROWS
+    )
+    return Table(
+        "The drifted test split, and drift under swaps",
+        ("", *(NAMES[arm] for arm in arms)),
+        rows,
+        f"{note} The test split lies latest in time: two pairs of near-synonyms lean to other "
+        "findings there than in training. Variation: total variation, 0 to 1, of the distribution "
+        "over findings after the radiologist's report; near-synonyms and sides should not move "
+        "it, negations and hallmarks should.",
+    )
+
+
+DIFFERENCE_COLUMNS = {
+    "accuracy/mean5": "Accuracy, five",
+    "accuracy/mean": "Accuracy, all",
+    "f1/mean": "F1, all",
+    "drifted/accuracy": "Accuracy, drifted",
+    "swap/synonym": "Synonym variation",
+    "swap/negation": "Negation variation",
+}
+
+
+def _points(value: Any) -> str:
+    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _differences(pairs: Mapping[str, Any]) -> Table:
+    rows = [
+        Row(
+            " − ".join(NAMES[part] for part in pair.split(" - ")),
+            tuple(_cell(figures, key, _points) for key in DIFFERENCE_COLUMNS),
+        )
+        for pair, figures in pairs.items()
+    ]
+    note = "In hundredths, paired by seed; an interval that holds 0 shows no difference."
+    return Table("Differences", ("", *DIFFERENCE_COLUMNS.values()), tuple(rows), note)
+
+
+def _per_finding(arms: Mapping[str, Any], metric: str, caption: str) -> Table:
+    names = [key.removeprefix(f"{metric}/") for key in arms[SFT] if key.startswith(f"{metric}/")]
+    rows = [
+        Row("Mean of the five" if name == "mean5" else name.capitalize() if name == "mean" else
+            name, tuple(_cell(figures, f"{metric}/{name}") for figures in arms.values()))
+        for name in names
+    ]  # fmt: skip
+    return Table(caption, ("", *(NAMES[arm] for arm in arms)), tuple(rows))
+
+
+def verdict(outcome: Mapping[str, Any]) -> str:
+    """What came out, whichever way it came out, in a sentence or two."""
+    sentences = []
+    for key, label in (
+        ("accuracy/mean5", "Accuracy, mean of the five findings"),
+        ("swap/synonym", "Variation by near-synonyms"),
+    ):
+        parts = []
+        for other in (SFT, RANDOM):
+            figure = outcome["differences"][f"{CPO} - {other}"][key]
+            if figure["value"] is None:
+                continue
+            bounds = figure["interval"]
+            sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+            how = f"{100 * figure['value']:+.1f}".replace("-", "−")
+            known = interval(figure, _points) or "one seed"
+            word = "a difference" if sure else "no difference shown"
+            parts.append(f"{how} against {NAMES[other]} ({known}: {word})")
+        sentences.append(f"{label}: CPO {' and '.join(parts)}." if parts else "")
+    return " ".join(sentence for sentence in sentences if sentence) + " In hundredths."
+
+
+def as_markdown(outcome: Mapping[str, Any]) -> str:
+    """study.md: the same tables as on the page."""
+    lines = ["# The study on the phantom", "", verdict(outcome), ""]
+    settings = ", ".join(f"{name} {value}" for name, value in outcome["settings"].items())
+    lines += [f"Seeds {', '.join(map(str, outcome['seeds']))}; {settings}.", ""]
+    for table in tables(outcome):
+        lines += [f"## {table.caption}", "", "| " + " | ".join(table.columns) + " |"]
+        lines.append("|" + "---|" * len(table.columns))
+        for row in table.rows:
+            head = f"{row.head} ({row.note})" if row.note else row.head
+            cells = [f"{c.text} ({c.note})" if c.note else c.text for c in row.cells]
+            lines.append("| " + " | ".join([head, *cells]) + " |")
+        lines += ["", table.note, ""] if table.note else [""]
+    return "\n".join(lines)

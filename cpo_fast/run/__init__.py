@@ -1,0 +1,1 @@
+"""A run: its flags, folder, data, starting model and stages."""

@@ -1,0 +1,340 @@
+"""From a data set to the text of each stage: what is read, what is set aside, what is paired."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cpo_fast.concepts import load_graph
+from cpo_fast.concepts.graph import DEFAULT_GRAPH
+from cpo_fast.counterfactual import (
+    counterfactuals,
+    placed,
+    preference,
+    sft_preference,
+    study_labels,
+)
+from cpo_fast.counterfactual.perception import (
+    build_pool,
+    perception_counterfactuals,
+    with_perception,
+)
+from cpo_fast.counting import counted
+from cpo_fast.data import is_preference_file, open_preferences, open_studies
+from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.run.arguments import SOURCES, TrainArguments
+from cpo_fast.run.run_folder import RunFolder, write_private
+from cpo_fast.run.split import first_questions, sizes, split_by_question
+from cpo_fast.types import (
+    ConceptGraph,
+    Counterfactual,
+    ImageRef,
+    Preference,
+    RejectedRecord,
+    Study,
+)
+
+SPLITS = ("train", "validate", "test")
+
+
+# --- files -> studies ----------------------------------------------------------------------------
+
+
+@dataclass
+class Corpus:
+    """What was read: studies by split, or the preferences of a file that has no studies.
+
+    `read` counts records, `rejected` those of them that the reader set aside.
+    """
+
+    kind: str
+    read: int = 0
+    rejected: int = 0
+    studies: dict[str, list[Study]] = field(default_factory=lambda: {s: [] for s in SPLITS})
+    preferences: list[Preference] = field(default_factory=list)
+
+
+def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
+    """Read the data set; what cannot be used is set aside, and too much of it stops the run."""
+    dataset = args.dataset
+    if is_preference_file(dataset, args.dataset_format):
+        source: Any = open_preferences(
+            dataset, dataset_format=args.dataset_format, image_root=args.image_root
+        )
+        corpus = Corpus(source.kind)
+        corpus.preferences = list(tqdm(source, desc="read", unit="record", disable=None))
+        used = len(corpus.preferences)
+    else:
+        source = open_studies(
+            dataset,
+            dataset_format=args.dataset_format,
+            sections=args.sections,
+            image_root=args.image_root,
+        )
+        corpus = Corpus(source.kind)
+        for study in tqdm(source, desc="read", unit="study", disable=None):
+            corpus.studies[study.split].append(
+                replace(study, images=study.images[: args.max_images], labels=study_labels(study))
+            )
+        if args.max_train_samples is not None:
+            left_out = len(corpus.studies["train"][args.max_train_samples :])
+            del corpus.studies["train"][args.max_train_samples :]
+            folder.left_out += left_out
+            studies = counted(left_out, "training study", "training studies")
+            print(f"data: {studies} left out by --max_train_samples")
+        used = sum(map(len, corpus.studies.values()))
+    corpus.read, corpus.rejected = source.read, len(source.rejected)
+    folder.summary.pop("data", None)
+    folder.reject(source.rejected)
+    folder.data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
+    print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
+    for reason, count in source.reasons().items():
+        print(f"data: {count} set aside: {reason}")
+    for line in source.remarks():
+        print(f"data: {line}")
+    if alone := sum(not one.rejected for one in corpus.preferences):
+        print(f"data: {counted(alone, 'record')} without a rejected answer, for SFT only")
+    records: list[Preference | Study] = [*corpus.preferences]
+    records += chain.from_iterable(corpus.studies.values())
+    reports = not corpus.preferences or corpus.kind in ("ccf", "counterfactuals")
+    if reports and records and not any(one.images for one in records):
+        print("data: no record has an image: the model learns reports from their text alone")
+    stop_if_too_bad(args, folder, len(source.rejected), source.read)
+    return corpus
+
+
+def stop_if_too_bad(args: TrainArguments, folder: RunFolder, bad: int, read: int) -> None:
+    """DataError when more than `max_bad_fraction` of what was read is set aside."""
+    if read and bad / read > args.max_bad_fraction:
+        raise DataError(
+            f"{bad} of {counted(read, 'record')} set aside, more than --max_bad_fraction "
+            f"{args.max_bad_fraction}; {folder.where_rejected}"
+        )
+
+
+# --- studies -> counterfactuals -> preferences ---------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """The text of both stages by split, and the counterfactuals behind the CPO part."""
+
+    sft: dict[str, list[Preference]]
+    cpo: dict[str, list[Preference]]
+    counterfactuals: list[Counterfactual] = field(default_factory=list)
+
+    def has_images(self) -> bool:
+        return any(p.images for split in self.sft.values() for p in split)
+
+
+def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -> Texts:
+    """The graph and counterfactual stages; a preference file needs neither."""
+    if corpus.preferences:
+        kept = of_sources(corpus.preferences, args.source_weights(SOURCES))
+        texts = split_preferences(kept, args.eval_fraction, args.seed, args.max_train_samples)
+        used = sum(map(len, texts.sft.values()))
+        folder.left_out += len(kept) - used
+        folder.data(used=used)
+        return texts
+    counterfactuals = make_counterfactuals(args, folder, corpus)
+    home = Path(args.counterfactuals).parent if args.counterfactuals else folder.path
+    of_study: dict[str, list[Counterfactual]] = {}
+    for one in counterfactuals:
+        of_study.setdefault(one.study_id, []).append(one)
+    texts = Texts({}, {}, counterfactuals)
+    for split, studies in corpus.studies.items():
+        texts.sft[split] = [sft_preference(s, uncertain=args.uncertain_labels) for s in studies]
+        texts.cpo[split] = [
+            study_preference(args, study, of_study[study.study_id], home)
+            for study in studies
+            if study.study_id in of_study
+        ]
+    return texts
+
+
+def study_preference(
+    args: TrainArguments, study: Study, cfs: Sequence[Counterfactual], home: Path
+) -> Preference:
+    """The study's answer against all its counterfactuals, those of thinking first: the chosen
+    answer is computed once. `home` is what the paths of the counterfactuals are relative to."""
+    thinking = [cf for cf in cfs if cf.kind == "thinking"]
+    if thinking:
+        made = preference(
+            study, thinking, rejected_answer=args.rejected_answer, uncertain=args.uncertain_labels
+        )
+    else:
+        made = sft_preference(study, uncertain=args.uncertain_labels)
+    for cf in cfs:
+        if cf.kind == "perception":
+            root = study.images[0].root if study.images else ""
+            shown = tuple(below(root, home / path) for path in cf.rejected_images)
+            made = with_perception(made, shown)
+    return made
+
+
+def below(root: str, path: Path) -> ImageRef:
+    """The image as studies name it: by its path below the root of the data set."""
+    whole, top = path.resolve(), Path(root).resolve()
+    return ImageRef(str(whole.relative_to(top) if whole.is_relative_to(top) else whole), root)
+
+
+def of_sources(preferences: Sequence[Preference], sources: Collection[str]) -> list[Preference]:
+    """The preferences with the rejected answers of these sources only; says how many it leaves
+    out. One without any left serves SFT alone."""
+    kept, left_out = [], Counter[str]()
+    for one in preferences:
+        names = one.sources
+        where = [k for k, name in enumerate(names) if name in sources]
+        left_out.update(name for name in names if name not in sources)
+        kept.append(without_answers(one, where))
+    for name, count in left_out.items():
+        pairs = counted(count, f"{name} pair")
+        print(f"data: {pairs} left out by --counterfactual_sources or --{name}_weight")
+    return kept
+
+
+def without_answers(one: Preference, where: Sequence[int]) -> Preference:
+    """The preference with the rejected answers of these numbers only."""
+    if len(where) == len(one.rejected):
+        return one
+    parts: dict[str, Any] = {
+        name: tuple(value[k] for k in where) if value else ()
+        for name in ("rejected", "rejected_images", "rejected_prompts")
+        for value in (getattr(one, name),)
+    }
+    return replace(one, **parts)
+
+
+def make_counterfactuals(
+    args: TrainArguments, folder: RunFolder, corpus: Corpus
+) -> list[Counterfactual]:
+    """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
+    path = folder.path / "counterfactuals.jsonl"
+    sources = args.source_weights(("thinking",))
+    graph = load_graph(args.concept_graph)  # a bad file is refused before any work
+    if "graph" in args.stage_names and folder.writes:
+        shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
+    makes = "counterfactual" in args.stage_names and folder.makes
+    if args.counterfactuals is not None or not makes:
+        given = Path(args.counterfactuals or path)
+        if not given.is_file() and "cpo" not in args.stage_names:
+            return []  # SFT and evaluation need none
+        if not given.is_file():
+            raise UsageError(f"{given}: no such file; add counterfactual to --stages")
+        found = [one for one in read_counterfactuals(given) if one.kind in sources]
+        if missing := [name for name in sources if all(one.kind != name for one in found)]:
+            raise UsageError(
+                f"{given} has no {' and no '.join(missing)} counterfactual; make them with "
+                "counterfactual in --stages, or leave them out of --counterfactual_sources"
+            )
+        folder.data(counterfactuals={"read": len(found)})
+        return found
+    begun = time.perf_counter()
+    parts = (corpus.studies[split] for split in SPLITS)
+    made = (one for part in parts for one in generated(args, folder, graph, part))
+    studies = sum(map(len, corpus.studies.values()))
+    expected = studies * sum(args.num_targets if s == "thinking" else 1 for s in sources)
+    passed = []
+    failing = 0
+    failed: Counter[str] = Counter()  # by check; one may fail several
+    origins = {study.study_id: study.origin for part in corpus.studies.values() for study in part}
+    for one in tqdm(made, desc="counterfactuals", unit="report", disable=None, total=expected):
+        if one.passed:
+            passed.append(one)
+        else:
+            checks = [name for name, good in one.checks.items() if not good]
+            failing += 1
+            failed.update(checks)
+            error = RecordError("counterfactual-checks", ",".join(checks))
+            origin = origins[one.study_id]
+            folder.reject([RejectedRecord.of(one.id, origin, error, stage="counterfactual")])
+    counts = Counter(one.kind for one in passed)
+    if missing := [name for name in sources if not counts[name]]:
+        raise DataError(
+            f"no {' and no '.join(missing)} counterfactual passes its checks; see "
+            f"{folder.path / 'rejected_records.jsonl'}"
+        )
+    folder.summary["stages"]["counterfactual"] = {"seconds": round(time.perf_counter() - begun, 2)}
+    if folder.writes:
+        write_private(path, (one.to_json() for one in passed))
+    total = len(passed) + failing
+    folder.data(counterfactuals={"made": total, "passed": len(passed), "failed": dict(failed)})
+    if len(sources) > 1:
+        folder.data(counterfactual_sources=dict(counts))
+    if args.print_example and passed:
+        show(passed[0])
+    print(f"counterfactuals: {len(passed)} of {total} pass all checks")
+    return passed
+
+
+def generated(
+    args: TrainArguments, folder: RunFolder, graph: ConceptGraph, studies: Sequence[Study]
+) -> Iterator[Counterfactual]:
+    """The counterfactuals of one split, study by study; images are swapped within the split."""
+    found = [placed(study, folder.path) for study in studies]
+    sources = args.source_weights(("thinking",))
+    made: list[Iterator[Counterfactual]] = []
+    if "thinking" in sources:
+        made.append(counterfactuals(found, graph, num_targets=args.num_targets, seed=args.seed))
+    if "perception" in sources:
+        made.append(
+            perception_counterfactuals(found, build_pool(found, graph), graph, seed=args.seed)
+        )
+    return chain(*made)
+
+
+def show(one: Counterfactual) -> None:
+    """One counterfactual on the screen, and only there: it holds a patient's report."""
+    names = (", ".join(one.labels), ", ".join(one.counterfactual_labels))
+    print(f"--- {one.study_id}, diagnosis {names[0]}\n{one.report}")
+    print(f"--- the same with {one.target}, diagnosis {names[1]}\n{one.counterfactual}\n---")
+
+
+def read_counterfactuals(path: Path) -> list[Counterfactual]:
+    """The lines of a counterfactuals.jsonl; DataError naming the line that is none."""
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                found.append(Counterfactual.from_json(json.loads(line)))
+            except (KeyError, TypeError, ValueError) as error:
+                kind = type(error).__name__
+                raise DataError(f"{path}:{number}: not a counterfactual record ({kind})") from None
+    return found
+
+
+def split_preferences(
+    preferences: Sequence[Preference], share: float, seed: int, most: int | None = None
+) -> Texts:
+    """Train and held-out texts of a file without splits (`split_by_question`), said in words; at
+    most `most` records to train on. An answer without a rejected one serves the SFT stage alone."""
+    split = split_by_question(preferences, share, seed)
+    train = split.train if most is None else first_questions(split.train, most)
+    texts = Texts({s: [] for s in SPLITS}, {s: [] for s in SPLITS})
+    for name, part in (("train", train), ("validate", split.held_out)):
+        for one in part:
+            texts.sft[name].append(
+                replace(one, rejected=(), rejected_images=(), rejected_prompts=())
+            )
+            if one.rejected:
+                texts.cpo[name].append(one)
+    if left_out := len(split.train) - len(train):
+        records = counted(left_out, "training record")
+        print(f"data: {records} left out by --max_train_samples {most}")
+    print(f"data: to train on: {sizes(train)}")
+    if share > 0:
+        print(f"data: held out (--eval_fraction {share:g}): {sizes(split.held_out)}")
+        if split.note:
+            print(f"data: {split.note}")
+        if texts.cpo["train"] and not texts.cpo["validate"]:
+            print("data: no pair is held out: CPO has nothing to evaluate on")
+    return texts

@@ -1,0 +1,195 @@
+"""`--dry_run`: what a run would do and take, from its plan and a few packs on throw-away state."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from cpo_fast.counting import counted
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.packing import Step, image_token_id
+from cpo_fast.packing.plan import Pack, part_tokens
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.base import Base
+from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.run.samples import Samples
+from cpo_fast.run.stages import cpo_models, cpo_objective, device, sft_parts
+from cpo_fast.training.bar import duration
+from cpo_fast.training.clock import Clock, peak_memory
+from cpo_fast.training.feed import StepFeed
+from cpo_fast.training.interrupt import Interrupted, StopRequest
+from cpo_fast.training.objectives import Objective
+from cpo_fast.training.plan import stage_steps
+from cpo_fast.training.sharding import is_sharded
+from cpo_fast.training.state import StageState
+from cpo_fast.training.step import Stepper
+from cpo_fast.types import PreferenceGroup
+
+ENOUGH_SECONDS = 3.0  # of timed packs; no other is begun after that
+
+
+def dry_run(
+    args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
+) -> dict[str, Any]:
+    """Print the plan of every training stage that is asked for, and return it by stage.
+
+    CPO is tried out from the base where there is no SFT model yet: it has the same size. With
+    `--precompute_ref_log_probs` the references' pass over the data is not in the time.
+    """
+    plans: dict[str, Any] = {}
+    for stage in ("sft", "cpo"):
+        if stage in args.stage_names:
+            groups = (samples.sft if stage == "sft" else samples.cpo)["train"]
+            plans[stage] = plan = _plan(args, folder, stage, groups, base, stop)
+            print("\n".join(_lines(args, stage, plan)))
+    print("dry run: nothing was written")
+    return plans
+
+
+def _plan(
+    args: TrainArguments,
+    folder: RunFolder,
+    stage: str,
+    groups: Sequence[PreferenceGroup],
+    base: Base,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    world = folder.world
+    steps, per_epoch = stage_steps(args, stage, groups, world)
+    physical, packs = world.sum([sum(map(partial(_tokens, groups), steps)), _count(steps)])
+    samples = sum(step.num_pairs for step in steps)
+    plan: dict[str, Any] = {
+        "steps": len(steps),
+        "steps_per_epoch": per_epoch,
+        "samples": samples,
+        "packs": round(packs),
+        "physical_tokens": round(physical),
+    }
+    packed, objective = _parts(args, folder, stage, base, groups)
+    if args.precompute_ref_log_probs and stage == "cpo":
+        groups = [replace(g, ref_logps=(0.0,) * (1 + len(g.rejected))) for g in groups]
+    clock = Clock(world)
+    sharded = is_sharded(list(packed.model.parameters()))
+    state = StageState(
+        args, stage, packed.model, len(steps), sharded=sharded, world=world, clock=clock
+    )
+    stepper = Stepper(
+        stage, packed, objective, state.optimizer, groups[0], device(), clock,
+        max_grad_norm=args.max_grad_norm, stop=stop, world=world,
+    )  # fmt: skip
+    packed.model.train()
+    tried = _tried(groups, [pack for step in steps for pack in step if pack])
+    longest = max(world.gather(max(map(partial(_pack_tokens, groups), tried))))
+    if world.is_main:
+        print(
+            f"{stage}: timing a few packs, the longest has {counted(longest, 'token')}",
+            file=sys.stderr,
+        )
+    trials = [Step((pack,), sum(max(1, len(which)) for _, which in pack)) for pack in tried]
+    feed = StepFeed(groups, trials, base.pixels, image_token_id(base.tokenizer))
+    seconds = updates = 0.0
+    tokens = timed = 0
+    for index, pack in enumerate(tried):
+        begun, updated = time.perf_counter(), clock.seconds("optimiser")
+        stepper(index + 1, feed[index], partial(feed.halved, index))
+        if stepper.stopping(together=True):
+            raise Interrupted("the dry run was stopped; there is nothing to go on from")
+        if index:  # the first one warms up
+            update = clock.seconds("optimiser") - updated
+            updates += update
+            seconds += time.perf_counter() - begun - update
+            tokens += _pack_tokens(groups, pack)
+            timed += 1
+            if world.any(seconds + updates > ENOUGH_SECONDS):
+                break
+    all_tokens = sum(map(partial(_tokens, groups), steps))
+    expected = seconds / max(tokens, 1) * all_tokens + updates / timed * len(steps)
+    plan |= {"timed_packs": timed, "timed_tokens": tokens, "longest_pack": longest}
+    plan |= {
+        "seconds": max(world.gather(expected)),
+        "memory": {
+            "weights": sum(map(_bytes, packed.model.parameters())),
+            "gradients": sum(map(_bytes, state.names)),
+            "optimizer": sum(map(_bytes, state.optimizer_tensors().values())),
+            "peak": max(world.gather(peak_memory())),
+        },
+    }
+    return plan
+
+
+def _parts(
+    args: TrainArguments,
+    folder: RunFolder,
+    stage: str,
+    base: Base,
+    groups: Sequence[PreferenceGroup],
+) -> tuple[PackedModel, Objective]:
+    if stage == "sft":
+        return sft_parts(args, folder, base, None)
+    packed, reference = cpo_models(args, folder, base, None)
+    if args.precompute_ref_log_probs:
+        reference = None
+    return packed, cpo_objective(args, packed, reference, groups)
+
+
+def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
+    memory = {name: _size(value) for name, value in plan["memory"].items()}
+    what = "sample" if stage == "sft" else "pair"
+    where = "GPU" if torch.cuda.is_available() else "process"
+    fill = plan["physical_tokens"] / max(plan["packs"], 1) / args.packing_length
+    return [
+        f"{stage}: {counted(plan['steps'], 'step')} ({plan['steps_per_epoch']:g} an epoch), "
+        f"{counted(plan['samples'], what)}, {counted(plan['packs'], 'pack')}, "
+        f"{counted(plan['physical_tokens'], 'token')}; on average {fill:.0%} of --packing_length "
+        f"{args.packing_length} is filled, the longest pack has "
+        f"{counted(plan['longest_pack'], 'token')}",
+        f"{stage}: memory per {where}: weights {memory['weights']}, gradients "
+        f"{memory['gradients']}, AdamW {memory['optimizer']}; peak with the longest pack "
+        f"{memory['peak']}",
+        f"{stage}: about {duration(plan['seconds'])}: an estimate of the training steps from "
+        f"{counted(plan['timed_packs'], 'timed pack')} of "
+        f"{counted(plan['timed_tokens'], 'token')} in all; evaluation and checkpoints come on top",
+    ]
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest binary unit of which there is at least one."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _tokens(groups: Sequence[PreferenceGroup], step: Step) -> int:
+    return sum(_pack_tokens(groups, pack) for pack in step)
+
+
+def _count(steps: Sequence[Step]) -> int:
+    return sum(bool(pack) for step in steps for pack in step)
+
+
+def _tried(groups: Sequence[PreferenceGroup], packs: Sequence[Pack]) -> list[Pack]:
+    """The shortest sample alone, which warms up and makes the optimiser's state; then the longest
+    pack, whose memory is the peak, beside that state; then typical packs, the median first."""
+    if not packs:
+        return [()] * 6  # a rank without work keeps step with the others
+    shortest = min((part for pack in packs for part in pack), key=partial(part_tokens, groups))
+    ranked = sorted(packs, key=partial(_pack_tokens, groups))
+    last = len(ranked) - 1
+    return [(shortest,), *(ranked[round(share * last)] for share in (1.0, 0.5, 0.75, 0.25, 0.9))]
+
+
+def _pack_tokens(groups: Sequence[PreferenceGroup], pack: Pack) -> int:
+    return sum(part_tokens(groups, part) for part in pack)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of this process's part."""
+    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own.numel() * own.element_size()

@@ -1,0 +1,93 @@
+"""The names that flags take, kept where no library is needed to read them.
+
+Parsing flags imports neither torch nor transformers. tests/run/test_flag_names.py compares every
+table with the code that uses the names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+DATASET_FORMATS = (
+    "auto", "mimic-cxr", "open-i", "trl", "ms-swift", "llama-factory", "alpaca", "ranked", "ccf",
+    "preferences", "counterfactuals",
+)  # fmt: skip
+SECTION_RULES = ("careful", "authors")
+LABEL_POLICIES = ("negative", "positive")
+TRUNCATIONS = ("drop", "truncate_response", "error")
+ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
+LOSS_IMPLS = ("reference", "cuda", "triton", "cpu")
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+)
+"""What a row of CPO holds, of all pairs or, with `/<source>` behind the name, of a source's."""
+
+
+class Loss(NamedTuple):
+    """Whether a loss type takes `--label_smoothing`, needs it, and has a reference model."""
+
+    smoothing: bool = False
+    needs_smoothing: bool = False
+    reference: bool = True
+
+
+LOSSES = {
+    "sigmoid": Loss(smoothing=True),
+    "hinge": Loss(),
+    "ipo": Loss(),
+    "robust": Loss(smoothing=True),
+    "exo_pair": Loss(smoothing=True, needs_smoothing=True),
+    "nca_pair": Loss(),
+    "bco_pair": Loss(),
+    "sppo_hard": Loss(),
+    "apo_zero": Loss(),
+    "apo_down": Loss(),
+    "simpo": Loss(smoothing=True, reference=False),
+    "orpo": Loss(reference=False),
+    "plackett_luce": Loss(),
+}
+
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio",
+        "num_cycles",
+    ),
+}  # fmt: skip
+"""The options of each schedule in --lr_scheduler_kwargs. Schedules that need a metric at every step
+(reduce_lr_on_plateau, greedy) are left out."""
+
+NEEDED_OPTIONS = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+"""Schedules that need exactly one of these options."""
+
+
+def option_fault(schedule: str, options: dict[str, Any]) -> str | None:
+    """What is wrong with the names of a schedule's options; None where they can be tried."""
+    names = SCHEDULES[schedule]
+    if unknown := [name for name in options if name not in names]:
+        takes = f"takes {', '.join(names)}" if names else "takes no options"
+        return f"no option {unknown[0]!r}; it {takes}"
+    needed = NEEDED_OPTIONS.get(schedule, ())
+    if needed and sum(name in options for name in needed) != 1:
+        one = "one of " if len(needed) > 1 else ""
+        return f"needs {one}{' and '.join(needed)} in --lr_scheduler_kwargs"
+    return None

@@ -1,0 +1,320 @@
+"""Every image that a run will use, decoded once before anything is computed on it.
+
+A record whose image does not decode is set aside here, for all stages alike: SFT, CPO, held-out,
+evaluation and the reference. Decoding is that of training (`load_shades`), without the resizing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cpo_fast.counting import counted
+from cpo_fast.data.images import load_shades, naming
+from cpo_fast.data.pixels import resized
+from cpo_fast.errors import DataError, RecordError
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.corpus import Corpus, Texts, without_answers
+from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.training.feed import step_loader
+from cpo_fast.types import ImageRef, Origin, Preference, RejectedRecord
+
+FEW = 64
+"""Images that a dry run looks at."""
+
+PER_PROCESS = 32
+"""Images below which one more process is not worth starting."""
+
+REMEDIES = ("no-decoder", "image-needs-pydicom")
+"""Reasons that say something of the installation, not of the images."""
+
+WORDS = {"train": "training", "validate": "held-out", "test": "test"}
+
+
+class _Looks:
+    """Item i is None where image i decodes, else (reason, detail)."""
+
+    def __init__(self, refs: Sequence[ImageRef], max_pixels: int, min_pixels: int) -> None:
+        self.refs = refs
+        self.bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def __getitem__(self, index: int) -> tuple[str, str] | None:
+        ref = self.refs[index]
+        try:
+            resized(*load_shades(ref).size, **self.bounds)
+        except RecordError as error:
+            return error.reason, error.detail
+        return None
+
+
+@dataclass
+class ImageCheck:
+    """Which images of a run fail. Rank 0 looks, all ranks use what it found.
+
+    What decoded is kept in `checked_images.txt` of the run's folder, as digests of path, size and
+    time of change: a resumed run decodes only what is new there.
+    """
+
+    args: TrainArguments
+    folder: RunFolder
+    failed: dict[ImageRef, RecordError] = field(default_factory=dict)
+    looked: set[ImageRef] = field(default_factory=set)
+    decoded: int = 0
+    known: int = 0
+    seconds: float = 0.0
+
+    def look(self, refs: Iterable[ImageRef]) -> None:
+        """Decode those of `refs` that were not looked at; `failed` has those that do not."""
+        new = [ref for ref in dict.fromkeys(refs) if ref not in self.looked]
+        if self.folder.dry:
+            room = FEW - len(self.looked)
+            new = new[:: max(1, -(-len(new) // room))] if room > 0 else []
+        if not new:
+            return
+        self.looked.update(new)
+        found = self.folder.world.on_main(lambda: self._failures(new))
+        names = {name: RecordError(reason, detail) for name, reason, detail in found}
+        self.failed |= {ref: names[_name(ref)] for ref in new if names and _name(ref) in names}
+
+    def bad(self, refs: Iterable[ImageRef]) -> RecordError | None:
+        """Why the first of `refs` that fails does; it names the image."""
+        return next((naming(ref, self.failed[ref]) for ref in refs if ref in self.failed), None)
+
+    def _failures(self, refs: Sequence[ImageRef]) -> list[tuple[str, str, str]]:
+        """(name, reason, detail) of the images that fail, as JSON can hold it."""
+        kept = self.folder.path / "checked_images.txt"
+        known = set(kept.read_text(encoding="utf-8").splitlines()) if kept.is_file() else set()
+        keys = {ref: key for ref in refs if (key := key_of(ref)) not in known}
+        begun = time.perf_counter()
+        found = []
+        nowhere = contextlib.nullcontext(io.StringIO())
+        with kept.open("a", encoding="utf-8") if self.folder.writes else nowhere as file:
+            for ref, outcome in zip(keys, self._outcomes(list(keys)), strict=True):
+                if outcome is not None:
+                    found.append((_name(ref), *outcome))
+                elif keys[ref] is not None:
+                    file.write(f"{keys[ref]}\n")
+        seconds = time.perf_counter() - begun
+        self.decoded += len(keys)
+        self.known += len(refs) - len(keys)
+        self.seconds += seconds
+        print(
+            f"images: {len(keys)} decoded in {seconds:.1f} s, {len(found)} of them fail; "
+            f"{len(refs) - len(keys)} are known from an earlier run"
+        )
+        self.folder.summary["stages"]["images"] = {
+            "seconds": round(self.seconds, 2),
+            "decoded": self.decoded,
+            "known": self.known,
+        }
+        return found
+
+    def _outcomes(self, refs: Sequence[ImageRef]) -> Iterator[tuple[str, str] | None]:
+        # Nothing else runs meanwhile: every core is used, unless no worker processes are wanted.
+        cores = (os.cpu_count() or 1) if self.args.dataloader_num_workers else 0
+        workers = min(cores, len(refs) // PER_PROCESS)
+        looks = _Looks(refs, self.args.max_pixels, self.args.min_pixels)
+        outcomes = step_loader(looks, num_workers=workers)
+        return iter(tqdm(outcomes, desc="images", unit="image", total=len(refs), disable=None))
+
+
+def _name(ref: ImageRef) -> str:
+    """What tells an image from all others of the run, on every rank."""
+    if ref.data is not None:
+        return hashlib.sha256(ref.data).hexdigest()
+    return f"{ref.root}\0{ref.path}"
+
+
+def key_of(ref: ImageRef) -> str | None:
+    """A digest that changes with the image; None where there is no file."""
+    if ref.data is not None:
+        return _name(ref)[:32]
+    path = Path(ref.root, ref.path).absolute()
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+
+
+# --- records whose image fails -------------------------------------------------------------------
+
+
+def used_splits(args: TrainArguments) -> list[str]:
+    """The splits whose images the stages of this run look at."""
+    trains = bool(args.trained_stages)
+    evaluates = "evaluate" in args.stage_names
+    uses = {"train": trains, "validate": trains or evaluates, "test": evaluates}
+    return [split for split, used in uses.items() if used]
+
+
+def leave_out_studies(
+    args: TrainArguments, folder: RunFolder, corpus: Corpus, check: ImageCheck
+) -> None:
+    """Set aside the studies whose images fail, in all splits that the run uses.
+
+    Raises DataError when more than `--max_bad_fraction` of what was read is set aside by now, or a
+    split is left empty.
+    """
+    splits = used_splits(args)
+    limits = dict.fromkeys(splits, args.max_eval_samples) | {"train": None}
+    images = {
+        split: [study.images for study in corpus.studies[split][: limits[split]]]
+        for split in splits
+    }
+    check.look(image for shown in images.values() for one in shown for image in one)
+    bad: dict[str, list[RejectedRecord]] = {}
+    for split in splits:
+        kept, bad[split] = [], []
+        for study in corpus.studies[split]:
+            if (error := check.bad(study.images)) is None:
+                kept.append(study)
+            else:
+                bad[split].append(RejectedRecord.of(study.study_id, study.origin, error))
+        corpus.studies[split] = kept
+    set_aside(args, folder, corpus, check, bad, images)
+
+
+def leave_out_samples(
+    args: TrainArguments, folder: RunFolder, corpus: Corpus, texts: Texts, check: ImageCheck
+) -> None:
+    """The same for what `leave_out_studies` did not see: the rows of a preference file, and what
+    counterfactuals show.
+
+    A row is set aside with any of its images. A perception counterfactual whose image fails is left
+    out, the study stays. Of held-out samples `--max_eval_samples` are kept. Raises DataError as
+    `leave_out_studies`.
+    """
+    for split in ("validate", "test"):
+        keep_first(folder, texts, split, args.max_eval_samples)
+    splits = used_splits(args)
+    samples = {split: [*texts.sft[split], *texts.cpo[split]] for split in splits}
+    check.look(image for split in splits for one in samples[split] for image in one.all_images)
+    images: dict[str, list[tuple[ImageRef, ...]]] = {}
+    bad: dict[str, list[RejectedRecord]] = {}
+    for split in splits:
+        shown: dict[Key, set[ImageRef]] = {}
+        for one in samples[split]:
+            own = one.all_images if corpus.preferences else one.images
+            shown.setdefault(key(one), set()).update(own)
+        images[split] = [tuple(refs) for refs in shown.values()]
+        failed = {at: error for at, refs in shown.items() if (error := check.bad(refs))}
+        bad[split] = [
+            RejectedRecord.of(id, origin, error, file=str(args.dataset))
+            for (id, origin), error in failed.items()
+        ]
+        for stage in (texts.sft, texts.cpo):
+            stage[split] = [one for one in stage[split] if key(one) not in failed]
+    set_aside(args, folder, corpus, check, bad, images)
+    leave_out_answers(folder, texts, splits, check)
+
+
+Key = tuple[str, Origin | None]
+
+
+def key(one: Preference) -> Key:
+    """What the samples of one record have in common."""
+    return one.id, one.origin
+
+
+def keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -> None:
+    """Keep the first `limit` samples of either stage; records with none are counted as left out."""
+    before = {key(one) for one in texts.sft[split]}
+    for stage in (texts.sft, texts.cpo):
+        stage[split] = stage[split][:limit]
+    kept = {key(one) for stage in (texts.sft, texts.cpo) for one in stage[split]}
+    if left_out := len(before - kept):
+        folder.left_out += left_out
+        records = counted(left_out, "record")
+        print(f"data: {records} of split {split} left out by --max_eval_samples")
+
+
+def leave_out_answers(
+    folder: RunFolder, texts: Texts, splits: Sequence[str], check: ImageCheck
+) -> None:
+    """Leave out the rejected answers (perception counterfactuals) whose own image fails."""
+    unreadable = []
+    for split in splits:
+        kept = []
+        for one in texts.cpo[split]:
+            shown = one.rejected_images or (None,) * len(one.rejected)
+            errors = [check.bad(images or ()) for images in shown]
+            unreadable += [
+                RejectedRecord.of(f"{one.id}/perception", one.origin, error, stage="counterfactual")
+                for error in errors
+                if error is not None
+            ]
+            left = without_answers(one, [k for k, error in enumerate(errors) if error is None])
+            if left.rejected:
+                kept.append(left)
+        texts.cpo[split] = kept
+    folder.reject(unreadable)
+    if unreadable:
+        print(f"counterfactuals: {len(unreadable)} left out, an image does not decode")
+        folder.summary["data"].get("counterfactuals", {})["unreadable"] = len(unreadable)
+
+
+def set_aside(
+    args: TrainArguments,
+    folder: RunFolder,
+    corpus: Corpus,
+    check: ImageCheck,
+    bad: dict[str, list[RejectedRecord]],
+    images: dict[str, list[tuple[ImageRef, ...]]],
+) -> None:
+    """List the records that are `bad`, by split; `images` are those of all records looked at."""
+    found = [record for records in bad.values() for record in records]
+
+    def decide() -> None:
+        looked = sum(
+            check.looked.issuperset(shown) for records in images.values() for shown in records
+        )
+        before = corpus.rejected / max(corpus.read, 1)
+        # Of records that were left out by a flag, the same share would fail.
+        share = before + (1 - before) * len(found) / max(looked, 1)
+        too_bad = bool(found) and share > args.max_bad_fraction
+        remedy = remedy_of(check) if {r.reason for r in found} <= set(REMEDIES) else None
+        if too_bad and remedy:
+            raise DataError(remedy)
+        folder.reject(found)
+        if too_bad:
+            earlier = f" and {corpus.rejected} of {corpus.read} were set aside before"
+            raise DataError(
+                f"an image cannot be read in {len(found)} of {counted(looked, 'record')}"
+                f"{earlier if corpus.rejected else ''}: more than --max_bad_fraction "
+                f"{args.max_bad_fraction}; {folder.where_rejected}"
+            )
+        for split, records in bad.items():
+            if records and len(records) == len(images[split]):
+                raise DataError(
+                    f"no {WORDS[split]} sample could be read: an image fails in each of "
+                    f"{counted(len(records), 'sample')}, the first: {records[0].reason}, "
+                    f"{records[0].detail}"
+                )
+        if found:
+            print(f"data: {counted(len(found), 'record')} set aside: an image cannot be read")
+        if found and remedy:
+            print(f"warning: {remedy}", file=sys.stderr)
+
+    folder.world.on_main(decide)
+
+
+def remedy_of(check: ImageCheck) -> str:
+    """What the decoder says of the images that need something installed, each thing once."""
+    said = {
+        error.detail if error.reason == "no-decoder" else error.reason: error.detail
+        for error in check.failed.values()
+    }
+    return f"{'; '.join(said.values())} ({counted(len(check.failed), 'image')})"

@@ -1,0 +1,225 @@
+"""Reference log-probabilities computed once, in large packs without a backward, and kept in a file.
+
+`reference_log_probs.safetensors` in the run folder holds one float32 sum per response, in the order
+of the groups: chosen, rejected_1 .. rejected_K. Its metadata is the key: digests of the data, of
+the reference's weights and configuration, of the tokenizer and of the settings that change a value.
+The file is used with that key only. While it is made it grows by parts, each whole or not there, so
+that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.loss import linear_logprobs
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.packing import Step, image_token_id, plan_epoch
+from cpo_fast.run.base import Base
+from cpo_fast.training.digests import data_bytes, digest, json_bytes, model_bytes
+from cpo_fast.training.feed import StepFeed, step_loader
+from cpo_fast.training.interrupt import Interrupted, StopRequest
+from cpo_fast.types import PackedBatch, PreferenceGroup, RejectedRecord
+
+PART = 256  # groups that a killed run computes again at most
+PACKS = 4  # a pack without a backward keeps one layer's activations: it may be larger
+
+
+@dataclass
+class ReferenceCache:
+    """Reference log-probs of `model` for the groups of one stage.
+
+    `adapters_off` says that the reference is the model without its adapters; else it is the model
+    as it stands. `overwrite` lets a file with another key be replaced instead of refused.
+    """
+
+    folder: Path
+    model: PackedModel
+    adapters_off: bool
+    base: Base
+    device: torch.device
+    stop: StopRequest
+    packing_length: int
+    num_workers: int = 0
+    impl: str | None = None
+    overwrite: bool = False
+    rejected: dict[int, RejectedRecord] = field(default_factory=dict)  # by number of the group
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "reference_log_probs.safetensors"
+
+    @property
+    def parts(self) -> Path:
+        return self.folder / "reference_log_probs.parts"
+
+    def fill(self, groups: Sequence[PreferenceGroup]) -> list[PreferenceGroup]:
+        """The groups with their `ref_logps`, from the file or computed now.
+
+        A group whose image does not decode keeps none, and `rejected` says why. Raises UsageError
+        when the file, or a part of it, was made with another key, Interrupted when a stop was asked
+        for meanwhile.
+        """
+        if not groups:
+            return []
+        key = cache_key(self.model, groups, self.base, adapters_off=self.adapters_off)
+        values = self._read(self.path, key)
+        if values is None:
+            values = self._compute(groups, key)
+            _write(self.path, values, key)
+            shutil.rmtree(self.parts)
+        ends = list(accumulate((1 + len(group.rejected) for group in groups), initial=0))
+        filled = []
+        for index, (group, start, end) in enumerate(zip(groups, ends, ends[1:], strict=False)):
+            own = values[start:end]
+            if own.isnan().any():
+                self.rejected.setdefault(index, self._unknown(group))
+                filled.append(group)
+            else:
+                filled.append(replace(group, ref_logps=tuple(own.tolist())))
+        return filled
+
+    def _unknown(self, group: PreferenceGroup) -> RejectedRecord:
+        """A group that has none in a file that an earlier run left."""
+        detail = f"its image failed when {self.path.name} was made; delete that to make it anew"
+        error = RecordError("no-reference-logps", detail)
+        return RejectedRecord.of(group.id, group.origin, error, stage="cpo")
+
+    def _read(self, path: Path, key: dict[str, str]) -> torch.Tensor | None:
+        """The values of a file with this key; None where there is none (any more)."""
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                values = file.get_tensor("logps")
+        except SafetensorError as error:
+            raise UsageError(f"{path} is damaged ({error}); delete it") from None
+        if differing := [name for name in key if found.get(name) != key[name]]:
+            if self.overwrite:
+                path.unlink()
+                return None
+            raise UsageError(
+                f"{path} was computed with other {' and '.join(differing)} than this run has: "
+                "delete it to compute it anew, pass --overwrite_output_dir true, or choose "
+                "another --output_dir"
+            )
+        return values
+
+    @torch.no_grad()
+    def _compute(self, groups: Sequence[PreferenceGroup], key: dict[str, str]) -> torch.Tensor:
+        """One value per response of all groups, [sum of (1 + K)] float32; NaN: did not decode."""
+        self.parts.mkdir(mode=0o700, exist_ok=True)
+        firsts = range(0, len(groups), PART)
+        files = {first: self.parts / f"part-{first:09d}.safetensors" for first in firsts}
+        done: dict[int, torch.Tensor] = {}
+        for first, path in files.items():
+            if (values := self._read(path, key)) is not None:
+                done[first] = values
+        # Ids need not differ between groups; positions do, and come back in the segments' names.
+        numbered = [replace(group, id=str(index)) for index, group in enumerate(groups)]
+        steps: list[Step] = []
+        ends: dict[int, int] = {}  # number of the step that ends a part -> the part
+        for first in firsts:
+            if first not in done:
+                steps += self._steps(groups, first)
+                ends[len(steps)] = first
+        pad = image_token_id(self.base.tokenizer)
+        feed = StepFeed(numbered, steps, self.base.pixels, pad, "cpo")
+        loader = step_loader(feed, num_workers=self.num_workers if steps else 0)
+        self.model.model.eval()
+        found: dict[str, float] = {}
+        bar = tqdm(loader, total=len(steps), desc="reference", unit="pack", disable=None)
+        for number, step in enumerate(bar, start=1):
+            for record in step.rejected:
+                index = int(record.id)
+                self.rejected[index] = replace(record, id=groups[index].id)
+            for batch in step.batches:
+                sums = self._score(batch.to(self.device))
+                found |= zip(batch.segment_names, sums.tolist(), strict=True)
+            if number in ends:
+                first = ends[number]
+                part = range(first, min(first + PART, len(groups)))
+                names = [name for index in part for name in _names(index, groups[index])]
+                done[first] = torch.tensor([found.get(name, float("nan")) for name in names])
+                _write(files[first], done[first], key)
+                found.clear()
+            if self.stop.pending() and number < len(steps):
+                raise Interrupted(
+                    f"stopped by {self.stop.reason} in the reference's pack {number} of "
+                    f"{len(steps)}; go on with --resume_from_checkpoint auto"
+                )
+        return torch.cat([done[first] for first in firsts])
+
+    def _steps(self, groups: Sequence[PreferenceGroup], first: int) -> list[Step]:
+        """The packs of the part that begins at group `first`, each as a step of its own."""
+        part = groups[first : first + PART]
+        (step,) = plan_epoch(
+            part,
+            pairs_per_step=sum(len(group.rejected) for group in part),
+            packing_length=PACKS * self.packing_length,
+            seed=0,
+            epoch=0,
+            shuffle=False,
+        )
+        packs = [tuple((first + index, which) for index, which in pack) for pack in step]
+        return [Step((pack,), sum(len(which) for _, which in pack)) for pack in packs]
+
+    def _score(self, batch: PackedBatch) -> torch.Tensor:
+        """[S] summed log-probs of the batch's segments, float32 on the CPU."""
+        weight, bias = self.model.head(reference=self.adapters_off)
+        hidden = self.model.hidden(batch, reference=self.adapters_off)
+        logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=self.impl)
+        sums = logps.new_zeros(batch.num_segments, dtype=torch.float64)
+        return sums.index_add_(0, batch.segment_ids, logps.double()).float().cpu()
+
+
+def _names(index: int, group: PreferenceGroup) -> list[str]:
+    rejected = range(1, len(group.rejected) + 1)
+    return [f"{index}/chosen", *(f"{index}/rejected_{k}" for k in rejected)]
+
+
+def _write(path: Path, values: torch.Tensor, key: dict[str, str]) -> None:
+    """A file that is whole or not there, whatever happens meanwhile."""
+    partial = path.with_suffix(".partial")
+    save_file({"logps": values.contiguous()}, partial, metadata=key)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+# --- the key -------------------------------------------------------------------------------------
+
+
+def cache_key(
+    model: PackedModel, groups: Sequence[PreferenceGroup], base: Base, *, adapters_off: bool
+) -> dict[str, str]:
+    """SHA-256 digests under "data", "model", "tokenizer" and "settings".
+
+    An image counts by its path, its size and its first bytes (reading 200,000 radiographs whole
+    takes longer than starting a run should), together with the image processor's settings.
+    """
+    tokenizer = base.tokenizer
+    settings = {
+        "attention": model.attention,
+        "dtype": str(model.model.dtype),
+        "device": model.model.device.type,
+        "images": base.images.processor.to_dict() if base.images else None,
+    }
+    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return {
+        "data": digest(data_bytes(groups)),
+        "model": digest(model_bytes(model, adapters_off)),
+        "tokenizer": digest([json_bytes(vocabulary)]),
+        "settings": digest([json_bytes(settings)]),
+    }

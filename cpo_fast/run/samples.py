@@ -1,0 +1,184 @@
+"""From the text of each stage to token ids; what cannot be encoded is set aside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, cast
+
+from cpo_fast.counting import counted
+from cpo_fast.data.positions import model_positions
+from cpo_fast.data.preference_values import text_in, words
+from cpo_fast.data.tokens import control_tokens
+from cpo_fast.errors import DataError
+from cpo_fast.packing import encode_all
+from cpo_fast.packing.encode import OverLong
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.base import Base
+from cpo_fast.run.corpus import Texts, stop_if_too_bad
+from cpo_fast.run.flag_ranges import SOURCES
+from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.types import Origin, PreferenceGroup, RejectedRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_IDS = 10
+
+
+@dataclass
+class Samples:
+    """Tokenised samples of both stages by split."""
+
+    sft: dict[str, list[PreferenceGroup]]
+    cpo: dict[str, list[PreferenceGroup]]
+
+
+def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
+    """Encode all samples; those that cannot be are set aside.
+
+    A record without a sample in any stage is set aside as a whole, and counts as not used.
+    `--max_bad_fraction` is a share of the records, each of which has a sample of SFT.
+    """
+    samples = Samples({}, {})
+    for line in control_token_remarks(texts, base.tokenizer):
+        print(f"data: {line}")
+    limit = model_positions(base.path)
+    rejected: list[RejectedRecord] = []
+    for stage in ("sft", "cpo"):
+        max_length = args.of_stage(stage)["max_length"]
+        if limit is not None and max_length > limit:
+            if stage in args.stage_names:
+                print(
+                    f"{stage}: the model has {counted(limit, 'position')}, fewer than --max_length "
+                    f"{max_length}: samples of more than {counted(limit, 'token')} count as "
+                    "over-long (--truncation)"
+                )
+            max_length = limit
+        for split, preferences in getattr(texts, stage).items():
+            if not preferences:
+                getattr(samples, stage)[split] = []
+                continue
+            done = encode_all(
+                preferences,
+                base.tokenizer,
+                base.images.grid if base.images else None,
+                max_length=max_length,
+                over_long=cast(OverLong, args.truncation),
+                file=args.dataset,
+                stage=stage,
+                needed=split == "train" and stage in args.stage_names,
+            )
+            getattr(samples, stage)[split] = done.groups
+            rejected += done.rejected
+            if not done.groups and stage in args.stage_names:
+                print(f"{stage}: no sample of split {split} is left after tokenising")
+            if done.truncated:
+                print(
+                    f"{stage}: {counted(done.truncated, 'response')} cut to "
+                    f"{counted(max_length, 'token')} (--max_length)"
+                )
+    merged = whole_records(rejected, texts)
+    folder.reject(merged)
+    for (of, reason), count in Counter((r.stage or "data", r.reason) for r in merged).items():
+        print(f"{of}: {count} set aside: {reason} (rejected_records.jsonl)")
+    records = sum(map(len, texts.sft.values()))
+    folder.data(used=records - sum(not record.stage for record in merged))
+    tell_sides(args, folder, samples)
+    bad = {(record.id, record.file, record.line) for record in rejected}
+    stop_if_too_bad(args, folder, len(bad), records)
+    return samples
+
+
+def tell_sides(args: TrainArguments, folder: RunFolder, samples: Samples) -> None:
+    """Print and note how many records each stage of the run trains on and holds out.
+
+    That includes the stages that an earlier call trained in this folder.
+    """
+    facts: dict[str, dict[str, int]] = {"trained_on": {}, "held_out": {}}
+    for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
+        if stage not in args.stage_names and stage not in folder.summary["stages"]:
+            continue
+        train = len(splits["train"])
+        held_out = sum(len(groups) for split, groups in splits.items() if split != "train")
+        print(f"{stage}: {counted(train, 'record')} to train on, {held_out} held out")
+        facts["trained_on"][stage], facts["held_out"][stage] = train, held_out
+    folder.data(**facts)
+
+
+def check_samples(args: TrainArguments, samples: Samples) -> None:
+    """DataError where a stage to come could not begin, or could not tell its best model.
+
+    Known before the first stage trains, whichever stage it is.
+    """
+    for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
+        if stage not in args.stage_names:
+            continue
+        if not splits["train"]:
+            raise DataError(f"{stage}: no training sample is left; see rejected_records.jsonl")
+        metric = args.of_stage(stage)["metric_for_best_model"]
+        if (metric or args.load_best_model_at_end) and not splits["validate"]:
+            raise DataError(
+                f"{stage}: no sample is held out to tell the best model by (--eval_fraction)"
+            )
+        source = (metric or "").rpartition("/")[2]
+        held = {name for group in splits["train"] for name in group.sources}
+        if source in SOURCES and not (source in held and len(held) > 1):
+            raise DataError(
+                f"--metric_for_best_model {metric}: all pairs are of {', '.join(sorted(held))}, so "
+                "there are no figures by source; name the metric without it"
+            )
+
+
+def whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[RejectedRecord]:
+    """`rejected` with one line, of no stage, for a record that failed in all stages that hold it.
+
+    Every record has a sample of SFT, and one of CPO where it has rejected answers.
+    """
+
+    def key(id: str, origin: Origin | None) -> tuple[str, Origin]:
+        return id, origin or Origin(rejected[0].file)
+
+    if not rejected:
+        return []
+    pairs = {key(one.id, one.origin) for split in texts.cpo.values() for one in split}
+    failed = {
+        stage: {(r.id, Origin(r.file, r.line)) for r in rejected if r.stage == stage}
+        for stage in ("sft", "cpo")
+    }
+    lost = {one for one in failed["sft"] if one in failed["cpo"] or one not in pairs}
+    listed = []
+    for record in rejected:
+        if (record.id, Origin(record.file, record.line)) not in lost:
+            listed.append(record)
+        elif record.stage == "sft":
+            listed.append(replace(record, stage=""))
+    return listed
+
+
+def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What to say of records whose text holds special tokens of the tokenizer, such as an
+    end-of-turn token inside an answer; names ids, lines and tokens, no text."""
+    special = {*control_tokens(tokenizer)} - {"<think>", "</think>"}
+    end = str(tokenizer.eos_token or "")
+    found: dict[str, set[str]] = {}
+    for stage in (texts.sft, texts.cpo):
+        for one in chain.from_iterable(stage.values()):
+            said = [words(answer) for answer in (one.chosen, *one.rejected)]
+            if one.plain:  # a text that may hold a rendered conversation, and its own end
+                said = [answer.rstrip().removesuffix(end) for answer in said]
+            else:
+                said += map(text_in, one.prompt)
+            if held := {token for token in special if any(token in text for text in said)}:
+                line = f" (line {one.origin.line})" if one.origin and one.origin.line else ""
+                found.setdefault(one.id + line, set()).update(held)
+    if not found:
+        return []
+    tokens = ", ".join(sorted(set().union(*found.values())))
+    ids = ", ".join(list(found)[:SHOWN_IDS]) + (", ..." if len(found) > SHOWN_IDS else "")
+    return [
+        f"records with control tokens of the model in their text: {len(found)} ({tokens}). They "
+        f"are encoded as such: remove them if they are not meant. Records: {ids}"
+    ]

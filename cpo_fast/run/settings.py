@@ -1,0 +1,184 @@
+"""Where the settings of a run come from: base, preset, `--config` file, command line."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.command_line import Parser, program
+from cpo_fast.errors import UsageError
+from cpo_fast.flags import Allowed, Choice, Number, Switch
+from cpo_fast.run.arguments import (
+    EMBEDDED,
+    SECTIONS,
+    TrainArguments,
+    fault_of,
+    range_of,
+    read_config,
+)
+
+CHOOSES_BASE = ("dataset", "model_name_or_path")
+PRESET_FOLDER = EMBEDDED.with_name("presets")
+DESCRIPTION = """\
+Trains, evaluates and reports: data -> counterfactuals -> SFT -> CPO -> evaluation -> report.
+
+Flags override the --config file, and the file overrides the --preset. Flags that begin with sft_
+belong to SFT, the others to CPO or both; --lora-r is --lora_r. The defaults below are the paper's;
+without --dataset and --model_name_or_path, those of phantom.yaml (tiny model, phantom data) apply.
+"""
+FLAGS = {f.name: f for f in fields(TrainArguments)}
+SHARED = ("max_length", "lr_scheduler_type", "lr_scheduler_kwargs")
+"""These hold for SFT too, where its own flag is not given."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values that one place sets, by flag; a later layer overrides an earlier one."""
+
+    name: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run; `base`: which defaults apply, and why; `layers`: what is set where."""
+
+    args: TrainArguments
+    base: str
+    layers: tuple[Layer, ...]
+
+    def lines(self) -> list[str]:
+        """For the screen: the base, then each layer's effective values that are no defaults."""
+        origin = {name: layer for layer in self.layers for name in layer.values}
+        texts = [f"base settings: {self.base}"]
+        for layer in self.layers:
+            shown = [
+                _difference(name, getattr(self.args, name), brief=layer.name == EMBEDDED.name)
+                for name in layer.values
+                if name != "preset"
+                and origin[name] is layer
+                and getattr(self.args, name) != FLAGS[name].default
+            ]
+            texts += [f"  {layer.name}: {', '.join(shown)}"] if shown else []
+        if idle := self._idle():
+            texts.append(f"  not used by --stages {self.args.stages}: {', '.join(idle)}")
+        return [line for text in texts for line in _wrapped(text)]
+
+    def _idle(self) -> list[str]:
+        """Flags of the command line for a stage that does not run, which another flag is for."""
+        running = self.args.stage_names
+        found = []
+        for name in self.layers[-1].values:
+            twin = f"sft_{name}"
+            if name.startswith("sft_") and "sft" not in running and name != "sft_checkpoint":
+                found.append(f"--{name}")
+            elif twin in FLAGS and name not in SHARED and "cpo" not in running and "sft" in running:
+                found.append(f"--{name} (SFT has --{twin})")
+        return found
+
+
+def read_settings(argv: Sequence[str] | None = None) -> Settings:
+    """Read `[--config run.yaml] [--preset name] [--flag value ...]`.
+
+    phantom.yaml is the base unless the command line or the file names `--dataset` or
+    `--model_name_or_path`. An unknown flag ends the program with one line and status 2; UsageError
+    names every other fault.
+    """
+    given = vars(make_parser().parse_args(argv))
+    config = given.pop("config", None)
+    for name, value in given.items():
+        if fault := fault_of(name, value):
+            raise UsageError(f"--{name} {value}: {fault}")
+    in_file = read_config(Path(config)) if config is not None else {}
+    if config is not None and not in_file:
+        raise UsageError(f"--config {config}: sets no flag; expected lines like `beta: 0.1`")
+    preset = (in_file | given).get("preset", "default")
+    named = " and ".join(f"--{name}" for name in CHOOSES_BASE if name in in_file | given)
+    of_base: dict[str, Any] = {}
+    if named:
+        are = "are" if " and " in named else "is"
+        base = f"the paper's (defaults of --help), because {named} {are} set"
+    else:
+        of_base = read_config(EMBEDDED)
+        base = (
+            f"those of {EMBEDDED.name}, not the paper's (defaults of --help), because neither "
+            f"--{' nor --'.join(CHOOSES_BASE)} is set"
+        )
+        if "output_dir" in in_file | given:
+            del of_base["overwrite_output_dir"]  # meant for the embedded default's own folder
+    layers = (
+        Layer(EMBEDDED.name, of_base),
+        Layer(f"--preset {preset}", read_config(PRESET_FOLDER / f"{preset}.yaml")),
+        Layer(f"--config {config}", in_file),
+        Layer("command line", given),
+    )
+    values = {name: value for layer in layers for name, value in layer.values.items()}
+    try:
+        return Settings(TrainArguments(**values), base, layers)
+    except UsageError as error:
+        if config is None:
+            raise
+        raise UsageError(f"{error} (with the flags of --config {config})") from None
+
+
+def make_parser() -> Parser:
+    """The parser of all flags, whose result holds only those that are given."""
+    parser = Parser(
+        prog=program("train"),
+        usage="%(prog)s [--config FILE] [--preset NAME] [--flag value ...]",
+        description=DESCRIPTION,
+        argument_default=argparse.SUPPRESS,
+    )
+    titles = {first: title for title, first in SECTIONS.items()}
+    group = parser.add_argument_group("")
+    for name, flag in FLAGS.items():
+        if name in titles:
+            group = parser.add_argument_group(titles[name])
+        if name == "preset":
+            group.add_argument("--config", metavar="FILE", help="YAML file of `flag: value` lines")
+        allowed, metavar = range_of(name), flag.metadata["metavar"]
+        text = _help(flag.metadata["help"], allowed, flag.default, listed=metavar == "NAME")
+        if isinstance(allowed, Switch):
+            group.add_argument(
+                f"--{name}", type=allowed.read, nargs="?", const=True, metavar="true|false",
+                help=text,
+            )  # fmt: skip
+            group.add_argument(
+                f"--no_{name}", action="store_false", dest=name, help=argparse.SUPPRESS,
+                default=argparse.SUPPRESS,
+            )  # fmt: skip
+            continue
+        if isinstance(allowed, Number):
+            metavar = "N" if allowed.whole else "X"
+        elif isinstance(allowed, Choice) and metavar is None:
+            metavar = "|".join(allowed.listed())
+        group.add_argument(f"--{name}", type=allowed.read, metavar=metavar, help=text)
+    return parser
+
+
+def _help(text: str, allowed: Allowed, default: Any, *, listed: bool) -> str:
+    if listed and isinstance(allowed, Choice):
+        text += f": {', '.join(allowed.listed())}"
+    if default is not None and default is not False:
+        text += f" (default: {_plain(default)})"
+    return text.replace("%", "%%")
+
+
+def _difference(name: str, value: Any, *, brief: bool) -> str:
+    default = FLAGS[name].default
+    shown = not brief and default is not None and not isinstance(default, bool | str)
+    return f"{name}={_plain(value)}" + (f" (default {_plain(default)})" if shown else "")
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

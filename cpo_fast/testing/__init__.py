@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: small models and samples, oracles, the rule on errors."""

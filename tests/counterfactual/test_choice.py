@@ -1,0 +1,165 @@
+"""Balanced targets; images of records that are found again; one run per output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpo_fast.concepts import load_graph
+from cpo_fast.counterfactual import counterfactuals
+from cpo_fast.counterfactual.__main__ import main
+from cpo_fast.counterfactual.formats import FORMATS
+from cpo_fast.counterfactual.generate import balance, read_study
+from cpo_fast.counterfactual.targets import CONFLICT, even_prices, pick
+from cpo_fast.data import open_preferences
+from cpo_fast.data.images import load_image
+from tests.counterfactual.samples import LOW_VOLUMES, NORMAL, OPACITY, REPORTS, study, write_open_i
+from tests.data.samples import write_mimic
+
+GRAPH = load_graph()
+STUDIES = [study((NORMAL, OPACITY, LOW_VOLUMES, NORMAL)[n % 4], n) for n in range(480)]
+
+
+def spread(prices: dict[str, float]) -> Counter[str]:
+    rows = (read_study(one, GRAPH, 42)[2] for one in STUDIES)
+    return Counter(name for row in rows for name in pick(row, prices, 2))
+
+
+def test_prices_make_every_disease_about_equally_often_a_target() -> None:
+    plain, even = spread({}), spread(balance(STUDIES, GRAPH))
+    assert max(plain.values()) > 1.5 * min(plain.values())
+    assert sum(even.values()) == sum(plain.values())
+    assert len(even) == 12
+    assert max(even.values()) < 1.15 * min(even.values())
+
+
+def test_prices_do_not_force_what_the_anatomy_contradicts() -> None:
+    rows = [{"a": 0.1 * (n % 5), "b": 0.2, "c": -CONFLICT - 0.6} for n in range(100)]
+    prices = even_prices(rows, 2)
+    assert all(abs(price) <= CONFLICT / 2 for price in prices.values())
+    assert all("c" not in pick(row, prices, 2) for row in rows)
+
+
+def test_prices_without_studies_or_with_few_candidates() -> None:
+    assert even_prices([], 2) == {}
+    assert even_prices([{}], 2) == {}
+    prices = even_prices([{"a": 0.5}, {"a": 0.1, "b": 0.4}], 3)
+    assert set(prices) == {"a", "b"} and np.isfinite(list(prices.values())).all()
+    assert pick({"a": 0.5}, prices, 3) == ["a"]
+
+
+def test_balanced_shards_hold_the_bytes_of_the_whole_run(tmp_path: Path) -> None:
+    dataset = write_open_i(tmp_path / "reports", REPORTS * 4)
+    flags = ["--dataset", str(dataset), "--balance_targets", "--output"]
+    assert main([*flags, str(tmp_path / "whole.jsonl")]) == 0
+    assert main(["--dataset", str(dataset), "--output", str(tmp_path / "plain.jsonl")]) == 0
+    parts: list[str] = []
+    for index in range(3):
+        main([*flags, str(tmp_path / f"{index}.jsonl"), "--shard", f"{index}/3"])
+        parts += (tmp_path / f"{index}.jsonl").read_text().splitlines()
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert sorted(parts) == sorted(whole)
+    targets = [
+        Counter(json.loads(line)["target"] for line in (tmp_path / name).read_text().splitlines())
+        for name in ("whole.jsonl", "plain.jsonl")
+    ]
+    assert max(targets[0].values()) < max(targets[1].values())
+
+
+def test_what_is_done_is_not_made_again() -> None:
+    everything = list(counterfactuals(STUDIES[:4], GRAPH))
+    skip = {everything[1].id, everything[4].id}
+    rest = list(counterfactuals(STUDIES[:4], GRAPH, skip=skip))
+    assert rest == [cf for cf in everything if cf.id not in skip]
+
+
+@pytest.mark.parametrize("where", ["above", "beside", "inside"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_are_found_again_from_anywhere(
+    form: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = [{"study": "50414267"}, {"study": "50414268", "patient": "10000033"}]
+    write_mimic(tmp_path / "top" / "data", studies)
+    monkeypatch.chdir(tmp_path)
+    output = {
+        "above": Path("top", "cf.out"),
+        "beside": Path("top", "other", "cf.out"),
+        "inside": Path("top", "data", "cf.out"),
+    }[where]
+    assert main(["--dataset", "top/data", "--output", str(output), "--format", form]) == 0
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    # A file beside or inside the images' folder needs no root, unless it leads with its own (ccf).
+    free = where == "inside" or (where == "above" and form != "ccf")
+    root = None if free else str(tmp_path / "top" / "data")
+    found = list(open_preferences(str(tmp_path / output), image_root=root))
+    assert found
+    for one in found:
+        assert len(one.images) == 1
+        assert load_image(one.images[0]).size == (8, 6)
+    if where == "above" and free:  # data and records may move together
+        (tmp_path / "top").rename(tmp_path / "moved")
+        (one, *_) = open_preferences(str(tmp_path / "moved" / "cf.out"))
+        assert load_image(one.images[0]).size == (8, 6)
+
+
+def test_perception_records_find_both_images(tmp_path: Path) -> None:
+    report = "\n FINDINGS:\n\n There is a right pleural effusion.\n\n IMPRESSION:\n\n Effusion.\n"
+    ill = {"Pleural Effusion": "1.0"}
+    studies = [
+        {"study": "50414267"},
+        {"study": "50414268", "patient": "10000033", "report": report, "labels": ill},
+    ]
+    data = write_mimic(tmp_path / "data", studies)
+    output = tmp_path / "other" / "cf.jsonl"
+    assert main(["--dataset", str(data), "--output", str(output), "--kind", "perception"]) == 0
+    (first, second) = open_preferences(str(output), image_root=str(data))
+    assert first.rejected_images[0] is not None and second.rejected_images[0] is not None
+    for ref in (*first.images, *first.rejected_images[0]):
+        assert load_image(ref).size == (8, 6)
+    assert first.images == second.rejected_images[0]
+
+
+def test_two_runs_do_not_write_one_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_open_i(tmp_path / "reports", REPORTS)
+    output = tmp_path / "cf.jsonl"
+    hold = "import sys; from cpo_fast.locks import *; l = lock_file(Path(sys.argv[1]))"
+    wait = "; l.__enter__(); print('held', flush=True); sys.stdin.read(); l.__exit__(*[None] * 3)"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold + wait, str(output)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == b"held\n"
+        assert main(["--dataset", str(dataset), "--output", str(output)]) == 2
+        assert f"is being written by process {other.pid} on host" in capsys.readouterr().err
+        other.stdin.close()
+    assert main(["--dataset", str(dataset), "--output", str(output)]) == 0
+    assert len(output.read_text().splitlines()) == 2 * len(REPORTS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--targets", "Edema", "--balance_targets"], "exclude each other"),
+        (["--kind", "perception", "--balance_targets"], "--balance_targets"),
+        (["--kind", "perception", "--generator", "local"], "--generator"),
+        (["--generator", "local"], "needs --model"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_open_i(tmp_path / "reports", REPORTS)
+    assert main(["--dataset", str(dataset), "--output", str(tmp_path / "o"), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,475 @@
+"""The `server` generator against a real HTTP server on loopback that misbehaves in many ways."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpo_fast.concepts import load_graph
+from cpo_fast.counterfactual import counterfactuals, server
+from cpo_fast.counterfactual.__main__ import main
+from cpo_fast.counterfactual.graph.rewrite import rewrite
+from cpo_fast.counterfactual.prompt import parse_answer
+from cpo_fast.counterfactual.server import ServerWriter, near
+from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.types import Report
+from tests.counterfactual.samples import REPORTS, study, write_open_i
+
+GRAPH = load_graph()
+HOSTILE = (
+    "FINDINGS: \ud800 broken",
+    "FINDINGS: \x1b[31mred\x00",
+    "\u202egnirts",
+    "Sorry, I can't help with that.",
+    "FINDINGS: a.\n\nFINDINGS: b.\n\nIMPRESSION: c.",
+    "x" * 40_000,
+    '"; DROP TABLE reports; --',
+    "FINDINGS: <script>alert(1)</script> The lungs are clear.\n\nIMPRESSION: Here is the report.",
+)
+
+
+def good_answer(prompt: str) -> str:
+    """The report of a prompt, rewritten by the graph generator, in the dress of a chat."""
+    text = prompt.split("<report>\n")[1].split("\n</report>")[0]
+    target = prompt.split("also had ")[1].split(".\n")[0]
+    report = Report(
+        *(
+            text.split(f"{name}: ", 1)[1].split("\n\n")[0] if f"{name}: " in text else ""
+            for name in ("FINDINGS", "IMPRESSION")
+        )
+    )
+    new = rewrite(GRAPH, report, target, "server", 1, 0)
+    return f"<think>Let me see.</think>\nHere is the report:\n```\n{new.text}\n```"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as its server's `plan` says: a fault for each request, then good answers."""
+
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        owner: Any = self.server
+        with owner.lock:
+            owner.bodies.append(body)
+            owner.headers.append(dict(self.headers))
+            owner.active += 1
+            owner.busiest = max(owner.busiest, owner.active)
+            fault = owner.plan.pop(0) if owner.plan else owner.rest
+            owner.served[fault] += 1
+        try:
+            getattr(self, f"do_{fault.partition(':')[0]}")(body, fault.partition(":")[2])
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            with owner.lock:
+                owner.active -= 1
+
+    def reply(self, data: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def say(self, text: str | None, finish: str = "stop") -> None:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        self.reply(json.dumps({"choices": [choice]}).encode())
+
+    def do_good(self, body: bytes, _: str) -> None:
+        time.sleep(0.002)
+        self.say(good_answer(json.loads(body)["messages"][0]["content"]))
+
+    def do_status(self, _: bytes, code: str) -> None:
+        self.reply(b"SECRET of the server", int(code), Retry_After="0")
+
+    def do_slow(self, _: bytes, __: str) -> None:
+        time.sleep(1.5)
+        self.say("late")
+
+    def do_drip(self, _: bytes, __: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _n in range(40):
+            self.wfile.write(b" ")
+            time.sleep(0.05)
+
+    def do_broken(self, _: bytes, __: str) -> None:
+        self.reply(b'{"choices": [{"message": {"content": "FIND', Content_Length="5000")
+
+    def do_json(self, _: bytes, text: str) -> None:
+        self.reply(text.encode())
+
+    def do_deep(self, _: bytes, __: str) -> None:
+        self.reply(b"[" * 200_000)
+
+    def do_huge(self, _: bytes, __: str) -> None:
+        self.reply(b" " * (3 << 20))
+
+    def do_empty(self, _: bytes, __: str) -> None:
+        self.say("")
+
+    def do_nothing(self, _: bytes, __: str) -> None:
+        self.say(None)
+
+    def do_short(self, _: bytes, __: str) -> None:
+        self.say("FINDINGS: The", "length")
+
+    def do_held(self, body: bytes, _: str) -> None:
+        owner: Any = self.server
+        owner.gate.wait(20)
+        self.do_good(body, _)
+
+    def do_hostile(self, _: bytes, index: str) -> None:
+        self.say(HOSTILE[int(index)])
+
+
+class Host(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the usual 5, connections wait a second on a busy machine
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.gate = threading.Event()
+        self.plan: list[str] = []
+        self.rest = "good"
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
+        self.served: Counter[str] = Counter()
+        self.active = self.busiest = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.01)
+    made = Host()
+    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_open_i(tmp_path / "reports", REPORTS)
+
+
+def run(dataset: Path, output: Path, url: str, *more: str) -> int:
+    flags = ["--generator", "server", "--server_url", url, "--model", "m", "--timeout_s", "1"]
+    return main(["--dataset", str(dataset), "--output", str(output), *flags, *more])
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def expected_ids(dataset: Path, folder: Path) -> list[str]:
+    main(["--dataset", str(dataset), "--output", str(folder / "graph.jsonl")])
+    return [row["id"] for row in rows(folder / "graph.jsonl")]
+
+
+FAULTS = [
+    "status:429",
+    "status:500",
+    "slow",
+    "drip",
+    "broken",
+    "json:{}",
+    "json:not json",
+    'json:{"choices": [{"message": {"content": [1]}}]}',
+    "status:503",
+    "deep",
+    "huge",
+    "empty",
+    "nothing",
+    "short",
+    *(f"hostile:{number}" for number in range(len(HOSTILE))),
+]
+
+
+def test_every_fault_is_survived_and_counted(
+    host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.plan = FAULTS * 2
+    output = tmp_path / "cf.jsonl"
+    assert run(dataset, output, host.url, "--max_retries", "40") == 0
+    printed = capsys.readouterr()
+    found = rows(output)
+    # nothing lost, nothing twice
+    assert sorted(row["id"] for row in found) == sorted(expected_ids(dataset, tmp_path))
+    assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
+    assert {row["generator"] for row in found} == {"server"}
+    assert all(all(row["checks"].values()) for row in found)
+    assert "Here is" not in output.read_text() and "```" not in output.read_text()
+    counts = {"429": 2, "500": 2, "503": 2}
+    for code, number in counts.items():
+        assert f"server-status-{code}: {number}\n" in printed.out
+    late = printed.out.split("server-timeout: ")[1].split("\n")[0]
+    assert int(late) >= 4  # a busy machine may be late with more
+    assert "server-answer-malformed: 10\n" in printed.out
+    assert "server-answer-too-large: 2\n" in printed.out
+    assert "SECRET" not in printed.out + printed.err
+    assert "clavicle" not in printed.out + printed.err
+
+
+def test_what_always_fails_is_set_aside_with_the_reason(
+    host: Host, dataset: Path, tmp_path: Path
+) -> None:
+    wanted = expected_ids(dataset, tmp_path)
+    for rest, reason in (
+        ("status:500", "server-status-500"),
+        ("status:400", "server-status-400"),
+        ("broken", "server-answer-malformed"),
+        ("empty", "answer-empty"),
+        ("short", "answer-cut-short"),
+        ("hostile:0", "answer-unprintable"),
+        ("hostile:3", "answer-sections"),
+        ("hostile:5", "answer-too-long"),
+    ):
+        host.rest = rest
+        output = tmp_path / f"{rest}.jsonl".replace(":", "")
+        assert run(dataset, output, host.url, "--max_retries", "1") == 1
+        apart = rows(output.with_name(output.name + ".rejected.jsonl"))
+        assert sorted(row["id"] for row in apart) == sorted(wanted)
+        assert {row["reason"] for row in apart} == {reason}
+        assert all(row["checks"] == {reason: False} for row in apart)
+        assert rows(output) == []
+
+
+def test_a_slow_answer_holds_up_no_other_record(host: Host) -> None:
+    host.plan = ["held"]
+    writer = ServerWriter(host.url, "m", timeout=20, concurrency=2)
+    studies = [study(REPORTS[0], 1), study(REPORTS[0], 2)]
+    made = counterfactuals(studies, GRAPH, num_targets=1, generator=writer)
+    first = next(made)
+    assert first.passed and host.served["good"] == 1 and not host.gate.is_set()
+    host.gate.set()
+    assert {first.study_id, next(made).study_id} == {s.study_id for s in studies}
+    assert next(made, None) is None
+
+
+def test_a_chatty_or_prompted_text_fails_the_check_for_it(host: Host) -> None:
+    host.rest = "hostile:7"
+    writer = ServerWriter(host.url, "m", timeout=1)
+    (made,) = counterfactuals([study(REPORTS[0])], GRAPH, num_targets=1, generator=writer)
+    assert not made.passed and not made.checks["no_leak"]
+
+
+def test_records_that_the_server_failed_are_tried_again(
+    host: Host, dataset: Path, tmp_path: Path
+) -> None:
+    output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
+    host.plan = ["good"] * 4 + ["status:500"] * 3
+    run(dataset, output, host.url, "--max_retries", "0", "--concurrency", "1")
+    assert Counter(row["reason"] for row in rows(apart)) == {"server-status-500": 3}
+    asked = len(host.bodies)
+    run(dataset, output, host.url, "--max_retries", "0")
+    assert len(host.bodies) == asked + 3
+    assert sorted(row["id"] for row in rows(output)) == sorted(expected_ids(dataset, tmp_path))
+    assert rows(apart) == []
+    run(dataset, output, host.url)
+    assert len(host.bodies) == asked + 3
+
+
+def test_a_killed_run_goes_on_and_shards_share_the_work(
+    host: Host, dataset: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.jsonl"
+    run(dataset, whole, host.url)
+    text = whole.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(text[: len(text) // 2])
+    asked = len(host.bodies)
+    run(dataset, cut, host.url)
+    assert sorted(cut.read_bytes().splitlines()) == sorted(text.splitlines())
+    assert len(host.bodies) < asked + len(rows(whole))
+    parts = []
+    for index in range(3):
+        run(dataset, tmp_path / f"{index}.jsonl", host.url, "--shard", f"{index}/3")
+        parts += (tmp_path / f"{index}.jsonl").read_bytes().splitlines()
+    assert sorted(parts) == sorted(text.splitlines())
+
+
+def test_requests_are_bounded_in_number_and_rate(host: Host, dataset: Path, tmp_path: Path) -> None:
+    run(dataset, tmp_path / "a.jsonl", host.url, "--concurrency", "3")
+    assert 1 < host.busiest <= 3
+    start = time.monotonic()
+    flags = ("--requests_per_second", "40", "--num_targets", "1")
+    run(dataset, tmp_path / "b.jsonl", host.url, *flags)
+    assert time.monotonic() - start >= (len(REPORTS) - 1) / 40
+
+
+def test_the_wait_that_a_server_asks_for_is_kept(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(server, "_seconds", lambda value: 7.0 if value == "0" else None)
+    host.plan = ["status:429"]
+    writer = ServerWriter(host.url, "m", timeout=2)
+    (made,) = counterfactuals([study(REPORTS[0])], GRAPH, num_targets=1, generator=writer)
+    assert made.passed and 7.0 in waits
+
+
+def test_retry_after_is_read_in_seconds_and_as_a_date() -> None:
+    assert server._seconds("3") == 3.0
+    assert server._seconds(None) is None
+    assert server._seconds("soon") is None
+    assert server._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+def test_retries_ask_otherwise_and_say_what_was_wrong(host: Host) -> None:
+    host.plan = ["hostile:7"]
+    writer = ServerWriter(host.url, "m", timeout=2)
+    list(counterfactuals([study(REPORTS[0])], GRAPH, num_targets=1, generator=writer))
+    first, second = (json.loads(body) for body in host.bodies)
+    assert (first["temperature"], second["temperature"]) == (0.0, 0.7)
+    assert first["seed"] != second["seed"]
+    said = second["messages"][0]["content"]
+    assert "An earlier try was refused: " in said and "held more than the report" in said
+
+
+def test_the_key_travels_in_the_header_alone(
+    host: Host, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "k3y")
+    run(dataset, tmp_path / "cf.jsonl", host.url, "--api_key_env", "SOME_KEY")
+    assert {h["Authorization"] for h in host.headers} == {"Bearer k3y"}
+    assert not any(b"k3y" in body for body in host.bodies)
+    assert b"k3y" not in (tmp_path / "cf.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("status", ["302", "401", "404"])
+def test_a_server_that_is_set_up_otherwise_ends_the_run(
+    status: str, host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.rest = f"status:{status}"
+    assert run(dataset, tmp_path / "cf.jsonl", host.url) == 2
+    message = capsys.readouterr().err
+    assert f"status {status}" in message and "SECRET" not in message
+    assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
+
+
+def test_no_server_at_all_ends_the_run_with_nothing_set_aside(
+    host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = host.url
+    host.server_close()
+    assert run(dataset, tmp_path / "cf.jsonl", url, "--max_retries", "1") == 1
+    assert "start it and run the same command again" in capsys.readouterr().err
+    assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("address", "is_near"),
+    [
+        ("127.0.0.1", True),
+        ("10.1.2.3", True),
+        ("172.16.0.1", True),
+        ("172.32.0.1", False),
+        ("192.168.1.1", True),
+        ("::1", True),
+        ("::ffff:10.0.0.1", True),
+        ("::ffff:8.8.8.8", False),
+        ("fd00::1", True),
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("8.8.8.8", False),
+        ("2001:4860:4860::8888", False),
+    ],
+)
+def test_which_addresses_are_near(address: str, is_near: bool) -> None:
+    assert near(address) is is_near
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://8.8.8.8/v1", "https://[2001:4860:4860::8888]/v1", "http://169.254.169.254/v1"],
+)
+def test_a_remote_host_needs_the_flag(url: str) -> None:
+    with pytest.raises(UsageError, match="allow_remote_host"):
+        ServerWriter(url, "m")
+    ServerWriter(url, "m", allow_remote_host=True)
+
+
+def test_a_name_that_turns_remote_later_is_refused_too(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ServerWriter(host.url, "m", timeout=1, max_retries=0)
+    answer = [(2, 1, 6, "", ("203.0.113.9", 80))]
+    monkeypatch.setattr(server.socket, "getaddrinfo", lambda *_, **__: answer)
+    with pytest.raises(DataError, match="no server answers"):
+        list(counterfactuals([study(REPORTS[0])], GRAPH, generator=writer))
+    assert host.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("url", "more"),
+    [
+        ("ftp://127.0.0.1", {}),
+        ("127.0.0.1:8000", {}),
+        ("http://127.0.0.1:99999999/v1", {}),
+        ("http://user:pass@127.0.0.1/v1", {}),
+        ("http://127.0.0.1/v1?key=1", {}),
+        ("http://127.0.0.1/v1", {"concurrency": 0}),
+        ("http://127.0.0.1/v1", {"timeout": 0.0}),
+        ("http://127.0.0.1/v1", {"requests_per_second": -1.0}),
+    ],
+)
+def test_bad_options_are_named(url: str, more: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--") as error:
+        ServerWriter(url, "m", **more)
+    assert "pass" not in str(error.value).split("--")[0]
+
+
+def test_a_missing_model_or_key_is_named(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset", str(dataset), "--output", str(tmp_path / "o"), "--generator", "server"]
+    assert main(flags) == 2
+    assert "needs --model" in capsys.readouterr().err
+    assert main([*flags, "--model", "m", "--api_key_env", "NO_SUCH_KEY_HERE"]) == 2
+    assert "NO_SUCH_KEY_HERE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "answer-empty"),
+        ("<think>FINDINGS: a IMPRESSION: b</think>", "answer-empty"),
+        ("FINDINGS: a.", "answer-sections"),
+        ("FINDINGS: a.\nIMPRESSION:", "answer-sections"),
+        ("a report", "answer-sections"),
+        ("FINDINGS: a\u202eb.\nIMPRESSION: c", "answer-unprintable"),
+    ],
+)
+def test_what_is_no_report_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(RecordError) as error:
+        parse_answer(text, Report("x", "y"))
+    assert error.value.reason == reason
+
+
+def test_a_report_is_found_in_the_dress_of_a_chat() -> None:
+    text = "Sure!\n\n**FINDINGS:** The heart\nis large.\n\n## Impression: Cardiomegaly.\n```"
+    found = parse_answer(text, Report("x", "y"))
+    assert found == Report("The heart\nis large.", "Cardiomegaly.")

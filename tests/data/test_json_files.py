@@ -1,0 +1,211 @@
+"""Records out of JSON, JSON Lines and Parquet: within bounds, and bad ones by reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpo_fast.data import json_files
+from cpo_fast.data.json_files import MAX_DEPTH, decode, records
+from cpo_fast.errors import DataError, RecordError
+from tests.data.samples import SECRET
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.lists(st.dictionaries(st.text(), VALUES, max_size=3), min_size=1, max_size=5)
+
+
+def outcome(path: Path) -> list[Any]:
+    """Objects, and reasons where a record is none."""
+    return [row.reason if isinstance(row, RecordError) else row for _, row in records(str(path))]
+
+
+def written(tmp_path: Path, data: bytes | str, name: str = "x.json") -> Path:
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def in_pieces(text: str, size: int) -> list[Any]:
+    """The items of an array that is read `size` bytes at a time, however many are asked for."""
+    stream = io.BytesIO(text.encode())
+    return [row for _, row in json_files._array_items(lambda _: stream.read(size), "x")]
+
+
+@given(OBJECTS, st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
+def test_an_array_in_pieces_is_what_json_reads(
+    rows: list, size: int, ascii: bool, indent: int | None
+) -> None:
+    text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
+    assert in_pieces("[" + text[1:], size + 1) == json.loads(text)
+
+
+@given(st.text(alphabet='[]{},:"\\ \n1a', max_size=40), st.integers(1, 9))
+def test_any_text_ends_and_gives_objects_or_reasons(text: str, size: int) -> None:
+    for row in in_pieces("[" + text, size):
+        assert isinstance(row, dict | RecordError)
+
+
+@given(st.binary(max_size=60))
+def test_decode_never_fails(data: bytes) -> None:
+    assert isinstance(decode(data), dict | RecordError)
+
+
+def test_lines_array_and_compressed_are_the_same(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"a": "ü\n,]}"}, {"a": [{"b": []}]}]
+    lines = "\n".join(map(json.dumps, rows)) + "\n\n"
+    for data in (lines, json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False)):
+        assert outcome(written(tmp_path, data)) == rows
+        assert outcome(written(tmp_path, b"\xef\xbb\xbf" + data.encode())) == rows
+        assert outcome(written(tmp_path, gzip.compress(data.encode()), "x.json.gz")) == rows
+    assert outcome(written(tmp_path, "[]")) == []
+
+
+def test_line_numbers(tmp_path: Path) -> None:
+    lines = written(tmp_path, '{"a": 1}\n\nnonsense\n{"a": 2}')
+    assert [number for number, _ in records(str(lines))] == [1, 3, 4]
+    array = written(tmp_path, '[\n {"a":\n 1},\n\n {"a": 2}, {"a": 3}]')
+    assert [number for number, _ in records(str(array))] == [2, 5, 5]
+    for size in range(2, 40):
+        stream = io.BytesIO(array.read_bytes())
+        pieces = json_files._array_items(lambda _, s=stream, n=size: s.read(n), "x")
+        assert [number for number, _ in pieces] == [2, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ('{"a": NaN}', "json-nan"),
+        ('{"a": -Infinity}', "json-nan"),
+        ('{"a": 1,}', "json-invalid"),
+        ("{'a': 1}", "json-invalid"),
+        ('{"a": ' + "9" * 5000 + "}", "json-invalid"),
+        ("[1]", "not-an-object"),
+        ("null", "not-an-object"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "json-too-deep"),
+        ('{"a": "\udcff"}', "not-utf8"),
+        ('{"a": "\x01"}', "json-invalid"),
+    ],
+)
+def test_bad_records_and_the_next_good_one(tmp_path: Path, record: str, reason: str) -> None:
+    data = record.encode("utf-8", "surrogateescape")
+    good = b'{"a": "' + SECRET.encode() + b'"}'
+    expected = [{"a": SECRET}, reason, {"a": SECRET}]
+    assert outcome(written(tmp_path, good + b"\n" + data + b"\n" + good)) == expected
+    assert outcome(written(tmp_path, b"[" + b",".join((good, data, good)) + b"]")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[{"a": 1},]', [{"a": 1}, "json-invalid"]),
+        ('[{"a": 1},,{"a": 2}]', [{"a": 1}, "json-invalid", {"a": 2}]),
+        ('[{"a": 1}', ["json-truncated"]),
+        ('[{"a": 1}, {"b": "unfinished', [{"a": 1}, "json-truncated"]),
+        ('[{"a": 1}] {"b": 2}', [{"a": 1}, "json-invalid"]),
+        ("[", ["json-truncated"]),
+    ],
+)
+def test_arrays_that_are_not_whole(tmp_path: Path, text: str, expected: list) -> None:
+    assert outcome(written(tmp_path, text)) == expected
+
+
+def test_a_million_levels(tmp_path: Path) -> None:
+    deep = '{"a": ' + "[" * 1_000_000 + "]" * 1_000_000 + "}"
+    start = time.monotonic()
+    assert outcome(written(tmp_path, deep)) == ["json-too-deep"]
+    assert outcome(written(tmp_path, f"[{deep}]")) == ["json-too-deep"]
+    assert time.monotonic() - start < 30
+    brackets_in_text = json.dumps({"a": "[" * 1000})
+    assert outcome(written(tmp_path, brackets_in_text)) == [{"a": "[" * 1000}]
+    full = '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
+    assert isinstance(outcome(written(tmp_path, full))[0], dict)
+
+
+def test_records_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(json_files, "_CHUNK", 300)
+    long, good = json.dumps({"a": "x" * 5000}), '{"a": 1}'
+    path = written(tmp_path, f"{good}\n{long}\n{good}\n")
+    assert outcome(path) == [{"a": 1}, "record-too-long", {"a": 1}]
+    awkward = {"a": ['x"]},\\' * 150, [{"b": "y" * 700}], "\\" * 801], "c": "{" * 999}
+    for item in (long, json.dumps(awkward), json.dumps(awkward, indent=1), "[" * 900 + "]" * 900):
+        array = f"[{good},\n{item},\n{good}]"
+        assert outcome(written(tmp_path, array)) == [{"a": 1}, "record-too-long", {"a": 1}]
+        assert outcome(written(tmp_path, f"[{item}]")) == ["record-too-long"]
+        lines = [line for line, _ in json_files.records(str(written(tmp_path, array)))]
+        assert lines == [1, 2, array.count("\n") + 1]
+    truncated = outcome(written(tmp_path, f"[{good},{long[:-4]}"))
+    assert truncated == [{"a": 1}, "record-too-long", "json-truncated"]
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for path, match in (
+        (tmp_path / "nowhere.json", "cannot be read"),
+        (tmp_path, "not a file"),
+        (tmp_path / "pipe.json", "not a file"),
+        (written(tmp_path, " \n\n", "empty.json"), "the file is empty"),
+        (written(tmp_path, f"id,text\n1,{SECRET}", "x.csv"), "neither JSON"),
+        (written(tmp_path, "[{}]".encode("utf-16"), "wide.json"), "neither JSON"),
+        (written(tmp_path, gzip.compress(b'{"a": 1}\n' * 999)[:40], "cut.jsonl.gz"), "damaged"),
+        (written(tmp_path, b"PAR1" + SECRET.encode(), "x.parquet"), "not Parquet"),
+    ):
+        with pytest.raises(DataError, match=match) as caught:
+            outcome(path)
+        assert str(path) in str(caught.value)
+        assert SECRET not in str(caught.value)
+
+
+@given(
+    st.lists(
+        st.recursive(
+            st.text('"\\\\,[]{} \nx', max_size=40),
+            lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+            max_leaves=6,
+        ).map(lambda value: {"a": value}),
+        max_size=5,
+    ),
+    st.integers(1, 9),
+    st.integers(5, 60),
+)
+def test_items_of_any_kind_beyond_the_bound(items: list, chunk: int, bound: int) -> None:
+    """Whatever is skipped, the items around it are read as they are."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(json_files, "MAX_RECORD_BYTES", bound)
+        patch.setattr(json_files, "_CHUNK", chunk)
+        path = Path(folder) / "x.json"
+        path.write_text(json.dumps(items, indent=1))
+        found = [value for _, value in json_files.records(str(path))]
+    assert len(found) == len(items)
+    for value, item in zip(found, items, strict=True):
+        if isinstance(value, RecordError):
+            assert value.reason == "record-too-long"
+            assert len(json.dumps(item, indent=1)) > bound // 2
+        else:
+            assert value == item
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"a": i, "images": [{"bytes": b"x", "path": None}]} for i in range(40)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert outcome(tmp_path / "x.parquet") == rows

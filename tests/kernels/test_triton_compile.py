@@ -1,0 +1,323 @@
+"""The Triton kernels compiled ahead of time for sm_90: no GPU needed.
+
+What is compiled is what the launchers would ask for: tiles from the kernels' own tables, arguments
+specialised as Triton's JIT specialises them. D and V reach the kernels as run-time arguments, so
+that of D in (896, 2048, 3584) and V in (151936, 152064, 32000, 50257) only divisibility by 16
+matters (all of these but V = 50257 are, and D is always a multiple of the 64-wide step); rows of
+logits are padded to a multiple of 64 whatever V is. T is not specialised at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from cpo_fast.kernels import (  # noqa: E402
+    decoder_layer,
+    lean_rows,
+    linear_lse,
+    pair_reduction,
+    row_kernel,
+)
+from tests.kernels.triton_binary import DTYPES, SHARED_LIMIT, Binary, compiled, loops  # noqa: E402
+
+HIDDEN_SIZES = (896, 2048, 3584)
+VOCABULARIES = (151_936, 152_064, 32_000, 50_257)
+
+
+def test_sizes_differ_only_by_divisibility() -> None:
+    step = linear_lse.linear_tile(torch.bfloat16, plain=True, large=True).BD
+    assert all(D % step == 0 and D % 16 == 0 for D in HIDDEN_SIZES)
+    assert [V for V in VOCABULARIES if V % 16] == [50_257]
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    labels = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        row_kernel.row_logps_(torch.zeros(2, 16), labels, 16, grad_rows=0)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        linear_lse.linear_lse_logps(torch.zeros(2, 16), torch.zeros(3, 16), labels)
+
+
+def row_arguments(dtype: str, V: int) -> dict[str, str | int]:
+    width = -(-V // 64) * 64
+    return {
+        "logits_ptr": f"*{dtype}",
+        "bias_ptr": f"*{dtype}",
+        "labels_ptr": "*i64",
+        "logps_ptr": "*fp32",
+        "row_stride": width,
+        "V": V,
+        "V_mem": width,
+        "grad_rows": "i32",
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+        "ignore_index": -100,
+    }
+
+
+def assert_rows_are_sound(binary: Binary, num_warps: int) -> None:
+    assert binary.stack == 0 and binary.shared < SHARED_LIMIT
+    assert binary.registers * 32 * num_warps <= 65_536
+    # Logits travel 16 bytes a thread in both passes, ragged vocabularies included.
+    wide = r"{}\.global\S*(\.v4\.b32|\.v8\.b16|\.v2\.b64)"
+    assert len(re.findall(wide.format("ld"), binary.ptx)) >= 2
+    assert len(re.findall(wide.format("st"), binary.ptx)) >= 1
+    assert "mul.lo.s64" in binary.ptx or "mad.lo.s64" in binary.ptx  # row offsets of 64 bits
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize("V", [152_064, 50_257])
+def test_masked_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
+    width = -(-V // 64) * 64
+    BR, BK, num_warps = row_kernel.row_tile(width, DTYPES[dtype].itemsize, plain=plain)
+    binary = compiled(
+        row_kernel.row_kernel,
+        row_arguments(dtype, V),
+        {"HAS_BIAS": not plain, "HAS_SOFTCAP": not plain, "BR": BR, "BK": BK},
+        tmp_path,
+        num_warps=num_warps,
+    )
+    assert_rows_are_sound(binary, num_warps)
+
+
+def lean_binary(
+    dtype: str, V: int, folder: Path, *, bias: bool = False, softcap: bool = False
+) -> tuple[Binary, int, int]:
+    """The lean row kernel, the logits that a thread takes in a step, and its warps."""
+    width = -(-V // 64) * 64
+    itemsize = DTYPES[dtype].itemsize
+    BR, BK, vectors, num_warps = lean_rows.lean_tile(width, itemsize, softcap=softcap)
+    constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BR": BR, "BK": BK, "VECTORS": vectors}
+    binary = compiled(
+        lean_rows.lean_rows_kernel,
+        row_arguments(dtype, V) | {"c": "fp32"},
+        constants,
+        folder,
+        num_warps=num_warps,
+        maxnreg=lean_rows.most_registers(num_warps),
+    )
+    return binary, vectors * BR * BK // (32 * num_warps), num_warps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "softcap", "V"),
+    [
+        ("bf16", False, False, 152_064),
+        ("bf16", False, False, 50_257),
+        ("bf16", True, False, 50_257),
+        ("bf16", True, True, 50_257),
+        ("fp16", False, False, 152_064),
+        ("fp32", False, False, 50_257),
+        ("fp32", True, True, 50_257),
+    ],
+)
+def test_lean_row_kernel(dtype: str, bias: bool, softcap: bool, V: int, tmp_path: Path) -> None:
+    binary, _, num_warps = lean_binary(dtype, V, tmp_path, bias=bias, softcap=softcap)
+    assert_rows_are_sound(binary, num_warps)
+    if not bias:
+        # One program per multiprocessor, whose row stays in the L2 until the second pass.
+        assert 2 * binary.registers * 32 * num_warps > 65_536
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lean_row_kernel_takes_few_instructions(dtype: str, tmp_path: Path) -> None:
+    """Machine instructions per 16 logits: 110 for a reference row, which is read only, 200 for both
+    passes of a policy row. The masked kernel takes 285 and 319 (bf16, triton 3.9)."""
+    binary, logits, _ = lean_binary(dtype, 152_064, tmp_path)
+    assert logits == 16
+    # The main loops read 16 logits in two accesses; the loops over the ragged end read 8 in one.
+    main = [loop for loop in loops(binary.sass) if loop.count("LDG") == 2]
+    (read,) = (loop for loop in main if loop.count("STG") == 0)
+    (write,) = (loop for loop in main if loop.count("STG") == 2)
+    assert read.count("MUFU.EX2") == 17 and write.count("MUFU.EX2") == 16
+    assert len(read) <= 110 and len(read) + len(write) <= 200
+    # No select stands in the loops but the one that shields an offset of -inf.
+    assert read.count("FSEL") <= 1 and write.count("FSEL") == 0
+
+
+def compiled_linear(
+    dtype: str, plain: bool, D: int, V: int, folder: Path, capability: int = 90
+) -> tuple[linear_lse.Tile, Binary]:
+    tile = linear_lse.linear_tile(DTYPES[dtype], plain=plain, large=capability in (90, 100))
+    arguments: dict[str, str | int] = {
+        "hidden_ptr": f"*{dtype}",
+        "weight_ptr": f"*{dtype}",
+        "bias_ptr": f"*{dtype}",
+        "labels_ptr": "*i64",
+        "max_ptr": "*fp32",
+        "sum_ptr": "*fp32",
+        "label_logit_ptr": "*fp32",
+        "T": "i32",
+        "V": V,
+        "D": D,
+        "hidden_stride": D,
+        "weight_stride": D,
+        "softcap": "fp32",
+        "inv_temperature": "fp32",
+    }
+    constants = {
+        "HAS_BIAS": not plain,
+        "HAS_SOFTCAP": not plain,
+        "EVEN_D": D % tile.BD == 0,
+        "PRECISION": "ieee",
+        "BT": tile.BT,
+        "BV": tile.BV,
+        "BD": tile.BD,
+        "GROUP": linear_lse.GROUP,
+    }
+    return tile, compiled(
+        linear_lse.linear_lse_kernel,
+        arguments,
+        constants,
+        folder,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        capability=capability,
+    )
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize(
+    ("dtype", "D", "V"),
+    [
+        ("bf16", 3584, 152_064),
+        ("fp16", 3584, 152_064),
+        ("fp32", 3584, 152_064),
+        pytest.param("bf16", 33, 50_257, marks=pytest.mark.slow),  # nothing aligned
+    ],
+)
+def test_linear_lse(dtype: str, plain: bool, D: int, V: int, tmp_path: Path) -> None:
+    tile, binary = compiled_linear(dtype, plain, D, V, tmp_path)
+    assert binary.shared < SHARED_LIMIT
+    assert binary.registers * 32 * tile.num_warps <= 65_536
+    if D % 16 == 0:
+        assert binary.stack == 0
+    if dtype == "fp32":
+        assert "wgmma" not in binary.ptx and "tf32" not in binary.ptx
+    else:
+        name = {"bf16": "bf16.bf16", "fp16": "f16.f16"}[dtype]
+        assert re.search(
+            rf"wgmma\.mma_async\.sync\.aligned\.m64n{tile.BV}k16\.f32\.{name}", binary.ptx
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
+@pytest.mark.parametrize("capability", [80, 86, 89])
+def test_linear_lse_on_smaller_devices(capability: int, plain: bool, tmp_path: Path) -> None:
+    _, binary = compiled_linear("bf16", plain, 3584, 152_064, tmp_path, capability)
+    assert binary.stack == 0 and binary.shared < 99 * 1024
+
+
+def test_combine(tmp_path: Path) -> None:
+    BN, BT = linear_lse.COMBINE_TILE
+    binary = compiled(
+        linear_lse.combine_kernel,
+        {
+            "max_ptr": "*fp32",
+            "sum_ptr": "*fp32",
+            "label_logit_ptr": "*fp32",
+            "labels_ptr": "*i64",
+            "logps_ptr": "*fp32",
+            "T": "i32",
+            "V": 152_064,
+            "n_v": 594,
+            "ignore_index": -100,
+        },
+        {"BN": BN, "BT": BT},
+        tmp_path,
+        num_warps=4,
+    )
+    assert binary.stack == 0
+
+
+@pytest.mark.parametrize("n", [48, 7, 1])
+def test_pair_reduction(n: int, tmp_path: Path) -> None:
+    block = {"BLOCK": pair_reduction.BLOCK}
+    common: dict[str, str | int] = {
+        "logps_ptr": "*fp64",
+        "ref_logps_ptr": "*fp64",
+        "pairs_ptr": "*i64",
+        "slopes_ptr": "*fp32",
+        "P": n,
+    }
+    for kernel, arguments in (
+        (
+            pair_reduction.segment_sums_kernel,
+            {
+                "logps_ptr": "*fp32",
+                "segment_ids_ptr": "*i64",
+                "labels_ptr": "*i64",
+                "sums_ptr": "*fp64",
+                "counts_ptr": "*i32",
+                "T": n,
+                "ignore_index": -100,
+            },
+        ),
+        (
+            pair_reduction.sigmoid_pairs_kernel,
+            common
+            | {
+                "losses_ptr": "*fp32",
+                "rewards_ptr": "*fp32",
+                "beta": "fp32",
+                "label_smoothing": "fp32",
+            },
+        ),
+        (pair_reduction.segment_coefficients_kernel, common | {"coefficients_ptr": "*fp32"}),
+        (
+            pair_reduction.row_scale_kernel,
+            {
+                "rows_ptr": "*bf16",
+                "coefficients_ptr": "*fp32",
+                "out_ptr": "*bf16",
+                "D": n,
+                "rows_stride": n,
+                "out_stride": n,
+            },
+        ),
+    ):
+        binary = compiled(kernel, arguments, block, tmp_path, num_warps=4)
+        assert binary.stack == 0 and "atom." not in binary.ptx and "red.global" not in binary.ptx
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_swiglu_kernels(dtype: str, tmp_path: Path) -> None:
+    for kernel in (decoder_layer.swiglu_kernel, decoder_layer.swiglu_backward_kernel):
+        tensors = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        arguments: dict[str, str | int] = dict.fromkeys(tensors, f"*{dtype}") | {"N": 16}
+        constants = {"BLOCK": decoder_layer.BLOCK}
+        binary = compiled(kernel, arguments, constants, tmp_path, num_warps=4)
+        assert binary.stack == 0 and "v4.b32" in binary.ptx, "16 bytes a thread"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("heads", "size"), [(28, 128), (4, 128), (16, 80)])
+def test_rotate_kernel(heads: int, size: int, backward: bool, tmp_path: Path) -> None:
+    binary = compiled(
+        decoder_layer.rotate_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16"),
+            **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+            **{"row_stride": heads * size, "head_stride": size, "H": heads},
+        },
+        {
+            "HALF": size // 2,
+            "HEADS": triton.next_power_of_2(heads),
+            "WIDTH": triton.next_power_of_2(size // 2),
+            "BACKWARD": backward,
+        },
+        tmp_path,
+        num_warps=4,
+    )
+    assert binary.stack == 0 and binary.shared < SHARED_LIMIT

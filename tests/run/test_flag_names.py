@@ -1,0 +1,102 @@
+"""The names that flag parsing keeps for itself equal those of the code that uses them."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import product
+from typing import get_args
+
+import pytest
+import torch
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from cpo_fast.data import DATASET_FORMATS
+from cpo_fast.data.labels import UNCERTAIN_POLICIES
+from cpo_fast.data.sections import RULES
+from cpo_fast.errors import UsageError
+from cpo_fast.loss.api import impl_obstacles
+from cpo_fast.loss.checks import loss_options
+from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.model import packed
+from cpo_fast.packing.encode import OverLong
+from cpo_fast.run import flag_names
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.flag_ranges import range_of
+from cpo_fast.training.schedule import make_schedule, schedule_fault
+
+BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # a value at every step, which stages do not have
+GIVEN_BY_TRAINING = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+VALUES = {"num_decay_steps": 2, "num_stable_steps": 2, "warmup_type": "linear", "timescale": 9,
+          "decay_type": "linear", "num_cycles": 1, "power": 2.0, "min_lr_rate": 0.1,
+          "warmup_lr_rate": 0.1, "min_lr_ratio": 0.1}  # fmt: skip
+
+
+def test_names_equal_those_of_their_users() -> None:
+    assert DATASET_FORMATS == flag_names.DATASET_FORMATS
+    assert RULES == flag_names.SECTION_RULES
+    assert sorted(UNCERTAIN_POLICIES) == list(flag_names.LABEL_POLICIES)
+    assert get_args(OverLong) == flag_names.TRUNCATIONS
+    assert packed.ATTENTIONS == flag_names.ATTENTIONS
+    assert tuple(impl_obstacles()) == flag_names.LOSS_IMPLS
+
+
+def test_schedules_and_their_options_are_those_of_transformers() -> None:
+    names = {one.value for one in SchedulerType}
+    assert names - BY_METRIC == set(flag_names.SCHEDULES)
+    for name in SchedulerType:
+        if name.value not in BY_METRIC:
+            parameters = set(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters)
+            assert parameters - GIVEN_BY_TRAINING == set(flag_names.SCHEDULES[name.value])
+
+
+@pytest.mark.parametrize("name", flag_names.SCHEDULES)
+def test_a_schedule_that_is_accepted_can_be_built(name: str) -> None:
+    settings = {"lr_scheduler_type": name, "learning_rate": 0.1, "warmup_ratio": 0.0}
+    needed = flag_names.NEEDED_OPTIONS.get(name, ())
+    for options in ({one: VALUES.get(one, 0.01)} for one in flag_names.SCHEDULES[name]):
+        accepted = flag_names.option_fault(name, options) is None
+        assert accepted is (not needed or bool(set(options) & set(needed)))
+        settings["lr_scheduler_kwargs"] = options
+        assert accepted is (schedule_fault(settings, 10) is None), options
+    assert "no option 'a'" in str(flag_names.option_fault(name, {"a": 1}))
+    settings["lr_scheduler_kwargs"] = None
+    assert (flag_names.option_fault(name, {}) is None) is (schedule_fault(settings, 10) is None)
+
+
+def test_the_rules_of_losses_are_those_of_the_loss_op() -> None:
+    assert list(flag_names.LOSSES) == list(LOSS_TYPES)
+    for name, smoothing, beta, alpha in product(LOSS_TYPES, (0.0, 0.3), (0.1, 0.0), (0.0, -1.0)):
+        assert flag_names.LOSSES[name].reference == LOSS_TYPES[name].reference
+        try:
+            loss_options(name, beta, smoothing, False, 0.5, alpha)
+            usable = True
+        except ValueError:
+            usable = False
+        try:
+            TrainArguments(loss_type=name, beta=beta, label_smoothing=smoothing, rpo_alpha=alpha)
+            accepted = True
+        except UsageError:
+            accepted = False
+        assert accepted is usable, (name, smoothing, beta, alpha)
+
+
+def test_no_range_allows_what_every_loss_refuses() -> None:
+    for value in (0.5, 0.9):  # at 0.5 the preferences cancel, above it the rejected are preferred
+        assert "below 0.5" in str(range_of("label_smoothing").fault(value))
+    assert torch.isfinite(LOSS_TYPES["robust"].function(*torch.ones(2, 1), 0.1, 0.49)).all()
+
+
+@pytest.mark.parametrize(("ratio", "first"), [(0.0, 0.1), (0.3, 0.0)])
+def test_the_first_step_has_the_full_rate_without_warmup_and_none_with_it(
+    ratio: float, first: float
+) -> None:
+    """As get_scheduler of transformers: 3 of 10 steps lead up to the full rate."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    settings = {"lr_scheduler_type": "cosine", "warmup_ratio": ratio, "lr_scheduler_kwargs": None}
+    schedule = make_schedule(optimizer, settings, 10)
+    assert schedule.get_last_lr() == [first]
+    same = get_scheduler("cosine", optimizer, round(10 * ratio), 10)
+    assert isinstance(same, torch.optim.lr_scheduler.LambdaLR)
+    for step in range(11):
+        assert schedule.lr_lambdas[0](step) == same.lr_lambdas[0](step)

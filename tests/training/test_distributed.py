@@ -1,0 +1,259 @@
+"""Several processes give what one gives; they stop, fail and resume together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cpo_fast.phantom import write_phantom
+from cpo_fast.run.image_check import key_of
+from cpo_fast.train import main
+from cpo_fast.training.checkpoint import latest_checkpoint
+from cpo_fast.types import ImageRef
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed"),
+]
+
+FLAGS = [
+    "--sft_use_peft", "false", "--sft_per_device_train_batch_size", "3", "--sft_max_steps", "4",
+    "--per_device_train_batch_size", "3", "--max_steps", "4", "--learning_rate", "1e-3",
+    "--save_steps", "2", "--logging_steps", "2", "--eval_steps", "2", "--packing_length", "200",
+    "--lora_dropout", "0", "--stages", "sft,cpo", "--dataloader_num_workers", "0",
+    "--save_total_limit", "0",
+]  # fmt: skip
+ONE = ["--sft_gradient_accumulation_steps", "2", "--gradient_accumulation_steps", "2"]
+TWO = ["--sft_gradient_accumulation_steps", "1", "--gradient_accumulation_steps", "1"]
+# AdamW turns the rounding of a gradient near zero into a share of the learning rate.
+FULL = ["--use_peft", "false", "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "-m", "cpo_fast.train"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ["clear lungs", "a small effusion", "an enlarged heart", "basal atelectasis"]
+    rows = [
+        {
+            "prompt": f"Report of patient {i}?",
+            "chosen": f"There are {words[i % 4]}, {words[(i * 7 + 1) % 4]} and line {i}.",
+            "rejected": f"There is {words[(i + 1) % 4]} only, line {i * 3}.",
+        }
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def one(data: Path, folder: Path, *flags: str) -> int:
+    return main(["--dataset", str(data), "--output_dir", str(folder), *FLAGS, *ONE, *flags])
+
+
+def start(data: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [*TORCHRUN, "--dataset", str(data), "--output_dir", str(folder), *FLAGS, *TWO]
+    return subprocess.Popen(
+        [*command, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def two(data: Path, folder: Path, *flags: str) -> tuple[int, str, str]:
+    process = start(data, folder, *flags)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+SAME = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "rewards/margins", "nll_loss",
+        "rewards/accuracies", "logps/chosen", "eval_loss", "eval_rewards/margins")  # fmt: skip
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """Losses, metrics and weights to 1e-6 (norms and sums relative to their size)."""
+    assert [(r["stage"], r["step"]) for r in rows(first)] == [
+        (r["stage"], r["step"]) for r in rows(second)
+    ]
+    for one_row, other in zip(rows(first), rows(second), strict=True):
+        for name in set(SAME) & (one_row.keys() | other.keys()) - {"num_tokens"}:
+            assert one_row[name] == pytest.approx(other[name], rel=2e-6, abs=1e-6), (name, one_row)
+    for stage in ("sft", "cpo"):
+        paths = [
+            next((f / stage / "checkpoint-4").glob("*model.safetensors")) for f in (first, second)
+        ]
+        left, right = map(load_file, paths)
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            torch.testing.assert_close(value, right[key], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single") / "run"
+    assert one(data, folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def double(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("double") / "run"
+    status, out, err = two(data, folder)
+    assert status == 0, err
+    assert out.count("report: ") == 1 and out.count("data: trl at") == 1  # rank 0 alone speaks
+    return folder
+
+
+def test_two_processes_give_what_one_gives(single: Path, double: Path) -> None:
+    assert_same(single, double)
+
+
+@pytest.fixture(scope="module")
+def full(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages tune all weights, on one process."""
+    folder = tmp_path_factory.mktemp("full") / "run"
+    assert one(data, folder, *FULL) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    status, _, err = two(data, folder, *FULL, "--fsdp", "true")
+    assert status == 0, err
+    return folder
+
+
+def test_sharded_full_tuning_gives_what_one_process_gives(full: Path, sharded: Path) -> None:
+    assert_same(full, sharded)
+
+
+def test_a_sharded_run_resumes_with_one_process_and_the_other_way_round(
+    data: Path, full: Path, sharded: Path, tmp_path: Path
+) -> None:
+    resume = [*FULL, "--resume_from_checkpoint", "auto"]
+    assert one(data, half(sharded, tmp_path / "one"), *resume) == 0
+    assert_same(full, tmp_path / "one")
+    status, _, err = two(data, half(full, tmp_path / "two"), *resume, "--fsdp", "true")
+    assert status == 0, err
+    assert_same(full, tmp_path / "two")
+
+
+def half(run: Path, folder: Path) -> Path:
+    """The run as it was in the middle of CPO."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "cpo" / "checkpoint-4")
+    return folder
+
+
+def test_saved_with_two_it_resumes_with_one_and_the_other_way_round(
+    data: Path, single: Path, double: Path, tmp_path: Path
+) -> None:
+    resume = ["--resume_from_checkpoint", "auto"]
+    assert one(data, half(double, tmp_path / "one"), *resume) == 0
+    assert_same(single, tmp_path / "one")
+    status, _, err = two(data, half(single, tmp_path / "two"), *resume)
+    assert status == 0, err
+    assert_same(single, tmp_path / "two")
+
+
+def test_another_batch_is_no_resume(
+    data: Path, double: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--resume_from_checkpoint", "auto", "--gradient_accumulation_steps", "4"]
+    assert one(data, double, *flags) == 2
+    assert "x processes (6, now 12)" in capsys.readouterr().err
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of torchrun's workers, rank 0 first."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return sorted(int(pid) for pid in path.read_text().split())
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+def wait_for_rows(folder: Path, process: subprocess.Popen[str]) -> None:
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.stat().st_size):
+        time.sleep(0.01)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    long = ["--sft_max_steps", "2000", "--save_steps", "0", "--eval_steps", "0"]
+    process = start(data, folder, *long)
+    wait_for_rows(folder, process)
+    os.kill(workers(process)[-1], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM after sft step" in err and "rank 1: stopped by SIGTERM" in err
+    (saved,) = (folder / "sft").glob("checkpoint-*")
+    state = json.loads((saved / "trainer_state.json").read_text())
+    assert f"after sft step {state['global_step']} of" in err
+    assert len(state["ranks"]) == 2
+
+
+def test_a_rank_that_dies_ends_the_other_with_a_message(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    long = ["--sft_max_steps", "2000", "--save_steps", "10", "--save_total_limit", "2"]
+    process = start(data, folder, *long)
+    wait_for(folder / "sft" / "checkpoint-10", process)
+    begun = time.monotonic()
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - begun < 50
+    assert "lost contact with the other processes" in err
+    assert latest_checkpoint(folder / "sft") is not None
+
+
+def test_a_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
+    status, _, err = two(data, tmp_path / "run", "--model_name_or_path", "/nowhere")
+    assert status != 0
+    assert "/nowhere: no such model folder" in err
+
+
+def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_path: Path) -> None:
+    """Some images stop decoding after they were checked, on one rank more than on the other."""
+    phantom = write_phantom(tmp_path / "data", num_studies=60)
+    broken = sorted(phantom.rglob("*.jpg"))[::12]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:-900])
+    flags = ["--max_pixels", "12544", "--packing_length", "600",
+             "--stages", "graph,counterfactual,sft,cpo", "--max_eval_samples", "6",
+             "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]  # fmt: skip
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir(mode=0o700)
+        known = [key_of(ImageRef(str(path), str(phantom))) for path in broken]
+        (tmp_path / name / "checked_images.txt").write_text("".join(f"{k}\n" for k in known))
+    assert one(phantom, tmp_path / "one", *flags) == 0
+    status, _, err = two(phantom, tmp_path / "two", *flags, "--fsdp", "true")
+    assert status == 0, err
+    assert_same(tmp_path / "one", tmp_path / "two")
+    first, second = (
+        sorted((tmp_path / name / "rejected_records.jsonl").read_text().splitlines())
+        for name in ("one", "two")
+    )
+    assert first == second and sum("image" in line for line in first) > 0

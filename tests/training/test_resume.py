@@ -1,0 +1,460 @@
+"""A run that is killed, stopped or damaged goes on to the same weights as one that was not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpo_fast.errors import UsageError
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.resume import data_facts
+from cpo_fast.run.same_flags import check_flags
+from cpo_fast.train import main
+from cpo_fast.training.checkpoint import (
+    checkpoints,
+    damage_of,
+    latest_checkpoint,
+    read_state,
+    write_checkpoint,
+)
+from cpo_fast.training.digests import file_digest
+from cpo_fast.training.distributed import World
+from cpo_fast.training.interrupt import EXIT_STATUS
+from cpo_fast.training.loop import Trainer
+from cpo_fast.training.metrics import TIMING_FIELDS
+from cpo_fast.training.objectives import CPOObjective
+from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
+
+pytestmark = pytest.mark.slow
+
+FLAGS = [
+    "--sft_use_peft", "false", "--sft_per_device_train_batch_size", "4", "--sft_max_steps", "9",
+    "--sft_gradient_accumulation_steps", "1", "--per_device_train_batch_size", "2",
+    "--gradient_accumulation_steps", "2", "--max_steps", "9", "--learning_rate", "1e-3",
+    "--save_steps", "2", "--logging_steps", "3", "--eval_steps", "4", "--packing_length", "90",
+    "--lora_dropout", "0.2", "--stages", "sft,cpo", "--dataloader_num_workers", "0",
+    "--save_total_limit", "0",
+]  # fmt: skip
+KILLS = 20 if os.environ.get("CPO_FAST_LONG_TESTS") else 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    words = ["clear lungs", "a small effusion", "an enlarged heart", "basal atelectasis"]
+    rows = [
+        {
+            "prompt": f"Report of patient {i}?",
+            "chosen": f"There are {words[i % 4]}, {words[(i * 7 + 1) % 4]} and line {i}.",
+            "rejected": f"There is {words[(i + 1) % 4]} only, line {i * 3}.",
+        }
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def command(data: Path, folder: Path, *flags: str) -> list[str]:
+    return ["--dataset", str(data), "--output_dir", str(folder), *FLAGS, *flags]
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert main(command(data, folder)) == 0
+    return folder
+
+
+def outcome(folder: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
+    """Final SFT weights, final adapter, metrics without the timing."""
+    return (
+        (folder / "sft" / "checkpoint-9" / "model.safetensors").read_bytes(),
+        (folder / "cpo" / "checkpoint-9" / "adapter_model.safetensors").read_bytes(),
+        outcome_rows(folder),
+    )
+
+
+def outcome_rows(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]
+
+
+def start(data: Path, folder: Path) -> subprocess.Popen[bytes]:
+    arguments = command(data, folder, "--resume_from_checkpoint", "auto")
+    return subprocess.Popen(
+        [sys.executable, "-m", "cpo_fast.train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool], sign: int) -> int:
+    """Send `sign` at `moment` (or let the run end first); returns the exit status."""
+    while process.poll() is None:
+        if moment():
+            process.send_signal(sign)
+            break
+        time.sleep(0.002)
+    return process.wait(timeout=120)
+
+
+def rows(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def sometime(folder: Path, chance: random.Random) -> Callable[[], bool]:
+    """At a random moment: from the start of the process on, or of its first new row on."""
+    limit = 8 * chance.random()
+    if chance.random() < 0.25:
+        begun = time.monotonic()
+        return lambda: time.monotonic() - begun > limit
+    first: list[float] = []
+    before = rows(folder)
+
+    def moment() -> bool:
+        if not first and rows(folder) not in (0, before):
+            first.append(time.monotonic())
+        return bool(first) and time.monotonic() - first[0] > limit / 4
+
+    return moment
+
+
+def test_killed_again_and_again_it_ends_with_the_same_weights(
+    data: Path, straight: Path, tmp_path: Path
+) -> None:
+    """In SFT, inside a checkpoint write, in CPO; in the long mode at random moments after that."""
+    folder = tmp_path / "killed"
+    chosen: list[Callable[[], bool]] = [
+        lambda: (folder / "sft" / "checkpoint-4").is_dir(),
+        lambda: any((folder / "cpo").glob(".partial-*")),
+        lambda: (folder / "cpo" / "checkpoint-6").is_dir(),
+    ]
+    for moment in chosen:
+        assert kill_when(start(data, folder), moment, signal.SIGKILL) == -signal.SIGKILL
+    killed, runs, chance = len(chosen), 1, random.Random(7)
+    while killed < KILLS:
+        status = kill_when(start(data, folder), sometime(folder, chance), signal.SIGKILL)
+        if status == 0:  # it was faster: that run is judged, and another one begins
+            assert outcome(folder) == outcome(straight)
+            folder, runs = tmp_path / f"killed-{runs}", runs + 1
+        else:
+            assert status == -signal.SIGKILL
+            killed += 1
+    assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    assert outcome(folder) == outcome(straight)
+    print(f"{killed} kills in {runs} runs")
+
+
+def test_sigterm_saves_and_exits_with_its_own_status(
+    data: Path, straight: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    process = start(data, folder)
+    status = kill_when(process, lambda: (folder / "sft" / "checkpoint-2").is_dir(), signal.SIGTERM)
+    assert status == EXIT_STATUS
+    assert process.stderr is not None
+    assert b"--resume_from_checkpoint auto" in process.stderr.read()
+    assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    assert outcome(folder) == outcome(straight)
+
+
+def interrupting(
+    monkeypatch: pytest.MonkeyPatch, kind: type, method: str, moment: Callable[[int], bool]
+) -> None:
+    """SIGTERM to this process before the calls of a method, counted from 1, that `moment` names."""
+    original, calls = getattr(kind, method), itertools.count(1)
+
+    def interrupted(self: Any, *rest: Any, **options: Any) -> Any:
+        if moment(next(calls)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *rest, **options)
+
+    monkeypatch.setattr(kind, method, interrupted)
+
+
+def test_a_stop_between_two_packs_leaves_the_step_to_the_resumed_run(
+    data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        interrupting(patch, CPOObjective, "summed", lambda call: call == 7)
+        assert main(command(data, folder)) == EXIT_STATUS
+    error = capsys.readouterr().err
+    (saved,) = checkpoints(folder / "cpo")[-1:]
+    step = int(saved.name.rsplit("-", 1)[1])
+    assert 0 < step < 9 and f"stopped by SIGTERM after cpo step {step} of 9" in error
+    assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    said = capsys.readouterr().out
+    assert "sft: nothing is left to train: " in said and "checkpoint-9 is the last of 9" in said
+    assert "cpo: nothing is left" not in said
+    assert outcome(folder) == outcome(straight)
+
+
+def test_a_stop_before_an_evaluation_leaves_it_to_the_resumed_run(
+    data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "owed"
+    with monkeypatch.context() as patch:
+        interrupting(patch, Trainer, "evaluate", lambda call: call == 1)
+        assert main(command(data, folder)) == EXIT_STATUS
+    assert [path.name for path in checkpoints(folder / "sft")][-1] == "checkpoint-4"
+    assert not any("eval_loss" in row for row in outcome_rows(folder))
+    assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    assert outcome(folder) == outcome(straight)
+
+
+def test_max_minutes_stops_like_a_signal(
+    data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "timed"
+    assert main(command(data, folder, "--max_minutes", "1e-9")) == EXIT_STATUS
+    assert "stopped by --max_minutes after sft step 0 of 9" in capsys.readouterr().err
+    assert checkpoints(folder / "sft") == []  # not one step was whole: it begins again
+    assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    assert outcome(folder) == outcome(straight)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "damaged"
+    assert main(command(data, folder)) == 0
+    last = folder / "cpo" / "checkpoint-9"
+    weights = last / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    (folder / "cpo" / "checkpoint-8" / "manifest.json").unlink()
+    assert damage_of(last) == "adapter_model.safetensors has changed"
+    assert latest_checkpoint(folder / "cpo") == folder / "cpo" / "checkpoint-6"
+    assert "checkpoint-9 is damaged" in capsys.readouterr().err
+    assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
+    assert outcome(folder) == outcome(straight)
+
+
+def test_other_flags_are_no_resume(
+    data: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--resume_from_checkpoint", "auto", "--beta", "0.5"]
+    assert main(command(data, straight, *flags)) == 2
+    assert "beta" in capsys.readouterr().err
+
+
+# --- changed data, model or tokenizer -----------------------------------------------------------
+
+SHORT = ["--stages", "sft", "--sft_max_steps", "-1", "--save_steps", "2", "--eval_steps", "0",
+         "--eval_fraction", "0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped_at_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over 24 rows, 6 steps, as it is after step 2, beside its data."""
+    folder = tmp_path_factory.mktemp("begun")
+    rows = data.read_text(encoding="utf-8").splitlines(keepends=True)[:24]
+    (folder / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
+    assert main(command(folder / "pairs.jsonl", folder / "run", *SHORT)) == 0
+    for step in (4, 6):
+        shutil.rmtree(folder / "run" / "sft" / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.fixture
+def begun(stopped_at_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the run is resumed from inside the folder, by relative paths."""
+    shutil.copytree(stopped_at_two, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    flags = json.loads(Path("run/config.json").read_text())
+    flags["dataset"] = "pairs.jsonl"
+    Path("run/config.json").write_text(json.dumps(flags))
+    edit_state(lambda state: state["begun_with"]["flags"].update(dataset="pairs.jsonl"))
+    return tmp_path / "copy"
+
+
+def edit_state(edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change trainer_state.json of the checkpoint, and its checksum with it."""
+    folder = Path("run/sft/checkpoint-2")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    edit(state)
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["trainer_state.json"] = file_digest(folder / "trainer_state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def resume(*flags: str) -> int:
+    arguments = [*SHORT, "--resume_from_checkpoint", "auto", *flags]
+    return main(command(Path("pairs.jsonl"), Path("run"), *arguments))
+
+
+def cut_rows() -> None:
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(rows[:12]))
+
+
+def reorder_rows() -> None:
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(reversed(rows)))
+
+
+def change_a_word() -> None:
+    text = Path("pairs.jsonl").read_text()
+    Path("pairs.jsonl").write_text(text.replace("and line 3.", "and line 4.", 1))
+
+
+def change_a_weight() -> None:
+    path = Path("run/base/model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def change_the_template() -> None:
+    for path in Path("run/base").glob("*"):
+        if path.is_file() and path.suffix in (".json", ".jinja"):
+            text = path.read_text()
+            path.write_text(text.replace("<|im_start|>assistant", "<|im_start|>doctor"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (cut_rows, "training data: 24 samples then, 12 now."),
+        (reorder_rows, "training data: the same 24 samples in another order."),
+        (change_a_word, "training data: 24 samples then, 24 now, with other content."),
+        (change_a_weight, "starting model: other weights or configuration"),
+        (change_the_template, "tokenizer: other files"),
+    ],
+)
+def test_a_resume_notices_what_has_changed(
+    begun: Path, change: Callable[[], None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change()
+    assert resume() == 2
+    error = capsys.readouterr().err
+    assert said in error and "--allow_changed_data" in error
+    assert [path.name for path in checkpoints(Path("run/sft"))] == ["checkpoint-2"]
+
+
+def test_changed_data_is_gone_on_with_when_it_is_allowed(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_rows()
+    assert resume("--allow_changed_data") == 0
+    said = "training data: 24 samples then, 12 now"
+    assert said in capsys.readouterr().out
+    stage = json.loads(Path("run/summary.json").read_text())["stages"]["sft"]
+    assert stage["resumed_with_changes"] == [said] and stage["steps"] == 3
+    state = read_state(Path("run/sft/checkpoint-3"))
+    assert state["begun_with"]["training data"]["samples"] == 12
+    assert state["begun_with"]["changes"] == [said]
+
+
+def test_a_checkpoint_without_digests_is_gone_on_with_in_one_sentence(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_state(lambda state: state.pop("begun_with"))
+    assert resume() == 0
+    assert "cannot be checked" in capsys.readouterr().out
+    assert read_state(Path("run/sft/checkpoint-6"))["begun_with"]["changes"] == []
+
+
+def test_other_flags_are_noticed_without_a_config_file(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run/config.json").unlink()
+    assert resume("--sft_learning_rate", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "checkpoint-2 was written with other values of sft_learning_rate" in error
+
+
+def test_another_data_set_is_another_value_of_a_flag_unless_it_is_allowed() -> None:
+    begun = asdict(TrainArguments(dataset="a.jsonl"))
+    other = asdict(TrainArguments(dataset="b.jsonl"))
+    with pytest.raises(UsageError, match=r"other values of dataset: .* --allow_changed_data true"):
+        check_flags(Path("config.json"), begun, other)
+    check_flags(Path("config.json"), begun, other | {"allow_changed_data": True})
+    with pytest.raises(UsageError, match="other values of beta: resume with the same flags"):
+        check_flags(Path("config.json"), begun, begun | {"beta": 0.2, "allow_changed_data": True})
+    del begun["allow_changed_data"], begun["loss_impl"]  # a version that did not have them
+    check_flags(Path("config.json"), begun, asdict(TrainArguments(dataset="a.jsonl")))
+
+
+def test_a_changed_image_file_is_changed_data(tmp_path: Path) -> None:
+    groups = []
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+        prompt = Prompt((1, 2), (ImageRef(name, str(tmp_path)),))
+        groups.append(PreferenceGroup(name, prompt, (3,), ((4,),)))
+    before = data_facts(groups)
+    assert data_facts(groups) == before
+    swapped = data_facts(groups[::-1])
+    assert swapped["digest"] != before["digest"]
+    assert swapped["in_any_order"] == before["in_any_order"]
+    (tmp_path / "b.png").write_bytes(b"c.png" * 100)  # the same size
+    assert data_facts(groups)["in_any_order"] != before["in_any_order"]
+    weighted = [groups[0], replace(groups[1], source="perception")]
+    assert data_facts(weighted)["digest"] != data_facts(groups)["digest"]
+
+
+def test_only_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "limited"
+    assert main(command(data, folder, "--save_total_limit", "2", "--stages", "sft")) == 0
+    assert [path.name for path in checkpoints(folder / "sft")] == ["checkpoint-8", "checkpoint-9"]
+
+
+def write_steps(stage: Path, *steps: int, **options: Any) -> list[str]:
+    for step in steps:
+        write_checkpoint(stage, step, lambda folder: None, {}, world=World(), **options)
+    return [path.name.removeprefix("checkpoint-") for path in checkpoints(stage)]
+
+
+def test_the_newest_are_those_of_the_course_of_the_run(tmp_path: Path) -> None:
+    """Resumed from an earlier step, it does not delete what it has just written."""
+    assert TrainArguments().save_steps > 0 and TrainArguments().save_total_limit > 0
+    assert write_steps(tmp_path, 100, 200, 300) == ["100", "200", "300"]
+    assert write_steps(tmp_path, 150, save_total_limit=2) == ["100", "150", "200", "300"]
+    assert write_steps(tmp_path, 180, save_total_limit=2) == ["150", "180", "200", "300"]
+    best = tmp_path / "checkpoint-150"
+    assert write_steps(tmp_path, 200, save_total_limit=1, keep=best) == ["150", "200", "300"]
+    assert write_steps(tmp_path, 300, save_total_limit=1) == ["300"]
+
+
+def test_damage_is_said_in_words(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1)
+    path = tmp_path / "checkpoint-1"
+    assert damage_of(path) is None
+    (path / "trainer_state.json").unlink()
+    assert damage_of(path) == "it has no trainer_state.json"
+    (path / "manifest.json").write_text("[1")
+    assert damage_of(path) == "its manifest.json is not a list of files and checksums"
+    (path / "manifest.json").unlink()
+    assert damage_of(path) == "it has no manifest.json"
+    assert damage_of(tmp_path / "none") == "it has no manifest.json"
+
+
+def test_a_step_that_is_not_finite_is_named_and_does_not_reach_the_weights(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "nan"
+    status = main(command(data, folder, "--sft_learning_rate", "1e30", "--stages", "sft"))
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "steps in a row" in error and "nonfinite_steps.jsonl" in error
+    lines = (folder / "nonfinite_steps.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 3 and json.loads(lines[-1])["ids"]
