@@ -34,13 +34,12 @@ from tqdm import tqdm
 
 from cpo_fast.data import mimic_index, open_studies
 from cpo_fast.data.images import load_shades
-from cpo_fast.data.pixels import pixel_values
+from cpo_fast.data.pixels import MAX_PIXELS, MIN_PIXELS, pixel_values
 from cpo_fast.types import FINDINGS, ImageRef
 
 STUDIES, PATIENTS, IMAGES = 227_835, 65_379, 377_110
 WITH_REPORTS = 5_000
 NAMES = ("split", "metadata", "chexpert")
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 
 _REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)

@@ -34,6 +34,7 @@ from cpo_fast.model.flops import mfu, peak_flops
 from cpo_fast.model.fused import restore_functions
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.model.tokenizer import SPECIAL_TOKENS
+from cpo_fast.types import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def random_model(size: Size, tokenizer: Any, device: torch.device, dtype: torch.
                 i for i in range(size.vision_layers) if i % 8 == 7 or i == size.vision_layers - 1
             ],
         },
-        image_token_id=ids["<|image_pad|>"],
+        image_token_id=ids[IMAGE_TOKEN],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],

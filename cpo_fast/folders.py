@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cpo_fast.errors import UsageError
 
@@ -74,14 +76,32 @@ def make_private(folder: Path) -> None:
         raise UsageError(f"--output_dir {folder} cannot be written: {error}") from error
 
 
+def open_private(path: Path, flags: int = os.O_WRONLY | os.O_TRUNC) -> int:
+    """Open `path` for writing in place; a new file gets mode 0600. Returns the descriptor."""
+    return os.open(path, flags | os.O_CREAT, 0o600)
+
+
+@contextmanager
+def replace_private(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A new file (mode 0600) that replaces `path` at the end of the block, unless the block raises.
+
+    Several processes can write the same path: each has its own partial file until then.
+    """
+    descriptor, name = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)  # mode 0600
+    partial = Path(name)
+    try:
+        encoding = None if binary else "utf-8"
+        with os.fdopen(descriptor, "wb" if binary else "w", encoding=encoding) as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_private(path: Path, data: bytes | str) -> None:
-    """Replace `path` by a new file that only its owner can read: it may hold patients' words."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-    partial.replace(path)
+    """Replace `path` by a new file with mode 0600, since it can hold patient text."""
+    with replace_private(path, binary=isinstance(data, bytes)) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 from cpo_fast.errors import UsageError
+from cpo_fast.folders import open_private
 
 LOCK = ".lock"
 """The lock file's name in a locked folder."""
@@ -139,7 +140,7 @@ def _locked(file: Path, what: str) -> Iterator[None]:
 def _take(file: Path, what: str) -> int:
     """A handle of `file` that holds its lock and names this process in it."""
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = open_private(file, os.O_RDWR)
         try:
             shared = _lock(handle)
             left = _read(handle)

@@ -38,6 +38,14 @@ FINDINGS: tuple[str, ...] = (
 Labels = Mapping[str, int | None]
 """Finding name -> 1 present, 0 absent, -1 uncertain, None (or missing) not mentioned."""
 
+SPLITS = ("train", "validate", "test")
+
+IMAGE_TOKEN = "<|image_pad|>"
+"""Qwen2.5-VL's placeholder for an image in plain text."""
+
+ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
+"""Attention implementations over a pack (`cpo_fast.model.packed`)."""
+
 
 # --- files -> Study ------------------------------------------------------------------------------
 
@@ -49,6 +57,10 @@ class ImageRef:
     path: str
     root: str = ""
     data: bytes | None = None
+
+
+Pixels = Callable[[ImageRef], "tuple[torch.Tensor, torch.Tensor]"]
+"""Image -> (pixel values [patches, patch volume] float32, grid [3] int64 (t, h, w) in patches)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ class Study:
     report: Report
     images: tuple[ImageRef, ...] = ()
     labels: Labels = field(default_factory=dict)
-    split: str = "train"  # "train" | "validate" | "test"
+    split: str = "train"  # one of SPLITS
     date: str = ""
     indication: str = ""
     origin: Origin | None = field(default=None, compare=False)

@@ -20,6 +20,7 @@ from cpo_fast.console import piped
 from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.flags import POSITIVE
+from cpo_fast.folders import open_private
 from cpo_fast.locks import check_file
 from cpo_fast.types import ConceptGraph
 
@@ -78,7 +79,7 @@ def _open_output(path: Path) -> IO[str]:
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, mode=0o700)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        handle = open_private(path)
     except OSError as error:
         raise UsageError(f"--output {path}: can't be written ({error.strerror})") from error
     return os.fdopen(handle, "w", encoding="utf-8")

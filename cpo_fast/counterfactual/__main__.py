@@ -28,6 +28,7 @@ from cpo_fast.data import STUDY_FORMATS, open_studies
 from cpo_fast.data.sections import RULES
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Number
+from cpo_fast.folders import open_private
 from cpo_fast.locks import check_file, lock_file
 from cpo_fast.types import Counterfactual, Study
 
@@ -252,7 +253,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _private(path: Path, keep: bool) -> IO[str]:
     """`path` for reading and writing by its owner, for it holds report text."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = open_private(path, os.O_RDWR)
     except OSError as error:
         raise UsageError(f"--output {path}: can't be written ({error.strerror})") from error
     file = os.fdopen(handle, "r+", encoding="utf-8", newline="\n")

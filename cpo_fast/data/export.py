@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from cpo_fast.data.lengths import as_preference
 from cpo_fast.data.preference_values import IMAGE_TAG
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
+from cpo_fast.folders import replace_private
 from cpo_fast.types import Answer, ImageRef, Preference
 
 Row = dict[str, Any]
@@ -168,6 +168,16 @@ def swift_rows(one: Preference) -> list[Row]:
     return rows or [row]
 
 
+def ccf_item(
+    dicom_id: str, sid: str, pid: str, report: str, diagnose: str, counterfact: dict[str, str]
+) -> Row:
+    """An item of CXR-CounterFact; `counterfact` maps a disease to its report."""
+    return {
+        "dicom_id": dicom_id, "sid": sid, "pid": pid, "report": report, "diagnose": diagnose,
+        "counterfact": counterfact,
+    }  # fmt: skip
+
+
 def ccf_rows(one: Preference) -> list[Row]:
     """One item of CXR-CounterFact, out of answers in its form: a report in thoughts, a sentence."""
     _no_own_prompts(one, "ccf")
@@ -190,8 +200,8 @@ def ccf_rows(one: Preference) -> list[Row]:
     if one.images and place is None:
         raise RecordError("not-mimic", "ccf finds images by ids of MIMIC-CXR")
     patient, study, dicom = place.groups() if place else ("", one.id, "")
-    row = {"dicom_id": dicom, "sid": study, "pid": patient}
-    return [{**row, "report": chosen[1], "diagnose": chosen[2], "counterfact": told}]
+    item = ccf_item(dicom, study, patient, chosen[1], chosen[2], told)
+    return [item]
 
 
 FORMATS = {"jsonl": jsonl_rows, "ccf": ccf_rows, "trl": trl_rows, "swift": swift_rows}
@@ -219,15 +229,11 @@ def export(
     can be exported.
     """
     make = FORMATS[form]
-    target = Path(output)
-    part = target.with_name(f".{target.name}.part")
     records = rows = 0
     paths = False
     reasons: Counter[str] = Counter()
     try:
-        part.unlink(missing_ok=True)
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with replace_private(Path(output)) as file:
             file.write("[\n" if form == "ccf" else "")
             for record in tqdm(source, "export", unit=source.noun, disable=None):
                 try:
@@ -245,16 +251,12 @@ def export(
                 shown = (one.images, *(images or () for images in one.rejected_images))
                 paths |= any(ref.data is None for images in shown for ref in images)
             file.write("\n]\n" if form == "ccf" else "")
-        reasons.update(source.reasons())
-        if rows:
-            part.replace(target)
+            reasons.update(source.reasons())
+            if not rows:
+                counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+                raise DataError(f"{source.path}: no record can be written as {form} ({counts})")
     except OSError as error:
         raise DataError(
             f"{output}: cannot be written ({error.strerror}); choose another --output"
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
-    if not rows:
-        counted = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-        raise DataError(f"{source.path}: nothing of it can be written as {form} ({counted})")
     return Exported(records, rows, dict(reasons.most_common()), paths)

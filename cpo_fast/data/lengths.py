@@ -13,7 +13,7 @@ from cpo_fast.data.files import open_regular
 from cpo_fast.data.images import image_size
 from cpo_fast.data.labels import diagnosis, question, thought
 from cpo_fast.data.patients import patients_of
-from cpo_fast.data.pixels import visual_tokens
+from cpo_fast.data.pixels import MAX_PIXELS, MIN_PIXELS, visual_tokens
 from cpo_fast.data.processor_files import image_processor_settings, pixel_bounds
 from cpo_fast.data.tokens import cannot_see, token_ids
 from cpo_fast.errors import RecordError, UsageError
@@ -21,9 +21,6 @@ from cpo_fast.types import ImageRef, Preference, Study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
-"""Bounds of Qwen2.5-VL on a resized image, where a model's folder names none."""
 
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cpo_fast.data.files import read_report
-from cpo_fast.data.mimic_index import BAD_ROW, BLANK, FRONTAL, NOT_MENTIONED, SPLITS, load_index
+from cpo_fast.data.mimic_index import BAD_ROW, BLANK, FRONTAL, NOT_MENTIONED, load_index
 from cpo_fast.data.sections import indication, parse_report
 from cpo_fast.data.source import StudySource
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.types import FINDINGS, ImageRef, Origin, Study
+from cpo_fast.types import FINDINGS, SPLITS, ImageRef, Origin, Study
 
 LABELLERS = ("chexpert", "negbio")
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
@@ -24,9 +23,9 @@ from tqdm import tqdm
 
 from cpo_fast.data.files import csv_rows
 from cpo_fast.errors import DataError
-from cpo_fast.types import FINDINGS, RejectedRecord
+from cpo_fast.folders import replace_private
+from cpo_fast.types import FINDINGS, SPLITS, RejectedRecord
 
-SPLITS = ("train", "validate", "test")
 FRONTAL_VIEWS = frozenset({"AP", "PA"})
 
 OTHER, FRONTAL, BLANK = range(3)
@@ -259,14 +258,8 @@ def _keep(file: Path, key: str, index: MimicIndex) -> None:
     bad = json.dumps([record.to_json() for record in index.bad])
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # mkstemp makes it 0600, and the rename shows other processes nothing unfinished.
-        descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                np.savez(out, key=np.array(key), bad=np.array(bad), **arrays)
-            Path(name).replace(file)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with replace_private(file, binary=True) as out:
+            np.savez(out, key=np.array(key), bad=np.array(bad), **arrays)
 
 
 def load_index(split: str, metadata: str, labels: str) -> MimicIndex:

@@ -21,6 +21,9 @@ PATCH = 14
 MERGE = 2
 """Patches of 14 x 14 pixels; 2 x 2 of them make a visual token."""
 
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
+"""Qwen2.5-VL's bounds on the area of a resized image: 4 to 1,280 visual tokens."""
+
 FRAMES = 2
 """An image counts as two equal frames of a film."""
 

@@ -20,7 +20,6 @@ from cpo_fast.data.preference_build import (
 )
 from cpo_fast.data.preference_reports import parse_ccf, parse_counterfactual
 from cpo_fast.data.preference_values import (
-    IMAGE_TOKEN,
     Message,
     image_refs,
     list_of,
@@ -37,7 +36,7 @@ from cpo_fast.data.preference_values import (
     with_system,
 )
 from cpo_fast.errors import RecordError
-from cpo_fast.types import Preference
+from cpo_fast.types import IMAGE_TOKEN, Preference
 
 PAIR = ("chosen", "rejected")
 _NECTAR_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")

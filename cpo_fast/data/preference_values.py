@@ -20,8 +20,6 @@ from cpo_fast.types import Answer, ImageRef
 Message = Mapping[str, Any]
 
 IMAGE_TAG = "<image>"
-IMAGE_TOKEN = "<|image_pad|>"
-"""What Qwen2.5-VL writes for an image in plain text."""
 
 _IMAGE = {"type": "image"}
 _ROLES = {

@@ -15,9 +15,9 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.data.preference_values import IMAGE_TOKEN, words
+from cpo_fast.data.preference_values import words
 from cpo_fast.errors import RecordError
-from cpo_fast.types import Answer, Preference
+from cpo_fast.types import IMAGE_TOKEN, Answer, Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,10 +21,9 @@ from cpo_fast.errors import UsageError
 from cpo_fast.evaluation.likelihood import finding_candidates
 from cpo_fast.evaluation.text import thought_of
 from cpo_fast.evaluation.tree import score_tree
-from cpo_fast.types import ConceptGraph, Disease, Prompt
+from cpo_fast.types import ConceptGraph, Disease, Pixels, Prompt
 
 if TYPE_CHECKING:
-    from cpo_fast.evaluation.generate import Pixels
     from cpo_fast.model.packed import PackedModel
 
 SYNONYMS: tuple[tuple[str, str], ...] = (

@@ -6,12 +6,12 @@ is asked with exactly the tokens that it was trained on; no AutoProcessor and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.errors import RecordError, UsageError
-from cpo_fast.types import ImageRef, Prompt
+from cpo_fast.types import Pixels, Prompt
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from cpo_fast.packing.readable import Decoded
 
 END_OF_TURN = "<|im_end|>"
-
-Pixels = Callable[[ImageRef], "tuple[torch.Tensor, torch.Tensor]"]
-"""Image -> (pixel_values [patches, channels x patch volume], grid_thw [3] int64)."""
 
 
 def diagnose(

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.data.labels import LABEL_NAMES, answer
 from cpo_fast.errors import RecordError, UsageError
-from cpo_fast.types import PreferenceGroup, Prompt
+from cpo_fast.types import Pixels, PreferenceGroup, Prompt
 
 if TYPE_CHECKING:
     import torch
 
-    from cpo_fast.evaluation.generate import Pixels
     from cpo_fast.model.packed import PackedModel
 
 Candidates = Sequence[Sequence[int]]

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpo_fast.errors import UsageError
-from cpo_fast.types import Prompt
+from cpo_fast.types import Pixels, Prompt
 
 if TYPE_CHECKING:
     import torch
 
-    from cpo_fast.evaluation.generate import Pixels
     from cpo_fast.model.packed import PackedModel
 
 

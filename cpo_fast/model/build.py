@@ -17,6 +17,7 @@ from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.lineage import base_of_adapter, is_adapter
 from cpo_fast.model.supported import model_class, read_config
 from cpo_fast.model.tokenizer import SPECIAL_TOKENS
+from cpo_fast.types import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,7 +83,7 @@ def tiny_model(
             "out_hidden_size": hidden_size,
             "fullatt_block_indexes": [vision_layers - 1],
         },
-        image_token_id=ids["<|image_pad|>"],
+        image_token_id=ids[IMAGE_TOKEN],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cpo_fast.data.images import image_size, load_shades
-from cpo_fast.data.pixels import FRAMES, PATCH, pixel_values, resized
+from cpo_fast.data.pixels import (
+    FRAMES,
+    MAX_PIXELS,
+    MERGE,
+    MIN_PIXELS,
+    PATCH,
+    pixel_values,
+    resized,
+)
 from cpo_fast.data.processor_files import (
     PREPROCESSOR,
     PROCESSOR,
@@ -23,16 +31,11 @@ from cpo_fast.data.processor_files import (
     pixel_bounds,
 )
 from cpo_fast.errors import RecordError, UsageError
-from cpo_fast.packing.encode import MERGE_SIZE, Grid
+from cpo_fast.packing.encode import Grid
 from cpo_fast.types import ImageRef
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-MIN_PIXELS = 56 * 56
-MAX_PIXELS = 1280 * 28 * 28
-"""Qwen2.5-VL's own bounds on the resized image; 1,003,520 pixels are 1,280 visual tokens."""
-
 
 TYPES = tuple(
     f"{family}ImageProcessor{variant}"
@@ -53,10 +56,10 @@ class ImageProcessor:
     def __init__(self, processor: Qwen2VLImageProcessorPil) -> None:
         self.processor = processor
         sizes = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
-        if sizes != (PATCH, FRAMES, MERGE_SIZE):
+        if sizes != (PATCH, FRAMES, MERGE):
             raise UsageError(
                 f"the image processor cuts patches of {sizes[0]} pixels and {sizes[1]} frames and "
-                f"merges {sizes[2]} a side; only {PATCH}, {FRAMES} and {MERGE_SIZE} (Qwen2.5-VL) "
+                f"merges {sizes[2]} a side; only {PATCH}, {FRAMES} and {MERGE} (Qwen2.5-VL) "
                 "are supported"
             )
         if not processor.do_resize or int(processor.resample) != BICUBIC:
@@ -149,7 +152,7 @@ class ImageProcessor:
         )
         images = cls.load(beside if has and beside is not None else folder, **bounds)
         expected = {
-            "patch_size": PATCH, "temporal_patch_size": FRAMES, "spatial_merge_size": MERGE_SIZE
+            "patch_size": PATCH, "temporal_patch_size": FRAMES, "spatial_merge_size": MERGE
         }  # fmt: skip
         for name, size in expected.items():
             if getattr(vision, name, size) != size:

@@ -18,13 +18,11 @@ from torch import nn
 from cpo_fast.errors import UsageError
 from cpo_fast.model.head import OutputHead
 from cpo_fast.model.supported import check_adapter, check_model, varlen_obstacle
-from cpo_fast.types import PackedBatch
+from cpo_fast.types import ATTENTIONS, PackedBatch
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
 
 
 class PackedModel:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cpo_fast.errors import UsageError
+from cpo_fast.types import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,7 +22,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     "<|im_end|>",
     "<|vision_start|>",
     "<|vision_end|>",
-    "<|image_pad|>",
+    IMAGE_TOKEN,
     "<|video_pad|>",
 )
 """Qwen's special tokens that this project uses; they follow the trained vocabulary, as Qwen's

@@ -8,21 +8,16 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from cpo_fast.counting import counted
+from cpo_fast.data.pixels import MERGE
 from cpo_fast.errors import RecordError, UsageError
-from cpo_fast.packing.encode import MERGE_SIZE
 from cpo_fast.packing.plan import Pack
-from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, Prompt
-
-Pixels = Callable[[ImageRef], tuple[torch.Tensor, torch.Tensor]]
-"""ref -> (pixel values [n, d] float32, grid [3] int64 in patches), as transformers preprocesses
-them.
-"""
+from cpo_fast.types import ImageRef, PackedBatch, Pixels, PreferenceGroup, Prompt
 
 
 def prompt_positions(
@@ -41,7 +36,7 @@ def prompt_positions(
     token, position = 0, 0
     for grid in grids:
         t, h, w = (int(x) for x in grid)
-        h, w = h // MERGE_SIZE, w // MERGE_SIZE
+        h, w = h // MERGE, w // MERGE
         start = token + int(is_image[token:].to(torch.uint8).argmax())  # end of the text before it
         end = start + t * h * w
         if not bool(is_image[start:end].all()) or end > len(input_ids):

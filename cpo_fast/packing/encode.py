@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cpo_fast.counting import counted
+from cpo_fast.data.pixels import MERGE
 from cpo_fast.data.preference_values import same_answer, words
 from cpo_fast.data.tokens import cannot_see, image_token_id, token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
@@ -19,11 +20,8 @@ from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, Reject
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MERGE_SIZE = 2
-"""Qwen2.5-VL merges 2 x 2 patches into one visual token."""
-
 Grid = tuple[int, int, int]
-"""(t, h, w) of an image in patches; it takes t * h * w / MERGE_SIZE**2 visual tokens."""
+"""(t, h, w) of an image in patches; it takes t * h * w / MERGE**2 visual tokens."""
 
 OverLong = Literal["drop", "truncate_response", "error"]
 
@@ -215,7 +213,7 @@ def _expand(
     if not images:
         return tuple(ids)
     assert image_tokens is not None  # else `_encode` has refused the preference
-    counts = iter([t * h * w // MERGE_SIZE**2 for t, h, w in map(image_tokens, images)])
+    counts = iter([t * h * w // MERGE**2 for t, h, w in map(image_tokens, images)])
     expanded: list[int] = []
     for token in ids:
         expanded.extend([token] * next(counts) if token == pad_id else [token])

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from cpo_fast.data.images import naming
+from cpo_fast.data.pixels import MERGE
 from cpo_fast.errors import RecordError
-from cpo_fast.packing.collate import Pixels
-from cpo_fast.packing.encode import MERGE_SIZE
 from cpo_fast.packing.plan import Pack
-from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
+from cpo_fast.types import ImageRef, Pixels, PreferenceGroup, Prompt
 
 Decoded = dict[ImageRef, tuple[torch.Tensor, torch.Tensor]]
 
@@ -67,7 +66,7 @@ def decode(
                     raise naming(image, error) from None
         if prompt.images and image_token_id is not None:
             grids = [decoded[image][1] for image in prompt.images]
-            tokens = sum(int(grid.prod()) // MERGE_SIZE**2 for grid in grids)
+            tokens = sum(int(grid.prod()) // MERGE**2 for grid in grids)
             if prompt.input_ids.count(image_token_id) != tokens:
                 detail = "another size than when the prompt was made"
                 raise naming(prompt.images[0], RecordError("image-changed", detail))

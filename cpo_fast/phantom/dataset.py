@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from cpo_fast.errors import UsageError
 from cpo_fast.flags import SEED, whole
+from cpo_fast.folders import write_json, write_private
 from cpo_fast.phantom.cases import Exam, exams
 from cpo_fast.phantom.radiograph import frontal, lateral
 from cpo_fast.phantom.wording import DRIFTS, Written, write_report
@@ -70,22 +70,22 @@ def write_phantom(
         return root
 
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _write_json(root / MARKER, marker | {"complete": False})
-    _write(root / "README.txt", _README.encode())
+    write_json(root / MARKER, marker | {"complete": False})
+    write_private(root / "README.txt", _README.encode())
     found = exams(num_studies, seed)
     reports = []
     for exam in tqdm(found, desc="phantom", unit="study", disable=None):
         report = write_report(exam, np.random.default_rng([seed, 2, exam.number]))
         folder = root / study_path(exam)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(folder.with_name(folder.name + ".txt"), report.text.encode())
+        write_private(folder.with_name(folder.name + ".txt"), report.text.encode())
         for dicom_id, picture in zip(exam.dicom_ids, _draw(exam, seed, image_size), strict=True):
-            _write(folder / f"{dicom_id}.jpg", picture)
+            write_private(folder / f"{dicom_id}.jpg", picture)
         reports.append(report)
     _write_tables(root, found, reports, image_size)
     lines = (json.dumps(_truth(*pair)) + "\n" for pair in zip(found, reports, strict=True))
-    _write(root / TRUTH, "".join(lines).encode())
-    _write_json(root / MARKER, marker | {"complete": True})
+    write_private(root / TRUTH, "".join(lines).encode())
+    write_json(root / MARKER, marker | {"complete": True})
     return root
 
 
@@ -143,24 +143,13 @@ def _jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner may read, as all that looks like patient data."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
 def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     # neither a time nor a name in the gzip header: equal tables are equal bytes
-    _write(path, gzip.compress(text.getvalue().encode(), mtime=0))
+    write_private(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def _write_tables(root: Path, found: list[Exam], reports: list[Written], image_size: int) -> None:

@@ -7,7 +7,6 @@ is uploaded.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.counting import counted
-from cpo_fast.folders import read_object
+from cpo_fast.folders import read_object, write_private
 from cpo_fast.model.lineage import CONFIG
 from cpo_fast.report.evaluation_tables import BEST, evaluation_tables
 from cpo_fast.report.headline import protocol
@@ -78,10 +77,7 @@ def card_of_export(checkpoint: Path, folder: Path) -> Path | None:
 
 def write_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> Path:
     path = folder / "README.md"
-    path.unlink(missing_ok=True)  # peft leaves a template there
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(model_card(folder, run, stage, merged=merged))
+    write_private(path, model_card(folder, run, stage, merged=merged))
     return path
 
 

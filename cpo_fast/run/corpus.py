@@ -35,6 +35,7 @@ from cpo_fast.run.arguments import SOURCES, TrainArguments
 from cpo_fast.run.run_folder import RunFolder, write_private
 from cpo_fast.run.split import first_questions, sizes, split_by_question
 from cpo_fast.types import (
+    SPLITS,
     ConceptGraph,
     Counterfactual,
     ImageRef,
@@ -42,9 +43,6 @@ from cpo_fast.types import (
     RejectedRecord,
     Study,
 )
-
-SPLITS = ("train", "validate", "test")
-
 
 # --- files -> studies ----------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ DATASET_FORMATS = (
 SECTION_RULES = ("careful", "authors")
 LABEL_POLICIES = ("negative", "positive")
 TRUNCATIONS = ("drop", "truncate_response", "error")
-ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
 LOSS_IMPLS = ("reference", "cuda", "triton", "cpu")
 METRICS = (
     "loss",

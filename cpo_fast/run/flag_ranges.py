@@ -24,7 +24,6 @@ from cpo_fast.flags import (
     whole,
 )
 from cpo_fast.run.flag_names import (
-    ATTENTIONS,
     DATASET_FORMATS,
     LABEL_POLICIES,
     LOSS_IMPLS,
@@ -35,6 +34,7 @@ from cpo_fast.run.flag_names import (
     TRUNCATIONS,
 )
 from cpo_fast.run.report_to import TRACKERS
+from cpo_fast.types import ATTENTIONS
 
 STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
 SOURCES = ("thinking", "perception")  # of counterfactuals, as CPO++ names them

@@ -8,7 +8,7 @@ from typing import Any
 
 from cpo_fast.data.images import load_image
 from cpo_fast.model.images import ImageProcessor
-from cpo_fast.types import Preference
+from cpo_fast.types import IMAGE_TOKEN, Preference
 
 
 def processor(tokenizer: Any, images: ImageProcessor) -> Any:
@@ -19,8 +19,8 @@ def processor(tokenizer: Any, images: ImageProcessor) -> Any:
     made.image_processor = images.processor
     made.tokenizer = tokenizer
     made.chat_template = tokenizer.chat_template
-    made.image_token, made.video_token = "<|image_pad|>", "<|video_pad|>"
-    made.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    made.image_token, made.video_token = IMAGE_TOKEN, "<|video_pad|>"
+    made.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     made.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     return made
 

@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
@@ -17,9 +17,7 @@ from cpo_fast.errors import CpoFastError
 from cpo_fast.packing import Step, collate
 from cpo_fast.packing.plan import Pack
 from cpo_fast.packing.readable import readable
-from cpo_fast.types import ImageRef, PackedBatch, PreferenceGroup, RejectedRecord
-
-Pixels = Callable[[ImageRef], tuple[torch.Tensor, torch.Tensor]]
+from cpo_fast.types import PackedBatch, Pixels, PreferenceGroup, RejectedRecord
 
 DEATHS = 3  # of worker processes that a stage puts up with
 

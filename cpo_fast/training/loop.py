@@ -30,7 +30,7 @@ from cpo_fast.training.bar import StageBar
 from cpo_fast.training.checkpoint import write_checkpoint
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World
-from cpo_fast.training.feed import Pixels, StepFeed, step_loader
+from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.training.metrics import MetricsLog, Sums, finite
 from cpo_fast.training.objectives import Objective
@@ -38,7 +38,7 @@ from cpo_fast.training.plan import epoch_steps, stage_steps
 from cpo_fast.training.sharding import is_sharded, unaliased, write_model, write_shards
 from cpo_fast.training.state import OPTIMIZER, StageState
 from cpo_fast.training.step import Stepper
-from cpo_fast.types import PackedBatch, PreferenceGroup, RejectedRecord
+from cpo_fast.types import PackedBatch, Pixels, PreferenceGroup, RejectedRecord
 
 
 @dataclass

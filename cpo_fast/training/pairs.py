@@ -11,9 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cpo_fast.packing import image_token_id, plan_epoch
-from cpo_fast.training.feed import Pixels, StepFeed, step_loader
+from cpo_fast.training.feed import StepFeed, step_loader
 from cpo_fast.training.objectives import CPOObjective
-from cpo_fast.types import PreferenceGroup, RejectedRecord
+from cpo_fast.types import Pixels, PreferenceGroup, RejectedRecord
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from cpo_fast.errors import UsageError
 from cpo_fast.loss.api import impl_obstacles
 from cpo_fast.loss.checks import loss_options
 from cpo_fast.loss.losses import LOSS_TYPES
-from cpo_fast.model import packed
 from cpo_fast.packing.encode import OverLong
 from cpo_fast.run import flag_names
 from cpo_fast.run.arguments import TrainArguments
@@ -37,7 +36,6 @@ def test_names_equal_those_of_their_users() -> None:
     assert RULES == flag_names.SECTION_RULES
     assert sorted(UNCERTAIN_POLICIES) == list(flag_names.LABEL_POLICIES)
     assert get_args(OverLong) == flag_names.TRUNCATIONS
-    assert packed.ATTENTIONS == flag_names.ATTENTIONS
     assert tuple(impl_obstacles()) == flag_names.LOSS_IMPLS
 
 
