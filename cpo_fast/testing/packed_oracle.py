@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.nn.functional import logsigmoid
 
 from cpo_fast.model.build import add_lora
+from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import collate, encode_all, image_token_id
+from cpo_fast.packing import Pack, collate, encode_all, image_token_id
 from cpo_fast.testing.samples import (
     image,
     images,
@@ -18,21 +22,31 @@ from cpo_fast.testing.samples import (
     tokenizer,
     vision_language_model,
 )
+from cpo_fast.types import PackedBatch, Preference, PreferenceGroup
 
 
-def groups_of(samples, processor=None):
+def groups_of(
+    samples: Sequence[Preference], processor: ImageProcessor | None = None
+) -> list[PreferenceGroup]:
     grid = (processor or images()).grid
     return encode_all(samples, tokenizer(), grid, max_length=4000).groups
 
 
-def pack_of(groups, pack=None, processor=None, **options):
+def pack_of(
+    groups: Sequence[PreferenceGroup],
+    pack: Pack | None = None,
+    processor: ImageProcessor | None = None,
+    **options: Any,
+) -> PackedBatch:
     pack = pack or tuple((i, tuple(range(len(g.rejected)))) for i, g in enumerate(groups))
     pad = image_token_id(tokenizer())
     pixels = (processor or images()).pixels
     return collate(groups, pack, pixels=pixels, image_token_id=pad, **options)
 
 
-def adapted(model, *, freeze_vit=True, scale=0.05, dropout=0.0):
+def adapted(
+    model: Any, *, freeze_vit: bool = True, scale: float = 0.05, dropout: float = 0.0
+) -> Any:
     """LoRA with a B that is not zero, as after some training."""
     model = add_lora(model, r=4, alpha=8, freeze_vit=freeze_vit, dropout=dropout)
     generator = torch.Generator().manual_seed(1)
@@ -42,19 +56,27 @@ def adapted(model, *, freeze_vit=True, scale=0.05, dropout=0.0):
     return model
 
 
-def packed_logps(packed: PackedModel, batch, *, reference=False) -> torch.Tensor:
+def packed_logps(
+    packed: PackedModel, batch: PackedBatch, *, reference: bool = False
+) -> torch.Tensor:
     """[R] log-probabilities of the labels."""
     weight, _ = packed.head()
     logits = packed.hidden(batch, reference=reference) @ weight.T
     return logits.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
 
 
-def separate_logps(model, groups, batch, processor=None) -> torch.Tensor:
+def separate_logps(
+    model: Any,
+    groups: Sequence[PreferenceGroup],
+    batch: PackedBatch,
+    processor: ImageProcessor | None = None,
+) -> torch.Tensor:
     """[R] the same from one forward of the whole model, with its own attention, per segment."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation("eager")
     by_id = {group.id: group for group in groups}
     pad = image_token_id(tokenizer())
+    assert pad is not None
     out = []
     for name in batch.segment_names:
         owner, role = name.split("/")
@@ -65,13 +87,13 @@ def separate_logps(model, groups, batch, processor=None) -> torch.Tensor:
             response = group.rejected[k]
             prompt = (group.rejected_prompts[k] if group.rejected_prompts else None) or prompt
         ids = torch.tensor([prompt.input_ids + response])
-        inputs = {}
+        inputs: dict[str, torch.Tensor] = {}
         if prompt.images:
             values, grids = zip(*map((processor or images()).pixels, prompt.images), strict=True)
             inputs = {
                 "pixel_values": torch.cat(values),
                 "image_grid_thw": torch.stack(grids),
-                "mm_token_type_ids": (ids == pad).int(),
+                "mm_token_type_ids": torch.eq(ids, pad).int(),
             }
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
         scored = logits[len(prompt.input_ids) - 1 : -1].log_softmax(-1)
@@ -79,20 +101,28 @@ def separate_logps(model, groups, batch, processor=None) -> torch.Tensor:
     return torch.cat(out)
 
 
-def dpo_loss(logps, ref_logps, batch, beta=0.1) -> torch.Tensor:
+def dpo_loss(
+    logps: torch.Tensor, ref_logps: torch.Tensor, batch: PackedBatch, beta: float = 0.1
+) -> torch.Tensor:
     zeros = torch.zeros(batch.num_segments)
     ratio = zeros.index_add(0, batch.segment_ids, logps - ref_logps)
     chosen, rejected = batch.pairs.T
     return -logsigmoid(beta * (ratio[chosen] - ratio[rejected])).mean()
 
 
-def trainable_grads(model) -> dict[str, torch.Tensor]:
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+def trainable_grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            grads[name] = parameter.grad.clone()
     model.zero_grad()
     return grads
 
 
-def assert_same_grads(got, want, rtol=1e-4):
+def assert_same_grads(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], rtol: float = 1e-4
+) -> None:
     assert got.keys() == want.keys()
     for name, expected in want.items():
         scale = expected.abs().max()
@@ -103,7 +133,7 @@ def assert_same_grads(got, want, rtol=1e-4):
 TEXTS = [preference("a", 1), preference("seven", 7, words=2), preference("b", 3, words=9)]
 
 
-def llama():
+def llama() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ CORPUS = [
 
 
 @cache
-def tokenizer():
+def tokenizer() -> Any:
     return train_tokenizer(CORPUS, vocab_size=420)
 
 
@@ -80,7 +81,7 @@ def mixed() -> list[Preference]:
     ]
 
 
-def strengthen(model: torch.nn.Module) -> torch.nn.Module:
+def strengthen(model: torch.nn.Module) -> Any:
     """Fresh weights make attention almost uniform and its errors invisible; these do not."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
@@ -92,13 +93,13 @@ def strengthen(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def vision_language_model():
+def vision_language_model() -> Any:
     return strengthen(
         tiny_model(tokenizer(), hidden_size=64, num_hidden_layers=2, intermediate_size=96)
     )
 
 
-def text_model():
+def text_model() -> Any:
     return strengthen(
         tiny_text_model(tokenizer(), hidden_size=64, num_hidden_layers=2, intermediate_size=96)
     )
