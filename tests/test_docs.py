@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -92,6 +93,43 @@ def test_no_block_escapes() -> None:
             counts[block.language] += 1
     print(f"blocks and marks: {dict(counts)}")
     assert dict(parsed) == PARSED_ONLY
+
+
+def test_the_map_of_the_readme_is_the_tree() -> None:
+    """Every package and top-level module of cpo_fast is in the map or in the line of helpers."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The map")[1]
+    _, listing, rest = section.split("```")[:3]
+    mapped: set[str] = set()
+    for line in listing.splitlines()[1:]:
+        first, *others = re.split(r" {2,}", line)[0].split(" ") if line[0] != " " else [""]
+        folder = Path(first).parent
+        mapped |= {str(Path(first)), *(str(folder / name) for name in others)} - {"."}
+    for path in mapped:
+        assert (ROOT / path).exists(), f"README.md, the map: there is no {path}"
+    helpers = rest.split("## ")[0]
+    mapped |= {f"cpo_fast/{name}.py" for name in re.findall(r"`(\w+)`", helpers)}
+    package = ROOT / "cpo_fast"
+    modules = {path for path in package.glob("*.py") if path.name != "__init__.py"}
+    modules |= {path.parent for path in package.glob("*/**/__init__.py")}
+    tree = {str(path.relative_to(ROOT)) for path in modules} - {"cpo_fast/experiments"}
+    assert tree - {"cpo_fast/kernels"} <= mapped
+    assert {path for path in mapped if path.startswith("cpo_fast/")} <= tree
+
+
+def test_the_ledger_names_commits_commands_and_records() -> None:
+    """One row for each speed-up: newest first, with its commit and a command that exists."""
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    section = page.split("## Ledger of speed-ups")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| 20")]
+    assert len(rows) > 10
+    dates = [row[0].removeprefix("| ") for row in rows]
+    assert dates == sorted(dates, reverse=True)
+    for date, commits, *_, command in rows:
+        assert re.fullmatch(r"\| \d{4}-\d\d-\d\d", date)
+        assert all(re.fullmatch(r"[0-9a-f]{7}", commit) for commit in commits.split(", ")), commits
+        files = re.findall(r"(?:bench|tests)/[\w./-]+\.(?:py|json)", command)
+        files += [f"{name.replace('.', '/')}.py" for name in re.findall(r"bench\.\w+", command)]
+        assert files and all((ROOT / name).is_file() for name in files), command
 
 
 @pytest.mark.slow

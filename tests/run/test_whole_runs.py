@@ -59,8 +59,8 @@ def test_the_run_leaves_what_the_layout_promises(finished: Path) -> None:
         "cpo/checkpoint-4/tokenizer.json", "cpo/checkpoint-4/preprocessor_config.json",
     ):  # fmt: skip
         assert (finished / name).is_file(), name
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    listed = readme.split("## What a run leaves")[1].split("```")[1]
+    page = (Path(__file__).parents[2] / "docs/index.md").read_text(encoding="utf-8")
+    listed = page.split("## What a run leaves")[1].split("```")[1]
     left = {path.name for path in finished.iterdir()}
     assert {"base", "data"} <= left
     assert not [name for name in left | {"manifest.json", "merged"} if name not in listed]
