@@ -20,13 +20,12 @@ from sklearn.metrics import roc_auc_score
 
 from cpo_fast.concepts import label_report, labeller, load_graph
 from cpo_fast.concepts.graph import read_graph_json
-from cpo_fast.concepts.labeller import ruled_out, sentence_mentions, sentences
-from cpo_fast.concepts.mine import Miner, evidence, mine, proposals
+from cpo_fast.concepts.labeller import find_mentions, find_ruled_out, split_sentences
+from cpo_fast.concepts.mine import Miner, collect_evidence, mine, propose_changes
 from cpo_fast.counterfactual import checks, counterfactuals, generate, prompt
 from cpo_fast.counterfactual.generate import balance
 from cpo_fast.counterfactual.graph import rewrite, text
-from cpo_fast.counterfactual.graph.lexicon import GraphKey
-from cpo_fast.counterfactual.graph.text import split
+from cpo_fast.counterfactual.graph.text import split_units
 from cpo_fast.counterfactual.targets import drift_proneness, nearness
 from cpo_fast.data import open_studies
 from cpo_fast.data.openi import MESH_TERMS
@@ -82,23 +81,23 @@ def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
 def contradictions(report: str) -> set[str]:
     """Findings that one sentence asserts and another rules out (two asserted consequences
     included)."""
-    lines = sentences(report)
-    asserted = {
-        name for line in lines for name, polarity in sentence_mentions(line) if polarity == 1
-    }
-    denied = set().union(*(ruled_out(line) for line in lines)) if lines else set()
+    lines = split_sentences(report)
+    asserted = {name for line in lines for name, polarity in find_mentions(line) if polarity == 1}
+    denied = set().union(*(find_ruled_out(line) for line in lines)) if lines else set()
     return asserted & denied
 
 
 def grammar_faults(report: str) -> Counter[str]:
     return Counter(
-        m.group() for line in sentences(report) for m in GRAMMAR.finditer(line.replace("x" * 4, ""))
+        m.group()
+        for line in split_sentences(report)
+        for m in GRAMMAR.finditer(line.replace("x" * 4, ""))
     )
 
 
 def about(section: str, target: str) -> str:
     """The sentences of a section that assert the target."""
-    return " ".join(s for s in sentences(section) if (target, 1) in sentence_mentions(s))
+    return " ".join(s for s in split_sentences(section) if (target, 1) in find_mentions(s))
 
 
 def disagree(findings: str, impression: str, words: re.Pattern[str]) -> bool:
@@ -133,7 +132,7 @@ def negated_words(report: str) -> set[str]:
     """Words under a negation, read narrowly: up to the first comma, "and" or "with", unless the
     sentence goes on to an "or"."""
     found: set[str] = set()
-    for sentence in sentences(report):
+    for sentence in split_sentences(report):
         for cue in _NEGATOR.finditer(sentence):
             rest = sentence[cue.end() :]
             if _AS_BEFORE.match(rest):
@@ -162,8 +161,8 @@ def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]
     faults: Counter[str] = Counter()
     unrelated, survived = 0, 0
     for cf in made:
-        old = [u.plain for part in sections(cf.report) for u in split(part) if u.plain]
-        new = Counter(u.plain for part in sections(cf.counterfactual) for u in split(part))
+        old = [u.plain for part in sections(cf.report) for u in split_units(part) if u.plain]
+        new = Counter(u.plain for part in sections(cf.counterfactual) for u in split_units(part))
         both = Counter(old) & new
         kept.append(both.total() / len(old))
         inserted.update((new - Counter(old)).keys())
@@ -210,7 +209,7 @@ def doubted(graph: ConceptGraph, studies: Iterable[Study]) -> dict[str, float]:
     Doubt ("may represent pneumonia") shows where radiologists found that the signs could mean
     something else. Only attributes that are asserted count. Gives areas under the ROC curve.
     """
-    near = nearness(GraphKey(graph))
+    near = nearness(graph)
     miner, rows = Miner(graph), []
     for study in studies:
         labels = label_report(study.report.text)
@@ -267,7 +266,7 @@ def main() -> None:
         forget()
         start = time.process_time()
         counts = mine(read_graph_json(), stream)
-        proposals(evidence(graph, counts))
+        propose_changes(collect_evidence(graph, counts))
         print(f"mining, {name}: {time.process_time() - start:.1f} s of one core")
 
 

@@ -155,7 +155,7 @@ class Disease:
     exclusions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ConceptGraph:
     """Diseases and attributes joined by association, exclusion or (neither) irrelevance.
 

@@ -93,9 +93,9 @@ def _label(args: argparse.Namespace) -> None:
     bad: list[str] = []
     labelled = 0
     with source, _open_output(args.output) as out:
-        for number, line in enumerate(tqdm(_lines(source), "label", disable=None), start=1):
+        for number, line in enumerate(tqdm(_read_lines(source), "label", disable=None), start=1):
             try:
-                key, report = _record(line)
+                key, report = _parse_record(line)
             except RecordError as error:
                 bad.append(f"{args.input}, line {number}: {error.detail}")
                 continue
@@ -109,7 +109,7 @@ def _label(args: argparse.Namespace) -> None:
         raise DataError(f"{counted(len(bad), 'line')} set aside:\n  {shown}{more}")
 
 
-def _lines(source: IO[bytes]) -> Iterator[bytes]:
+def _read_lines(source: IO[bytes]) -> Iterator[bytes]:
     """Lines, those of more than `_MAX_LINE` bytes cut; what is over is passed over in pieces."""
     while line := source.readline(_MAX_LINE + 1):
         yield line
@@ -117,7 +117,7 @@ def _lines(source: IO[bytes]) -> Iterator[bytes]:
             line = source.readline(_MAX_LINE + 1) or b"\n"
 
 
-def _record(line: bytes) -> tuple[Any, str | None]:
+def _parse_record(line: bytes) -> tuple[Any, str | None]:
     """(id, report) of a line, no report for an empty one."""
     if len(line) > _MAX_LINE:
         raise RecordError("record-too-long", "more than 4 MiB; one report per line is expected")
@@ -134,7 +134,7 @@ def _record(line: bytes) -> tuple[Any, str | None]:
     return row["id"], row["report"]
 
 
-def statistics(graph: ConceptGraph) -> dict[str, Any]:
+def count_graph(graph: ConceptGraph) -> dict[str, Any]:
     """Counts of the graph: nodes, attributes per category, edges per relation, hallmarks."""
     edges = graph.network.edges(data=True)
     return {
@@ -151,7 +151,7 @@ def statistics(graph: ConceptGraph) -> dict[str, Any]:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    print(json.dumps(statistics(load_graph(args.graph)), indent=1))
+    print(json.dumps(count_graph(load_graph(args.graph)), indent=1))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -180,7 +180,7 @@ def _write_network(graph: ConceptGraph, path: Path, flag: str) -> None:
 
 
 def _mine(args: argparse.Namespace) -> None:
-    from cpo_fast.concepts.mine import evidence, mine, proposals, with_weights
+    from cpo_fast.concepts.mine import add_weights, collect_evidence, mine, propose_changes
     from cpo_fast.data import open_studies
 
     if args.weighted_graph and args.weighted_graph.suffix not in (".graphml", ".json"):
@@ -195,8 +195,8 @@ def _mine(args: argparse.Namespace) -> None:
     studies = open_studies(args.dataset)
     texts = (s.report.text for s in tqdm(studies, "mine", disable=None, unit=" reports"))
     counts = mine(graph_json, texts, args.workers)
-    edges = evidence(graph, counts)
-    proposed = proposals(edges)
+    edges = collect_evidence(graph, counts)
+    proposed = propose_changes(edges)
     with _open_output(args.output) as out:
         json.dump(
             {
@@ -211,7 +211,7 @@ def _mine(args: argparse.Namespace) -> None:
             indent=1,
         )
     if args.weighted_graph:
-        _write_network(with_weights(graph, edges), args.weighted_graph, "--weighted_graph")
+        _write_network(add_weights(graph, edges), args.weighted_graph, "--weighted_graph")
     print(f"{args.output}: {counted(counts.reports, 'report')}, {counted(len(edges), 'pair')}")
     for change, number in Counter(row["change"] for row in proposed).most_common():
         print(f"  {change}: {number} proposed")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from cpo_fast.concepts.graph import graph_from_json, phrase_pattern
+from cpo_fast.concepts.graph import compile_phrases, graph_from_json
 from cpo_fast.errors import DataError
 from cpo_fast.types import Disease
 
@@ -29,37 +29,37 @@ def merge_extraction(
     An entry of the map becomes an association unless the graph has it, excludes it, or fewer than
     `MIN_CASES` cases bear it out. Raises DataError for an extraction of another form.
     """
-    cases, entries = _read(extraction, file)
+    cases, entries = _check_extraction(extraction, file)
     graph = graph_from_json(graph_json)
     nodes = graph.network.nodes
     diseases = {
-        name: phrase_pattern([name.lower(), *nodes[name]["synonyms"]]) for name in graph.diseases
+        name: compile_phrases([name.lower(), *nodes[name]["synonyms"]]) for name in graph.diseases
     }
-    attributes = {key: phrase_pattern([a.name, *a.phrases]) for key, a in graph.attributes.items()}
+    attributes = {key: compile_phrases([a.name, *a.phrases]) for key, a in graph.attributes.items()}
     support: Counter[tuple[str, str]] = Counter()
     for case in cases:
-        told = {n for text in case["diseases"] for n in _fitting(text, diseases)}
-        seen = {k for text in case["features"] for k in _fitting(text, attributes)}
+        told = {n for text in case["diseases"] for n in _find_matches(text, diseases)}
+        seen = {k for text in case["features"] for k in _find_matches(text, attributes)}
         support.update((name, key) for name in told for key in seen)
 
     merged = copy.deepcopy(dict(graph_json))
     done: dict[str, Any] = {"added": [], "known": 0, "too_rare": [], "excluded": [], "unknown": []}
     for disease, features in entries.items():
-        names = _fitting(disease, diseases)
+        names = _find_matches(disease, diseases)
         if not names:
             done["unknown"].append(disease)
         for text in features if names else ():
-            keys = _fitting(text, attributes)
+            keys = _find_matches(text, attributes)
             if not keys:
                 done["unknown"].append(text)
             for name in names:
                 for key in keys:
-                    _place(merged, graph.diseases[name], key, support[name, key], done)
+                    _add_association(merged, graph.diseases[name], key, support[name, key], done)
     graph_from_json(merged, file)  # an entry may never break the graph
     return merged, done
 
 
-def _place(
+def _add_association(
     merged: dict[str, Any], disease: Disease, key: str, cases: int, done: dict[str, Any]
 ) -> None:
     row = [disease.name, key, cases]
@@ -75,12 +75,14 @@ def _place(
         done["added"].append(row)
 
 
-def _fitting(text: str, patterns: Mapping[str, Any]) -> list[str]:
+def _find_matches(text: str, patterns: Mapping[str, Any]) -> list[str]:
     lower = text.lower().replace("_", " ")
     return [key for key, pattern in patterns.items() if pattern.search(lower)]
 
 
-def _read(data: Any, file: str) -> tuple[list[dict[str, list[str]]], dict[str, list[str]]]:
+def _check_extraction(
+    data: Any, file: str
+) -> tuple[list[dict[str, list[str]]], dict[str, list[str]]]:
     def strings(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
 

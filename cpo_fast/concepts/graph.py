@@ -67,15 +67,15 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
     """The graph that a parsed graph file holds; raises DataError as `load_graph` does."""
     check = _Checks(file)
     rows_of = check.mapping(data, "attributes", "the file")
-    attributes = _attributes(rows_of, check)
+    attributes = _read_attributes(rows_of, check)
     rows = check.mapping(data, "diseases", "the file")
-    diseases = {name: _disease(name, row, attributes, check) for name, row in rows.items()}
-    contradictions = _contradictions(
+    diseases = {name: _read_disease(name, row, attributes, check) for name, row in rows.items()}
+    contradictions = _read_contradictions(
         check.sequence(data, "contradictions", "the file"), attributes, check
     )
     _check_hallmarks_agree(diseases, contradictions, check)
-    excluded = _excluded(rows, diseases, check)
-    implied = _implied(rows, check)
+    excluded = _read_excluded(rows, diseases, check)
+    implied = _read_implied(rows, check)
 
     network = networkx.Graph(name="cpo_fast concept graph")
     for key, node in attributes.items():
@@ -118,7 +118,7 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
     return ConceptGraph(attributes, diseases, frozenset(contradictions), excluded, network)
 
 
-def phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+def compile_phrases(phrases: Sequence[str]) -> re.Pattern[str]:
     """One expression that finds any of `phrases` (`...`: up to five words) in lower-case text."""
     parts = []
     for phrase in sorted(phrases, key=len, reverse=True):
@@ -129,7 +129,7 @@ def phrase_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
     return re.compile(r"\b(?:" + "|".join(parts) + r")\b")
 
 
-def relevance(graph: ConceptGraph, disease: str, attribute: str) -> str:
+def find_relation(graph: ConceptGraph, disease: str, attribute: str) -> str:
     """ "association", "exclusion" or "irrelevance" of an attribute for a disease."""
     edge = graph.network.get_edge_data(disease, attribute)
     return "irrelevance" if edge is None else edge["relation"]
@@ -178,7 +178,7 @@ class _Checks:
         return str(value)
 
 
-def _attributes(rows: Mapping[str, Any], check: _Checks) -> dict[str, Attribute]:
+def _read_attributes(rows: Mapping[str, Any], check: _Checks) -> dict[str, Attribute]:
     found = {}
     for key, row in rows.items():
         category = check.choice(row, "category", CATEGORIES, f"attribute {key}")
@@ -191,7 +191,9 @@ def _attributes(rows: Mapping[str, Any], check: _Checks) -> dict[str, Attribute]
     return found
 
 
-def _disease(name: str, row: Any, attributes: Mapping[str, Attribute], check: _Checks) -> Disease:
+def _read_disease(
+    name: str, row: Any, attributes: Mapping[str, Attribute], check: _Checks
+) -> Disease:
     if name not in _KNOWN_DISEASES:
         check.fail(f'disease "{name}" is none of {", ".join(sorted(_KNOWN_DISEASES))}.')
     kinds = {k: check.strings(row, k, name) for k in ("hallmarks", "associations", "exclusions")}
@@ -210,7 +212,7 @@ def _disease(name: str, row: Any, attributes: Mapping[str, Attribute], check: _C
     return Disease(name, kinds["hallmarks"], kinds["associations"], kinds["exclusions"])
 
 
-def _contradictions(
+def _read_contradictions(
     rows: Sequence[Any], attributes: Mapping[str, Attribute], check: _Checks
 ) -> dict[frozenset[str], str]:
     found: dict[frozenset[str], str] = {}
@@ -237,7 +239,7 @@ def _check_hallmarks_agree(
                 )
 
 
-def _excluded(
+def _read_excluded(
     rows: Mapping[str, Any], diseases: Mapping[str, Disease], check: _Checks
 ) -> dict[str, frozenset[str]]:
     """Disease -> those it rules out: listed on both sides, and borne out by the hallmarks of
@@ -278,7 +280,7 @@ def _excluded(
     return {name: frozenset(others) for name, others in listed.items()}
 
 
-def _implied(rows: Mapping[str, Any], check: _Checks) -> dict[str, tuple[str, ...]]:
+def _read_implied(rows: Mapping[str, Any], check: _Checks) -> dict[str, tuple[str, ...]]:
     implied = {name: check.known(row, "implies", rows, name) for name, row in rows.items()}
     arrows = networkx.DiGraph((name, other) for name, others in implied.items() for other in others)
     if not networkx.is_directed_acyclic_graph(arrows):

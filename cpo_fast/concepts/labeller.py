@@ -46,13 +46,13 @@ _ANSWER = re.compile(
 _ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)](?!\d)|-)\s*")
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """`text` cut at full stops, blank lines and list marks; lower case, white space made single."""
-    return list(_cut(text))
+    return list(_split_cached(text))
 
 
 @lru_cache(maxsize=1 << 10)
-def _cut(text: str) -> tuple[str, ...]:
+def _split_cached(text: str) -> tuple[str, ...]:
     # Remembered for the moment: one report is read by several rules in a row.
     text = text.lower()
     if "w/" in text:
@@ -64,7 +64,7 @@ def _cut(text: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1 << 17)
-def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
+def find_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
     """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of
     `LABELLED`."""
     found: list[tuple[str, int]] = []
@@ -77,21 +77,21 @@ def sentence_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
 
 
 @lru_cache(maxsize=1 << 17)
-def called_normal(sentence: str) -> tuple[tuple[str, int], ...]:
+def find_called_normal(sentence: str) -> tuple[tuple[str, int], ...]:
     """(finding, 0) for each finding that a lower-case sentence denies by calling its organ
     normal."""
     return tuple((name, 0) for name, pattern in _CALLED_NORMAL if pattern.search(sentence))
 
 
 @lru_cache(maxsize=1 << 17)
-def ruled_out(sentence: str) -> frozenset[str]:
+def find_ruled_out(sentence: str) -> frozenset[str]:
     """Findings that a lower-case sentence denies: by name, or by a statement that all is normal
     there.
 
     A statement about one lung alone rules nothing out; see `clear_side`.
     """
-    out = {name for name, polarity in sentence_mentions(sentence) if polarity == 0}
-    if clear_side(sentence) or _EXEMPTION.search(sentence):
+    out = {name for name, polarity in find_mentions(sentence) if polarity == 0}
+    if find_clear_side(sentence) or _EXEMPTION.search(sentence):
         return frozenset(out)
     for pattern, findings in _NORMALITY:
         if pattern.search(sentence):
@@ -99,7 +99,7 @@ def ruled_out(sentence: str) -> frozenset[str]:
     return frozenset(out)
 
 
-def clear_side(sentence: str) -> str:
+def find_clear_side(sentence: str) -> str:
     """ "right" or "left" where a lower-case sentence calls that lung alone clear, else ""."""
     match = _ONE_SIDE.search(sentence)
     return (match.group(1) or match.group(2)) if match else ""
@@ -111,8 +111,8 @@ def label_report(text: str) -> dict[str, int | None]:
     Positive beats uncertain beats negative. "No Finding" is 1 where nothing but support devices is
     present or uncertain, else None. Source of the scheme: Irvin et al. 2019, arXiv 1901.07031.
     """
-    lines = sentences(text)
-    return merge_labels([*map(sentence_mentions, lines), *map(called_normal, lines)])
+    lines = split_sentences(text)
+    return merge_labels([*map(find_mentions, lines), *map(find_called_normal, lines)])
 
 
 def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, int | None]:
@@ -131,7 +131,7 @@ def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, i
 
 
 @lru_cache(maxsize=1 << 17)
-def opposed(sentence: str) -> frozenset[str]:
+def find_opposed(sentence: str) -> frozenset[str]:
     """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume,
     vessels)."""
     return frozenset(

@@ -66,7 +66,7 @@ def judge(sentence: str, start: int, end: int) -> int:
     """1 where a lower-case sentence asserts what stands at start:end, 0 where it denies it, -1
     where it doubts it."""
     after = sentence[end:]
-    value = _governed(sentence, start)
+    value = _judge_before(sentence, start)
     if value == 0:
         return 1 if _EXEMPTED_AFTER.match(after) else 0
     if _DOUBTED_INSIDE.search(sentence, start, end) or _DOUBTED_AFTER.match(after):
@@ -76,10 +76,10 @@ def judge(sentence: str, start: int, end: int) -> int:
     return value
 
 
-def _governed(sentence: str, at: int) -> int:
+def _judge_before(sentence: str, at: int) -> int:
     """What the cues before `at` say: the last denial or assertion that reaches it, else doubt."""
     value = 1
-    for kind, begin, start, end in _reaches(sentence):
+    for kind, begin, start, end in _find_reaches(sentence):
         if begin >= at and not begin <= at < start:
             break
         if kind == "assertion" and begin <= at < start:
@@ -95,7 +95,7 @@ def _governed(sentence: str, at: int) -> int:
 
 
 @lru_cache(maxsize=1 << 10)
-def _reaches(sentence: str) -> tuple[tuple[str, int, int, int], ...]:
+def _find_reaches(sentence: str) -> tuple[tuple[str, int, int, int], ...]:
     """(kind, start of the cue, start and end of the text that it governs) of each cue."""
     found = []
     for cue in _CUE.finditer(sentence):
@@ -155,14 +155,14 @@ def _asserts(sentence: str, start: int, separator: str, kind: str) -> bool:
     head = " ".join(noun.split()[:5])
     if _SIZE.match(head) and _SIDE.search(head):
         return True
-    if _closed(clause):
+    if _is_closed(clause):
         return False
     if _SIZABLE.search(noun) and separator == "," and _LAST_AND.search(clause):
         return False
     return bool(_ASSERTIVE.search(noun) or (separator == "," and _SIDE.search(noun)))
 
 
-def _closed(clause: str) -> bool:
+def _is_closed(clause: str) -> bool:
     """Whether a list is closed by "or" or "nor" in a clause, and nothing else is said of it."""
     closing = _CLOSING.search(clause)
     if not closing:

@@ -21,8 +21,8 @@ from itertools import combinations, islice
 from multiprocessing import get_context
 from typing import Any
 
-from cpo_fast.concepts.graph import graph_from_json, phrase_pattern, relevance
-from cpo_fast.concepts.labeller import sentence_mentions, sentences
+from cpo_fast.concepts.graph import compile_phrases, find_relation, graph_from_json
+from cpo_fast.concepts.labeller import find_mentions, split_sentences
 from cpo_fast.concepts.labeller_scope import judge
 from cpo_fast.errors import DataError
 from cpo_fast.types import ConceptGraph
@@ -72,10 +72,10 @@ class Miner:
     """Finds the mentions of one graph's nodes; sentences are remembered."""
 
     def __init__(self, graph: ConceptGraph) -> None:
-        self._patterns = {k: phrase_pattern(a.phrases) for k, a in graph.attributes.items()}
+        self._patterns = {k: compile_phrases(a.phrases) for k, a in graph.attributes.items()}
         nodes = graph.network.nodes
         denials = {k: nodes[k]["negated"] for k in graph.attributes if nodes[k]["negated"]}
-        self._denials = {k: phrase_pattern(phrases) for k, phrases in denials.items()}
+        self._denials = {k: compile_phrases(phrases) for k, phrases in denials.items()}
         self._by_word = _by_first_word(
             {k: (*a.phrases, *denials.get(k, ())) for k, a in graph.attributes.items()}
         )
@@ -83,7 +83,7 @@ class Miner:
         self._sentence = lru_cache(maxsize=1 << 17)(self._find)
 
     def _find(self, sentence: str) -> tuple[tuple[str, int], ...]:
-        found = [m for m in sentence_mentions(sentence) if m[0] in self._diseases]
+        found = [m for m in find_mentions(sentence) if m[0] in self._diseases]
         words = {"", *_WORD.findall(sentence)} & self._by_word.keys()
         keys = set[str]().union(*(self._by_word[word] for word in words))
         if not keys:
@@ -101,7 +101,7 @@ class Miner:
         """Node -> 1 asserted, -1 uncertain, 0 denied, for the nodes that a report mentions."""
         best: dict[str, int] = {}
         order = (0, -1, 1)
-        for sentence in sentences(text):
+        for sentence in split_sentences(text):
             for key, value in self._sentence(sentence):
                 if key not in best or order.index(value) > order.index(best[key]):
                     best[key] = value
@@ -134,12 +134,12 @@ def _by_first_word(phrases: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
 _worker: Miner
 
 
-def _start(graph_json: Mapping[str, Any]) -> None:
+def _start_worker(graph_json: Mapping[str, Any]) -> None:
     global _worker
     _worker = Miner(graph_from_json(graph_json))
 
 
-def _work(texts: list[str]) -> Counts:
+def _count_chunk(texts: list[str]) -> Counts:
     return _worker.count(texts)
 
 
@@ -151,10 +151,10 @@ def mine(graph_json: Mapping[str, Any], texts: Iterable[str], workers: int = 1) 
         total.add(Miner(graph_from_json(graph_json)).count(texts))
         return total
     waiting: deque[Future[Counts]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (graph_json,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (graph_json,)) as pool:
         try:
             for chunk in _chunks(texts):
-                waiting.append(pool.submit(_work, chunk))
+                waiting.append(pool.submit(_count_chunk, chunk))
                 if len(waiting) > 4 * workers:  # the corpus is never held as a whole
                     total.add(waiting.popleft().result())
             for future in waiting:
@@ -170,41 +170,45 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def evidence(graph: ConceptGraph, counts: Counts) -> list[Edge]:
+def collect_evidence(graph: ConceptGraph, counts: Counts) -> list[Edge]:
     """An `Edge` for each pair of a disease and an attribute, and of two diseases, that occur at
     all."""
     pairs = [(d, a) for d in graph.diseases for a in graph.attributes]
     pairs += combinations(graph.diseases, 2)
     return [
-        _edge(graph, left, right, counts)
+        _build_edge(graph, left, right, counts)
         for left, right in pairs
         if counts.nodes[left] and counts.nodes[right]
     ]
 
 
-def _edge(graph: ConceptGraph, left: str, right: str, counts: Counts) -> Edge:
+def _build_edge(graph: ConceptGraph, left: str, right: str, counts: Counts) -> Edge:
     n, a, b = counts.reports, counts.nodes[left], counts.nodes[right]
     together = counts.pairs[min(left, right), max(left, right)]
     expected = a * b / n
     below, above = fisher(together, a, b, n)
     pmi = math.log2(together / expected) if together else -math.inf
-    return Edge(left, right, relevance(graph, left, right), together, expected, pmi, above, below)
+    return Edge(
+        left, right, find_relation(graph, left, right), together, expected, pmi, above, below
+    )
 
 
 def fisher(together: int, a: int, b: int, n: int) -> tuple[float, float]:
     """(P(X <= together), P(X >= together)) where X of `a` draws fall among `b` marked of `n`."""
     low, high = max(0, a + b - n), min(a, b)
-    base = _choose(n, a)
-    terms = [math.exp(_choose(b, x) + _choose(n - b, a - x) - base) for x in range(low, high + 1)]
+    base = _log_choose(n, a)
+    terms = [
+        math.exp(_log_choose(b, x) + _log_choose(n - b, a - x) - base) for x in range(low, high + 1)
+    ]
     at = together - low
     return min(1.0, math.fsum(terms[: at + 1])), min(1.0, math.fsum(terms[at:]))
 
 
-def _choose(n: int, k: int) -> float:
+def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
-def proposals(
+def propose_changes(
     edges: Iterable[Edge], *, confidence: float = 0.999, min_pmi: float = 1.0, min_reports: int = 5
 ) -> list[dict[str, Any]]:
     """Changes that the evidence speaks for, strongest first, for a radiologist to review.
@@ -233,7 +237,7 @@ def proposals(
     return sorted(found, key=lambda row: min(row["p_association"], row["p_exclusion"]))
 
 
-def with_weights(graph: ConceptGraph, edges: Iterable[Edge]) -> ConceptGraph:
+def add_weights(graph: ConceptGraph, edges: Iterable[Edge]) -> ConceptGraph:
     """The same graph whose edges carry `together`, `expected` and `pmi` of a corpus, where it has
     them."""
     network = graph.network.copy()

@@ -31,8 +31,8 @@ def draw(graph: ConceptGraph, path: Path) -> None:
     """Draw `graph` to `path`; its suffix names the format. Raises UsageError when it can't be
     written."""
     order = sorted(graph.attributes, key=lambda a: (graph.attributes[a].category, a))
-    positions = _ring(order, [1.0])
-    positions |= _ring(_by_angle(graph, positions), [0.5, 0.7])
+    positions = _place_on_ring(order, [1.0])
+    positions |= _place_on_ring(_sort_by_angle(graph, positions), [0.5, 0.7])
     figure, axes = plt.subplots(figsize=(16, 16))
     try:
         for relation, (colour, style, width) in _RELATIONS.items():
@@ -93,7 +93,7 @@ def draw(graph: ConceptGraph, path: Path) -> None:
         plt.close(figure)
 
 
-def _by_angle(graph: ConceptGraph, positions: dict[str, tuple[float, float]]) -> list[str]:
+def _sort_by_angle(graph: ConceptGraph, positions: dict[str, tuple[float, float]]) -> list[str]:
     """The diseases in the order of the middle of their attributes, so that fewer lines cross."""
 
     def middle(name: str) -> float:
@@ -103,7 +103,7 @@ def _by_angle(graph: ConceptGraph, positions: dict[str, tuple[float, float]]) ->
     return sorted(graph.diseases, key=middle)
 
 
-def _ring(names: list[str], radii: list[float]) -> dict[str, tuple[float, float]]:
+def _place_on_ring(names: list[str], radii: list[float]) -> dict[str, tuple[float, float]]:
     """Even places on a circle, at the given radii in turn."""
     turn = 2 * math.pi / len(names)
     return {

@@ -1,12 +1,18 @@
-"""Counterfactuals: reports as they would read with another disease, and preferences of them."""
+"""Counterfactual reports of studies, and the preferences built from them."""
 
-from cpo_fast.counterfactual.generate import counterfactuals, placed, study_labels
-from cpo_fast.counterfactual.preference import preference, sft_preference
+from cpo_fast.counterfactual.generate import counterfactuals, place_images, study_labels
+from cpo_fast.counterfactual.preferences import build_preference, build_sft_preference
 from cpo_fast.data.labels import DEFAULT_PROMPT
+
+placed, preference, sft_preference = place_images, build_preference, build_sft_preference
+"""Former names of the three functions."""
 
 __all__ = [
     "DEFAULT_PROMPT",
+    "build_preference",
+    "build_sft_preference",
     "counterfactuals",
+    "place_images",
     "placed",
     "preference",
     "sft_preference",

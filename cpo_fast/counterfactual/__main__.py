@@ -17,8 +17,8 @@ from tqdm import tqdm
 from cpo_fast.command_line import Parser, failed, program
 from cpo_fast.concepts import load_graph
 from cpo_fast.console import piped
-from cpo_fast.counterfactual.formats import FORMATS, rows
-from cpo_fast.counterfactual.generate import balance, decided, placed
+from cpo_fast.counterfactual.formats import FORMATS, format_rows
+from cpo_fast.counterfactual.generate import balance, generate_decided, place_images
 from cpo_fast.counterfactual.local import load_local
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.counterfactual.progress import DraftBar
@@ -120,7 +120,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _writer(args: argparse.Namespace, bar: DraftBar) -> Writer:
+def _build_writer(args: argparse.Namespace, bar: DraftBar) -> Writer:
     """The generator that the flags ask for."""
     if args.generator == "graph":
         return GraphWriter()
@@ -151,7 +151,7 @@ def _writer(args: argparse.Namespace, bar: DraftBar) -> Writer:
 
 
 def _run(args: argparse.Namespace) -> int:
-    index, count = _shard(args.shard)
+    index, count = _parse_shard(args.shard)
     if args.graph is not None and not Path(args.graph).is_file():
         raise UsageError(f"--graph {args.graph}: no such file")
     check_file(args.output)
@@ -173,18 +173,18 @@ def _run(args: argparse.Namespace) -> int:
         image_root=args.image_root,
     )
     bar = DraftBar()
-    writer = _writer(args, bar)
+    writer = _build_writer(args, bar)
     folder = args.output.parent
     failed_path = args.output.with_name(args.output.name + ".rejected.jsonl")
     lines = args.format == "jsonl"
     with (
         lock_file(args.output),
-        _private(args.output, lines) as good,
-        _private(failed_path, lines) as bad,
+        _open_records(args.output, lines) as good,
+        _open_records(failed_path, lines) as bad,
     ):
         done: set[str] = set()
         for path, file in ((args.output, good), (failed_path, bad)) if lines else ():
-            done |= _resume(path, file, args.seed, args.generator)
+            done |= _read_finished(path, file, args.seed, args.generator)
         expected = 1 if args.kind == "perception" else args.num_targets
         expected = min(expected, len(targets)) if targets else expected
         finished = {
@@ -195,12 +195,12 @@ def _run(args: argparse.Namespace) -> int:
             for study in islice(source, index, None, count):
                 bar.studies += 1
                 if study.study_id not in finished:
-                    yield placed(study, folder)
+                    yield place_images(study, folder)
 
         made: Iterable[list[Counterfactual]]
         if args.kind == "perception":
             everyone = tqdm(source, "images", disable=None, unit=" studies")
-            pool = build_pool((placed(study, folder) for study in everyone), graph)
+            pool = build_pool((place_images(study, folder) for study in everyone), graph)
             left = tqdm(studies(), "counterfactuals", disable=None, unit=" studies")
             found = perception_counterfactuals(left, pool, graph, seed=args.seed)
             made = ([one] for one in found)
@@ -209,7 +209,7 @@ def _run(args: argparse.Namespace) -> int:
             if args.balance_targets:
                 everyone = tqdm(source, "targets", disable=None, unit=" studies")
                 prices = balance(everyone, graph, num_targets=args.num_targets, seed=args.seed)
-            made = decided(
+            made = generate_decided(
                 studies(),
                 graph,
                 num_targets=args.num_targets,
@@ -231,26 +231,26 @@ def _run(args: argparse.Namespace) -> int:
                 else:
                     reason = ",".join(name for name, ok in cf.checks.items() if not ok)
                     failed[reason] += 1
-                    bad.write(_line({**cf.to_json(), "reason": reason}))
+                    bad.write(_to_line({**cf.to_json(), "reason": reason}))
                     bad.flush()
             passed += len(passing)
             write.add(passing)
         write.close()
         bar.close()
-    _summary(args.output, passed, failed, len(done), source)
+    _print_summary(args.output, passed, failed, len(done), source)
     for reason, number in writer.faults.most_common():
         print(f"  while writing, {reason}: {number}")
     return 0 if passed or done else 1
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _parse_shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UsageError(f"--shard {text}: give i/n with 0 <= i < n, for example 0/4")
     return int(index), int(count)
 
 
-def _private(path: Path, keep: bool) -> IO[str]:
+def _open_records(path: Path, keep: bool) -> IO[str]:
     """`path` for reading and writing by its owner, for it holds report text."""
     try:
         handle = open_private(path, os.O_RDWR)
@@ -265,7 +265,7 @@ def _private(path: Path, keep: bool) -> IO[str]:
     return file
 
 
-def _resume(path: Path, file: IO[str], seed: int, generator: str) -> set[str]:
+def _read_finished(path: Path, file: IO[str], seed: int, generator: str) -> set[str]:
     """The ids in an output of an earlier, perhaps killed, run.
 
     A last line cut short is taken off, and so are records that were set aside because the server
@@ -320,11 +320,11 @@ class _Writer:
 
     def add(self, passing: list[Counterfactual]) -> None:
         """One record, or all of a study where the format keeps them together."""
-        for row in rows(passing, self.form):
+        for row in format_rows(passing, self.form):
             if self.form == "ccf":
-                self.file.write((",\n" if self.count else "") + _line(row).rstrip("\n"))
+                self.file.write((",\n" if self.count else "") + _to_line(row).rstrip("\n"))
             else:
-                self.file.write(_line(row))
+                self.file.write(_to_line(row))
             self.count += 1
         self.file.flush()
 
@@ -333,11 +333,11 @@ class _Writer:
             self.file.write("\n]\n")
 
 
-def _line(row: dict[str, Any]) -> str:
+def _to_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _summary(path: Path, passed: int, failed: Counter[str], before: int, source: Any) -> None:
+def _print_summary(path: Path, passed: int, failed: Counter[str], before: int, source: Any) -> None:
     total = passed + sum(failed.values())
     share = f" ({passed / total:.1%})" if total else ""
     print(f"{path}: {passed} of {total} counterfactuals pass all checks{share}")

@@ -13,12 +13,11 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 
-from cpo_fast.concepts.graph import phrase_pattern
-from cpo_fast.counterfactual.graph.lexicon import GraphKey
+from cpo_fast.concepts.graph import compile_phrases
 from cpo_fast.types import ConceptGraph
 
 
-def _words(text: str) -> frozenset[str]:
+def _word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
@@ -91,7 +90,7 @@ _GONE_BEFORE = frozenset({"resolution", "resolved", "cleared", "clearing", "clea
 _GONE_AFTER = frozenset(
     {"not", "resolved", "cleared", "none", "absent", "unlikely", "no", "negative", "gone"}
 )
-_CHANGES = _words(
+_CHANGES = _word_set(
     "change changes changed increase decrease worsening worsened improvement improved "
     "progression progressed regression resolution resolved clearing cleared reduction "
     "difference deterioration"
@@ -102,7 +101,7 @@ _BREAKS = frozenset(
     {";", ":", "(", "but", "although", "though", "however", "while", "whereas", "which", "except",
      "besides", "causing", "status"}
 )  # fmt: skip
-_LISTED = _words(
+_LISTED = _word_set(
     "acute active air airspace alveolar any abnormal apparent bony bone cardiac "
     "cardiopulmonary confluent convincing definite definitive dense discrete displaced "
     "dominant evidence evident focal for frank free gross hilar identifiable in infectious "
@@ -115,7 +114,7 @@ _LISTED = _words(
     "evolving either"
 )
 """Words that may stand before a denied finding in a list without "or"."""
-_OWN = _words(
+_OWN = _word_set(
     "unchanged stable persists persist persistent persisting remains remain increased "
     "decreased increasing decreasing improved improving worsened worsening has have had may "
     "might could represents represent again was were appears appear still terminates "
@@ -128,13 +127,13 @@ _SIDES = {"left": "left", "right": "right", "bilateral": "both", "bibasilar": "b
 
 
 @lru_cache(maxsize=1 << 17)
-def told(sentence: str) -> tuple[tuple[str, str, bool, int], ...]:
+def list_findings(sentence: str) -> tuple[tuple[str, str, bool, int], ...]:
     """(finding, side or "", denied, number of its clause) for each finding that a lower-case
     sentence names."""
     if not _ANY.search(sentence):
         return ()
     words = _TOKEN.findall(sentence)
-    heads = [_head(words, index) for index in range(len(words))]
+    heads = [_find_key(words, index) for index in range(len(words))]
     if not any(heads):
         return ()
     found: list[tuple[str, str, bool, int]] = []
@@ -144,48 +143,48 @@ def told(sentence: str) -> tuple[tuple[str, str, bool, int], ...]:
             start = index + 1
             clause += word not in ("or", "nor", "with")
             if denied and word not in ("or", "nor"):
-                denied = _goes_on(words, heads, index + 1)
+                denied = _list_continues(words, heads, index + 1)
         if word in _BREAKS or (word == "there" and words[index + 2 : index + 3] != ["no"]):
             denied = False
         if word in _NEGATORS or (
-            word in ("free", "clear") and _next(words, index) in ("of", "from")
+            word in ("free", "clear") and _next_word(words, index) in ("of", "from")
         ):
-            denied = not _unchanged(words, index)
+            denied = not _negates_change(words, index)
         elif word in _GONE_BEFORE and not denied and words[index - 1] not in _NEGATORS:
             denied = not any(heads[start:index])  # not "the effusion has resolved"
         key = heads[index]
         if key:
             side = next((_SIDES[w] for w in reversed(words[start:index]) if w in _SIDES), "")
-            found.append((key, side, denied or _gone(words, index), clause))
+            found.append((key, side, denied or _is_denied_after(words, index), clause))
     return tuple(found)
 
 
-def _head(words: list[str], index: int) -> str:
+def _find_key(words: list[str], index: int) -> str:
     word = words[index]
     if word in ("disease", "process") and index and words[index - 1] in ("airspace", "space"):
         return "airspace disease"
     return _KEY.get(word, "")
 
 
-def _next(words: list[str], index: int) -> str:
+def _next_word(words: list[str], index: int) -> str:
     return words[index + 1] if index + 1 < len(words) else ""
 
 
-def _unchanged(words: list[str], index: int) -> bool:
+def _negates_change(words: list[str], index: int) -> bool:
     """Whether the negator at `index` negates a change ("no significant interval change in")."""
     for place in range(index + 1, min(index + 7, len(words))):
         word = words[place]
         if word in _STOPS or word in _KEY:
             return False
         if word in _CHANGES:
-            following = _next(words, place)
+            following = _next_word(words, place)
             if words[index] == "not" or following in _COMPLEMENT:
                 return True
             return word == "change" and following != "" and following not in _STOPS
     return False
 
 
-def _goes_on(words: list[str], heads: list[str], start: int) -> bool:
+def _list_continues(words: list[str], heads: list[str], start: int) -> bool:
     """Whether a denied list goes on at `start`, behind a comma, "and" or "with"."""
     stop = start
     while stop < len(words) and words[stop] not in _STOPS:
@@ -203,10 +202,10 @@ def _goes_on(words: list[str], heads: list[str], start: int) -> bool:
     )
     if listed and _PLACED.isdisjoint(words[last + 1 : stop]):
         return True
-    return _closed_by_or(words, stop)
+    return _is_closed_by_or(words, stop)
 
 
-def _closed_by_or(words: list[str], stop: int) -> bool:
+def _is_closed_by_or(words: list[str], stop: int) -> bool:
     for word in words[stop:]:
         if word in ("or", "nor", "and/or"):
             return True
@@ -215,14 +214,14 @@ def _closed_by_or(words: list[str], stop: int) -> bool:
     return False
 
 
-def _gone(words: list[str], index: int) -> bool:
+def _is_denied_after(words: list[str], index: int) -> bool:
     """Whether the finding at `index` is denied by what stands behind it ("is not seen")."""
     for place in range(index + 1, min(index + 7, len(words))):
         word = words[place]
         if word in _STOPS and word != ":":
             return False
         if word in _GONE_AFTER:
-            return not (word in _NEGATORS and _unchanged(words, place)) and (
+            return not (word in _NEGATORS and _negates_change(words, place)) and (
                 words[place - 1] != "not"
             )
     return False
@@ -233,58 +232,57 @@ def compare(
 ) -> tuple[bool, bool]:
     """(nothing that `before` asserts is lost, nothing of it is denied) in `after`; lower-case
     sentences of the original and of the counterfactual towards `target`."""
-    asserted, named, denied_before = _original(tuple(before))
+    asserted, named, denied_before = _read_original(tuple(before))
     here: set[tuple[str, str]] = set()
     denied = Counter[str]()
     for line in after:
-        for key, side, negative, _ in told(line):
+        for key, side, negative, _ in list_findings(line):
             if negative:
                 denied[key] += 1
             else:
                 here.update(((key, side), (key, "")))
-    excluded = _excluded(GraphKey(graph), target)
+    excluded = _excluded_keys(graph, target)
     lost: dict[tuple[str, str], bool] = {}
     for item, line in asserted:
         if item[:2] not in here and item[0] not in excluded:
-            tied = _bound(graph, target, line, item[3], excluded)
+            tied = _is_tied(graph, target, line, item[3], excluded)
             lost[item[:2]] = lost.get(item[:2], True) and tied
     kept = all(number <= denied_before[key] for key, number in denied.items() if key in named)
     return all(lost.values()), kept
 
 
 @lru_cache(maxsize=1 << 12)
-def _original(
+def _read_original(
     lines: tuple[str, ...],
 ) -> tuple[tuple[tuple[tuple[str, str, bool, int], str], ...], frozenset[str], Counter[str]]:
     """Of an original: its asserted findings with their sentences, their names, and how often each
     finding is denied."""
-    items = [(item, line) for line in lines for item in told(line)]
+    items = [(item, line) for line in lines for item in list_findings(line)]
     asserted = tuple((item, line) for item, line in items if not item[2])
     denied = Counter(item[0] for item, _ in items if item[2])
     return asserted, frozenset(item[0] for item, _ in asserted), denied
 
 
 @lru_cache(maxsize=64)
-def _excluded(key: GraphKey, target: str) -> frozenset[str]:
-    names = key.graph.excluded[target]
+def _excluded_keys(graph: ConceptGraph, target: str) -> frozenset[str]:
+    names = graph.excluded[target]
     return frozenset[str]().union(*(_DISEASE.get(name, frozenset()) for name in names))
 
 
-def _bound(
+def _is_tied(
     graph: ConceptGraph, target: str, line: str, clause: int, excluded: frozenset[str]
 ) -> bool:
     """Whether a finding is told in one clause with what the graph excludes beside the target."""
-    if any(key in excluded and place == clause for key, _, _, place in told(line)):
+    if any(key in excluded and place == clause for key, _, _, place in list_findings(line)):
         return True
-    pattern = _exclusions(GraphKey(graph), target)
+    pattern = _exclusion_pattern(graph, target)
     return pattern is not None and pattern.search(_CLAUSE.split(line)[clause]) is not None
 
 
 @lru_cache(maxsize=64)
-def _exclusions(key: GraphKey, target: str) -> re.Pattern[str] | None:
-    graph = key.graph
+def _exclusion_pattern(graph: ConceptGraph, target: str) -> re.Pattern[str] | None:
     names = [p for a in graph.diseases[target].exclusions for p in graph.attributes[a].phrases]
-    return phrase_pattern(sorted(names)) if names else None
+    return compile_phrases(sorted(names)) if names else None
 
 
 _EXCEPTING = re.compile(
@@ -307,5 +305,5 @@ def exempts_other(sentence: str, target: str) -> bool:
         return False
     match = _EXCEPTING.search(sentence)
     part = match["tail"].split(",")[0] if match else sentence.partition(" otherwise")[0]
-    named = [key for key, _, denied, _ in told(part) if not denied]
+    named = [key for key, _, denied, _ in list_findings(part) if not denied]
     return bool(match or ("otherwise" in sentence and named)) and _DISEASE[target].isdisjoint(named)

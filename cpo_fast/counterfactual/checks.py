@@ -8,14 +8,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from cpo_fast.concepts.labeller import (
-    clear_side,
-    opposed,
-    ruled_out,
-    sentence_mentions,
-    sentences,
+    find_clear_side,
+    find_mentions,
+    find_opposed,
+    find_ruled_out,
+    split_sentences,
 )
 from cpo_fast.counterfactual.assertions import compare, exempts_other
-from cpo_fast.counterfactual.prompt import telling
+from cpo_fast.counterfactual.prompt import find_leaks
 from cpo_fast.types import ConceptGraph, Report
 
 MIN_LENGTH, MAX_LENGTH, LENGTH_ALLOWANCE = 0.35, 2.0, 160
@@ -47,20 +47,20 @@ class _Read(NamedTuple):
 
 
 @lru_cache(maxsize=1 << 17)
-def _read(line: str) -> _Read:
-    asserted = frozenset(name for name, value in sentence_mentions(line) if value == 1)
-    return _Read(asserted, ruled_out(line), opposed(line), clear_side(line))
+def _read_sentence(line: str) -> _Read:
+    asserted = frozenset(name for name, value in find_mentions(line) if value == 1)
+    return _Read(asserted, find_ruled_out(line), find_opposed(line), find_clear_side(line))
 
 
-def _asserted(reads: Iterable[_Read]) -> frozenset[str]:
+def _union_asserted(reads: Iterable[_Read]) -> frozenset[str]:
     return frozenset[str]().union(*[read.asserted for read in reads])
 
 
 @lru_cache(maxsize=1 << 12)
-def _told(text: str) -> tuple[frozenset[str], frozenset[str], Counter[str], int]:
+def _summarise_original(text: str) -> tuple[frozenset[str], frozenset[str], Counter[str], int]:
     """An original: its sentences, its asserted findings, its words, and how many they are."""
-    words, lines = text.lower().split(), sentences(text)
-    return frozenset(lines), _asserted(map(_read, lines)), Counter(words), len(words)
+    words, lines = text.lower().split(), split_sentences(text)
+    return frozenset(lines), _union_asserted(map(_read_sentence, lines)), Counter(words), len(words)
 
 
 _LUNG = frozenset(
@@ -68,34 +68,34 @@ _LUNG = frozenset(
 )
 
 
-def _side_conflict(lines: list[str], target: str) -> bool:
+def _has_side_conflict(lines: list[str], target: str) -> bool:
     """Whether a lung is called clear on a side where the target is asserted (Edema: on any
     side)."""
     if target not in _LUNG:
         return False
-    clear = {read.clear for read in map(_read, lines)} - {""}
+    clear = {read.clear for read in map(_read_sentence, lines)} - {""}
     if not clear:
         return False
     if target == "Edema":
         return True
-    where = " ".join(s for s in lines if (target, 1) in sentence_mentions(s)).split()
+    where = " ".join(s for s in lines if (target, 1) in find_mentions(s)).split()
     return any(side in where for side in clear) or not {"right", "left"} & set(where)
 
 
-def _bound(text: str, gone: frozenset[str]) -> set[str]:
+def _find_tied(text: str, gone: frozenset[str]) -> set[str]:
     """Findings told in no sentence but those that assert a disease of `gone` ("opacity reflecting
     atelectasis"): they go with it."""
     free: set[str] = set()
     tied: set[str] = set()
-    for line in sentences(text) if gone else ():
-        names = _read(line).asserted
+    for line in split_sentences(text) if gone else ():
+        names = _read_sentence(line).asserted
         (tied if names & gone else free).update(names)
     return tied - free
 
 
-def _leaked(old: frozenset[str], lines: Iterable[str]) -> bool:
-    new = frozenset[object]().union(*(telling(s) for s in lines if s not in old))
-    return bool(new) and not new <= frozenset[object]().union(*map(telling, old))
+def _leaks(old: frozenset[str], lines: Iterable[str]) -> bool:
+    new = frozenset[object]().union(*(find_leaks(s) for s in lines if s not in old))
+    return bool(new) and not new <= frozenset[object]().union(*map(find_leaks, old))
 
 
 def check(
@@ -112,16 +112,16 @@ def check(
     no_leak (no words of a prompt or a chat).
     """
     before, after = original.text, counterfactual.text
-    old_lines, old, words, count = _told(before)
-    parts = [sentences(p) for p in (counterfactual.findings, counterfactual.impression) if p]
+    old_lines, old, words, count = _summarise_original(before)
+    parts = [split_sentences(p) for p in (counterfactual.findings, counterfactual.impression) if p]
     lines = [line for part in parts for line in part]
-    asserted = [_asserted(map(_read, part)) for part in parts]
-    reads = [_read(line) for line in lines]
-    new = _asserted(reads)
+    asserted = [_union_asserted(map(_read_sentence, part)) for part in parts]
+    reads = [_read_sentence(line) for line in lines]
+    new = _union_asserted(reads)
     gone = graph.excluded.get(target, frozenset())
     written = Counter(after.lower().split())
     changed = sum(max(number - written.get(word, 0), 0) for word, number in words.items())
-    kept, undenied = compare(graph, target, sentences(before), lines)
+    kept, undenied = compare(graph, target, split_sentences(before), lines)
     low = MIN_LENGTH * len(before) - LENGTH_ALLOWANCE
     high = MAX_LENGTH * len(before) + LENGTH_ALLOWANCE
     return {
@@ -130,14 +130,14 @@ def check(
         and bool(original.impression) == bool(counterfactual.impression),
         "target": bool(parts) and all(target in found for found in asserted),
         "no_denial": not any(target in read.out for read in reads),
-        "sides": not _side_conflict(lines, target),
+        "sides": not _has_side_conflict(lines, target),
         "no_exclusion": not gone & new and not any(target in read.opposed for read in reads),
-        "survivors": old - gone - new <= _bound(before, gone),
+        "survivors": old - gone - new <= _find_tied(before, gone),
         "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
         "assertions": kept,
         "no_new_denial": undenied,
         "exemptions": target not in _LUNG or not any(exempts_other(s, target) for s in lines),
         "length": low <= len(after) <= high,
         "edits": changed <= MAX_EDITED * count + EDIT_ALLOWANCE,
-        "no_leak": not _leaked(old_lines, lines),
+        "no_leak": not _leaks(old_lines, lines),
     }

@@ -13,7 +13,7 @@ from cpo_fast.types import Counterfactual, ImageRef, Preference
 FORMATS = ("jsonl", "ccf", "trl", "swift")
 
 
-def rows(cfs: Sequence[Counterfactual], form: str) -> list[dict[str, Any]]:
+def format_rows(cfs: Sequence[Counterfactual], form: str) -> list[dict[str, Any]]:
     """The rows of one study's passing counterfactuals in format `form`.
 
     "ccf" has one item per study, the other formats one row per counterfactual. Raises RecordError
@@ -36,10 +36,10 @@ def rows(cfs: Sequence[Counterfactual], form: str) -> list[dict[str, Any]]:
     if form == "jsonl":
         return [cf.to_json() for cf in cfs]
     make = {"trl": trl_rows, "swift": swift_rows}[form]
-    return [row for cf in cfs for row in make(_preference(cf))]
+    return [row for cf in cfs for row in make(_to_preference(cf))]
 
 
-def _preference(cf: Counterfactual) -> Preference:
+def _to_preference(cf: Counterfactual) -> Preference:
     return Preference(
         id=cf.id,
         prompt=question(len(cf.images)),

@@ -9,19 +9,18 @@ from itertools import chain, islice
 from pathlib import Path
 
 from cpo_fast.concepts.labeller import (
+    find_mentions,
+    find_opposed,
     label_report,
     merge_labels,
-    opposed,
-    sentence_mentions,
-    sentences,
+    split_sentences,
 )
 from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.checks import check
-from cpo_fast.counterfactual.graph.lexicon import GraphKey
-from cpo_fast.counterfactual.graph.wording import WORDINGS
+from cpo_fast.counterfactual.graph.wording import TARGET_WORDINGS
 from cpo_fast.counterfactual.progress import Tally
 from cpo_fast.counterfactual.prompt import Task
-from cpo_fast.counterfactual.targets import even_prices, pick, target_scores
+from cpo_fast.counterfactual.targets import balance_prices, pick_targets, score_targets
 from cpo_fast.counterfactual.writers import GaveUpError, GraphWriter, Writer
 from cpo_fast.data.labels import diagnosis
 from cpo_fast.errors import RecordError, UsageError
@@ -38,10 +37,10 @@ def study_labels(study: Study) -> Labels:
     takes the labeller's. Labels that name Emphysema come from those indexers, who marked nine
     findings: the other names (fracture, lesion, devices, ...) are filled in by the labeller.
     """
-    return _filled(study, label_report(study.report.text))
+    return _fill_labels(study, label_report(study.report.text))
 
 
-def _filled(study: Study, stated: Labels) -> Labels:
+def _fill_labels(study: Study, stated: Labels) -> Labels:
     """The labels of a study whose own leave names out; `stated` is what its text says."""
     if study.labels and "Emphysema" not in study.labels:
         return study.labels
@@ -74,7 +73,7 @@ def counterfactuals(
     gave none: its one check is the reason. Raises UsageError for an unknown generator or disease.
     """
     return chain.from_iterable(
-        decided(
+        generate_decided(
             studies,
             graph,
             num_targets=num_targets,
@@ -87,7 +86,7 @@ def counterfactuals(
     )
 
 
-def decided(
+def generate_decided(
     studies: Iterable[Study],
     graph: ConceptGraph,
     *,
@@ -111,15 +110,15 @@ def decided(
     if num_targets < 1:
         raise UsageError(f"num_targets must be at least 1, not {num_targets}")
     for name in targets or ():
-        if name not in graph.diseases or name not in WORDINGS:
-            known = ", ".join(n for n in graph.diseases if n in WORDINGS)
+        if name not in graph.diseases or name not in TARGET_WORDINGS:
+            known = ", ".join(n for n in graph.diseases if n in TARGET_WORDINGS)
             raise UsageError(f"target {name} is unknown; one of {known}")
-    entries = _entries(studies, graph, num_targets, targets, seed, prices or {}, skip)
-    for entry in _drafted(entries, graph, generator, told):
+    entries = _open_entries(studies, graph, num_targets, targets, seed, prices or {}, skip)
+    for entry in _draft(entries, graph, generator, told):
         entry.decided = True
         group = entry.of_study if by_study else [entry]
         if all(one.decided for one in group):
-            yield [_record(one, graph, generator.name) for one in group]
+            yield [_build_record(one, graph, generator.name) for one in group]
 
 
 def balance(
@@ -127,7 +126,7 @@ def balance(
 ) -> dict[str, float]:
     """Prices for `counterfactuals` that make every disease a target about equally often among
     `studies`, which must be all of the data set, whatever shard is written."""
-    return even_prices((read_study(study, graph, seed)[2] for study in studies), num_targets)
+    return balance_prices((read_study(study, graph, seed)[2] for study in studies), num_targets)
 
 
 @dataclass(slots=True)
@@ -148,23 +147,23 @@ def read_study(
     study: Study, graph: ConceptGraph, seed: int
 ) -> tuple[Labels, Labels, dict[str, float]]:
     """(labels, the same or stronger with what the text says, scores of possible targets)."""
-    lines = sentences(study.report.text)
-    stated = merge_labels(map(sentence_mentions, lines))
-    labels = _filled(study, stated)
+    lines = split_sentences(study.report.text)
+    stated = merge_labels(map(find_mentions, lines))
+    labels = _fill_labels(study, stated)
     merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
-    against = frozenset[str]().union(*map(opposed, lines))
-    told = _miner(GraphKey(graph)).mentions(study.report.text)
+    against = frozenset[str]().union(*map(find_opposed, lines))
+    told = _miner(graph).mentions(study.report.text)
     asserted = [name for name in graph.attributes if told.get(name) == 1]
-    scores = target_scores(graph, study.study_id, merged, stated, asserted, against, seed)
+    scores = score_targets(graph, study.study_id, merged, stated, asserted, against, seed)
     return labels, merged, scores
 
 
 @lru_cache(maxsize=4)
-def _miner(key: GraphKey) -> Miner:
-    return Miner(key.graph)
+def _miner(graph: ConceptGraph) -> Miner:
+    return Miner(graph)
 
 
-def _entries(
+def _open_entries(
     studies: Iterable[Study],
     graph: ConceptGraph,
     num_targets: int,
@@ -175,7 +174,9 @@ def _entries(
 ) -> Iterator[_Entry]:
     for study in studies:
         labels, merged, scores = read_study(study, graph, seed)
-        chosen = list(targets)[:num_targets] if targets else pick(scores, prices, num_targets)
+        chosen = (
+            list(targets)[:num_targets] if targets else pick_targets(scores, prices, num_targets)
+        )
         written = bool(study.report.findings.strip() or study.report.impression.strip())
         of_study: list[_Entry] = []
         for target in chosen:
@@ -189,7 +190,7 @@ def _entries(
         yield from of_study
 
 
-def _drafted(
+def _draft(
     entries: Iterator[_Entry],
     graph: ConceptGraph,
     writer: Writer,
@@ -243,12 +244,12 @@ def _stronger(a: int | None, b: int | None) -> int | None:
     return max(a, b, key=(None, 0, -1, 1).index)
 
 
-def _record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactual:
+def _build_record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactual:
     study, target, text = entry.study, entry.task.target, entry.text
     names = diagnosis(entry.labels)
     gone = set(graph.excluded[target]) | {"No Finding"}
     if graph.excluded[target]:  # what went with an excluded disease
-        gone |= _present(study.report.text) - _present(text.text)
+        gone |= _find_present(study.report.text) - _find_present(text.text)
     return Counterfactual(
         id=f"{study.study_id}/{target}",
         study_id=study.study_id,
@@ -266,11 +267,11 @@ def _record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactua
 
 
 @lru_cache(maxsize=1 << 10)
-def _present(text: str) -> frozenset[str]:
+def _find_present(text: str) -> frozenset[str]:
     return frozenset(name for name, value in label_report(text).items() if value == 1)
 
 
-def placed(study: Study, folder: Path) -> Study:
+def place_images(study: Study, folder: Path) -> Study:
     """The study with images that can be found from a file in `folder`: relative to it where they
     lie below it, else absolute."""
     home = folder.resolve()

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_answer
-from cpo_fast.counterfactual.targets import draw
+from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_rewrite
+from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.counterfactual.writers import Draft, GaveUpError
 from cpo_fast.data.positions import position_limit
 from cpo_fast.errors import RecordError, UsageError
@@ -77,7 +77,7 @@ class LocalWriter:
 
     def _draft(self, new: list[int], task: Task) -> Draft:
         try:
-            return parse_answer(self._text(new), task.report)
+            return parse_rewrite(self._text(new), task.report)
         except RecordError as error:
             self.faults[error.reason] += 1
             return error
@@ -156,7 +156,7 @@ class _Sampling:
         self._rows: list[tuple[float, torch.Generator]] = []
         for task in tasks:
             warmth = max(temperature, RETRY_TEMPERATURE) if task.attempt else temperature
-            chance = draw(task.seed, task.study_id, task.target, str(task.attempt))
+            chance = hash_seed(task.seed, task.study_id, task.target, str(task.attempt))
             self._rows.append((warmth, torch.Generator().manual_seed(chance >> 1)))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

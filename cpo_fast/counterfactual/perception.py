@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from cpo_fast.concepts.mine import Miner
 from cpo_fast.counterfactual.generate import study_labels
-from cpo_fast.counterfactual.targets import draw
+from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.data.labels import LABEL_NAMES, NO_FINDING, diagnosis
 from cpo_fast.types import ConceptGraph, Counterfactual, ImageRef, Preference, Study
 
@@ -62,10 +62,10 @@ class Pool:
         key: str,
         best: tuple[float, Neighbour | None],
     ) -> tuple[float, Neighbour | None]:
-        start = draw(seed, own.study_id, key) % len(among) if among else 0
+        start = hash_seed(seed, own.study_id, key) % len(among) if among else 0
         for step in range(min(count, len(among))):
             other = self.rows[among[(start + step) % len(among)]]
-            if other.patient_id != own.patient_id and _wrong(own, other):
+            if other.patient_id != own.patient_id and _answer_is_wrong(own, other):
                 both = own.attributes | other.attributes
                 near = len(own.attributes & other.attributes) / len(both) if both else 1.0
                 if near > best[0]:
@@ -73,7 +73,7 @@ class Pool:
         return best
 
 
-def _wrong(own: Neighbour, other: Neighbour) -> bool:
+def _answer_is_wrong(own: Neighbour, other: Neighbour) -> bool:
     """Whether the answer of `own` is wrong for the image of `other`."""
     if NO_FINDING in own.names:
         return NO_FINDING not in other.names
@@ -85,14 +85,14 @@ def build_pool(studies: Iterable[Study], graph: ConceptGraph) -> Pool:
     miner, pool = Miner(graph), Pool()
     for study in studies:
         if study.images:
-            row = _row(study, miner)
+            row = _summarise_study(study, miner)
             for key in row.attributes | row.names:
                 pool.by_key.setdefault(key, []).append(len(pool.rows))
             pool.rows.append(row)
     return pool
 
 
-def _row(study: Study, miner: Miner) -> Neighbour:
+def _summarise_study(study: Study, miner: Miner) -> Neighbour:
     found = miner.mentions(study.report.text)
     keys = frozenset(key for key, value in found.items() if value == 1)
     names = frozenset(diagnosis(study_labels(study)))
@@ -111,7 +111,7 @@ def perception_counterfactuals(
     """
     miner = Miner(graph)
     for study in studies:
-        own = _row(study, miner)
+        own = _summarise_study(study, miner)
         other = pool.nearest(own, seed) if study.images else None
         shown = tuple(n for n in LABEL_NAMES if other and n in other.names)
         lacking = [n for n in shown if n not in own.names]

@@ -105,7 +105,7 @@ _UNPRINTABLE = re.compile(
 )
 
 
-def parse_answer(text: str, original: Report) -> Report:
+def parse_rewrite(text: str, original: Report) -> Report:
     """The report in a model's answer, with the sections of `original`.
 
     Raises RecordError "answer-empty", "answer-too-long", "answer-unprintable" (control characters,
@@ -141,16 +141,16 @@ _WORD = re.compile(r"[a-z]+")
 _RUN = 6
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
+def _word_runs(text: str) -> set[tuple[str, ...]]:
     words = _WORD.findall(text.lower())
     return set(zip(*(words[i:] for i in range(_RUN)), strict=False))
 
 
-_OWN_RUNS = frozenset().union(*map(_runs, _RULES))
+_OWN_RUNS = frozenset().union(*map(_word_runs, _RULES))
 
 
 @lru_cache(maxsize=1 << 17)
-def telling(sentence: str) -> frozenset[object]:
+def find_leaks(sentence: str) -> frozenset[object]:
     """What of a lower-case sentence stems from a prompt, a chat, or a model that speaks about
     itself: telling words, and runs of six words of our rules."""
-    return frozenset(_LEAKS.findall(sentence)) | (_OWN_RUNS & _runs(sentence))
+    return frozenset(_LEAKS.findall(sentence)) | (_OWN_RUNS & _word_runs(sentence))

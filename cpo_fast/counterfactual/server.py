@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_answer
-from cpo_fast.counterfactual.targets import draw
+from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_rewrite
+from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.counterfactual.writers import Draft, GaveUpError
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ConceptGraph
@@ -52,7 +52,7 @@ class _FailedError(Exception):
         self.reason, self.wait = reason, wait
 
 
-def near(address: str) -> bool:
+def is_local_address(address: str) -> bool:
     """Whether an IP address is loopback or private (RFC 1918, RFC 4193)."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
@@ -128,7 +128,7 @@ class ServerWriter:
         except (OSError, UnicodeError):
             raise UsageError(f"--server_url: the host {self._host} has no address") from None
         addresses = [str(where[0]) for *_, where in found]
-        if not self._allow_remote and not all(map(near, addresses)):
+        if not self._allow_remote and not all(map(is_local_address, addresses)):
             raise UsageError(
                 f"--server_url: {self._host} is neither loopback nor private, and the reports of "
                 f"patients would be sent there; add --allow_remote_host if that is allowed"
@@ -161,12 +161,12 @@ class ServerWriter:
 
     def _draft(self, prompt: str, task: Task) -> Draft:
         try:
-            return parse_answer(self._asked(self._body(prompt, task)), task.report)
+            return parse_rewrite(self._asked(self._body(prompt, task)), task.report)
         except RecordError as error:
             return error
 
     def _body(self, prompt: str, task: Task) -> bytes:
-        chance = draw(task.seed, task.study_id, task.target, str(task.attempt))
+        chance = hash_seed(task.seed, task.study_id, task.target, str(task.attempt))
         retry = 0.7 if task.attempt else 0.0  # the same words again would fail again
         return json.dumps(
             {
@@ -184,7 +184,7 @@ class ServerWriter:
         for attempt in range(self._max_retries + 1):
             self._pace()
             try:
-                return _content(self._request(body))
+                return _parse_completion(self._request(body))
             except _FailedError as failed:
                 self._count(failed.reason)
                 if attempt == self._max_retries:
@@ -235,7 +235,7 @@ class ServerWriter:
             except (OSError, UsageError):
                 raise _FailedError("server-unreachable") from None
             # A time-out of the socket starts anew with every byte; this one does not.
-            timer = threading.Timer(self._timeout, _cut, (connection.sock, late))
+            timer = threading.Timer(self._timeout, _shut_down, (connection.sock, late))
             timer.daemon = True
             timer.start()
             connection.request("POST", self._path, body, self._headers)
@@ -260,7 +260,7 @@ class ServerWriter:
             raise _FailedError("server-answer-too-large")
         if status in _AGAIN:
             raise _FailedError(
-                f"server-status-{status}", _seconds(response.getheader("Retry-After"))
+                f"server-status-{status}", _parse_retry_after(response.getheader("Retry-After"))
             )
         if status in _ABOUT_THE_RECORD:
             self._count(f"server-status-{status}")
@@ -272,13 +272,13 @@ class ServerWriter:
             )
 
 
-def _cut(sock: socket.socket, late: threading.Event) -> None:
+def _shut_down(sock: socket.socket, late: threading.Event) -> None:
     late.set()
     with contextlib.suppress(OSError):  # it is closed already
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _seconds(retry_after: str | None) -> float | None:
+def _parse_retry_after(retry_after: str | None) -> float | None:
     """The wait that a Retry-After header asks for, as seconds or as a date; None without any."""
     if not retry_after:
         return None
@@ -292,7 +292,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return None
 
 
-def _content(data: bytes) -> str:
+def _parse_completion(data: bytes) -> str:
     """The text of the first choice; _FailedError for what is no chat completion."""
     try:
         choice = json.loads(data)["choices"][0]

@@ -3,14 +3,13 @@ plausible, reproducible."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Set
 from functools import lru_cache
 
 import numpy as np
 
-from cpo_fast.counterfactual.graph.lexicon import GraphKey
-from cpo_fast.counterfactual.graph.wording import WORDINGS
+from cpo_fast.counterfactual.graph.wording import TARGET_WORDINGS
+from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.types import ConceptGraph, Labels
 
 NEARNESS, DRIFT, STATED, CONFLICT, CHANCE = 1.0, 1.0, 0.1, 0.5, 0.5
@@ -20,16 +19,10 @@ a present disease or the anatomy told excludes it; a draw by seed and study, whi
 where nothing else decides."""
 
 
-def draw(seed: int, *names: str) -> int:
-    """A whole number of 64 bits that depends on the seed and the names alone."""
-    digest = hashlib.blake2b("\x1f".join((str(seed), *names)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
 @lru_cache(maxsize=4)
-def nearness(key: GraphKey) -> dict[tuple[str, str], float]:
+def nearness(graph: ConceptGraph) -> dict[tuple[str, str], float]:
     """Jaccard index of the associated attributes of each pair of diseases."""
-    rows = {name: frozenset(d.associations) for name, d in key.graph.diseases.items()}
+    rows = {name: frozenset(d.associations) for name, d in graph.diseases.items()}
     return {(a, b): len(rows[a] & rows[b]) / len(rows[a] | rows[b]) for a in rows for b in rows}
 
 
@@ -41,7 +34,7 @@ def drift_proneness(graph: ConceptGraph, asserted: Collection[str]) -> dict[str,
     disease that is absent, the same words carry two diagnoses, and a small change of them can move
     a model from one to the other. All 0 where the report asserts no attribute.
     """
-    shown_by = _shown_by(GraphKey(graph))
+    shown_by = _diseases_by_attribute(graph)
     told = [shown_by[name] for name in asserted if shown_by.get(name)]
     return {
         disease: sum(1 / len(names) for names in told if disease in names) / max(len(told), 1)
@@ -50,26 +43,26 @@ def drift_proneness(graph: ConceptGraph, asserted: Collection[str]) -> dict[str,
 
 
 @lru_cache(maxsize=4)
-def _shown_by(key: GraphKey) -> dict[str, frozenset[str]]:
+def _diseases_by_attribute(graph: ConceptGraph) -> dict[str, frozenset[str]]:
     """The diseases with which each attribute is associated."""
-    diseases = key.graph.diseases.items()
+    diseases = graph.diseases.items()
     return {
         attribute: frozenset(name for name, d in diseases if attribute in d.associations)
-        for attribute in key.graph.attributes
+        for attribute in graph.attributes
     }
 
 
-def candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
+def list_candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
     """Diseases of the graph that have wordings and are neither present nor uncertain in `labels`,
     nor implied by a present one."""
     taken = {name for name, value in labels.items() if value in (1, -1)}
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
     for name in present:
         taken.update(graph.network.nodes[name]["implies"])
-    return [name for name in graph.diseases if name in WORDINGS and name not in taken]
+    return [name for name in graph.diseases if name in TARGET_WORDINGS and name not in taken]
 
 
-def target_scores(
+def score_targets(
     graph: ConceptGraph,
     study_id: str,
     labels: Labels,
@@ -85,27 +78,27 @@ def target_scores(
     text contradicts. Depends on the seed, the study id and the text and labels of the study alone,
     so that any shard finds the same.
     """
-    near = nearness(GraphKey(graph))
+    near = nearness(graph)
     drift = drift_proneness(graph, asserted)
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
 
     def score(name: str) -> float:
         nearest = max((near[name, other] for other in present), default=0.0)
         conflict = name in against or any(labels.get(o) in (1, -1) for o in graph.excluded[name])
-        chance = draw(seed, study_id, name) / 2.0**64
+        chance = hash_seed(seed, study_id, name) / 2.0**64
         named = stated.get(name) == 0
         likely = NEARNESS * nearest + DRIFT * drift[name] + STATED * named
         return likely - CONFLICT * conflict + CHANCE * chance
 
-    return {name: score(name) for name in candidates(graph, labels)}
+    return {name: score(name) for name in list_candidates(graph, labels)}
 
 
-def pick(scores: Mapping[str, float], prices: Mapping[str, float], count: int) -> list[str]:
+def pick_targets(scores: Mapping[str, float], prices: Mapping[str, float], count: int) -> list[str]:
     """The `count` best targets after their prices (fewer where there are no more), best first."""
     return sorted(scores, key=lambda n: scores[n] - prices.get(n, 0.0), reverse=True)[:count]
 
 
-def even_prices(
+def balance_prices(
     scores: Iterable[Mapping[str, float]], count: int, *, rounds: int = 60
 ) -> dict[str, float]:
     """A price for each disease that makes all of them targets about equally often.

@@ -52,12 +52,12 @@ def bump(distance: Field, radius: float) -> Field:
     return np.clip(1 - (distance / radius) ** 2, 0, 1) ** 2
 
 
-def toward(image: Field, alpha: Field, value: float) -> None:
+def blend(image: Field, alpha: Field, value: float) -> None:
     """Blends `image` in place towards `value` where `alpha` is 1."""
     image += alpha * (value - image)
 
 
-def strokes(size: int, lines: list[tuple[list[tuple[float, float]], float]]) -> Field:
+def draw_strokes(size: int, lines: list[tuple[list[tuple[float, float]], float]]) -> Field:
     """Polylines (points, width) in picture coordinates as a field 0..1, drawn at twice the size."""
     canvas = Image.new("L", (2 * size, 2 * size))
     draw = ImageDraw.Draw(canvas)
@@ -68,7 +68,7 @@ def strokes(size: int, lines: list[tuple[list[tuple[float, float]], float]]) -> 
 
 
 @lru_cache(maxsize=4)
-def grid(size: int) -> Grid:
+def build_grid(size: int) -> Grid:
     """The shared fields of one picture size, the same for every seed."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1).astype(np.float32)
     rng = np.random.default_rng(7)
@@ -79,21 +79,21 @@ def grid(size: int) -> Grid:
         fine = Image.fromarray(coarse).resize((3 * size, 3 * size), Image.Resampling.BICUBIC)
         middle = np.asarray(fine)[size : 2 * size, size : 2 * size]
         clouds.append((middle - middle.mean()) / middle.std())
-    vessels = tuple(_vessels(rng, size) for _ in range(4))
+    vessels = tuple(_draw_vessels(rng, size) for _ in range(4))
     return Grid(axis[None, :], axis[:, None], vessels, tuple(clouds), size)
 
 
-def _vessels(rng: np.random.Generator, size: int) -> Field:
+def _draw_vessels(rng: np.random.Generator, size: int) -> Field:
     lines: list[tuple[list[tuple[float, float]], float]] = []
     for sign in (-1, 1):
         for angle in np.linspace(-1.9, 1.5, 9):
-            _branch(rng, lines, sign, 0.17, 0.02, angle + rng.normal(0, 0.12), 0.026, 3)
-    image = Image.fromarray((strokes(size, lines) * 255).astype(np.uint8))
+            _add_branch(rng, lines, sign, 0.17, 0.02, angle + rng.normal(0, 0.12), 0.026, 3)
+    image = Image.fromarray((draw_strokes(size, lines) * 255).astype(np.uint8))
     blurred = image.filter(ImageFilter.GaussianBlur(size / 256))
     return np.asarray(blurred, dtype=np.float32) / 255
 
 
-def _branch(
+def _add_branch(
     rng: np.random.Generator,
     lines: list[tuple[list[tuple[float, float]], float]],
     sign: int,
@@ -110,4 +110,4 @@ def _branch(
     if depth:
         for turn in (-0.35, 0.35):
             bent = angle + turn + rng.normal(0, 0.1)
-            _branch(rng, lines, sign, t_end, y_end, bent, width * 0.62, depth - 1)
+            _add_branch(rng, lines, sign, t_end, y_end, bent, width * 0.62, depth - 1)

@@ -171,7 +171,7 @@ class Exam:
         return (self.when - FIRST_DAY).total_seconds() / (365.25 * 86400)
 
 
-def exams(num_studies: int, seed: int) -> list[Exam]:
+def draw_exams(num_studies: int, seed: int) -> list[Exam]:
     """All studies, patient by patient in the order of their first visit.
 
     The first 80 % of the patients are the training split, the next 10 % validate and the last 10 %
@@ -185,14 +185,14 @@ def exams(num_studies: int, seed: int) -> list[Exam]:
     entries = np.sort(rng.uniform(0, YEARS - 1, len(visits)))
     patient_ids = 10_000_000 + rng.choice(10_000_000, len(visits), replace=False)
     study_ids = 50_000_000 + rng.choice(10_000_000, num_studies, replace=False)
-    splits = _splits(len(visits))
+    splits = _assign_splits(len(visits))
 
     found: list[Exam] = []
     for index, count in enumerate(visits):
         number = len(found)
         ids = [str(i) for i in sorted(study_ids[number : number + count])]
         found.extend(
-            _patient(
+            _draw_patient(
                 np.random.default_rng([seed, 1, index]),
                 number,
                 str(patient_ids[index]),
@@ -204,12 +204,12 @@ def exams(num_studies: int, seed: int) -> list[Exam]:
     return found
 
 
-def _splits(patients: int) -> list[str]:
+def _assign_splits(patients: int) -> list[str]:
     last = max(1, round(patients / 10)) if patients >= 3 else 0
     return ["train"] * (patients - 2 * last) + ["validate"] * last + ["test"] * last
 
 
-def _patient(
+def _draw_patient(
     rng: np.random.Generator,
     number: int,
     patient_id: str,
@@ -228,12 +228,12 @@ def _patient(
         rib_spacing=rng.uniform(0.150, 0.175),
     )
     day = FIRST_DAY + timedelta(days=int(entry * 365.25), seconds=int(rng.integers(86400)))
-    presentation = _pick(rng)
+    presentation = _pick_presentation(rng)
     for visit, study_id in enumerate(study_ids):
         if visit:
             day += timedelta(days=int(rng.integers(2, 150)), seconds=int(rng.integers(3600)))
-            presentation = presentation if rng.random() < 0.6 else _pick(rng)
-        signs = _signs(rng, presentation)
+            presentation = presentation if rng.random() < 0.6 else _pick_presentation(rng)
+        signs = _draw_signs(rng, presentation)
         bedside = 0.75 if any(s.finding == "Support Devices" for s in signs) else 0.35
         view = "AP" if rng.random() < bedside else "PA"
         images = 2 if view == "PA" and rng.random() < 0.4 else 1
@@ -241,7 +241,7 @@ def _patient(
             number=number + visit,
             patient_id=patient_id,
             study_id=study_id,
-            dicom_ids=tuple(_dicom_id(rng) for _ in range(images)),
+            dicom_ids=tuple(_draw_dicom_id(rng) for _ in range(images)),
             split=split,
             when=day,
             view=view,
@@ -251,18 +251,18 @@ def _patient(
         )
 
 
-def _pick(rng: np.random.Generator) -> str:
+def _pick_presentation(rng: np.random.Generator) -> str:
     names = list(PRESENTATIONS)
     shares = np.array([PRESENTATIONS[name][0] for name in names])
     return names[int(rng.choice(len(names), p=shares / shares.sum()))]
 
 
-def _dicom_id(rng: np.random.Generator) -> str:
+def _draw_dicom_id(rng: np.random.Generator) -> str:
     digits = rng.bytes(20).hex()
     return "-".join(digits[i : i + 8] for i in range(0, 40, 8))
 
 
-def _signs(rng: np.random.Generator, presentation: str) -> tuple[Sign, ...]:
+def _draw_signs(rng: np.random.Generator, presentation: str) -> tuple[Sign, ...]:
     _, device, chances = PRESENTATIONS[presentation]
     names: set[str] = set()
     while chances and not names - {"Emphysema"}:
@@ -276,11 +276,11 @@ def _signs(rng: np.random.Generator, presentation: str) -> tuple[Sign, ...]:
     ordered = [name for name in ORDER if name in names]
     while len(ordered) > _MOST_SIGNS:  # a report has at most six sentences of findings
         ordered.pop(int(rng.integers(1, len(ordered))))
-    places = _places(rng, ordered)
-    return tuple(_sign(rng, name, *places[name]) for name in ordered)
+    places = _choose_places(rng, ordered)
+    return tuple(_draw_sign(rng, name, *places[name]) for name in ordered)
 
 
-def _sign(rng: np.random.Generator, name: str, side: str, place: str) -> Sign:
+def _draw_sign(rng: np.random.Generator, name: str, side: str, place: str) -> Sign:
     certain = rng.random() >= _HEDGED.get(name, 0.0)
     if certain:
         strength = rng.uniform(0.65, 1.0)
@@ -289,7 +289,7 @@ def _sign(rng: np.random.Generator, name: str, side: str, place: str) -> Sign:
     return Sign(name, certain, round(strength, 3), side, place)
 
 
-def _places(rng: np.random.Generator, names: list[str]) -> dict[str, tuple[str, str]]:
+def _choose_places(rng: np.random.Generator, names: list[str]) -> dict[str, tuple[str, str]]:
     """Side and place of each finding, so that no sign covers another one."""
 
     def one() -> str:
@@ -341,13 +341,13 @@ def _places(rng: np.random.Generator, names: list[str]) -> dict[str, tuple[str, 
         elif name == "Fracture":
             where[name] = (one(), "lateral rib")
         else:
-            where[name] = _device(rng, names)
+            where[name] = _choose_device(rng, names)
     if where.get("Support Devices", ("", ""))[1] == "chest tube":
         where["Support Devices"] = (where["Pneumothorax"][0], "chest tube")
     return where
 
 
-def _device(rng: np.random.Generator, names: list[str]) -> tuple[str, str]:
+def _choose_device(rng: np.random.Generator, names: list[str]) -> tuple[str, str]:
     if "Pneumothorax" in names and rng.random() < 0.7:
         return "", "chest tube"
     kinds = (("left", "pacemaker"), ("", "endotracheal tube"), ("right", "central line"))

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from cpo_fast.errors import UsageError
 from cpo_fast.flags import SEED, whole
 from cpo_fast.folders import write_json, write_private
-from cpo_fast.phantom.cases import Exam, exams
-from cpo_fast.phantom.radiograph import frontal, lateral
-from cpo_fast.phantom.wording import DRIFTS, Written, write_report
+from cpo_fast.phantom.cases import Exam, draw_exams
+from cpo_fast.phantom.radiograph import draw_frontal, draw_lateral
+from cpo_fast.phantom.reports import DRIFTS, Written, write_report
 from cpo_fast.types import FINDINGS
 
 MARKER = "phantom.json"
@@ -54,7 +54,7 @@ def write_phantom(
     Raises:
         UsageError: a setting is out of range, or `output_dir` holds something else.
     """
-    _check(num_studies, seed, image_size)
+    _check_settings(num_studies, seed, image_size)
     root = Path(output_dir)
     marker = {
         "phantom": "drawn pictures and written reports; a test bed, not medicine",
@@ -66,24 +66,26 @@ def write_phantom(
         },
         "drift": [asdict(drift) for drift in DRIFTS],
     }
-    if _already_there(root, marker):
+    if _is_complete(root, marker):
         return root
 
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_json(root / MARKER, marker | {"complete": False})
     write_private(root / "README.txt", _README.encode())
-    found = exams(num_studies, seed)
+    found = draw_exams(num_studies, seed)
     reports = []
     for exam in tqdm(found, desc="phantom", unit="study", disable=None):
         report = write_report(exam, np.random.default_rng([seed, 2, exam.number]))
         folder = root / study_path(exam)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(folder.with_name(folder.name + ".txt"), report.text.encode())
-        for dicom_id, picture in zip(exam.dicom_ids, _draw(exam, seed, image_size), strict=True):
+        for dicom_id, picture in zip(
+            exam.dicom_ids, _draw_images(exam, seed, image_size), strict=True
+        ):
             write_private(folder / f"{dicom_id}.jpg", picture)
         reports.append(report)
     _write_tables(root, found, reports, image_size)
-    lines = (json.dumps(_truth(*pair)) + "\n" for pair in zip(found, reports, strict=True))
+    lines = (json.dumps(_build_truth(*pair)) + "\n" for pair in zip(found, reports, strict=True))
     write_private(root / TRUTH, "".join(lines).encode())
     write_json(root / MARKER, marker | {"complete": True})
     return root
@@ -94,7 +96,7 @@ def study_path(exam: Exam) -> str:
     return f"files/p{exam.patient_id[:2]}/p{exam.patient_id}/s{exam.study_id}"
 
 
-def _check(num_studies: int, seed: int, image_size: int) -> None:
+def _check_settings(num_studies: int, seed: int, image_size: int) -> None:
     for name, value, allowed in (
         ("num_studies", num_studies, NUM_STUDIES),
         ("seed", seed, SEED),
@@ -104,7 +106,7 @@ def _check(num_studies: int, seed: int, image_size: int) -> None:
             raise UsageError(f"{name} {value}: {fault}")
 
 
-def _already_there(root: Path, marker: dict[str, Any]) -> bool:
+def _is_complete(root: Path, marker: dict[str, Any]) -> bool:
     """True where the wanted phantom is complete; False where it may be written."""
     if not root.exists():
         return False
@@ -127,17 +129,17 @@ def _already_there(root: Path, marker: dict[str, Any]) -> bool:
     return complete is True
 
 
-def _draw(exam: Exam, seed: int, size: int) -> Iterable[bytes]:
+def _draw_images(exam: Exam, seed: int, size: int) -> Iterable[bytes]:
     for index in range(len(exam.dicom_ids)):
         rng = np.random.default_rng([seed, 3, exam.number, index])
         if index == 0:
-            picture = frontal(rng, exam.body, exam.signs, exam.view, size)
+            picture = draw_frontal(rng, exam.body, exam.signs, exam.view, size)
         else:
-            picture = lateral(rng, exam.body, exam.signs, size)
-        yield _jpeg(picture)
+            picture = draw_lateral(rng, exam.body, exam.signs, size)
+        yield _encode_jpeg(picture)
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def _encode_jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()
@@ -161,7 +163,7 @@ def _write_tables(root: Path, found: list[Exam], reports: list[Written], image_s
         root / "mimic-cxr-2.0.0-chexpert.csv.gz",
         ("subject_id", "study_id", *FINDINGS),
         (
-            (exam.patient_id, exam.study_id, *(_value(report, name) for name in FINDINGS))
+            (exam.patient_id, exam.study_id, *(_format_label(report, name) for name in FINDINGS))
             for exam, report in pairs
         ),
     )
@@ -216,12 +218,12 @@ def _write_tables(root: Path, found: list[Exam], reports: list[Written], image_s
     )
 
 
-def _value(report: Written, finding: str) -> str:
+def _format_label(report: Written, finding: str) -> str:
     value = report.labels.get(finding)
     return "" if value is None else f"{value:.1f}"
 
 
-def _truth(exam: Exam, report: Written) -> dict[str, Any]:
+def _build_truth(exam: Exam, report: Written) -> dict[str, Any]:
     return {
         "study_id": exam.study_id,
         "patient_id": exam.patient_id,

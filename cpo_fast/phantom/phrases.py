@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
+class FindingPhrases:
     """How one finding is asserted and hedged in FINDINGS and named in IMPRESSION."""
 
     one: tuple[str, ...]
@@ -23,8 +23,8 @@ class Wording:
     name_both: tuple[str, ...] = ()
 
 
-WORDINGS: dict[str, Wording] = {
-    "Cardiomegaly": Wording(
+FINDING_PHRASES: dict[str, FindingPhrases] = {
+    "Cardiomegaly": FindingPhrases(
         one=(
             "The heart is {degree} enlarged.",
             "There is {degree} cardiomegaly.",
@@ -38,7 +38,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         name=("cardiomegaly", "{degree} cardiomegaly", "enlarged heart"),
     ),
-    "Enlarged Cardiomediastinum": Wording(
+    "Enlarged Cardiomediastinum": FindingPhrases(
         one=(
             "The upper mediastinum is widened.",
             "There is widening of the mediastinal contour.",
@@ -50,7 +50,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         name=("widened mediastinum", "mediastinal widening"),
     ),
-    "Edema": Wording(
+    "Edema": FindingPhrases(
         one=(
             "There is {degree} pulmonary edema with Kerley lines.",
             "Perihilar congestion and septal lines indicate {degree} interstitial edema.",
@@ -64,7 +64,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         name=("{degree} pulmonary edema", "pulmonary edema", "interstitial edema"),
     ),
-    "Consolidation": Wording(
+    "Consolidation": FindingPhrases(
         one=(
             "There is dense consolidation of the {side} {place} with air bronchograms.",
             "The {side} {place} is consolidated, with air bronchograms.",
@@ -77,7 +77,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         name=("{side} {place} consolidation", "consolidation in the {side} {place}"),
     ),
-    "Pneumonia": Wording(
+    "Pneumonia": FindingPhrases(
         one=(
             "Patchy changes in the {side} {place} are consistent with pneumonia.",
             "There is patchy {side} {place} pneumonia.",
@@ -101,7 +101,7 @@ WORDINGS: dict[str, Wording] = {
         name=("{side} {place} pneumonia", "pneumonia in the {side} {place}", "pneumonia"),
         name_both=("multifocal pneumonia", "bilateral pneumonia"),
     ),
-    "Lung Opacity": Wording(
+    "Lung Opacity": FindingPhrases(
         one=(
             "Hazy airspace opacities are present in the {side} {place}.",
             "An ill-defined infiltrate is seen in the {side} {place}.",
@@ -119,7 +119,7 @@ WORDINGS: dict[str, Wording] = {
         name=("{side} {place} opacities", "hazy {side} infiltrate"),
         name_both=("bilateral opacities", "bilateral infiltrates"),
     ),
-    "Atelectasis": Wording(
+    "Atelectasis": FindingPhrases(
         one=(
             "There is linear atelectasis at the {side} base.",
             "Platelike {side} basilar atelectasis raises the hemidiaphragm.",
@@ -139,7 +139,7 @@ WORDINGS: dict[str, Wording] = {
         name=("{side} basilar atelectasis", "{side} atelectasis"),
         name_both=("bibasilar atelectasis", "bilateral atelectasis"),
     ),
-    "Lung Lesion": Wording(
+    "Lung Lesion": FindingPhrases(
         one=(
             "There is a rounded nodule in the {side} {place}.",
             "A well-circumscribed {side} {place} mass is seen.",
@@ -151,7 +151,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         name=("{side} {place} nodule", "{side} {place} mass"),
     ),
-    "Emphysema": Wording(
+    "Emphysema": FindingPhrases(
         one=(
             "The lungs are hyperinflated with flattened diaphragms.",
             "Hyperinflation and hyperlucency reflect emphysema.",
@@ -159,7 +159,7 @@ WORDINGS: dict[str, Wording] = {
         hedged=("Possible emphysema.",),
         name=("emphysema",),
     ),
-    "Pleural Effusion": Wording(
+    "Pleural Effusion": FindingPhrases(
         one=(
             "There is a {size} {side} pleural effusion.",
             "A {size} {side} pleural effusion blunts the costophrenic angle.",
@@ -183,7 +183,7 @@ WORDINGS: dict[str, Wording] = {
         name=("{size} {side} pleural effusion", "{side} pleural effusion", "{side} effusion"),
         name_both=("bilateral pleural effusions", "{size} bilateral effusions"),
     ),
-    "Pneumothorax": Wording(
+    "Pneumothorax": FindingPhrases(
         one=(
             "There is a {size} {side} apical pneumothorax.",
             "A {side} visceral pleural line marks a {size} pneumothorax.",
@@ -195,7 +195,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         name=("{size} {side} pneumothorax", "{side} pneumothorax"),
     ),
-    "Pleural Other": Wording(
+    "Pleural Other": FindingPhrases(
         one=(
             "There is {side} apical pleural thickening.",
             "Pleural thickening caps the {side} apex.",
@@ -212,7 +212,7 @@ WORDINGS: dict[str, Wording] = {
         name=("{side} pleural thickening", "{side} apical pleural thickening"),
         name_both=("biapical pleural thickening",),
     ),
-    "Fracture": Wording(
+    "Fracture": FindingPhrases(
         one=(
             "There is a displaced fracture of a {side} lateral rib.",
             "A {side} rib fracture with a cortical step is seen.",

@@ -9,23 +9,23 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cpo_fast.phantom import signs as draw
 from cpo_fast.phantom.canvas import (
     CHEST,
     SIDES,
     Field,
     Grid,
     Lung,
+    blend,
+    build_grid,
     bump,
-    grid,
+    draw_strokes,
     ramp,
-    strokes,
-    toward,
 )
 from cpo_fast.phantom.cases import Body, Sign
+from cpo_fast.phantom.signs import draw_in_lungs, draw_on_top
 
 
-def frontal(
+def draw_frontal(
     rng: np.random.Generator, body: Body, signs: tuple[Sign, ...], view: str, size: int
 ) -> Image.Image:
     """A frontal view ("PA" or "AP") as an 8-bit grey picture of size x size pixels.
@@ -34,25 +34,25 @@ def frontal(
     same patient, position, exposure and noise.
     """
     for_signs = rng.spawn(1)[0]
-    g = grid(size)
+    g = build_grid(size)
     shown = {s.finding: s for s in signs if s.strength > 0}
     strength = {name: s.strength for name, s in shown.items()}
     vessels = g.vessels[int(rng.integers(len(g.vessels)))]
 
-    lungs = {side: _lung(g, side, shown, rng) for side in SIDES}
+    lungs = {side: _outline_lung(g, side, shown, rng) for side in SIDES}
     both = lungs["right"].mask + lungs["left"].mask
-    image = _soft_tissue(g, body, lungs)
-    toward(image, both, 0.22 - 0.08 * strength.get("Emphysema", 0.0))
+    image = _draw_soft_tissue(g, body, lungs)
+    blend(image, both, 0.22 - 0.08 * strength.get("Emphysema", 0.0))
     image += (0.13 + 0.16 * strength.get("Edema", 0.0)) * vessels * both
 
-    draw.in_the_lungs(image, g, lungs, shown, for_signs)
-    _mediastinum(image, g, body, strength, view)
-    image += _ribs(g, body, lungs)
-    draw.on_top(image, g, shown, for_signs)
+    draw_in_lungs(image, g, lungs, shown, for_signs)
+    _draw_mediastinum(image, g, body, strength, view)
+    image += _draw_ribs(g, body, lungs)
+    draw_on_top(image, g, shown, for_signs)
     return _expose(image, rng, body, view, size)
 
 
-def _lung(g: Grid, side: str, shown: dict[str, Sign], rng: np.random.Generator) -> Lung:
+def _outline_lung(g: Grid, side: str, shown: dict[str, Sign], rng: np.random.Generator) -> Lung:
     t = SIDES[side] * g.x
     below = np.clip((0.40 - g.y) / 1.20, 0, 1)
     outer = CHEST * np.sqrt(1 - below**2.4)
@@ -69,7 +69,7 @@ def _lung(g: Grid, side: str, shown: dict[str, Sign], rng: np.random.Generator) 
     return Lung(t, outer, dome, mask)
 
 
-def _soft_tissue(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
+def _draw_soft_tissue(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
     """Torso with shoulders and neck, the abdomen under the diaphragm, the air in the stomach."""
     shoulder = np.clip((g.y + 0.98) / 0.36, 0, 1)
     half_width = 0.26 + 0.72 * shoulder**0.8
@@ -82,23 +82,25 @@ def _soft_tissue(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
     return image.astype(np.float32)
 
 
-def _mediastinum(image: Field, g: Grid, body: Body, strength: dict[str, float], view: str) -> None:
+def _draw_mediastinum(
+    image: Field, g: Grid, body: Body, strength: dict[str, float], view: str
+) -> None:
     """Upper mediastinum, heart, aortic knob, hila, trachea and spine."""
     widened = 0.17 * strength.get("Enlarged Cardiomediastinum", 0.0)
     half_width = 0.115 + widened * bump(g.y + 0.38, 0.55)
-    toward(image, ramp(half_width - abs(g.x - 0.01), 0.04) * ramp(0.9 - g.y, 0.1), 0.62)
+    blend(image, ramp(half_width - abs(g.x - 0.01), 0.04) * ramp(0.9 - g.y, 0.1), 0.62)
     knob = ((g.x - 0.11 - 0.7 * widened) / 0.09) ** 2 + ((g.y + 0.30) / 0.10) ** 2
-    toward(image, 0.9 * ramp(1 - knob, 0.3), 0.64)
+    blend(image, 0.9 * ramp(1 - knob, 0.3), 0.64)
     for sign in (-1, 1):
         hilum = ((sign * g.x - 0.19) / 0.08) ** 2 + ((g.y + 0.03) / 0.15) ** 2
-        toward(image, 0.55 * ramp(1 - hilum, 0.9), 0.55)
+        blend(image, 0.55 * ramp(1 - hilum, 0.9), 0.55)
 
     ratio = body.heart + (0.02 if view == "AP" else 0.0)
     ratio += 0.24 * strength.get("Cardiomegaly", 0.0) - 0.06 * strength.get("Emphysema", 0.0)
     half, tall = ratio * CHEST, 0.19 + 0.30 * ratio
     cx, cy = 0.03 + 0.20 * ratio, 0.52 - tall * 0.82
     heart = ((g.x - cx) / half) ** 2 + ((g.y - cy - 0.18 * (g.x - cx)) / tall) ** 2
-    toward(image, ramp(1 - heart, 0.14), 0.70)
+    blend(image, ramp(1 - heart, 0.14), 0.70)
 
     vertebrae = 0.045 * (1 + 0.5 * np.sign(np.sin(34 * g.y)))
     image += vertebrae * ramp(0.075 - abs(g.x), 0.02)
@@ -109,7 +111,7 @@ def _mediastinum(image: Field, g: Grid, body: Body, strength: dict[str, float], 
     image -= 0.20 * np.clip(windpipe, 0, 1)
 
 
-def _ribs(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
+def _draw_ribs(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
     """Posterior ribs over the whole chest, fainter anterior ribs at the sides, the clavicles."""
     t = abs(g.x)
     arc = 0.34 * t**2 - 0.10 * t
@@ -158,26 +160,26 @@ def _expose(
     return finished
 
 
-def lateral(
+def draw_lateral(
     rng: np.random.Generator, body: Body, signs: tuple[Sign, ...], size: int
 ) -> Image.Image:
     """A side view. Only a wide heart, pleural fluid, hyperinflation and a pacemaker show in it."""
-    g = grid(size)
+    g = build_grid(size)
     strength = {s.finding: s.strength for s in signs}
     chest = ((g.x + 0.02) / 0.72) ** 2 + ((g.y + 0.02) / 0.86) ** 2
     image = 0.52 * body.tissue * ramp(0.95 - abs(g.x + 0.02) * np.ones_like(g.y), 0.1)
     dome = 0.42 + 0.16 * (1 - strength.get("Emphysema", 0.0)) * (g.x - 0.1) ** 2 + 0.25 * g.x**3
     lung = ramp(1 - chest, 0.1) * ramp(dome - g.y, 0.03)
-    toward(image, lung, 0.24)
+    blend(image, lung, 0.24)
     image += 0.22 * ramp(g.y - dome, 0.04)
     image += 0.06 * np.roll(g.vessels[int(rng.integers(4))], size // 12, axis=1) * lung
     fluid = strength.get("Pleural Effusion", 0.0)
     if fluid:  # runs into the deep angle behind
         level = 0.62 - 0.45 * fluid + 0.4 * np.clip(0.5 - g.x, 0, 1)
-        toward(image, 0.9 * lung * ramp(g.y - level, 0.04), 0.74)
+        blend(image, 0.9 * lung * ramp(g.y - level, 0.04), 0.74)
     half = 0.27 + 0.16 * strength.get("Cardiomegaly", 0.0)
     heart = ((g.x + 0.26) / half) ** 2 + ((g.y - 0.16 - 0.3 * (g.x + 0.26)) / 0.30) ** 2
-    toward(image, 0.85 * ramp(1 - heart, 0.2), 0.62)
+    blend(image, 0.85 * ramp(1 - heart, 0.2), 0.62)
     spine = abs(g.x - 0.50 - 0.14 * np.cos(1.6 * g.y))
     bodies = 0.7 + 0.3 * np.sign(np.sin(30 * g.y))
     image += 0.20 * bodies * ramp(0.085 - spine, 0.03)
@@ -188,5 +190,5 @@ def lateral(
         0.15 * ramp(0.035 - abs(g.x - 0.03 - 0.12 * (g.y + 0.8)), 0.02) * ramp(-0.2 - g.y, 0.05)
     )
     if any(s.place == "pacemaker" for s in signs):
-        toward(image, strokes(size, [([(-0.66, -0.46), (-0.56, -0.34)], 0.09)]), 0.98)
+        blend(image, draw_strokes(size, [([(-0.66, -0.46), (-0.56, -0.34)], 0.09)]), 0.98)
     return _expose(image.astype(np.float32), rng, body, "PA", size)

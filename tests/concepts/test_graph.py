@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cpo_fast.concepts import load_graph
-from cpo_fast.concepts.__main__ import main, statistics
-from cpo_fast.concepts.graph import CATEGORIES, DEFAULT_GRAPH, phrase_pattern, relevance
+from cpo_fast.concepts.__main__ import count_graph, main
+from cpo_fast.concepts.graph import CATEGORIES, DEFAULT_GRAPH, compile_phrases, find_relation
 from cpo_fast.errors import DataError
 
 
@@ -58,18 +58,18 @@ def test_every_pair_has_one_relation() -> None:
                 if key in disease.exclusions
                 else "irrelevance"
             )
-            assert relevance(graph, name, key) == expected
+            assert find_relation(graph, name, key) == expected
 
 
 def test_every_attribute_phrase_is_found_by_its_own_expression() -> None:
     for attribute in load_graph().attributes.values():
-        pattern = phrase_pattern(attribute.phrases)
+        pattern = compile_phrases(attribute.phrases)
         for phrase in attribute.phrases:
             assert pattern.search(phrase.lower().replace(" ... ", " two words ")), phrase
 
 
 def test_a_gap_in_a_phrase_spans_at_most_five_words() -> None:
-    pattern = phrase_pattern(["heart ... enlarged"])
+    pattern = compile_phrases(["heart ... enlarged"])
     assert pattern.search("the heart is mildly enlarged")
     assert pattern.search("heart a b c d e enlarged")
     assert not pattern.search("heart a b c d e f enlarged")
@@ -193,7 +193,7 @@ def test_statistics_count_the_relations(capsys: pytest.CaptureFixture[str]) -> N
     graph = load_graph()
     assert main(["stats"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == statistics(graph)
+    assert told == count_graph(graph)
     associations = sum(len(d.associations) for d in graph.diseases.values())
     assert told["relations"]["association"] == associations
     assert told["relations"]["contradiction"] == len(graph.contradictions)

@@ -19,10 +19,10 @@ from cpo_fast.concepts.__main__ import main
 from cpo_fast.concepts.labeller import (
     _MENTIONS,
     LABELLED,
-    clear_side,
-    opposed,
-    ruled_out,
-    sentences,
+    find_clear_side,
+    find_opposed,
+    find_ruled_out,
+    split_sentences,
 )
 from cpo_fast.concepts.labeller_phrases import STEMS
 from cpo_fast.types import FINDINGS
@@ -104,15 +104,15 @@ def test_the_cases_are_labelled(change: Callable[[str], str]) -> None:
 
 def test_every_mention_holds_a_stem_of_its_finding() -> None:
     texts = [text for text, _, _ in SENTENCES] + [case["text"] for case in CASES]
-    for line in (line for text in texts for line in sentences(text)):
+    for line in (line for text in texts for line in split_sentences(text)):
         for name, stems in STEMS.items():
             assert not _MENTIONS[name].search(line) or any(stem in line for stem in stems)
 
 
 @pytest.mark.parametrize("line", ["negative.", "unremarkable radiographs of the chest.", "normal."])
 def test_a_chest_that_is_normal_throughout_rules_everything_out(line: str) -> None:
-    assert {"Edema", "Pleural Other", "Emphysema"} <= ruled_out(line)
-    assert not ruled_out("otherwise " + line) and not ruled_out("normal chest wall.")
+    assert {"Edema", "Pleural Other", "Emphysema"} <= find_ruled_out(line)
+    assert not find_ruled_out("otherwise " + line) and not find_ruled_out("normal chest wall.")
 
 
 def test_positive_beats_uncertain_beats_negative() -> None:
@@ -147,22 +147,22 @@ RULED_OUT = [
 
 @pytest.mark.parametrize(("text", "out", "left"), RULED_OUT)
 def test_what_a_normal_statement_rules_out(text: str, out: set[str], left: set[str]) -> None:
-    assert out <= ruled_out(text)
-    assert not left & ruled_out(text)
+    assert out <= find_ruled_out(text)
+    assert not left & find_ruled_out(text)
 
 
 def test_sides_and_volumes() -> None:
-    assert clear_side("the left lung is clear.") == "left"
-    assert clear_side("clear right lung.") == "right"
-    assert clear_side("the lungs are clear.") == ""
-    assert "Emphysema" in opposed("low lung volumes.")
-    assert "Atelectasis" in opposed("the lungs are hyperinflated.")
-    assert not opposed("no hyperinflation.")
+    assert find_clear_side("the left lung is clear.") == "left"
+    assert find_clear_side("clear right lung.") == "right"
+    assert find_clear_side("the lungs are clear.") == ""
+    assert "Emphysema" in find_opposed("low lung volumes.")
+    assert "Atelectasis" in find_opposed("the lungs are hyperinflated.")
+    assert not find_opposed("no hyperinflation.")
 
 
 def test_sentences_are_cut_at_stops_and_list_marks() -> None:
     text = "1. No effusion.  2. Small nodule\n\nIMPRESSION: Clear lungs."
-    assert sentences(text) == ["no effusion.", "small nodule", "clear lungs."]
+    assert split_sentences(text) == ["no effusion.", "small nodule", "clear lungs."]
 
 
 @given(st.text(max_size=300))

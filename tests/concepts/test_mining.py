@@ -14,7 +14,14 @@ from cpo_fast.concepts import load_graph
 from cpo_fast.concepts.__main__ import main
 from cpo_fast.concepts.extraction import merge_extraction
 from cpo_fast.concepts.graph import read_graph_json
-from cpo_fast.concepts.mine import Miner, evidence, fisher, mine, proposals, with_weights
+from cpo_fast.concepts.mine import (
+    Miner,
+    add_weights,
+    collect_evidence,
+    fisher,
+    mine,
+    propose_changes,
+)
 from cpo_fast.errors import DataError
 from tests.counterfactual.samples import REPORTS, write_open_i
 
@@ -55,7 +62,7 @@ def test_counts_and_evidence() -> None:
     assert counts.pairs["Cardiomegaly", "D8"] == 40
     assert counts.denied["Pleural Effusion"] == 40
     assert counts.uncertain["Atelectasis"] == 60
-    edges = {(e.left, e.right): e for e in evidence(GRAPH, counts)}
+    edges = {(e.left, e.right): e for e in collect_evidence(GRAPH, counts)}
     together = edges["Cardiomegaly", "D8"]
     assert together.expected == pytest.approx(40 * 40 / 460)
     assert together.pmi == pytest.approx(math.log2(460 / 40))
@@ -65,12 +72,15 @@ def test_counts_and_evidence() -> None:
 
 
 def test_proposals_add_and_exclude_for_review() -> None:
-    edges = evidence(GRAPH, mine(read_graph_json(), CORPUS))
-    rows = {(row["left"], row["right"]): row["change"] for row in proposals(edges, confidence=0.95)}
+    edges = collect_evidence(GRAPH, mine(read_graph_json(), CORPUS))
+    rows = {
+        (row["left"], row["right"]): row["change"]
+        for row in propose_changes(edges, confidence=0.95)
+    }
     assert rows["Cardiomegaly", "D8"] == "add association"
     assert rows["Emphysema", "Pneumonia"] == "add exclusion"
     assert ("Emphysema", "F2") not in rows  # known already
-    weighted = with_weights(GRAPH, edges).network.edges["Emphysema", "F2"]
+    weighted = add_weights(GRAPH, edges).network.edges["Emphysema", "F2"]
     assert weighted["relation"] == "association" and weighted["together"] == 60
     assert "together" not in GRAPH.network.edges["Emphysema", "F2"]
 

@@ -16,7 +16,7 @@ from cpo_fast.counterfactual import counterfactuals
 from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.formats import FORMATS
 from cpo_fast.counterfactual.generate import balance, read_study
-from cpo_fast.counterfactual.targets import CONFLICT, even_prices, pick
+from cpo_fast.counterfactual.targets import CONFLICT, balance_prices, pick_targets
 from cpo_fast.data import open_preferences
 from cpo_fast.data.images import load_image
 from tests.counterfactual.samples import LOW_VOLUMES, NORMAL, OPACITY, REPORTS, study, write_open_i
@@ -28,7 +28,7 @@ STUDIES = [study((NORMAL, OPACITY, LOW_VOLUMES, NORMAL)[n % 4], n) for n in rang
 
 def spread(prices: dict[str, float]) -> Counter[str]:
     rows = (read_study(one, GRAPH, 42)[2] for one in STUDIES)
-    return Counter(name for row in rows for name in pick(row, prices, 2))
+    return Counter(name for row in rows for name in pick_targets(row, prices, 2))
 
 
 def test_prices_make_every_disease_about_equally_often_a_target() -> None:
@@ -41,17 +41,17 @@ def test_prices_make_every_disease_about_equally_often_a_target() -> None:
 
 def test_prices_do_not_force_what_the_anatomy_contradicts() -> None:
     rows = [{"a": 0.1 * (n % 5), "b": 0.2, "c": -CONFLICT - 0.6} for n in range(100)]
-    prices = even_prices(rows, 2)
+    prices = balance_prices(rows, 2)
     assert all(abs(price) <= CONFLICT / 2 for price in prices.values())
-    assert all("c" not in pick(row, prices, 2) for row in rows)
+    assert all("c" not in pick_targets(row, prices, 2) for row in rows)
 
 
 def test_prices_without_studies_or_with_few_candidates() -> None:
-    assert even_prices([], 2) == {}
-    assert even_prices([{}], 2) == {}
-    prices = even_prices([{"a": 0.5}, {"a": 0.1, "b": 0.4}], 3)
+    assert balance_prices([], 2) == {}
+    assert balance_prices([{}], 2) == {}
+    prices = balance_prices([{"a": 0.5}, {"a": 0.1, "b": 0.4}], 3)
     assert set(prices) == {"a", "b"} and np.isfinite(list(prices.values())).all()
-    assert pick({"a": 0.5}, prices, 3) == ["a"]
+    assert pick_targets({"a": 0.5}, prices, 3) == ["a"]
 
 
 def test_balanced_shards_hold_the_bytes_of_the_whole_run(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.graph.edit import edit_sentence
-from cpo_fast.counterfactual.graph.lexicon import lexicon
+from cpo_fast.counterfactual.graph.lexicon import get_lexicon
 from cpo_fast.counterfactual.graph.scope import AmbiguousError
-from cpo_fast.counterfactual.graph.text import join, split
+from cpo_fast.counterfactual.graph.text import join_units, split_units
 
 GRAPH = load_graph()
 RIGHT = frozenset({"right"})
@@ -228,12 +228,12 @@ EDITS = [
 
 @pytest.mark.parametrize(("target", "sentence", "expected"), EDITS)
 def test_an_edit(target: str, sentence: str, expected: str) -> None:
-    assert edit_sentence(sentence, lexicon(GRAPH, target), RIGHT) == expected
+    assert edit_sentence(sentence, get_lexicon(GRAPH, target), RIGHT) == expected
 
 
 @pytest.mark.parametrize("target", GRAPH.diseases)
 def test_an_edit_is_done_once(target: str) -> None:
-    lex = lexicon(GRAPH, target)
+    lex = get_lexicon(GRAPH, target)
     for _, sentence, _ in EDITS:
         once = edit_sentence(sentence, lex, RIGHT)
         assert not once or edit_sentence(once, lex, RIGHT) == once
@@ -246,7 +246,7 @@ def test_bones_and_devices_are_left_alone(target: str) -> None:
         "Degenerative changes are seen in the spine.",
         "A left chest port ends in the superior vena cava.",
     ):
-        assert edit_sentence(sentence, lexicon(GRAPH, target), RIGHT) == sentence
+        assert edit_sentence(sentence, get_lexicon(GRAPH, target), RIGHT) == sentence
 
 
 TEXT = (
@@ -260,7 +260,7 @@ WORDS = st.sampled_from(TEXT.split())
 def test_any_words_can_be_edited(words: list[str], target: str) -> None:
     sentence = " ".join(words)
     try:
-        edited = edit_sentence(sentence, lexicon(GRAPH, target), RIGHT)
+        edited = edit_sentence(sentence, get_lexicon(GRAPH, target), RIGHT)
     except AmbiguousError:
         return
     assert edited == sentence or len(edited) <= len(sentence) + 12
@@ -279,11 +279,11 @@ def test_any_words_can_be_edited(words: list[str], target: str) -> None:
     ],
 )
 def test_a_section_is_joined_to_the_same_bytes(section: str) -> None:
-    assert join(list(split(section))) == section
+    assert join_units(list(split_units(section))) == section
 
 
 def test_list_marks_belong_to_their_sentence() -> None:
-    units = split("1. One. 2. Two 3. Three.")
+    units = split_units("1. One. 2. Two 3. Three.")
     assert [(u.mark.strip(), u.body) for u in units] == [
         ("1.", "One."),
         ("2.", "Two"),
@@ -292,5 +292,5 @@ def test_list_marks_belong_to_their_sentence() -> None:
 
 
 def test_a_list_that_lost_an_item_is_numbered_anew() -> None:
-    units = split("1. One. 2. Two. 3. Three.")
-    assert join([units[0], units[2]]) == "1. One. 2. Three."
+    units = split_units("1. One. 2. Two. 3. Three.")
+    assert join_units([units[0], units[2]]) == "1. One. 2. Three."

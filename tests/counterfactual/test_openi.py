@@ -10,9 +10,9 @@ import pytest
 
 from bench.bench_counterfactual import denied_assertions
 from cpo_fast.concepts import label_report, load_graph
-from cpo_fast.concepts.labeller import ruled_out, sentences
+from cpo_fast.concepts.labeller import find_ruled_out, split_sentences
 from cpo_fast.counterfactual import counterfactuals
-from cpo_fast.counterfactual.graph.text import join, split
+from cpo_fast.counterfactual.graph.text import join_units, split_units
 from cpo_fast.data import open_studies
 from cpo_fast.errors import DataError
 from cpo_fast.types import Counterfactual, Study
@@ -40,7 +40,9 @@ def test_the_target_is_asserted_and_nowhere_denied(made: list[Counterfactual]) -
     for cf in made:
         if cf.passed:
             assert label_report(cf.counterfactual)[cf.target] == 1
-            assert not any(cf.target in ruled_out(s) for s in sentences(cf.counterfactual))
+            assert not any(
+                cf.target in find_ruled_out(s) for s in split_sentences(cf.counterfactual)
+            )
 
 
 def test_nothing_that_passes_denies_what_the_report_asserts(made: list[Counterfactual]) -> None:
@@ -50,9 +52,9 @@ def test_nothing_that_passes_denies_what_the_report_asserts(made: list[Counterfa
 def test_most_sentences_are_kept(made: list[Counterfactual]) -> None:
     shares = []
     for cf in made:
-        old = Counter(u.plain for u in split(cf.report) if u.plain)
+        old = Counter(u.plain for u in split_units(cf.report) if u.plain)
         shares.append(
-            (old & Counter(u.plain for u in split(cf.counterfactual))).total() / old.total()
+            (old & Counter(u.plain for u in split_units(cf.counterfactual))).total() / old.total()
         )
     assert statistics.median(shares) >= 0.6
 
@@ -65,7 +67,7 @@ def test_targets_and_wordings_are_spread(made: list[Counterfactual]) -> None:
 
 def test_sections_are_cut_and_joined_without_loss(studies: list[Study]) -> None:
     exact = [
-        join(list(split(text))) == text
+        join_units(list(split_units(text))) == text
         for study in studies
         for text in (study.report.findings, study.report.impression)
     ]

@@ -15,7 +15,7 @@ from cpo_fast.counterfactual.perception import (
     perception_counterfactuals,
     with_perception,
 )
-from cpo_fast.counterfactual.preference import sft_preference
+from cpo_fast.counterfactual.preferences import build_sft_preference
 from cpo_fast.data.preference_rows import parse_counterfactual
 from cpo_fast.types import Counterfactual, ImageRef, Report
 from tests.counterfactual.samples import INFLATED, LOW_VOLUMES, NORMAL, OPACITY, study, write_open_i
@@ -67,7 +67,7 @@ def test_a_study_without_image_or_neighbour_is_set_aside() -> None:
 
 def test_the_preference_changes_the_image_alone() -> None:
     other = (ImageRef("p/9.jpg"),)
-    own = sft_preference(STUDIES[0])
+    own = build_sft_preference(STUDIES[0])
     made = with_perception(own, other)
     assert made.rejected == (made.chosen,)
     assert made.rejected_images == (other,) and made.images == STUDIES[0].images

@@ -16,18 +16,23 @@ from cpo_fast.concepts import label_report, load_graph
 from cpo_fast.concepts.graph import graph_from_json, read_graph_json
 from cpo_fast.counterfactual import (
     DEFAULT_PROMPT,
+    build_preference,
+    build_sft_preference,
     checks,
     counterfactuals,
-    preference,
-    sft_preference,
     study_labels,
 )
 from cpo_fast.counterfactual.checks import check
 from cpo_fast.counterfactual.generate import read_study
 from cpo_fast.counterfactual.graph.rewrite import rewrite
-from cpo_fast.counterfactual.graph.text import split
-from cpo_fast.counterfactual.graph.wording import WORDINGS, fill
-from cpo_fast.counterfactual.targets import candidates, drift_proneness, pick, target_scores
+from cpo_fast.counterfactual.graph.text import split_units
+from cpo_fast.counterfactual.graph.wording import TARGET_WORDINGS, fill_template
+from cpo_fast.counterfactual.targets import (
+    drift_proneness,
+    list_candidates,
+    pick_targets,
+    score_targets,
+)
 from cpo_fast.errors import UsageError
 from cpo_fast.types import Counterfactual, Report
 from tests.counterfactual.samples import (
@@ -51,12 +56,12 @@ def one(report: Report, target: str, **fields: object) -> Counterfactual:
 
 
 def test_every_disease_of_the_graph_has_wordings() -> None:
-    assert set(WORDINGS) == set(GRAPH.diseases)
+    assert set(TARGET_WORDINGS) == set(GRAPH.diseases)
 
 
-@pytest.mark.parametrize("target", WORDINGS)
+@pytest.mark.parametrize("target", TARGET_WORDINGS)
 def test_every_wording_asserts_its_target_and_nothing_against_it(target: str) -> None:
-    wording = WORDINGS[target]
+    wording = TARGET_WORDINGS[target]
     for place in wording.places:
         both = len(place.sides) == 2
         findings = wording.both if both else wording.one
@@ -64,7 +69,7 @@ def test_every_wording_asserts_its_target_and_nothing_against_it(target: str) ->
         assert len(findings) >= 4 and len(phrases) >= 2
         for size in wording.sizes:
             for template in (*findings, *phrases):
-                text = fill(template, place, size)
+                text = fill_template(template, place, size)
                 labels = {n for n, v in label_report(text).items() if v == 1}
                 assert target in labels, text
                 assert not GRAPH.excluded[target] & labels
@@ -72,7 +77,7 @@ def test_every_wording_asserts_its_target_and_nothing_against_it(target: str) ->
                 assert text[0].isupper() or text[0].isdigit()
 
 
-@pytest.mark.parametrize("target", WORDINGS)
+@pytest.mark.parametrize("target", TARGET_WORDINGS)
 def test_a_normal_report_is_rewritten_towards_each_target(target: str) -> None:
     made = one(NORMAL, target)
     assert made.passed, [name for name, ok in made.checks.items() if not ok]
@@ -94,7 +99,9 @@ def test_all_targets_of_all_styles_pass(report: Report) -> None:
 
 def test_unrelated_sentences_keep_their_words() -> None:
     made = one(NORMAL, "Pleural Effusion")
-    kept = {u.plain for u in split(NORMAL.findings)} & {u.plain for u in split(made.counterfactual)}
+    kept = {u.plain for u in split_units(NORMAL.findings)} & {
+        u.plain for u in split_units(made.counterfactual)
+    }
     assert "The lungs are clear." in kept
     assert "Heart size and pulmonary vascularity are within normal limits." in made.counterfactual
     assert "The pleural spaces are clear." not in made.counterfactual
@@ -160,14 +167,14 @@ def test_a_disease_without_wordings_is_no_target() -> None:
         "exclusions": [],
     }
     graph = graph_from_json(data)
-    assert "Fracture" in graph.diseases and "Fracture" not in candidates(graph, {})
+    assert "Fracture" in graph.diseases and "Fracture" not in list_candidates(graph, {})
     with pytest.raises(UsageError, match="target Fracture is unknown"):
         next(counterfactuals([study(NORMAL)], graph, targets=["Fracture"]))
 
 
 def test_targets_are_neither_present_nor_uncertain_nor_implied() -> None:
     labels = {"Pneumonia": 1, "Edema": -1, "Pneumothorax": 0}
-    free = candidates(GRAPH, labels)
+    free = list_candidates(GRAPH, labels)
     assert not {"Pneumonia", "Edema", "Consolidation", "Lung Opacity"} & set(free)
     assert "Pneumothorax" in free
 
@@ -175,8 +182,8 @@ def test_targets_are_neither_present_nor_uncertain_nor_implied() -> None:
 def test_near_diseases_come_first_and_excluded_ones_last() -> None:
     ranks = {"Edema": 0, "Emphysema": 0}
     for number in range(200):
-        scores = target_scores(GRAPH, str(number), {"Atelectasis": 1}, {}, (), frozenset(), 42)
-        order = pick(scores, {}, 11)
+        scores = score_targets(GRAPH, str(number), {"Atelectasis": 1}, {}, (), frozenset(), 42)
+        order = pick_targets(scores, {}, 11)
         for name in ranks:
             ranks[name] += order.index(name)
         assert len(set(order)) == len(order)
@@ -194,7 +201,7 @@ def test_the_wording_of_a_report_draws_targets_that_share_it() -> None:
     named = Counter[str]()
     for number in range(60):
         _, _, scores = read_study(study(plain, number), GRAPH, 42)
-        named.update(pick(scores, {}, 2))
+        named.update(pick_targets(scores, {}, 2))
     assert {name for name, _ in named.most_common(2)} <= {n for n, v in shared.items() if v}
 
 
@@ -249,7 +256,7 @@ CASES = [json.loads(line) for line in (DATA / "rewriting.jsonl").open()]
 def test_what_a_report_asserts_is_still_asserted(case: dict[str, Any]) -> None:
     made = one(Report(case["text"], ""), case["target"])
     assert made.passed, [name for name, ok in made.checks.items() if not ok]
-    sentences = [unit.plain for unit in split(made.counterfactual.removeprefix("FINDINGS: "))]
+    sentences = [unit.plain for unit in split_units(made.counterfactual.removeprefix("FINDINGS: "))]
     assert [s for s in sentences if s in case["rest"]] == case["rest"]
     assert len(sentences) == len(case["rest"]) + 1  # the target's
     labels = label_report(made.counterfactual)
@@ -333,7 +340,7 @@ OWN = ("assertions", "no_new_denial", "exemptions")
 def test_lost_and_denied_findings_are_found_without_the_labeller(
     before: str, target: str, after: str, wanted: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "sentence_mentions", lambda line: ())  # blind to everything
+    monkeypatch.setattr(checks, "find_mentions", lambda line: ())  # blind to everything
     made = check(GRAPH, Report(before, ""), Report(after, ""), target)
     assert {name for name in OWN if not made[name]} == wanted
 
@@ -403,7 +410,7 @@ def test_labels_come_from_the_study_or_the_labeller() -> None:
 
 def test_preferences_hold_prompt_answers_and_images() -> None:
     made = study(LOW_VOLUMES, labels={"Atelectasis": 1, "Support Devices": 1})
-    sft = sft_preference(made)
+    sft = build_sft_preference(made)
     assert sft.rejected == ()
     assert sft.prompt[0]["role"] == "user"
     assert sft.prompt[0]["content"] == [{"type": "image"}, {"type": "text", "text": DEFAULT_PROMPT}]
@@ -412,8 +419,8 @@ def test_preferences_hold_prompt_answers_and_images() -> None:
         "The disease of this patient is Atelectasis, Support Devices."
     )
     cfs = list(counterfactuals([made], GRAPH, targets=["Edema", "Emphysema"]))
-    alone = preference(made, cfs)
-    everything = preference(made, cfs, rejected_answer="all", prompt="Read it.")
+    alone = build_preference(made, cfs)
+    everything = build_preference(made, cfs, rejected_answer="all", prompt="Read it.")
     assert alone.chosen == sft.chosen and alone.images == made.images and alone.id == "s0"
     assert [text.rsplit("</think> ")[1] for text in alone.rejected] == [
         "The disease of this patient is Edema.",
@@ -429,8 +436,8 @@ def test_preferences_hold_prompt_answers_and_images() -> None:
 def test_preferences_refuse_what_does_not_belong() -> None:
     cfs = list(counterfactuals([study(NORMAL)], GRAPH))
     with pytest.raises(ValueError, match="at least one"):
-        preference(study(NORMAL), [])
+        build_preference(study(NORMAL), [])
     with pytest.raises(ValueError, match="rejected_answer"):
-        preference(study(NORMAL), cfs, rejected_answer="none")
+        build_preference(study(NORMAL), cfs, rejected_answer="none")
     with pytest.raises(ValueError, match="s0/"):
-        preference(study(NORMAL, 1), cfs)
+        build_preference(study(NORMAL, 1), cfs)

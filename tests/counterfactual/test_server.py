@@ -17,8 +17,8 @@ from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual import counterfactuals, server
 from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.graph.rewrite import rewrite
-from cpo_fast.counterfactual.prompt import parse_answer
-from cpo_fast.counterfactual.server import ServerWriter, near
+from cpo_fast.counterfactual.prompt import parse_rewrite
+from cpo_fast.counterfactual.server import ServerWriter, is_local_address
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import Report
 from tests.counterfactual.samples import REPORTS, study, write_open_i
@@ -324,7 +324,7 @@ def test_the_wait_that_a_server_asks_for_is_kept(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setattr(server, "_seconds", lambda value: 7.0 if value == "0" else None)
+    monkeypatch.setattr(server, "_parse_retry_after", lambda value: 7.0 if value == "0" else None)
     host.plan = ["status:429"]
     writer = ServerWriter(host.url, "m", timeout=2)
     (made,) = counterfactuals([study(REPORTS[0])], GRAPH, num_targets=1, generator=writer)
@@ -332,10 +332,10 @@ def test_the_wait_that_a_server_asks_for_is_kept(
 
 
 def test_retry_after_is_read_in_seconds_and_as_a_date() -> None:
-    assert server._seconds("3") == 3.0
-    assert server._seconds(None) is None
-    assert server._seconds("soon") is None
-    assert server._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert server._parse_retry_after("3") == 3.0
+    assert server._parse_retry_after(None) is None
+    assert server._parse_retry_after("soon") is None
+    assert server._parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 def test_retries_ask_otherwise_and_say_what_was_wrong(host: Host) -> None:
@@ -399,7 +399,7 @@ def test_no_server_at_all_ends_the_run_with_nothing_set_aside(
     ],
 )
 def test_which_addresses_are_near(address: str, is_near: bool) -> None:
-    assert near(address) is is_near
+    assert is_local_address(address) is is_near
 
 
 @pytest.mark.parametrize(
@@ -465,11 +465,11 @@ def test_a_missing_model_or_key_is_named(
 )
 def test_what_is_no_report_is_refused(text: str, reason: str) -> None:
     with pytest.raises(RecordError) as error:
-        parse_answer(text, Report("x", "y"))
+        parse_rewrite(text, Report("x", "y"))
     assert error.value.reason == reason
 
 
 def test_a_report_is_found_in_the_dress_of_a_chat() -> None:
     text = "Sure!\n\n**FINDINGS:** The heart\nis large.\n\n## Impression: Cardiomegaly.\n```"
-    found = parse_answer(text, Report("x", "y"))
+    found = parse_rewrite(text, Report("x", "y"))
     assert found == Report("The heart\nis large.", "Cardiomegaly.")

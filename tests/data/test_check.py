@@ -240,12 +240,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_token_lengths_are_those_of_encode(
     mimic: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from cpo_fast.counterfactual import sft_preference
+    from cpo_fast.counterfactual import build_sft_preference
     from cpo_fast.packing import encode
     from cpo_fast.testing.samples import images, tokenizer
 
     groups = [
-        encode(sft_preference(study), tokenizer(), images().grid, max_length=9999)
+        encode(build_sft_preference(study), tokenizer(), images().grid, max_length=9999)
         for study in open_studies(str(mimic))
     ]
     prompts = [len(group.prompt.input_ids) for group in groups]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cpo_fast.counterfactual import DEFAULT_PROMPT, preference
-from cpo_fast.counterfactual.formats import FORMATS, rows
+from cpo_fast.counterfactual import DEFAULT_PROMPT, build_preference
+from cpo_fast.counterfactual.formats import FORMATS, format_rows
 from cpo_fast.data import labels, open_preferences
 from cpo_fast.types import Counterfactual, ImageRef, Preference, Report, Study
 from tests.data.samples import dicom
@@ -58,12 +58,12 @@ def in_parts(one: Preference) -> Preference:
 def test_every_format_comes_back(tmp_path: Path, form: str, image: bool) -> None:
     study, made = study_and_counterfactuals(image, str(tmp_path))
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(made, form)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in format_rows(made, form)))
     source = open_preferences(str(path))
     (found,) = source
     kinds = {"jsonl": "counterfactuals", "ccf": "ccf", "trl": "trl", "swift": "ms-swift"}
     assert source.kind == kinds[form]
-    assert in_parts(found) == in_parts(preference(study, made))
+    assert in_parts(found) == in_parts(build_preference(study, made))
     assert found.patients == (study.patient_id.removeprefix("p"),)
     if form in ("jsonl", "ccf"):
         assert found.id == study.study_id

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cpo_fast.phantom.cases import Body, Exam, Sign, exams
-from cpo_fast.phantom.radiograph import frontal, lateral
-from cpo_fast.phantom.wording import DRIFTS, Drift, Written, write_report
+from cpo_fast.phantom.cases import Body, Exam, Sign, draw_exams
+from cpo_fast.phantom.radiograph import draw_frontal, draw_lateral
+from cpo_fast.phantom.reports import DRIFTS, Drift, Written, write_report
 from cpo_fast.types import FINDINGS
 
 SIZE = 112
@@ -21,7 +21,7 @@ BODY = Body("man", width=1.0, height=1.0, heart=0.43, tissue=1.0, rib_phase=0.3,
 def corpus() -> list[tuple[Exam, Written]]:
     return [
         (exam, write_report(exam, np.random.default_rng([42, 2, exam.number])))
-        for exam in exams(2500, 42)
+        for exam in draw_exams(2500, 42)
     ]
 
 
@@ -124,7 +124,7 @@ def test_the_drift_follows_its_documented_curve() -> None:
 
 
 def shown(*signs: Sign, seed: int = 0) -> np.ndarray:
-    picture = frontal(np.random.default_rng(seed), BODY, signs, "PA", SIZE)
+    picture = draw_frontal(np.random.default_rng(seed), BODY, signs, "PA", SIZE)
     return np.asarray(picture, dtype=np.float32) / 255
 
 
@@ -216,7 +216,7 @@ def test_a_faint_sign_lies_between_none_and_an_asserted_one() -> None:
 
 def test_a_lateral_view_shows_fluid_behind() -> None:
     def side_view(*signs: Sign) -> np.ndarray:
-        return np.asarray(lateral(np.random.default_rng(0), BODY, signs, SIZE)) / 255
+        return np.asarray(draw_lateral(np.random.default_rng(0), BODY, signs, SIZE)) / 255
 
     window = (0.2, 0.36), (0.33, 0.42)
     ill = side_view(Sign("Pleural Effusion", True, 0.8, "right", "base"))

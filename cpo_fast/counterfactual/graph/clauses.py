@@ -49,7 +49,7 @@ _CONTRAST = re.compile(r"but|however|although|though|;")
 _SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
 
 
-def clauses(body: str) -> list[tuple[str, str]]:
+def split_clauses(body: str) -> list[tuple[str, str]]:
     """[(connector before, clause)]; a coordinator cuts only between two parts that say
     something."""
     out: list[tuple[str, str]] = []
@@ -71,7 +71,7 @@ def clauses(body: str) -> list[tuple[str, str]]:
     return out
 
 
-def sides(text: str) -> frozenset[str]:
+def find_sides(text: str) -> frozenset[str]:
     """The sides of the body that a lower-case text names."""
     found: set[str] = set()
     for word in _SIDE.findall(text):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from cpo_fast.counterfactual.graph.clauses import FRAGMENT, ITEM, VERB
-from cpo_fast.counterfactual.graph.grammar import agree_tail, agree_there, series
+from cpo_fast.counterfactual.graph.grammar import agree_tail, agree_there, join_items
 from cpo_fast.counterfactual.graph.lexicon import Lexicon
-from cpo_fast.counterfactual.graph.scope import change_in, goes_with_last, unchanged
+from cpo_fast.counterfactual.graph.scope import belongs_to_last, is_change, says_unchanged
 
 NEGATION = re.compile(
     r"^(?:(?:specifically|otherwise|also|again|currently|and|grossly|they are|are|which are|"
@@ -69,7 +69,7 @@ def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
             return ""
         return clause
     separators, items = _items(listed)
-    changed = next((i for i, item in enumerate(items) if change_in(item.lower())), len(items))
+    changed = next((i for i, item in enumerate(items) if is_change(item.lower())), len(items))
     named = [
         index < changed and bool(lex.denied.search(item.lower()))
         for index, item in enumerate(items)
@@ -89,7 +89,7 @@ def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
         (w for w in (re.search(r"and/or|and|or|nor", s) for s in reversed(separators)) if w), None
     )
     oxford = any("," in s and re.search(r"and|or", s) for s in separators)
-    joined = series(kept, word.group() if word else "", oxford)
+    joined = join_items(kept, word.group() if word else "", oxford)
     head = clause[:cue_end]
     if named[0]:
         head = agree_there(head, kept[0])
@@ -103,7 +103,7 @@ def _items(listed: str) -> tuple[list[str], list[str]]:
     start, before = 0, ""
     for match in [*ITEM.finditer(listed), None]:
         item = listed[start : match.start() if match else len(listed)]
-        if items and goes_with_last(item.lower().strip()):
+        if items and belongs_to_last(item.lower().strip()):
             items[-1] += before + item.rstrip()
         else:
             separators += [before] if items else []
@@ -113,10 +113,10 @@ def _items(listed: str) -> tuple[list[str], list[str]]:
     return separators, items
 
 
-def denied_in(lower: str, lex: Lexicon) -> bool:
+def is_denied(lower: str, lex: Lexicon) -> bool:
     """Whether a clause that is no plain denial still denies the target by some word near its
     name; advice ("follow up to confirm clearing") does not."""
-    if _ADVICE.search(lower) or unchanged(lower):
+    if _ADVICE.search(lower) or says_unchanged(lower):
         return False
     for match in lex.denied.finditer(lower):
         before, after = lower[: match.start()][-80:], lower[match.end() :][:60]

@@ -11,26 +11,26 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from cpo_fast.counterfactual.graph.clauses import clauses, sides
-from cpo_fast.counterfactual.graph.denial import BROAD, NEGATION, denied_in, edit_denial
+from cpo_fast.counterfactual.graph.clauses import find_sides, split_clauses
+from cpo_fast.counterfactual.graph.denial import BROAD, NEGATION, edit_denial, is_denied
 from cpo_fast.counterfactual.graph.exemption import (
     Exemption,
-    asserted,
+    assert_exempted,
+    drop_otherwise,
     find_exemption,
-    without_otherwise,
 )
-from cpo_fast.counterfactual.graph.grammar import start_like
+from cpo_fast.counterfactual.graph.grammar import capitalise_like
 from cpo_fast.counterfactual.graph.lexicon import Lexicon
 from cpo_fast.counterfactual.graph.normal import INFLATED, TOPICS, edit_normal
 from cpo_fast.counterfactual.graph.scope import (
     AmbiguousError,
     Part,
-    cut,
+    cut_clause,
+    drop_items,
     leaves_verb_out,
     starts_unchanged,
-    without,
 )
-from cpo_fast.counterfactual.graph.text import capitalised
+from cpo_fast.counterfactual.graph.text import capitalise
 
 _ALL_NORMAL = re.compile(
     r"^(?:(?:stable|grossly|essentially|radiographically|there is|this is|an?) )*"
@@ -77,10 +77,10 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
 
     Gives the very same string where nothing has to change.
     """
-    if not _suspect(sentence.lower(), lex):
+    if not _needs_editing(sentence.lower(), lex):
         return sentence
     if sentence.isupper():
-        written = capitalised(sentence.lower())
+        written = capitalise(sentence.lower())
         edited = edit_sentence(written, lex, where)
         return sentence if edited == written else edited.upper()
     body = sentence.rstrip(" .!?")
@@ -90,15 +90,15 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
         return _edit_exemption(sentence, exemption, end, lex, where)
     plain = body
     if "lungs" in lex.topics:
-        plain = without_otherwise(plain)
+        plain = drop_otherwise(plain)
         for pattern, instead in _CLEAR_LUNGS:
             plain = pattern.sub(instead, plain)
         if plain != body and body[:1].isupper():
-            plain = capitalised(plain)
+            plain = capitalise(plain)
     kept: list[tuple[str, str]] = []
     changed = plain != body
     context, dropped = "", False
-    for part in _pieces(plain):
+    for part in _cut_clauses(plain):
         new = _edit_clause(part.text, lex, where, context)
         context += " " + part.text.lower()
         if new != part.text and part.unsure:
@@ -113,14 +113,16 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
             kept.append((part.connector, new))
     if not changed:
         return sentence
-    if not kept or all(_hollow(clause) for _, clause in kept):
+    if not kept or all(_is_hollow(clause) for _, clause in kept):
         return ""
     return _assemble(kept, body, dropped_head=kept[0][0] != "") + (end or "")
 
 
 @lru_cache(maxsize=1 << 16)
-def _pieces(body: str) -> tuple[Part, ...]:
-    return tuple(part for connector, clause in clauses(body) for part in cut(connector, clause))
+def _cut_clauses(body: str) -> tuple[Part, ...]:
+    return tuple(
+        part for connector, clause in split_clauses(body) for part in cut_clause(connector, clause)
+    )
 
 
 def _edit_exemption(
@@ -132,24 +134,24 @@ def _edit_exemption(
     rest = edit_sentence(exemption.rest, lex, where) if exemption.rest else ""
     if (head, exempt, rest) == (exemption.head, exemption.exempt, exemption.rest):
         return sentence
-    told = asserted(exempt, exemption.head) if exempt else ""
+    told = assert_exempted(exempt, exemption.head) if exempt else ""
     stop = end.strip()[:1] or "."
-    return f"{stop} ".join(capitalised(part) for part in (head, told, rest) if part) + (
+    return f"{stop} ".join(capitalise(part) for part in (head, told, rest) if part) + (
         end if head or told or rest else ""
     )
 
 
 @lru_cache(maxsize=64)
-def _topics(names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
+def _topic_patterns(names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
     return tuple(pattern for name, pattern in TOPICS if name in names)
 
 
-def _suspect(lower: str, lex: Lexicon) -> bool:
+def _needs_editing(lower: str, lex: Lexicon) -> bool:
     return bool(
         lex.denied.search(lower)
         or (lex.excluded is not None and lex.excluded.search(lower))
         or (lex.excluded_here is not None and lex.excluded_here.search(lower))
-        or any(p.search(lower) for p in _topics(lex.topics))
+        or any(p.search(lower) for p in _topic_patterns(lex.topics))
         or ("inflation" in lex.topics and INFLATED.search(lower))
         or ("lungs" in lex.topics and "otherwise" in lower)
         or BROAD.search(lower)
@@ -165,7 +167,7 @@ def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> 
             first = f"{subject.group() if subject else 'The lungs are'} {first}"
         first = re.sub(r"^(?:without|w/o)(?: any)?\b", "no", first, flags=re.I)
         if body[:1].isupper():
-            first = capitalised(first)
+            first = capitalise(first)
     text = first
     for connector, clause in kept[1:]:
         goes_on = "and" in connector and clause.lower().startswith("without")
@@ -175,7 +177,7 @@ def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> 
     return text
 
 
-def _hollow(clause: str) -> bool:
+def _is_hollow(clause: str) -> bool:
     """Whether nothing is said: only connecting words are left."""
     return re.search(r"[a-z]{3,}", _FILLER.sub("", clause.lower())) is None
 
@@ -184,7 +186,7 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
     """`clause` without what contradicts the target; `context` is the sentence before it."""
     lower = clause.lower()
     if _REST.match(lower) and "lung" in context:
-        named = sides(context)
+        named = find_sides(context)
         elsewhere = bool(named) and not named & where
         return clause if "lungs" not in lex.topics or "otherwise" in lower or elsewhere else ""
     quiet = _SAYS_NOTHING_ACUTE.match(lower)
@@ -203,12 +205,12 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
     new = edit_normal(clause, lex, where)
     if new is not None:
         return new
-    if lex.denied.search(lower) and denied_in(lower, lex):
+    if lex.denied.search(lower) and is_denied(lower, lex):
         return ""
     if lex.excluded is not None and _asserts(lex.excluded, lower):
-        return start_like(clause, without(clause, lex.excluded))
+        return capitalise_like(clause, drop_items(clause, lex.excluded))
     if lex.excluded_here is not None and _asserts(lex.excluded_here, lower):
-        named = sides(lower)
+        named = find_sides(lower)
         if not named or named & where:
             return ""
     return clause

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cpo_fast.counterfactual.graph.grammar import plural
-from cpo_fast.counterfactual.graph.scope import own_clause
-from cpo_fast.counterfactual.graph.text import capitalised
+from cpo_fast.counterfactual.graph.grammar import is_plural
+from cpo_fast.counterfactual.graph.scope import is_own_clause
+from cpo_fast.counterfactual.graph.text import capitalise
 
 _CUE = (
     r"(?:with the (?:sole |only )?exception of|except(?:ing)?(?: for)?(?: that)?|apart from|"
@@ -51,30 +51,30 @@ def find_exemption(body: str) -> Exemption | None:
     """The exemption of a sentence without its full stop; None if it has none."""
     match = _BEFORE.match(body)
     if match is not None:
-        return Exemption(capitalised(match["head"]), match["tail"], "")
+        return Exemption(capitalise(match["head"]), match["tail"], "")
     match = _BEHIND.match(body)
     if match is None:
         return None
     tail = match["tail"]
     for end in _END.finditer(tail):
         rest = tail[end.end() :].lower()
-        if own_clause(rest) or _DENIES.match(rest):
+        if is_own_clause(rest) or _DENIES.match(rest):
             return Exemption(match["head"], tail[: end.start()], tail[end.end() :])
     return Exemption(match["head"], tail, "")
 
 
-def without_otherwise(body: str) -> str:
+def drop_otherwise(body: str) -> str:
     """`body` without an end that calls the lungs clear but for what it has just named."""
     match = _OTHERWISE.search(body)
     return body[: match.start()] if match and match.start() else body
 
 
-def asserted(exempt: str, head: str) -> str:
+def assert_exempted(exempt: str, head: str) -> str:
     """An exempted finding as a sentence of its own, without the full stop."""
     if _VERB.search(exempt.lower()) or not _VERB.search(head.lower()):
-        return capitalised(re.sub(r"^an? ", "", exempt) if not _VERB.search(exempt) else exempt)
-    several = plural(re.split(r",| and ", exempt)[0])
+        return capitalise(re.sub(r"^an? ", "", exempt) if not _VERB.search(exempt) else exempt)
+    several = is_plural(re.split(r",| and ", exempt)[0])
     if _DEFINITE.match(exempt):
-        return capitalised(f"{exempt} {'are' if several else 'is'} present")
+        return capitalise(f"{exempt} {'are' if several else 'is'} present")
     several = several and not _ARTICLE.match(exempt)
     return f"There {'are' if several else 'is'} {exempt}"

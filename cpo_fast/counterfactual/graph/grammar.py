@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from cpo_fast.counterfactual.graph.text import capitalised
+from cpo_fast.counterfactual.graph.text import capitalise
 
 _PLURAL = re.compile(r"(?:(?<!s)s|ae|ces|ses|\bxxxx)$")
 _SINGULAR_S = re.compile(
@@ -12,7 +12,7 @@ _SINGULAR_S = re.compile(
 )
 
 
-def series(items: list[str], word: str, oxford: bool) -> str:
+def join_items(items: list[str], word: str, oxford: bool) -> str:
     """A, B, or C: `items` joined by `word`, with a comma before it when `oxford`."""
     if len(items) == 1:
         return items[0]
@@ -23,7 +23,7 @@ def series(items: list[str], word: str, oxford: bool) -> str:
     return ", ".join(items[:-1]) + (", " if oxford else " ") + f"{word} {items[-1]}"
 
 
-def plural(noun: str) -> bool:
+def is_plural(noun: str) -> bool:
     """Whether the head of a noun phrase is plural."""
     last = noun.lower().split()[-1] if noun.split() else ""
     head = re.split(r" (?:of|in|to|at|within|on) ", noun.lower())[0].split()
@@ -35,13 +35,13 @@ def agree_there(head: str, noun: str) -> str:
     """`head`, "there is no" or "there are no", in agreement with the first noun after it."""
     if re.search(r"\b(?:evidence|suggestion|areas?|signs?|findings?)\b", head.lower()):
         return head
-    wanted = "are" if plural(noun) else "is"
+    wanted = "are" if is_plural(noun) else "is"
     return re.sub(r"(?i)(there )(?:is|are)\b", lambda m: m.group(1) + wanted, head, count=1)
 
 
 def agree_tail(tail: str, items: list[str]) -> str:
     """`tail`, "is seen" or "are seen", in agreement with the last of the items before it."""
-    wanted = "are" if plural(items[-1]) else "is"
+    wanted = "are" if is_plural(items[-1]) else "is"
     return re.sub(r"^(,?\s+)(?:is|are)\b", lambda m: m.group(1) + wanted, tail, count=1)
 
 
@@ -51,13 +51,13 @@ def agree(tail: str, several: bool) -> str:
         "is": "are", "was": "were", "appears": "appear", "remains": "remain", "has": "have",
     }  # fmt: skip
     if not several:
-        forms = {plural: single for single, plural in forms.items()}
+        forms = {is_plural: single for single, is_plural in forms.items()}
     match = re.match(r"(\s+)(\w+)\b", tail)
     if match is None or match.group(2).lower() not in forms:
         return tail
     return match.group(1) + forms[match.group(2).lower()] + tail[match.end() :]
 
 
-def start_like(clause: str, text: str) -> str:
+def capitalise_like(clause: str, text: str) -> str:
     """`text` with a capital where `clause` has one."""
-    return capitalised(text) if clause[:1].isupper() else text
+    return capitalise(text) if clause[:1].isupper() else text

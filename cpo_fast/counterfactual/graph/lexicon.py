@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cpo_fast.concepts.graph import phrase_pattern
+from cpo_fast.concepts.graph import compile_phrases
 from cpo_fast.types import ConceptGraph
 
 # Which normal statements contradict which target. Counted on Open-I (observed / expected numbers
@@ -71,27 +71,14 @@ class Lexicon:
     acute: bool
 
 
-def lexicon(graph: ConceptGraph, target: str) -> Lexicon:
+def get_lexicon(graph: ConceptGraph, target: str) -> Lexicon:
     """The lexicon of `target`, made once per graph."""
-    return _lexicons(GraphKey(graph))[target]
-
-
-class GraphKey:
-    """A graph as a cache key: by identity, for its mappings can't be hashed."""
-
-    def __init__(self, graph: ConceptGraph) -> None:
-        self.graph = graph
-
-    def __hash__(self) -> int:
-        return id(self.graph)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, GraphKey) and other.graph is self.graph
+    return _lexicons(graph)[target]
 
 
 @lru_cache(maxsize=4)
-def _lexicons(key: GraphKey) -> dict[str, Lexicon]:
-    return {name: _compile(key.graph, name) for name in key.graph.diseases}
+def _lexicons(graph: ConceptGraph) -> dict[str, Lexicon]:
+    return {name: _compile(graph, name) for name in graph.diseases}
 
 
 def _compile(graph: ConceptGraph, target: str) -> Lexicon:
@@ -114,12 +101,12 @@ def _compile(graph: ConceptGraph, target: str) -> Lexicon:
     for disease in graph.excluded[target]:
         everywhere.update(nodes[disease]["synonyms"])
     extra = _MORE_DENIED.get(target, "")
-    named = phrase_pattern(sorted(denied)).pattern
+    named = compile_phrases(sorted(denied)).pattern
     return Lexicon(
         target=target,
         denied=re.compile(f"{named}|\\b(?:{extra})" if extra else named),
-        excluded=phrase_pattern(sorted(everywhere)) if everywhere else None,
-        excluded_here=phrase_pattern(sorted(here)) if here else None,
+        excluded=compile_phrases(sorted(everywhere)) if everywhere else None,
+        excluded_here=compile_phrases(sorted(here)) if here else None,
         topics=CONTRADICTED_TOPICS.get(target, frozenset()),
         acute=nodes[target]["course"] == "acute",
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from cpo_fast.counterfactual.graph.clauses import FRAGMENT, ITEM, VERB, sides
-from cpo_fast.counterfactual.graph.grammar import agree, plural, series, start_like
+from cpo_fast.counterfactual.graph.clauses import FRAGMENT, ITEM, VERB, find_sides
+from cpo_fast.counterfactual.graph.grammar import agree, capitalise_like, is_plural, join_items
 from cpo_fast.counterfactual.graph.lexicon import Lexicon
 
 _NORMAL = (
@@ -63,16 +63,18 @@ def edit_normal(clause: str, lex: Lexicon, where: frozenset[str]) -> str | None:
     ):
         return None
     if _VERBAL.search(subject.lower()) or re.search(r" The\b", subject):
-        return "" if _contradicted(subject, predicate, lex, where) else None
+        return "" if _is_contradicted(subject, predicate, lex, where) else None
     separators = ITEM.findall(subject)
     items = [item.strip() for item in ITEM.split(subject)]
-    bad = [_contradicted(item, predicate, lex, where) for item in items]
+    bad = [_is_contradicted(item, predicate, lex, where) for item in items]
     if not any(bad):
         return None if _names_target(lower, lex) else clause
     kept = [item for item, hit in zip(items, bad, strict=True) if not hit]
     if any(re.fullmatch(r"(?:size|contours?|configuration)", item.lower()) for item in kept):
         return ""
-    if not kept or all(_topic(item) == "other" and FRAGMENT.match(item.lower()) for item in kept):
+    if not kept or all(
+        _find_topic(item) == "other" and FRAGMENT.match(item.lower()) for item in kept
+    ):
         return ""
     if bad[-1] and re.fullmatch(
         r"(?:the )?(?:cardiac|mediastinal|hilar|pulmonary|cardio)", kept[-1].lower()
@@ -92,18 +94,18 @@ def edit_normal(clause: str, lex: Lexicon, where: frozenset[str]) -> str | None:
         and not kept[0].lower().startswith(("the ", "xxxx"))
     ):
         kept[0] = "the " + kept[0]
-    joined = series(
+    joined = join_items(
         kept, word.group() if word else "and", any("," in s and "and" in s for s in separators)
     )
-    several = len(kept) > 1 or plural(kept[0])
+    several = len(kept) > 1 or is_plural(kept[0])
     if prefix:
         return clause[:start] + joined
-    return start_like(clause, joined) + agree(clause[stop:], several)
+    return capitalise_like(clause, joined) + agree(clause[stop:], several)
 
 
-def _contradicted(subject: str, predicate: str, lex: Lexicon, where: frozenset[str]) -> bool:
-    topic = _topic(subject)
-    named = sides(subject.lower())
+def _is_contradicted(subject: str, predicate: str, lex: Lexicon, where: frozenset[str]) -> bool:
+    topic = _find_topic(subject)
+    named = find_sides(subject.lower())
     if named and where and not named & where:
         return False
     if "otherwise" in predicate:
@@ -117,7 +119,7 @@ def _contradicted(subject: str, predicate: str, lex: Lexicon, where: frozenset[s
     return topic in lex.topics
 
 
-def _topic(subject: str) -> str:
+def _find_topic(subject: str) -> str:
     lower = subject.lower()
     return next((name for name, pattern in TOPICS if pattern.search(lower)), "other")
 

@@ -12,19 +12,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from cpo_fast.counterfactual.graph.clauses import sides
+from cpo_fast.counterfactual.graph.clauses import find_sides
 from cpo_fast.counterfactual.graph.edit import edit_sentence
-from cpo_fast.counterfactual.graph.lexicon import Lexicon, lexicon
+from cpo_fast.counterfactual.graph.lexicon import Lexicon, get_lexicon
 from cpo_fast.counterfactual.graph.text import (
     NEW_ITEM,
     Unit,
-    join,
-    numbered_once,
-    split,
-    upper_case,
+    is_upper_case,
+    join_units,
+    restore_first_mark,
+    split_units,
 )
-from cpo_fast.counterfactual.graph.wording import WORDINGS, Place, fill
-from cpo_fast.counterfactual.targets import draw
+from cpo_fast.counterfactual.graph.wording import TARGET_WORDINGS, Place, fill_template
+from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.types import ConceptGraph, Report
 
 # What a new finding may be tied to when the report has it already: the same lobe, base or side.
@@ -74,40 +74,42 @@ def rewrite(
 
     Deterministic in its arguments. Raises KeyError for a target without wordings.
     """
-    lex = lexicon(graph, target)
-    wording = WORDINGS[target]
-    chance = draw(seed, study_id, target, str(attempt))
-    place = _place(report, target, chance, attempt)
+    lex = get_lexicon(graph, target)
+    wording = TARGET_WORDINGS[target]
+    chance = hash_seed(seed, study_id, target, str(attempt))
+    place = _choose_place(report, target, chance, attempt)
     size = wording.sizes[(chance >> 16) % len(wording.sizes)]
     both = len(place.sides) == 2
     sentences = wording.both if both else wording.one
     phrases = wording.impression_both if both else wording.impression_one
-    sentence = fill(_unsaid(sentences, chance >> 24, report.findings.lower()), place, size)
-    phrase = fill(phrases[(chance >> 32) % len(phrases)], place, size)
-    capitals = upper_case(report.text)
+    sentence = fill_template(
+        _choose_template(sentences, chance >> 24, report.findings.lower()), place, size
+    )
+    phrase = fill_template(phrases[(chance >> 32) % len(phrases)], place, size)
+    capitals = is_upper_case(report.text)
     if capitals:
         sentence, phrase = sentence.upper(), phrase.upper()
     findings, impression = report.findings, report.impression
     if findings:
-        findings = _section(findings, lex, place.sides, sentence, _position)
+        findings = _rewrite_section(findings, lex, place.sides, sentence, _place_finding)
     if impression:
-        impression = _section(impression, lex, place.sides, phrase, _first)
+        impression = _rewrite_section(impression, lex, place.sides, phrase, _place_first)
     return Report(findings, impression)
 
 
-def _unsaid(templates: tuple[str, ...], chance: int, told: str) -> str:
+def _choose_template(templates: tuple[str, ...], chance: int, told: str) -> str:
     """A template by chance, preferring those whose signs the findings do not tell already."""
     fresh = [t for t in templates if not any(m in told for m in _SIGNS.findall(t.lower()))]
     options = fresh or templates
     return options[chance % len(options)]
 
 
-def _place(report: Report, target: str, chance: int, attempt: int) -> Place:
+def _choose_place(report: Report, target: str, chance: int, attempt: int) -> Place:
     """A place for the target: where the report has a related finding, else any not called clear."""
-    places = WORDINGS[target].places
+    places = TARGET_WORDINGS[target].places
     if len(places) == 1:
         return places[0]
-    anchored, clear = _mentioned(report.findings + "\n" + report.impression, target)
+    anchored, clear = _find_places(report.findings + "\n" + report.impression, target)
     options = [p for p in places if p.place in anchored or p.zone in anchored]
     if options and attempt < 2:
         return options[chance % len(options)]
@@ -116,12 +118,12 @@ def _place(report: Report, target: str, chance: int, attempt: int) -> Place:
 
 
 @lru_cache(maxsize=1 << 14)
-def _mentioned(text: str, target: str) -> tuple[frozenset[str], frozenset[str]]:
+def _find_places(text: str, target: str) -> tuple[frozenset[str], frozenset[str]]:
     """(places of findings related to the target, sides called clear) in a report."""
     anchored: set[str] = set()
     clear: set[str] = set()
     anchor = _ANCHOR.get(target)
-    for unit in split(text.lower()):
+    for unit in split_units(text.lower()):
         body = unit.plain
         clear.update(
             side for match in _CLEAR_SIDE.finditer(body) for side in match.groups() if side
@@ -132,28 +134,30 @@ def _mentioned(text: str, target: str) -> tuple[frozenset[str], frozenset[str]]:
         for match in _BASE.finditer(body):
             side = match.group(1)
             anchored.update((f"{side} lung base", f"{side} lower lobe") if side else ("bibasilar",))
-        named = sides(body)
+        named = find_sides(body)
         if len(named) == 1:
             anchored.add(next(iter(named)))
     return frozenset(anchored), frozenset(clear)
 
 
 @lru_cache(maxsize=1 << 17)
-def _edited(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
+def _edit_cached(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
     return edit_sentence(sentence, lex, where)
 
 
 @lru_cache(maxsize=1 << 14)
-def _plain(section: str) -> tuple[str, ...]:
-    return tuple(unit.plain for unit in split(section))
+def _plain_sentences(section: str) -> tuple[str, ...]:
+    return tuple(unit.plain for unit in split_units(section))
 
 
-def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position: _Position) -> str:
-    units = split(text)
+def _rewrite_section(
+    text: str, lex: Lexicon, where: frozenset[str], new: str, position: _Position
+) -> str:
+    units = split_units(text)
     out: list[Unit] = []
     touched: int | None = None
-    for unit, plain in zip(units, _plain(text), strict=True):
-        edited = _edited(plain, lex, where)
+    for unit, plain in zip(units, _plain_sentences(text), strict=True):
+        edited = _edit_cached(plain, lex, where)
         if edited == plain:
             out.append(unit)
             continue
@@ -165,7 +169,9 @@ def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position:
             touched = len(out)
     index = position(out, touched, lex.target)
     listed = any(u.mark for u in units)
-    mark = next((u.mark for u in units if u.mark), "") if listed and position is _first else ""
+    mark = (
+        next((u.mark for u in units if u.mark), "") if listed and position is _place_first else ""
+    )
     if mark[:1].isdigit():
         mark = NEW_ITEM + mark.lstrip("0123456789")
     if index and not mark and not out[index - 1].body.endswith(_STOPS):
@@ -174,22 +180,22 @@ def _section(text: str, lex: Lexicon, where: frozenset[str], new: str, position:
     out.insert(index, Unit(lead or " ", mark, new))
     if index == 0 and len(out) > 1 and not out[1].lead:
         out[1] = Unit(_gap(units), out[1].mark, out[1].body)
-    return join(numbered_once(out))
+    return join_units(restore_first_mark(out))
 
 
 def _gap(units: tuple[Unit, ...]) -> str:
     return next((u.lead for u in units[1:] if u.lead.strip() == "" and u.lead), " ")
 
 
-def _first(units: list[Unit], touched: int | None, target: str) -> int:
+def _place_first(units: list[Unit], touched: int | None, target: str) -> int:
     """Where the impression names the target: first, before what was known already."""
     return 0
 
 
-def _position(units: list[Unit], touched: int | None, target: str) -> int:
+def _place_finding(units: list[Unit], touched: int | None, target: str) -> int:
     """Where the findings describe the target: in the place of what it replaces, else beside its
     organ, and before the lungs are called "otherwise clear"."""
-    place = _beside_organ(units, target) if touched is None else touched
+    place = _place_beside_organ(units, target) if touched is None else touched
     if target in _ORGANS and target != "Pneumothorax":
         return place
     for index, unit in enumerate(units[:place]):
@@ -199,7 +205,7 @@ def _position(units: list[Unit], touched: int | None, target: str) -> int:
     return place
 
 
-def _beside_organ(units: list[Unit], target: str) -> int:
+def _place_beside_organ(units: list[Unit], target: str) -> int:
     organ = _ORGANS.get(target, _LUNGS)
     last = None
     for index, unit in enumerate(units):

@@ -146,7 +146,7 @@ class Part:
     unsure: bool = False
 
 
-def cut(connector: str, clause: str) -> list[Part]:
+def cut_clause(connector: str, clause: str) -> list[Part]:
     """`clause`, which follows `connector`, in pieces of which each denies or asserts throughout."""
     lower = clause.lower()
     if not (_DENIES.search(lower) or _NORMAL.search(lower)):
@@ -157,7 +157,7 @@ def cut(connector: str, clause: str) -> list[Part]:
         left, right = lower[start : match.start()], lower[match.end() :]
         if not left.strip() or not right:
             continue
-        if unchanged(left):
+        if says_unchanged(left):
             verdict: bool | None = bool(_FINITE.search(right)) and not _LIST_GOES_ON.search(right)
         elif _DENIES.search(left):
             verdict = _asserts(left, right, match.group())
@@ -172,13 +172,13 @@ def cut(connector: str, clause: str) -> list[Part]:
     return [*parts, Part(connector, clause[start:], unsure)]
 
 
-def without(clause: str, gone: re.Pattern[str]) -> str:
+def drop_items(clause: str, gone: re.Pattern[str]) -> str:
     """`clause`, an assertion, without the items of its list that `gone` finds; "" where an item
     that stays may not stand alone."""
     pieces = _COORDINATED.split(clause)
     kept = [piece for piece in pieces if not gone.search(piece.lower())]
     alone = all(
-        piece is pieces[0] or _FRONT.match(piece.lower()) or own_clause(piece.lower())
+        piece is pieces[0] or _FRONT.match(piece.lower()) or is_own_clause(piece.lower())
         for piece in kept
     )
     if not alone or any(_EXPLAINS.match(piece.lower()) for piece in pieces[1:]):
@@ -186,7 +186,7 @@ def without(clause: str, gone: re.Pattern[str]) -> str:
     return " and ".join(kept)
 
 
-def unchanged(lower: str) -> bool:
+def says_unchanged(lower: str) -> bool:
     """Whether a lower-case text says of a finding that it is there as before ("no change in")."""
     return _UNCHANGED.search(lower) is not None
 
@@ -197,7 +197,7 @@ def starts_unchanged(lower: str, cue_end: int) -> bool:
     return match is not None and match.start() < cue_end
 
 
-def change_in(lower: str) -> bool:
+def is_change(lower: str) -> bool:
     """Whether an item of a denied list is a change of a finding that is there."""
     return _CHANGE_IN.match(lower) is not None
 
@@ -222,7 +222,7 @@ def _asserts(left: str, right: str, separator: str) -> bool | None:
         return False  # "no right and left effusion": adjectives of one noun
     if _CONTRAST.search(separator):
         return True
-    verb = _own_verb(item)
+    verb = _has_own_verb(item)
     change = _CHANGED.search(item) is not None
     front = _FRONT.match(item)
     if "with" in separator and not change and _ARTICLE_ONLY.match(item):
@@ -250,19 +250,19 @@ def leaves_verb_out(lower: str) -> bool:
     return _VERB_LEFT_OUT.search(lower) is not None
 
 
-def goes_with_last(item: str) -> bool:
+def belongs_to_last(item: str) -> bool:
     """Whether an item of a list is a place or a state of the item before it."""
     return bool(_PLACE.match(item) or _ELLIPTIC.match(item))
 
 
-def own_clause(lower: str) -> bool:
+def is_own_clause(lower: str) -> bool:
     """Whether a lower-case text begins with a subject that has its own verb."""
     following = _NEXT.search(lower)
     item = lower[: following.start()] if following else lower
-    return _own_verb(item) and not _ELLIPTIC.match(item)
+    return _has_own_verb(item) and not _ELLIPTIC.match(item)
 
 
-def _own_verb(item: str) -> bool:
+def _has_own_verb(item: str) -> bool:
     """Whether an item is a clause of its own, not the last of a list before "is seen"."""
     for match in _FINITE.finditer(item):
         if _RELATIVE.search(item[: match.start()]):

@@ -32,12 +32,12 @@ class Unit:
 
 
 @lru_cache(maxsize=1 << 14)
-def split(section: str) -> tuple[Unit, ...]:
+def split_units(section: str) -> tuple[Unit, ...]:
     """The sentences of one section; `join` gives the section back."""
     units: list[Unit] = []
     lead, mark, start = "", "", 0
     ends = sorted(
-        {*((m.start(), m.end()) for m in _BOUNDARY.finditer(section)), *_unstopped(section)}
+        {*((m.start(), m.end()) for m in _BOUNDARY.finditer(section)), *_find_unstopped(section)}
     )
     for stop, following in [*ends, (len(section), len(section))]:
         body = section[start:stop]
@@ -56,7 +56,7 @@ def split(section: str) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def _unstopped(section: str) -> list[tuple[int, int]]:
+def _find_unstopped(section: str) -> list[tuple[int, int]]:
     """Boundaries before the marks of a list whose items lack a full stop: 1. , 2. , ... in
     order."""
     found: list[tuple[int, int]] = []
@@ -70,7 +70,7 @@ def _unstopped(section: str) -> list[tuple[int, int]]:
     return found
 
 
-def join(units: list[Unit]) -> str:
+def join_units(units: list[Unit]) -> str:
     """The section that the units make, its lists numbered anew; a mark 0 is a new item, a 1 a new
     list."""
     parts: list[str] = []
@@ -89,7 +89,7 @@ def join(units: list[Unit]) -> str:
     return "".join(parts).strip()
 
 
-def numbered_once(units: list[Unit]) -> list[Unit]:
+def restore_first_mark(units: list[Unit]) -> list[Unit]:
     """A list that shrank to one item keeps its number, as radiologists do; one that lost its first
     item's mark gives it to the sentence that stands first now."""
     if units and not units[0].mark and any(u.mark[:1].isdigit() for u in units[1:]):
@@ -98,10 +98,10 @@ def numbered_once(units: list[Unit]) -> list[Unit]:
     return units
 
 
-def upper_case(text: str) -> bool:
+def is_upper_case(text: str) -> bool:
     """Whether a report is written in capitals throughout (de-identification marks aside)."""
     return text.isupper() and any(c.isalpha() for c in text.replace("X", ""))
 
 
-def capitalised(text: str) -> str:
+def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]

@@ -24,7 +24,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
+class TargetWording:
     """Sentences for the findings and phrases for the impression, for one side and for both
     sides."""
 
@@ -57,8 +57,8 @@ _CENTRAL = (Place(_BOTH, "both lungs", "bilateral"),)
 _SMALL = ("small", "moderate")
 _DEGREE = ("mild", "moderate")
 
-WORDINGS: dict[str, Wording] = {
-    "Atelectasis": Wording(
+TARGET_WORDINGS: dict[str, TargetWording] = {
+    "Atelectasis": TargetWording(
         places=_BASES,
         one=(
             "There is linear {zone} atelectasis with mild volume loss.",
@@ -88,7 +88,7 @@ WORDINGS: dict[str, Wording] = {
             "Linear bibasilar atelectasis.",
         ),
     ),
-    "Cardiomegaly": Wording(
+    "Cardiomegaly": TargetWording(
         places=_CENTRAL,
         one=(),
         both=(
@@ -102,7 +102,7 @@ WORDINGS: dict[str, Wording] = {
         impression_both=("{Degree} cardiomegaly.", "Cardiomegaly.", "Enlarged cardiac silhouette."),
         sizes=("mildly", "moderately"),
     ),
-    "Consolidation": Wording(
+    "Consolidation": TargetWording(
         places=_LOBES,
         one=(
             "There is {place} consolidation with air bronchograms.",
@@ -118,7 +118,7 @@ WORDINGS: dict[str, Wording] = {
             "Focal {place} consolidation.",
         ),
     ),
-    "Edema": Wording(
+    "Edema": TargetWording(
         places=_CENTRAL,
         one=(),
         both=(
@@ -137,7 +137,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         sizes=_DEGREE,
     ),
-    "Emphysema": Wording(
+    "Emphysema": TargetWording(
         places=_CENTRAL,
         one=(),
         both=(
@@ -156,7 +156,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         sizes=_DEGREE,
     ),
-    "Enlarged Cardiomediastinum": Wording(
+    "Enlarged Cardiomediastinum": TargetWording(
         places=_CENTRAL,
         one=(),
         both=(
@@ -174,7 +174,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         sizes=("mildly", "moderately"),
     ),
-    "Lung Lesion": Wording(
+    "Lung Lesion": TargetWording(
         places=_LOBES,
         one=(
             "There is a {size} mm nodule in the {place}.",
@@ -191,7 +191,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         sizes=("9", "10", "12", "14", "15", "16", "17"),
     ),
-    "Lung Opacity": Wording(
+    "Lung Opacity": TargetWording(
         places=_LOBES,
         one=(
             "There is a patchy opacity in the {place}.",
@@ -207,7 +207,7 @@ WORDINGS: dict[str, Wording] = {
             "Airspace opacity in the {place}.",
         ),
     ),
-    "Pleural Effusion": Wording(
+    "Pleural Effusion": TargetWording(
         places=(*_SIDES, Place(_BOTH, "pleural spaces", "bilateral")),
         one=(
             "There is a {size} {side} pleural effusion.",
@@ -232,7 +232,7 @@ WORDINGS: dict[str, Wording] = {
         impression_both=("{Size} bilateral pleural effusions.", "Bilateral pleural effusions."),
         sizes=_SMALL,
     ),
-    "Pleural Other": Wording(
+    "Pleural Other": TargetWording(
         places=_SIDES,
         one=(
             "There is {side} apical pleural thickening.",
@@ -248,7 +248,7 @@ WORDINGS: dict[str, Wording] = {
         ),
         sizes=_DEGREE,
     ),
-    "Pneumonia": Wording(
+    "Pneumonia": TargetWording(
         places=_LOBES,
         one=(
             "There is patchy {place} airspace opacity consistent with pneumonia.",
@@ -264,7 +264,7 @@ WORDINGS: dict[str, Wording] = {
             "{Place} airspace disease consistent with pneumonia.",
         ),
     ),
-    "Pneumothorax": Wording(
+    "Pneumothorax": TargetWording(
         places=_SIDES,
         one=(
             "There is a {size} {side} apical pneumothorax.",
@@ -287,7 +287,7 @@ WORDINGS: dict[str, Wording] = {
 _DEGREES = {"mildly": "mild", "moderately": "moderate"}
 
 
-def fill(template: str, place: Place, size: str) -> str:
+def fill_template(template: str, place: Place, size: str) -> str:
     """`template` with its slots filled; a slot name in capitals starts a sentence."""
     degree = _DEGREES.get(size, size)
     values = {"place": place.place, "zone": place.zone, "side": place.side, "size": size}

@@ -14,7 +14,7 @@ from cpo_fast.errors import DataError, RecordError
 from cpo_fast.evaluate import load, read
 from cpo_fast.evaluate_options import parse_arguments, settle_model
 from cpo_fast.evaluation.cohort import Cohort, Loaded
-from cpo_fast.phantom.wording import DRIFTS
+from cpo_fast.phantom.reports import DRIFTS
 from cpo_fast.types import Prompt
 
 PAPER_FINDINGS = {

@@ -70,25 +70,25 @@ class Written:
 def write_report(exam: Exam, rng: np.random.Generator) -> Written:
     """The report of `exam`; FINDINGS of 3 to 6 sentences, IMPRESSION of 1 or 2."""
     labels: Labels = {}
-    drifted = _drifted_words(exam, rng)
-    sentences = [_sentence(sign, drifted, rng) for sign in exam.signs]
+    drifted = _choose_drifted_words(exam, rng)
+    sentences = [_write_sentence(sign, drifted, rng) for sign in exam.signs]
     for sign in exam.signs:
         if sign.finding != "Emphysema":
             labels[sign.finding] = 1 if sign.certain else -1
     if not set(labels) - {"Support Devices"}:
         labels["No Finding"] = 1
 
-    normal, denied = _normal(exam, labels, rng, room=6 - len(sentences))
+    normal, denied = _write_normal(exam, labels, rng, room=6 - len(sentences))
     heart_first = [s for s in normal if "eart" in s or "ediastin" in s]
     rest = [s for s in normal if s not in heart_first]
     findings = " ".join(heart_first + sentences + rest)
     labels |= denied
-    impression = _impression(exam, denied, rng)
-    text = _file(exam, findings, impression, rng)
+    impression = _write_impression(exam, denied, rng)
+    text = _format_file(exam, findings, impression, rng)
     return Written(findings, impression, text, labels, tuple(drifted.values()))
 
 
-def _one_of(options: tuple[str, ...], rng: np.random.Generator) -> str:
+def _choose(options: tuple[str, ...], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]
 
 
@@ -105,9 +105,9 @@ def _fill(phrase: str, sign: Sign) -> str:
     return filled[0].upper() + filled[1:] if phrase.endswith(".") else filled
 
 
-def _sentence(sign: Sign, drifted: dict[str, DriftedWord], rng: np.random.Generator) -> str:
+def _write_sentence(sign: Sign, drifted: dict[str, DriftedWord], rng: np.random.Generator) -> str:
     if sign.finding == "Support Devices":
-        return _fill(_one_of(phrases.DEVICES[sign.place], rng), sign)
+        return _fill(_choose(phrases.DEVICES[sign.place], rng), sign)
     both = sign.side == "bilateral"
     if word := drifted.get(sign.finding):
         single, double = (
@@ -115,15 +115,15 @@ def _sentence(sign: Sign, drifted: dict[str, DriftedWord], rng: np.random.Genera
             if sign.finding == "Lung Opacity"
             else (phrases.DENSITY, phrases.DENSITY_BOTH)
         )
-        phrase = _one_of(double if both else single, rng).replace("{word}", word.word)
+        phrase = _choose(double if both else single, rng).replace("{word}", word.word)
         return _fill(phrase, sign)
-    wording = phrases.WORDINGS[sign.finding]
+    wording = phrases.FINDING_PHRASES[sign.finding]
     if sign.certain:
-        return _fill(_one_of(wording.both if both else wording.one, rng), sign)
-    return _fill(_one_of(wording.hedged_both if both else wording.hedged, rng), sign)
+        return _fill(_choose(wording.both if both else wording.one, rng), sign)
+    return _fill(_choose(wording.hedged_both if both else wording.hedged, rng), sign)
 
 
-def _drifted_words(exam: Exam, rng: np.random.Generator) -> dict[str, DriftedWord]:
+def _choose_drifted_words(exam: Exam, rng: np.random.Generator) -> dict[str, DriftedWord]:
     """The finding whose sentence carries a drifting word -> that word."""
     asserted = {sign.finding for sign in exam.signs if sign.certain}
     chosen: dict[str, DriftedWord] = {}
@@ -140,7 +140,7 @@ def _drifted_words(exam: Exam, rng: np.random.Generator) -> dict[str, DriftedWor
     return chosen
 
 
-def _normal(
+def _write_normal(
     exam: Exam, labels: Labels, rng: np.random.Generator, *, room: int
 ) -> tuple[list[str], Labels]:
     """Up to `room` sentences on what is not there, and the labels 0 that they give."""
@@ -150,17 +150,17 @@ def _normal(
     mediastinum = "Enlarged Cardiomediastinum" not in labels
     if room > 1 and (heart or mediastinum) and rng.random() < 0.75:
         if heart and mediastinum and rng.random() < 0.5:
-            said.append(_one_of(phrases.HEART_AND_MEDIASTINUM_NORMAL, rng))
+            said.append(_choose(phrases.HEART_AND_MEDIASTINUM_NORMAL, rng))
             denied |= {"Cardiomegaly": 0, "Enlarged Cardiomediastinum": 0}
         elif heart:
-            said.append(_one_of(phrases.HEART_NORMAL, rng))
+            said.append(_choose(phrases.HEART_NORMAL, rng))
             denied["Cardiomegaly"] = 0
         else:
-            said.append(_one_of(phrases.MEDIASTINUM_NORMAL, rng))
+            said.append(_choose(phrases.MEDIASTINUM_NORMAL, rng))
             denied["Enlarged Cardiomediastinum"] = 0
     present = {sign.finding for sign in exam.signs} - {"Support Devices"}
     if not present:
-        said.append(_one_of(phrases.LUNGS_CLEAR, rng))
+        said.append(_choose(phrases.LUNGS_CLEAR, rng))
 
     absent = [name for name in phrases.DENIED if name not in labels]
     if {"Consolidation", "Lung Opacity"} & present and "Pneumonia" in absent:
@@ -171,7 +171,7 @@ def _normal(
         picked = rng.choice(len(absent), count, replace=False, p=weights / weights.sum())
         names = [absent[i] for i in sorted(picked)]
         terms = [phrases.DENIED[name][0] for name in names]
-        said.append(_one_of(("There is no ", "No "), rng) + _join(terms, "or") + ".")
+        said.append(_choose(("There is no ", "No "), rng) + _join_names(terms, "or") + ".")
         denied |= dict.fromkeys(names, 0)
 
     wanted = int(rng.choice([4, 5, 6], p=[0.2, 0.35, 0.45])) - len(exam.signs) - len(said)
@@ -181,38 +181,38 @@ def _normal(
     return said, denied
 
 
-def _join(names: list[str], last: str) -> str:
+def _join_names(names: list[str], last: str) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
-def _named(sign: Sign, rng: np.random.Generator) -> str:
-    wording = phrases.WORDINGS[sign.finding]
+def _name_sign(sign: Sign, rng: np.random.Generator) -> str:
+    wording = phrases.FINDING_PHRASES[sign.finding]
     both = sign.side == "bilateral"
-    return _fill(_one_of(wording.name_both if both else wording.name, rng), sign)
+    return _fill(_choose(wording.name_both if both else wording.name, rng), sign)
 
 
-def _impression(exam: Exam, denied: Labels, rng: np.random.Generator) -> str:
+def _write_impression(exam: Exam, denied: Labels, rng: np.random.Generator) -> str:
     named = [sign for sign in exam.signs if sign.finding != "Support Devices"]
-    sure = [_named(sign, rng) for sign in named if sign.certain]
-    unsure = [_named(sign, rng) for sign in named if not sign.certain]
+    sure = [_name_sign(sign, rng) for sign in named if sign.certain]
+    unsure = [_name_sign(sign, rng) for sign in named if not sign.certain]
     if not named:
-        return _one_of(phrases.NOTHING, rng)
+        return _choose(phrases.NOTHING, rng)
     said = []
     if sure:
-        said.append(_join(sure, "and") + ".")
+        said.append(_join_names(sure, "and") + ".")
     if unsure:
-        said.append("possible " + _join(unsure, "and possible") + ".")
+        said.append("possible " + _join_names(unsure, "and possible") + ".")
     elif "Pneumothorax" in denied and rng.random() < 0.3:
         said.append("no pneumothorax.")
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
 
 
-def _file(exam: Exam, findings: str, impression: str, rng: np.random.Generator) -> str:
+def _format_file(exam: Exam, findings: str, impression: str, rng: np.random.Generator) -> str:
     """The report in the format of MIMIC-CXR's files: lines indented by one space, at most 79 wide.
 
     The indication is drawn without regard to the findings, so that only the picture tells them.
     """
-    complaint = _one_of(phrases.INDICATIONS, rng)
+    complaint = _choose(phrases.INDICATIONS, rng)
     sections = (
         ("EXAMINATION", exam.procedure),
         ("INDICATION", f"___-year-old {exam.body.sex} with {complaint}."),

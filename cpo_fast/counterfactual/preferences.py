@@ -10,7 +10,7 @@ from cpo_fast.data.labels import DEFAULT_PROMPT, diagnosis, question, thought
 from cpo_fast.types import Counterfactual, Preference, Study
 
 
-def sft_preference(
+def build_sft_preference(
     study: Study, *, prompt: str = DEFAULT_PROMPT, uncertain: str = "negative"
 ) -> Preference:
     """The study's own report and diagnosis as the answer to learn; nothing is rejected."""
@@ -24,7 +24,7 @@ def sft_preference(
     )
 
 
-def preference(
+def build_preference(
     study: Study,
     cfs: Sequence[Counterfactual],
     *,
@@ -45,7 +45,7 @@ def preference(
     for cf in cfs:
         if cf.study_id != study.study_id or cf.kind != "thinking":
             raise ValueError(f"counterfactual {cf.id} is not a thinking one of {study.study_id}")
-    sft = sft_preference(study, prompt=prompt, uncertain=uncertain)
+    sft = build_sft_preference(study, prompt=prompt, uncertain=uncertain)
     rejected = tuple(
         thought(
             cf.counterfactual,
