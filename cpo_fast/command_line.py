@@ -10,7 +10,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,10 +28,19 @@ def program(command: str) -> str:
     return f"python -m {name}" if name == f"cpo_fast.{command}" else f"cpo-fast {command}"
 
 
-def failed(prog: str, error: Exception) -> int:
-    """Print `PROGRAM: error: what was wrong`; the exit status, 2 for wrong usage, else 1."""
-    print(f"{prog}: error: {error}", file=sys.stderr)
+def failed(prog: str, error: Exception, *, flags: Iterable[str] = ()) -> int:
+    """Print `PROGRAM: error: message`; returns the exit status, 2 for wrong usage, else 1.
+
+    Library code names settings; those in `flags` are printed as flags.
+    """
+    print(f"{prog}: error: {show_flags(str(error), flags)}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
+
+
+def show_flags(text: str, flags: Iterable[str]) -> str:
+    """`text` with `--` before every name of two or more words that is among `flags`."""
+    names = "|".join(sorted((name for name in flags if "_" in name), key=len, reverse=True))
+    return re.sub(rf"(?<![\w./-])({names})(?![\w/-]|\.\w)", r"--\1", text) if names else text
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

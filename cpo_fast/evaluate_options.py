@@ -1,9 +1,10 @@
-"""The flags of `cpo-fast evaluate`, and which of them do something for which kind of data."""
+"""The flags of `cpo-fast evaluate`, and which of them apply to which kind of data."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,50 +35,80 @@ IDLE = {
     IMAGES: ("suite", "split", "dataset_format", "drift_samples", "num_examples", "beta"),
     STUDIES: ("beta",),
 }  # fmt: skip
-"""Flags that do nothing for a kind of data."""
+"""Flags without effect on a kind of data."""
 
 OF_SUITES = {
     "drift_samples": ("drift",),
     "packing_length": ("zero_shot",),
     "seed": ("classification", "report", "zero_shot"),
 }
-"""Flags that do something only with one of these suites."""
+"""Flags that only these suites use."""
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; `beta` is None where it is not given. UsageError names a flag that is given and
-    does nothing for this data set."""
-    arguments = _parser().parse_args(argv)
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """The flags of `cpo-fast evaluate`. `kind` is PAIRS, IMAGES or STUDIES; `beta` is None where it
+    is not given."""
+
+    kind: str
+    model: str
+    base_model: str | None
+    dataset: str
+    output_dir: Path
+    suite: tuple[str, ...] | None
+    split: str
+    dataset_format: str
+    image_root: str | None
+    uncertain_labels: str
+    max_samples: int | None
+    max_length: int
+    max_pixels: int | None
+    beta: float | None
+    max_new_tokens: int
+    batch_size: int
+    packing_length: int
+    drift_samples: int
+    num_examples: int
+    bf16: bool
+    seed: int
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> EvaluateArguments:
+    """Read the flags. UsageError names a flag that is given but has no effect on this data set."""
+    values = vars(_parser().parse_args(argv))
     given = vars(_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
-    kind = kind_of(arguments)
+    dataset, kind = values["dataset"], kind_of(values["dataset"], values["dataset_format"])
     for name in IDLE[kind]:
         if name in given:
             raise UsageError(
-                f"--{name} {given[name]} does nothing here: {arguments.dataset} is {kind}; leave "
-                f"--{name} out"
+                f"--{name} {given[name]} has no effect: {dataset} is {kind}; leave --{name} out"
             )
-    if kind is IMAGES and "uncertain_labels" in given and _is_temporal(arguments.dataset):
+    if kind is IMAGES and "uncertain_labels" in given and _is_temporal(dataset):
         raise UsageError(
-            f"--uncertain_labels {given['uncertain_labels']} does nothing here: "
-            f"{arguments.dataset} is MS-CXR-T, which has no uncertain labels; leave it out"
+            f"--uncertain_labels {given['uncertain_labels']} has no effect: {dataset} is MS-CXR-T, "
+            "which has no uncertain labels; leave it out"
         )
-    if kind is not STUDIES:
-        return arguments
-    arguments.suite = DEFAULT_SUITE if arguments.suite is None else arguments.suite
-    if fault := Choices(SUITES).fault(arguments.suite):
-        raise UsageError(f"--suite {arguments.suite}: {fault}")
-    suites = arguments.suite = split(arguments.suite)
+    if kind is STUDIES:
+        values["suite"] = _read_suites(values["suite"], given)
+    return EvaluateArguments(kind=kind, **values)
+
+
+def _read_suites(named: str | None, given: Mapping[str, Any]) -> tuple[str, ...]:
+    text = DEFAULT_SUITE if named is None else named
+    if fault := Choices(SUITES).fault(text):
+        raise UsageError(f"--suite {text}: {fault}")
+    suites = split(text)
     for name, users in OF_SUITES.items():
         if name in given and not set(users) & set(suites):
             raise UsageError(
                 f"--{name} {given[name]} is for --suite {' or '.join(users)}, and --suite is "
                 f"{','.join(suites)}"
             )
-    return arguments
+    return suites
 
 
 def _parser(**settings: Any) -> Parser:
-    """With `argument_default` its results hold the flags only that are given."""
+    """With `argument_default` the result holds only the flags that are given."""
     parser = Parser(prog=program("evaluate"), description=DESCRIPTION, **settings)
     suppressed = "argument_default" in settings
 
@@ -114,11 +145,11 @@ def _parser(**settings: Any) -> Parser:
     return parser
 
 
-def kind_of(args: argparse.Namespace) -> str:
+def kind_of(dataset: str, dataset_format: str) -> str:
     """PAIRS, IMAGES or STUDIES."""
-    if is_csv(args.dataset):
+    if is_csv(dataset):
         return IMAGES
-    return PAIRS if is_preference_file(args.dataset, args.dataset_format) else STUDIES
+    return PAIRS if is_preference_file(dataset, dataset_format) else STUDIES
 
 
 def is_csv(dataset: str) -> bool:
@@ -133,9 +164,9 @@ def _is_temporal(dataset: str) -> bool:
     return Path(dataset).is_file() and is_ms_cxr_t(rows(Path(dataset))[0])
 
 
-def settle_model(args: argparse.Namespace) -> Path:
-    """The folder that `--model` means, which `args.model` names from here on; for an adapter and
-    pairs, `args.beta` as given, else that of the run that trained it.
+def resolve_model(args: EvaluateArguments) -> EvaluateArguments:
+    """The flags with the folder that `--model` means and, for an adapter and pairs, the beta given
+    or else that of the run that trained the adapter.
 
     Raises UsageError for flags of adapters that are given for a whole model.
     """
@@ -143,27 +174,27 @@ def settle_model(args: argparse.Namespace) -> Path:
     from cpo_fast.run.find_checkpoint import find_checkpoint
 
     path = find_checkpoint(args.model, "--model")
+    beta = args.beta
     if not is_adapter(path):
         idle = {"base_model": "names an adapter's base", "beta": "scales rewards, which compare an "
                 "adapter with the model below it"}  # fmt: skip
         for name, purpose in idle.items():
             if (value := getattr(args, name)) is not None:
                 raise UsageError(
-                    f"--{name} {value} does nothing here: it {purpose}, and --model {args.model} "
-                    f"is a whole model; leave --{name} out"
+                    f"--{name} {value} has no effect: it {purpose}, and --model {args.model} is a "
+                    f"whole model; leave --{name} out"
                 )
-    elif args.beta is None and kind_of(args) is PAIRS:
-        args.beta = _beta_of_run(path)
-    args.model = str(path)
-    return path
+    elif beta is None and args.kind is PAIRS:
+        beta = _read_beta_of_run(path)
+    return replace(args, model=str(path), beta=beta)
 
 
-def _beta_of_run(checkpoint: Path) -> float:
-    """`--beta` of the run whose stage holds the checkpoint; the default where there is none."""
+def _read_beta_of_run(checkpoint: Path) -> float:
+    """The beta of the run whose stage holds the checkpoint; the default if there is none."""
     run = checkpoint.resolve().parents[1]
     found = read_object(run / "config.json") if contents_of(run) == TRAINING else {}
     known = Number(above=0).fault(found.get("beta")) is None
     beta = float(found["beta"]) if known else DEFAULT_BETA
-    of = f"of the run {run}" if known else "(the default: no run that trained the adapter is there)"
+    of = f"of the run {run}" if known else "(the default: the adapter is in no run's folder)"
     print(f"beta {beta:g} {of}")
     return beta

@@ -60,19 +60,17 @@ def export_merged(
     import torch
 
     from cpo_fast.model.adapters import merge
-    from cpo_fast.model.build import load_model, save_model
+    from cpo_fast.model.checkpoint import Checkpoint
     from cpo_fast.model.lineage import is_adapter, lineage
     from cpo_fast.model.supported import read_config
     from cpo_fast.report.model_card import card_of_export
     from cpo_fast.run.find_checkpoint import find_checkpoint
-    from cpo_fast.run.named_model import companions
 
     check_paths(checkpoint, output_dir, base_model)
     checkpoint = find_checkpoint(checkpoint, "--merge", adapter=True)
     if not is_adapter(checkpoint):
         raise UsageError(f"--merge {checkpoint}: it was trained without LoRA: nothing to merge")
-    tokenizer, images = companions(checkpoint, base_model=base_model)
-    model: Any = load_model(checkpoint, dtype=torch.float32, base_model=base_model)
+    model = Checkpoint.open(checkpoint, base_model=base_model)
     if dtype == "auto":
         written = read_config(lineage(checkpoint, base_model)[-1]).dtype or torch.float32
     else:
@@ -81,8 +79,8 @@ def export_merged(
     shutil.rmtree(partial, ignore_errors=True)
     os.umask(0o077)
     try:
-        whole: Any = merge(model)
-        save_model(whole.to(written), partial, tokenizer=tokenizer, images=images)
+        whole: Any = merge(model.load(dtype=torch.float32, device=torch.device("cpu")))
+        model.save(whole.to(written), partial)
         card_of_export(checkpoint, partial)
         if output_dir.exists():
             output_dir.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -107,3 +107,9 @@ def write_private(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_private` of `value` as indented JSON."""
     write_private(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`write_private` of `rows`, one JSON object per line."""
+    with replace_private(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,154 +1,111 @@
-"""Who is asked, by whom: a loaded model, the studies of a data set, and the two ways of asking."""
+"""The studies of an evaluation, with prompts and true names."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from cpo_fast.counterfactual import build_sft_preference, study_labels
 from cpo_fast.counting import counted
-from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.data import open_studies
+from cpo_fast.data.labels import diagnosis
 from cpo_fast.errors import DataError, RecordError
-from cpo_fast.types import RejectedRecord
+from cpo_fast.types import Prompt, RejectedRecord, Study
 
 if TYPE_CHECKING:
-    from cpo_fast.model.images import ImageProcessor
-    from cpo_fast.types import Preference, Prompt, Study
-
-
-@dataclass
-class Loaded:
-    """A model with what it needs to be asked."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    images: ImageProcessor | None
-
-    @property
-    def pixels(self) -> Any:
-        return self.images.pixels if self.images else None
-
-    def prompt(self, asked: Preference, *, max_length: int) -> Prompt:
-        """`asked` tokenised. Its images are decoded once here, so that a damaged one is a
-        RecordError of its study and does not end the run later.
-        """
-        from cpo_fast.packing import encode
-        from cpo_fast.packing.readable import decode
-
-        grid = self.images.grid if self.images else None
-        prompt = encode(asked, self.tokenizer, grid, max_length=max_length).prompt
-        decode([prompt], self.pixels, {})
-        return prompt
+    from cpo_fast.model.checkpoint import Checkpoint
 
 
 @dataclass
 class Cohort:
-    """The studies to be asked about with their prompts and true names, and what was set aside."""
+    """N studies with prompts and true names, and the records that were set aside.
 
-    studies: list[Study]
-    prompts: list[Prompt]
-    truth: list[tuple[str, ...]]
-    training_truth: list[tuple[str, ...]]
-    read: int
-    rejected: list[RejectedRecord]
-    left_out: int = 0  # records of other splits, or beyond --max_samples
-    scored: int | None = None  # records of a preference file, which has no studies
+    `truth[i]` are the names of study i, `training_truth` those of the training split, from which
+    the majority guess is learned. A preference file has no studies; `scored` counts its records.
+    """
+
+    studies: list[Study] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    truth: list[tuple[str, ...]] = field(default_factory=list)
+    training_truth: list[tuple[str, ...]] = field(default_factory=list)
+    read: int = 0
+    rejected: list[RejectedRecord] = field(default_factory=list)
+    left_out: int = 0  # records of other splits, or beyond max_samples
+    scored: int | None = None
+    stage: str = ""  # of the records that `drop` rejects; "" for a record rejected as a whole
 
     @property
     def used(self) -> int:
         return len(self.studies) if self.scored is None else self.scored
 
-    def drop(self, failed: Mapping[int, RecordError]) -> None:
-        """Set aside the studies of these numbers. Raises DataError when none is left."""
-        for number, error in failed.items():
-            self.rejected.append(self.named(number, error))
+    def add(self, study: Study, prompt: Prompt, names: tuple[str, ...]) -> None:
+        self.studies.append(study)
+        self.prompts.append(prompt)
+        self.truth.append(names)
+
+    def drop(self, failed: Mapping[int, RecordError]) -> list[int]:
+        """Set aside the studies with these indices; returns the indices that are kept.
+
+        Raises DataError when none is kept.
+        """
+        self.rejected += [self.reject(index, error, self.stage) for index, error in failed.items()]
         if failed and len(failed) == len(self.studies):
             raise DataError(
                 "no sample could be read: an image fails in each of "
                 f"{counted(len(failed), 'study', 'studies')}, the first: "
                 f"{next(iter(failed.values()))}"
             )
-        read = [i for i in range(len(self.studies)) if i not in failed]
-        self.studies = [self.studies[i] for i in read]
-        self.prompts = [self.prompts[i] for i in read]
-        self.truth = [self.truth[i] for i in read]
+        kept = [i for i in range(len(self.studies)) if i not in failed]
+        self.studies = [self.studies[i] for i in kept]
+        self.prompts = [self.prompts[i] for i in kept]
+        self.truth = [self.truth[i] for i in kept]
+        return kept
 
-    def named(self, number: int, error: RecordError, stage: str = "") -> RejectedRecord:
-        study = self.studies[number]
+    def reject(self, index: int, error: RecordError, stage: str = "") -> RejectedRecord:
+        """The rejected record of a study that fails in `stage`."""
+        study = self.studies[index]
         return RejectedRecord.of(study.study_id, study.origin, error, stage=stage)
 
 
-def diagnose_cohort(args: argparse.Namespace, loaded: Loaded, cohort: Cohort) -> list[str]:
-    """The model's answer to every prompt of the cohort. A study whose image cannot be read any more
-    is set aside; DataError when none is left.
-    """
-    from cpo_fast.evaluation.generate import diagnose
-
-    failed: dict[int, RecordError] = {}
-    answers = diagnose(
-        loaded.model,
-        loaded.tokenizer,
-        cohort.prompts,
-        loaded.pixels,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        failed=failed,
-    )
-    cohort.drop(failed)
-    return [answer for i, answer in enumerate(answers) if i not in failed]
-
-
-def zero_shot(
-    args: argparse.Namespace,
-    loaded: Loaded,
-    cohort: Cohort,
-    answers: Sequence[str],
+def read_cohort(
+    checkpoint: Checkpoint,
+    dataset: str,
     *,
-    findings: Sequence[str] = LABEL_NAMES,
-    patients: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """AUC per finding: the likelihood of its sentence after the model's own thought.
-
-    A study whose image cannot be read any more is left out of these figures; DataError when none is
-    left.
+    split: str = "test",
+    dataset_format: str = "auto",
+    image_root: str | None = None,
+    uncertain: str = "negative",
+    max_samples: int | None = None,
+    max_length: int = 4096,
+) -> Cohort:
+    """The first `max_samples` studies of a split, tokenised as in training. Raises DataError when
+    none is usable.
     """
-    from cpo_fast.evaluation.classification import auc
-    from cpo_fast.evaluation.likelihood import (
-        after_thought,
-        finding_candidates,
-        finding_distribution,
-        score_answers,
-    )
-    from cpo_fast.evaluation.text import thought_of
-    from cpo_fast.model.packed import PackedModel
-    from cpo_fast.packing import image_token_id
-
-    prompts = [
-        after_thought(prompt, loaded.tokenizer, thought_of(answer))
-        for prompt, answer in zip(cohort.prompts, answers, strict=True)
-    ]
-    failed: dict[int, RecordError] = {}
-    scores = score_answers(
-        PackedModel(loaded.model),
-        prompts,
-        finding_candidates(loaded.tokenizer, findings),
-        loaded.pixels,
-        image_token_id=image_token_id(loaded.tokenizer),
-        packing_length=args.packing_length,
-        failed=failed,
-    )
-    cohort.rejected += [cohort.named(i, error, "zero_shot") for i, error in failed.items()]
-    read = [i for i in range(len(prompts)) if i not in failed]
-    if not read:
-        raise DataError(
-            f"zero_shot: no sample of {counted(len(prompts), 'study', 'studies')} could be read"
-        )
-    return auc(
-        [cohort.truth[i] for i in read],
-        finding_distribution(scores[read]).numpy(),
-        findings=findings,
-        patients=[patients[i] for i in read] if patients else None,
-        seed=args.seed,
-    )
+    source = open_studies(dataset, dataset_format=dataset_format, image_root=image_root)
+    cohort = Cohort()
+    for found in tqdm(source, desc="read", unit="study", disable=None):
+        images = found.images[:1] if checkpoint.images else ()
+        study = replace(found, images=images, labels=study_labels(found))
+        names = diagnosis(study.labels, uncertain=uncertain)
+        if study.split == "train":
+            cohort.training_truth.append(names)
+        if study.split != split or len(cohort.studies) == max_samples:
+            cohort.left_out += 1
+            continue
+        preference = build_sft_preference(study, uncertain=uncertain)
+        try:
+            prompt = checkpoint.encode_prompt(preference, max_length=max_length)
+        except RecordError as error:
+            cohort.rejected.append(
+                RejectedRecord.of(study.study_id, study.origin, error, file=dataset)
+            )
+            continue
+        cohort.add(study, prompt, names)
+    cohort.read = source.read
+    cohort.rejected[:0] = source.rejected
+    if not cohort.studies:
+        raise DataError(f"{dataset} has no usable study in its split {split}")
+    return cohort

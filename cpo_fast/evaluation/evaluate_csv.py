@@ -1,191 +1,200 @@
-"""`python -m cpo_fast.evaluate` on a CSV and a folder of images: sets that hold no reports.
+"""A model on a CSV and a folder of images: data sets without reports.
 
 ChestXray14, CheXpert and PadChest give the zero-shot AUC per finding; MS-CXR-T gives both protocols
-of its top-1 accuracy. Images lie below --image_root.
+of its top-1 accuracy.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cpo_fast.data.labels import parse_answer
+from cpo_fast.data.labels import question as ask
 from cpo_fast.errors import DataError, RecordError, UsageError
-from cpo_fast.evaluation.cohort import Cohort, Loaded, diagnose_cohort, zero_shot
-
-if TYPE_CHECKING:
-    from cpo_fast.evaluation.ms_cxr_t import TemporalCase
-    from cpo_fast.types import Prompt, Study
+from cpo_fast.evaluation import ms_cxr_t
+from cpo_fast.evaluation.cohort import Cohort
+from cpo_fast.evaluation.csv_sets import read_labelled_csv, rows
+from cpo_fast.evaluation.likelihood import score_answers
+from cpo_fast.evaluation.suites import Options, generate_answers, score_zero_shot
+from cpo_fast.model.checkpoint import Checkpoint
+from cpo_fast.model.packed import PackedModel
+from cpo_fast.types import ImageRef, Preference, Prompt, RejectedRecord, Report, Study
 
 QUESTION = (
     "The first radiograph is the earlier one, the second the later one of the same patient. Is "
     "{finding} improving, stable or worsening?"
 )
-"""Protocol A of MS-CXR-T asks this, with both images; the answers are ANSWER for each class."""
+"""Protocol A of MS-CXR-T asks this about both images; the answers are ANSWER for each class."""
 ANSWER = "The {finding} is {progression}."
 
 
-def evaluate_csv(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
+@dataclass(frozen=True)
+class CsvSource:
+    """Where the images and labels are, and how many are used; `max_length` is in tokens."""
+
+    file: Path
+    image_root: Path
+    uncertain: str = "negative"
+    max_samples: int | None = None
+    max_length: int = 4096
+    split: str = "test"
+
+    def path_of(self, dicom_id: str) -> ImageRef:
+        """The image of a dicom id that is a path, with or without the suffix of its file."""
+        name = dicom_id if Path(dicom_id).suffix else f"{dicom_id}.jpg"
+        return ImageRef(name, str(self.image_root))
+
+
+def evaluate_csv(
+    name: str, model: Any, checkpoint: Checkpoint, source: CsvSource, options: Options
+) -> tuple[dict[str, Any], Cohort]:
     """(`evaluation` of summary.json, what was read). Raises UsageError for a text-only model,
     DataError for a file that cannot be used.
     """
-    from cpo_fast.evaluation.csv_sets import rows
-    from cpo_fast.evaluation.ms_cxr_t import is_ms_cxr_t
-
-    if loaded.images is None:
-        raise UsageError(f"--model {args.model} cannot see: {args.dataset} has images only")
-    columns, _ = rows(Path(args.dataset))
-    if is_ms_cxr_t(columns):
-        return _temporal(args, loaded)
-    return _labelled(args, loaded)
+    if checkpoint.images is None:
+        raise UsageError(f"{checkpoint.path} is a text-only model: {source.file} has images only")
+    columns, _ = rows(source.file)
+    evaluate = _evaluate_temporal if ms_cxr_t.is_ms_cxr_t(columns) else _evaluate_labelled
+    return evaluate(name, model, checkpoint, source, options)
 
 
-def _labelled(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
-    from cpo_fast.evaluation.csv_sets import read_labelled_csv
-    from cpo_fast.types import Report, Study
-
-    found = read_labelled_csv(
-        Path(args.dataset), Path(args.image_root), uncertain=args.uncertain_labels
-    )
-    cohort = Cohort([], [], [], [], len(found.images) + len(found.rejected), found.rejected)
-    cohort.left_out = len(found.images[args.max_samples :]) if args.max_samples else 0
-    for one in found.images[: args.max_samples]:
-        study = Study(one.image.path, one.patient, Report(), (one.image,), split=args.split)
-        if (prompt := _prompt(args, loaded, cohort, study)) is not None:
-            cohort.studies.append(study)
-            cohort.prompts.append(prompt)
-            cohort.truth.append(one.names)
-    _stop_if_empty(args, cohort)
-    answers = diagnose_cohort(args, loaded, cohort)
-    patients = [study.patient_id for study in cohort.studies]
-    figures = zero_shot(args, loaded, cohort, answers, findings=found.findings, patients=patients)
+def _evaluate_labelled(
+    name: str, model: Any, checkpoint: Checkpoint, source: CsvSource, options: Options
+) -> tuple[dict[str, Any], Cohort]:
+    found = read_labelled_csv(source.file, source.image_root, uncertain=source.uncertain)
+    cohort = Cohort(read=len(found.images) + len(found.rejected), rejected=found.rejected)
+    cohort.left_out = len(found.images[source.max_samples :]) if source.max_samples else 0
+    for one in found.images[: source.max_samples]:
+        study = Study(one.image.path, one.patient, Report(), (one.image,), split=source.split)
+        if (prompt := _encode_question(checkpoint, source, cohort, study)) is not None:
+            cohort.add(study, prompt, one.names)
+    _check_not_empty(source, cohort)
+    answers = _generate(name, model, checkpoint, cohort, options)
+    figures = score_zero_shot(model, checkpoint, cohort, answers, options, findings=found.findings)
     evaluation = {
         "split": found.kind,
         "studies": len(cohort.studies),
         "protocol": f"zero-shot on {found.kind}: likelihood of each finding's sentence after the "
         "model's own thought; 95 % intervals by bootstrap over patients",
-        "zero_shot": {loaded.name: figures},
+        "zero_shot": {name: figures},
     }
     return evaluation, cohort
 
 
-def _temporal(args: argparse.Namespace, loaded: Loaded) -> tuple[dict[str, Any], Cohort]:
-    from cpo_fast.data.labels import parse_answer
-    from cpo_fast.evaluation import ms_cxr_t
-    from cpo_fast.types import Report, Study
-
-    cases, unusable = ms_cxr_t.read_ms_cxr_t(Path(args.dataset))
-    cohort = Cohort([], [], [], [], len(cases) + len(unusable), unusable)
-    cohort.left_out = len(cases[args.max_samples :]) if args.max_samples else 0
-    kept = []
-    for case in cases[: args.max_samples]:
-        images = tuple(_path(args.image_root, one)
-                       for one in (case.previous_dicom_id, case.dicom_id))  # fmt: skip
-        study = Study(case.study_id, case.subject_id, Report(), images[1:], split=args.split)
-        prompt = _prompt(args, loaded, cohort, study)
+def _evaluate_temporal(
+    name: str, model: Any, checkpoint: Checkpoint, source: CsvSource, options: Options
+) -> tuple[dict[str, Any], Cohort]:
+    cases, unusable = ms_cxr_t.read_ms_cxr_t(source.file)
+    cohort = Cohort(read=len(cases) + len(unusable), rejected=unusable)
+    cohort.left_out = len(cases[source.max_samples :]) if source.max_samples else 0
+    asked: list[tuple[ms_cxr_t.TemporalCase, list[Prompt]]] = []
+    for case in cases[: source.max_samples]:
+        images = (source.path_of(case.previous_dicom_id), source.path_of(case.dicom_id))
+        study = Study(case.study_id, case.subject_id, Report(), images[1:], split=source.split)
+        prompt = _encode_question(checkpoint, source, cohort, study)
+        if prompt is None:
+            continue
         both = Study(case.study_id, case.subject_id, Report(), images)
-        asked = []
-        for name in case.progression if prompt else ():
-            one = _prompt(args, loaded, cohort, both, QUESTION.format(finding=name.lower()))
+        prompts = []
+        for finding in case.progression:
+            question = QUESTION.format(finding=finding.lower())
+            one = _encode_question(checkpoint, source, cohort, both, question)
             if one is None:
                 break
-            asked.append(one)
-        if prompt is not None and len(asked) == len(case.progression):
-            cohort.studies.append(study)
-            cohort.prompts.append(prompt)
-            cohort.truth.append(tuple(case.progression))
-            kept.append((case, asked))
-    _stop_if_empty(args, cohort)
-    failed: dict[int, RecordError] = {}
-    likeliest = _progressions(args, loaded, kept, failed)
-    told = {id(s): (kept[i][0], likeliest[i]) for i, s in enumerate(cohort.studies)}
-    cohort.drop(failed)
-    parsed = [parse_answer(text) or None for text in diagnose_cohort(args, loaded, cohort)]
-    only = [told[id(study)][0] for study in cohort.studies]
-    progression = [told[id(study)][1] for study in cohort.studies]
+            prompts.append(one)
+        if len(prompts) == len(case.progression):
+            cohort.add(study, prompt, tuple(case.progression))
+            asked.append((case, prompts))
+    _check_not_empty(source, cohort)
+    likeliest, failed = _score_progressions(model, checkpoint, asked, options)
+    kept = cohort.drop(failed)
+    answers, failed = generate_answers(name, model, checkpoint, cohort, options)
+    kept = [kept[i] for i in cohort.drop(failed)]
+    parsed = [parse_answer(text) or None for i, text in enumerate(answers) if i not in failed]
+    only = [asked[i][0] for i in kept]
+    progression = [likeliest[i] for i in kept]
     figures = {
-        "A": ms_cxr_t.progression_accuracy(only, progression, seed=args.seed),
-        "B": ms_cxr_t.presence_accuracy(only, parsed, seed=args.seed),
+        "A": ms_cxr_t.progression_accuracy(only, progression, seed=options.seed),
+        "B": ms_cxr_t.presence_accuracy(only, parsed, seed=options.seed),
     }
     evaluation = {
         "split": "MS-CXR-T",
         "studies": len(only),
         "protocol": f"{ms_cxr_t.PROTOCOL_A}. Protocol {ms_cxr_t.PROTOCOL_B}. 95 % intervals by "
         "bootstrap over patients",
-        "ms_cxr_t": {loaded.name: figures},
+        "ms_cxr_t": {name: figures},
     }
     return evaluation, cohort
 
 
-def _progressions(
-    args: argparse.Namespace,
-    loaded: Loaded,
-    kept: Sequence[tuple[TemporalCase, Sequence[Any]]],
-    failed: dict[int, RecordError],
-) -> list[dict[str, str]]:
-    """The likeliest class of every labelled finding of every case; `failed` gets the numbers of the
-    cases whose images cannot be read any more.
+def _score_progressions(
+    model: Any,
+    checkpoint: Checkpoint,
+    asked: Sequence[tuple[ms_cxr_t.TemporalCase, Sequence[Prompt]]],
+    options: Options,
+) -> tuple[list[dict[str, str]], dict[int, RecordError]]:
+    """(The likeliest class of every labelled finding of every case, errors by index of the cases
+    whose images could not be read).
     """
-    from cpo_fast.evaluation.likelihood import score_answers
-    from cpo_fast.evaluation.ms_cxr_t import CLASSES
-    from cpo_fast.model.packed import PackedModel
-    from cpo_fast.packing import image_token_id
-
-    prompts = [prompt for _, asked in kept for prompt in asked]
-    of_case = [number for number, (_, asked) in enumerate(kept) for _ in asked]
-    unread: dict[int, RecordError] = {}
+    prompts = [prompt for _, of_case in asked for prompt in of_case]
+    case_of = [index for index, (_, of_case) in enumerate(asked) for _ in of_case]
     candidates = [
-        [tuple(loaded.tokenizer(ANSWER.format(finding=name.lower(), progression=one),
-                                add_special_tokens=False)["input_ids"]) for one in CLASSES]
-        for case, _ in kept
-        for name in case.progression
+        [tuple(checkpoint.tokenizer(ANSWER.format(finding=finding.lower(), progression=one),
+                                    add_special_tokens=False)["input_ids"])
+         for one in ms_cxr_t.CLASSES]
+        for case, _ in asked
+        for finding in case.progression
     ]  # fmt: skip
+    unread: dict[int, RecordError] = {}
     scores = score_answers(
-        PackedModel(loaded.model),
+        PackedModel(model),
         prompts,
         candidates,
-        loaded.pixels,
-        image_token_id=image_token_id(loaded.tokenizer),
-        packing_length=args.packing_length,
+        checkpoint.pixels,
+        image_token_id=checkpoint.image_token_id,
+        packing_length=options.packing_length,
         failed=unread,
     )
-    failed |= {of_case[prompt]: error for prompt, error in unread.items()}
     best = iter(scores.argmax(dim=1).tolist())
-    return [{name: CLASSES[next(best)] for name in case.progression} for case, _ in kept]
+    likeliest = [
+        {finding: ms_cxr_t.CLASSES[next(best)] for finding in case.progression} for case, _ in asked
+    ]
+    return likeliest, {case_of[prompt]: error for prompt, error in unread.items()}
 
 
-def _path(root: str, dicom_id: str) -> Any:
-    """The image of a path-like dicom id, with or without its file name's ending."""
-    from cpo_fast.types import ImageRef
+def _generate(
+    name: str, model: Any, checkpoint: Checkpoint, cohort: Cohort, options: Options
+) -> list[str]:
+    """Answers to the studies whose image can be read; the others leave the cohort."""
+    answers, failed = generate_answers(name, model, checkpoint, cohort, options)
+    return [answers[i] for i in cohort.drop(failed)]
 
-    return ImageRef(dicom_id if Path(dicom_id).suffix else f"{dicom_id}.jpg", root)
 
-
-def _prompt(
-    args: argparse.Namespace,
-    loaded: Loaded,
+def _encode_question(
+    checkpoint: Checkpoint,
+    source: CsvSource,
     cohort: Cohort,
     study: Study,
     question: str | None = None,
 ) -> Prompt | None:
-    """The tokenised question about the study's images; None, and set aside, if that fails."""
-    from cpo_fast.data.labels import question as ask
-    from cpo_fast.types import Preference, RejectedRecord
-
+    """The tokenised question about the study's images; None if that fails, which is listed."""
     messages = ask(len(study.images), question) if question else ask(len(study.images))
     about = Preference(study.study_id, messages, "?", images=study.images)
     try:
-        return loaded.prompt(about, max_length=args.max_length)
+        return checkpoint.encode_prompt(about, max_length=source.max_length)
     except RecordError as error:
         cohort.rejected.append(
-            RejectedRecord(str(args.dataset), None, study.study_id, error.reason, error.detail)
+            RejectedRecord(str(source.file), None, study.study_id, error.reason, error.detail)
         )
         return None
 
 
-def _stop_if_empty(args: argparse.Namespace, cohort: Cohort) -> None:
+def _check_not_empty(source: CsvSource, cohort: Cohort) -> None:
     if not cohort.studies:
         reasons = sorted({record.reason for record in cohort.rejected})
-        raise DataError(f"{args.dataset} has no usable image below {args.image_root}: "
-                        f"{', '.join(reasons)}")  # fmt: skip
+        raise DataError(
+            f"{source.file} has no usable image below {source.image_root}: {', '.join(reasons)}"
+        )

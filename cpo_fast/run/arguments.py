@@ -18,6 +18,7 @@ from cpo_fast.run.config_file import read_entries
 from cpo_fast.run.flag_ranges import SOURCES as SOURCES
 from cpo_fast.run.flag_ranges import STAGES, range_of
 from cpo_fast.run.flag_rules import check_rules
+from cpo_fast.training.stage_settings import StageSettings
 
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
 
@@ -215,18 +216,46 @@ class TrainArguments:
         """Of "sft" and "cpo" those that run."""
         return tuple(stage for stage in ("sft", "cpo") if stage in self.stage_names)
 
-    def of_stage(self, stage: str) -> dict[str, Any]:
-        """The optimisation settings of "sft" or "cpo" under their plain names."""
-        own = {f.name.removeprefix("sft_") for f in fields(self) if f.name.startswith("sft_")}
-        prefix = "sft_" if stage == "sft" else ""
-        settings = {name: getattr(self, prefix + name) for name in own if hasattr(self, name)}
-        if stage == "sft" and settings["max_length"] is None:
-            settings["max_length"] = self.max_length
-        if stage == "sft" and settings["lr_scheduler_type"] is None:
-            settings |= {name: getattr(self, name) for name in settings if "lr_scheduler" in name}
-        given = settings["lr_scheduler_kwargs"]
-        return settings | {"lr_scheduler_kwargs": json.loads(given) if given else None}
+    def adapts(self, stage: str) -> tuple[bool, bool]:
+        """(trains LoRA adapters, freezes the vision tower) of "sft" or "cpo"."""
+        if stage == "sft":
+            return self.sft_use_peft, self.sft_freeze_vit
+        return self.use_peft, self.freeze_vit
 
+    def max_length_of(self, stage: str) -> int:
+        """Longest sample of "sft" or "cpo", in tokens."""
+        if stage == "sft" and self.sft_max_length is not None:
+            return self.sft_max_length
+        return self.max_length
+
+    def stage_settings(self, stage: str) -> StageSettings:
+        """How "sft" or "cpo" trains."""
+        prefix = "sft_" if stage == "sft" else ""
+        own = {name: getattr(self, prefix + name) for name in OWN_OF_SFT}
+        if own["lr_scheduler_type"] is None:
+            own |= {name: getattr(self, name) for name in own if "lr_scheduler" in name}
+        given = own["lr_scheduler_kwargs"]
+        own["lr_scheduler_kwargs"] = json.loads(given) if given else None
+        shared = {
+            f.name: getattr(self, f.name)
+            for f in fields(StageSettings)
+            if f.name not in own and f.name != "stage"
+        }
+        return StageSettings(stage=stage, **own, **shared)
+
+
+OWN_OF_SFT = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_ratio",
+    "metric_for_best_model",
+)
+"""Stage settings that SFT has flags of its own for, with the prefix `sft_`."""
 
 SECTIONS = {
     "run": "preset",

@@ -1,4 +1,4 @@
-"""From a data set to the text of each stage: what is read, what is set aside, what is paired."""
+"""From a data set to the texts of each stage: reading, rejecting, pairing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cpo_fast.concepts import load_graph
 from cpo_fast.concepts.graph import DEFAULT_GRAPH
 from cpo_fast.counterfactual import (
     counterfactuals,
-    placed,
-    preference,
-    sft_preference,
+    place_images,
+    build_preference,
+    build_sft_preference,
     study_labels,
 )
 from cpo_fast.counterfactual.perception import (
@@ -30,9 +30,11 @@ from cpo_fast.counterfactual.perception import (
 )
 from cpo_fast.counting import counted
 from cpo_fast.data import is_preference_file, open_preferences, open_studies
+from cpo_fast.data.preference_values import words
 from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.folders import write_jsonl
 from cpo_fast.run.arguments import SOURCES, TrainArguments
-from cpo_fast.run.run_folder import RunFolder, write_private
+from cpo_fast.run.context import RunContext
 from cpo_fast.run.split import first_questions, sizes, split_by_question
 from cpo_fast.types import (
     SPLITS,
@@ -49,9 +51,9 @@ from cpo_fast.types import (
 
 @dataclass
 class Corpus:
-    """What was read: studies by split, or the preferences of a file that has no studies.
+    """What was read: studies by split, or the preferences of a file without studies.
 
-    `read` counts records, `rejected` those of them that the reader set aside.
+    `read` counts records, `rejected` those that the reader rejected.
     """
 
     kind: str
@@ -61,8 +63,9 @@ class Corpus:
     preferences: list[Preference] = field(default_factory=list)
 
 
-def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
-    """Read the data set; what cannot be used is set aside, and too much of it stops the run."""
+def read_corpus(run: RunContext) -> Corpus:
+    """Read the data set. Unusable records are rejected; too many of them raise DataError."""
+    args, folder = run.args, run.folder
     dataset = args.dataset
     if is_preference_file(dataset, args.dataset_format):
         source: Any = open_preferences(
@@ -93,7 +96,7 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     corpus.read, corpus.rejected = source.read, len(source.rejected)
     folder.summary.pop("data", None)
     folder.reject(source.rejected)
-    folder.data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
+    folder.add_data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
     print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")
     for reason, count in source.reasons().items():
         print(f"data: {count} set aside: {reason}")
@@ -106,17 +109,8 @@ def read_corpus(args: TrainArguments, folder: RunFolder) -> Corpus:
     reports = not corpus.preferences or corpus.kind in ("ccf", "counterfactuals")
     if reports and records and not any(one.images for one in records):
         print("data: no record has an image: the model learns reports from their text alone")
-    stop_if_too_bad(args, folder, len(source.rejected), source.read)
+    folder.stop_if_too_bad(len(source.rejected), source.read, args.max_bad_fraction)
     return corpus
-
-
-def stop_if_too_bad(args: TrainArguments, folder: RunFolder, bad: int, read: int) -> None:
-    """DataError when more than `max_bad_fraction` of what was read is set aside."""
-    if read and bad / read > args.max_bad_fraction:
-        raise DataError(
-            f"{bad} of {counted(read, 'record')} set aside, more than --max_bad_fraction "
-            f"{args.max_bad_fraction}; {folder.where_rejected}"
-        )
 
 
 # --- studies -> counterfactuals -> preferences ---------------------------------------------------
@@ -124,84 +118,96 @@ def stop_if_too_bad(args: TrainArguments, folder: RunFolder, bad: int, read: int
 
 @dataclass
 class Texts:
-    """The text of both stages by split, and the counterfactuals behind the CPO part."""
+    """The texts of both stages by split, and the counterfactuals of the CPO part.
+
+    `seconds` is the time that generating the counterfactuals took; None if they were read.
+    """
 
     sft: dict[str, list[Preference]]
     cpo: dict[str, list[Preference]]
     counterfactuals: list[Counterfactual] = field(default_factory=list)
+    seconds: float | None = None
 
     def has_images(self) -> bool:
         return any(p.images for split in self.sft.values() for p in split)
 
+    def training_answers(self) -> list[str]:
+        """All answers of the training split as text."""
+        return [
+            words(answer)
+            for one in (*self.sft["train"], *self.cpo["train"])
+            for answer in (one.chosen, *one.rejected)
+        ]
 
-def write_preferences(args: TrainArguments, folder: RunFolder, corpus: Corpus) -> Texts:
+
+def build_texts(run: RunContext, corpus: Corpus) -> Texts:
     """The graph and counterfactual stages; a preference file needs neither."""
+    args, folder = run.args, run.folder
     if corpus.preferences:
-        kept = of_sources(corpus.preferences, args.source_weights(SOURCES))
+        kept = select_sources(corpus.preferences, args.source_weights(SOURCES))
         texts = split_preferences(kept, args.eval_fraction, args.seed, args.max_train_samples)
         used = sum(map(len, texts.sft.values()))
         folder.left_out += len(kept) - used
-        folder.data(used=used)
+        folder.add_data(used=used)
         return texts
-    counterfactuals = make_counterfactuals(args, folder, corpus)
+    texts = obtain_counterfactuals(run, corpus)
     home = Path(args.counterfactuals).parent if args.counterfactuals else folder.path
     of_study: dict[str, list[Counterfactual]] = {}
-    for one in counterfactuals:
+    for one in texts.counterfactuals:
         of_study.setdefault(one.study_id, []).append(one)
-    texts = Texts({}, {}, counterfactuals)
     for split, studies in corpus.studies.items():
-        texts.sft[split] = [sft_preference(s, uncertain=args.uncertain_labels) for s in studies]
+        texts.sft[split] = [build_sft_preference(s, uncertain=args.uncertain_labels) for s in studies]
         texts.cpo[split] = [
-            study_preference(args, study, of_study[study.study_id], home)
+            pair_study(args, study, of_study[study.study_id], home)
             for study in studies
             if study.study_id in of_study
         ]
     return texts
 
 
-def study_preference(
+def pair_study(
     args: TrainArguments, study: Study, cfs: Sequence[Counterfactual], home: Path
 ) -> Preference:
-    """The study's answer against all its counterfactuals, those of thinking first: the chosen
-    answer is computed once. `home` is what the paths of the counterfactuals are relative to."""
+    """The study's answer against all its counterfactuals, thinking first, so that the chosen answer
+    is computed once. Image paths of the counterfactuals are relative to `home`."""
     thinking = [cf for cf in cfs if cf.kind == "thinking"]
     if thinking:
-        made = preference(
+        made = build_preference(
             study, thinking, rejected_answer=args.rejected_answer, uncertain=args.uncertain_labels
         )
     else:
-        made = sft_preference(study, uncertain=args.uncertain_labels)
+        made = build_sft_preference(study, uncertain=args.uncertain_labels)
     for cf in cfs:
         if cf.kind == "perception":
             root = study.images[0].root if study.images else ""
-            shown = tuple(below(root, home / path) for path in cf.rejected_images)
+            shown = tuple(relate_image(root, home / path) for path in cf.rejected_images)
             made = with_perception(made, shown)
     return made
 
 
-def below(root: str, path: Path) -> ImageRef:
-    """The image as studies name it: by its path below the root of the data set."""
+def relate_image(root: str, path: Path) -> ImageRef:
+    """The image by its path relative to the root of the data set, as studies name it."""
     whole, top = path.resolve(), Path(root).resolve()
     return ImageRef(str(whole.relative_to(top) if whole.is_relative_to(top) else whole), root)
 
 
-def of_sources(preferences: Sequence[Preference], sources: Collection[str]) -> list[Preference]:
-    """The preferences with the rejected answers of these sources only; says how many it leaves
-    out. One without any left serves SFT alone."""
+def select_sources(preferences: Sequence[Preference], sources: Collection[str]) -> list[Preference]:
+    """The preferences with only the rejected answers of these sources; prints how many are left
+    out. A preference without any serves SFT only."""
     kept, left_out = [], Counter[str]()
     for one in preferences:
         names = one.sources
         where = [k for k, name in enumerate(names) if name in sources]
         left_out.update(name for name in names if name not in sources)
-        kept.append(without_answers(one, where))
+        kept.append(keep_answers(one, where))
     for name, count in left_out.items():
         pairs = counted(count, f"{name} pair")
         print(f"data: {pairs} left out by --counterfactual_sources or --{name}_weight")
     return kept
 
 
-def without_answers(one: Preference, where: Sequence[int]) -> Preference:
-    """The preference with the rejected answers of these numbers only."""
+def keep_answers(one: Preference, where: Sequence[int]) -> Preference:
+    """The preference with only the rejected answers at these indices."""
     if len(where) == len(one.rejected):
         return one
     parts: dict[str, Any] = {
@@ -212,20 +218,20 @@ def without_answers(one: Preference, where: Sequence[int]) -> Preference:
     return replace(one, **parts)
 
 
-def make_counterfactuals(
-    args: TrainArguments, folder: RunFolder, corpus: Corpus
-) -> list[Counterfactual]:
-    """Those of `--counterfactuals`, of an earlier run, or newly generated along the graph."""
+def obtain_counterfactuals(run: RunContext, corpus: Corpus) -> Texts:
+    """Texts with counterfactuals only: read from `counterfactuals` or an earlier run, or generated
+    along the graph."""
+    args, folder = run.args, run.folder
     path = folder.path / "counterfactuals.jsonl"
     sources = args.source_weights(("thinking",))
     graph = load_graph(args.concept_graph)  # a bad file is refused before any work
-    if "graph" in args.stage_names and folder.writes:
+    if "graph" in args.stage_names and folder.is_writer:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
-    makes = "counterfactual" in args.stage_names and folder.makes
+    makes = "counterfactual" in args.stage_names and folder.prepares_inputs
     if args.counterfactuals is not None or not makes:
         given = Path(args.counterfactuals or path)
         if not given.is_file() and "cpo" not in args.stage_names:
-            return []  # SFT and evaluation need none
+            return Texts({}, {})  # SFT and evaluation need none
         if not given.is_file():
             raise UsageError(f"{given}: no such file; add counterfactual to --stages")
         found = [one for one in read_counterfactuals(given) if one.kind in sources]
@@ -234,11 +240,11 @@ def make_counterfactuals(
                 f"{given} has no {' and no '.join(missing)} counterfactual; make them with "
                 "counterfactual in --stages, or leave them out of --counterfactual_sources"
             )
-        folder.data(counterfactuals={"read": len(found)})
-        return found
+        folder.add_data(counterfactuals={"read": len(found)})
+        return Texts({}, {}, found)
     begun = time.perf_counter()
     parts = (corpus.studies[split] for split in SPLITS)
-    made = (one for part in parts for one in generated(args, folder, graph, part))
+    made = (one for part in parts for one in generate_split(args, folder.path, graph, part))
     studies = sum(map(len, corpus.studies.values()))
     expected = studies * sum(args.num_targets if s == "thinking" else 1 for s in sources)
     passed = []
@@ -261,24 +267,27 @@ def make_counterfactuals(
             f"no {' and no '.join(missing)} counterfactual passes its checks; see "
             f"{folder.path / 'rejected_records.jsonl'}"
         )
-    folder.summary["stages"]["counterfactual"] = {"seconds": round(time.perf_counter() - begun, 2)}
-    if folder.writes:
-        write_private(path, (one.to_json() for one in passed))
+    seconds = round(time.perf_counter() - begun, 2)
+    if folder.is_writer:
+        write_jsonl(path, (one.to_json() for one in passed))
     total = len(passed) + failing
-    folder.data(counterfactuals={"made": total, "passed": len(passed), "failed": dict(failed)})
+    folder.add_data(counterfactuals={"made": total, "passed": len(passed), "failed": dict(failed)})
     if len(sources) > 1:
-        folder.data(counterfactual_sources=dict(counts))
+        folder.add_data(counterfactual_sources=dict(counts))
     if args.print_example and passed:
-        show(passed[0])
+        print_example(passed[0])
     print(f"counterfactuals: {len(passed)} of {total} pass all checks")
-    return passed
+    return Texts({}, {}, passed, seconds)
 
 
-def generated(
-    args: TrainArguments, folder: RunFolder, graph: ConceptGraph, studies: Sequence[Study]
+def generate_split(
+    args: TrainArguments, home: Path, graph: ConceptGraph, studies: Sequence[Study]
 ) -> Iterator[Counterfactual]:
-    """The counterfactuals of one split, study by study; images are swapped within the split."""
-    found = [placed(study, folder.path) for study in studies]
+    """The counterfactuals of one split, study by study; images are swapped within the split.
+
+    Image paths become relative to `home`.
+    """
+    found = [place_images(study, home) for study in studies]
     sources = args.source_weights(("thinking",))
     made: list[Iterator[Counterfactual]] = []
     if "thinking" in sources:
@@ -290,15 +299,15 @@ def generated(
     return chain(*made)
 
 
-def show(one: Counterfactual) -> None:
-    """One counterfactual on the screen, and only there: it holds a patient's report."""
+def print_example(one: Counterfactual) -> None:
+    """Print a counterfactual; it is not logged, because it holds a patient's report."""
     names = (", ".join(one.labels), ", ".join(one.counterfactual_labels))
     print(f"--- {one.study_id}, diagnosis {names[0]}\n{one.report}")
     print(f"--- the same with {one.target}, diagnosis {names[1]}\n{one.counterfactual}\n---")
 
 
 def read_counterfactuals(path: Path) -> list[Counterfactual]:
-    """The lines of a counterfactuals.jsonl; DataError naming the line that is none."""
+    """The records of a counterfactuals.jsonl; DataError names a line that is not one."""
     found = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -313,8 +322,8 @@ def read_counterfactuals(path: Path) -> list[Counterfactual]:
 def split_preferences(
     preferences: Sequence[Preference], share: float, seed: int, most: int | None = None
 ) -> Texts:
-    """Train and held-out texts of a file without splits (`split_by_question`), said in words; at
-    most `most` records to train on. An answer without a rejected one serves the SFT stage alone."""
+    """Train and held-out texts of a file without splits (`split_by_question`); prints their sizes.
+    At most `most` records are trained on. A record without a rejected answer serves SFT only."""
     split = split_by_question(preferences, share, seed)
     train = split.train if most is None else first_questions(split.train, most)
     texts = Texts({s: [] for s in SPLITS}, {s: [] for s in SPLITS})

@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would do and take, from its plan and a few packs on throw-away state."""
+"""`--dry_run`: steps, memory and time of a run, from its plan and a few timed packs."""
 
 from __future__ import annotations
 
@@ -12,56 +12,45 @@ from typing import Any
 import torch
 
 from cpo_fast.counting import counted
+from cpo_fast.model.checkpoint import default_device
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import Step, image_token_id
+from cpo_fast.packing import Step
 from cpo_fast.packing.plan import Pack, part_tokens
-from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.run.base import Base
-from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.run.context import RunContext
 from cpo_fast.run.samples import Samples
-from cpo_fast.run.stages import cpo_models, cpo_objective, device, sft_parts
+from cpo_fast.run.stages import build_cpo_models, build_cpo_objective, build_sft
 from cpo_fast.training.bar import duration
 from cpo_fast.training.clock import Clock, peak_memory
 from cpo_fast.training.feed import StepFeed
-from cpo_fast.training.interrupt import Interrupted, StopRequest
+from cpo_fast.training.interrupt import Interrupted
 from cpo_fast.training.objectives import Objective
-from cpo_fast.training.plan import stage_steps
+from cpo_fast.training.plan import plan_stage
 from cpo_fast.training.sharding import is_sharded
 from cpo_fast.training.state import StageState
 from cpo_fast.training.step import Stepper
 from cpo_fast.types import PreferenceGroup
 
-ENOUGH_SECONDS = 3.0  # of timed packs; no other is begun after that
+ENOUGH_SECONDS = 3.0  # no further pack is timed after that
 
 
-def dry_run(
-    args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
-) -> dict[str, Any]:
-    """Print the plan of every training stage that is asked for, and return it by stage.
+def dry_run(run: RunContext, samples: Samples) -> dict[str, Any]:
+    """Print the plan of every training stage of the run, and return the plans by stage.
 
-    CPO is tried out from the base where there is no SFT model yet: it has the same size. With
-    `--precompute_ref_log_probs` the references' pass over the data is not in the time.
+    Without an SFT model CPO is tried from the base, which has the same size. The time does not
+    include the reference's pass of `precompute_ref_log_probs`.
     """
     plans: dict[str, Any] = {}
-    for stage in ("sft", "cpo"):
-        if stage in args.stage_names:
-            groups = (samples.sft if stage == "sft" else samples.cpo)["train"]
-            plans[stage] = plan = _plan(args, folder, stage, groups, base, stop)
-            print("\n".join(_lines(args, stage, plan)))
+    for stage in run.args.trained_stages:
+        groups = (samples.sft if stage == "sft" else samples.cpo)["train"]
+        plans[stage] = plan = _try_stage(run, stage, groups)
+        print("\n".join(_format_plan(run.args.packing_length, stage, plan)))
     print("dry run: nothing was written")
     return plans
 
 
-def _plan(
-    args: TrainArguments,
-    folder: RunFolder,
-    stage: str,
-    groups: Sequence[PreferenceGroup],
-    base: Base,
-    stop: StopRequest,
-) -> dict[str, Any]:
-    world = folder.world
-    steps, per_epoch = stage_steps(args, stage, groups, world)
+def _try_stage(run: RunContext, stage: str, groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
+    args, world, settings = run.args, run.world, run.args.stage_settings(stage)
+    steps, per_epoch = plan_stage(settings, groups, world)
     physical, packs = world.sum([sum(map(partial(_tokens, groups), steps)), _count(steps)])
     samples = sum(step.num_pairs for step in steps)
     plan: dict[str, Any] = {
@@ -71,20 +60,20 @@ def _plan(
         "packs": round(packs),
         "physical_tokens": round(physical),
     }
-    packed, objective = _parts(args, folder, stage, base, groups)
+    packed, objective = _build_stage(run, stage, groups)
     if args.precompute_ref_log_probs and stage == "cpo":
         groups = [replace(g, ref_logps=(0.0,) * (1 + len(g.rejected))) for g in groups]
     clock = Clock(world)
     sharded = is_sharded(list(packed.model.parameters()))
     state = StageState(
-        args, stage, packed.model, len(steps), sharded=sharded, world=world, clock=clock
+        settings, packed.model, len(steps), sharded=sharded, world=world, clock=clock
     )
     stepper = Stepper(
-        stage, packed, objective, state.optimizer, groups[0], device(), clock,
-        max_grad_norm=args.max_grad_norm, stop=stop, world=world,
+        stage, packed, objective, state.optimizer, groups[0], default_device(), clock,
+        max_grad_norm=args.max_grad_norm, stop=run.stop, world=world,
     )  # fmt: skip
     packed.model.train()
-    tried = _tried(groups, [pack for step in steps for pack in step if pack])
+    tried = _choose_packs(groups, [pack for step in steps for pack in step if pack])
     longest = max(world.gather(max(map(partial(_pack_tokens, groups), tried))))
     if world.is_main:
         print(
@@ -92,14 +81,15 @@ def _plan(
             file=sys.stderr,
         )
     trials = [Step((pack,), sum(max(1, len(which)) for _, which in pack)) for pack in tried]
-    feed = StepFeed(groups, trials, base.pixels, image_token_id(base.tokenizer))
+    checkpoint = run.checkpoint
+    feed = StepFeed(groups, trials, checkpoint.pixels, checkpoint.image_token_id)
     seconds = updates = 0.0
     tokens = timed = 0
     for index, pack in enumerate(tried):
         begun, updated = time.perf_counter(), clock.seconds("optimiser")
         stepper(index + 1, feed[index], partial(feed.halved, index))
         if stepper.stopping(together=True):
-            raise Interrupted("the dry run was stopped; there is nothing to go on from")
+            raise Interrupted("the dry run was stopped; there is nothing to resume")
         if index:  # the first one warms up
             update = clock.seconds("optimiser") - updated
             updates += update
@@ -123,31 +113,27 @@ def _plan(
     return plan
 
 
-def _parts(
-    args: TrainArguments,
-    folder: RunFolder,
-    stage: str,
-    base: Base,
-    groups: Sequence[PreferenceGroup],
+def _build_stage(
+    run: RunContext, stage: str, groups: Sequence[PreferenceGroup]
 ) -> tuple[PackedModel, Objective]:
     if stage == "sft":
-        return sft_parts(args, folder, base, None)
-    packed, reference = cpo_models(args, folder, base, None)
-    if args.precompute_ref_log_probs:
+        return build_sft(run, None)
+    packed, reference = build_cpo_models(run, None)
+    if run.args.precompute_ref_log_probs:
         reference = None
-    return packed, cpo_objective(args, packed, reference, groups)
+    return packed, build_cpo_objective(run, packed, reference, groups)
 
 
-def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
+def _format_plan(packing_length: int, stage: str, plan: dict[str, Any]) -> list[str]:
     memory = {name: _size(value) for name, value in plan["memory"].items()}
     what = "sample" if stage == "sft" else "pair"
     where = "GPU" if torch.cuda.is_available() else "process"
-    fill = plan["physical_tokens"] / max(plan["packs"], 1) / args.packing_length
+    fill = plan["physical_tokens"] / max(plan["packs"], 1) / packing_length
     return [
         f"{stage}: {counted(plan['steps'], 'step')} ({plan['steps_per_epoch']:g} an epoch), "
         f"{counted(plan['samples'], what)}, {counted(plan['packs'], 'pack')}, "
         f"{counted(plan['physical_tokens'], 'token')}; on average {fill:.0%} of --packing_length "
-        f"{args.packing_length} is filled, the longest pack has "
+        f"{packing_length} is filled, the longest pack has "
         f"{counted(plan['longest_pack'], 'token')}",
         f"{stage}: memory per {where}: weights {memory['weights']}, gradients "
         f"{memory['gradients']}, AdamW {memory['optimizer']}; peak with the longest pack "
@@ -159,7 +145,7 @@ def _lines(args: TrainArguments, stage: str, plan: dict[str, Any]) -> list[str]:
 
 
 def _size(count: int) -> str:
-    """Bytes in the largest binary unit of which there is at least one."""
+    """Bytes in the largest binary unit that fits."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -174,11 +160,11 @@ def _count(steps: Sequence[Step]) -> int:
     return sum(bool(pack) for step in steps for pack in step)
 
 
-def _tried(groups: Sequence[PreferenceGroup], packs: Sequence[Pack]) -> list[Pack]:
-    """The shortest sample alone, which warms up and makes the optimiser's state; then the longest
-    pack, whose memory is the peak, beside that state; then typical packs, the median first."""
+def _choose_packs(groups: Sequence[PreferenceGroup], packs: Sequence[Pack]) -> list[Pack]:
+    """The shortest sample alone, which warms up and creates the optimiser state; the longest pack,
+    which has the peak memory; then typical packs, the median first."""
     if not packs:
-        return [()] * 6  # a rank without work keeps step with the others
+        return [()] * 6  # a rank without work takes as many steps as the others
     shortest = min((part for pack in packs for part in pack), key=partial(part_tokens, groups))
     ranked = sorted(packs, key=partial(_pack_tokens, groups))
     last = len(ranked) - 1
@@ -190,6 +176,6 @@ def _pack_tokens(groups: Sequence[PreferenceGroup], pack: Pack) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Of this process's part."""
+    """Bytes of this process's part."""
     own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own.numel() * own.element_size()

@@ -1,7 +1,8 @@
-"""From the path that a user names to the checkpoint that it means; torch is not imported."""
+"""The checkpoint that a path given by a user means; torch is not imported."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from cpo_fast.errors import UsageError
@@ -10,7 +11,7 @@ from cpo_fast.model.lineage import CONFIG, WEIGHTS, is_adapter, lineage
 from cpo_fast.training.checkpoint import MANIFEST, checkpoints, damage_of, result_checkpoint
 
 MERGED = "merged"
-"""The folder beside SFT's checkpoints that holds its adapter merged into the base."""
+"""Folder beside SFT's checkpoints: its adapter merged into the base."""
 
 STAGES = ("sft", "cpo")
 
@@ -18,10 +19,10 @@ STAGES = ("sft", "cpo")
 def find_checkpoint(named: str | Path, flag: str, *, adapter: bool = False) -> Path:
     """The folder of the model or adapter that `named` means.
 
-    That is `named` itself, or, where it is the folder of a stage (`runs/x/sft`), what the stage
-    ended with: its merged model (unless an `adapter` is asked for), else its best checkpoint where
-    its run asked for the best one, else its last. Raises UsageError, which begins with `flag`, when
-    there is no such folder or checkpoint, or it is damaged.
+    That is `named` itself, or the result of a stage if it is a stage's folder (`runs/x/sft`): its
+    merged model (unless an `adapter` is wanted), else its best checkpoint if the run asked for the
+    best one, else its last. Raises UsageError, starting with `flag`, when there is no such folder
+    or checkpoint, or it is damaged.
     """
     path = _existing(named, flag)
     if not _holds_model(path):
@@ -39,8 +40,8 @@ def check_named(
     adapter: bool = False,
     base_model: str | Path | None = None,
 ) -> None:
-    """UsageError where `find_checkpoint` and `lineage` would find no model, by names of files only:
-    quick, without torch. `adapter`: only an adapter will do. Damage is found later, in reading."""
+    """UsageError where `find_checkpoint` and `lineage` would find no model. Looks at file names
+    only; damage is found later, on reading. `adapter`: accept adapters only."""
     path = _existing(named, flag)
     if base_model is not None:
         _existing(base_model, "--base_model")
@@ -49,7 +50,7 @@ def check_named(
         _check_stage(path, flag)
         if _holds_model(path / MERGED) and not adapter:
             return
-        # One without these is damaged, and passed over.
+        # A checkpoint without these files is damaged and skipped.
         needed = (MANIFEST, CONFIG, WEIGHTS)
         found = [p for p in checkpoints(path) if adapter or is_adapter(p)]
         candidates = [p for p in found if all((p / name).is_file() for name in needed)][-1:]
@@ -59,6 +60,17 @@ def check_named(
         raise UsageError(f"{flag} {path}: no {CONFIG} there, so nothing to merge")
     for one in candidates:
         lineage(one, base_model)
+
+
+def check_unused(run: Path, stages: Iterable[str]) -> None:
+    """UsageError where a stage to be trained has checkpoints of an earlier run."""
+    for stage in stages:
+        if checkpoints(run / stage):
+            raise UsageError(
+                f"{run / stage} holds checkpoints of an earlier run: choose another --output_dir, "
+                f"leave {stage} out of --stages, pass --overwrite_output_dir true, or continue "
+                "with --resume_from_checkpoint auto"
+            )
 
 
 def _existing(named: str | Path, flag: str) -> Path:
@@ -99,5 +111,5 @@ def _of_stage(folder: Path, flag: str, *, adapter: bool) -> Path:
 
 
 def _wants_best(run: Path) -> bool:
-    """Whether the run's stages ended with their best checkpoints."""
+    """Whether the run's stages end with their best checkpoints."""
     return bool(read_object(run / "config.json").get("load_best_model_at_end"))

@@ -73,20 +73,20 @@ def _check_json(name: str, text: str | None) -> None:
 
 
 def _check_schedule(args: TrainArguments, stage: str) -> None:
-    settings = args.of_stage(stage)
-    name, options = settings["lr_scheduler_type"], settings["lr_scheduler_kwargs"] or {}
+    settings = args.stage_settings(stage)
+    name, options = settings.lr_scheduler_type, settings.lr_scheduler_kwargs or {}
     if fault := option_fault(name, options):
         raise UsageError(f"{_schedule_flags(args, stage)}: {fault}")
 
 
 def _try_schedules(args: TrainArguments) -> None:
     """UsageError for options whose values a schedule cannot use."""
-    from cpo_fast.training.schedule import schedule_fault
+    from cpo_fast.training.schedule import find_schedule_fault
 
     for stage in ("sft", "cpo"):
-        settings = args.of_stage(stage)
-        steps = settings["max_steps"] if settings["max_steps"] > 0 else MANY_STEPS
-        if fault := schedule_fault(settings, steps):
+        settings = args.stage_settings(stage)
+        steps = settings.max_steps if settings.max_steps > 0 else MANY_STEPS
+        if fault := find_schedule_fault(settings, steps):
             raise UsageError(f"{_schedule_flags(args, stage)}: {fault}")
 
 
@@ -134,7 +134,7 @@ def _processes() -> int:
 
 def _check_output(args: TrainArguments) -> None:
     """The folder of the run can be written, and holds no checkpoints of another run."""
-    from cpo_fast.training.checkpoint import check_unused
+    from cpo_fast.run.find_checkpoint import check_unused
 
     if args.dry_run:
         return  # nothing is written

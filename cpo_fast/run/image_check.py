@@ -1,7 +1,7 @@
-"""Every image that a run will use, decoded once before anything is computed on it.
+"""Decodes every image of a run once, before anything is computed on it.
 
-A record whose image does not decode is set aside here, for all stages alike: SFT, CPO, held-out,
-evaluation and the reference. Decoding is that of training (`load_shades`), without the resizing.
+A record whose image does not decode is rejected for all stages: SFT, CPO, held-out loss, evaluation
+and reference. Images are decoded as in training (`load_shades`), but not resized.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,24 +24,25 @@ from cpo_fast.data.images import load_shades, naming
 from cpo_fast.data.pixels import resized
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.run.corpus import Corpus, Texts, without_answers
+from cpo_fast.run.context import RunContext
+from cpo_fast.run.corpus import Corpus, Texts, keep_answers
 from cpo_fast.run.run_folder import RunFolder
-from cpo_fast.training.feed import step_loader
+from cpo_fast.training.feed import load_steps
 from cpo_fast.types import ImageRef, Origin, Preference, RejectedRecord
 
 FEW = 64
-"""Images that a dry run looks at."""
+"""Images that a dry run decodes."""
 
 PER_PROCESS = 32
-"""Images below which one more process is not worth starting."""
+"""Images per worker process that are worth its start."""
 
 REMEDIES = ("no-decoder", "image-needs-pydicom")
-"""Reasons that say something of the installation, not of the images."""
+"""Reasons that concern the installation, not the image."""
 
 WORDS = {"train": "training", "validate": "held-out", "test": "test"}
 
 
-class _Looks:
+class _Decodings:
     """Item i is None where image i decodes, else (reason, detail)."""
 
     def __init__(self, refs: Sequence[ImageRef], max_pixels: int, min_pixels: int) -> None:
@@ -61,22 +63,29 @@ class _Looks:
 
 @dataclass
 class ImageCheck:
-    """Which images of a run fail. Rank 0 looks, all ranks use what it found.
+    """Finds the images of a run that fail. Rank 0 decodes; all ranks use its result.
 
-    What decoded is kept in `checked_images.txt` of the run's folder, as digests of path, size and
-    time of change: a resumed run decodes only what is new there.
+    Decoded images are listed in `checked_images.txt` of the run's folder, as digests of path, size
+    and modification time: a resumed run decodes only new ones.
     """
 
-    args: TrainArguments
-    folder: RunFolder
+    run: RunContext
     failed: dict[ImageRef, RecordError] = field(default_factory=dict)
     looked: set[ImageRef] = field(default_factory=set)
     decoded: int = 0
     known: int = 0
     seconds: float = 0.0
 
-    def look(self, refs: Iterable[ImageRef]) -> None:
-        """Decode those of `refs` that were not looked at; `failed` has those that do not."""
+    def __post_init__(self) -> None:
+        self.args, self.folder = self.run.args, self.run.folder
+
+    def summary(self) -> dict[str, Any]:
+        """The stage "images" of summary.json."""
+        seconds = round(self.seconds, 2)
+        return {"seconds": seconds, "decoded": self.decoded, "known": self.known}
+
+    def decode(self, refs: Iterable[ImageRef]) -> None:
+        """Decode the new ones of `refs`; those that do not decode are added to `failed`."""
         new = [ref for ref in dict.fromkeys(refs) if ref not in self.looked]
         if self.folder.dry:
             room = FEW - len(self.looked)
@@ -88,19 +97,19 @@ class ImageCheck:
         names = {name: RecordError(reason, detail) for name, reason, detail in found}
         self.failed |= {ref: names[_name(ref)] for ref in new if names and _name(ref) in names}
 
-    def bad(self, refs: Iterable[ImageRef]) -> RecordError | None:
-        """Why the first of `refs` that fails does; it names the image."""
+    def find_error(self, refs: Iterable[ImageRef]) -> RecordError | None:
+        """The error of the first of `refs` that fails; it names the image."""
         return next((naming(ref, self.failed[ref]) for ref in refs if ref in self.failed), None)
 
     def _failures(self, refs: Sequence[ImageRef]) -> list[tuple[str, str, str]]:
         """(name, reason, detail) of the images that fail, as JSON can hold it."""
         kept = self.folder.path / "checked_images.txt"
         known = set(kept.read_text(encoding="utf-8").splitlines()) if kept.is_file() else set()
-        keys = {ref: key for ref in refs if (key := key_of(ref)) not in known}
+        keys = {ref: key for ref in refs if (key := digest_image(ref)) not in known}
         begun = time.perf_counter()
         found = []
         nowhere = contextlib.nullcontext(io.StringIO())
-        with kept.open("a", encoding="utf-8") if self.folder.writes else nowhere as file:
+        with kept.open("a", encoding="utf-8") if self.folder.is_writer else nowhere as file:
             for ref, outcome in zip(keys, self._outcomes(list(keys)), strict=True):
                 if outcome is not None:
                     found.append((_name(ref), *outcome))
@@ -114,31 +123,26 @@ class ImageCheck:
             f"images: {len(keys)} decoded in {seconds:.1f} s, {len(found)} of them fail; "
             f"{len(refs) - len(keys)} are known from an earlier run"
         )
-        self.folder.summary["stages"]["images"] = {
-            "seconds": round(self.seconds, 2),
-            "decoded": self.decoded,
-            "known": self.known,
-        }
         return found
 
     def _outcomes(self, refs: Sequence[ImageRef]) -> Iterator[tuple[str, str] | None]:
-        # Nothing else runs meanwhile: every core is used, unless no worker processes are wanted.
+        # Nothing else runs meanwhile: use every core, unless no worker processes are wanted.
         cores = (os.cpu_count() or 1) if self.args.dataloader_num_workers else 0
         workers = min(cores, len(refs) // PER_PROCESS)
-        looks = _Looks(refs, self.args.max_pixels, self.args.min_pixels)
-        outcomes = step_loader(looks, num_workers=workers)
+        decodings = _Decodings(refs, self.args.max_pixels, self.args.min_pixels)
+        outcomes = load_steps(decodings, num_workers=workers)
         return iter(tqdm(outcomes, desc="images", unit="image", total=len(refs), disable=None))
 
 
 def _name(ref: ImageRef) -> str:
-    """What tells an image from all others of the run, on every rank."""
+    """A key of the image, unique in the run and equal on every rank."""
     if ref.data is not None:
         return hashlib.sha256(ref.data).hexdigest()
     return f"{ref.root}\0{ref.path}"
 
 
-def key_of(ref: ImageRef) -> str | None:
-    """A digest that changes with the image; None where there is no file."""
+def digest_image(ref: ImageRef) -> str | None:
+    """A digest that changes with the image; None if there is no file."""
     if ref.data is not None:
         return _name(ref)[:32]
     path = Path(ref.root, ref.path).absolute()
@@ -153,55 +157,53 @@ def key_of(ref: ImageRef) -> str | None:
 
 
 def used_splits(args: TrainArguments) -> list[str]:
-    """The splits whose images the stages of this run look at."""
+    """The splits whose images the stages of this run use."""
     trains = bool(args.trained_stages)
     evaluates = "evaluate" in args.stage_names
     uses = {"train": trains, "validate": trains or evaluates, "test": evaluates}
     return [split for split, used in uses.items() if used]
 
 
-def leave_out_studies(
-    args: TrainArguments, folder: RunFolder, corpus: Corpus, check: ImageCheck
-) -> None:
-    """Set aside the studies whose images fail, in all splits that the run uses.
+def reject_studies(run: RunContext, corpus: Corpus, check: ImageCheck) -> None:
+    """Reject the studies whose images fail, in all splits that the run uses.
 
-    Raises DataError when more than `--max_bad_fraction` of what was read is set aside by now, or a
-    split is left empty.
+    Raises DataError when more than `max_bad_fraction` of the records is rejected by now, or a split
+    is left empty.
     """
+    args = run.args
     splits = used_splits(args)
     limits = dict.fromkeys(splits, args.max_eval_samples) | {"train": None}
     images = {
         split: [study.images for study in corpus.studies[split][: limits[split]]]
         for split in splits
     }
-    check.look(image for shown in images.values() for one in shown for image in one)
+    check.decode(image for shown in images.values() for one in shown for image in one)
     bad: dict[str, list[RejectedRecord]] = {}
     for split in splits:
         kept, bad[split] = [], []
         for study in corpus.studies[split]:
-            if (error := check.bad(study.images)) is None:
+            if (error := check.find_error(study.images)) is None:
                 kept.append(study)
             else:
                 bad[split].append(RejectedRecord.of(study.study_id, study.origin, error))
         corpus.studies[split] = kept
-    set_aside(args, folder, corpus, check, bad, images)
+    _reject_records(run, corpus, check, bad, images)
 
 
-def leave_out_samples(
-    args: TrainArguments, folder: RunFolder, corpus: Corpus, texts: Texts, check: ImageCheck
-) -> None:
-    """The same for what `leave_out_studies` did not see: the rows of a preference file, and what
-    counterfactuals show.
+def reject_samples(run: RunContext, corpus: Corpus, texts: Texts, check: ImageCheck) -> None:
+    """The same for images that `reject_studies` did not see: those of preference files and of
+    counterfactuals.
 
-    A row is set aside with any of its images. A perception counterfactual whose image fails is left
-    out, the study stays. Of held-out samples `--max_eval_samples` are kept. Raises DataError as
-    `leave_out_studies`.
+    A row is rejected if any of its images fails. A perception counterfactual whose image fails is
+    left out and the study stays. `max_eval_samples` held-out samples are kept. Raises DataError as
+    `reject_studies`.
     """
+    args, folder = run.args, run.folder
     for split in ("validate", "test"):
-        keep_first(folder, texts, split, args.max_eval_samples)
+        _keep_first(folder, texts, split, args.max_eval_samples)
     splits = used_splits(args)
     samples = {split: [*texts.sft[split], *texts.cpo[split]] for split in splits}
-    check.look(image for split in splits for one in samples[split] for image in one.all_images)
+    check.decode(image for split in splits for one in samples[split] for image in one.all_images)
     images: dict[str, list[tuple[ImageRef, ...]]] = {}
     bad: dict[str, list[RejectedRecord]] = {}
     for split in splits:
@@ -210,27 +212,27 @@ def leave_out_samples(
             own = one.all_images if corpus.preferences else one.images
             shown.setdefault(key(one), set()).update(own)
         images[split] = [tuple(refs) for refs in shown.values()]
-        failed = {at: error for at, refs in shown.items() if (error := check.bad(refs))}
+        failed = {at: error for at, refs in shown.items() if (error := check.find_error(refs))}
         bad[split] = [
             RejectedRecord.of(id, origin, error, file=str(args.dataset))
             for (id, origin), error in failed.items()
         ]
         for stage in (texts.sft, texts.cpo):
             stage[split] = [one for one in stage[split] if key(one) not in failed]
-    set_aside(args, folder, corpus, check, bad, images)
-    leave_out_answers(folder, texts, splits, check)
+    _reject_records(run, corpus, check, bad, images)
+    _leave_out_answers(folder, texts, splits, check)
 
 
 Key = tuple[str, Origin | None]
 
 
 def key(one: Preference) -> Key:
-    """What the samples of one record have in common."""
+    """Equal for all samples of one record."""
     return one.id, one.origin
 
 
-def keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -> None:
-    """Keep the first `limit` samples of either stage; records with none are counted as left out."""
+def _keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -> None:
+    """Keep the first `limit` samples of each stage; count records without samples as left out."""
     before = {key(one) for one in texts.sft[split]}
     for stage in (texts.sft, texts.cpo):
         stage[split] = stage[split][:limit]
@@ -241,7 +243,7 @@ def keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -
         print(f"data: {records} of split {split} left out by --max_eval_samples")
 
 
-def leave_out_answers(
+def _leave_out_answers(
     folder: RunFolder, texts: Texts, splits: Sequence[str], check: ImageCheck
 ) -> None:
     """Leave out the rejected answers (perception counterfactuals) whose own image fails."""
@@ -250,13 +252,13 @@ def leave_out_answers(
         kept = []
         for one in texts.cpo[split]:
             shown = one.rejected_images or (None,) * len(one.rejected)
-            errors = [check.bad(images or ()) for images in shown]
+            errors = [check.find_error(images or ()) for images in shown]
             unreadable += [
                 RejectedRecord.of(f"{one.id}/perception", one.origin, error, stage="counterfactual")
                 for error in errors
                 if error is not None
             ]
-            left = without_answers(one, [k for k, error in enumerate(errors) if error is None])
+            left = keep_answers(one, [k for k, error in enumerate(errors) if error is None])
             if left.rejected:
                 kept.append(left)
         texts.cpo[split] = kept
@@ -266,15 +268,15 @@ def leave_out_answers(
         folder.summary["data"].get("counterfactuals", {})["unreadable"] = len(unreadable)
 
 
-def set_aside(
-    args: TrainArguments,
-    folder: RunFolder,
+def _reject_records(
+    run: RunContext,
     corpus: Corpus,
     check: ImageCheck,
     bad: dict[str, list[RejectedRecord]],
     images: dict[str, list[tuple[ImageRef, ...]]],
 ) -> None:
-    """List the records that are `bad`, by split; `images` are those of all records looked at."""
+    """Reject the `bad` records of every split; `images` are those of all records of the split."""
+    args, folder = run.args, run.folder
     found = [record for records in bad.values() for record in records]
 
     def decide() -> None:
@@ -282,10 +284,10 @@ def set_aside(
             check.looked.issuperset(shown) for records in images.values() for shown in records
         )
         before = corpus.rejected / max(corpus.read, 1)
-        # Of records that were left out by a flag, the same share would fail.
+        # Records that a flag leaves out are assumed to fail at the same rate.
         share = before + (1 - before) * len(found) / max(looked, 1)
         too_bad = bool(found) and share > args.max_bad_fraction
-        remedy = remedy_of(check) if {r.reason for r in found} <= set(REMEDIES) else None
+        remedy = _find_remedy(check) if {r.reason for r in found} <= set(REMEDIES) else None
         if too_bad and remedy:
             raise DataError(remedy)
         folder.reject(found)
@@ -308,11 +310,11 @@ def set_aside(
         if found and remedy:
             print(f"warning: {remedy}", file=sys.stderr)
 
-    folder.world.on_main(decide)
+    run.world.on_main(decide)
 
 
-def remedy_of(check: ImageCheck) -> str:
-    """What the decoder says of the images that need something installed, each thing once."""
+def _find_remedy(check: ImageCheck) -> str:
+    """The decoder's advice on what to install, each once."""
     said = {
         error.detail if error.reason == "no-decoder" else error.reason: error.detail
         for error in check.failed.values()

@@ -1,10 +1,10 @@
-"""Reference log-probabilities computed once, in large packs without a backward, and kept in a file.
+"""Reference log-probabilities, computed once in large packs without a backward and cached.
 
 `reference_log_probs.safetensors` in the run folder holds one float32 sum per response, in the order
-of the groups: chosen, rejected_1 .. rejected_K. Its metadata is the key: digests of the data, of
-the reference's weights and configuration, of the tokenizer and of the settings that change a value.
-The file is used with that key only. While it is made it grows by parts, each whole or not there, so
-that a killed run goes on where it was.
+of the groups: chosen, rejected_1 .. rejected_K. Its metadata is the key: digests of data, reference
+model, tokenizer and the settings that change a value.
+A file with another key is not used. It is computed in parts, each complete or absent, so that a
+killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ from tqdm import tqdm
 
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.loss import linear_logprobs
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import Step, image_token_id, plan_epoch
-from cpo_fast.run.base import Base
-from cpo_fast.training.digests import data_bytes, digest, json_bytes, model_bytes
-from cpo_fast.training.feed import StepFeed, step_loader
+from cpo_fast.packing import Step, plan_epoch
+from cpo_fast.run.digests import data_bytes, digest, json_bytes, model_bytes
+from cpo_fast.training.checkpoint import RESUME
+from cpo_fast.training.feed import StepFeed, load_steps
 from cpo_fast.training.interrupt import Interrupted, StopRequest
 from cpo_fast.types import PackedBatch, PreferenceGroup, RejectedRecord
 
-PART = 256  # groups that a killed run computes again at most
-PACKS = 4  # a pack without a backward keeps one layer's activations: it may be larger
+PART = 256  # groups per part
+PACKS = 4  # without a backward only one layer's activations are alive, so packs can be larger
 
 
 @dataclass
 class ReferenceCache:
     """Reference log-probs of `model` for the groups of one stage.
 
-    `adapters_off` says that the reference is the model without its adapters; else it is the model
-    as it stands. `overwrite` lets a file with another key be replaced instead of refused.
+    `adapters_off`: the reference is the model without its adapters. `overwrite`: replace a file
+    with another key instead of refusing it.
     """
 
     folder: Path
     model: PackedModel
     adapters_off: bool
-    base: Base
+    checkpoint: Checkpoint
     device: torch.device
     stop: StopRequest
     packing_length: int
     num_workers: int = 0
     impl: str | None = None
     overwrite: bool = False
-    rejected: dict[int, RejectedRecord] = field(default_factory=dict)  # by number of the group
+    rejected: dict[int, RejectedRecord] = field(default_factory=dict)  # by index of the group
 
     @property
     def path(self) -> Path:
@@ -64,15 +65,14 @@ class ReferenceCache:
         return self.folder / "reference_log_probs.parts"
 
     def fill(self, groups: Sequence[PreferenceGroup]) -> list[PreferenceGroup]:
-        """The groups with their `ref_logps`, from the file or computed now.
+        """The groups with their `ref_logps`, from the file or computed.
 
-        A group whose image does not decode keeps none, and `rejected` says why. Raises UsageError
-        when the file, or a part of it, was made with another key, Interrupted when a stop was asked
-        for meanwhile.
+        A group whose image does not decode gets none and is listed in `rejected`. Raises UsageError
+        when the file or a part of it has another key, and Interrupted on a stop request.
         """
         if not groups:
             return []
-        key = cache_key(self.model, groups, self.base, adapters_off=self.adapters_off)
+        key = cache_key(self.model, groups, self.checkpoint, adapters_off=self.adapters_off)
         values = self._read(self.path, key)
         if values is None:
             values = self._compute(groups, key)
@@ -83,20 +83,20 @@ class ReferenceCache:
         for index, (group, start, end) in enumerate(zip(groups, ends, ends[1:], strict=False)):
             own = values[start:end]
             if own.isnan().any():
-                self.rejected.setdefault(index, self._unknown(group))
+                self.rejected.setdefault(index, self._reject_cached(group))
                 filled.append(group)
             else:
                 filled.append(replace(group, ref_logps=tuple(own.tolist())))
         return filled
 
-    def _unknown(self, group: PreferenceGroup) -> RejectedRecord:
-        """A group that has none in a file that an earlier run left."""
+    def _reject_cached(self, group: PreferenceGroup) -> RejectedRecord:
+        """The record of a group without values in the file of an earlier run."""
         detail = f"its image failed when {self.path.name} was made; delete that to make it anew"
         error = RecordError("no-reference-logps", detail)
         return RejectedRecord.of(group.id, group.origin, error, stage="cpo")
 
     def _read(self, path: Path, key: dict[str, str]) -> torch.Tensor | None:
-        """The values of a file with this key; None where there is none (any more)."""
+        """The values of a file with this key; None if there is no such file."""
         if not path.is_file():
             return None
         try:
@@ -118,7 +118,7 @@ class ReferenceCache:
 
     @torch.no_grad()
     def _compute(self, groups: Sequence[PreferenceGroup], key: dict[str, str]) -> torch.Tensor:
-        """One value per response of all groups, [sum of (1 + K)] float32; NaN: did not decode."""
+        """One value per response of all groups, [sum of (1 + K)] float32; NaN: its image failed."""
         self.parts.mkdir(mode=0o700, exist_ok=True)
         firsts = range(0, len(groups), PART)
         files = {first: self.parts / f"part-{first:09d}.safetensors" for first in firsts}
@@ -126,17 +126,17 @@ class ReferenceCache:
         for first, path in files.items():
             if (values := self._read(path, key)) is not None:
                 done[first] = values
-        # Ids need not differ between groups; positions do, and come back in the segments' names.
+        # Group ids can repeat; indices cannot, and come back in the segments' names.
         numbered = [replace(group, id=str(index)) for index, group in enumerate(groups)]
         steps: list[Step] = []
-        ends: dict[int, int] = {}  # number of the step that ends a part -> the part
+        ends: dict[int, int] = {}  # last step of a part -> the part
         for first in firsts:
             if first not in done:
                 steps += self._steps(groups, first)
                 ends[len(steps)] = first
-        pad = image_token_id(self.base.tokenizer)
-        feed = StepFeed(numbered, steps, self.base.pixels, pad, "cpo")
-        loader = step_loader(feed, num_workers=self.num_workers if steps else 0)
+        checkpoint = self.checkpoint
+        feed = StepFeed(numbered, steps, checkpoint.pixels, checkpoint.image_token_id, "cpo")
+        loader = load_steps(feed, num_workers=self.num_workers if steps else 0)
         self.model.model.eval()
         found: dict[str, float] = {}
         bar = tqdm(loader, total=len(steps), desc="reference", unit="pack", disable=None)
@@ -157,12 +157,12 @@ class ReferenceCache:
             if self.stop.pending() and number < len(steps):
                 raise Interrupted(
                     f"stopped by {self.stop.reason} in the reference's pack {number} of "
-                    f"{len(steps)}; go on with --resume_from_checkpoint auto"
+                    f"{len(steps)}; {RESUME}"
                 )
         return torch.cat([done[first] for first in firsts])
 
     def _steps(self, groups: Sequence[PreferenceGroup], first: int) -> list[Step]:
-        """The packs of the part that begins at group `first`, each as a step of its own."""
+        """The packs of the part that starts at group `first`, one step per pack."""
         part = groups[first : first + PART]
         (step,) = plan_epoch(
             part,
@@ -190,7 +190,7 @@ def _names(index: int, group: PreferenceGroup) -> list[str]:
 
 
 def _write(path: Path, values: torch.Tensor, key: dict[str, str]) -> None:
-    """A file that is whole or not there, whatever happens meanwhile."""
+    """Write a file atomically."""
     partial = path.with_suffix(".partial")
     save_file({"logps": values.contiguous()}, partial, metadata=key)
     with partial.open("rb") as file:
@@ -202,19 +202,23 @@ def _write(path: Path, values: torch.Tensor, key: dict[str, str]) -> None:
 
 
 def cache_key(
-    model: PackedModel, groups: Sequence[PreferenceGroup], base: Base, *, adapters_off: bool
+    model: PackedModel,
+    groups: Sequence[PreferenceGroup],
+    checkpoint: Checkpoint,
+    *,
+    adapters_off: bool,
 ) -> dict[str, str]:
     """SHA-256 digests under "data", "model", "tokenizer" and "settings".
 
     An image counts by its path, its size and its first bytes (reading 200,000 radiographs whole
     takes longer than starting a run should), together with the image processor's settings.
     """
-    tokenizer = base.tokenizer
+    tokenizer = checkpoint.tokenizer
     settings = {
         "attention": model.attention,
         "dtype": str(model.model.dtype),
         "device": model.model.device.type,
-        "images": base.images.processor.to_dict() if base.images else None,
+        "images": checkpoint.images.processor.to_dict() if checkpoint.images else None,
     }
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
     return {

@@ -1,4 +1,4 @@
-"""The folder of one run: who may read it, what is in it, and what an earlier run left there."""
+"""The folder of one run: its files, its summary, and what an earlier run left there."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.errors import UsageError
+from cpo_fast.counting import counted
+from cpo_fast.errors import DataError, UsageError
 from cpo_fast.folders import TRAINING, check_free
 from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.find_checkpoint import check_unused
 from cpo_fast.run.same_flags import check_folder_flags
-from cpo_fast.training.checkpoint import check_unused
 from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.types import RejectedRecord
 
 
 class RunFolder:
-    """`output_dir` of a run. Opening it writes config.json and clears the stages that will run,
-    and the evaluation of models that will be trained.
+    """`output_dir` of a run. Opening it writes config.json and removes the results of the stages
+    that will be trained, and the evaluation.
 
-    Only rank 0 of `world` writes; the others read what it left there. In a dry run nobody writes:
-    what is read but not there (phantom, tiny model) is made in a temporary folder that goes at the
-    end of the process.
-    Raises UsageError when a stage that will run has checkpoints there already, unless
-    `overwrite_output_dir` allows deleting them.
+    Only rank 0 of `world` writes; the other ranks read its files. A dry run writes nothing: its
+    phantom and tiny model are made in a temporary folder that is deleted with the process.
+    Raises UsageError when a stage to be trained has checkpoints, unless `overwrite_output_dir`
+    allows deleting them.
     """
 
     def __init__(self, args: TrainArguments, world: World | None = None) -> None:
@@ -47,7 +47,7 @@ class RunFolder:
             trained = args.trained_stages
         elif self.world.is_main:
             check_folder_flags(self.path, self.flags)
-        if not self.writes:
+        if not self.is_writer:
             self.metrics = MetricsLog(self.path / "metrics.jsonl", writes=False)
             return
         check_free(self.path, TRAINING)
@@ -67,23 +67,23 @@ class RunFolder:
 
     @property
     def where_rejected(self) -> str:
-        """Where the records that were set aside can be read."""
+        """Where rejected records are listed."""
         if self.dry:
             return "a dry run writes nothing: cpo-fast data check lists them"
         return f"see {self.path / 'rejected_records.jsonl'}"
 
     @property
-    def writes(self) -> bool:
+    def is_writer(self) -> bool:
         return self.world.is_main and not self.dry
 
     @property
-    def makes(self) -> bool:
-        """Whether this process makes what the run is made of; else it reads rank 0's files."""
+    def prepares_inputs(self) -> bool:
+        """Whether this process makes phantom, tiny model and counterfactuals, or reads rank 0's."""
         return self.world.is_main or self.dry
 
     @cached_property
-    def made(self) -> Path:
-        """The folder for data and models that the run itself makes."""
+    def scratch_dir(self) -> Path:
+        """Folder for data and models that the run makes for itself."""
         if not self.dry:
             return self.path
         memory = Path("/dev/shm")
@@ -105,8 +105,8 @@ class RunFolder:
             raise UsageError(f"--output_dir {self.path} cannot be written: {error}") from error
 
     def reject(self, records: Iterable[RejectedRecord]) -> None:
-        """Append to rejected_records.jsonl; `finish` counts them for summary.json."""
-        if not self.writes:
+        """Append to rejected_records.jsonl; `finish` counts the records for summary.json."""
+        if not self.is_writer:
             self.rejected += records if self.dry else []
             return
         with (self.path / "rejected_records.jsonl").open("a", encoding="utf-8") as file:
@@ -114,11 +114,27 @@ class RunFolder:
                 self.rejected.append(record)
                 file.write(json.dumps(record.to_json()) + "\n")
 
-    def data(self, **facts: Any) -> None:
-        """Facts for the `data` part of summary.json, added to those that are there.
+    def leave_out(self, what: str, records: Sequence[RejectedRecord]) -> None:
+        """Reject samples whose image fails during `what`, and print how many."""
+        self.reject(records)
+        if records:
+            samples = counted(len(records), "sample")
+            print(f"{what}: {samples} left out, an image could not be read; the first: "
+                  f"{records[0].id} ({records[0].reason}: {records[0].detail})")  # fmt: skip
 
-        Of records, `read` = `used` + all of `rejected` + `left_out`; the last two are counted here.
-        `samples_set_aside` counts what single stages did without.
+    def stop_if_too_bad(self, bad: int, read: int, limit: float) -> None:
+        """DataError when more than the share `limit` of the records that were read is rejected."""
+        if read and bad / read > limit:
+            raise DataError(
+                f"{bad} of {counted(read, 'record')} set aside, more than --max_bad_fraction "
+                f"{limit}; {self.where_rejected}"
+            )
+
+    def add_data(self, **facts: Any) -> None:
+        """Add facts to the `data` part of summary.json.
+
+        Of records, `read` = `used` + `rejected` + `left_out`; the last two are counted here.
+        `samples_set_aside` counts the samples that single stages left out.
         """
         data = self.summary.setdefault("data", {})
         data |= facts
@@ -135,9 +151,9 @@ class RunFolder:
 
     def finish(self, versions: Mapping[str, str]) -> None:
         """Write summary.json."""
-        if not self.writes:
+        if not self.is_writer:
             return
-        self.data()
+        self.add_data()
         self.summary["versions"] = dict(versions)
         self._write_json("summary.json", self.summary)
 
@@ -145,12 +161,3 @@ class RunFolder:
         partial = self.path / f".{name}.partial"
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         partial.rename(self.path / name)
-
-
-def write_private(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """A JSONL file that holds report text: readable by its owner only."""
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""From the text of each stage to token ids; what cannot be encoded is set aside."""
+"""From the texts of each stage to token ids; what cannot be encoded is rejected."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from cpo_fast.errors import DataError
 from cpo_fast.packing import encode_all
 from cpo_fast.packing.encode import OverLong
 from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.run.base import Base
-from cpo_fast.run.corpus import Texts, stop_if_too_bad
+from cpo_fast.run.context import RunContext
+from cpo_fast.run.corpus import Texts
 from cpo_fast.run.flag_ranges import SOURCES
-from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.types import Origin, PreferenceGroup, RejectedRecord
 
 if TYPE_CHECKING:
@@ -36,19 +35,21 @@ class Samples:
     cpo: dict[str, list[PreferenceGroup]]
 
 
-def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) -> Samples:
-    """Encode all samples; those that cannot be are set aside.
+def tokenise(run: RunContext, texts: Texts) -> Samples:
+    """Encode all samples with the tokenizer of `run.checkpoint`.
 
-    A record without a sample in any stage is set aside as a whole, and counts as not used.
-    `--max_bad_fraction` is a share of the records, each of which has a sample of SFT.
+    Samples that cannot be encoded are rejected. A record without a sample in any stage is rejected
+    as a whole and counts as not used. `max_bad_fraction` is a share of the records, each of which
+    has a sample of SFT.
     """
+    args, folder, base = run.args, run.folder, run.checkpoint
     samples = Samples({}, {})
     for line in control_token_remarks(texts, base.tokenizer):
         print(f"data: {line}")
     limit = model_positions(base.path)
     rejected: list[RejectedRecord] = []
     for stage in ("sft", "cpo"):
-        max_length = args.of_stage(stage)["max_length"]
+        max_length = args.max_length_of(stage)
         if limit is not None and max_length > limit:
             if stage in args.stage_names:
                 print(
@@ -80,23 +81,23 @@ def tokenise(args: TrainArguments, folder: RunFolder, texts: Texts, base: Base) 
                     f"{stage}: {counted(done.truncated, 'response')} cut to "
                     f"{counted(max_length, 'token')} (--max_length)"
                 )
-    merged = whole_records(rejected, texts)
+    merged = merge_whole_records(rejected, texts)
     folder.reject(merged)
     for (of, reason), count in Counter((r.stage or "data", r.reason) for r in merged).items():
         print(f"{of}: {count} set aside: {reason} (rejected_records.jsonl)")
     records = sum(map(len, texts.sft.values()))
-    folder.data(used=records - sum(not record.stage for record in merged))
-    tell_sides(args, folder, samples)
+    folder.add_data(used=records - sum(not record.stage for record in merged))
+    print_sides(run, samples)
     bad = {(record.id, record.file, record.line) for record in rejected}
-    stop_if_too_bad(args, folder, len(bad), records)
+    folder.stop_if_too_bad(len(bad), records, args.max_bad_fraction)
     return samples
 
 
-def tell_sides(args: TrainArguments, folder: RunFolder, samples: Samples) -> None:
-    """Print and note how many records each stage of the run trains on and holds out.
-
-    That includes the stages that an earlier call trained in this folder.
+def print_sides(run: RunContext, samples: Samples) -> None:
+    """Print and store how many records each stage of the run trains on and holds out, including
+    stages that an earlier call trained in this folder.
     """
+    args, folder = run.args, run.folder
     facts: dict[str, dict[str, int]] = {"trained_on": {}, "held_out": {}}
     for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
         if stage not in args.stage_names and stage not in folder.summary["stages"]:
@@ -105,23 +106,22 @@ def tell_sides(args: TrainArguments, folder: RunFolder, samples: Samples) -> Non
         held_out = sum(len(groups) for split, groups in splits.items() if split != "train")
         print(f"{stage}: {counted(train, 'record')} to train on, {held_out} held out")
         facts["trained_on"][stage], facts["held_out"][stage] = train, held_out
-    folder.data(**facts)
+    folder.add_data(**facts)
 
 
 def check_samples(args: TrainArguments, samples: Samples) -> None:
-    """DataError where a stage to come could not begin, or could not tell its best model.
-
-    Known before the first stage trains, whichever stage it is.
+    """DataError, before the first stage trains, where a stage has no sample to train on or none to
+    find its best model with.
     """
     for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
         if stage not in args.stage_names:
             continue
         if not splits["train"]:
             raise DataError(f"{stage}: no training sample is left; see rejected_records.jsonl")
-        metric = args.of_stage(stage)["metric_for_best_model"]
+        metric = args.stage_settings(stage).metric_for_best_model
         if (metric or args.load_best_model_at_end) and not splits["validate"]:
             raise DataError(
-                f"{stage}: no sample is held out to tell the best model by (--eval_fraction)"
+                f"{stage}: no sample is held out to find the best model with (--eval_fraction)"
             )
         source = (metric or "").rpartition("/")[2]
         held = {name for group in splits["train"] for name in group.sources}
@@ -132,10 +132,10 @@ def check_samples(args: TrainArguments, samples: Samples) -> None:
             )
 
 
-def whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[RejectedRecord]:
-    """`rejected` with one line, of no stage, for a record that failed in all stages that hold it.
+def merge_whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[RejectedRecord]:
+    """`rejected`, with a single line without a stage for a record that failed in all its stages.
 
-    Every record has a sample of SFT, and one of CPO where it has rejected answers.
+    Every record has a sample of SFT, and one of CPO if it has rejected answers.
     """
 
     def key(id: str, origin: Origin | None) -> tuple[str, Origin]:
@@ -159,15 +159,15 @@ def whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> list[Reje
 
 
 def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What to say of records whose text holds special tokens of the tokenizer, such as an
-    end-of-turn token inside an answer; names ids, lines and tokens, no text."""
+    """A warning about records whose text holds special tokens of the tokenizer, such as an
+    end-of-turn token inside an answer; it names ids, lines and tokens, not the text."""
     special = {*control_tokens(tokenizer)} - {"<think>", "</think>"}
     end = str(tokenizer.eos_token or "")
     found: dict[str, set[str]] = {}
     for stage in (texts.sft, texts.cpo):
         for one in chain.from_iterable(stage.values()):
             said = [words(answer) for answer in (one.chosen, *one.rejected)]
-            if one.plain:  # a text that may hold a rendered conversation, and its own end
+            if one.plain:  # the text can be a rendered conversation with its own end token
                 said = [answer.rstrip().removesuffix(end) for answer in said]
             else:
                 said += map(text_in, one.prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,24 @@ class Settings:
 def read_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read `[--config run.yaml] [--preset name] [--flag value ...]`.
 
-    phantom.yaml is the base unless the command line or the file names `--dataset` or
-    `--model_name_or_path`. An unknown flag ends the program with one line and status 2; UsageError
-    names every other fault.
+    An unknown flag ends the program with one line and status 2; UsageError names every other fault.
     """
     given = vars(make_parser().parse_args(argv))
     config = given.pop("config", None)
     for name, value in given.items():
         if fault := fault_of(name, value):
             raise UsageError(f"--{name} {value}: {fault}")
-    in_file = read_config(Path(config)) if config is not None else {}
+    return merge_settings(given, None if config is None else Path(config))
+
+
+def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """The values in `given` over those of the file `config`, of the preset and of the base.
+
+    The base is phantom.yaml unless `given` or the file sets `dataset` or `model_name_or_path`.
+    Raises UsageError for a value or file that is wrong.
+    """
+    given = dict(given)
+    in_file = read_config(config) if config is not None else {}
     if config is not None and not in_file:
         raise UsageError(f"--config {config}: sets no flag; expected lines like `beta: 0.1`")
     preset = (in_file | given).get("preset", "default")

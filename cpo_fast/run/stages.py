@@ -1,4 +1,4 @@
-"""SFT and CPO: which model, which objective, and where the result lies."""
+"""SFT and CPO of a run: models, objectives, and the results that the next stage reads."""
 
 from __future__ import annotations
 
@@ -9,118 +9,102 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from cpo_fast.counting import counted
 from cpo_fast.errors import DataError
 from cpo_fast.model.adapters import merge
-from cpo_fast.model.build import add_lora, freeze_vision, load_model, save_model
+from cpo_fast.model.build import add_lora, freeze_vision
+from cpo_fast.model.checkpoint import default_device
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import image_token_id
-from cpo_fast.run.arguments import SOURCES, TrainArguments
-from cpo_fast.run.base import Base, lora_targets
+from cpo_fast.run.arguments import SOURCES
+from cpo_fast.run.begin import check_beginning
+from cpo_fast.run.context import RunContext
 from cpo_fast.run.find_checkpoint import MERGED
 from cpo_fast.run.reference_cache import ReferenceCache
-from cpo_fast.run.resume import checked_start
-from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.run.samples import Samples
+from cpo_fast.run.start import lora_targets
 from cpo_fast.training.checkpoint import result_checkpoint, resume_point
-from cpo_fast.training.interrupt import StopRequest
-from cpo_fast.training.loop import StageResult, Trainer
+from cpo_fast.training.loop import StageData, StageOutput, StageResult, Trainer
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
-from cpo_fast.training.pairs import score_pairs
-from cpo_fast.training.sharding import names_in_files, shard
-from cpo_fast.types import PreferenceGroup, RejectedRecord
+from cpo_fast.training.sharding import name_weights_in_files, shard
+from cpo_fast.types import PreferenceGroup
+
+Splits = dict[str, list[PreferenceGroup]]
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def train_sft(run: RunContext, samples: Samples) -> dict[str, Any]:
+    """SFT on the chosen answers; an adapter is merged, so that CPO starts from a whole model.
 
-
-def load(args: TrainArguments, path: Path, *, on: torch.device | None = None) -> Any:
-    """The model in `path` on the device; bf16 weights under `--bf16`, else fp32."""
-    model: Any = load_model(path, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    return model.to(on or device())
-
-
-def train_sft(
-    args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
-) -> None:
-    """SFT of the chosen answers; an adapter is merged, so that CPO starts from a whole model."""
-    resume = resume_of(args, folder, "sft")
-    begun = begun_with(args, folder, base, "sft", [base.path], samples.sft, resume)
-    packed, objective = sft_parts(args, folder, base, resume)
-    parts = (packed, objective, samples.sft)
-    result = run_stage(args, folder, base, "sft", *parts, stop, resume, begun)
+    Returns the stage's part of summary.json, as `train_cpo` does.
+    """
+    args = run.args
+    resume = find_resume_point(run, "sft")
+    begun = _check_beginning(run, "sft", [run.checkpoint.path], samples.sft, resume)
+    packed, objective = build_sft(run, resume)
+    result = run_stage(run, "sft", packed, objective, samples.sft, resume, begun)
     if args.sft_use_peft:
         model = packed.model
-        folder.world.on_main(lambda: save_merged(args, folder, base, model, result.checkpoint))
-    record(folder, "sft", result, begun)
+        run.world.on_main(lambda: _save_merged(run, model, result.checkpoint))
+    return _summarize(run, "sft", result, begun)
 
 
-def sft_parts(
-    args: TrainArguments, folder: RunFolder, base: Base, resume: Path | None
-) -> tuple[PackedModel, SFTObjective]:
-    """The model that SFT trains, and its objective."""
-    model = trainable(
-        args, base.path, resume, peft=args.sft_use_peft, freeze_vit=args.sft_freeze_vit
-    )
-    packed = prepare(args, model)
-    return packed, SFTObjective(packed, impl=args.loss_impl)
-
-
-def save_merged(
-    args: TrainArguments, folder: RunFolder, base: Base, model: Any, checkpoint: Path
-) -> None:
-    """SFT's adapter, the last or the best, merged into the base as a whole model."""
-    if args.load_best_model_at_end:
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-    target = folder.path / "sft" / MERGED
-    save_model(merge(model), target, tokenizer=base.tokenizer, images=base.images)
-
-
-def train_cpo(
-    args: TrainArguments, folder: RunFolder, samples: Samples, base: Base, stop: StopRequest
-) -> None:
+def train_cpo(run: RunContext, samples: Samples) -> dict[str, Any]:
     """CPO from the SFT model; the reference is that model (adapters off, or a frozen copy)."""
-    resume = resume_of(args, folder, "cpo")
-    made_of = cpo_start(args, folder, base)
-    begun = begun_with(args, folder, base, "cpo", made_of, samples.cpo, resume)
-    packed, reference = cpo_models(args, folder, base, resume)
+    args = run.args
+    resume = find_resume_point(run, "cpo")
+    begun = _check_beginning(run, "cpo", find_cpo_origin(run), samples.cpo, resume)
+    packed, reference = build_cpo_models(run, resume)
     splits = samples.cpo
     if args.precompute_ref_log_probs:
-        splits = with_reference(args, folder, base, reference or packed, splits, stop)
-        reference = None  # its memory is free for the training
-    objective = cpo_objective(args, packed, reference, splits["train"])
-    parts = (packed, objective, splits)
-    result = run_stage(args, folder, base, "cpo", *parts, stop, resume, begun)
-    record(folder, "cpo", result, begun)
+        splits = add_reference_logps(run, reference or packed, splits)
+        reference = None  # frees its memory
+    objective = build_cpo_objective(run, packed, reference, splits["train"])
+    result = run_stage(run, "cpo", packed, objective, splits, resume, begun)
+    return _summarize(run, "cpo", result, begun)
 
 
-def cpo_models(
-    args: TrainArguments, folder: RunFolder, base: Base, resume: Path | None
+# --- models and objectives -----------------------------------------------------------------------
+
+
+def build_sft(run: RunContext, resume: Path | None) -> tuple[PackedModel, SFTObjective]:
+    """The model that SFT trains, and its objective."""
+    packed = _pack(run, _load_trainable(run, "sft", run.checkpoint.path, resume))
+    return packed, SFTObjective(packed, impl=run.args.loss_impl)
+
+
+def build_cpo_models(
+    run: RunContext, resume: Path | None
 ) -> tuple[PackedModel, PackedModel | None]:
-    """The policy, and its frozen copy as the reference where it has no adapters to turn off."""
-    start = sft_model(args, folder, base)
-    model = trainable(args, start, resume, peft=args.use_peft, freeze_vit=args.freeze_vit)
+    """The policy, and the reference of full tuning: a frozen copy."""
+    args = run.args
+    start = find_sft_result(run)
+    model = _load_trainable(run, "cpo", start, resume)
     reference = None
     if not args.use_peft:
         shared = args.fsdp and not args.precompute_ref_log_probs
-        frozen = load(args, start, on=torch.device("cpu") if shared else None)
-        frozen = frozen.requires_grad_(False).eval()
-        if shared:
-            shard(frozen, device())
-        reference = PackedModel(frozen, attention=args.attn_implementation)
-    return prepare(args, model), reference
+        reference = load_reference(run, start, shared=shared)
+    return _pack(run, model), reference
 
 
-def cpo_objective(
-    args: TrainArguments,
+def load_reference(run: RunContext, start: Path, *, shared: bool = False) -> PackedModel:
+    """The frozen model in `start`, sharded over the ranks if `shared`."""
+    frozen = run.checkpoint.load(
+        dtype=run.dtype, path=start, device=torch.device("cpu") if shared else None
+    )
+    frozen = frozen.requires_grad_(False).eval()
+    if shared:
+        shard(frozen, default_device())
+    return PackedModel(frozen, attention=run.args.attn_implementation)
+
+
+def build_cpo_objective(
+    run: RunContext,
     packed: PackedModel,
     reference: PackedModel | None,
     groups: Sequence[PreferenceGroup],
 ) -> CPOObjective:
-    """The objective under the run's flags; `groups` are those that it trains on."""
+    """The objective under the run's flags for training on `groups`."""
+    args = run.args
+    held = {name for group in groups for name in group.sources}
+    weights = {name: w for name, w in args.source_weights(SOURCES).items() if name in held}
     return CPOObjective(
         packed,
         reference,
@@ -129,41 +113,65 @@ def cpo_objective(
         label_smoothing=args.label_smoothing,
         rpo_alpha=args.rpo_alpha,
         impl=args.loss_impl,
-        source_weights=source_weights(args, groups),
+        source_weights=weights,
         normalize=args.normalize_source_weights,
     )
 
 
-def source_weights(args: TrainArguments, groups: Sequence[PreferenceGroup]) -> dict[str, float]:
-    """The weights of the sources that the training groups hold."""
-    held = {name for group in groups for name in group.sources}
-    return {name: w for name, w in args.source_weights(SOURCES).items() if name in held}
+def _load_trainable(run: RunContext, stage: str, start: Path, resume: Path | None) -> Any:
+    """The model in `start` prepared for training, or as checkpoint `resume` left it."""
+    args = run.args
+    peft, freeze_vit = args.adapts(stage)
+    on = torch.device("cpu") if args.fsdp and not peft else None
+    source = start if peft and resume else resume or start
+    model = run.checkpoint.load(dtype=run.dtype, path=source, device=on)
+    if peft and resume is not None:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, resume, is_trainable=True)
+    if peft:
+        return add_lora(
+            model,
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            target_modules=lora_targets(args),
+            freeze_vit=freeze_vit,
+            seed=args.seed,
+        )
+    if freeze_vit:
+        freeze_vision(model)
+    return shard(model, default_device()) if args.fsdp else model
 
 
-def with_reference(
-    args: TrainArguments,
-    folder: RunFolder,
-    base: Base,
-    reference: PackedModel,
-    splits: dict[str, list[PreferenceGroup]],
-    stop: StopRequest,
-) -> dict[str, list[PreferenceGroup]]:
-    """The groups of CPO with the reference's log-probs, from this folder's cache or computed."""
+def _pack(run: RunContext, model: Any) -> PackedModel:
+    if run.args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    attention = run.args.attn_implementation
+    return PackedModel(model, attention=attention, compile=run.args.torch_compile)
+
+
+def add_reference_logps(run: RunContext, reference: PackedModel, splits: Splits) -> Splits:
+    """The groups of CPO with the reference's log-probs, from the folder's cache or computed.
+
+    Groups whose image fails are left out. Raises DataError when a split loses all its groups.
+    """
+    args = run.args
     train, watched = splits["train"], splits["validate"][: args.max_eval_samples]
     cache = ReferenceCache(
-        folder.path,
+        run.folder.path,
         reference,
         adapters_off=args.use_peft,
-        base=base,
-        device=device(),
-        stop=stop,
+        checkpoint=run.checkpoint,
+        device=default_device(),
+        stop=run.stop,
         packing_length=args.packing_length,
         num_workers=args.dataloader_num_workers,
         impl=args.loss_impl,
         overwrite=args.overwrite_output_dir or args.allow_changed_data,
     )
-    filled = folder.world.main_first(lambda: cache.fill([*train, *watched]))
-    left_out(folder, "reference", list(cache.rejected.values()))
+    filled = run.world.main_first(lambda: cache.fill([*train, *watched]))
+    run.folder.leave_out("reference", list(cache.rejected.values()))
     parts = {"train": filled[: len(train)], "validate": filled[len(train) :]}
     for split, groups in parts.items():
         parts[split] = [group for group in groups if group.ref_logps]
@@ -172,177 +180,119 @@ def with_reference(
     return {**splits, **parts}
 
 
-def left_out(folder: RunFolder, what: str, records: Sequence[RejectedRecord]) -> None:
-    """List samples that a stage did without, and say so."""
-    folder.reject(records)
-    if records:
-        samples = counted(len(records), "sample")
-        print(f"{what}: {samples} left out, an image could not be read; the first: "
-              f"{records[0].id} ({records[0].reason}: {records[0].detail})")  # fmt: skip
+# --- results and starting points -----------------------------------------------------------------
 
 
-def sft_model(args: TrainArguments, folder: RunFolder, base: Base) -> Path:
-    """What CPO starts from: `--sft_checkpoint`, this folder's SFT, or, without either, the base."""
-    stage_dir = (folder.path / "sft").resolve()
-    merged = stage_dir / MERGED
-    if args.sft_checkpoint is not None:
-        return base.path
-    if merged.is_dir():
-        return merged
-    return result_checkpoint(stage_dir, best=args.load_best_model_at_end) or base.path
+def find_sft_result(run: RunContext) -> Path:
+    """The model that CPO starts from: `sft_checkpoint`, else this folder's SFT, else the base."""
+    stage_dir = (run.folder.path / "sft").resolve()
+    if run.args.sft_checkpoint is not None:
+        return run.checkpoint.path
+    if (stage_dir / MERGED).is_dir():
+        return stage_dir / MERGED
+    return find_stage_result(run, stage_dir) or run.checkpoint.path
 
 
-def cpo_start(args: TrainArguments, folder: RunFolder, base: Base) -> list[Path]:
-    """The folders of what CPO starts from: for a merged model the adapter and its base, since the
-    sum of both is not the same to the last bit on every device."""
-    start = sft_model(args, folder, base)
-    if start.name != MERGED:
-        return [start]
-    adapter = result_checkpoint(start.parent, best=args.load_best_model_at_end)
-    return [adapter, base.path] if adapter else [start]
-
-
-def begun_with(
-    args: TrainArguments,
-    folder: RunFolder,
-    base: Base,
-    stage: str,
-    model: Sequence[Path],
-    splits: dict[str, list[PreferenceGroup]],
-    resume: Path | None,
-) -> dict[str, Any]:
-    """What the stage begins with; UsageError where it is not what the checkpoint began with."""
-    held_out = splits["validate"][: args.max_eval_samples]
-    return checked_start(
-        stage, folder.flags, base, model, splits["train"], held_out, resume, folder.world
-    )
-
-
-def resume_of(args: TrainArguments, folder: RunFolder, stage: str) -> Path | None:
-    """The checkpoint that a stage goes on from, as rank 0 sees it."""
+def find_stage_result(run: RunContext, stage_dir: Path) -> Path | None:
+    """`result_checkpoint` under the run's flags; only rank 0 reads its files."""
 
     def find() -> str | None:
-        found = resume_point(folder.path / stage, args.resume_from_checkpoint)
+        found = result_checkpoint(stage_dir, best=run.args.load_best_model_at_end)
         return str(found) if found else None
 
-    found = folder.world.on_main(find)
-    if found is None and args.resume_from_checkpoint is not None and folder.writes:
-        print(f"{stage}: no checkpoint to resume from in {folder.path / stage}: it starts anew")
+    found = run.world.on_main(find)
     return Path(found) if found else None
 
 
-def pair_logps(
-    args: TrainArguments, folder: RunFolder, base: Base, model: Any, groups: list[PreferenceGroup]
+def find_cpo_origin(run: RunContext) -> list[Path]:
+    """The folders of the model that CPO starts from. A merged model counts as its adapter and base,
+    because the sum can differ in the last bit between devices."""
+    start = find_sft_result(run)
+    if start.name != MERGED:
+        return [start]
+    adapter = find_stage_result(run, start.parent)
+    return [adapter, run.checkpoint.path] if adapter else [start]
+
+
+def find_resume_point(run: RunContext, stage: str) -> Path | None:
+    """The checkpoint to resume a stage from, as rank 0 sees it."""
+    named, stage_dir = run.args.resume_from_checkpoint, run.folder.path / stage
+
+    def find() -> str | None:
+        found = resume_point(stage_dir, named)
+        return str(found) if found else None
+
+    found = run.world.on_main(find)
+    if found is None and named is not None and run.folder.is_writer:
+        print(f"{stage}: no checkpoint to resume from in {stage_dir}: the stage starts anew")
+    return Path(found) if found else None
+
+
+def _check_beginning(
+    run: RunContext, stage: str, model: Sequence[Path], splits: Splits, resume: Path | None
 ) -> dict[str, Any]:
-    """Summed log-probs of P pairs: policy_/reference_ x chosen/rejected, and the pairs' groups
-    and sources. A pair whose image cannot be read is left out; DataError when none is left."""
-    packed = PackedModel(model.eval(), attention=args.attn_implementation)
-    reference = None
-    if not args.use_peft:
-        frozen = load(args, sft_model(args, folder, base)).eval()
-        reference = PackedModel(frozen, attention=args.attn_implementation)
-    objective = CPOObjective(packed, reference, impl=args.loss_impl)
-    found, failed = score_pairs(
-        objective,
-        groups,
-        base.pixels,
-        base.tokenizer,
-        packing_length=args.packing_length,
-        device=device(),
-    )
-    left_out(folder, "rewards", failed)
-    if not found:
-        raise DataError(
-            f"evaluation: no held-out pair of {counted(len(groups), 'sample')} could be read"
-        )
-    return found
-
-
-def trainable(
-    args: TrainArguments, start: Path, resume: Path | None, *, peft: bool, freeze_vit: bool
-) -> Any:
-    """The model in `start` made ready for training, or the same as a checkpoint left it."""
-    if peft and resume is not None:
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(load(args, start), resume, is_trainable=True)
-    if peft:
-        return lora(args, load(args, resume or start), freeze_vit=freeze_vit)
-    model = load(args, resume or start, on=torch.device("cpu") if args.fsdp else None)
-    if freeze_vit:
-        freeze_vision(model)
-    return shard(model, device()) if args.fsdp else model
-
-
-def lora(args: TrainArguments, model: Any, *, freeze_vit: bool) -> Any:
-    return add_lora(
-        model,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=lora_targets(args),
-        freeze_vit=freeze_vit,
-        seed=args.seed,
+    held_out = splits["validate"][: run.args.max_eval_samples]
+    flags = run.folder.flags
+    return check_beginning(
+        stage, flags, run.checkpoint, model, splits["train"], held_out, resume, run.world
     )
 
 
-def prepare(args: TrainArguments, model: Any) -> PackedModel:
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PackedModel(model, attention=args.attn_implementation, compile=args.torch_compile)
+def _save_merged(run: RunContext, model: Any, checkpoint: Path) -> None:
+    """Save SFT's adapter, the last or the best, merged into the base as a whole model."""
+    if run.args.load_best_model_at_end:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    run.checkpoint.save(merge(model), run.folder.path / "sft" / MERGED)
+
+
+# --- one stage -----------------------------------------------------------------------------------
 
 
 def run_stage(
-    args: TrainArguments,
-    folder: RunFolder,
-    base: Base,
+    run: RunContext,
     stage: str,
     packed: PackedModel,
     objective: SFTObjective | CPOObjective,
-    splits: dict[str, list[PreferenceGroup]],
-    stop: StopRequest,
+    splits: Splits,
     resume: Path | None,
     begun_with: dict[str, Any],
 ) -> StageResult:
-    """Train one stage on its "train" split, watching the "validate" split."""
+    """Train on the split "train", watching the split "validate"."""
 
-    def save(path: Path, sharded: bool) -> dict[str, str]:
+    def save(folder: Path, sharded: bool) -> dict[str, str]:
         def write(weights: dict[str, torch.Tensor] | None) -> Path:
-            save_model(
-                packed.model, path, tokenizer=base.tokenizer, images=base.images, weights=weights
-            )
-            return path / "model.safetensors"
+            run.checkpoint.save(packed.model, folder, weights=weights)
+            return folder / "model.safetensors"
 
         if sharded:
-            return names_in_files(packed.model, write)
+            return name_weights_in_files(packed.model, write)
         write(None)
         return {}
 
+    checkpoint = run.checkpoint
+    held_out = splits["validate"][: run.args.max_eval_samples]
     return Trainer(
-        stage=stage,
-        model=packed,
-        objective=objective,
-        groups=splits["train"],
-        eval_groups=splits["validate"][: args.max_eval_samples],
-        pixels=base.pixels,
-        image_token_id=image_token_id(base.tokenizer),
-        args=args,
-        log=folder.metrics,
-        stage_dir=folder.path / stage,
-        save_model=save,
-        device=device(),
-        stop=stop,
+        run.args.stage_settings(stage),
+        packed,
+        objective,
+        StageData(splits["train"], held_out, checkpoint.pixels, checkpoint.image_token_id),
+        StageOutput(run.folder.path / stage, run.folder.metrics, save, begun_with),
+        device=default_device(),
+        stop=run.stop,
         resume=resume,
-        world=folder.world,
-        begun_with=begun_with,
+        world=run.world,
     ).run()
 
 
-def record(folder: RunFolder, stage: str, result: StageResult, begun: dict[str, Any]) -> None:
-    """The stage's part of summary.json, with what had changed where it was resumed."""
-    left_out(folder, stage, result.rejected)
+def _summarize(
+    run: RunContext, stage: str, result: StageResult, begun: dict[str, Any]
+) -> dict[str, Any]:
+    """The stage's part of summary.json; samples that it left out are rejected."""
+    run.folder.leave_out(stage, result.rejected)
     changes = {"resumed_with_changes": begun["changes"]} if begun["changes"] else {}
-    folder.summary["stages"][stage] = {
+    return {
         "steps": result.steps,
         **changes,
         "seconds": round(result.seconds, 2),

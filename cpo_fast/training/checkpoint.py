@@ -1,7 +1,7 @@
-"""Checkpoints: the files that peft and transformers load as they stand, and what a resume needs.
+"""Checkpoints of a stage: files that peft and transformers load, and the state for a resume.
 
-A checkpoint is written beside its place, synced, listed with checksums in manifest.json and
-renamed. So it is whole or it is not there; one that was damaged later is known and passed over.
+A checkpoint is written to a temporary folder, listed with checksums in manifest.json, synced and
+renamed: it is complete or absent. Later damage is detected, and the checkpoint is skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 CARD = "README.md"
+BEGUN_WITH = "begun_with"
+"""Key of trainer_state.json: digests of what the stage was started with."""
+
+RESUME = "continue with resume_from_checkpoint auto"
+"""The advice after an early stop."""
 
 
 def checkpoints(stage_dir: Path) -> list[Path]:
@@ -34,30 +39,19 @@ def checkpoints(stage_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def check_unused(run: Path, stages: Iterable[str]) -> None:
-    """UsageError where a stage that is to be trained has checkpoints of an earlier run."""
-    for stage in stages:
-        if checkpoints(run / stage):
-            raise UsageError(
-                f"{run / stage} holds checkpoints of an earlier run: choose another --output_dir, "
-                f"leave {stage} out of --stages, pass --overwrite_output_dir true, or go on with "
-                "--resume_from_checkpoint auto"
-            )
-
-
 def latest_checkpoint(stage_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named on stderr and passed over."""
+    """The newest undamaged checkpoint; damaged ones are named on stderr and skipped."""
     for path in reversed(checkpoints(stage_dir)):
         if (damage := damage_of(path)) is None:
             return path
-        print(f"warning: {path} is damaged ({damage}); trying the one before it", file=sys.stderr)
+        print(f"warning: {path} is damaged ({damage}); trying the previous one", file=sys.stderr)
     return None
 
 
 def result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
-    """What a stage ended with: its newest whole checkpoint or, with `best`, the one it calls best.
+    """The result of a stage: its newest undamaged checkpoint or, with `best`, its best one.
 
-    Without any whole checkpoint None.
+    None without any undamaged checkpoint.
     """
     newest = latest_checkpoint(stage_dir)
     if newest is None or not best:
@@ -68,7 +62,7 @@ def result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest; None when every byte is as written."""
+    """What differs from a checkpoint's manifest; None if every file is as written."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
@@ -84,14 +78,15 @@ def damage_of(path: Path) -> str | None:
 
 
 def resume_point(stage_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """Where a stage goes on: nowhere, its newest whole checkpoint ("auto"), or the one named."""
+    """The checkpoint to resume a stage from: none, its newest undamaged one ("auto"), or the named
+    one."""
     if resume_from_checkpoint is None:
         return None
     named = Path(resume_from_checkpoint)
     if resume_from_checkpoint == "auto" or named.resolve().parent != stage_dir.resolve():
         return latest_checkpoint(stage_dir)
     if (damage := damage_of(named)) is not None:
-        raise UsageError(f"--resume_from_checkpoint {named}: {damage}; try auto")
+        raise UsageError(f"resume_from_checkpoint {named}: {damage}; try auto")
     return named
 
 
@@ -105,12 +100,12 @@ def write_checkpoint(
     save_total_limit: int = 0,
     keep: Path | None = None,
 ) -> Path:
-    """Write `stage_dir/checkpoint-<step>`; a crash leaves the earlier checkpoints as they were.
+    """Write `stage_dir/checkpoint-<step>`; a crash leaves earlier checkpoints unchanged.
 
-    Every rank calls it, and `write` on every rank fills the folder that it is given with the model
-    and AdamW's state. Of the checkpoints up to this step the newest `save_total_limit` are kept (0:
-    all) and the best one, `keep`; those of later steps, where a run was resumed from an earlier
-    step, stay. `trainer_state` is JSON. Raises CpoFastError when the file system takes no more.
+    Every rank must call it; `write(folder)` writes the model and AdamW's state. Of the checkpoints
+    up to this step the newest `save_total_limit` (0: all) and the best one, `keep`, are kept;
+    checkpoints of later steps (after a resume from an earlier step) stay. `trainer_state` is JSON.
+    Raises CpoFastError when the file system refuses a write.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -134,9 +129,8 @@ def write_checkpoint(
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CpoFastError(
-            f"{target} cannot be written ({_cause(error)}); the checkpoints before it are as they "
-            "were. Make room (--save_total_limit) or mend the file system, then go on with "
-            "--resume_from_checkpoint auto"
+            f"{target} cannot be written ({_cause(error)}); earlier checkpoints are unchanged. "
+            f"Free space (save_total_limit) or repair the file system, then {RESUME}"
         ) from error
     if save_total_limit and world.is_main:
         found = checkpoints(stage_dir)
@@ -147,11 +141,11 @@ def write_checkpoint(
 
 
 def _seal(partial: Path, trainer_state: dict[str, Any]) -> None:
-    """The state and the manifest; every file reaches the disk."""
+    """Write the state and the manifest; sync every file to disk."""
     state = json.dumps(trainer_state, indent=2, allow_nan=False) + "\n"
     (partial / STATE).write_text(state, encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    names = [path for path in files if path.name != CARD]  # which may be written anew
+    names = [path for path in files if path.name != CARD]  # which can be rewritten
     manifest = {str(path.relative_to(partial)): _digest(path) for path in names}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     folders = sorted({path.parent for path in files})
@@ -165,7 +159,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong, on whichever rank."""
+    """The first line of the error, on whichever rank it happened."""
     if failures := getattr(error, "failures", None):  # a CheckpointException of several ranks
         return _cause(next(iter(failures.values()))[0])
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

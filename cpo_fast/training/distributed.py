@@ -132,7 +132,7 @@ class World:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CpoFastError(
                 "lost contact with the other processes of the run: one of them died, or was "
-                f"silent for more than --ddp_timeout seconds; its own message says why ({reason})"
+                f"silent for more than ddp_timeout seconds; its own message says why ({reason})"
             ) from error
 
 

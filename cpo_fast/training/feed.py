@@ -1,4 +1,4 @@
-"""The feed: optimiser steps made of packed batches, built ahead of the step by worker processes."""
+"""Optimiser steps as packed batches, prepared by worker processes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cpo_fast.packing.plan import Pack
 from cpo_fast.packing.readable import readable
 from cpo_fast.types import PackedBatch, Pixels, PreferenceGroup, RejectedRecord
 
-DEATHS = 3  # of worker processes that a stage puts up with
+DEATHS = 3  # worker processes that may die in a stage
 
 
 Item = TypeVar("Item", covariant=True)
 
 
 class Items(Protocol[Item]):
-    """What worker processes make ahead, item by item; a StepFeed is one."""
+    """Items that worker processes prepare by number, such as a StepFeed."""
 
     def __len__(self) -> int: ...
 
@@ -35,18 +35,19 @@ class Items(Protocol[Item]):
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The micro-batches of one optimiser step and the records whose images did not decode."""
+    """Micro-batches of one optimiser step, and the records whose images did not decode."""
 
     batches: tuple[PackedBatch, ...]
     rejected: tuple[RejectedRecord, ...] = ()
 
     def pin_memory(self) -> StepBatch:
-        """What torch's DataLoader asks for where a GPU waits."""
+        """Called by torch's DataLoader on machines with a GPU."""
         return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
 
 
 class StepFeed(Dataset):
-    """Item i is optimiser step i of the plan. A group whose image fails is left out and listed."""
+    """Item i is optimiser step i of the plan. Groups with an unreadable image are left out and
+    listed in `StepBatch.rejected`."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class StepFeed(Dataset):
         self.steps = steps
         self.pixels = pixels
         self.image_token_id = image_token_id
-        self.stage = stage  # what its rejected records name
+        self.stage = stage  # named in rejected records
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -69,7 +70,7 @@ class StepFeed(Dataset):
         return self._collated(self.steps[index])
 
     def halved(self, index: int) -> StepBatch:
-        """The same step with half of the groups in a pack, where there is more than one."""
+        """The same step with every pack of several groups split in two."""
         return self._collated(
             half for pack in self.steps[index] for half in (pack[0::2], pack[1::2])
         )
@@ -93,24 +94,24 @@ class StepFeed(Dataset):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole process group
+    for number in (signal.SIGINT, signal.SIGTERM):  # both can reach the whole process group
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """When an error ends the run, Python asks daemonic children to end by SIGTERM, which the
-    workers pass over, and would wait for them for ever."""
+    """Kill the workers when an error ends the run: Python would end them by SIGTERM, which they
+    ignore, and wait forever."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
-def step_loader(feed: Items[Item], *, num_workers: int, start: int = 0) -> Iterator[Item]:
-    """Yield the items (steps) of `feed` from `start` on, in order, whatever the number of workers.
+def load_steps(feed: Items[Item], *, num_workers: int, start: int = 0) -> Iterator[Item]:
+    """Yield the items (steps) of `feed` from `start` on, in order for any number of workers.
 
-    Workers that die (killed, out of memory) are replaced and their items made again: an item is a
-    pure function of its number. Raises CpoFastError when that keeps happening.
+    Workers that die (killed, out of memory) are replaced and their items made again, since an item
+    is a pure function of its number. Raises CpoFastError after more than `DEATHS` deaths.
     """
     deaths = 0
     while start < len(feed):
@@ -124,11 +125,12 @@ def step_loader(feed: Items[Item], *, num_workers: int, start: int = 0) -> Itera
             deaths += 1
             if deaths > DEATHS:
                 raise CpoFastError(
-                    f"worker processes of the data feed died {deaths} times (memory, most likely: "
-                    "lower --dataloader_num_workers); go on with --resume_from_checkpoint auto"
+                    f"worker processes of the data feed died {deaths} times (out of memory? "
+                    "Lower dataloader_num_workers); continue with resume_from_checkpoint auto"
                 ) from error
-            print("warning: a worker process of the data feed died; a new one goes on",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                "warning: a worker process of the data feed died and was replaced", file=sys.stderr
+            )
 
 
 def _loader(feed: Items[Item], num_workers: int, start: int) -> Iterator[Item]:
@@ -141,10 +143,10 @@ def _loader(feed: Items[Item], num_workers: int, start: int) -> Iterator[Item]:
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else every iterator draws from the global one
+            generator=torch.Generator(),  # otherwise every iterator draws from the global one
             worker_init_fn=_leave_signals_to_the_run,
         )
     )
-    # torch's handler would raise in the middle of a step; asking for the next batch tells, too.
+    # torch's handler would raise in the middle of a step; the next batch raises anyway.
     signal.signal(signal.SIGCHLD, before)
     return loader

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, and the time limit of a queue: finish the step, save, go."""
+"""SIGINT, SIGTERM and the time limit: finish the step, save, exit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 from cpo_fast.errors import CpoFastError
 
-EXIT_STATUS = 3  # "saved, not finished": a queue may start the same command again with a resume
+EXIT_STATUS = 3  # saved but not finished: a job queue can resume the run
 
 
 class Interrupted(CpoFastError):
@@ -17,7 +17,8 @@ class Interrupted(CpoFastError):
 
 
 class StopRequest:
-    """Made by the first signal or when `max_minutes` are over; a second signal exits at once."""
+    """A stop is requested by the first signal or after `max_minutes`; a second signal exits
+    immediately."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.reason: str | None = None
@@ -40,5 +41,5 @@ class StopRequest:
 
     def pending(self) -> bool:
         if self.reason is None and self._deadline and time.monotonic() >= self._deadline:
-            self.reason = "--max_minutes"
+            self.reason = "max_minutes"
         return self.reason is not None

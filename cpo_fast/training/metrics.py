@@ -13,7 +13,7 @@ import torch
 
 from cpo_fast.errors import CpoFastError
 
-TIMING_FIELDS = ("pairs_per_second", "samples_per_second", "tokens_per_second_per_gpu",
+TIMING_FIELDS = ("pairs_per_second", "tokens_per_second_per_gpu",
                  "logical_tokens_per_second", "mfu", "peak_memory_gib", "time/data",
                  "time/forward", "time/backward", "time/wait", "time/optimiser",
                  "time/other")  # fmt: skip
@@ -66,8 +66,8 @@ class MetricsLog:
                 file.write(json.dumps(clean, allow_nan=False) + "\n")
         except OSError as error:
             raise CpoFastError(
-                f"{self.path} cannot be written ({error}); checkpoints are as they were, go on "
-                "with --resume_from_checkpoint auto once it can"
+                f"{self.path} cannot be written ({error}); the checkpoints are unchanged: "
+                "continue with resume_from_checkpoint auto once it can"
             ) from error
 
     def of_stage(self, stage: str) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
-"""What a packed batch costs: the SFT and the CPO objective, as sums that a step divides once.
+"""The SFT and the CPO objective of a packed batch, as sums that a step divides once.
 
-Both score hidden states through the loss op and never make logits. An optimiser step may be
-computed in any number of packs: `weigh` says how much a pack counts, the loop divides by the step's
-total, so that the packing does not change the mathematics.
+Both score hidden states with the loss op and never make logits. An optimiser step can have any
+number of packs: `weigh` gives the weight of a pack, and the loop divides by the step's total, so
+packing does not change the mathematics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,13 +22,15 @@ Values = dict[str, torch.Tensor | float]
 
 
 class Objective(Protocol):
-    """`weigh` and `summed` of a packed batch; `row` makes metrics of the sums of an interval."""
+    """`weigh` and `summed` of a packed batch; `row` turns the sums of an interval into metrics."""
 
     def weigh(self, batch: PackedBatch) -> float: ...
 
     def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]: ...
 
     def row(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+    def computes_reference(self, batch: PackedBatch) -> bool: ...
 
 
 @dataclass
@@ -51,18 +53,21 @@ class SFTObjective:
     def row(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["weight"]}
 
+    def computes_reference(self, batch: PackedBatch) -> bool:
+        return False
+
 
 @dataclass
 class CPOObjective:
     """The preference loss over the pairs of a step (arXiv 2505.13081, its CPO objective).
 
-    A batch with `ref_logps` needs no reference. Else `reference` is the frozen copy for full
-    tuning; None means the model with its adapters off.
+    A batch with `ref_logps` needs no reference model. Otherwise `reference` is the frozen copy of
+    full tuning; None means the model with its adapters off.
 
     `source_weights` weigh the pairs of each source (CPO++, arXiv 2604.15705): the loss of a step is
     sum(w loss) over its pairs, divided by sum(w) if `normalize`, else by the number of pairs. With
-    more than one source a row has every metric of each (`loss/thinking`) beside the total, and how
-    many pairs there were (`pairs/thinking`).
+    several sources a row also has every metric of each (`loss/thinking`) and its number of pairs
+    (`pairs/thinking`).
     """
 
     model: PackedModel
@@ -78,16 +83,19 @@ class CPOObjective:
     def weigh(self, batch: PackedBatch) -> float:
         return float(self._divisors(batch).sum())
 
+    def computes_reference(self, batch: PackedBatch) -> bool:
+        return batch.ref_logps is None and LOSS_TYPES[self.loss_type].reference
+
     def _weights(self, batch: PackedBatch) -> torch.Tensor:
-        """Each pair's own weight, whatever its source; plackett_luce counts a group once, whatever
-        its number of pairs."""
+        """Each pair's own weight, without its source's; plackett_luce counts a group once, however
+        many pairs it has."""
         if self.loss_type != "plackett_luce":
             return batch.pair_weights
         chosen = batch.pairs[:, 0]
         return batch.pair_weights / torch.bincount(chosen, minlength=batch.num_segments)[chosen]
 
     def _factors(self, batch: PackedBatch) -> torch.Tensor:
-        """What each pair's source weighs."""
+        """The weight of each pair's source."""
         factors = [self.source_weights.get(name, 1.0) for name in batch.pair_sources]
         return batch.pair_weights.new_tensor(factors)
 
@@ -96,7 +104,7 @@ class CPOObjective:
         return weights * self._factors(batch) if self.normalize else weights
 
     def score(self, batch: PackedBatch) -> CPOOutput:
-        """The loss op on the batch; `loss` in it is that of this pack alone."""
+        """The loss op on the batch; its `loss` is that of this pack alone."""
         weight, bias = self.model.head()
         hidden = self.model.hidden(batch)
         reference: dict[str, Any] = {}
@@ -175,6 +183,3 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     row = {name: value / pairs for name, value in sums.items() if "/" in name}
     row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
     return {"loss": sums["loss"] / sums["weight"], **row, "nll_loss": sums["nll_loss"] / pairs}
-
-
-MakeObjective = Callable[[PackedModel], Objective]

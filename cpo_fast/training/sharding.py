@@ -1,8 +1,8 @@
-"""Full tuning of models that do not fit one device: FSDP2 over the decoder layers.
+"""Full tuning of models larger than one device: FSDP2 over the decoder layers.
 
 Each decoder layer is sharded over the ranks and gathered while it computes. Embeddings, output head
-and vision tower stay whole on every rank, their gradients summed like those of adapters: the loss
-op needs the head whole, and their forward is not called through the decoder.
+and vision tower stay whole on every rank and their gradients are summed like adapter gradients: the
+loss op needs the whole head, and the decoder does not call their forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpo_fast.packing import collate
 from cpo_fast.training.distributed import World
 from cpo_fast.types import PackedBatch, PreferenceGroup, Prompt
 
-FILE_SIZE = 5 * 10**9  # bytes of weights per file, as transformers cuts them
+FILE_SIZE = 5 * 10**9  # bytes of weights per file, as in transformers
 
 
 def shard(model: Any, device: torch.device) -> Any:
@@ -40,7 +40,7 @@ def shard(model: Any, device: torch.device) -> Any:
     for module in (*trunk.layers, trunk):
         ignored = whole if module is trunk else None
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports only SUM
         module.set_gradient_divide_factor(1.0)
     return model.to(device)
 
@@ -50,7 +50,7 @@ def is_sharded(parameters: Sequence[torch.nn.Parameter]) -> bool:
 
 
 def unaliased(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, shards as they are, each tied weight once."""
+    """The state dict with shards unchanged and each tied weight once."""
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     aliases = every - {name for name, _ in model.named_parameters()}
     state = model.state_dict()
@@ -60,11 +60,10 @@ def unaliased(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_shards(
     tensors: dict[str, torch.Tensor], folder: Path, *, files: dict[str, int] | None = None
 ) -> None:
-    """Every rank writes what it holds to safetensors files in `folder`; no tensor is gathered.
+    """Every rank writes its shards to safetensors files in `folder`; no tensor is gathered.
 
-    With `files` (tensor -> number of its file, from 1) rank 0 then makes whole tensors of the files
-    of shards, in the layout that transformers loads. Raises CheckpointException on every rank when
-    one cannot write.
+    With `files` (tensor -> number of its file, from 1) rank 0 then consolidates them in the layout
+    that transformers loads. Raises CheckpointException on every rank when one cannot write.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -76,9 +75,8 @@ def write_shards(
 
 
 def write_model(weights: dict[str, torch.Tensor], folder: Path, world: World) -> None:
-    """The weights as model.safetensors, or as several files of some 5 GB with their index.
-
-    They come from all ranks' shards; every rank calls it, with the same names.
+    """Write the weights, from all ranks' shards, as model.safetensors or as several files of about
+    5 GB with an index. Every rank must call it with the same names.
     """
     files, size = {}, 0
     for name, value in weights.items():
@@ -98,11 +96,13 @@ def write_model(weights: dict[str, torch.Tensor], folder: Path, world: World) ->
     world.on_main(tidy)
 
 
-def names_in_files(model: Any, write: Callable[[dict[str, torch.Tensor]], Path]) -> dict[str, str]:
-    """What transformers calls each weight of `model` in its files, which differs for some models.
+def name_weights_in_files(
+    model: Any, write: Callable[[dict[str, torch.Tensor]], Path]
+) -> dict[str, str]:
+    """The name of each weight of `model` in transformers' files, which differs for some models.
 
-    `write` saves a state dict as transformers does and returns the file; it gets numbers for
-    weights here, and the file is removed again.
+    `write` saves a state dict as transformers does and returns the file; here it gets numbers as
+    weights, and the file is deleted.
     """
     numbers = {name: torch.tensor([i]) for i, name in enumerate(unaliased(model))}
     file = write(numbers)
@@ -114,7 +114,7 @@ def names_in_files(model: Any, write: Callable[[dict[str, torch.Tensor]], Path])
 def read_tensors(folder: Path, place: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files in `folder`, whole or in shards of any number of ranks.
 
-    `place` gives the tensor that a name is read into, maybe a shard of it: only that is read.
+    `place(name)` returns the tensor to read into; if it is a shard, only that part is read.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -122,14 +122,14 @@ def read_tensors(folder: Path, place: Callable[[str], torch.Tensor]) -> dict[str
     tensors = {name: place(name) for name in reader.read_metadata().state_dict_metadata}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)  # every rank reads by itself
+        dcp.load(tensors, storage_reader=reader, no_dist=True)  # every rank reads independently
     return tensors
 
 
 def sum_and_clip(parameters: Sequence[torch.nn.Parameter], limit: float, world: World) -> float:
     """Sum the gradients over the ranks and clip their norm to `limit`; returns the norm before.
 
-    The norm is the same number on every rank. FSDP has summed the sharded ones already.
+    The norm is equal on every rank. FSDP has already summed the sharded gradients.
     """
     plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
     world.sum_gradients(plain)
@@ -146,7 +146,7 @@ def sum_and_clip(parameters: Sequence[torch.nn.Parameter], limit: float, world: 
 
 
 def filler(like_group: PreferenceGroup) -> PackedBatch:
-    """A batch of next to nothing: a rank without a pack must call the sharded layers, too."""
+    """A minimal batch for a rank without a pack, which must call the sharded layers too."""
     rejected: tuple[tuple[int, ...], ...] = ((0,),) if like_group.rejected else ()
     logps = (0.0,) * (1 + len(rejected)) if like_group.ref_logps else ()
     group = PreferenceGroup("filler", Prompt((0, 0)), (0,), rejected, ref_logps=logps)

@@ -1,8 +1,8 @@
-"""All that changes while a stage trains, and its way into a checkpoint and back.
+"""Everything that changes while a stage trains, saved to a checkpoint and restored from it.
 
-What is shared by all ranks is saved once, what each rank has of its own (generators, sums of the
-current row, rejected records) by rank. The position in the data needs no file: the plan is a pure
-function of data, seed and epoch.
+State that all ranks share is saved once; state of a single rank (random generators, sums of the
+current row, rejected records) is saved per rank. The position in the data needs no file: the plan
+is a pure function of data, seed and epoch.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import torch
 
 from cpo_fast.errors import UsageError
-from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.checkpoint import read_state
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import Sums
 from cpo_fast.training.schedule import make_schedule
 from cpo_fast.training.sharding import read_tensors
+from cpo_fast.training.stage_settings import StageSettings
 from cpo_fast.training.watch import Watch
 
-OPTIMIZER = "optimizer"  # the folder of AdamW's tensors in a checkpoint
+OPTIMIZER = "optimizer"  # folder of AdamW's tensors in a checkpoint
 
 
 @dataclass
 class Progress:
-    """Where a stage stands; a part of trainer_state.json."""
+    """Progress of a stage; part of trainer_state.json."""
 
     step: int = 0
-    owes_evaluation: bool = False  # of `step`: a stop had cut it short
+    owes_evaluation: bool = False  # a stop request cut the evaluation of `step` short
     seconds: float = 0.0
     nonfinite_in_a_row: int = 0
     best: dict[str, Any] = field(default_factory=dict)  # metric, value, step
@@ -48,19 +48,18 @@ class StageState:
     """Optimiser, schedule, counts and progress of one stage over `num_steps` steps."""
 
     def __init__(
-        self, args: TrainArguments, stage: str, model: torch.nn.Module, num_steps: int,
+        self, settings: StageSettings, model: torch.nn.Module, num_steps: int,
         *, sharded: bool, world: World, clock: Clock,
     ) -> None:  # fmt: skip
-        settings = args.of_stage(stage)
         self.world = world
         self.clock = clock
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.names),
-            lr=settings["learning_rate"],
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.weight_decay,
-            foreach=False if sharded else None,  # it does not mix shards and whole tensors
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            foreach=False if sharded else None,  # foreach cannot mix shards and whole tensors
         )
         self.scheduler = make_schedule(self.optimizer, settings, num_steps)
         self.progress = Progress()
@@ -69,25 +68,24 @@ class StageState:
         self.oom_retries = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The part of trainer_state.json that `restore` reads. Every rank calls it."""
+        """The part of trainer_state.json that `restore` reads. Every rank must call it."""
         return {
             "progress": asdict(self.progress),
-            "scheduler": _plain(self.scheduler.state_dict()),
+            "scheduler": _drop_functions(self.scheduler.state_dict()),
             "ranks": self.world.gather(
                 {
                     "sums": self.sums.peek(),
                     "rejected": self.rejected,
                     "num_tokens": self.clock.num_tokens,
                     "oom_retries": self.oom_retries,
-                    "generators": generators(),
+                    "generators": save_generators(),
                 }
             ),
         }
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on as `checkpoint` left it; rank 0 takes over from ranks that there are no longer.
-
-        A rank that there was not draws its dropout from a generator of its own.
+        """Restore the state of `checkpoint`. Rank 0 takes over the sums of removed ranks; an added
+        rank keeps its own random generator.
         """
         state = read_state(checkpoint)
         self.progress = Progress.from_json(state["progress"])
@@ -104,7 +102,7 @@ class StageState:
             restore_generators(ranks[rank]["generators"])
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """AdamW's state by `<kind>/<parameter>`, shards as they are, a scalar as one element."""
+        """AdamW's state by `<kind>/<parameter>`; shards stay shards, scalars become one element."""
         return {
             f"{kind}/{name}": value.detach() if value.ndim else value.detach().reshape(1)
             for parameter, name in self.names.items()
@@ -118,8 +116,8 @@ class StageState:
             kind, name = key.split("/", 1)
             if name not in parameters:
                 raise UsageError(
-                    f"the checkpoint trains {name}, which this run does not; resume with the flags "
-                    "that it was written with"
+                    f"the checkpoint trains {name}, which this run does not; resume with the "
+                    "settings that it was written with"
                 )
             return torch.zeros(1) if kind == "step" else torch.zeros_like(parameters[name])
 
@@ -129,8 +127,8 @@ class StageState:
             own[kind] = value.reshape(()) if kind == "step" else value
 
 
-def generators() -> dict[str, str]:
-    """The state of this process's random number generators, in hexadecimal."""
+def save_generators() -> dict[str, str]:
+    """State of this process's random number generators, as hexadecimal text."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -138,7 +136,7 @@ def generators() -> dict[str, str]:
 
 
 def restore_generators(states: dict[str, str]) -> None:
-    """Inverse of `generators`."""
+    """Inverse of `save_generators`."""
     read = {
         name: torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
         for name, state in states.items()
@@ -148,6 +146,6 @@ def restore_generators(states: dict[str, str]) -> None:
         torch.cuda.set_rng_state(read["cuda"])
 
 
-def _plain(scheduler_state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's numbers; its functions are made anew."""
+def _drop_functions(scheduler_state: dict[str, Any]) -> dict[str, Any]:
+    """The schedule's numbers; its functions are not JSON and are rebuilt."""
     return {k: v for k, v in scheduler_state.items() if k != "lr_lambdas"} | {"lr_lambdas": [None]}

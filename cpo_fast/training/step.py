@@ -1,8 +1,7 @@
-"""One optimiser step: its packs forward and backward, the gradient summed, clipped and applied.
+"""One optimiser step: forward and backward of its packs; gradients summed, clipped and applied.
 
-What can go wrong with numbers and memory goes wrong here: a step that is not finite never reaches
-the weights, one that does not fit is computed again in smaller packs, and one that a stop request
-cuts short leaves everything as it was.
+A step that is not finite never reaches the weights. A step that does not fit in memory is computed
+again in smaller packs. A step that a stop request interrupts changes nothing.
 """
 
 from __future__ import annotations
@@ -24,37 +23,37 @@ from cpo_fast.training.feed import StepBatch
 from cpo_fast.training.metrics import MetricsLog, Sums
 from cpo_fast.training.objectives import Objective
 from cpo_fast.training.sharding import filler, is_sharded, sum_and_clip
-from cpo_fast.training.state import generators, restore_generators
+from cpo_fast.training.state import restore_generators, save_generators
 from cpo_fast.types import PackedBatch, PreferenceGroup
 
 
 class Stops(Protocol):
-    """What is asked between packs whether the run shall end; interrupt.StopRequest is one."""
+    """Asked between packs whether the run should stop; interrupt.StopRequest implements it."""
 
     def pending(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did. Not `finished`: a stop came between two packs, and nothing was changed."""
+    """Result of a step. Not `finished`: a stop came between two packs and nothing changed."""
 
     grad_norm: float = 0.0
     loss: float = 0.0
-    sums: dict[str, float] | None = None  # this rank's; None where the step did not count
+    sums: dict[str, float] | None = None  # of this rank; None if the step was not finite
     oom_retries: int = 0
     finished: bool = True
-    empty: bool = False  # no image of the step could be read, on any rank
+    empty: bool = False  # no image of the step could be read on any rank
 
 
 @dataclass
 class Stepper:
-    """Computes the steps of one stage. `nonfinite` is the log that names bad ones, if any."""
+    """Computes the steps of one stage. `nonfinite` logs steps that are not finite."""
 
     stage: str
     model: PackedModel
     objective: Objective
     optimizer: torch.optim.Optimizer
-    like: PreferenceGroup  # any sample of the stage; fillers are made after it
+    like: PreferenceGroup  # any sample of the stage; fillers have its shape
     device: torch.device
     clock: Clock
     max_grad_norm: float = 1.0
@@ -69,8 +68,8 @@ class Stepper:
         return is_sharded(list(self.model.model.parameters()))
 
     def level(self, batches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, bool]]:
-        """The batches and whether they count: sharded layers compute equally often on all
-        ranks, whatever images failed."""
+        """(batch, counts) pairs: fillers that do not count are added, because sharded layers must
+        compute equally often on all ranks."""
         levelled = [(batch, True) for batch in batches]
         if self.sharded:
             most = max(self.world.gather(len(levelled)))
@@ -78,25 +77,25 @@ class Stepper:
         return levelled
 
     def stopping(self, *, together: bool) -> bool:
-        """Whether a stop is asked for: on any rank when all ask `together`, else on this one."""
+        """Whether a stop was requested: on any rank if `together`, else on this rank."""
         pending = self.stop is not None and self.stop.pending()
         return self.world.any(pending) if together else pending
 
     def __call__(self, number: int, step: StepBatch, halved: Callable[[], StepBatch]) -> Outcome:
-        """Step `number`: the packs' summed losses, divided by the weight of the whole step.
+        """Step `number`: the summed losses of its packs, divided by the weight of the whole step.
 
-        Out of memory, it is computed once more as `halved` gives it. Raises CpoFastError when that
-        does not fit either, or when `max_nonfinite_steps` steps in a row were not finite.
+        Out of memory, it is computed once more on `halved()`. Raises CpoFastError when that does
+        not fit either, or when `max_nonfinite_steps` steps in a row were not finite.
         """
         total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
-        if not total:  # every image of the step failed; it stays in the count of steps
+        if not total:  # every image of the step failed; the step still counts
             return Outcome(empty=not self.world.any(bool(step.batches)))
-        before = generators()
+        before = save_generators()
         retries = 0
         try:
             own, full = self._backward(step, total), None
         except torch.OutOfMemoryError as error:
-            own, full = None, str(error)  # the retry is outside: `error` holds the activations
+            own, full = None, str(error)  # retry outside: `error` keeps the activations alive
         if full is not None:
             own = self._again_in_halves(halved, full, total)
             retries = 1
@@ -122,9 +121,8 @@ class Stepper:
         return Outcome(grad_norm, loss, sums if good else None, retries)
 
     def _backward(self, step: StepBatch, total: float) -> Sums | None:
-        """Add the gradients of the step's packs to what is there; returns their sums.
-
-        None when a stop was asked for before the last pack.
+        """Accumulate the gradients of the step's packs and return their sums; None when a stop was
+        requested before the last pack.
         """
         own = Sums()
         batches = self.level(step.batches)
@@ -142,12 +140,12 @@ class Stepper:
     def _again_in_halves(
         self, halved: Callable[[], StepBatch], reason: str, total: float
     ) -> Sums | None:
-        """The whole step once more in packs of half the size: some gradients were added already."""
+        """The whole step again in packs of half the size; partial gradients are dropped first."""
         advice = (
-            f"{self.stage}: out of memory ({reason.splitlines()[0]}). Lower --packing_length, "
-            "or set --gradient_checkpointing true"
+            f"{self.stage}: out of memory ({reason.splitlines()[0]}). Lower packing_length "
+            "or set gradient_checkpointing"
         )
-        if self.sharded:  # the other ranks would not gather the layers a second time
+        if self.sharded:  # the other ranks would not gather the layers again
             raise CpoFastError(advice)
         self.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():
@@ -155,10 +153,10 @@ class Stepper:
         try:
             return self._backward(halved(), total)
         except torch.OutOfMemoryError as error:
-            raise CpoFastError(f"{advice} (packs of half the size did not fit, either)") from error
+            raise CpoFastError(f"{advice} (packs of half the size did not fit either)") from error
 
     def _set_aside(self, number: int, step: StepBatch, grad_norm: float, loss: float) -> None:
-        """Name the samples of a step that is not finite; stop when it keeps happening."""
+        """Log the samples of a step that is not finite; raise if it keeps happening."""
         own = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
         names = sorted({name for of_rank in self.world.gather(own) for name in of_rank})
         if self.nonfinite is not None:
@@ -172,11 +170,10 @@ class Stepper:
                 if not value.detach().isfinite().all()
             ]
             path = self.nonfinite.path if self.nonfinite is not None else "The log"
-            weights = f" Weights that were so before: {', '.join(bad[:5])}." if bad else ""
+            weights = f" Weights already not finite: {', '.join(bad[:5])}." if bad else ""
             raise CpoFastError(
-                f"{self.stage} step {number}: loss {loss}, gradient norm {grad_norm}, and "
-                f"so for "
-                f"{counted(self.nonfinite_in_a_row, 'step')} in a row. The weights were left as "
-                f"they were.{weights} {path} names the samples. Look at them, or lower the "
+                f"{self.stage} step {number}: loss {loss}, gradient norm {grad_norm}; not finite "
+                f"for {counted(self.nonfinite_in_a_row, 'step')} in a row. The weights are "
+                f"unchanged.{weights} {path} names the samples. Check them or lower the "
                 "learning rate"
             )

@@ -1,18 +1,18 @@
-"""Spikes: what a row's mean over many steps would hide, and what stands out of the steps before."""
+"""Loss spikes and maxima, which the mean of a row over many steps would hide."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-MEMORY = 50  # steps that the running mean and spread look back
-ENOUGH = 20  # steps before anything can stand out
+MEMORY = 50  # steps in the running mean and variance
+ENOUGH = 20  # steps before a spike can be detected
 FAR = 6.0  # standard deviations
 
 
 @dataclass
 class Watch:
-    """Follows loss and gradient norm of every step. All ranks see the same numbers."""
+    """Tracks loss and gradient norm of every step; the same on all ranks."""
 
     steps: int = 0
     mean: float = 0.0
@@ -24,7 +24,7 @@ class Watch:
     def see(self, loss: float, grad_norm: float) -> None:
         """Count a finite step; a spike is more than six standard deviations above the mean.
 
-        A spike moves the mean no further than its threshold, so that a second one is seen, too.
+        A spike moves the mean at most to its threshold, so a second spike is still detected.
         """
         self.loss_max = max(loss, self.loss_max if self.loss_max is not None else loss)
         self.grad_norm_max = max(grad_norm, self.grad_norm_max or 0.0)
@@ -39,7 +39,7 @@ class Watch:
         self.variance = (1 - share) * (self.variance + share * off * off)
 
     def row(self) -> dict[str, float]:
-        """The greatest values since the last row, and the stage's number of spikes."""
+        """The maxima since the last row, and the number of spikes in the stage."""
         row: dict[str, float] = {"loss_spikes": self.loss_spikes}
         if self.loss_max is not None and self.grad_norm_max is not None:
             row |= {"loss_max": self.loss_max, "grad_norm_max": self.grad_norm_max}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -12,9 +11,11 @@ import torch
 
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import DataError, UsageError
-from cpo_fast.evaluate import load, main, read, write_results
-from cpo_fast.evaluate_options import parse_arguments, settle_model
-from cpo_fast.evaluation.cohort import diagnose_cohort, zero_shot
+from cpo_fast.evaluate import load, main, write_results
+from cpo_fast.evaluate_options import parse_arguments, resolve_model
+from cpo_fast.evaluation.cohort import read_cohort
+from cpo_fast.evaluation.run import evaluate
+from cpo_fast.evaluation.suites import Options, generate_answers, score_zero_shot
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
 from cpo_fast.loss import processor
 from cpo_fast.model.build import add_lora, load_model, load_tokenizer, save_model
@@ -41,13 +42,13 @@ def thinks(monkeypatch):
 
     def use(number):
         def answered(*parts):
-            answers = diagnose_cohort(*parts)
+            answers, failed = generate_answers(*parts)
             said = [
                 f"<think> lungs {a.replace('<think>', '')} </think> x" for a in answers[number:]
             ]
-            return ["no thought"] * number + said
+            return ["no thought"] * number + said, failed
 
-        monkeypatch.setattr("cpo_fast.evaluate.diagnose_cohort", answered)
+        monkeypatch.setattr("cpo_fast.evaluation.run.generate_answers", answered)
 
     return use
 
@@ -109,15 +110,16 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
     flags = ["--model", model, "--dataset", copy, "--output_dir", tmp_path / "out",
              "--max_samples", "4", "--max_new_tokens", "2"]  # fmt: skip
     args = parse_arguments([str(flag) for flag in flags])
-    loaded = load(args, settle_model(args))
-    cohort = read(args, loaded)
+    _, checkpoint, loaded = load(args)
+    cohort = read_cohort(checkpoint, args.dataset, max_samples=4)
+    options = Options(suites=(), max_new_tokens=2)
     assert cohort.read == len(cohort.studies) + len(cohort.rejected) + cohort.left_out
     first, second, *others = cohort.studies
     (copy / first.images[0].path).unlink()
-    answers = diagnose_cohort(args, loaded, cohort)
+    answers = evaluate({"m": lambda: loaded}, checkpoint, cohort, options).answers["m"]
     assert cohort.studies == [second, *others] and len(answers) == len(cohort.truth) == 3
     (copy / second.images[0].path).unlink()
-    zero_shot(args, loaded, cohort, answers)
+    score_zero_shot(loaded, checkpoint, cohort, answers, options)
     assert cohort.studies == [second, *others]  # its answer still counts
     listed = [(one.id, one.reason, one.stage) for one in cohort.rejected]
     assert listed == [(first.study_id, "image-missing", ""),
@@ -131,13 +133,14 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
     for study in others:
         (copy / study.images[0].path).unlink()
     with pytest.raises(DataError, match="no sample could be read"):
-        diagnose_cohort(args, loaded, cohort)
+        evaluate({"m": lambda: loaded}, checkpoint, cohort, options)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_slow_bfloat16_is_warned_of(model, monkeypatch, capsys, bf16):
     monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
-    load(argparse.Namespace(bf16=bf16, max_pixels=50_000, base_model=None), model)
+    flags = ["--model", str(model), "--dataset", "d", "--output_dir", "o", "--max_pixels", "50000"]
+    load(parse_arguments([*flags, *(["--bf16"] if bf16 else [])]))
     assert ("warning: --bf16" in capsys.readouterr().err) is bf16
 
 
@@ -274,10 +277,10 @@ def test_flags_of_adapters_are_refused_for_a_whole_model(model, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
     common = ["--model", str(model), "--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir",
               str(tmp_path / "out")]  # fmt: skip
-    for flag, message in (("--beta=0.5", "--beta 0.5 does nothing here: it scales rewards"),
+    for flag, message in (("--beta=0.5", "--beta 0.5 has no effect: it scales rewards"),
                           (f"--base_model={model}", "names an adapter's base")):  # fmt: skip
         with pytest.raises(UsageError, match=message):
-            settle_model(parse_arguments([*common, flag]))
+            resolve_model(parse_arguments([*common, flag]))
 
 
 def test_the_rewards_of_a_run_have_its_own_beta(tmp_path, capsys):
@@ -290,13 +293,12 @@ def test_the_rewards_of_a_run_have_its_own_beta(tmp_path, capsys):
 
     def beta(*flags):
         args = parse_arguments([*common, "--model", str(checkpoint), *flags])
-        assert settle_model(args) == checkpoint
+        args = resolve_model(args)
+        assert args.model == str(checkpoint)
         return args.beta
 
     assert beta() == 0.1
-    assert "beta 0.1 (the default: no run that trained the adapter is there)" in (
-        capsys.readouterr().out
-    )
+    assert "beta 0.1 (the default: the adapter is in no run's folder)" in (capsys.readouterr().out)
     (run / "config.json").write_text(json.dumps({"stages": "cpo", "beta": 0.4}))
     assert beta() == 0.4
     assert capsys.readouterr().out == f"beta 0.4 of the run {run.resolve()}\n"

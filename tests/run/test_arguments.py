@@ -52,13 +52,13 @@ def test_flags_win_over_the_config_file(tmp_path: Path) -> None:
 
 def test_stage_settings_have_plain_names() -> None:
     args = parse_arguments(["--sft_learning_rate", "3e-4", "--learning_rate", "1e-5"])
-    assert args.of_stage("sft")["learning_rate"] == 3e-4
-    assert args.of_stage("cpo")["learning_rate"] == 1e-5
+    assert args.stage_settings("sft").learning_rate == 3e-4
+    assert args.stage_settings("cpo").learning_rate == 1e-5
 
 
 def test_the_papers_preset_is_its_table() -> None:
     args = parse_arguments(["--dataset", "/data/mimic", "--preset", "paper"])
-    sft, cpo = args.of_stage("sft"), args.of_stage("cpo")
+    sft, cpo = args.stage_settings("sft"), args.stage_settings("cpo")
     for name, of_sft, of_cpo in (
         ("learning_rate", 1e-4, 2e-5),
         ("lr_scheduler_type", "cosine_with_min_lr", "cosine"),
@@ -67,11 +67,10 @@ def test_the_papers_preset_is_its_table() -> None:
         ("per_device_train_batch_size", 15, 4),
         ("gradient_accumulation_steps", 16, 8),
         ("num_train_epochs", 1.0, 1.0),
-        ("max_length", 2048, 4096),
-        ("freeze_vit", False, True),
-        ("use_peft", True, True),
     ):
-        assert (sft[name], cpo[name]) == (of_sft, of_cpo), name
+        assert (getattr(sft, name), getattr(cpo, name)) == (of_sft, of_cpo), name
+    assert (args.max_length_of("sft"), args.max_length_of("cpo")) == (2048, 4096)
+    assert (args.adapts("sft"), args.adapts("cpo")) == ((True, False), (True, True))
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.98, 0.05)
     assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (8, 32, 0.1)
     assert (args.beta, args.loss_type, args.max_pixels) == (0.1, "sigmoid", 512 * 512)
@@ -95,11 +94,12 @@ def test_what_wins_over_a_preset(tmp_path: Path) -> None:
 def test_sft_takes_the_schedule_and_length_of_cpo_unless_told() -> None:
     flags = ["--lr_scheduler_type", "cosine_with_min_lr", "--max_length", "99",
              "--lr_scheduler_kwargs", '{"min_lr": 1e-6}']  # fmt: skip
-    sft = parse_arguments(flags).of_stage("sft")
-    assert (sft["lr_scheduler_type"], sft["max_length"]) == ("cosine_with_min_lr", 99)
-    assert sft["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
-    sft = parse_arguments([*flags, "--sft_lr_scheduler_type", "linear"]).of_stage("sft")
-    assert (sft["lr_scheduler_type"], sft["lr_scheduler_kwargs"]) == ("linear", None)
+    args = parse_arguments(flags)
+    sft = args.stage_settings("sft")
+    assert (sft.lr_scheduler_type, args.max_length_of("sft")) == ("cosine_with_min_lr", 99)
+    assert sft.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    sft = parse_arguments([*flags, "--sft_lr_scheduler_type", "linear"]).stage_settings("sft")
+    assert (sft.lr_scheduler_type, sft.lr_scheduler_kwargs) == ("linear", None)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
@@ -22,7 +23,8 @@ from cpo_fast.packing.encode import OverLong
 from cpo_fast.run import flag_names
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.flag_ranges import range_of
-from cpo_fast.training.schedule import make_schedule, schedule_fault
+from cpo_fast.training.schedule import find_schedule_fault, make_schedule
+from cpo_fast.training.stage_settings import StageSettings
 
 BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # a value at every step, which stages do not have
 GIVEN_BY_TRAINING = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
@@ -50,16 +52,16 @@ def test_schedules_and_their_options_are_those_of_transformers() -> None:
 
 @pytest.mark.parametrize("name", flag_names.SCHEDULES)
 def test_a_schedule_that_is_accepted_can_be_built(name: str) -> None:
-    settings = {"lr_scheduler_type": name, "learning_rate": 0.1, "warmup_ratio": 0.0}
+    settings = StageSettings("cpo", learning_rate=0.1, lr_scheduler_type=name)
     needed = flag_names.NEEDED_OPTIONS.get(name, ())
     for options in ({one: VALUES.get(one, 0.01)} for one in flag_names.SCHEDULES[name]):
         accepted = flag_names.option_fault(name, options) is None
         assert accepted is (not needed or bool(set(options) & set(needed)))
-        settings["lr_scheduler_kwargs"] = options
-        assert accepted is (schedule_fault(settings, 10) is None), options
+        with_options = replace(settings, lr_scheduler_kwargs=options)
+        assert accepted is (find_schedule_fault(with_options, 10) is None), options
     assert "no option 'a'" in str(flag_names.option_fault(name, {"a": 1}))
-    settings["lr_scheduler_kwargs"] = None
-    assert (flag_names.option_fault(name, {}) is None) is (schedule_fault(settings, 10) is None)
+    usable = find_schedule_fault(settings, 10) is None
+    assert (flag_names.option_fault(name, {}) is None) is usable
 
 
 def test_the_rules_of_losses_are_those_of_the_loss_op() -> None:
@@ -91,7 +93,7 @@ def test_the_first_step_has_the_full_rate_without_warmup_and_none_with_it(
 ) -> None:
     """As get_scheduler of transformers: 3 of 10 steps lead up to the full rate."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    settings = {"lr_scheduler_type": "cosine", "warmup_ratio": ratio, "lr_scheduler_kwargs": None}
+    settings = StageSettings("cpo", warmup_ratio=ratio)
     schedule = make_schedule(optimizer, settings, 10)
     assert schedule.get_last_lr() == [first]
     same = get_scheduler("cosine", optimizer, round(10 * ratio), 10)

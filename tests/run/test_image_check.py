@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from cpo_fast.errors import DataError, RecordError
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.phantom import write_phantom
 from cpo_fast.run import image_check
-from cpo_fast.run.arguments import TrainArguments, parse_arguments
-from cpo_fast.run.base import Base
-from cpo_fast.run.corpus import Corpus, Texts, read_corpus, write_preferences
-from cpo_fast.run.image_check import ImageCheck, leave_out_samples, leave_out_studies
+from cpo_fast.run.arguments import parse_arguments
+from cpo_fast.run.context import RunContext
+from cpo_fast.run.corpus import Corpus, Texts, build_texts, read_corpus
+from cpo_fast.run.image_check import ImageCheck, reject_samples, reject_studies
 from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.run.samples import tokenise
 from cpo_fast.testing.samples import images, tokenizer
@@ -32,11 +33,14 @@ NO_DECODER = "No decoder for this transfer syntax (JPEG-LS, 1.2.3): install pyli
 
 @dataclass
 class Prepared:
-    args: TrainArguments
-    folder: RunFolder
+    run: RunContext
     corpus: Corpus
     texts: Texts
     check: ImageCheck
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.run.folder
 
     @property
     def listed(self) -> list[dict[str, Any]]:
@@ -44,8 +48,8 @@ class Prepared:
         return [json.loads(line) for line in text.splitlines()]
 
     def summary(self) -> dict[str, Any]:
-        base = Base(self.folder.path, tokenizer(), images())
-        tokenise(self.args, self.folder, self.texts, base)
+        self.run.checkpoint = Checkpoint(self.folder.path, tokenizer(), images())
+        tokenise(self.run, self.texts)
         self.folder.finish({})
         return json.loads((self.folder.path / "summary.json").read_text(encoding="utf-8"))["data"]
 
@@ -58,13 +62,14 @@ def prepared(dataset: Path, folder: Path, *flags: str, world: World | None = Non
     args = parse_arguments(["--dataset", str(dataset), "--output_dir", str(folder),
                             "--max_pixels", "12544", "--dataloader_num_workers", "0",
                             *flags])  # fmt: skip
-    run = RunFolder(args, world)
-    corpus = read_corpus(args, run)
-    check = ImageCheck(args, run)
-    leave_out_studies(args, run, corpus, check)
-    texts = write_preferences(args, run, corpus)
-    leave_out_samples(args, run, corpus, texts, check)
-    return Prepared(args, run, corpus, texts, check)
+    run = RunContext(args, world or World())
+    corpus = read_corpus(run)
+    check = ImageCheck(run)
+    reject_studies(run, corpus, check)
+    texts = build_texts(run, corpus)
+    reject_samples(run, corpus, texts, check)
+    run.folder.summary["stages"]["images"] = check.summary()
+    return Prepared(run, corpus, texts, check)
 
 
 def write_rows(folder: Path, count: int = 24, bad: Iterable[int] = ()) -> Path:
@@ -269,7 +274,7 @@ def test_every_rank_uses_what_rank_0_found(tmp_path: Path, decoded: list[str]) -
         def on_main(self, work: Any) -> Any:
             work  # noqa: B018 (rank 0 does it)
             found = [[f"{tmp_path / 'data'}\0" + "3.jpg", "image-unreadable", "cut short"]]
-            return found if work.__qualname__.startswith("ImageCheck.look") else None
+            return found if work.__qualname__.startswith("ImageCheck.decode") else None
 
     data = write_rows(tmp_path / "data")
     run = prepared(data, tmp_path / "run", world=Second(rank=1, size=2))

@@ -14,14 +14,14 @@ import torch
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluate import load
 from cpo_fast.evaluate_options import parse_arguments as evaluate_arguments
-from cpo_fast.evaluate_options import settle_model
+from cpo_fast.evaluate_options import resolve_model
 from cpo_fast.export import main as export
 from cpo_fast.model.build import add_lora, load_model, save_model
 from cpo_fast.run.arguments import parse_arguments
-from cpo_fast.run.base import base_model
+from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts
 from cpo_fast.run.find_checkpoint import find_checkpoint
-from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.run.start import open_start
 from cpo_fast.testing import samples
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import write_checkpoint
@@ -58,7 +58,7 @@ def base(tmp_path: Path) -> Path:
 def start(tmp_path: Path, *flags: str) -> Any:
     args = parse_arguments(["--dataset", "d", "--output_dir", str(tmp_path / "out"), *flags])
     args.overwrite_output_dir = True
-    return base_model(args, RunFolder(args, World()), Texts({}, {}))
+    return open_start(RunContext(args, World()), Texts({}, {}))
 
 
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--sft_checkpoint"])
@@ -151,7 +151,7 @@ def test_every_command_takes_a_stage_and_says_where_a_moved_base_was(
 
     def loaded(flags: list[str]) -> Any:
         args = evaluate_arguments(flags)
-        return load(args, settle_model(args)).model
+        return load(resolve_model(args))[2]
 
     evaluate = ["--model", str(sft), "--dataset", "d", "--output_dir", str(out)]
     torch.testing.assert_close(logits(loaded(evaluate)), want)

@@ -13,10 +13,10 @@ import torch
 
 from cpo_fast.errors import UsageError
 from cpo_fast.model.build import add_lora
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, encode_all, image_token_id
 from cpo_fast.run import reference_cache
-from cpo_fast.run.base import Base
 from cpo_fast.run.reference_cache import ReferenceCache
 from cpo_fast.testing.samples import (
     image,
@@ -48,7 +48,7 @@ def adapted(scale: float = 0.05) -> Any:
 def cache(folder: Path, model: Any = None, **options: Any) -> ReferenceCache:
     settings: dict[str, Any] = {
         "adapters_off": True,
-        "base": Base(folder, tokenizer(), images()),
+        "checkpoint": Checkpoint(folder, tokenizer(), images()),
         "device": torch.device("cpu"),
         "stop": StopRequest(),
         "packing_length": 60,

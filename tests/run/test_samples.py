@@ -12,10 +12,10 @@ import pytest
 
 from cpo_fast.data.labels import question
 from cpo_fast.data.positions import model_positions, position_limit
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.run.arguments import parse_arguments
-from cpo_fast.run.base import Base
+from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts, read_corpus
-from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.run.samples import control_token_remarks, tokenise
 from cpo_fast.testing.samples import tokenizer
 from cpo_fast.training.distributed import World
@@ -85,9 +85,10 @@ def test_samples_beyond_the_positions_of_the_model_are_set_aside_by_name(
     args = parse_arguments(
         ["--dataset", "pairs.jsonl", "--max_bad_fraction", "0.9", "--output_dir", f"{tmp_path}/out"]
     )
-    folder = RunFolder(args, World())
+    run = RunContext(args, World())
+    run.checkpoint = Checkpoint(tmp_path, tokenizer())
     given = texts(row(1, "Clear lungs."), row(2, "Clear lungs. " * 60))
-    found = tokenise(args, folder, given, Base(tmp_path, tokenizer(), None))
+    found = tokenise(run, given)
     assert [group.id for group in found.sft["train"]] == ["pairs:1"]
     (line,) = (tmp_path / "out" / "rejected_records.jsonl").read_text().splitlines()
     rejected = json.loads(line)
@@ -106,7 +107,7 @@ def test_reports_without_any_image_are_said_to_be_text_alone(
     def read(name: str) -> None:
         out = ["--output_dir", str(tmp_path / f"of {name}")]
         args = parse_arguments(["--dataset", str(tmp_path / name), *out])
-        read_corpus(args, RunFolder(args, World()))
+        read_corpus(RunContext(args, World()))
 
     read("ccf.json")
     assert said in capsys.readouterr().out

@@ -17,7 +17,7 @@ from cpo_fast.model.build import add_lora
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, encode_all, image_token_id
 from cpo_fast.run.arguments import parse_arguments
-from cpo_fast.run.corpus import of_sources
+from cpo_fast.run.corpus import select_sources
 from cpo_fast.testing.samples import image, images, preference, tokenizer, vision_language_model
 from cpo_fast.train import main
 from cpo_fast.training.objectives import CPOObjective
@@ -125,11 +125,11 @@ def test_pairs_of_other_sources_are_left_out_and_counted(capsys: Any) -> None:
         preference("b", 3, image(9, 9), perception=image(8, 8)),
         preference("c", 1, image(9, 9), perception=image(8, 8)),
     ]
-    kept = of_sources(given, {"thinking": 1.0})
+    kept = select_sources(given, {"thinking": 1.0})
     assert [len(one.rejected) for one in kept] == [2, 2, 0]
     assert kept[1].rejected == given[1].rejected[1:] and not any(kept[1].rejected_images)
     assert "2 perception pairs left out" in capsys.readouterr().out
-    assert of_sources(given, BOTH) == given
+    assert select_sources(given, BOTH) == given
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_a_swift_file_with_rejected_images(plain: Path, tmp_path: Path, loss_typ
 
 
 def test_images_are_needed_for_perception(tmp_path: Path, capsys: Any) -> None:
-    from cpo_fast.run.corpus import read_corpus, write_preferences
-    from cpo_fast.run.run_folder import RunFolder
+    from cpo_fast.run.context import RunContext
+    from cpo_fast.run.corpus import build_texts, read_corpus
     from cpo_fast.training.distributed import World
     from tests.counterfactual.samples import INFLATED, NORMAL, write_open_i
 
@@ -253,6 +253,6 @@ def test_images_are_needed_for_perception(tmp_path: Path, capsys: Any) -> None:
         ["--dataset", str(data), "--output_dir", str(tmp_path / "out"),
          "--counterfactual_sources", "thinking,perception"]
     )  # fmt: skip
-    folder = RunFolder(args, World())
+    run = RunContext(args, World())
     with pytest.raises(DataError, match="no perception counterfactual passes"):
-        write_preferences(args, folder, read_corpus(args, folder))
+        build_texts(run, read_corpus(run))

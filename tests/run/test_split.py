@@ -13,13 +13,11 @@ import pytest
 from cpo_fast.data import open_preferences
 from cpo_fast.data.patients import patients_of
 from cpo_fast.errors import UsageError
-from cpo_fast.run.arguments import parse_arguments
-from cpo_fast.run.base import Base
-from cpo_fast.run.corpus import Texts, read_corpus, write_preferences
-from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.run.arguments import TrainArguments, parse_arguments
+from cpo_fast.run.context import RunContext
+from cpo_fast.run.corpus import Texts, build_texts, read_corpus
 from cpo_fast.run.samples import tokenise
 from cpo_fast.run.split import Split, split_by_question
-from cpo_fast.testing.samples import tokenizer
 from cpo_fast.types import ImageRef, Preference
 from tests.data.samples import dicom
 
@@ -172,14 +170,20 @@ def test_the_patient_of_other_formats(tmp_path: Path) -> None:
         assert found.patients == ("10000032",)
 
 
+def open_run(args: TrainArguments) -> RunContext:
+    run = RunContext(args)
+    run.checkpoint = Checkpoint(run.folder.path, tokenizer())
+    return run
+
+
 def texts_of(tmp_path: Path, rows: list[dict[str, Any]], *flags: str) -> tuple[Texts, Any]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     args = parse_arguments(
         ["--dataset", str(path), "--output_dir", str(tmp_path / "out"), "--stages", "cpo", *flags]
     )
-    folder = RunFolder(args)
-    return write_preferences(args, folder, read_corpus(args, folder)), folder.summary["data"]
+    run = RunContext(args)
+    return build_texts(run, read_corpus(run)), run.folder.summary["data"]
 
 
 def test_the_run_says_what_is_held_out(tmp_path: Path, capsys: Any) -> None:
@@ -216,8 +220,9 @@ def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path, capsys: 
     args = parse_arguments(
         ["--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "two"), *flags]
     )
-    folder = RunFolder(args)
-    samples = tokenise(args, folder, texts, Base(tmp_path, tokenizer(), None))
+    run = open_run(args)
+    folder = run.folder
+    samples = tokenise(run, texts)
     assert (len(samples.sft["train"]), len(samples.cpo["train"])) == (10, 10)
     assert [(one.id, one.reason) for one in folder.rejected] == [("long", "over-long")]
     printed = capsys.readouterr().out
@@ -238,8 +243,9 @@ def test_each_stage_says_how_many_records_it_trains_on(tmp_path: Path, capsys: A
     for name, stages in (("both", "sft,cpo"), ("one", "cpo")):
         out = ["--output_dir", str(tmp_path / name), "--stages", stages]
         args = parse_arguments(["--dataset", str(tmp_path / "rows.jsonl"), *out, *flags])
-        folder = RunFolder(args)
-        tokenise(args, folder, texts, Base(tmp_path, tokenizer(), None))
+        run = open_run(args)
+        folder = run.folder
+        tokenise(run, texts)
         data, printed = folder.summary["data"], capsys.readouterr().out
         shown = stages.split(",")
         for side, number in (("trained_on", 0), ("held_out", 1)):
@@ -256,6 +262,6 @@ def test_a_held_out_side_may_end_up_empty(tmp_path: Path, capsys: Any) -> None:
     args = parse_arguments(
         ["--dataset", "rows", "--output_dir", str(tmp_path / "two"), "--max_bad_fraction", "1"]
     )
-    samples = tokenise(args, RunFolder(args), texts, Base(tmp_path, tokenizer(), None))
+    samples = tokenise(open_run(args), texts)
     assert (len(samples.cpo["train"]), samples.cpo["validate"]) == (1, [])
     assert "no sample of split validate is left" in capsys.readouterr().out

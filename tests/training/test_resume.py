@@ -20,7 +20,8 @@ import pytest
 
 from cpo_fast.errors import UsageError
 from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.run.resume import data_facts
+from cpo_fast.run.begin import digest_data
+from cpo_fast.run.digests import digest_file
 from cpo_fast.run.same_flags import check_flags
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import (
@@ -30,7 +31,6 @@ from cpo_fast.training.checkpoint import (
     read_state,
     write_checkpoint,
 )
-from cpo_fast.training.digests import file_digest
 from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
@@ -293,7 +293,7 @@ def edit_state(edit: Callable[[dict[str, Any]], object]) -> None:
     edit(state)
     (folder / "trainer_state.json").write_text(json.dumps(state))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["trainer_state.json"] = file_digest(folder / "trainer_state.json")
+    manifest["trainer_state.json"] = digest_file(folder / "trainer_state.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -401,15 +401,15 @@ def test_a_changed_image_file_is_changed_data(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(name.encode() * 100)
         prompt = Prompt((1, 2), (ImageRef(name, str(tmp_path)),))
         groups.append(PreferenceGroup(name, prompt, (3,), ((4,),)))
-    before = data_facts(groups)
-    assert data_facts(groups) == before
-    swapped = data_facts(groups[::-1])
+    before = digest_data(groups)
+    assert digest_data(groups) == before
+    swapped = digest_data(groups[::-1])
     assert swapped["digest"] != before["digest"]
     assert swapped["in_any_order"] == before["in_any_order"]
     (tmp_path / "b.png").write_bytes(b"c.png" * 100)  # the same size
-    assert data_facts(groups)["in_any_order"] != before["in_any_order"]
+    assert digest_data(groups)["in_any_order"] != before["in_any_order"]
     weighted = [groups[0], replace(groups[1], source="perception")]
-    assert data_facts(weighted)["digest"] != data_facts(groups)["digest"]
+    assert digest_data(weighted)["digest"] != digest_data(groups)["digest"]
 
 
 def test_only_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ import torch
 from cpo_fast import train
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.model.build import add_lora, save_model
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import encode_all, image_token_id
 from cpo_fast.packing.readable import readable
 from cpo_fast.phantom import write_phantom
 from cpo_fast.run.arguments import TrainArguments, parse_arguments
-from cpo_fast.run.base import Base
+from cpo_fast.run.context import RunContext
+from cpo_fast.run.evaluation import compare_held_out
 from cpo_fast.run.run_folder import RunFolder
-from cpo_fast.run.stages import pair_logps, with_reference
+from cpo_fast.run.stages import add_reference_logps
 from cpo_fast.testing.samples import image, images, preference, tokenizer, vision_language_model
 from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import StopRequest
-from cpo_fast.training.loop import Trainer
+from cpo_fast.training.loop import StageData, StageOutput, Trainer
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import ImageRef, Origin, PreferenceGroup
@@ -75,10 +77,14 @@ def trainer(
         return {}
 
     return Trainer(
-        "cpo", model, CPOObjective(model), groups, held_out, pixels, image_token_id(tokenizer()),
-        arguments(folder, *flags), MetricsLog(folder / "metrics.jsonl"), folder / "cpo", save, CPU,
-        StopRequest(),
-    )  # fmt: skip
+        arguments(folder, *flags).stage_settings("cpo"),
+        model,
+        CPOObjective(model),
+        StageData(groups, held_out, pixels, image_token_id(tokenizer())),
+        StageOutput(folder / "cpo", MetricsLog(folder / "metrics.jsonl"), save),
+        device=CPU,
+        stop=StopRequest(),
+    )
 
 
 def test_a_held_out_image_is_left_out_named_and_counted(tmp_path: Path) -> None:
@@ -120,18 +126,8 @@ def test_an_image_of_another_size_is_told_from_that_of_the_prompt() -> None:
     assert readable([group], pack, images().pixels, image_token_id(tokenizer())).pack == pack
 
 
-def run_of(folder: Path, *flags: str) -> tuple[TrainArguments, RunFolder]:
-    args = arguments(folder, *flags)
-    return args, RunFolder(args)
-
-
-def listed(folder: RunFolder) -> list[dict[str, Any]]:
-    text = (folder.path / "rejected_records.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-class LosingBase(Base):
-    """A base some of whose images are gone."""
+class Losing(Checkpoint):
+    """A checkpoint that cannot read some images."""
 
     lost: Iterable[PreferenceGroup] = ()
 
@@ -140,41 +136,48 @@ class LosingBase(Base):
         return gone(*self.lost)
 
 
-def base_without(folder: Path, *lost: PreferenceGroup) -> Base:
-    base = LosingBase(folder, tokenizer(), images())
-    object.__setattr__(base, "lost", lost)
-    return base
+def run_without(folder: Path, *lost: PreferenceGroup, flags: Sequence[str] = ()) -> RunContext:
+    """A run in which the images of some groups are gone."""
+    run = RunContext(arguments(folder, *flags))
+    run.checkpoint = Losing(folder, tokenizer(), images())
+    object.__setattr__(run.checkpoint, "lost", lost)
+    return run
+
+
+def listed(folder: RunFolder) -> list[dict[str, Any]]:
+    text = (folder.path / "rejected_records.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_held_out_pairs_are_scored_without_those_that_are_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args, folder = run_of(tmp_path)
     groups = group_list(60, 64, 68)
     model = add_lora(vision_language_model(), r=2, alpha=4)
-    found = pair_logps(args, folder, base_without(tmp_path, groups[1]), model, groups)
-    assert found["groups"] == ["0", "2"] and len(found["policy_chosen"]) == 2
-    assert [(r["line"], r["stage"]) for r in listed(folder)] == [(2, "evaluate")]
+    run = run_without(tmp_path, groups[1])
+    found = compare_held_out(run, model, groups, names=("cpo", "sft"))
+    assert (found["cpo"]["pairs"], found["sft"]["pairs"]) == (2, 2)
+    assert [(r["line"], r["stage"]) for r in listed(run.folder)] == [(2, "evaluate")]
     assert "rewards: 1 sample left out" in capsys.readouterr().out
     with pytest.raises(DataError, match="no held-out pair of 3 samples could be read"):
-        pair_logps(args, folder, base_without(tmp_path, *groups), model, groups)
+        compare_held_out(run_without(tmp_path, *groups), model, groups, names=("cpo", "sft"))
 
 
 def test_the_reference_leaves_out_its_group_from_the_training_too(tmp_path: Path) -> None:
-    args, folder = run_of(tmp_path, "--precompute_ref_log_probs", "true")
     packed = PackedModel(add_lora(vision_language_model(), r=2, alpha=4))
     groups = group_list(60, 64, 68, 72)
     splits = {"train": groups[:3], "validate": groups[3:], "test": []}
-    base = base_without(tmp_path, groups[1])
-    filled = with_reference(args, folder, base, packed, splits, StopRequest())
+    flags = ("--precompute_ref_log_probs", "true")
+    run = run_without(tmp_path, groups[1], flags=flags)
+    filled = add_reference_logps(run, packed, splits)
     assert [group.id for group in filled["train"]] == ["0", "2"]
     assert all(group.ref_logps for group in (*filled["train"], *filled["validate"]))
-    (record,) = listed(folder)
+    (record,) = listed(run.folder)
     assert (record["id"], record["line"], record["reason"]) == ("1", 2, "image-missing")
-    again = RunFolder(args)  # reads the file that the first has left
-    filled = with_reference(args, again, base, packed, splits, StopRequest())
+    again = run_without(tmp_path, groups[1], flags=flags)  # reads the file of the first
+    filled = add_reference_logps(again, packed, splits)
     assert [group.id for group in filled["train"]] == ["0", "2"]
-    assert [record["reason"] for record in listed(again)] == ["no-reference-logps"]
+    assert [record["reason"] for record in listed(again.folder)] == ["no-reference-logps"]
 
 
 def test_test_studies_without_image_are_left_out_for_all_models(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ Finished models and figures are not computed again: the same command continues a
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,27 @@ from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.flags import POSITIVE, SEED, Number
 from cpo_fast.folders import make_private, write_json, write_private
 from cpo_fast.locks import lock_folder
+from cpo_fast.run.arguments import EMBEDDED, TrainArguments
+from cpo_fast.run.settings import merge_settings
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What is compared, how large, and where; the flags without `--quick`."""
+
+    output_dir: Path
+    sft_from: Path | None
+    seeds: int
+    first_seed: int
+    num_studies: int
+    sft_epochs: float
+    steps: int
+    learning_rate: float
+    beta: float
+    test_samples: int
+    reports: int
+    cpo_plus: bool
+
 
 SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
 """Settings that decide an SFT model's figures."""
@@ -35,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> StudySettings:
     parser = Parser(
         prog=program("study"),
         description=__doc__,
@@ -66,38 +87,40 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cpo_plus", action="store_true", help="one more arm, with perception pairs (CPO++)")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
-    return parser.parse_args(argv)
+    flags = vars(parser.parse_args(argv))
+    del flags["quick"]
+    return StudySettings(**flags)
 
 
-def study(args: argparse.Namespace) -> Path:
+def study(args: StudySettings) -> Path:
     """Run what is missing, then write study.json, study.md and study.html; returns the last."""
-    training(args, args.first_seed, args.output_dir, "sft,cpo")  # flags that cannot work end here
+    train_arguments(args, args.first_seed, args.output_dir, "sft,cpo")  # refuses wrong values
     with lock_folder(args.output_dir):
         make_private(args.output_dir)
         return run_seeds(args)
 
 
-def run_seeds(args: argparse.Namespace) -> Path:
+def run_seeds(args: StudySettings) -> Path:
     """What `study` does, in a folder that this process alone writes."""
     keep_settings(args)
     from cpo_fast.experiments.study.figures import as_markdown, results
     from cpo_fast.experiments.study.page import write_study_page
 
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    outcome = results({seed: one_seed(args, seed) for seed in seeds}, settings(args))
+    outcome = results({seed: run_seed(args, seed) for seed in seeds}, settings(args))
     write_json(args.output_dir / "study.json", outcome)
     write_private(args.output_dir / "study.md", as_markdown(outcome))
     return write_study_page(args.output_dir / "study.html", outcome)
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: StudySettings) -> dict[str, Any]:
     """What decides a seed's figures."""
     names = ("num_studies", "sft_epochs", "steps", "learning_rate", "beta", "test_samples",
              "reports")  # fmt: skip
     return {name: getattr(args, name) for name in names}
 
 
-def keep_settings(args: argparse.Namespace) -> None:
+def keep_settings(args: StudySettings) -> None:
     """UsageError when the folder holds results of other settings than these, or the one of
     --sft_from models or data of others.
     """
@@ -119,7 +142,7 @@ def keep_settings(args: argparse.Namespace) -> None:
     write_json(args.output_dir / "settings.json", own)
 
 
-def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
+def run_seed(args: StudySettings, seed: int) -> dict[str, dict[str, Any]]:
     """{arm: figures} of one seed, "majority" first."""
     from cpo_fast.data import open_studies
     from cpo_fast.experiments.study.arms import (
@@ -135,18 +158,18 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
 
     folder = args.output_dir / f"seed-{seed}"
     base = (args.sft_from or args.output_dir) / f"seed-{seed}"
-    data, files = corpus(base, args.num_studies, seed)
-    flags = {"image_root": data, "eval_fraction": 0}
-    models = {SFT: trained("sft", args, seed, base / SFT, dataset=files.pop(SFT), **flags)}
+    data, files = make_corpus(base, args.num_studies, seed)
+    flags = {"image_root": str(data), "eval_fraction": 0}
+    models = {SFT: train_stage("sft", args, seed, base / SFT, dataset=str(files.pop(SFT)), **flags)}
     models[SFT_ANSWERS] = models[SFT]
-    flags["sft_checkpoint"] = models[SFT]
+    flags["sft_checkpoint"] = str(models[SFT])
     if args.cpo_plus:
         make_private(folder)
         files[PLUS] = folder / f"{PLUS}.jsonl"
         if not (folder / PLUS / "summary.json").is_file():
             write_plus(files[PLUS], files[CPO], list(open_studies(str(data))), seed=seed)
     for arm, file in files.items():
-        models[arm] = trained("cpo", args, seed, folder / arm, dataset=file, **flags)
+        models[arm] = train_stage("cpo", args, seed, folder / arm, dataset=str(file), **flags)
     scale = Scale(args.test_samples, args.reports, max_new_tokens=160, max_pixels=12544)
     arms: dict[str, dict[str, Any]] = {"majority": majority(data, args.test_samples)}
     for arm in (*ARMS, *([PLUS] if args.cpo_plus else [])):
@@ -159,7 +182,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[str, Path]]:
+def make_corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[str, Path]]:
     """A seed's phantom and {arm: what it learns from}, unless an earlier call made them."""
     from tqdm import tqdm
 
@@ -182,7 +205,7 @@ def corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[str, P
     return data, {arm: Path(path) for arm, path in json.loads(listed.read_text()).items()}
 
 
-def trained(stage: str, args: argparse.Namespace, seed: int, folder: Path, **more: Any) -> Path:
+def train_stage(stage: str, args: StudySettings, seed: int, folder: Path, **more: Any) -> Path:
     """The checkpoint of a stage that is trained in `folder`, unless an earlier call did."""
     from cpo_fast import train
 
@@ -191,19 +214,17 @@ def trained(stage: str, args: argparse.Namespace, seed: int, folder: Path, **mor
         summary = json.loads(path.read_text(encoding="utf-8"))
     else:
         print(f"study: seed {seed}, training {folder.name}", flush=True)
-        summary = train.run(training(args, seed, folder, stage, **more))
+        summary = train.run(train_arguments(args, seed, folder, stage, **more))
     return Path(summary["stages"][stage]["checkpoint"])
 
 
-def training(args: argparse.Namespace, seed: int, folder: Path, stage: str, **more: Any) -> Any:
-    """The flags of one training run: the embedded default with the study's scale."""
-    from cpo_fast.run.arguments import EMBEDDED
-    from cpo_fast.run.arguments import parse_arguments as parse_train
-
-    flags = {
-        "config": EMBEDDED,
-        "output_dir": folder,
-        "stages": stage,
+def train_arguments(
+    args: StudySettings, seed: int, folder: Path, stages: str, **more: Any
+) -> TrainArguments:
+    """The flags of one training run: the embedded default at the study's scale."""
+    given = {
+        "output_dir": str(folder),
+        "stages": stages,
         "seed": seed,
         "sft_num_train_epochs": args.sft_epochs,
         "max_steps": args.steps,
@@ -211,10 +232,8 @@ def training(args: argparse.Namespace, seed: int, folder: Path, stage: str, **mo
         "beta": args.beta,
         "eval_steps": 0,
         "resume_from_checkpoint": "auto",
-    } | more
-    return parse_train(
-        [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    )
+    }
+    return merge_settings(given | more, EMBEDDED).args
 
 
 if __name__ == "__main__":

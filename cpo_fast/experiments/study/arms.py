@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.concepts import load_graph
-from cpo_fast.counterfactual import preference, study_labels
+from cpo_fast.counterfactual import build_preference, study_labels
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.data.labels import DEFAULT_PROMPT, answer, diagnosis, question, thought
 from cpo_fast.errors import DataError
-from cpo_fast.run.run_folder import write_private
+from cpo_fast.folders import write_jsonl
 from cpo_fast.types import Answer, Counterfactual, Study
 
 DIRECT = "Name the diseases of this patient."
@@ -87,7 +87,7 @@ def write_arms(
     rows = {SFT: thinking + direct} | rows
     for arm, own in rows.items():
         paths[arm] = folder / f"{arm}.jsonl"
-        write_private(paths[arm], own)
+        write_jsonl(paths[arm], own)
     return paths
 
 
@@ -107,7 +107,7 @@ def write_plus(path: Path, cpo: Path, studies: Sequence[Study], *, seed: int) ->
                 answers, shown = [row["chosen"]], list(one.rejected_images)
                 yield row | {"rejected_responses": answers, "rejected_images": shown}
 
-    write_private(path, both())
+    write_jsonl(path, both())
 
 
 def _row(study: Study, asked: str, sides: Sides) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _names(study: Study) -> tuple[str, ...]:
 
 
 def _counterfactual(study: Study, cfs: Sequence[Counterfactual]) -> Sides:
-    both = preference(study, cfs)
+    both = build_preference(study, cfs)
     return both.chosen, both.rejected
 
 

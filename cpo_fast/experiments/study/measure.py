@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cpo_fast.counterfactual import build_sft_preference
 from cpo_fast.counting import counted
 from cpo_fast.data.labels import DEFAULT_PROMPT, LABEL_NAMES, parse_answer
-from cpo_fast.errors import DataError, RecordError
-from cpo_fast.evaluate import load, read
-from cpo_fast.evaluate_options import parse_arguments, settle_model
-from cpo_fast.evaluation.cohort import Cohort, Loaded
+from cpo_fast.errors import DataError
+from cpo_fast.evaluation.cohort import Cohort, read_cohort
+from cpo_fast.evaluation.run import evaluate
+from cpo_fast.evaluation.suites import Options
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.phantom.reports import DRIFTS
-from cpo_fast.types import Prompt
 
 PAPER_FINDINGS = {
     "Con": "Consolidation",
@@ -53,29 +56,16 @@ def measure(
     "flip/K", mean total variation and share of changed likeliest finding under swaps of kind K in
     the radiologist's report, whatever the model was asked. None where undefined.
     """
-    from cpo_fast.evaluation.generate import diagnose
-
-    flags = {
-        "--model": model,
-        "--dataset": data,
-        "--output_dir": model,  # nothing is written
-        "--max_samples": scale.max_samples,
-        "--max_pixels": scale.max_pixels,
-    }
-    args = parse_arguments([str(word) for pair in flags.items() for word in pair])
-    loaded = load(args, settle_model(args))
-    cohort = read(args, loaded)
-    failed: dict[int, RecordError] = {}
-    texts = diagnose(
-        loaded.model,
-        loaded.tokenizer,
-        asked_so(loaded, cohort, asked),
-        loaded.pixels,
-        max_new_tokens=scale.max_new_tokens,
-        batch_size=160,
-        failed=failed,
-    )
-    cohort.drop(failed)
+    checkpoint = Checkpoint.open(model, max_pixels=scale.max_pixels)
+    loaded = checkpoint.load(dtype=torch.float32)
+    cohort = read_cohort(checkpoint, str(data), max_samples=scale.max_samples)
+    reports = cohort.prompts  # the usual question, whatever the model is asked
+    cohort.prompts = [
+        checkpoint.encode_prompt(build_sft_preference(study, prompt=asked), max_length=4096)
+        for study in cohort.studies
+    ]
+    options = Options(suites=(), max_new_tokens=scale.max_new_tokens, batch_size=160)
+    result = evaluate({"model": lambda: loaded}, checkpoint, cohort, options)
     # The models are compared on the same studies, and the phantom is the study's own.
     if cohort.rejected:
         first = cohort.rejected[0]
@@ -84,20 +74,13 @@ def measure(
             "be read, the first: "
             f"{first.id} ({first.reason}: {first.detail}); delete {data.parent} to make it anew"
         )
-    parsed = [parse_answer(text) or None for text in texts]
+    parsed = [parse_answer(text) or None for text in result.answers["model"]]
     drifted = drifted_studies(data)
     where = [i for i, s in enumerate(cohort.studies) if s.study_id.lstrip("s") in drifted]
+    cohort.prompts = reports  # none was dropped
     return answer_figures(cohort.truth, parsed, where) | swap_figures(
-        loaded, cohort, scale.drift_samples
+        loaded, checkpoint, cohort, scale.drift_samples
     )
-
-
-def asked_so(loaded: Loaded, cohort: Cohort, asked: str) -> list[Prompt]:
-    """The cohort's prompts with this question."""
-    from cpo_fast.counterfactual import sft_preference
-
-    asked_for = [sft_preference(study, prompt=asked) for study in cohort.studies]
-    return [loaded.prompt(one, max_length=4096) for one in asked_for]
 
 
 def answer_figures(
@@ -128,7 +111,9 @@ def answer_figures(
     return figures
 
 
-def swap_figures(loaded: Loaded, cohort: Cohort, count: int) -> dict[str, float | None]:
+def swap_figures(
+    model: Any, checkpoint: Checkpoint, cohort: Cohort, count: int
+) -> dict[str, float | None]:
     """Effects of swaps in the reports of the first `count` studies: the same text for all models.
 
     "swap/drifting" are the synonyms whose lean changes over the phantom's years.
@@ -138,16 +123,15 @@ def swap_figures(loaded: Loaded, cohort: Cohort, count: int) -> dict[str, float 
     from cpo_fast.concepts import load_graph
     from cpo_fast.evaluation.drift import find_swaps, swap_effects
     from cpo_fast.model.packed import PackedModel
-    from cpo_fast.packing import image_token_id
 
-    packed, image, graph = PackedModel(loaded.model), image_token_id(loaded.tokenizer), load_graph()
+    packed, image, graph = PackedModel(model), checkpoint.image_token_id, load_graph()
     moved: dict[str, list[float]] = {}
     flipped: dict[str, list[float]] = {}
     pairs = list(zip(cohort.prompts, cohort.studies, strict=True))[:count]
     for prompt, study in tqdm(pairs, desc="swaps", unit="study", disable=None):
         swaps = find_swaps(study.report.text, graph)
         before, effects = swap_effects(
-            packed, loaded.tokenizer, prompt, study.report.text, swaps, loaded.pixels,
+            packed, checkpoint.tokenizer, prompt, study.report.text, swaps, checkpoint.pixels,
             image_token_id=image,
         )  # fmt: skip
         for effect in effects:

@@ -1,7 +1,7 @@
-"""What a stage was begun with, and whether a run that is resumed still has it.
+"""What a stage began with, and whether a resumed run still has it.
 
-trainer_state.json of every checkpoint holds it under "begun_with": digests of the samples in their
-order, of the starting model, the tokenizer and the image processor, and the flags.
+trainer_state.json of every checkpoint holds it under "begun_with": digests of the samples in order,
+of the starting model, the tokenizer and the image processor, and the flags.
 """
 
 from __future__ import annotations
@@ -13,51 +13,50 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.counting import counted
 from cpo_fast.errors import UsageError
-from cpo_fast.run.same_flags import check_flags
-from cpo_fast.training.checkpoint import read_state
-from cpo_fast.training.digests import (
+from cpo_fast.run.digests import (
     IMAGE_HEAD,
     digest,
-    files_digest,
+    digest_models,
     group_bytes,
     image_bytes,
     images_of,
     json_bytes,
 )
+from cpo_fast.run.same_flags import check_flags
+from cpo_fast.training.checkpoint import BEGUN_WITH, read_state
 from cpo_fast.training.distributed import World
 from cpo_fast.types import PreferenceGroup
 
 if TYPE_CHECKING:
-    from cpo_fast.run.base import Base
+    from cpo_fast.model.checkpoint import Checkpoint
 
-BEGUN_WITH = "begun_with"
-MANY_IMAGES = 10_000  # of more images, so many are opened, the others count by path and size
+MANY_IMAGES = 10_000  # images that are opened; the others count by path and size
 
 
-def checked_start(
+def check_beginning(
     stage: str,
     flags: Mapping[str, Any],
-    base: Base,
+    checkpoint: Checkpoint,
     model: Sequence[Path],
     train: Sequence[PreferenceGroup],
     held_out: Sequence[PreferenceGroup],
     resume: Path | None,
     world: World,
 ) -> dict[str, Any]:
-    """What the stage begins with, for its checkpoints; rank 0 finds out and compares.
+    """What the stage begins with, as its checkpoints store it; computed and compared by rank 0.
 
-    `model` are the folders that the starting model is made of, `flags` those of config.json. Raises
-    UsageError when the checkpoint `resume` was begun with something else, unless
-    `allow_changed_data` is among the flags: then what differs is said, and kept under "changes".
+    `model`: the folders of the starting model. `flags`: those of config.json. Raises UsageError
+    when the stage of checkpoint `resume` began with something else, unless the flags allow changed
+    data: then the differences are printed and stored under "changes".
     """
 
     def find() -> dict[str, Any]:
         now = {
-            "training data": data_facts(train),
-            "held-out data": data_facts(held_out),
-            "starting model": {"path": str(model[0]), "digest": files_digest(model)},
-            "tokenizer": {"digest": _tokenizer_digest(base)},
-            "image processor": {"digest": _processor_digest(base)},
+            "training data": digest_data(train),
+            "held-out data": digest_data(held_out),
+            "starting model": {"path": str(model[0]), "digest": digest_models(model)},
+            "tokenizer": {"digest": _digest_tokenizer(checkpoint)},
+            "image processor": {"digest": _digest_processor(checkpoint)},
             "flags": dict(flags),
             "changes": [],
         }
@@ -66,27 +65,27 @@ def checked_start(
         then = read_state(resume).get(BEGUN_WITH)
         if then is None:
             print(
-                f"{stage}: {resume} was written by an earlier version: whether data, starting "
-                "model and tokenizer are those that it was begun with cannot be checked"
+                f"{stage}: {resume} was written by an earlier version: data, starting model and "
+                "tokenizer cannot be compared with those of its start"
             )
             return now
         check_flags(resume, then["flags"], flags)
-        changes = differences(then, now)
+        changes = list_differences(then, now)
         if changes and not flags["allow_changed_data"]:
             raise UsageError(
-                f"{resume} was begun with something else than this run has: {'; '.join(changes)}. "
-                "Resume with what it was begun with, start again in another --output_dir, or go on "
-                "all the same by --allow_changed_data true"
+                f"{resume} began with other inputs than this run has: {'; '.join(changes)}. Resume "
+                "with the same inputs, start again in another --output_dir, or continue anyway "
+                "with --allow_changed_data true"
             )
         if changes:
-            print(f"{stage}: goes on from {resume.name} with changes: {'; '.join(changes)}")
+            print(f"{stage}: continues from {resume.name} with changes: {'; '.join(changes)}")
         return now | {"changes": [*then["changes"], *changes]}
 
     return world.on_main(find)
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two stages' beginnings, in words."""
+def list_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences between two beginnings of a stage, as text."""
     found = []
     for name in ("training data", "held-out data"):
         before, after = then[name], now[name]
@@ -109,11 +108,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def data_facts(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
-    """How many samples there are, and digests of them in their order and in any order.
+def digest_data(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
+    """The number of samples, and digests of them in order and in any order.
 
-    An image counts by its path and its size, up to `MANY_IMAGES` of them, evenly spread, by their
-    first bytes, too (opening 200,000 radiographs takes longer than starting a run should).
+    Images count by path and size; up to `MANY_IMAGES` of them, evenly spread, also by their first
+    bytes (opening 200,000 radiographs would delay the start too long).
     """
     shown = images_of(groups)
     stride = -(-len(shown) // MANY_IMAGES) or 1
@@ -134,12 +133,14 @@ def data_facts(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     }
 
 
-def _tokenizer_digest(base: Base) -> str:
-    tokenizer: Any = base.tokenizer
+def _digest_tokenizer(checkpoint: Checkpoint) -> str:
+    tokenizer: Any = checkpoint.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest([json_bytes([whole, tokenizer.chat_template])])
 
 
-def _processor_digest(base: Base) -> str:
-    return digest([json_bytes(base.images.processor.to_dict() if base.images else None)])
+def _digest_processor(checkpoint: Checkpoint) -> str:
+    return digest(
+        [json_bytes(checkpoint.images.processor.to_dict() if checkpoint.images else None)]
+    )

@@ -1,5 +1,4 @@
-"""Digests that tell data and models from one another, for the cache of reference log-probs and for
-a run that is resumed."""
+"""Digests of data and models, for the cache of reference log-probs and for resumed runs."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
     from cpo_fast.model.packed import PackedModel
 
-IMAGE_HEAD = 65536  # bytes of an image file that tell it from another, with its size
-# Parts of a configuration that say where a model came from or how it runs, not what it computes.
+IMAGE_HEAD = 65536  # bytes of an image file that are hashed, besides its size
+# Parts of a configuration that do not change what the model computes.
 INCIDENTAL = {
     *("transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"),
     *("base_model_name_or_path", "peft_version"),  # of an adapter
@@ -48,13 +47,13 @@ def data_bytes(groups: Sequence[PreferenceGroup]) -> Iterator[bytes]:
 
 
 def images_of(groups: Sequence[PreferenceGroup]) -> list[ImageRef]:
-    """Every image once, in the order in which the groups show them."""
+    """Every image once, in the order of the groups."""
     prompts = (prompt for group in groups for prompt in group.prompts)
     return list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
 
 
 def group_bytes(group: PreferenceGroup, images: Mapping[ImageRef, bytes]) -> Iterator[bytes]:
-    """Tokens of prompts and answers, and the bytes that `images` has for each image."""
+    """Tokens of prompts and answers, and `images[image]` for each image."""
 
     def prompt_bytes(prompt: Prompt) -> Iterator[bytes]:
         yield token_bytes(prompt.input_ids)
@@ -84,13 +83,13 @@ def image_bytes(image: ImageRef, head_bytes: int = IMAGE_HEAD) -> bytes:
         with (Path(image.root) / image.path).open("rb") as file:
             head = file.read(head_bytes)
             size = file.seek(0, os.SEEK_END)
-    except OSError:  # the feed lists it as missing
+    except OSError:  # the feed rejects it as missing
         head, size = b"", -1
     return hashlib.sha256(f"{image.path}\n{size}\n".encode() + head).digest()
 
 
 def model_bytes(model: PackedModel, adapters_off: bool) -> Iterator[Buffer]:
-    """Configuration and weights, under the names that they have without peft."""
+    """Configuration and weights, under their names without peft."""
     whole: Any = model.model
     yield json_bytes(essential(whole.config.to_dict()))
     named = [(n, p) for n, p in whole.named_parameters() if not (adapters_off and "lora_" in n)]
@@ -111,14 +110,14 @@ def essential(config: Any) -> Any:
     return config
 
 
-def files_digest(folders: Sequence[Path]) -> str:
-    """Weights and configuration of the models in these folders, by their files.
+def digest_models(folders: Sequence[Path]) -> str:
+    """Digest of the weight and configuration files of the models in these folders.
 
-    The weights are read whole, several files at a time: a stage reads them anyway when it begins.
+    The weights are read whole, several files at a time; a stage reads them anyway.
     """
     weights = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
-        sums = list(pool.map(file_digest, weights))
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
+        sums = list(pool.map(digest_file, weights))
     found: list[Any] = [[path.name, total] for path, total in zip(weights, sums, strict=True)]
     for folder in folders:
         for name in ("config.json", "adapter_config.json"):
@@ -128,7 +127,7 @@ def files_digest(folders: Sequence[Path]) -> str:
     return digest([json_bytes(found)])
 
 
-def file_digest(path: Path) -> str:
+def digest_file(path: Path) -> str:
     """SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

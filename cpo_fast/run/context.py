@@ -1,0 +1,41 @@
+"""The wiring of one run: what its steps share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from cpo_fast.model.checkpoint import Checkpoint
+from cpo_fast.run.arguments import TrainArguments
+from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.training.distributed import World
+from cpo_fast.training.interrupt import StopRequest
+
+
+@dataclass
+class RunContext:
+    """Flags, processes, folder, starting checkpoint and stop request of a run."""
+
+    args: TrainArguments
+    world: World = field(default_factory=World)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def __post_init__(self) -> None:
+        self.folder = RunFolder(self.args, self.world)
+        self._checkpoint: Checkpoint | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the first stage starts from; set once it is known."""
+        assert self._checkpoint is not None, "the starting checkpoint is not open yet"
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model weights."""
+        return torch.bfloat16 if self.args.bf16 else torch.float32
