@@ -13,11 +13,13 @@ import pytest
 from cpo_fast.data import open_preferences
 from cpo_fast.data.patients import patients_of
 from cpo_fast.errors import UsageError
+from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.run.arguments import TrainArguments, parse_arguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts, build_texts, read_corpus
 from cpo_fast.run.samples import tokenise
 from cpo_fast.run.split import Split, split_by_question
+from cpo_fast.testing.samples import tokenizer
 from cpo_fast.types import ImageRef, Preference
 from tests.data.samples import dicom
 
