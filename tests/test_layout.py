@@ -55,6 +55,18 @@ def test_a_stage_imports_earlier_stages_only(stage: str) -> None:
         assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 
 
+def test_the_training_loop_knows_no_run() -> None:
+    for path in (ROOT / "cpo_fast" / "training").rglob("*.py"):
+        assert "cpo_fast.run" not in path.read_text(encoding="utf-8"), path.name
+
+
+@pytest.mark.parametrize("folder", ["evaluation", "loss", "model", "packing", "training"])
+def test_lower_layers_name_no_command_line_flag(folder: str) -> None:
+    for path in (ROOT / "cpo_fast" / folder).rglob("*.py"):
+        named = re.findall(r"(?<![\w-])--[a-z]\w+", path.read_text(encoding="utf-8"))
+        assert not named, f"{path.relative_to(ROOT)} names {named}"
+
+
 def test_a_number_and_its_noun_agree() -> None:
     assert counted(1, "step") == "1 step" and counted(0, "step") == "0 steps"
     assert counted(1, "study", "studies") == "1 study"

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from cpo_fast.concepts import load_graph
 from cpo_fast.concepts.graph import DEFAULT_GRAPH
 from cpo_fast.counterfactual import (
-    counterfactuals,
-    place_images,
     build_preference,
     build_sft_preference,
+    counterfactuals,
+    place_images,
     study_labels,
 )
 from cpo_fast.counterfactual.perception import (
@@ -156,7 +156,9 @@ def build_texts(run: RunContext, corpus: Corpus) -> Texts:
     for one in texts.counterfactuals:
         of_study.setdefault(one.study_id, []).append(one)
     for split, studies in corpus.studies.items():
-        texts.sft[split] = [build_sft_preference(s, uncertain=args.uncertain_labels) for s in studies]
+        texts.sft[split] = [
+            build_sft_preference(s, uncertain=args.uncertain_labels) for s in studies
+        ]
         texts.cpo[split] = [
             pair_study(args, study, of_study[study.study_id], home)
             for study in studies

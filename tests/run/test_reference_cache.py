@@ -124,7 +124,7 @@ def test_another_key_is_refused(tmp_path: Path, part: str) -> None:
         weight.data[5, 7] += 1e-3
     elif part == "tokenizer":
         stand_in = SimpleNamespace(get_vocab=lambda: {"a": 0}, chat_template="")
-        other.base = replace(other.base, tokenizer=stand_in)
+        other.checkpoint = replace(other.checkpoint, tokenizer=stand_in)
     else:
         other.model.attention = "sdpa"
     with pytest.raises(UsageError, match=f"other {part} than"):

@@ -21,7 +21,7 @@ from cpo_fast.packing.readable import readable
 from cpo_fast.phantom import write_phantom
 from cpo_fast.run.arguments import TrainArguments, parse_arguments
 from cpo_fast.run.context import RunContext
-from cpo_fast.run.evaluation import compare_held_out
+from cpo_fast.run.evaluation import compare_held_out, evaluate_run
 from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.run.stages import add_reference_logps
 from cpo_fast.testing.samples import image, images, preference, tokenizer, vision_language_model
@@ -187,14 +187,16 @@ def test_test_studies_without_image_are_left_out_for_all_models(tmp_path: Path) 
                             "--model_name_or_path", str(tmp_path / "m"), "--max_pixels", "3136",
                             "--max_new_tokens", "2", "--dataloader_num_workers", "0",
                             "--stages", "graph,counterfactual,evaluate"])  # fmt: skip
-    args, folder, corpus, texts, base, samples = train.prepare(args, World())
+    run, *parts = train.prepare(args, World())
+    corpus = parts[0]
     tested = corpus.studies["test"]
     (data / tested[0].images[0].path).unlink()
-    train.evaluate(args, folder, corpus, samples, texts, base)
-    assert folder.summary["evaluation"]["studies"] == len(tested) - 1 > 0
-    (record,) = (r for r in listed(folder) if r.get("stage") == "evaluate")
+    assert evaluate_run(run, *parts)["studies"] == len(tested) - 1 > 0
+    (record,) = (r for r in listed(run.folder) if r.get("stage") == "evaluate")
     assert (record["id"], record["reason"]) == (tested[0].study_id, "image-missing")
     for study in tested[1:]:
         (data / study.images[0].path).unlink()
-    with pytest.raises(DataError, match=r"no test sample of \d+ studies could be read"):
-        train.evaluate(args, folder, corpus, samples, texts, base)
+    with pytest.raises(
+        DataError, match=r"no sample could be read: an image fails in each of \d+ studies"
+    ):
+        evaluate_run(run, *parts)
