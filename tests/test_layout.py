@@ -60,7 +60,7 @@ def test_the_training_loop_knows_no_run() -> None:
         assert "cpo_fast.run" not in path.read_text(encoding="utf-8"), path.name
 
 
-@pytest.mark.parametrize("folder", ["evaluation", "loss", "model", "packing", "training"])
+@pytest.mark.parametrize("folder", ["evaluation", "training"])
 def test_lower_layers_name_no_command_line_flag(folder: str) -> None:
     for path in (ROOT / "cpo_fast" / folder).rglob("*.py"):
         named = re.findall(r"(?<![\w-])--[a-z]\w+", path.read_text(encoding="utf-8"))
