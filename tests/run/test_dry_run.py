@@ -92,13 +92,12 @@ def test_one_is_singular() -> None:
     ones = dict.fromkeys(("steps", "steps_per_epoch", "samples", "packs", "physical_tokens",
                           "longest_pack", "timed_packs", "timed_tokens", "seconds"), 1)  # fmt: skip
     plan = ones | {"memory": dict.fromkeys(("weights", "gradients", "optimizer", "peak"), 1)}
-    args = parse_arguments(["--dataset", "d", "--output_dir", "o", "--packing_length", "10"])
-    first, _, last = _format_plan(args, "cpo", plan)
+    first, _, last = _format_plan(10, "cpo", plan)
     assert first == ("cpo: 1 step (1 an epoch), 1 pair, 1 pack, 1 token; on average 10% of "
                      "--packing_length 10 is filled, the longest pack has 1 token")  # fmt: skip
     assert "from 1 timed pack of 1 token in all" in last
     assert (
-        _format_plan(args, "sft", plan | {"samples": 2})[0]
+        _format_plan(10, "sft", plan | {"samples": 2})[0]
         .split("; ")[0]
         .endswith("2 samples, 1 pack, 1 token")
     )

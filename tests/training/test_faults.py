@@ -137,7 +137,7 @@ def test_workers_that_keep_dying_stop_the_run(
     monkeypatch.setattr(feed, "DEATHS", 0)
     monkeypatch.setattr(StepFeed, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert train(data, tmp_path / "run", "--dataloader_num_workers", "1") == 1
-    assert "lower --dataloader_num_workers" in capsys.readouterr().err
+    assert "Lower --dataloader_num_workers" in capsys.readouterr().err
 
 
 def test_a_batch_that_is_no_number_is_set_aside_and_the_run_goes_on(
