@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.training.feed import step_loader
+from cpo_fast.training.feed import load_steps
 
 WORKERS = TrainArguments.dataloader_num_workers
 ENDLESS = 1_000_000
@@ -32,4 +32,4 @@ class Cycle:
 def ahead(make: Callable[[Any], Any], parts: Sequence[Any], device: torch.device) -> Iterator[Any]:
     """Batches without end: by WORKERS processes for a GPU, for a CPU each when it is asked for."""
     workers = WORKERS if device.type == "cuda" else 0
-    return step_loader(Cycle(make, parts), num_workers=workers)
+    return load_steps(Cycle(make, parts), num_workers=workers)

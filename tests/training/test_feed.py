@@ -13,7 +13,7 @@ import torch
 from cpo_fast.errors import RecordError
 from cpo_fast.packing import encode_all, image_token_id, plan_epoch
 from cpo_fast.testing.samples import image, images, preference, tokenizer
-from cpo_fast.training.feed import StepFeed, step_loader
+from cpo_fast.training.feed import StepFeed, load_steps
 
 STUDIES = 8
 
@@ -45,8 +45,8 @@ def feed(tmp_path):
 
 
 def test_workers_change_nothing(feed):
-    alone = list(step_loader(feed, num_workers=0))
-    ahead = list(step_loader(feed, num_workers=2))
+    alone = list(load_steps(feed, num_workers=0))
+    ahead = list(load_steps(feed, num_workers=2))
     assert len(alone) == len(ahead) == STUDIES
     for mine, theirs in zip(alone, ahead, strict=True):
         assert mine.rejected == theirs.rejected
@@ -58,7 +58,7 @@ def test_workers_change_nothing(feed):
 
 
 def test_images_are_decoded_ahead_in_other_processes(feed):
-    steps = step_loader(feed, num_workers=1)
+    steps = load_steps(feed, num_workers=1)
     next(steps)  # one step is computed meanwhile
     deadline = time.monotonic() + 60
     while len(feed.pixels.lines()) < 3 and time.monotonic() < deadline:
@@ -72,7 +72,7 @@ def test_images_are_decoded_ahead_in_other_processes(feed):
 
 def test_a_loader_starts_where_it_is_told(feed):
     def rows(**options):
-        return [[b.input_ids for b in step.batches] for step in step_loader(feed, **options)]
+        return [[b.input_ids for b in step.batches] for step in load_steps(feed, **options)]
 
     want, got = rows(num_workers=0)[5:], rows(num_workers=1, start=5)
     for mine, theirs in zip(got, want, strict=True):

@@ -7,7 +7,7 @@ import sys
 
 CODE = """
 from torch.utils.data import Dataset
-from cpo_fast.training.feed import step_loader
+from cpo_fast.training.feed import load_steps
 
 class Feed(Dataset):
     def __len__(self):
@@ -15,7 +15,7 @@ class Feed(Dataset):
     def __getitem__(self, index):
         return index
 
-steps = step_loader(Feed(), num_workers=1)
+steps = load_steps(Feed(), num_workers=1)
 assert next(steps) == 0
 raise RuntimeError("the loop broke")
 """

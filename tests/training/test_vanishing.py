@@ -196,7 +196,5 @@ def test_test_studies_without_image_are_left_out_for_all_models(tmp_path: Path) 
     assert (record["id"], record["reason"]) == (tested[0].study_id, "image-missing")
     for study in tested[1:]:
         (data / study.images[0].path).unlink()
-    with pytest.raises(
-        DataError, match=r"an image fails in each of \d+ studies"
-    ):
+    with pytest.raises(DataError, match=r"an image fails in each of \d+ studies"):
         evaluate_run(run, *parts)
