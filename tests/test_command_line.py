@@ -228,6 +228,8 @@ def test_the_help_of_train_is_in_sections_and_short() -> None:
     assert positions == sorted(positions)
     names = {f.name for f in fields(TrainArguments)}
     assert set(SECTIONS.values()) <= names
+    first = text[text.index("\nmost used:") : text.index("\ndata:")]
+    assert first.count("\n  --") == 10  # with --config
     for name in names:
         assert text.count(f"\n  --{name} ") == 1, name
     assert "\n  --no_" not in text

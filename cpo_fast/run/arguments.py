@@ -31,28 +31,29 @@ def _flag(default: Any, text: str, metavar: str | None = None) -> Any:
 class TrainArguments:
     """One run: data, model, both training stages, evaluation and report."""
 
+    dataset: str = _flag(
+        "phantom", "MIMIC-CXR folder, preference file, 'open-i' or 'phantom'", "DATA"
+    )
+    model_name_or_path: str = _flag(
+        "tiny", "folder of a model or adapter, or 'tiny' (small, random)", "PATH"
+    )
+    output_dir: str = _flag("runs/cpo", "folder of all results (mode 0700)", "PATH")
     preset: str = _flag(
         "default",
         "base settings; flags override. paper: arXiv 2505.13081; lowmem: bf16, gradient "
         "checkpointing, cached reference, vision tower frozen in SFT, max_length 2048, images of "
         "at most 512 x 512, packs of 1024 tokens",
     )
-    output_dir: str = _flag("runs/cpo", "folder of all results (mode 0700)", "PATH")
-    overwrite_output_dir: bool = _flag(False, "delete earlier checkpoints in output_dir")
     stages: str = _flag(
         ",".join(STAGES),
         "comma-separated stages to run; results of the others are read from output_dir",
         "NAMES",
     )
-    seed: int = _flag(42, "random seed")
-    dry_run: bool = _flag(False, "print the plan with memory and time; write nothing")
-    print_example: bool = _flag(
-        False, "print one counterfactual (it contains text of a real report)"
-    )
+    beta: float = _flag(0.1, "scale of the log-ratios to the reference model")
+    learning_rate: float = _flag(2e-5, "peak learning rate of CPO")
+    num_train_epochs: float = _flag(1.0, "epochs of CPO")
+    bf16: bool = _flag(False, "bfloat16 model weights; LoRA and its optimiser stay float32")
 
-    dataset: str = _flag(
-        "phantom", "MIMIC-CXR folder, preference file, 'open-i' or 'phantom'", "DATA"
-    )
     dataset_format: str = _flag("auto", "format of the data (auto: detected automatically)", "NAME")
     image_root: str | None = _flag(None, "folder of the images if not in the data set", "PATH")
     sections: str = _flag("careful", "parser of report sections (authors: the paper's rule)")
@@ -66,6 +67,20 @@ class TrainArguments:
     max_eval_samples: int | None = _flag(None, "limit of evaluated studies and pairs")
     max_bad_fraction: float = _flag(0.05, "stop if more than this share of records is set aside")
 
+    sft_checkpoint: str | None = _flag(
+        None, "model, adapter or SFT stage to start CPO from", "PATH"
+    )
+    lora_r: int = _flag(8, "LoRA rank")
+    lora_alpha: int = _flag(32, "LoRA alpha")
+    lora_dropout: float = _flag(0.1, "LoRA dropout")
+    lora_target_modules: str = _flag(
+        "all-linear", "comma-separated module names, or all-linear", "NAMES"
+    )
+    attn_implementation: str = _flag("auto", "attention of packs (varlen, flex: CUDA only)", "NAME")
+    gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass")
+    torch_compile: bool = _flag(False, "compile the decoder layers (takes about a minute)")
+    fsdp: bool = _flag(False, "shard full tuning over the processes (FSDP2)")
+
     concept_graph: str | None = _flag(
         None, "concept graph in JSON (default: the package's)", "PATH"
     )
@@ -77,29 +92,27 @@ class TrainArguments:
     )
     num_targets: int = _flag(2, "target diseases per study")
     rejected_answer: str = _flag("target", "findings named in rejected answers")
-
-    model_name_or_path: str = _flag(
-        "tiny", "folder of a model or adapter, or 'tiny' (small, random)", "PATH"
+    print_example: bool = _flag(
+        False, "print one counterfactual (it contains text of a real report)"
     )
-    sft_checkpoint: str | None = _flag(
-        None, "model, adapter or SFT stage to start CPO from", "PATH"
-    )
-    freeze_vit: bool = _flag(True, "freeze the vision tower in CPO; --no_freeze_vit trains it")
-    sft_freeze_vit: bool = _flag(False, "freeze the vision tower in SFT")
 
-    use_peft: bool = _flag(True, "train LoRA adapters in CPO; --no_use_peft trains all weights")
     sft_use_peft: bool = _flag(
         True, "train LoRA adapters in SFT; --no_sft_use_peft trains all weights"
     )
-    lora_r: int = _flag(8, "LoRA rank")
-    lora_alpha: int = _flag(32, "LoRA alpha")
-    lora_dropout: float = _flag(0.1, "LoRA dropout")
-    lora_target_modules: str = _flag(
-        "all-linear", "comma-separated module names, or all-linear", "NAMES"
+    sft_freeze_vit: bool = _flag(False, "freeze the vision tower in SFT")
+    sft_learning_rate: float = _flag(1e-4, "peak learning rate of SFT")
+    sft_num_train_epochs: float = _flag(1.0, "epochs of SFT")
+    sft_max_steps: int = _flag(-1, "optimiser steps of SFT; -1: by --sft_num_train_epochs")
+    sft_per_device_train_batch_size: int = _flag(15, "samples per device and batch in SFT")
+    sft_gradient_accumulation_steps: int = _flag(16, "batches per optimiser step of SFT")
+    sft_lr_scheduler_type: str | None = _flag(
+        None, "schedule of SFT (default: --lr_scheduler_type)", "SCHEDULE"
     )
+    sft_lr_scheduler_kwargs: str | None = _flag(None, "options of --sft_lr_scheduler_type", "JSON")
+    sft_warmup_ratio: float = _flag(0.05, "share of warm-up steps in SFT")
+    sft_metric_for_best_model: str | None = _flag(None, "the same for SFT: loss", "METRIC")
 
     loss_type: str = _flag("sigmoid", "loss on the pairs (sigmoid: DPO)", "NAME")
-    beta: float = _flag(0.1, "scale of the log-ratios to the reference model")
     label_smoothing: float = _flag(0.0, "only for losses that support it")
     rpo_alpha: float = _flag(0.0, "weight of the NLL of chosen answers")
     thinking_weight: float = _flag(1.0, "weight of pairs with another text; 0: not used")
@@ -109,6 +122,32 @@ class TrainArguments:
     )
     precompute_ref_log_probs: bool = _flag(
         False, "score the reference once before CPO; saves memory"
+    )
+    loss_impl: str | None = _flag(None, "implementation of the loss (default: the fastest)", "NAME")
+    use_peft: bool = _flag(True, "train LoRA adapters in CPO; --no_use_peft trains all weights")
+    freeze_vit: bool = _flag(True, "freeze the vision tower in CPO; --no_freeze_vit trains it")
+    max_steps: int = _flag(-1, "optimiser steps of CPO; -1: by --num_train_epochs")
+    per_device_train_batch_size: int = _flag(4, "pairs per device and batch in CPO")
+    gradient_accumulation_steps: int = _flag(8, "batches per optimiser step of CPO")
+    lr_scheduler_type: str = _flag("cosine", "learning-rate schedule of transformers", "NAME")
+    lr_scheduler_kwargs: str | None = _flag(
+        None, """options of the schedule, e.g. '{"min_lr": 1e-7}'""", "JSON"
+    )
+    warmup_ratio: float = _flag(0.0, "share of warm-up steps in CPO")
+    metric_for_best_model: str | None = _flag(
+        None,
+        "held-out metric of CPO (loss, rewards/margins, ...) that saves each new best",
+        "METRIC",
+    )
+
+    weight_decay: float = _flag(0.05, "AdamW weight decay")
+    adam_beta1: float = _flag(0.9, "AdamW beta 1")
+    adam_beta2: float = _flag(0.98, "AdamW beta 2")
+    max_grad_norm: float = _flag(1.0, "gradient clipping norm; 0: off")
+    max_nonfinite_steps: int = _flag(3, "stop after N non-finite steps in a row")
+    eval_steps: int = _flag(0, "held-out loss and rewards every N steps; 0: at the end")
+    load_best_model_at_end: bool = _flag(
+        False, "end with the best checkpoint instead of the last (default metric: loss)"
     )
 
     max_length: int = _flag(
@@ -126,68 +165,27 @@ class TrainArguments:
         False, "make each pair its own sample, in the paper's order (prompts are not shared)"
     )
 
-    learning_rate: float = _flag(2e-5, "peak learning rate of CPO")
-    sft_learning_rate: float = _flag(1e-4, "peak learning rate of SFT")
-    num_train_epochs: float = _flag(1.0, "epochs of CPO")
-    sft_num_train_epochs: float = _flag(1.0, "epochs of SFT")
-    max_steps: int = _flag(-1, "optimiser steps of CPO; -1: by --num_train_epochs")
-    sft_max_steps: int = _flag(-1, "optimiser steps of SFT; -1: by --sft_num_train_epochs")
-    per_device_train_batch_size: int = _flag(4, "pairs per device and batch in CPO")
-    sft_per_device_train_batch_size: int = _flag(15, "samples per device and batch in SFT")
-    gradient_accumulation_steps: int = _flag(8, "batches per optimiser step of CPO")
-    sft_gradient_accumulation_steps: int = _flag(16, "batches per optimiser step of SFT")
-    lr_scheduler_type: str = _flag("cosine", "learning-rate schedule of transformers", "NAME")
-    sft_lr_scheduler_type: str | None = _flag(
-        None, "schedule of SFT (default: --lr_scheduler_type)", "SCHEDULE"
-    )
-    lr_scheduler_kwargs: str | None = _flag(
-        None, """options of the schedule, e.g. '{"min_lr": 1e-7}'""", "JSON"
-    )
-    sft_lr_scheduler_kwargs: str | None = _flag(None, "options of --sft_lr_scheduler_type", "JSON")
-    warmup_ratio: float = _flag(0.0, "share of warm-up steps in CPO")
-    sft_warmup_ratio: float = _flag(0.05, "share of warm-up steps in SFT")
-    weight_decay: float = _flag(0.05, "AdamW weight decay")
-    adam_beta1: float = _flag(0.9, "AdamW beta 1")
-    adam_beta2: float = _flag(0.98, "AdamW beta 2")
-    max_grad_norm: float = _flag(1.0, "gradient clipping norm; 0: off")
-    max_nonfinite_steps: int = _flag(3, "stop after N non-finite steps in a row")
-
-    eval_steps: int = _flag(0, "held-out loss and rewards every N steps; 0: at the end")
-    metric_for_best_model: str | None = _flag(
-        None,
-        "held-out metric of CPO (loss, rewards/margins, ...) that saves each new best",
-        "METRIC",
-    )
-    sft_metric_for_best_model: str | None = _flag(None, "the same for SFT: loss", "METRIC")
-    load_best_model_at_end: bool = _flag(
-        False, "end with the best checkpoint instead of the last (default metric: loss)"
-    )
-    max_new_tokens: int = _flag(256, "longest generated answer in tokens")
-    eval_batch_size: int = _flag(64, "studies per generation batch")
-    num_examples: int = _flag(4, "example studies in the report")
-
-    save_steps: int = _flag(100, "save a checkpoint every N steps; 0: only at the end")
-    save_total_limit: int = _flag(2, "keep the last N checkpoints per stage; 0: all")
+    overwrite_output_dir: bool = _flag(False, "delete earlier checkpoints in output_dir")
+    seed: int = _flag(42, "random seed")
+    dry_run: bool = _flag(False, "print the plan with memory and time; write nothing")
     resume_from_checkpoint: str | None = _flag(
         None, "resume from a checkpoint folder, or 'auto': the last one in output_dir", "PATH"
     )
     allow_changed_data: bool = _flag(
         False, "resume although the data or the starting model changed"
     )
+    save_steps: int = _flag(100, "save a checkpoint every N steps; 0: only at the end")
+    save_total_limit: int = _flag(2, "keep the last N checkpoints per stage; 0: all")
     logging_steps: int = _flag(1, "log every N steps")
     report_to: str = _flag(
         "none", "comma-separated trackers: tensorboard, wandb, trackio, mlflow", "NAMES"
     )
-
-    bf16: bool = _flag(False, "bfloat16 model weights; LoRA and its optimiser stay float32")
-    gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass")
-    torch_compile: bool = _flag(False, "compile the decoder layers (takes about a minute)")
-    fsdp: bool = _flag(False, "shard full tuning over the processes (FSDP2)")
-    attn_implementation: str = _flag("auto", "attention of packs (varlen, flex: CUDA only)", "NAME")
-    loss_impl: str | None = _flag(None, "implementation of the loss (default: the fastest)", "NAME")
+    max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")
     dataloader_num_workers: int = _flag(2, "processes that prepare batches")
     ddp_timeout: int = _flag(1800, "seconds that processes wait for one another")
-    max_minutes: float | None = _flag(None, "save and stop after this time (exit status 3)")
+    max_new_tokens: int = _flag(256, "longest generated answer in tokens")
+    eval_batch_size: int = _flag(64, "studies per generation batch")
+    num_examples: int = _flag(4, "example studies in the report")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -258,19 +256,17 @@ OWN_OF_SFT = (
 """Stage settings that SFT has flags of its own for, with the prefix `sft_`."""
 
 SECTIONS = {
-    "run": "preset",
-    "data": "dataset",
+    "most used": "dataset",
+    "data": "dataset_format",
+    "model": "sft_checkpoint",
     "counterfactuals": "concept_graph",
-    "model": "model_name_or_path",
-    "LoRA": "use_peft",
-    "loss": "loss_type",
-    "sequence length and packing": "max_length",
-    "optimisation": "learning_rate",
-    "evaluation": "eval_steps",
-    "checkpoints and logging": "save_steps",
-    "system": "bf16",
+    "SFT": "sft_use_peft",
+    "CPO": "loss_type",
+    "SFT and CPO": "weight_decay",
+    "packing": "max_length",
+    "run": "overwrite_output_dir",
 }
-"""Sections of the help by their first flag; each ends where the next one begins."""
+"""Sections of the help by their first flag; each ends before the next."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
