@@ -1,4 +1,4 @@
-"""A sentence as clauses, and what its clauses have in common: verbs, lists, sides."""
+"""Clauses of a sentence, and patterns that clauses share: verbs, list items, sides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SEEN = (
     r"\b(?:seen|identified|noted|visuali[sz]ed|present|evident|appreciated|demonstrated|detected|"
     r"observed|suspected|visible|apparent|found)\b"
 )
-"""Predicates that a denied list and an assertion end with alike."""
+"""Predicates that can end both a denied list and an assertion."""
 _PREDICATE = re.compile(
     rf"\b(?:{VERB}|has|have|shows?|demonstrates?|normal|clear|unremarkable|seen|noted|present|"
     r"represents?|midline|intact|enlarged|stable|unchanged)\b"
@@ -18,7 +18,7 @@ _ASIDE = (
     r"(?:an? )?(?:\w+ )?(?:redemonstration|tortuo\w+|unfolding|ectasia|ectatic|atheroscl\w+|"
     r"calcif\w+|prominent|sternotomy|postoperative|granuloma\w*)\b"
 )
-"""A finding told in passing behind "with": it stays when what stands before it goes."""
+"""An incidental finding after "with": kept when the text before it is dropped."""
 _CONNECTOR = re.compile(
     r"\s*;\s+|,?\s+(?:but|however|although|though|while|whereas)\s+|"
     r",?\s+(?:and|with)\s+(?=(?:there (?:is|are)|no|without|(?:grossly )?clear|normal)\b)|"
@@ -29,7 +29,7 @@ _CONNECTOR = re.compile(
     r",\s+(?=(?:no|without|negative for|the lungs|lungs|there (?:is|are))\b)|"
     r"\s+(?=(?:without|w/o)\b)|"
     r"\s+(?=(?:The (?:lungs|heart|cardi|mediastin)|Lungs|Heart|There (?:is|are)|"
-    r"No )\b)"  # a lost full stop
+    r"No )\b)"  # a missing full stop
 )
 ITEM = re.compile(r"\s*,\s*(?:and/or|and|or|nor)\s+|\s*,\s*|\s+(?:and/or|and|or|nor)\s+")
 FRAGMENT = re.compile(
@@ -50,8 +50,8 @@ _SIDE = re.compile(r"\b(right|left|bilateral\w*|both|bibasilar|bi)\b")
 
 
 def split_clauses(body: str) -> list[tuple[str, str]]:
-    """[(connector before, clause)]; a coordinator cuts only between two parts that say
-    something."""
+    """[(connector before, clause)]. A coordinator separates clauses only if both sides make a
+    statement."""
     out: list[tuple[str, str]] = []
     start, connector = 0, ""
     for match in _CONNECTOR.finditer(body):
@@ -72,7 +72,7 @@ def split_clauses(body: str) -> list[tuple[str, str]]:
 
 
 def find_sides(text: str) -> frozenset[str]:
-    """The sides of the body that a lower-case text names."""
+    """Sides of the body named in lower-case `text`."""
     found: set[str] = set()
     for word in _SIDE.findall(text):
         found.update((word,) if word in ("right", "left") else ("right", "left"))

@@ -1,4 +1,4 @@
-"""Denials, plain ("no pneumothorax or pleural effusion is seen") and by some word near a name."""
+"""Denials: plain ("no pneumothorax or pleural effusion is seen") or by a word near a finding."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ _DENIES_AFTER = re.compile(
 
 
 def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
-    """`clause`, a cue of negation and a list of items, without those that name the target."""
+    """Remove the items that name the target from `clause`, a negation cue (up to `cue_end`) and a
+    list."""
     rest = clause[cue_end:]
     tail_match = _TAIL.search(rest)
     tail = tail_match.group() if tail_match else ""
@@ -97,7 +98,8 @@ def edit_denial(clause: str, cue_end: int, lex: Lexicon) -> str:
 
 
 def _items(listed: str) -> tuple[list[str], list[str]]:
-    """(separators, items) of a list; a place ("and left lower lobe") is part of the item before."""
+    """(separators, items) of a list. A place ("and left lower lobe") belongs to the preceding
+    item."""
     separators: list[str] = []
     items: list[str] = []
     start, before = 0, ""
@@ -114,8 +116,8 @@ def _items(listed: str) -> tuple[list[str], list[str]]:
 
 
 def is_denied(lower: str, lex: Lexicon) -> bool:
-    """Whether a clause that is no plain denial still denies the target by some word near its
-    name; advice ("follow up to confirm clearing") does not."""
+    """Whether a clause other than a plain denial denies the target by a word near its name.
+    Advice ("follow up to confirm clearing") does not."""
     if _ADVICE.search(lower) or says_unchanged(lower):
         return False
     for match in lex.denied.finditer(lower):

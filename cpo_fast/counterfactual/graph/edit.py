@@ -1,9 +1,9 @@
-"""One sentence made fit to stand beside a target: kept as it is, trimmed, or dropped.
+"""Edit one sentence so that it is consistent with a target: keep it, trim it or drop it.
 
 A sentence is cut into clauses. A denial ("no pneumothorax or pleural effusion is seen") loses the
 items that name the target, a normal statement ("heart size and vascularity are normal") loses the
-subjects that the target contradicts, and a clause that asserts what the target excludes is
-dropped. Verbs are made to agree again. What can't be taken apart safely is dropped whole.
+subjects that the target contradicts, and a clause that asserts a finding excluded by the target is
+dropped. Verb agreement is then corrected. A clause that cannot be split safely is dropped whole.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _CLEAR_LUNGS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(\w+ed),?(?: but| and)? (?:grossly )?clear lungs\b", re.I), r"\1 lungs"),
     (re.compile(r",? (?:with|and) (?:grossly )?clear lungs\b", re.I), ""),
     (re.compile(r",? which are (?:grossly )?clear\b", re.I), ""),
-    (re.compile(r"(?<=normal) (?:the )?lungs are clear\b", re.I), ""),  # a lost full stop
+    (re.compile(r"(?<=normal) (?:the )?lungs are clear\b", re.I), ""),  # a missing full stop
     (re.compile(r"^(?:grossly )?clear,? (?=(?:hyper|hypo)\w+ lungs\b)", re.I), ""),
     (re.compile(r"^(?:grossly )?clear lungs with (?=heart|stable|normal|no|mild)", re.I), ""),
 )
-"""Ways to say in passing that the lungs are clear, and what is left without it."""
+"""(incidental statement that the lungs are clear, its replacement)."""
 _REST = re.compile(
     r"^(?:(?:they|lungs|the|which|is|are|but|otherwise|grossly|well|essentially|appear|remain|"
     r"both|still|also)\s+)*"
@@ -72,10 +72,10 @@ _NOT_MEANT = re.compile(r"\b(?:no|without|not)\b|\bsubcutaneous $")
 
 
 def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
-    """`sentence` (single spaces) as it may stand beside the target on the sides `where`; "" to
-    drop it.
+    """Edit `sentence` (single spaces) to be consistent with the target on the sides `where`.
 
-    Gives the very same string where nothing has to change.
+    Returns the same string if no change is needed, "" if the sentence is dropped. Raises
+    AmbiguousError if the part to be edited can be read both ways.
     """
     if not _needs_editing(sentence.lower(), lex):
         return sentence
@@ -103,7 +103,7 @@ def edit_sentence(sentence: str, lex: Lexicon, where: frozenset[str]) -> str:
         context += " " + part.text.lower()
         if new != part.text and part.unsure:
             raise AmbiguousError
-        if dropped and _REST.match(new.lower()):  # "and clear", of what was dropped
+        if dropped and _REST.match(new.lower()):  # "and clear", which described the dropped clause
             new = ""
         dropped = new == ""
         changed = changed or new != part.text
@@ -128,16 +128,16 @@ def _cut_clauses(body: str) -> tuple[Part, ...]:
 def _edit_exemption(
     sentence: str, exemption: Exemption, end: str, lex: Lexicon, where: frozenset[str]
 ) -> str:
-    """A sentence with an exemption: what it exempts is asserted where the statement changes."""
+    """Edit a sentence with an exemption; if its statement changes, assert the exempted finding."""
     head = edit_sentence(exemption.head, lex, where)
     exempt = edit_sentence(exemption.exempt, lex, where)
     rest = edit_sentence(exemption.rest, lex, where) if exemption.rest else ""
     if (head, exempt, rest) == (exemption.head, exemption.exempt, exemption.rest):
         return sentence
-    told = assert_exempted(exempt, exemption.head) if exempt else ""
+    assertion = assert_exempted(exempt, exemption.head) if exempt else ""
     stop = end.strip()[:1] or "."
-    return f"{stop} ".join(capitalise(part) for part in (head, told, rest) if part) + (
-        end if head or told or rest else ""
+    return f"{stop} ".join(capitalise(part) for part in (head, assertion, rest) if part) + (
+        end if head or assertion or rest else ""
     )
 
 
@@ -172,18 +172,19 @@ def _assemble(kept: list[tuple[str, str]], body: str, *, dropped_head: bool) -> 
     for connector, clause in kept[1:]:
         goes_on = "and" in connector and clause.lower().startswith("without")
         if goes_on and "without" not in text.lower():
-            connector = " "  # what "and without" went on with is gone
+            connector = " "  # the clause that "and without" continued was dropped
         text += connector + clause
     return text
 
 
 def _is_hollow(clause: str) -> bool:
-    """Whether nothing is said: only connecting words are left."""
+    """Whether only connecting words are left."""
     return re.search(r"[a-z]{3,}", _FILLER.sub("", clause.lower())) is None
 
 
 def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str) -> str:
-    """`clause` without what contradicts the target; `context` is the sentence before it."""
+    """Remove what contradicts the target from `clause`; `context` is the preceding part of the
+    sentence."""
     lower = clause.lower()
     if _REST.match(lower) and "lung" in context:
         named = find_sides(context)
@@ -194,8 +195,8 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
         return _edit_quiet(clause, quiet.group("subject"), lex)
     cue = NEGATION.match(lower)
     if cue is not None and starts_unchanged(lower, cue.end()):
-        told = lex.excluded is not None and lex.excluded.search(lower)
-        return "" if told else clause
+        names_excluded = lex.excluded is not None and lex.excluded.search(lower)
+        return "" if names_excluded else clause
     if cue is not None:
         if _BONES.search(context) and not lex.denied.search(lower):
             return clause
@@ -217,8 +218,8 @@ def _edit_clause(clause: str, lex: Lexicon, where: frozenset[str], context: str)
 
 
 def _edit_quiet(clause: str, subject: str, lex: Lexicon) -> str:
-    """ "The lungs and pleural spaces show no acute abnormality": dropped for a disease of one of
-    them."""
+    """Edit "the lungs and pleural spaces show no acute abnormality": dropped if the target is a
+    disease of a named structure."""
     if _BONES.search(subject):
         return clause
     topics = {name for name, pattern in TOPICS if pattern.search(subject)}

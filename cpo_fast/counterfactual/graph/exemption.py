@@ -39,7 +39,7 @@ _OTHERWISE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Exemption:
-    """A statement (`head`), the finding that it exempts, and what the sentence says besides."""
+    """A statement (`head`), the finding it exempts, and the rest of the sentence."""
 
     head: str
     exempt: str
@@ -48,7 +48,7 @@ class Exemption:
 
 @lru_cache(maxsize=1 << 16)
 def find_exemption(body: str) -> Exemption | None:
-    """The exemption of a sentence without its full stop; None if it has none."""
+    """The exemption in a sentence (given without its full stop), or None."""
     match = _BEFORE.match(body)
     if match is not None:
         return Exemption(capitalise(match["head"]), match["tail"], "")
@@ -64,13 +64,13 @@ def find_exemption(body: str) -> Exemption | None:
 
 
 def drop_otherwise(body: str) -> str:
-    """`body` without an end that calls the lungs clear but for what it has just named."""
+    """Remove a trailing "otherwise clear lungs" or the like from `body`."""
     match = _OTHERWISE.search(body)
     return body[: match.start()] if match and match.start() else body
 
 
 def assert_exempted(exempt: str, head: str) -> str:
-    """An exempted finding as a sentence of its own, without the full stop."""
+    """State an exempted finding as a separate sentence, without the full stop."""
     if _VERB.search(exempt.lower()) or not _VERB.search(head.lower()):
         return capitalise(re.sub(r"^an? ", "", exempt) if not _VERB.search(exempt) else exempt)
     several = is_plural(re.split(r",| and ", exempt)[0])

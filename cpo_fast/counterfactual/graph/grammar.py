@@ -1,4 +1,4 @@
-"""English for edited sentences: series of items, number of nouns, verbs that agree."""
+"""English grammar of edited sentences: lists, grammatical number, verb agreement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SINGULAR_S = re.compile(
 
 
 def join_items(items: list[str], word: str, oxford: bool) -> str:
-    """A, B, or C: `items` joined by `word`, with a comma before it when `oxford`."""
+    """Join `items` with commas and `word`, preceded by a comma if `oxford`: "A, B, or C"."""
     if len(items) == 1:
         return items[0]
     if not word:
@@ -32,7 +32,7 @@ def is_plural(noun: str) -> bool:
 
 
 def agree_there(head: str, noun: str) -> str:
-    """`head`, "there is no" or "there are no", in agreement with the first noun after it."""
+    """Make "there is no" or "there are no" in `head` agree with the following `noun`."""
     if re.search(r"\b(?:evidence|suggestion|areas?|signs?|findings?)\b", head.lower()):
         return head
     wanted = "are" if is_plural(noun) else "is"
@@ -40,13 +40,13 @@ def agree_there(head: str, noun: str) -> str:
 
 
 def agree_tail(tail: str, items: list[str]) -> str:
-    """`tail`, "is seen" or "are seen", in agreement with the last of the items before it."""
+    """Make "is seen" or "are seen" in `tail` agree with the last of the preceding `items`."""
     wanted = "are" if is_plural(items[-1]) else "is"
     return re.sub(r"^(,?\s+)(?:is|are)\b", lambda m: m.group(1) + wanted, tail, count=1)
 
 
 def agree(tail: str, several: bool) -> str:
-    """`tail` with its first verb made plural or singular."""
+    """Make the first verb of `tail` plural if `several`, else singular."""
     forms = {
         "is": "are", "was": "were", "appears": "appear", "remains": "remain", "has": "have",
     }  # fmt: skip
@@ -59,5 +59,5 @@ def agree(tail: str, several: bool) -> str:
 
 
 def capitalise_like(clause: str, text: str) -> str:
-    """`text` with a capital where `clause` has one."""
+    """Capitalise `text` if `clause` starts with a capital."""
     return capitalise(text) if clause[:1].isupper() else text

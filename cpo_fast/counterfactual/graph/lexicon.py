@@ -1,9 +1,8 @@
-"""What the generator looks for in a sentence, compiled from the concept graph.
+"""Patterns that the rewriter searches for in a sentence, compiled from the concept graph.
 
-For each target disease: the words whose denial denies the target (its own names, its hallmarks,
-and the diseases that it is denied with), the attributes that cannot stand beside it, and the kinds
-of normal statement that contradict it. Nothing here is shared with the labeller that checks the
-results.
+For each target disease: the words whose denial denies the target (its names, its hallmarks, and
+the diseases it is denied with), the attributes it excludes, and the kinds of normal statement that
+contradict it. Nothing here is shared with the labeller that checks the results.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from functools import lru_cache
 from cpo_fast.concepts.graph import compile_phrases
 from cpo_fast.types import ConceptGraph
 
-# Which normal statements contradict which target. Counted on Open-I (observed / expected numbers
-# of reports with the statement and an asserted finding): lungs clear with consolidation 0/13,
-# edema 2/42, pneumonia 1/28, pneumothorax 0/9; a statement about an organ always contradicts that
-# organ's disease. Lungs clear beside effusion 9/57, emphysema 12/43 or a large heart 51/121 is
-# rarer but said, and stays.
+# Normal statements that contradict a target. Counted on Open-I (observed / expected number of
+# reports with the statement and an asserted finding): lungs clear with consolidation 0/13, edema
+# 2/42, pneumonia 1/28, pneumothorax 0/9. A statement about an organ always contradicts a disease
+# of that organ. Lungs clear with effusion 9/57, emphysema 12/43 or an enlarged heart 51/121 is
+# less frequent than expected but occurs, and is kept.
 CONTRADICTED_TOPICS: dict[str, frozenset[str]] = {
     "Atelectasis": frozenset({"lungs", "inflation"}),
     "Cardiomegaly": frozenset({"heart", "cardiomediastinum"}),
@@ -56,23 +55,23 @@ _MORE_DENIED: dict[str, str] = {
     "Pneumonia": rf"pneumoni\w+|infecti\w+|consolid\w*|{_AIRSPACE}",
     "Pneumothorax": r"pneumo ?thora\w*|pleural air|pleural (?:disease|abnormalit\w+)",
 }
-"""Further words whose denial denies the target, beside the names and hallmarks of the graph."""
+"""Words whose denial denies the target, in addition to its names and hallmarks in the graph."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lexicon:
-    """Expressions for one target; all match lower-case text. Hashed by identity, for speed."""
+    """Patterns for one target, over lower-case text. Hashed by identity, for speed."""
 
     target: str
     denied: re.Pattern[str]
     excluded: re.Pattern[str] | None
-    excluded_here: re.Pattern[str] | None  # only where it lies on the side of the target
+    excluded_here: re.Pattern[str] | None  # excluded only on the side of the target
     topics: frozenset[str]
     acute: bool
 
 
 def get_lexicon(graph: ConceptGraph, target: str) -> Lexicon:
-    """The lexicon of `target`, made once per graph."""
+    """The lexicon of `target`, compiled once per graph."""
     return _lexicons(graph)[target]
 
 

@@ -46,7 +46,8 @@ TOPICS: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 
 def edit_normal(clause: str, lex: Lexicon, where: frozenset[str]) -> str | None:
-    """A normal statement without the subjects that the target contradicts; None if it is none."""
+    """Remove the subjects that the target contradicts from a normal statement; None for another
+    kind of clause."""
     lower = clause.lower()
     match = _PRE.match(lower)
     prefix = match is not None

@@ -1,8 +1,8 @@
-"""The `graph` generator: a report rewritten towards a target by small edits along the graph.
+"""Rewrite a report towards a target by small edits along the concept graph.
 
-Sentences that deny or exclude the target are trimmed or dropped, the target is asserted once in
-the findings and once in the impression, in the place of what it replaces; everything else keeps
-its bytes.
+Sentences that deny or exclude the target are trimmed or dropped. The target is asserted once in
+the findings and once in the impression, in place of the text it replaces. All other text is kept
+byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cpo_fast.counterfactual.graph.wording import TARGET_WORDINGS, Place, fill_t
 from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.types import ConceptGraph, Report
 
-# What a new finding may be tied to when the report has it already: the same lobe, base or side.
+# Reported findings that determine the lobe, base or side of a new finding.
 _ANCHORS: dict[str, str] = {
     "Atelectasis": r"opaci\w+|airspace disease|scar\w*|effusion",
     "Consolidation": r"opaci\w+|airspace disease|infiltrat\w*|pneumonia|atelectasis",
@@ -70,9 +70,10 @@ _Position = Callable[[list[Unit], int | None, str], int]
 def rewrite(
     graph: ConceptGraph, report: Report, target: str, study_id: str, seed: int, attempt: int
 ) -> Report:
-    """`report` as it would read with `target`; `attempt` counts retries, which use other wordings.
+    """`report` as it would read with `target`. Each `attempt` (from 0) uses a different wording.
 
-    Deterministic in its arguments. Raises KeyError for a target without wordings.
+    Deterministic in its arguments. Raises KeyError for a target without wordings, AmbiguousError
+    for a sentence that cannot be edited safely.
     """
     lex = get_lexicon(graph, target)
     wording = TARGET_WORDINGS[target]
@@ -97,15 +98,15 @@ def rewrite(
     return Report(findings, impression)
 
 
-def _choose_template(templates: tuple[str, ...], chance: int, told: str) -> str:
-    """A template by chance, preferring those whose signs the findings do not tell already."""
-    fresh = [t for t in templates if not any(m in told for m in _SIGNS.findall(t.lower()))]
+def _choose_template(templates: tuple[str, ...], chance: int, findings: str) -> str:
+    """Choose a template by `chance`, if possible one whose signs are not yet in `findings`."""
+    fresh = [t for t in templates if not any(m in findings for m in _SIGNS.findall(t.lower()))]
     options = fresh or templates
     return options[chance % len(options)]
 
 
 def _choose_place(report: Report, target: str, chance: int, attempt: int) -> Place:
-    """A place for the target: where the report has a related finding, else any not called clear."""
+    """A place for the target: that of a related finding, else one that is not called clear."""
     places = TARGET_WORDINGS[target].places
     if len(places) == 1:
         return places[0]
@@ -119,7 +120,7 @@ def _choose_place(report: Report, target: str, chance: int, attempt: int) -> Pla
 
 @lru_cache(maxsize=1 << 14)
 def _find_places(text: str, target: str) -> tuple[frozenset[str], frozenset[str]]:
-    """(places of findings related to the target, sides called clear) in a report."""
+    """(places of findings related to the target, sides called clear) in a report text."""
     anchored: set[str] = set()
     clear: set[str] = set()
     anchor = _ANCHOR.get(target)
@@ -188,13 +189,13 @@ def _gap(units: tuple[Unit, ...]) -> str:
 
 
 def _place_first(units: list[Unit], touched: int | None, target: str) -> int:
-    """Where the impression names the target: first, before what was known already."""
+    """Index of the target in the impression: first, before the existing findings."""
     return 0
 
 
 def _place_finding(units: list[Unit], touched: int | None, target: str) -> int:
-    """Where the findings describe the target: in the place of what it replaces, else beside its
-    organ, and before the lungs are called "otherwise clear"."""
+    """Index of the target in the findings: that of the text it replaces, else next to its organ;
+    always before "the lungs are otherwise clear"."""
     place = _place_beside_organ(units, target) if touched is None else touched
     if target in _ORGANS and target != "Pneumothorax":
         return place

@@ -1,9 +1,9 @@
-"""Where a denial ends inside a clause: "no pneumothorax, small left effusion" denies and asserts.
+"""Scope of a denial within a clause: "no pneumothorax, small left effusion" denies and asserts.
 
-A comma, "and" or "with" behind a cue of denial ends its reach where what follows carries its own
-assertion: a finite verb, a word of change or persistence ("stable", "increased"), or an article,
-size or side in front. What follows "or" stays denied. A list that can be read both ways is not
-guessed at.
+A comma, "and" or "with" after a denial cue ends its scope if the following text is an assertion:
+it has a finite verb, a word of change or persistence ("stable", "increased"), or starts with an
+article, size or side. Text after "or" remains denied. A list that can be read both ways is
+reported as ambiguous (`Part.unsure`), not resolved by a guess.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from cpo_fast.counterfactual.graph.clauses import FRAGMENT, SEEN
 from cpo_fast.errors import RecordError
 
 AMBIGUOUS = "ambiguous_denial"
-"""The name of the failed check of a report whose sentence can't be taken apart with confidence."""
+"""Name of the failed check of a report with a sentence that cannot be split reliably."""
 
 
 class AmbiguousError(RecordError):
-    """A sentence that has to be edited, and of which it is not clear what it denies."""
+    """A sentence that must be edited has a denial of unclear scope."""
 
     def __init__(self) -> None:
         super().__init__(AMBIGUOUS, "a sentence may deny or assert a part that has to be edited")
@@ -65,11 +65,11 @@ _DENIABLE = re.compile(
     r"(?: (?:is|are|in|on|at|within|of|to|identified|seen|noted|present|evident|visuali\w+|"
     r"appreciated|demonstrated|detected|observed|bilaterally)\b.*)?$"
 )
-"""What a list of denials may hold without "or" and still be read as one."""
+"""Items that continue a denied list without "or"."""
 _LOCATED = re.compile(
     r"\b(?:left|right|bilateral\w*|(?:at|in|on|within|over|of) the|is|are|lingul\w+|retrocardiac)\b"
 )
-"""What a bare finding in a list of denials mostly lacks."""
+"""Words rarely found with an item of a denied list."""
 _ACCOMPANIES = re.compile(r"^(?:air bronchogram|the patient|patient|mediastinal shift|this|arms)")
 _DEVICE = re.compile(
     r"\b(?:tubes?|catheters?|lines?|picc|pacemaker|pacer|wires?|clips?|ports?|leads?|sternotomy|"
@@ -127,7 +127,7 @@ _ELLIPTIC = re.compile(
     r"(?:stable|unchanged|similar|improved|chronic|small|mild)(?:\s+(?:in|from|since|compared|to|"
     r"when|with|as|at|for)\b|$))"
 )
-"""Goes on with the subject before the separator."""
+"""Text that continues the subject before the separator."""
 _VERB_LEFT_OUT = re.compile(r"\b(?:is|are|was|were|has|have|had|does|do|did)(?: not|n't)?$")
 _PREDICATE_ONLY = re.compile(
     r"^(?:(?:well|fully|grossly|otherwise)[- ])*"
@@ -138,8 +138,8 @@ _ENDS_SEEN = re.compile(rf"{SEEN}$")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a clause: what stood before it, its text, and whether it may deny more or less
-    than its first item."""
+    """A part of a clause: the connector before it, its text, and whether the scope of its denial
+    is unclear."""
 
     connector: str
     text: str
@@ -147,7 +147,7 @@ class Part:
 
 
 def cut_clause(connector: str, clause: str) -> list[Part]:
-    """`clause`, which follows `connector`, in pieces of which each denies or asserts throughout."""
+    """Cut `clause`, which follows `connector`, into parts that each only deny or only assert."""
     lower = clause.lower()
     if not (_DENIES.search(lower) or _NORMAL.search(lower)):
         return [Part(connector, clause)]
@@ -173,8 +173,8 @@ def cut_clause(connector: str, clause: str) -> list[Part]:
 
 
 def drop_items(clause: str, gone: re.Pattern[str]) -> str:
-    """`clause`, an assertion, without the items of its list that `gone` finds; "" where an item
-    that stays may not stand alone."""
+    """Remove the items that match `gone` from `clause`, an asserted list; "" if a remaining item
+    cannot stand alone."""
     pieces = _COORDINATED.split(clause)
     kept = [piece for piece in pieces if not gone.search(piece.lower())]
     alone = all(
@@ -187,23 +187,23 @@ def drop_items(clause: str, gone: re.Pattern[str]) -> str:
 
 
 def says_unchanged(lower: str) -> bool:
-    """Whether a lower-case text says of a finding that it is there as before ("no change in")."""
+    """Whether a lower-case text states that a finding has not changed ("no change in")."""
     return _UNCHANGED.search(lower) is not None
 
 
 def starts_unchanged(lower: str, cue_end: int) -> bool:
-    """Whether a lower-case clause with a cue of denial up to `cue_end` is "no change in ..."."""
+    """Whether a lower-case clause with a denial cue up to `cue_end` starts "no change in"."""
     match = _UNCHANGED.search(lower)
     return match is not None and match.start() < cue_end
 
 
 def is_change(lower: str) -> bool:
-    """Whether an item of a denied list is a change of a finding that is there."""
+    """Whether an item of a denied list is a change of an existing finding."""
     return _CHANGE_IN.match(lower) is not None
 
 
 def _asserts(left: str, right: str, separator: str) -> bool | None:
-    """Whether `right` is asserted behind the denial `left`; None where it can be read both ways."""
+    """Whether `right` is asserted after the denial `left`; None if it can be read both ways."""
     if _NEGATIVE.match(right) or _RESOLVES.match(right):
         return False
     following = _NEXT.search(right)
@@ -246,24 +246,24 @@ def _asserts(left: str, right: str, separator: str) -> bool | None:
 
 
 def leaves_verb_out(lower: str) -> bool:
-    """Whether a lower-case clause needs the verb of the one before it ("the effusion has not")."""
+    """Whether a lower-case clause omits a verb of its predecessor ("the effusion has not")."""
     return _VERB_LEFT_OUT.search(lower) is not None
 
 
 def belongs_to_last(item: str) -> bool:
-    """Whether an item of a list is a place or a state of the item before it."""
+    """Whether a list item is a place or a state of the preceding item."""
     return bool(_PLACE.match(item) or _ELLIPTIC.match(item))
 
 
 def is_own_clause(lower: str) -> bool:
-    """Whether a lower-case text begins with a subject that has its own verb."""
+    """Whether a lower-case text starts with a subject and its verb."""
     following = _NEXT.search(lower)
     item = lower[: following.start()] if following else lower
     return _has_own_verb(item) and not _ELLIPTIC.match(item)
 
 
 def _has_own_verb(item: str) -> bool:
-    """Whether an item is a clause of its own, not the last of a list before "is seen"."""
+    """Whether an item is a separate clause, not the last item of a list before "is seen"."""
     for match in _FINITE.finditer(item):
         if _RELATIVE.search(item[: match.start()]):
             return False

@@ -1,4 +1,4 @@
-"""Sections as lists of sentences that are edited one by one and joined to the same bytes."""
+"""Split a section into sentences, and join them to the same bytes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _NUMBER = re.compile(r"\d+")
 
 
 NEW_ITEM = "0"
+"""List number of an inserted item; `join_units` renumbers the list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One sentence: the white space before it, its list mark ("2. ", "- " or ""), and its text."""
+    """One sentence: leading white space, list mark ("2. ", "- " or ""), text."""
 
     lead: str
     mark: str
@@ -33,7 +34,7 @@ class Unit:
 
 @lru_cache(maxsize=1 << 14)
 def split_units(section: str) -> tuple[Unit, ...]:
-    """The sentences of one section; `join` gives the section back."""
+    """The sentences of one section; `join_units` restores it."""
     units: list[Unit] = []
     lead, mark, start = "", "", 0
     ends = sorted(
@@ -48,17 +49,16 @@ def split_units(section: str) -> tuple[Unit, ...]:
             if body or mark:
                 units.append(Unit(lead, mark, body))
             lead, mark = section[stop:following], ""
-        else:  # a list mark that stood alone: it belongs to the next sentence
+        else:  # a separate list mark belongs to the next sentence
             mark += section[stop:following]
         start = following
-    if lead and units:  # white space at the end of the section
+    if lead and units:  # trailing white space
         units.append(Unit(lead, "", ""))
     return tuple(units)
 
 
 def _find_unstopped(section: str) -> list[tuple[int, int]]:
-    """Boundaries before the marks of a list whose items lack a full stop: 1. , 2. , ... in
-    order."""
+    """Boundaries before the consecutive marks (1., 2., ...) of a list without full stops."""
     found: list[tuple[int, int]] = []
     if not section.startswith(("1.", "1)")):
         return found
@@ -71,7 +71,7 @@ def _find_unstopped(section: str) -> list[tuple[int, int]]:
 
 
 def join_units(units: list[Unit]) -> str:
-    """The section that the units make, its lists numbered anew; a mark 0 is a new item, a 1 a new
+    """Join units to a section and renumber its lists; mark 0 is a new item, mark 1 starts a
     list."""
     parts: list[str] = []
     number, previous = 0, None  # type: int, int | None
@@ -90,8 +90,8 @@ def join_units(units: list[Unit]) -> str:
 
 
 def restore_first_mark(units: list[Unit]) -> list[Unit]:
-    """A list that shrank to one item keeps its number, as radiologists do; one that lost its first
-    item's mark gives it to the sentence that stands first now."""
+    """Mark the first sentence as a list item if the list lost its first mark. A list of one item
+    keeps its number, as radiologists write it."""
     if units and not units[0].mark and any(u.mark[:1].isdigit() for u in units[1:]):
         mark = NEW_ITEM + next(u.mark for u in units if u.mark[:1].isdigit()).lstrip("0123456789")
         return [replace(units[0], mark=mark), *units[1:]]
@@ -99,7 +99,7 @@ def restore_first_mark(units: list[Unit]) -> list[Unit]:
 
 
 def is_upper_case(text: str) -> bool:
-    """Whether a report is written in capitals throughout (de-identification marks aside)."""
+    """Whether a report is all capitals, apart from de-identification marks (XXXX)."""
     return text.isupper() and any(c.isalpha() for c in text.replace("X", ""))
 
 

@@ -1,8 +1,7 @@
-"""How a target disease is put into words, with its hallmarks, in the manner of chest radiographs.
+"""Sentences that assert a target disease, with its hallmarks, in the style of radiograph reports.
 
 Slots: {place} a region as noun ("right lower lobe"), {zone} the same as adjective ("right
-basilar"), {side} "right" or "left", {size} a size or degree. A wording is for one side or for
-both.
+basilar"), {side} "right" or "left", {size} a size or degree. Sentences are for one side or both.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a finding lies: `sides` of the body, the region as noun and as adjective."""
+    """Location of a finding: `sides` of the body, the region as noun and as adjective."""
 
     sides: frozenset[str]
     place: str
@@ -25,8 +24,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TargetWording:
-    """Sentences for the findings and phrases for the impression, for one side and for both
-    sides."""
+    """Sentences for the findings and phrases for the impression, for one side and for both."""
 
     places: tuple[Place, ...]
     one: tuple[str, ...]
@@ -288,7 +286,7 @@ _DEGREES = {"mildly": "mild", "moderately": "moderate"}
 
 
 def fill_template(template: str, place: Place, size: str) -> str:
-    """`template` with its slots filled; a slot name in capitals starts a sentence."""
+    """Fill the slots of `template`; a capitalised slot starts a sentence."""
     degree = _DEGREES.get(size, size)
     values = {"place": place.place, "zone": place.zone, "side": place.side, "size": size}
     values["degree"] = degree
