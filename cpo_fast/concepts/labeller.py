@@ -25,7 +25,10 @@ from cpo_fast.concepts.labeller_scope import judge
 from cpo_fast.types import FINDINGS
 
 LABELLED: tuple[str, ...] = (*FINDINGS, "Emphysema")
-"""What `label_report` answers for."""
+"""The labels of `label_report`."""
+
+STRENGTH: dict[int | None, int] = {None: 0, 0: 1, -1: 2, 1: 3}
+"""Rank of a label: positive overrides uncertain overrides negative."""
 
 _MENTIONS = {
     name: re.compile("|".join(f"(?:{p})" for p in table)) for name, table in MENTIONS.items()
@@ -118,10 +121,9 @@ def label_report(text: str) -> dict[str, int | None]:
 def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, int | None]:
     """Labels of a report from the mentions of its sentences."""
     labels: dict[str, int | None] = dict.fromkeys(LABELLED)
-    rank = {None: 0, 0: 1, -1: 2, 1: 3}
     for sentence in mentions:
         for name, polarity in sentence:
-            if rank[polarity] > rank[labels[name]]:
+            if STRENGTH[polarity] > STRENGTH[labels[name]]:
                 labels[name] = polarity
     quiet = all(
         labels[n] not in (1, -1) for n in LABELLED if n not in ("No Finding", "Support Devices")

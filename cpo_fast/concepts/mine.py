@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from cpo_fast.concepts.graph import compile_phrases, find_relation, graph_from_json
-from cpo_fast.concepts.labeller import find_mentions, split_sentences
+from cpo_fast.concepts.labeller import STRENGTH, find_mentions, split_sentences
 from cpo_fast.concepts.labeller_scope import judge
 from cpo_fast.errors import DataError
 from cpo_fast.types import ConceptGraph
@@ -100,10 +100,9 @@ class Miner:
     def mentions(self, text: str) -> dict[str, int]:
         """Node -> 1 asserted, -1 uncertain, 0 denied, for the nodes that a report mentions."""
         best: dict[str, int] = {}
-        order = (0, -1, 1)
         for sentence in split_sentences(text):
             for key, value in self._sentence(sentence):
-                if key not in best or order.index(value) > order.index(best[key]):
+                if STRENGTH[value] > STRENGTH[best.get(key)]:
                     best[key] = value
         return best
 

@@ -1,4 +1,4 @@
-"""Write counterfactual reports of the studies in a data set, as checked records."""
+"""Generate and check counterfactual reports of the studies in a data set."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ GENERATORS = ("graph", "local", "server")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse `argv`, generate, print a summary; 0 when something passed, 1 for bad data or nothing,
-    2 for wrong usage."""
+    """Run the command. Returns 0 if a record passed, 1 for bad data or if none passed, 2 for wrong
+    usage."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
@@ -50,78 +50,82 @@ def _parser() -> Parser:
     parser = Parser(prog=program("counterfactual"), description=__doc__)
     parser.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
     parser.add_argument(
-        "--dataset_format", default="auto", choices=STUDY_FORMATS, help="format of the data"
+        "--dataset_format", default="auto", choices=STUDY_FORMATS, help="format of the data set"
     )
     parser.add_argument(
-        "--sections", default="careful", choices=RULES, help="parser of report sections"
+        "--sections", default="careful", choices=RULES, help="rules to find report sections"
     )
+    parser.add_argument("--image_root", metavar="PATH", help="image folder (default: the data set)")
     parser.add_argument(
-        "--image_root", metavar="PATH", help="folder of the images if not in the data set"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="file of the records that pass all checks"
+        "--output", required=True, type=Path, help="file for the records that pass all checks"
     )
     parser.add_argument(
         "--generator", default="graph", choices=GENERATORS,
-        help="who writes: rules on the concept graph, a model here, or a model on a server",
+        help="rules on the concept graph, a local model, or a model on a server",
     )  # fmt: skip
     parser.add_argument(
         "--kind",
         default="thinking",
         choices=("thinking", "perception"),
-        help="another report for the image (thinking), or another image for the report",
+        help="change the report (thinking) or the image (perception)",
     )
-    parser.add_argument("--graph", default=None, help="concept graph (default: the package's)")
+    parser.add_argument("--graph", default=None, help="concept graph file (default: built-in)")
     parser.add_argument("--seed", type=SEED, default=42, help="random seed")
     parser.add_argument("--num_targets", type=POSITIVE, default=2, help="target diseases per study")
     parser.add_argument(
-        "--targets", metavar="NAMES", help="comma-separated diseases instead of a drawn choice"
+        "--targets", metavar="NAMES", help="comma-separated diseases to use as targets"
     )
     parser.add_argument(
-        "--shard", default="0/1", help="i/n: every n-th study, starting with the i-th (from 0)"
+        "--shard", default="0/1", help="i/n: every n-th study, starting at i (from 0)"
     )
     parser.add_argument("--format", default="jsonl", choices=FORMATS, help="format of --output")
     parser.add_argument(
         "--balance_targets",
         action="store_true",
-        help="choose every disease about equally often; reads the whole data set first",
+        help="use all diseases about equally often; reads the data set twice",
     )
     models = parser.add_argument_group("--generator local and server")
+    models.add_argument("--model", help="model folder (local) or model name (server)")
     models.add_argument(
-        "--model", help="folder of a model (local), or the model's name on the server"
+        "--temperature",
+        type=AT_LEAST_0,
+        default=0.0,
+        help="sampling temperature; 0: greedy, except retries",
     )
     models.add_argument(
-        "--temperature", type=AT_LEAST_0, default=0.0, help="0 = greedy except on retries"
-    )
-    models.add_argument(
-        "--max_new_tokens", type=POSITIVE, default=1024, help="longest answer in tokens"
+        "--max_new_tokens", type=POSITIVE, default=1024, help="maximum tokens of an answer"
     )
     local = parser.add_argument_group("--generator local")
     local.add_argument("--batch_size", type=POSITIVE, default=8, help="prompts per batch")
     server = parser.add_argument_group("--generator server")
     server.add_argument(
         "--server_url", metavar="URL", default="http://127.0.0.1:8000/v1",
-        help="an OpenAI-compatible server",
+        help="OpenAI-compatible server",
     )  # fmt: skip
-    server.add_argument("--concurrency", type=POSITIVE, default=8, help="simultaneous requests")
-    server.add_argument("--requests_per_second", type=AT_LEAST_0, default=0.0, help="0: no limit")
+    server.add_argument("--concurrency", type=POSITIVE, default=8, help="concurrent requests")
     server.add_argument(
-        "--timeout_s", type=Number(low=0.001), default=120.0, help="time limit of a request"
+        "--requests_per_second", type=AT_LEAST_0, default=0.0, help="rate limit; 0: none"
+    )
+    server.add_argument(
+        "--timeout_s",
+        type=Number(low=0.001),
+        default=120.0,
+        help="time limit of a request in seconds",
     )
     server.add_argument("--max_retries", type=COUNT, default=5, help="retries of a failed request")
     server.add_argument(
-        "--api_key_env", metavar="NAME", help="environment variable with the server's key"
+        "--api_key_env", metavar="NAME", help="environment variable that holds the API key"
     )
     server.add_argument(
         "--allow_remote_host",
         action="store_true",
-        help="allow sending reports to a host that is neither loopback nor private",
+        help="allow sending reports to a remote (not loopback or private) host",
     )
     return parser
 
 
 def _build_writer(args: argparse.Namespace, bar: DraftBar) -> Writer:
-    """The generator that the flags ask for."""
+    """The generator selected by the flags."""
     if args.generator == "graph":
         return GraphWriter()
     if not args.model:
@@ -132,10 +136,10 @@ def _build_writer(args: argparse.Namespace, bar: DraftBar) -> Writer:
             batch_size=args.batch_size,
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
-            told=bar.writing,
+            on_token=bar.show_tokens,
         )
     if args.api_key_env and not os.environ.get(args.api_key_env):
-        raise UsageError(f"--api_key_env {args.api_key_env}: there is no such variable")
+        raise UsageError(f"--api_key_env {args.api_key_env}: this environment variable is not set")
     return ServerWriter(
         args.server_url,
         args.model,
@@ -161,11 +165,11 @@ def _run(args: argparse.Namespace) -> int:
         targets or args.balance_targets or args.format != "jsonl" or args.generator != "graph"
     ):
         raise UsageError(
-            "--kind perception has no --targets, --balance_targets and --generator, and is written "
-            "as jsonl only"
+            "--kind perception takes no --targets, --balance_targets or --generator, and only "
+            "--format jsonl"
         )
     if targets and args.balance_targets:
-        raise UsageError("--targets and --balance_targets exclude each other; give one of them")
+        raise UsageError("--targets and --balance_targets exclude each other; give one")
     source = open_studies(
         args.dataset,
         dataset_format=args.dataset_format,
@@ -219,10 +223,10 @@ def _run(args: argparse.Namespace) -> int:
                 prices=prices,
                 skip=done,
                 by_study=not lines,
-                told=bar.drafted,
+                on_draft=bar.show_tally,
             )
         passed, failed = 0, Counter[str]()
-        write = _Writer(good, args.format)
+        write = _RowFile(good, args.format)
         for group in made:
             passing = []
             for cf in group:
@@ -239,7 +243,7 @@ def _run(args: argparse.Namespace) -> int:
         bar.close()
     _print_summary(args.output, passed, failed, len(done), source)
     for reason, number in writer.faults.most_common():
-        print(f"  while writing, {reason}: {number}")
+        print(f"  failed while generating, {reason}: {number}")
     return 0 if passed or done else 1
 
 
@@ -251,7 +255,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 
 def _open_records(path: Path, keep: bool) -> IO[str]:
-    """`path` for reading and writing by its owner, for it holds report text."""
+    """Open `path` to read and write (mode 0600: it holds report text); empty it unless `keep`."""
     try:
         handle = open_private(path, os.O_RDWR)
     except OSError as error:
@@ -261,18 +265,18 @@ def _open_records(path: Path, keep: bool) -> IO[str]:
         if not keep:
             file.truncate(0)
     except OSError as error:
-        raise UsageError(f"--output {path}: is no plain file ({error.strerror})") from error
+        raise UsageError(f"--output {path}: not a regular file ({error.strerror})") from error
     return file
 
 
 def _read_finished(path: Path, file: IO[str], seed: int, generator: str) -> set[str]:
-    """The ids in an output of an earlier, perhaps killed, run.
+    """The ids in the output of an earlier, possibly interrupted run.
 
-    A last line cut short is taken off, and so are records that were set aside because the server
-    failed: they are tried again.
+    Removes an incomplete last line, and records that failed because of the server, which are
+    retried.
     """
     ids: set[str] = set()
-    kept, cut, again = 0, False, False  # bytes of whole lines; a last line without its end
+    kept, cut, again = 0, False, False  # cut: the last line is incomplete
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             cut = not line.endswith(b"\n")
@@ -292,8 +296,8 @@ def _read_finished(path: Path, file: IO[str], seed: int, generator: str) -> set[
                 ) from error
             if not same:
                 raise UsageError(
-                    f"{path} holds records of another seed or generator; give another --output or "
-                    f"remove it"
+                    f"{path} holds records of another seed or generator; remove it or give another "
+                    f"--output"
                 )
     if cut:
         file.truncate(kept)
@@ -310,8 +314,8 @@ def _failed_by_server(record: dict[str, Any]) -> bool:
     return str(record.get("reason", "")).startswith("server-")
 
 
-class _Writer:
-    """Rows of a format: lines, or one JSON list for ccf."""
+class _RowFile:
+    """Writes rows as lines, or as one JSON list for ccf."""
 
     def __init__(self, file: IO[str], form: str) -> None:
         self.file, self.form, self.count = file, form, 0
@@ -319,7 +323,7 @@ class _Writer:
             file.write("[\n")
 
     def add(self, passing: list[Counterfactual]) -> None:
-        """One record, or all of a study where the format keeps them together."""
+        """Write one record, or all records of a study if the format groups them."""
         for row in format_rows(passing, self.form):
             if self.form == "ccf":
                 self.file.write((",\n" if self.count else "") + _to_line(row).rstrip("\n"))
@@ -342,7 +346,7 @@ def _print_summary(path: Path, passed: int, failed: Counter[str], before: int, s
     share = f" ({passed / total:.1%})" if total else ""
     print(f"{path}: {passed} of {total} counterfactuals pass all checks{share}")
     if before:
-        print(f"  {before} were there from an earlier run")
+        print(f"  {before} records from an earlier run")
     for reason, number in failed.most_common():
         print(f"  set aside, {reason}: {number}")
     for reason, number in Counter(r.reason for r in source.rejected).most_common():

@@ -1,9 +1,9 @@
-"""Checks that a counterfactual asserts what its original asserts, clause by clause.
+"""Check that a counterfactual asserts what its original asserts, clause by clause.
 
-Neither the generator nor the labeller shares anything with this module. A denied list holds only
-words that are known to be denied together ("focal", "large", "pleural", the findings themselves);
-any other word ends it, unless "or" follows. So a doubtful clause counts as asserted, and must not
-come out denied.
+This module shares nothing with the generator or the labeller. A denied list holds only words known
+to occur in denied lists ("focal", "large", "pleural", the findings themselves); any other word ends
+it, unless "or" follows. An ambiguous clause therefore counts as asserted and must not become
+denied.
 """
 
 from __future__ import annotations
@@ -113,23 +113,23 @@ _LISTED = _word_set(
     "superimposed cardiogenic destructive lytic sclerotic central venous associated recent "
     "evolving either"
 )
-"""Words that may stand before a denied finding in a list without "or"."""
+"""Words that can precede a denied finding in a list without "or"."""
 _OWN = _word_set(
     "unchanged stable persists persist persistent persisting remains remain increased "
     "decreased increasing decreasing improved improving worsened worsening has have had may "
     "might could represents represent again was were appears appear still terminates "
     "overlies shows demonstrates residual redemonstrated compatible consistent"
 )
-"""Words that make a clause an assertion of its own."""
+"""Words that make a clause a new assertion."""
 _PLACED = frozenset({"left", "right", "bilaterally", "is", "are", "at", "the"})
-"""Words that seldom stand behind a denied finding in such a list."""
+"""Words that rarely follow a denied finding in such a list."""
 _SIDES = {"left": "left", "right": "right", "bilateral": "both", "bibasilar": "both"}
 
 
 @lru_cache(maxsize=1 << 17)
 def list_findings(sentence: str) -> tuple[tuple[str, str, bool, int], ...]:
-    """(finding, side or "", denied, number of its clause) for each finding that a lower-case
-    sentence names."""
+    """(finding, side or "", denied, index of its clause) for each finding named in a lower-case
+    sentence."""
     if not _ANY.search(sentence):
         return ()
     words = _TOKEN.findall(sentence)
@@ -185,7 +185,7 @@ def _negates_change(words: list[str], index: int) -> bool:
 
 
 def _list_continues(words: list[str], heads: list[str], start: int) -> bool:
-    """Whether a denied list goes on at `start`, behind a comma, "and" or "with"."""
+    """Whether a denied list continues at `start`, after a comma, "and" or "with"."""
     stop = start
     while stop < len(words) and words[stop] not in _STOPS:
         stop += 1
@@ -215,7 +215,7 @@ def _is_closed_by_or(words: list[str], stop: int) -> bool:
 
 
 def _is_denied_after(words: list[str], index: int) -> bool:
-    """Whether the finding at `index` is denied by what stands behind it ("is not seen")."""
+    """Whether the finding at `index` is denied by the following words ("is not seen")."""
     for place in range(index + 1, min(index + 7, len(words))):
         word = words[place]
         if word in _STOPS and word != ":":
@@ -230,8 +230,8 @@ def _is_denied_after(words: list[str], index: int) -> bool:
 def compare(
     graph: ConceptGraph, target: str, before: Iterable[str], after: Iterable[str]
 ) -> tuple[bool, bool]:
-    """(nothing that `before` asserts is lost, nothing of it is denied) in `after`; lower-case
-    sentences of the original and of the counterfactual towards `target`."""
+    """(all assertions kept, none denied): compare the lower-case sentences of the original
+    (`before`) and of the counterfactual towards `target` (`after`)."""
     asserted, named, denied_before = _read_original(tuple(before))
     here: set[tuple[str, str]] = set()
     denied = Counter[str]()
@@ -255,8 +255,8 @@ def compare(
 def _read_original(
     lines: tuple[str, ...],
 ) -> tuple[tuple[tuple[tuple[str, str, bool, int], str], ...], frozenset[str], Counter[str]]:
-    """Of an original: its asserted findings with their sentences, their names, and how often each
-    finding is denied."""
+    """(asserted findings with their sentences, their names, number of denials per finding) of an
+    original."""
     items = [(item, line) for line in lines for item in list_findings(line)]
     asserted = tuple((item, line) for item, line in items if not item[2])
     denied = Counter(item[0] for item, _ in items if item[2])
@@ -272,7 +272,7 @@ def _excluded_keys(graph: ConceptGraph, target: str) -> frozenset[str]:
 def _is_tied(
     graph: ConceptGraph, target: str, line: str, clause: int, excluded: frozenset[str]
 ) -> bool:
-    """Whether a finding is told in one clause with what the graph excludes beside the target."""
+    """Whether a clause names a finding together with one that the target excludes."""
     if any(key in excluded and place == clause for key, _, _, place in list_findings(line)):
         return True
     pattern = _exclusion_pattern(graph, target)
@@ -299,8 +299,8 @@ _FREE = re.compile(
 
 @lru_cache(maxsize=1 << 15)
 def exempts_other(sentence: str, target: str) -> bool:
-    """Whether a lower-case sentence calls the lungs clear but for something other than the
-    target, a disease of the lungs."""
+    """Whether a lower-case sentence calls the lungs clear except for a finding other than
+    `target`, a disease of the lungs."""
     if not _FREE.search(sentence):
         return False
     match = _EXCEPTING.search(sentence)

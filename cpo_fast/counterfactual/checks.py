@@ -1,4 +1,4 @@
-"""Checks on a counterfactual, whatever made it, by a labeller that shares no phrases with it."""
+"""Checks of a counterfactual, whatever its generator, by a labeller without shared phrases."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from cpo_fast.counterfactual.prompt import find_leaks
 from cpo_fast.types import ConceptGraph, Report
 
 MIN_LENGTH, MAX_LENGTH, LENGTH_ALLOWANCE = 0.35, 2.0, 160
-"""Bounds of the counterfactual's length as shares of the original's, and characters allowed on
-top."""
+"""Limits of the counterfactual's length relative to the original, and characters of allowance."""
 
 MAX_EDITED, EDIT_ALLOWANCE = 0.6, 16
-"""Bound on words of the original that change, as a share of them, and words allowed on top: a short
-normal report is rewritten almost wholly, a long one keeps two words in five."""
+"""Maximum share of changed words of the original, and words of allowance: a short normal report can
+change almost entirely, a long one keeps two words in five."""
 
-# A finding of the lungs shows as an opacity, and a pneumonia as a consolidation, too.
-_BRINGS: dict[str, frozenset[str]] = {
+# A lung finding can also be labelled as an opacity, and pneumonia as a consolidation.
+_IMPLIED_LABELS: dict[str, frozenset[str]] = {
     "Atelectasis": frozenset({"Lung Opacity"}),
     "Consolidation": frozenset({"Lung Opacity"}),
     "Edema": frozenset({"Lung Opacity"}),
@@ -36,9 +35,8 @@ _BRINGS: dict[str, frozenset[str]] = {
 }
 
 
-class _Read(NamedTuple):
-    """A sentence as the labeller reads it: findings asserted, ruled out and opposed, and the side
-    that is called clear."""
+class _SentenceLabels(NamedTuple):
+    """Labels of a sentence: findings asserted, ruled out and opposed, and the lung called clear."""
 
     asserted: frozenset[str]
     out: frozenset[str]
@@ -47,18 +45,20 @@ class _Read(NamedTuple):
 
 
 @lru_cache(maxsize=1 << 17)
-def _read_sentence(line: str) -> _Read:
+def _read_sentence(line: str) -> _SentenceLabels:
     asserted = frozenset(name for name, value in find_mentions(line) if value == 1)
-    return _Read(asserted, find_ruled_out(line), find_opposed(line), find_clear_side(line))
+    return _SentenceLabels(
+        asserted, find_ruled_out(line), find_opposed(line), find_clear_side(line)
+    )
 
 
-def _union_asserted(reads: Iterable[_Read]) -> frozenset[str]:
+def _union_asserted(reads: Iterable[_SentenceLabels]) -> frozenset[str]:
     return frozenset[str]().union(*[read.asserted for read in reads])
 
 
 @lru_cache(maxsize=1 << 12)
 def _summarise_original(text: str) -> tuple[frozenset[str], frozenset[str], Counter[str], int]:
-    """An original: its sentences, its asserted findings, its words, and how many they are."""
+    """(sentences, asserted findings, word counts, number of words) of an original."""
     words, lines = text.lower().split(), split_sentences(text)
     return frozenset(lines), _union_asserted(map(_read_sentence, lines)), Counter(words), len(words)
 
@@ -69,8 +69,7 @@ _LUNG = frozenset(
 
 
 def _has_side_conflict(lines: list[str], target: str) -> bool:
-    """Whether a lung is called clear on a side where the target is asserted (Edema: on any
-    side)."""
+    """Whether a lung is called clear on the side of the target (Edema: on any side)."""
     if target not in _LUNG:
         return False
     clear = {read.clear for read in map(_read_sentence, lines)} - {""}
@@ -83,8 +82,8 @@ def _has_side_conflict(lines: list[str], target: str) -> bool:
 
 
 def _find_tied(text: str, gone: frozenset[str]) -> set[str]:
-    """Findings told in no sentence but those that assert a disease of `gone` ("opacity reflecting
-    atelectasis"): they go with it."""
+    """Findings asserted only together with a disease in `gone` ("opacity reflecting atelectasis"),
+    which are removed with it."""
     free: set[str] = set()
     tied: set[str] = set()
     for line in split_sentences(text) if gone else ():
@@ -101,15 +100,15 @@ def _leaks(old: frozenset[str], lines: Iterable[str]) -> bool:
 def check(
     graph: ConceptGraph, original: Report, counterfactual: Report, target: str
 ) -> dict[str, bool]:
-    """{name of check: passed} of a counterfactual towards `target`.
+    """{check: passed} of a counterfactual towards `target`.
 
-    differs, format (the same sections), target (asserted in every section), no_denial (no sentence
-    rules the target out), sides (no lung is called clear where the target is), no_exclusion
-    (nothing that the graph excludes is asserted), survivors (every other asserted finding still
-    is), nothing_else (no finding but the target is new), assertions (every finding told in a
-    clause of the original is still told, read without the labeller), no_new_denial (none of them
-    is denied), exemptions (the lungs are not called clear but for something else), length, edits,
-    no_leak (no words of a prompt or a chat).
+    differs (from the original), format (same sections), target (asserted in every section),
+    no_denial (no sentence rules the target out), sides (no lung is called clear on the side of the
+    target), no_exclusion (no finding excluded by the graph is asserted), survivors (all other
+    asserted findings remain), nothing_else (only the target is new), assertions (all findings
+    asserted in a clause of the original remain, found without the labeller), no_new_denial (none of
+    them is denied), exemptions (the lungs are not called clear except for another finding), length,
+    edits, no_leak (no words of a prompt or a chat).
     """
     before, after = original.text, counterfactual.text
     old_lines, old, words, count = _summarise_original(before)
@@ -133,7 +132,7 @@ def check(
         "sides": not _has_side_conflict(lines, target),
         "no_exclusion": not gone & new and not any(target in read.opposed for read in reads),
         "survivors": old - gone - new <= _find_tied(before, gone),
-        "nothing_else": new - old <= {target} | _BRINGS.get(target, frozenset()),
+        "nothing_else": new - old <= {target} | _IMPLIED_LABELS.get(target, frozenset()),
         "assertions": kept,
         "no_new_denial": undenied,
         "exemptions": target not in _LUNG or not any(exempts_other(s, target) for s in lines),

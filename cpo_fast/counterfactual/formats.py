@@ -14,7 +14,7 @@ FORMATS = ("jsonl", "ccf", "trl", "swift")
 
 
 def format_rows(cfs: Sequence[Counterfactual], form: str) -> list[dict[str, Any]]:
-    """The rows of one study's passing counterfactuals in format `form`.
+    """The rows of one study's passed counterfactuals in format `form`.
 
     "ccf" has one item per study, the other formats one row per counterfactual. Raises RecordError
     as `cpo_fast.data.export`.

@@ -1,4 +1,4 @@
-"""Studies -> counterfactuals: labels, targets, rewriting, checks and retries."""
+"""Generate counterfactuals of studies: labels, targets, drafts, checks and retries."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from cpo_fast.concepts.labeller import (
+    STRENGTH,
     find_mentions,
     find_opposed,
     label_report,
@@ -27,21 +28,21 @@ from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ConceptGraph, Counterfactual, Labels, Report, Study
 
 ATTEMPTS = 4
-"""Drafts tried before a counterfactual is set aside."""
+"""Maximum number of drafts of a counterfactual."""
 
 
 def study_labels(study: Study) -> Labels:
-    """The labels that the diagnosis of a study is made from.
+    """The labels of a study from which its diagnosis is built.
 
-    Its own where it has any. A study without labels (a report that Open-I's indexers left out)
-    takes the labeller's. Labels that name Emphysema come from those indexers, who marked nine
-    findings: the other names (fracture, lesion, devices, ...) are filled in by the labeller.
+    These are its own labels, or the labeller's if it has none (reports that Open-I's indexers
+    skipped). Labels that name Emphysema come from those indexers, who marked nine findings; the
+    labeller adds the others (fracture, lesion, devices, ...).
     """
     return _fill_labels(study, label_report(study.report.text))
 
 
 def _fill_labels(study: Study, stated: Labels) -> Labels:
-    """The labels of a study whose own leave names out; `stated` is what its text says."""
+    """The study's labels, with missing names taken from `stated`, the labels of its text."""
     if study.labels and "Emphysema" not in study.labels:
         return study.labels
     labels = {**stated, **study.labels}
@@ -61,16 +62,16 @@ def counterfactuals(
     prices: Mapping[str, float] | None = None,
     skip: Collection[str] = (),
 ) -> Iterator[Counterfactual]:
-    """Counterfactuals of the studies, `num_targets` of each; failing ones too (`.passed` False).
+    """Yield `num_targets` counterfactuals of each study, including failed ones (`passed` False).
 
-    They come in the order in which they are decided: that of the studies for "graph", which writes
-    one at a time; others may pass while an earlier one is drafted again.
+    The order is that of decision (a draft passes, or all attempts failed). For "graph", which
+    writes one at a time, it is the order of the studies.
 
-    `generator` is "graph" or a `Writer`. With `targets`, the first `num_targets` of them are taken;
-    `prices` (see `balance`) even out the choice. What `skip` names by id is
-    left out. A target that is present gives a record whose check "target_absent" is False, a report
-    without text one whose check "report" is False; both have no text, as has a record whose writer
-    gave none: its one check is the reason. Raises UsageError for an unknown generator or disease.
+    `generator` is "graph" or a `Writer`. The first `num_targets` of `targets` are used if given;
+    otherwise targets are chosen by score less `prices` (see `balance`). Ids in `skip` are omitted.
+    A record without text has a failed check: "target_absent" (the target is present), "report" (the
+    report is empty), or the reason for which the writer returned no draft. Raises UsageError for an
+    unknown generator or disease.
     """
     return chain.from_iterable(
         generate_decided(
@@ -97,10 +98,10 @@ def generate_decided(
     prices: Mapping[str, float] | None = None,
     skip: Collection[str] = (),
     by_study: bool = False,
-    told: Callable[[Tally], None] | None = None,
+    on_draft: Callable[[Tally], None] | None = None,
 ) -> Iterator[list[Counterfactual]]:
-    """`counterfactuals`, each alone when it is decided, or all of a study (`by_study`) when the
-    last of them is. `told` hears of every draft."""
+    """As `counterfactuals`, in groups: a single record when it is decided, or with `by_study` all
+    records of a study when the last is decided. `on_draft` is called after every draft."""
     if generator == "graph":
         generator = GraphWriter()
     if isinstance(generator, str):
@@ -114,7 +115,7 @@ def generate_decided(
             known = ", ".join(n for n in graph.diseases if n in TARGET_WORDINGS)
             raise UsageError(f"target {name} is unknown; one of {known}")
     entries = _open_entries(studies, graph, num_targets, targets, seed, prices or {}, skip)
-    for entry in _draft(entries, graph, generator, told):
+    for entry in _draft(entries, graph, generator, on_draft):
         entry.decided = True
         group = entry.of_study if by_study else [entry]
         if all(one.decided for one in group):
@@ -124,14 +125,16 @@ def generate_decided(
 def balance(
     studies: Iterable[Study], graph: ConceptGraph, *, num_targets: int = 2, seed: int = 42
 ) -> dict[str, float]:
-    """Prices for `counterfactuals` that make every disease a target about equally often among
-    `studies`, which must be all of the data set, whatever shard is written."""
+    """Prices for `counterfactuals` that make all diseases targets about equally often.
+
+    `studies` must be the whole data set, whatever shard is written.
+    """
     return balance_prices((read_study(study, graph, seed)[2] for study in studies), num_targets)
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A counterfactual on its way: what is asked, the latest text and what the checks say."""
+    """A counterfactual in progress: its task, the latest draft and its checks."""
 
     study: Study
     labels: Labels
@@ -146,14 +149,14 @@ class _Entry:
 def read_study(
     study: Study, graph: ConceptGraph, seed: int
 ) -> tuple[Labels, Labels, dict[str, float]]:
-    """(labels, the same or stronger with what the text says, scores of possible targets)."""
+    """(labels, labels merged with those of the text, scores of possible targets)."""
     lines = split_sentences(study.report.text)
     stated = merge_labels(map(find_mentions, lines))
     labels = _fill_labels(study, stated)
     merged = {n: _stronger(labels.get(n), stated.get(n)) for n in {**stated, **labels}}
     against = frozenset[str]().union(*map(find_opposed, lines))
-    told = _miner(graph).mentions(study.report.text)
-    asserted = [name for name in graph.attributes if told.get(name) == 1]
+    mentions = _miner(graph).mentions(study.report.text)
+    asserted = [name for name in graph.attributes if mentions.get(name) == 1]
     scores = score_targets(graph, study.study_id, merged, stated, asserted, against, seed)
     return labels, merged, scores
 
@@ -194,12 +197,12 @@ def _draft(
     entries: Iterator[_Entry],
     graph: ConceptGraph,
     writer: Writer,
-    told: Callable[[Tally], None] | None,
+    on_draft: Callable[[Tally], None] | None,
 ) -> Iterator[_Entry]:
-    """Each entry as soon as it is decided: a draft passes, or its attempts are used up.
+    """Yield each entry when it is decided: a draft passes, or all attempts failed.
 
-    A round writes all that is open among the next `writer.window`: first drafts beside retries, so
-    that a writer is never left with the few that are hard.
+    Each round drafts up to `writer.window` open entries, new ones together with retries, so that
+    rounds stay full.
     """
     waiting: list[_Entry] = []
     tally = Tally()
@@ -213,8 +216,8 @@ def _draft(
         if not waiting and not new:
             return
         tally.open = len(waiting)
-        if told is not None:
-            told(tally)
+        if on_draft is not None:
+            on_draft(tally)
         drafts = writer.write(graph, [entry.task for entry in waiting]) if waiting else ()
         for index, draft in drafts:
             entry = waiting[index]
@@ -235,20 +238,20 @@ def _draft(
                 tally.set_aside += bool(failed)
                 tally.open -= 1
                 yield entry
-            if told is not None:
-                told(tally)
+            if on_draft is not None:
+                on_draft(tally)
         waiting = [entry for entry in waiting if entry.open]
 
 
 def _stronger(a: int | None, b: int | None) -> int | None:
-    return max(a, b, key=(None, 0, -1, 1).index)
+    return max(a, b, key=STRENGTH.__getitem__)
 
 
 def _build_record(entry: _Entry, graph: ConceptGraph, generator: str) -> Counterfactual:
     study, target, text = entry.study, entry.task.target, entry.text
     names = diagnosis(entry.labels)
     gone = set(graph.excluded[target]) | {"No Finding"}
-    if graph.excluded[target]:  # what went with an excluded disease
+    if graph.excluded[target]:  # findings removed together with an excluded disease
         gone |= _find_present(study.report.text) - _find_present(text.text)
     return Counterfactual(
         id=f"{study.study_id}/{target}",
@@ -272,8 +275,7 @@ def _find_present(text: str) -> frozenset[str]:
 
 
 def place_images(study: Study, folder: Path) -> Study:
-    """The study with images that can be found from a file in `folder`: relative to it where they
-    lie below it, else absolute."""
+    """The study with image paths relative to `folder` if they are below it, otherwise absolute."""
     home = folder.resolve()
     images = []
     for image in study.images:

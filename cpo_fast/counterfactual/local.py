@@ -1,8 +1,8 @@
 """The `local` generator: a causal language model in a folder, run by transformers' generate.
 
-Batches are padded on the left and decoded greedily; retries, and everything at a temperature above
-0, are sampled with a generator of random numbers of their own per record, so that a record does
-not depend on which others share its batch (up to the rounding of batched matrix products).
+Batches are padded on the left and decoded greedily. Retries, and all drafts at a temperature above
+0, are sampled with one random generator per record, so that a record does not depend on the other
+records of its batch (up to rounding in batched matrix products).
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_rewrite
-from cpo_fast.counterfactual.seeding import hash_seed
-from cpo_fast.counterfactual.writers import Draft, GaveUpError
+from cpo_fast.counterfactual.writers import (
+    Draft,
+    GaveUpError,
+    check_minimums,
+    choose_sampling,
+)
 from cpo_fast.data.positions import position_limit
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ConceptGraph
@@ -22,14 +26,12 @@ from cpo_fast.types import ConceptGraph
 if TYPE_CHECKING:
     import torch
 
-RETRY_TEMPERATURE = 0.7
-"""At least this for retries: the same words again would fail again."""
-
 
 class LocalWriter:
-    """Writes with `model` and `tokenizer`, `batch_size` records at a time; see `load_local`.
+    """Generates with `model` and `tokenizer`, `batch_size` records at a time; see `load_local`.
 
-    `told` hears (new tokens per draft so far, `max_new_tokens`) at every token of a batch.
+    `on_token` is called with (new tokens per draft so far, `max_new_tokens`) at every token of a
+    batch.
     """
 
     name = "local"
@@ -42,20 +44,18 @@ class LocalWriter:
         batch_size: int = 8,
         temperature: float = 0.0,
         max_new_tokens: int = 1024,
-        told: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> None:
-        for flag, value, least in (
+        check_minimums(
             ("batch_size", batch_size, 1),
             ("temperature", temperature, 0),
             ("max_new_tokens", max_new_tokens, 1),
-        ):
-            if not least <= value < float("inf"):
-                raise UsageError(f"--{flag} must be at least {least}, not {value}")
+        )
         if tokenizer.eos_token_id is None:
             raise UsageError("--model: its tokenizer has no end-of-text token; give another model")
         self._model, self._tokenizer = model, tokenizer
         self._temperature, self._max_new = temperature, max_new_tokens
-        self._told = told
+        self._on_token = on_token
         self.window = batch_size
         self.faults: Counter[str] = Counter()
 
@@ -96,7 +96,7 @@ class LocalWriter:
         return {*listed, self._tokenizer.eos_token_id}
 
     def _generate(self, prompts: list[list[int]], tasks: list[Task]) -> list[list[int]]:
-        """New token ids of each prompt, padding included."""
+        """New token ids for each prompt, including padding."""
         import torch
         from transformers import LogitsProcessorList
 
@@ -120,7 +120,7 @@ class LocalWriter:
                 eos_token_id=sorted(self._ends()),
                 pad_token_id=pad,
                 logits_processor=processors,
-                streamer=_Streamer(self._told, self._max_new) if self._told else None,
+                streamer=_Streamer(self._on_token, self._max_new) if self._on_token else None,
             )
         return [row[width:].tolist() for row in out]
 
@@ -133,52 +133,51 @@ class LocalWriter:
 
 
 class _Streamer:
-    """What `generate` puts tokens into: the prompts first, then one token of every row."""
+    """Receives tokens from `generate`: first the prompts, then one token per row at a time."""
 
-    def __init__(self, told: Callable[[int, int], None], most: int) -> None:
-        self.told, self.most, self.tokens = told, most, -1
+    def __init__(self, on_token: Callable[[int, int], None], most: int) -> None:
+        self.on_token, self.most, self.tokens = on_token, most, -1
 
     def put(self, _: Any) -> None:
         self.tokens += 1
-        self.told(self.tokens, self.most)
+        self.on_token(self.tokens, self.most)
 
     def end(self) -> None:
         pass
 
 
 class _Sampling:
-    """Turns the greedy choice of a row into a sample of its own: the largest of logits /
-    temperature + Gumbel noise is a draw from the softmax."""
+    """Turns greedy decoding into sampling with one generator per row: the argmax of logits /
+    temperature + Gumbel noise is a sample from the softmax."""
 
     def __init__(self, tasks: Sequence[Task], temperature: float) -> None:
         import torch
 
         self._rows: list[tuple[float, torch.Generator]] = []
         for task in tasks:
-            warmth = max(temperature, RETRY_TEMPERATURE) if task.attempt else temperature
-            chance = hash_seed(task.seed, task.study_id, task.target, str(task.attempt))
-            self._rows.append((warmth, torch.Generator().manual_seed(chance >> 1)))
+            value, seed = choose_sampling(task, temperature)
+            self._rows.append((value, torch.Generator().manual_seed(seed >> 1)))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
 
         scores = scores.float()  # [B, V]
-        for row, (warmth, random) in enumerate(self._rows):
-            if warmth > 0:
+        for row, (temperature, random) in enumerate(self._rows):
+            if temperature > 0:
                 noise = torch.empty(scores.shape[1]).exponential_(generator=random).log_()
-                scores[row] = scores[row] / warmth - noise.to(scores.device)
+                scores[row] = scores[row] / temperature - noise.to(scores.device)
         return scores
 
 
 def load_local(folder: str | Path, **options: Any) -> LocalWriter:
-    """The causal LM and tokenizer of a folder, on the GPU where there is one; `options` are those
-    of `LocalWriter`.
+    """Load the causal LM and tokenizer of a folder, on the GPU if available; `options` go to
+    `LocalWriter`.
 
     Weights are read from safetensors only, and no code of the folder is run. Raises UsageError for
-    a folder that holds no such model.
+    a folder without such a model.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UsageError(f"--model {folder}: no folder with a config.json; give a model's folder")
+        raise UsageError(f"--model {folder}: not a folder with a config.json; give a model folder")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,8 +1,8 @@
-"""Perception counterfactuals: the study's own answer with another patient's image, as in CPO++.
+"""Perception counterfactuals: the study's answer with another patient's image, as in CPO++.
 
-The other study is the nearest in asserted attributes whose labels differ so that the answer is
-wrong for its image: it lacks a disease of the study, or, where the study has none, has one. Source
-of the idea: arXiv 2604.15705. All studies are the pool, whatever shard is written.
+The other study is the nearest in asserted attributes for whose image the answer is wrong: it lacks
+a disease of the study or, if the study has none, it has one. Method: arXiv 2604.15705. The pool
+holds all studies, whatever shard is written.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cpo_fast.data.labels import LABEL_NAMES, NO_FINDING, diagnosis
 from cpo_fast.types import ConceptGraph, Counterfactual, ImageRef, Preference, Study
 
 PER_KEY, AT_RANDOM = 24, 24
-"""Studies looked at per attribute of a study, and besides."""
+"""Number of candidates per attribute or finding of a study, and of random candidates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """What is kept of a study to find it again: its attributes, its diagnosis and its images."""
+    """The part of a study kept in the pool: its attributes, diagnosis and images."""
 
     study_id: str
     patient_id: str
@@ -33,23 +33,23 @@ class Neighbour:
 
 @dataclass
 class Pool:
-    """All studies that have an image, by the attributes and findings that they assert."""
+    """All studies with an image, indexed by asserted attribute and finding."""
 
     rows: list[Neighbour] = field(default_factory=list)
     by_key: dict[str, list[int]] = field(default_factory=dict)
 
     def nearest(self, own: Neighbour, seed: int) -> Neighbour | None:
-        """The nearest study by Jaccard index whose image makes the answer wrong; None without any.
+        """The nearest study by Jaccard index for whose image the answer of `own` is wrong, or None.
 
-        Looks at up to `PER_KEY` studies for each key of `own` and `AT_RANDOM` others, drawn by
-        seed and study id; ties go to the first drawn.
+        Compares up to `PER_KEY` studies per key of `own` and `AT_RANDOM` others, drawn by seed and
+        study id. The first drawn wins ties.
         """
         best: tuple[float, Neighbour | None] = (-1.0, None)
         for key in sorted(own.attributes | own.names):
             best = self._best(own, self.by_key.get(key, []), PER_KEY, seed, key, best)
         every = range(len(self.rows))
         best = self._best(own, every, AT_RANDOM, seed, "", best)
-        if best[1] is None:  # a rare kind of study: look at all
+        if best[1] is None:  # a rare kind of study: compare all
             best = self._best(own, every, len(self.rows), seed, "", best)
         return best[1]
 
@@ -81,7 +81,7 @@ def _answer_is_wrong(own: Neighbour, other: Neighbour) -> bool:
 
 
 def build_pool(studies: Iterable[Study], graph: ConceptGraph) -> Pool:
-    """The pool of a data set; studies without an image are left out."""
+    """The pool of a data set, without studies that have no image."""
     miner, pool = Miner(graph), Pool()
     for study in studies:
         if study.images:
@@ -102,12 +102,11 @@ def _summarise_study(study: Study, miner: Miner) -> Neighbour:
 def perception_counterfactuals(
     studies: Iterable[Study], pool: Pool, graph: ConceptGraph, *, seed: int = 42
 ) -> Iterator[Counterfactual]:
-    """A record of each study with the images to reject: kind "perception", id "study/perception".
+    """Yield one record per study with images to reject: kind "perception", id "study/perception".
 
-    The record repeats the study's report and labels; `counterfactual_labels` are those of the
-    image to reject, and the target is the first of them that the study lacks (or the first, where
-    it lacks none). A study without an image, or without any other to go with, has the check "image"
-    or "neighbour" False.
+    The record repeats the study's report and labels. `counterfactual_labels` are those of the
+    rejected image; the target is the first of them that the study lacks, otherwise the first. A
+    study without an image fails the check "image", one without a neighbour the check "neighbour".
     """
     miner = Miner(graph)
     for study in studies:
@@ -134,14 +133,14 @@ def perception_counterfactuals(
 
 
 def with_perception(one: Preference, rejected_images: tuple[ImageRef, ...]) -> Preference:
-    """A study's preference (or, without any rejected answer yet, its SFT sample) that also prefers
-    the answer before its own image to the same answer before another's.
+    """Add a perception pair to a study's preference or SFT sample: the chosen answer with its own
+    images over the same answer with `rejected_images`.
 
-    Raises ValueError when either has no image.
+    Raises ValueError if either has no image.
     """
     if not one.images or not rejected_images:
         raise ValueError(f"study {one.id}: a perception pair needs two images")
-    number = len(one.images)  # the prompt has a place for each
+    number = len(one.images)  # as many as the prompt has placeholders
     shown = (rejected_images * number)[:number]
     return replace(
         one,

@@ -1,4 +1,4 @@
-"""Studies and their counterfactuals as preferences: what SFT and CPO learn from."""
+"""Build the training samples of SFT and CPO from studies and their counterfactuals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpo_fast.types import Counterfactual, Preference, Study
 def build_sft_preference(
     study: Study, *, prompt: str = DEFAULT_PROMPT, uncertain: str = "negative"
 ) -> Preference:
-    """The study's own report and diagnosis as the answer to learn; nothing is rejected."""
+    """The study's report and diagnosis as the chosen answer, without a rejected answer."""
     names = diagnosis(study_labels(study), uncertain=uncertain)
     return Preference(
         id=study.study_id,
@@ -32,11 +32,11 @@ def build_preference(
     prompt: str = DEFAULT_PROMPT,
     uncertain: str = "negative",
 ) -> Preference:
-    """The study's answer preferred to each of its counterfactuals.
+    """The study's answer as chosen, its counterfactuals as rejected answers.
 
-    `rejected_answer` "target" (as in the data of the CPO paper) states the target alone, "all"
-    states what survives and the target. Raises ValueError for another value, no counterfactual,
-    one of another study or of another kind than "thinking".
+    The diagnosis of a rejected answer is the target only (`rejected_answer` "target", as in the
+    data of the CPO paper) or the remaining findings and the target ("all"). Raises ValueError for
+    another value, without counterfactuals, and for one of another study or kind than "thinking".
     """
     if rejected_answer not in ("target", "all"):
         raise ValueError(f'rejected_answer must be "target" or "all", not {rejected_answer!r}')

@@ -1,8 +1,8 @@
-"""The prompt from which a language model writes a counterfactual, and the reading of its answer.
+"""The prompt for a language model to write a counterfactual, and the parser of its answer.
 
-The prompt is built from the report, the target and its neighbourhood in the concept graph. An
-answer is taken for a report only if it has the sections of the original; what stands before the
-first of them ("Here is ...") and a model's thinking are cut off.
+The prompt is built from the report, the target and its neighbours in the concept graph. An answer
+must have the sections of the original. Text before the first section ("Here is ...") and the
+model's thinking are removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cpo_fast.errors import RecordError
 from cpo_fast.types import ConceptGraph, Report
 
 MAX_ANSWER = 16_000
-"""Characters of an answer above which it is no report; the longest of Open-I has 2,000."""
+"""Maximum characters of an answer; the longest report of Open-I has 2,000."""
 
 _RULES = (
     "State {target} as a plain fact in {places}, without hedging and without naming a prior study.",
@@ -50,8 +50,8 @@ _FAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One counterfactual to be written; `attempt` counts from 0, `failed` names the checks that
-    the attempt before it failed."""
+    """One counterfactual to write; `attempt` counts from 0, `failed` names the failed checks of
+    the previous attempt."""
 
     report: Report
     target: str
@@ -62,12 +62,12 @@ class Task:
 
 
 def build_prompt(graph: ConceptGraph, task: Task) -> str:
-    """What a model is asked; holds the report of a patient."""
+    """The prompt of a task; contains a patient's report."""
     disease = graph.diseases[task.target]
     ruled_out = [graph.attributes[key].name for key in disease.exclusions]
     ruled_out += sorted(graph.excluded[task.target])
-    told = [name for name, value in label_report(task.report.text).items() if value == 1]
-    kept = [n for n in told if n != "No Finding" and n not in graph.excluded[task.target]]
+    present = [name for name, value in label_report(task.report.text).items() if value == 1]
+    kept = [n for n in present if n != "No Finding" and n not in graph.excluded[task.target]]
     signs = [*disease.hallmarks, *(a for a in disease.associations if a not in disease.hallmarks)]
     sections = [s for s in ("findings", "impression") if getattr(task.report, s)]
     rules = [
@@ -106,11 +106,11 @@ _UNPRINTABLE = re.compile(
 
 
 def parse_rewrite(text: str, original: Report) -> Report:
-    """The report in a model's answer, with the sections of `original`.
+    """Parse the report in a model's answer; it must have the sections of `original`.
 
     Raises RecordError "answer-empty", "answer-too-long", "answer-unprintable" (control characters,
-    lone surrogates, marks that turn the direction of text) or "answer-sections" (not those of the
-    original, or one of them twice). No error repeats the text.
+    lone surrogates, marks that change the text direction) or "answer-sections" (other sections than
+    the original, or a repeated one). No error repeats the text.
     """
     if len(text) > MAX_ANSWER:
         raise RecordError("answer-too-long", f"{len(text)} characters, at most {MAX_ANSWER}")
@@ -151,6 +151,6 @@ _OWN_RUNS = frozenset().union(*map(_word_runs, _RULES))
 
 @lru_cache(maxsize=1 << 17)
 def find_leaks(sentence: str) -> frozenset[object]:
-    """What of a lower-case sentence stems from a prompt, a chat, or a model that speaks about
-    itself: telling words, and runs of six words of our rules."""
+    """Traces in a lower-case sentence of a prompt, a chat or a model's remarks: typical words, and
+    runs of six words from the rules of the prompt."""
     return frozenset(_LEAKS.findall(sentence)) | (_OWN_RUNS & _word_runs(sentence))

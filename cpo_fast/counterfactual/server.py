@@ -1,9 +1,8 @@
 """The `server` generator: any OpenAI-compatible chat-completions endpoint, for example vLLM.
 
-Reports are patient data: they go to loopback and private addresses only unless a flag says
-otherwise, redirects and proxies are not followed, and no message or error holds what was sent or
-received. What a server answers is not trusted: it is bounded in bytes and in time, and is read as
-data only.
+Reports are patient data: they are sent to loopback and private addresses only, unless remote hosts
+are allowed. Redirects and proxies are not followed, and no message or error contains text that was
+sent or received. Answers are not trusted: they are limited in bytes and time, and read as data.
 """
 
 from __future__ import annotations
@@ -24,28 +23,32 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from cpo_fast.counterfactual.prompt import Task, build_prompt, parse_rewrite
-from cpo_fast.counterfactual.seeding import hash_seed
-from cpo_fast.counterfactual.writers import Draft, GaveUpError
+from cpo_fast.counterfactual.writers import (
+    Draft,
+    GaveUpError,
+    check_minimums,
+    choose_sampling,
+)
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ConceptGraph
 
 MAX_RESPONSE = 1 << 20
-"""Bytes of an answer above which it is not read on."""
+"""Maximum size of an answer in bytes."""
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds before the first retry, doubled for each further one, and the bound, which holds for
-Retry-After as well."""
+"""Seconds before the first retry, doubled for each further retry, and the maximum, which also
+limits Retry-After."""
 
-_AGAIN = frozenset({408, 409, 425, 429, *range(500, 600)})
-_ABOUT_THE_RECORD = frozenset({400, 413, 422})
-_NEAR = [
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
+_RECORD_STATUS = frozenset({400, 413, 422})
+_LOCAL_NETWORKS = [
     ipaddress.ip_network(n)
     for n in ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 ]
 
 
 class _FailedError(Exception):
-    """One request that may be sent again; `wait` is what the server asked for, in seconds."""
+    """A failed request that can be retried; `wait` is the delay requested by the server, in s."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -56,17 +59,17 @@ def is_local_address(address: str) -> bool:
     """Whether an IP address is loopback or private (RFC 1918, RFC 4193)."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    return any(ip.version == net.version and ip in net for net in _NEAR)
+    return any(ip.version == net.version and ip in net for net in _LOCAL_NETWORKS)
 
 
 class ServerWriter:
-    """Asks `url` (".../v1") for chat completions of `model`, `concurrency` at a time.
+    """Requests chat completions of `model` from `url` (".../v1"), `concurrency` at a time.
 
-    A request that fails in a way that may pass (no connection, time-out, 408, 409, 425, 429, 5xx,
-    an answer that is no JSON) is sent again up to `max_retries` times, after a wait that doubles or
-    that the server names. Then its record is set aside as "server-...". `faults` counts every
-    failed request by reason. Raises UsageError for a URL or host that can't be used, and while
-    writing for 401, 403, 404 and redirects; DataError when a whole round finds no server.
+    A request with a transient error (no connection, time-out, 408, 409, 425, 429, 5xx, an answer
+    that is not JSON) is retried up to `max_retries` times, after a delay that doubles each time or
+    that the server requests. Then its record is set aside as "server-...". `faults` counts failed
+    requests by reason. Raises UsageError for an unusable URL or host, and while writing for 401,
+    403, 404 and redirects; DataError if no request of a round reaches a server.
     """
 
     name = "server"
@@ -93,17 +96,15 @@ class ServerWriter:
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise UsageError(f"--server_url {url}: give http://host:port/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise UsageError("--server_url holds more than host, port and path; leave that out")
-        for flag, value, least in (
+            raise UsageError("--server_url: only host, port and path are allowed")
+        check_minimums(
             ("concurrency", concurrency, 1),
             ("requests_per_second", requests_per_second, 0),
             ("timeout_s", timeout, 0.001),
             ("max_retries", max_retries, 0),
             ("temperature", temperature, 0),
             ("max_new_tokens", max_new_tokens, 1),
-        ):
-            if not least <= value < float("inf"):
-                raise UsageError(f"--{flag} must be at least {least}, not {value}")
+        )
         self._secure = parts.scheme == "https"
         self._host = parts.hostname
         self._port = port or (443 if self._secure else 80)
@@ -122,7 +123,7 @@ class ServerWriter:
         self._addresses()
 
     def _addresses(self) -> list[str]:
-        """The addresses of the host; all of them must be near unless remote hosts are allowed."""
+        """Addresses of the host; UsageError for a remote one unless remote hosts are allowed."""
         try:
             found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
@@ -130,13 +131,13 @@ class ServerWriter:
         addresses = [str(where[0]) for *_, where in found]
         if not self._allow_remote and not all(map(is_local_address, addresses)):
             raise UsageError(
-                f"--server_url: {self._host} is neither loopback nor private, and the reports of "
-                f"patients would be sent there; add --allow_remote_host if that is allowed"
+                f"--server_url: {self._host} is neither loopback nor private; to send patient "
+                f"reports there, add --allow_remote_host"
             )
         return addresses
 
     def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterator[tuple[int, Draft]]:
-        unreachable: list[tuple[int, Draft]] = []  # until an answer shows that there is a server
+        unreachable: list[tuple[int, Draft]] = []  # held back until one answer arrives
         with ThreadPoolExecutor(self._concurrency) as pool:
             futures = {
                 pool.submit(self._draft, build_prompt(graph, task), task): index
@@ -155,32 +156,31 @@ class ServerWriter:
         if len(unreachable) == len(tasks):
             raise DataError(
                 f"no server answers at {self._host}, port {self._port}; start it and run the same "
-                f"command again: it goes on where it stopped"
+                f"command again to continue"
             )
         yield from unreachable
 
     def _draft(self, prompt: str, task: Task) -> Draft:
         try:
-            return parse_rewrite(self._asked(self._body(prompt, task)), task.report)
+            return parse_rewrite(self._ask(self._body(prompt, task)), task.report)
         except RecordError as error:
             return error
 
     def _body(self, prompt: str, task: Task) -> bytes:
-        chance = hash_seed(task.seed, task.study_id, task.target, str(task.attempt))
-        retry = 0.7 if task.attempt else 0.0  # the same words again would fail again
+        temperature, seed = choose_sampling(task, self._temperature)
         return json.dumps(
             {
                 "model": self._model,
                 "messages": [{"role": "user", "content": prompt}],
-                "temperature": max(self._temperature, retry),
-                "seed": chance & 0x7FFFFFFF,
+                "temperature": temperature,
+                "seed": seed & 0x7FFFFFFF,
                 "max_tokens": self._max_new,
                 "stream": False,
             }
         ).encode()
 
-    def _asked(self, body: bytes) -> str:
-        """The text of the answer, after as many requests as it takes."""
+    def _ask(self, body: bytes) -> str:
+        """The text of the answer, after retries if necessary."""
         for attempt in range(self._max_retries + 1):
             self._pace()
             try:
@@ -198,15 +198,15 @@ class ServerWriter:
             self.faults[reason] += 1
 
     def _pace(self) -> None:
-        """Wait for the next free place of the rate limit."""
+        """Wait until the rate limit permits the next request."""
         if self._interval:
             with self._lock:
                 start = max(self._next, time.monotonic())
                 self._next = start + self._interval
             time.sleep(max(0.0, start - time.monotonic()))
 
-    def _connected(self) -> http.client.HTTPConnection:
-        """A connection to an address that was checked: the name is looked up once for both."""
+    def _connect(self) -> http.client.HTTPConnection:
+        """Connect to an address that was checked; the name is looked up once for both steps."""
         last: OSError = OSError()
         for address in self._addresses():
             try:
@@ -229,12 +229,12 @@ class ServerWriter:
         timer: threading.Timer | None = None
         try:
             try:
-                connection = self._connected()
+                connection = self._connect()
             except TimeoutError:
                 raise _FailedError("server-timeout") from None
             except (OSError, UsageError):
                 raise _FailedError("server-unreachable") from None
-            # A time-out of the socket starts anew with every byte; this one does not.
+            # The time-out of a socket restarts with every byte; this one limits the whole request.
             timer = threading.Timer(self._timeout, _shut_down, (connection.sock, late))
             timer.daemon = True
             timer.start()
@@ -243,7 +243,7 @@ class ServerWriter:
             data = response.read(MAX_RESPONSE + 1)
             if late.is_set():
                 raise _FailedError("server-timeout")
-            self._judge(response, len(data))
+            self._check_status(response, len(data))
             return data
         except (OSError, http.client.HTTPException, ValueError) as error:
             slow = late.is_set() or isinstance(error, TimeoutError)
@@ -254,32 +254,32 @@ class ServerWriter:
             if connection is not None:
                 connection.close()
 
-    def _judge(self, response: http.client.HTTPResponse, size: int) -> None:
+    def _check_status(self, response: http.client.HTTPResponse, size: int) -> None:
         status = response.status
         if size > MAX_RESPONSE:
             raise _FailedError("server-answer-too-large")
-        if status in _AGAIN:
+        if status in _TRANSIENT_STATUS:
             raise _FailedError(
                 f"server-status-{status}", _parse_retry_after(response.getheader("Retry-After"))
             )
-        if status in _ABOUT_THE_RECORD:
+        if status in _RECORD_STATUS:
             self._count(f"server-status-{status}")
-            raise GaveUpError(f"server-status-{status}", "the server does not take this record")
+            raise GaveUpError(f"server-status-{status}", "the server rejects this record")
         if status != 200:
             raise UsageError(
                 f"the server at {self._host}, port {self._port} answers with status {status}; "
-                f"check --server_url (with its /v1), --model and the key"
+                f"check --server_url (including /v1), --model and the key"
             )
 
 
 def _shut_down(sock: socket.socket, late: threading.Event) -> None:
     late.set()
-    with contextlib.suppress(OSError):  # it is closed already
+    with contextlib.suppress(OSError):  # already closed
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def _parse_retry_after(retry_after: str | None) -> float | None:
-    """The wait that a Retry-After header asks for, as seconds or as a date; None without any."""
+    """Delay in seconds given by a Retry-After header (seconds or a date); None without one."""
     if not retry_after:
         return None
     try:
@@ -293,7 +293,7 @@ def _parse_retry_after(retry_after: str | None) -> float | None:
 
 
 def _parse_completion(data: bytes) -> str:
-    """The text of the first choice; _FailedError for what is no chat completion."""
+    """The text of the first choice; raises _FailedError if `data` is not a chat completion."""
     try:
         choice = json.loads(data)["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")

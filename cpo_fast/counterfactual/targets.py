@@ -1,4 +1,4 @@
-"""Which diseases a report is rewritten towards: near in the graph, told by the same words,
+"""Choice of the target diseases of a report: near in the graph, described by the same words,
 plausible, reproducible."""
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from cpo_fast.counterfactual.seeding import hash_seed
 from cpo_fast.types import ConceptGraph, Labels
 
 NEARNESS, DRIFT, STATED, CONFLICT, CHANCE = 1.0, 1.0, 0.1, 0.5, 0.5
-"""Weights of the score: attributes shared with a present disease; how prone the wording of the
-report is to drift to the target (`drift_proneness`); the report speaks of the target;
-a present disease or the anatomy told excludes it; a draw by seed and study, which spreads targets
-where nothing else decides."""
+"""Weights of the score: attributes shared with a present disease; `drift_proneness` of the target;
+the report names the target; a present disease or reported anatomy excludes it (subtracted); a
+random number from seed and study, which spreads the targets of similar reports."""
 
 
 @lru_cache(maxsize=4)
 def nearness(graph: ConceptGraph) -> dict[tuple[str, str], float]:
-    """Jaccard index of the associated attributes of each pair of diseases."""
+    """Jaccard index of the associated attributes for each pair of diseases."""
     rows = {name: frozenset(d.associations) for name, d in graph.diseases.items()}
     return {(a, b): len(rows[a] & rows[b]) / len(rows[a] | rows[b]) for a in rows for b in rows}
 
 
 def drift_proneness(graph: ConceptGraph, asserted: Collection[str]) -> dict[str, float]:
-    """How far the attributes that a report asserts speak for each disease, 0 to 1.
+    """How strongly the asserted attributes of a report suggest each disease, 0 to 1.
 
-    A reader who knows the graph alone takes one of the attributes and guesses among the diseases
-    that show it; the value is the chance that the guess is this disease. Where it is high for a
-    disease that is absent, the same words carry two diagnoses, and a small change of them can move
-    a model from one to the other. All 0 where the report asserts no attribute.
+    Pick one of the attributes at random, then one of its associated diseases: the value is the
+    probability of this disease. A high value for an absent disease means that the same words
+    support two diagnoses, so a small change of wording can move a model from one to the other. All
+    values are 0 if the report asserts no attribute.
     """
     shown_by = _diseases_by_attribute(graph)
-    told = [shown_by[name] for name in asserted if shown_by.get(name)]
+    suggested = [shown_by[name] for name in asserted if shown_by.get(name)]
     return {
-        disease: sum(1 / len(names) for names in told if disease in names) / max(len(told), 1)
+        disease: sum(1 / len(names) for names in suggested if disease in names)
+        / max(len(suggested), 1)
         for disease in graph.diseases
     }
 
 
 @lru_cache(maxsize=4)
 def _diseases_by_attribute(graph: ConceptGraph) -> dict[str, frozenset[str]]:
-    """The diseases with which each attribute is associated."""
+    """The associated diseases of each attribute."""
     diseases = graph.diseases.items()
     return {
         attribute: frozenset(name for name, d in diseases if attribute in d.associations)
@@ -53,8 +53,8 @@ def _diseases_by_attribute(graph: ConceptGraph) -> dict[str, frozenset[str]]:
 
 
 def list_candidates(graph: ConceptGraph, labels: Labels) -> list[str]:
-    """Diseases of the graph that have wordings and are neither present nor uncertain in `labels`,
-    nor implied by a present one."""
+    """Diseases with wordings that are neither present nor uncertain in `labels`, nor implied by a
+    present disease."""
     taken = {name for name, value in labels.items() if value in (1, -1)}
     present = [name for name, value in labels.items() if value == 1 and name in graph.diseases]
     for name in present:
@@ -71,12 +71,11 @@ def score_targets(
     against: Set[str],
     seed: int,
 ) -> dict[str, float]:
-    """Each possible target of a study and how relevant it is.
+    """The possible targets of a study and their scores.
 
-    `labels` say what is present, `stated` what the text says (a denied disease is spoken of),
-    `asserted` holds the attributes that it asserts, `against` names the diseases whose anatomy the
-    text contradicts. Depends on the seed, the study id and the text and labels of the study alone,
-    so that any shard finds the same.
+    `labels`: labels of the study; `stated`: labels of its text (0 means that a disease is named and
+    denied); `asserted`: attributes asserted in the text; `against`: diseases whose anatomy the text
+    contradicts. Depends only on these, the seed and the study id, so that all shards agree.
     """
     near = nearness(graph)
     drift = drift_proneness(graph, asserted)
@@ -94,19 +93,19 @@ def score_targets(
 
 
 def pick_targets(scores: Mapping[str, float], prices: Mapping[str, float], count: int) -> list[str]:
-    """The `count` best targets after their prices (fewer where there are no more), best first."""
+    """The at most `count` targets with the highest score less price, best first."""
     return sorted(scores, key=lambda n: scores[n] - prices.get(n, 0.0), reverse=True)[:count]
 
 
 def balance_prices(
     scores: Iterable[Mapping[str, float]], count: int, *, rounds: int = 60
 ) -> dict[str, float]:
-    """A price for each disease that makes all of them targets about equally often.
+    """A price for each disease that makes all diseases targets about equally often.
 
-    `scores` are those of every study of the data set (held as one row of numbers each). A disease
-    that is chosen too often grows dearer, one chosen too seldom cheaper, in ever smaller steps; no
-    price passes `CONFLICT`, so that a target which the anatomy contradicts is not forced. The
-    outcome depends on the data set, `count` and the seed behind the scores, not on the shard.
+    `scores` holds the scores of every study of the data set. The price of a disease chosen too
+    often rises, that of one chosen too rarely falls, in decreasing steps. Prices are limited to
+    +-`CONFLICT` / 2, so that a target contradicted by the anatomy is not forced. The result depends
+    on the data set, `count` and the seed of the scores, not on the shard.
     """
     rows = list(scores)
     names = sorted({name for row in rows for name in row})

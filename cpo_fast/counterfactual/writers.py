@@ -1,7 +1,7 @@
-"""What every generator has in common, and the `graph` generator.
+"""Interface of the generators, the parts that they share, and the `graph` generator.
 
-A writer turns tasks into drafts; choice of targets, checks, retries and order are the same for all
-of them (`cpo_fast.counterfactual.generate`).
+A writer turns tasks into drafts. The choice of targets, checks, retries and order do not depend on
+the writer (`cpo_fast.counterfactual.generate`).
 """
 
 from __future__ import annotations
@@ -12,35 +12,54 @@ from typing import Protocol
 
 from cpo_fast.counterfactual.graph.rewrite import rewrite
 from cpo_fast.counterfactual.prompt import Task
-from cpo_fast.errors import RecordError
+from cpo_fast.counterfactual.seeding import hash_seed
+from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ConceptGraph, Report
 
 Draft = Report | RecordError
-"""A rewritten report, or why there is none."""
+"""A rewritten report, or the reason for its absence."""
+
+RETRY_TEMPERATURE = 0.7
+"""Minimum temperature of retries, so that they differ from the failed draft."""
 
 
 class GaveUpError(RecordError):
-    """No draft, and asking again for the same record is of no use."""
+    """No draft, and a retry of the same record would fail as well."""
 
 
 class Writer(Protocol):
-    """A generator: `name` stands in its records, `window` tasks are in its hands at a time,
-    `faults` counts what went wrong inside (requests that were sent again and the like)."""
+    """A generator: its `name` in the records, the number of tasks per call (`window`), and counts
+    of failed requests or drafts by reason (`faults`)."""
 
     name: str
     window: int
     faults: Counter[str]
 
     def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterable[tuple[int, Draft]]:
-        """(index of the task, its draft), one for each task, as they are done.
+        """Yield (index of the task, its draft) for each task, in order of completion.
 
-        What concerns one record alone is its draft: a RecordError (`GaveUpError` where a retry
-        can't help); what concerns the run is raised."""
+        An error of one record is its draft: a RecordError (`GaveUpError` if a retry cannot help).
+        An error of the whole run is raised."""
         ...
 
 
+def check_minimums(*settings: tuple[str, float, float]) -> None:
+    """Raise UsageError for a (flag, value, minimum) that is too small or not finite."""
+    for flag, value, least in settings:
+        if not least <= value < float("inf"):
+            raise UsageError(f"--{flag} must be at least {least}, not {value}")
+
+
+def choose_sampling(task: Task, temperature: float) -> tuple[float, int]:
+    """(temperature, 64-bit seed) of a draft: `temperature`, for retries `RETRY_TEMPERATURE` or
+    more."""
+    if task.attempt:
+        temperature = max(temperature, RETRY_TEMPERATURE)
+    return temperature, hash_seed(task.seed, task.study_id, task.target, str(task.attempt))
+
+
 class GraphWriter:
-    """The offline default: small edits along the concept graph."""
+    """The default generator, without a model: small edits along the concept graph."""
 
     name = "graph"
     window = 1
