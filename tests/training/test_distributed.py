@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cpo_fast.phantom import write_phantom
-from cpo_fast.run.image_check import key_of
+from cpo_fast.run.image_check import digest_image
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import latest_checkpoint
 from cpo_fast.types import ImageRef
@@ -246,7 +246,7 @@ def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_pa
              "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]  # fmt: skip
     for name in ("one", "two"):
         (tmp_path / name).mkdir(mode=0o700)
-        known = [key_of(ImageRef(str(path), str(phantom))) for path in broken]
+        known = [digest_image(ImageRef(str(path), str(phantom))) for path in broken]
         (tmp_path / name / "checked_images.txt").write_text("".join(f"{k}\n" for k in known))
     assert one(phantom, tmp_path / "one", *flags) == 0
     status, _, err = two(phantom, tmp_path / "two", *flags, "--fsdp", "true")
