@@ -1,4 +1,4 @@
-"""Concepts of chest radiology: the graph of diseases and attributes, and a finding labeller."""
+"""The concept graph of diseases and imaging attributes, and a finding labeller for reports."""
 
 from cpo_fast.concepts.graph import load_graph
 from cpo_fast.concepts.labeller import label_report

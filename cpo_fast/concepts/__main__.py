@@ -1,4 +1,4 @@
-"""Label reports; show, mine and export the concept graph."""
+"""Label reports; inspect, export and extend the concept graph."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from cpo_fast.types import ConceptGraph
 
 _MAX_LINE = 4 << 20
 _MAX_EXTRACTION = 1 << 30
-"""Bytes of a line of reports, and of an extraction (200,000 reports make some 60 MB)."""
+"""Maximum bytes of an input line, and of an extraction (200,000 reports take about 60 MB)."""
 _SHOWN = 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one of the commands; 0 when it worked, 1 for bad data, 2 for wrong usage."""
+    """Run a command. Returns 0 for success, 1 for bad data, 2 for wrong usage."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -43,39 +43,45 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog=program("concepts"), description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
-    label = commands.add_parser("label", help="{id, report} lines -> {id, labels} lines")
-    label.add_argument("--input", required=True, type=Path, help="JSON lines of id and report")
-    label.add_argument("--output", required=True, type=Path, help="JSON lines of id and labels")
+    label = commands.add_parser(
+        "label", help="label reports: {id, report} lines to {id, labels} lines"
+    )
+    label.add_argument("--input", required=True, type=Path, help="JSON lines with id and report")
+    label.add_argument("--output", required=True, type=Path, help="JSON lines with id and labels")
     label.set_defaults(run=_label)
-    stats = commands.add_parser("stats", help="counts of nodes and relations")
+    stats = commands.add_parser("stats", help="print the number of nodes and relations")
     stats.set_defaults(run=_stats)
-    export = commands.add_parser("export", help="the graph as .graphml or .json")
+    export = commands.add_parser("export", help="write the graph as .graphml or .json")
     export.add_argument("--output", required=True, type=Path, help="a .graphml or .json file")
     export.set_defaults(run=_export)
-    plot = commands.add_parser("plot", help="the graph as a picture (.png, .svg, .pdf)")
+    plot = commands.add_parser("plot", help="draw the graph (.png, .svg, .pdf)")
     plot.add_argument("--output", required=True, type=Path, help="a .png, .svg or .pdf file")
     plot.set_defaults(run=_plot)
-    mined = commands.add_parser("mine", help="counts, PMI and exclusion tests of a corpus")
+    mined = commands.add_parser("mine", help="count findings in a corpus and propose relations")
     mined.add_argument("--dataset", required=True, help='a MIMIC-CXR-JPG folder or "open-i"')
     mined.add_argument("--output", required=True, type=Path, help="a .json file")
     mined.add_argument(
         "--weighted_graph",
         type=Path,
-        help="also write the graph weighted by the corpus: .graphml or .json",
+        help="also write the graph with corpus counts: .graphml or .json",
     )
-    mined.add_argument("--workers", type=POSITIVE, default=os.cpu_count() or 1, help="processes")
+    mined.add_argument(
+        "--workers", type=POSITIVE, default=os.cpu_count() or 1, help="number of processes"
+    )
     mined.set_defaults(run=_mine)
-    merged = commands.add_parser("merge", help="an LLM's extraction into a graph file")
-    merged.add_argument("--input", required=True, type=Path, help="JSON: data, disease_feature_map")
+    merged = commands.add_parser("merge", help="add associations extracted by an LLM to the graph")
+    merged.add_argument(
+        "--input", required=True, type=Path, help="JSON with data and disease_feature_map"
+    )
     merged.add_argument("--output", required=True, type=Path, help="the new graph file")
     merged.set_defaults(run=_merge)
     for command in (stats, export, plot, mined, merged):
-        command.add_argument("--graph", default=None, help="a graph file (default: the package's)")
+        command.add_argument("--graph", default=None, help="graph file (default: built-in)")
     return parser
 
 
 def _open_output(path: Path) -> IO[str]:
-    """A file that only its owner reads: it stands beside report text."""
+    """Open an output file with mode 0600; its folder is created if missing."""
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, mode=0o700)
@@ -110,7 +116,7 @@ def _label(args: argparse.Namespace) -> None:
 
 
 def _read_lines(source: IO[bytes]) -> Iterator[bytes]:
-    """Lines, those of more than `_MAX_LINE` bytes cut; what is over is passed over in pieces."""
+    """Yield lines, cut after `_MAX_LINE` + 1 bytes; the excess is skipped in pieces."""
     while line := source.readline(_MAX_LINE + 1):
         yield line
         while len(line) > _MAX_LINE and not line.endswith(b"\n"):
@@ -118,7 +124,7 @@ def _read_lines(source: IO[bytes]) -> Iterator[bytes]:
 
 
 def _parse_record(line: bytes) -> tuple[Any, str | None]:
-    """(id, report) of a line, no report for an empty one."""
+    """(id, report) of a line; (None, None) for an empty line. Raises RecordError."""
     if len(line) > _MAX_LINE:
         raise RecordError("record-too-long", "more than 4 MiB; one report per line is expected")
     if not line.strip():
@@ -135,7 +141,7 @@ def _parse_record(line: bytes) -> tuple[Any, str | None]:
 
 
 def count_graph(graph: ConceptGraph) -> dict[str, Any]:
-    """Counts of the graph: nodes, attributes per category, edges per relation, hallmarks."""
+    """Number of nodes, attributes per category, edges per relation and hallmarks."""
     edges = graph.network.edges(data=True)
     return {
         "diseases": len(graph.diseases),
@@ -160,7 +166,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _write_network(graph: ConceptGraph, path: Path, flag: str) -> None:
-    """The graph as GraphML or node-link JSON, as the name says."""
+    """Write the graph as GraphML or node-link JSON, depending on the suffix."""
     import networkx
 
     network = graph.network.copy()
@@ -168,9 +174,11 @@ def _write_network(graph: ConceptGraph, path: Path, flag: str) -> None:
         with _open_output(path) as out:
             json.dump(networkx.node_link_data(network, edges="edges"), out, indent=1)
     elif path.suffix == ".graphml":
-        for _, data in network.nodes(data=True):  # GraphML knows no lists
+        for _, data in network.nodes(data=True):  # GraphML has no lists
             data.update({k: ", ".join(v) for k, v in data.items() if isinstance(v, tuple)})
-        for *_, data in network.edges(data=True):  # and no null: a PMI of pairs never together
+        for *_, data in network.edges(
+            data=True
+        ):  # and no null: the PMI of pairs that never co-occur
             for key in [k for k, v in data.items() if v is None]:
                 del data[key]
         with _open_output(path) as out:
@@ -227,10 +235,10 @@ def _merge(args: argparse.Namespace) -> None:
     )
     with _open_output(args.output) as out:
         json.dump(merged, out, indent=1)
-    print(f"{args.output}: {len(done['added'])} associations added, {done['known']} were known")
+    print(f"{args.output}: {len(done['added'])} associations added, {done['known']} already known")
     for name in ("excluded", "too_rare"):
         print(f"  not added, {name}: {len(done[name])}")
-    print(f"  names that fit no node: {len(done['unknown'])}")
+    print(f"  names that match no node: {len(done['unknown'])}")
 
 
 def _plot(args: argparse.Namespace) -> None:

@@ -1,9 +1,8 @@
-"""An LLM's extraction in the form that the CPO paper asks for, merged into a graph file under
-validation.
+"""Merge an LLM's extraction, in the format of the CPO paper, into a graph file.
 
 The extraction is `{"data": [{"diseases": [...], "features": [...]}, ...], "disease_feature_map":
-{disease: [features]}}`. A feature counts as the attribute one of whose phrases it holds, a disease
-as the one whose name or synonym it holds; what fits nothing is reported, never guessed.
+{disease: [features]}}`. A feature matches an attribute if it contains one of its phrases, a disease
+matches by name or synonym. Names without a match are reported.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from cpo_fast.errors import DataError
 from cpo_fast.types import Disease
 
 MIN_CASES = 3
-"""Cases in which a disease and a feature stand together before a map entry is believed."""
+"""Minimum number of cases with both disease and feature to accept a map entry."""
 
 
 def merge_extraction(
     graph_json: Mapping[str, Any], extraction: Any, file: str = "<extraction>"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the graph file with new associations, what was done) after merging an extraction.
+    """(graph file with new associations, summary of the merge).
 
-    An entry of the map becomes an association unless the graph has it, excludes it, or fewer than
-    `MIN_CASES` cases bear it out. Raises DataError for an extraction of another form.
+    A map entry becomes an association unless the graph already has or excludes it, or fewer than
+    `MIN_CASES` cases support it. Raises DataError for another format of the extraction.
     """
     cases, entries = _check_extraction(extraction, file)
     graph = graph_from_json(graph_json)
@@ -38,9 +37,9 @@ def merge_extraction(
     attributes = {key: compile_phrases([a.name, *a.phrases]) for key, a in graph.attributes.items()}
     support: Counter[tuple[str, str]] = Counter()
     for case in cases:
-        told = {n for text in case["diseases"] for n in _find_matches(text, diseases)}
+        named = {n for text in case["diseases"] for n in _find_matches(text, diseases)}
         seen = {k for text in case["features"] for k in _find_matches(text, attributes)}
-        support.update((name, key) for name in told for key in seen)
+        support.update((name, key) for name in named for key in seen)
 
     merged = copy.deepcopy(dict(graph_json))
     done: dict[str, Any] = {"added": [], "known": 0, "too_rare": [], "excluded": [], "unknown": []}
@@ -55,7 +54,7 @@ def merge_extraction(
             for name in names:
                 for key in keys:
                     _add_association(merged, graph.diseases[name], key, support[name, key], done)
-    graph_from_json(merged, file)  # an entry may never break the graph
+    graph_from_json(merged, file)  # the merged graph must be valid
     return merged, done
 
 

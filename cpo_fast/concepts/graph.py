@@ -1,11 +1,10 @@
-"""The concept graph: read from JSON, checked, and held in networkx.
+"""The concept graph: read from JSON, validated, and stored as a networkx graph.
 
 The file lists 53 imaging attributes in four categories and 12 diseases with their hallmarks,
-associations and exclusions (the relations of CPO, arXiv 2505.13081); what is neither associated
-nor excluded is irrelevant. In a phrase, `...` stands for up to five words of the same clause.
-`negated` are normal statements that deny an attribute without naming it.
-Exclusions in `same_region_exclusions`, and contradictions of scope "region", hold within one
-hemithorax only.
+associations and exclusions (the relations of CPO, arXiv 2505.13081); all other pairs are
+irrelevant. In a phrase, `...` matches up to five words of the same clause. `negated` lists normal
+statements that deny an attribute without naming it. Exclusions in `same_region_exclusions`, and
+contradictions of scope "region", hold within one hemithorax only.
 """
 
 from __future__ import annotations
@@ -30,14 +29,13 @@ _MAX_BYTES = 32 << 20
 
 
 def load_graph(path: str | Path | None = None) -> ConceptGraph:
-    """The concept graph of the package, or the one in the JSON file `path`, checked for
-    consistency.
+    """Load the built-in concept graph, or the one in the JSON file `path`, and validate it.
 
-    Raises DataError naming the file, the entry and what to change: unreadable or not JSON, missing
-    keys, unknown category, undefined attribute or disease, a hallmark that is no association, an
-    attribute both associated and excluded, a contradiction of an attribute with itself or between
-    two hallmarks of one disease, an exclusion between diseases that stands on one side only or
-    that the attributes do not bear out, and a cycle of such one-sided exclusions or of
+    Raises DataError, which names the file, the entry and the remedy, for an unreadable or invalid
+    file, missing keys, an unknown category, an undefined attribute or disease, a hallmark that is
+    not an association, an attribute both associated and excluded, a contradiction of an attribute
+    with itself or between hallmarks of one disease, an exclusion between diseases that is listed
+    for one of them only or not supported by their attributes, and a cycle of such exclusions or of
     implications.
     """
     file = DEFAULT_GRAPH if path is None else Path(path)
@@ -47,8 +45,8 @@ def load_graph(path: str | Path | None = None) -> ConceptGraph:
 def read_graph_json(
     path: str | Path | None = None, what: str = "concept graph", limit: int = _MAX_BYTES
 ) -> Any:
-    """The parsed JSON of the package's graph file or of `path` (at most `limit` bytes), not yet
-    checked. Raises DataError, which calls the file `what`."""
+    """Parse the built-in graph file or `path` (at most `limit` bytes), without validation. Raises
+    DataError, which describes the file as `what`."""
     file = DEFAULT_GRAPH if path is None else Path(path)
     try:
         if file.stat().st_size > limit:
@@ -64,7 +62,7 @@ def read_graph_json(
 
 
 def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
-    """The graph that a parsed graph file holds; raises DataError as `load_graph` does."""
+    """Build the graph from a parsed graph file. Raises DataError like `load_graph`."""
     check = _Checks(file)
     rows_of = check.mapping(data, "attributes", "the file")
     attributes = _read_attributes(rows_of, check)
@@ -119,7 +117,7 @@ def graph_from_json(data: Any, file: str = "<memory>") -> ConceptGraph:
 
 
 def compile_phrases(phrases: Sequence[str]) -> re.Pattern[str]:
-    """One expression that finds any of `phrases` (`...`: up to five words) in lower-case text."""
+    """A pattern that matches any of `phrases` (`...`: up to five words) in lower-case text."""
     parts = []
     for phrase in sorted(phrases, key=len, reverse=True):
         words = [
@@ -130,13 +128,13 @@ def compile_phrases(phrases: Sequence[str]) -> re.Pattern[str]:
 
 
 def find_relation(graph: ConceptGraph, disease: str, attribute: str) -> str:
-    """ "association", "exclusion" or "irrelevance" of an attribute for a disease."""
+    """The relation of an attribute to a disease: "association", "exclusion" or "irrelevance"."""
     edge = graph.network.get_edge_data(disease, attribute)
     return "irrelevance" if edge is None else edge["relation"]
 
 
 class _Checks:
-    """Reads of parsed JSON that fail with the file's name."""
+    """Readers of parsed JSON whose errors name the file."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -242,8 +240,7 @@ def _check_hallmarks_agree(
 def _read_excluded(
     rows: Mapping[str, Any], diseases: Mapping[str, Disease], check: _Checks
 ) -> dict[str, frozenset[str]]:
-    """Disease -> those it rules out: listed on both sides, and borne out by the hallmarks of
-    both."""
+    """Disease -> diseases it excludes: listed for both, and supported by the hallmarks of both."""
     listed = {
         name: set(check.strings(rows[name], "excludes", name, required=False)) for name in diseases
     }

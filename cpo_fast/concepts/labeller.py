@@ -1,9 +1,9 @@
-"""A rule-based finding labeller: the 14 CheXpert labels and emphysema, from a report's own words.
+"""A rule-based finding labeller: the 14 CheXpert labels and emphysema, from report text.
 
-A report is cut into sentences, sentences into mentions; each mention is asserted (1), denied (0)
-or uncertain (-1) by the cues around it, and for the report positive beats uncertain beats
-negative. Made to check counterfactuals and to label reports that come without labels; it shares no
-phrase with the generator. Sentences are remembered, because reports repeat them.
+The mentions of each sentence are asserted (1), denied (0) or uncertain (-1), depending on the cues
+around them. For the report, positive overrides uncertain overrides negative. The labeller checks
+counterfactuals and labels reports without labels; it shares no phrases with the generator. Results
+are cached per sentence, since reports repeat sentences.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _ENUMERATOR = re.compile(r"^(?:findings:|impression:|\d{1,2}[.)](?!\d)|-)\s*")
 
 
 def split_sentences(text: str) -> list[str]:
-    """`text` cut at full stops, blank lines and list marks; lower case, white space made single."""
+    """Split `text` at full stops, blank lines and list marks; lower case, single spaces."""
     return list(_split_cached(text))
 
 
 @lru_cache(maxsize=1 << 10)
 def _split_cached(text: str) -> tuple[str, ...]:
-    # Remembered for the moment: one report is read by several rules in a row.
+    # Cached since several rules read the same report in succession.
     text = text.lower()
     if "w/" in text:
         text = _WITH.sub("with ", text)
@@ -68,8 +68,7 @@ def _split_cached(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 17)
 def find_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
-    """(finding, 1 | 0 | -1) for each mention in one lower-case sentence, in the order of
-    `LABELLED`."""
+    """(finding, 1 | 0 | -1) for each mention in a lower-case sentence."""
     found: list[tuple[str, int]] = []
     for name, pattern in _MENTIONS.items():
         if not any(map(sentence.__contains__, STEMS.get(name, ("",)))):
@@ -81,17 +80,15 @@ def find_mentions(sentence: str) -> tuple[tuple[str, int], ...]:
 
 @lru_cache(maxsize=1 << 17)
 def find_called_normal(sentence: str) -> tuple[tuple[str, int], ...]:
-    """(finding, 0) for each finding that a lower-case sentence denies by calling its organ
-    normal."""
+    """(finding, 0) for each finding denied by a normal statement in a lower-case sentence."""
     return tuple((name, 0) for name, pattern in _CALLED_NORMAL if pattern.search(sentence))
 
 
 @lru_cache(maxsize=1 << 17)
 def find_ruled_out(sentence: str) -> frozenset[str]:
-    """Findings that a lower-case sentence denies: by name, or by a statement that all is normal
-    there.
+    """Findings that a lower-case sentence denies, by name or by a normal statement.
 
-    A statement about one lung alone rules nothing out; see `clear_side`.
+    A statement about one lung rules nothing out; see `find_clear_side`.
     """
     out = {name for name, polarity in find_mentions(sentence) if polarity == 0}
     if find_clear_side(sentence) or _EXEMPTION.search(sentence):
@@ -103,7 +100,7 @@ def find_ruled_out(sentence: str) -> frozenset[str]:
 
 
 def find_clear_side(sentence: str) -> str:
-    """ "right" or "left" where a lower-case sentence calls that lung alone clear, else ""."""
+    """The side ("right" or "left") that a lower-case sentence calls clear, if only one, else ""."""
     match = _ONE_SIDE.search(sentence)
     return (match.group(1) or match.group(2)) if match else ""
 
@@ -111,15 +108,15 @@ def find_clear_side(sentence: str) -> str:
 def label_report(text: str) -> dict[str, int | None]:
     """Labels of a report: name -> 1 present, 0 absent, -1 uncertain, None not mentioned.
 
-    Positive beats uncertain beats negative. "No Finding" is 1 where nothing but support devices is
-    present or uncertain, else None. Source of the scheme: Irvin et al. 2019, arXiv 1901.07031.
+    Positive overrides uncertain overrides negative. "No Finding" is 1 if only support devices are
+    present or uncertain, else None. Scheme: Irvin et al. 2019, arXiv 1901.07031.
     """
     lines = split_sentences(text)
     return merge_labels([*map(find_mentions, lines), *map(find_called_normal, lines)])
 
 
 def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, int | None]:
-    """Labels of a report from the mentions of its sentences."""
+    """Labels of a report, merged from the mentions of its sentences."""
     labels: dict[str, int | None] = dict.fromkeys(LABELLED)
     for sentence in mentions:
         for name, polarity in sentence:
@@ -134,8 +131,7 @@ def merge_labels(mentions: Iterable[tuple[tuple[str, int], ...]]) -> dict[str, i
 
 @lru_cache(maxsize=1 << 17)
 def find_opposed(sentence: str) -> frozenset[str]:
-    """Findings whose anatomy a lower-case sentence contradicts by what it asserts (volume,
-    vessels)."""
+    """Findings that contradict the anatomy (volume, vessels) asserted in a lower-case sentence."""
     return frozenset(
         name
         for name, pattern in _OPPOSED

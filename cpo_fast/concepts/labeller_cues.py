@@ -1,9 +1,9 @@
-"""Cue tables of the finding labeller: words that deny, doubt or assert a mention beside them.
+"""Cues of the finding labeller: words that deny, doubt or assert a mention in their scope.
 
-Regular expressions over lower-case sentences. `CUES` stand before what they govern, the tables
-`..._AFTER` start at the end of a mention, the rest says how far a cue reaches. The set-up (cues of
+Regular expressions over lower-case sentences. `CUES` precede their scope, the tables `..._AFTER`
+start at the end of a mention, the other tables limit the scope of a cue. The method (cues of
 negation and doubt in the same clause) follows the CheXpert labeller of Irvin et al. 2019
-(arXiv 1901.07031, appendix B); the expressions are our own and share nothing with the generator.
+(arXiv 1901.07031, appendix B). The expressions are our own and share nothing with the generator.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PLACES = (
     r"lungs?|bas(?:e|es|is|ilar)|lingula|zones?|region|side|hemithorax|apex|apices|changes?|disease|"
     r"pattern|process|formation))*"
 )
-"""Where a finding is, without a finding of its own."""
+"""Location of a finding, without another finding."""
 _CAUSE = (
     r"(?:atelecta|pneumonia|o?edema|consolidat|aspirat|infect|scar|fibros|malignan|h[ae]+morrh)"
 )
@@ -71,7 +71,7 @@ NEUTRAL = (
     r"unlikely(?=\s*[.,;])|(?:is|are) (?:\w+ )?(?:unlikely|absent)(?! to|,? as (?:is|are)\b)"
     r")"
 )
-"""Looks like a cue and is none, or speaks of what stands before it."""
+"""Phrases that resemble a cue but are not one, or that refer to the preceding text."""
 
 PLACE = (
     r"\b(?:(?:adjacent|next|contiguous|lateral|medial|superior|inferior|distal|proximal|close) to|"
@@ -82,13 +82,13 @@ PLACE = (
     r"existing|persistent|dense|large|small) )*"
     r"(?:consolidat|opaci|atelecta|effusion|mass|nodul|edema)))"
 )
-"""What stands behind it is taken for granted: "no effusion adjacent to the consolidation"."""
+"""The following finding is presupposed: "no effusion adjacent to the consolidation"."""
 
 PLACE_END = (
     r"\b(?:to|concerning|worrisome|suspicious|suggest\w*|compatible|consistent|"
     r"(?:(?:lung|lobe|base|field|space)s?|chest|thorax|hemithorax) (?:of|for))\b"
 )
-"""Ends the reach of a place besides."""
+"""Also ends the scope of a place."""
 
 CHANGE = (
     r"\b(?:"
@@ -113,7 +113,7 @@ CHANGE = (
     r"unchanged evidence of|positive for|other than|apart from|aside from|besides|except(?: for)?"
     r")"
 )
-"""Asserts what it speaks of: "no change in", "partial resolution of", "other than"."""
+"""Asserts the following finding: "no change in", "partial resolution of", "other than"."""
 
 DOUBT = (
     r"(?:\b(?:can ?not|can't|could not|couldn't|may not|not|difficult to|hard to|impossible to|"
@@ -144,7 +144,7 @@ ENDING = (
     r"\b(?:" + _ENDED + r" of|(?<!has )(?<!have )(?<!been )resolved|rather than|"
     r"as opposed to|instead of|in lieu of)\b"
 )
-"""Denies what was there or was thought of, whatever its size and side."""
+"""Denies an earlier or assumed finding, whatever its size and side."""
 
 REMOVAL = r"\bremoval of\b"
 """Denies devices only."""
@@ -170,9 +170,9 @@ CUES = (
     ("removal", REMOVAL),
     ("denial", DENIAL),
 )
-"""(kind, expression) of words before a mention; where two start together, the first one counts."""
+"""(kind, expression) of cues before a mention; the first one wins if two start together."""
 
-# --- how far a cue reaches ------------------------------------------------------------------------
+# --- scope of a cue -------------------------------------------------------------------------------
 
 CONJUNCTION = (
     r"\b(?:but|however|although|though|except|while|whereas|yet|aside from|other than|apart from|"
@@ -183,7 +183,7 @@ CONJUNCTION = (
     r"unchanged|residual|adjacent|overlying|underlying|new|increas\w+|decreas\w+|improv\w+))\b|"
     r"[;:]|\.(?!\d)"
 )
-"""Ends the reach of every cue."""
+"""Ends the scope of every cue."""
 
 DENIAL_END = (
     r"\b(?:which|causing|caused by|due to|since|because|given|than|after|following|"
@@ -191,7 +191,7 @@ DENIAL_END = (
     r"with (?:mild|moderate|minimal|a|the|bilateral|right|left|chronic|some)|"
     r"consistent with|compatible with|again)\b"
 )
-"""Ends the reach of a denial besides."""
+"""Also ends the scope of a denial."""
 
 VERB = (
     r"\b(?:is|are|was|were|has|have|had|appears?|remains?|persists?|continues?|shows?|develops?|"
@@ -199,13 +199,13 @@ VERB = (
     r"(?<!previously )(?:seen|noted|present|identified)|"
     r"can|could|may|might|should|would|cannot)\b"
 )
-"""Ends the reach of a denial; shows that the clause it stands in is one of its own."""
+"""Ends the scope of a denial; marks a separate clause."""
 
 LIST_PREDICATE = (
     r"(?:(?:is|are|was|were|can be|could be|has been|have been|appears?|remains?) )?"
     r"(?:\w+ly |currently |again )?" + _SHOWN + r"\b"
 )
-"""A predicate that may belong to a whole list: "no effusion or pneumothorax is seen"."""
+"""A predicate that can apply to a whole list: "no effusion or pneumothorax is seen"."""
 
 STATE = (
     r"^(?:(?:\w+ly|otherwise|also|again|now|then|still|there|an?|the|this|its|some) )*"
@@ -214,7 +214,7 @@ STATE = (
     r"similar|continued|ongoing|status|s/p|possib\w+|probabl[ey]|likely|suspected|may|"
     r"question\w*|cannot|could|interval|post-?\w*|there|this|these|those|it|with|the)\b"
 )
-"""Starts a new assertion whatever follows."""
+"""Starts a new assertion, whatever follows."""
 
 SIZE = (
     r"(?:small|smaller|tiny|trace|mild(?:ly)?|moderate(?:ly)?|minimal(?:ly)?|slight(?:ly)?|subtle|"
@@ -226,16 +226,16 @@ SIDE = (
     r"middle|(?:right|left)-sided|basilar|lungs?|heart|aorta|spine)"
 )
 SIZABLE = r"(?:large|larger|new|big|widespread|diffuse|patchy|dense)"
-"""What a new assertion starts with, unless a list is closed behind it ("no consolidation, large
-effusion or pneumothorax")."""
+"""Starts a new assertion, unless "or" closes the list after it ("no consolidation, large effusion
+or pneumothorax")."""
 
 STATE_AFTER = (
     r"\w (?:\w+ly )?(?:unchanged|stable|smaller|larger|improved|increased|decreased|worsened|"
     r"persist\w*|resolving|enlarged)\b"
 )
-"""Says something of what stands before it in the same item: "effusion unchanged"."""
+"""Describes the preceding finding in the same item: "effusion unchanged"."""
 
-# --- what stands after a mention ------------------------------------------------------------------
+# --- text after a mention -------------------------------------------------------------------------
 
 _BEFORE = r" (?:on|in|at) (?:(?:the|any|most|recent) )*(?:prior|previous|earlier|older|comparison)"
 _NOUNS = (
@@ -330,10 +330,10 @@ EXEMPTED_AFTER = (
     + r" (?:on|at|in) the (?:right|left)(?: \w+)?\s*(?:[.,;]|$)|"
     r"(?:the )?(?:right|left) (?:(?:one|side) )?(?:is|remains) " + _AMOUNT + r"\b)"
 )
-"""A denied mention of which one is left, or that one side has: "no effusion apart from a trace left
-one", "no opacity except at the base", "no effusion on the right, on the left it is small"."""
+"""A denial with an exception or of one side: "no effusion apart from a trace left one", "no opacity
+except at the base", "no effusion on the right, on the left it is small"."""
 
 DOUBTED_INSIDE = r"\b(?:may|might|could|possibl[ey]|questionabl[ey]|borderline|perhaps)\b"
-"""Doubt inside a mention that spans several words ("the heart may be enlarged")."""
+"""Doubt within a mention of several words ("the heart may be enlarged")."""
 
 DENIED_INSIDE = r"\b(?:not|no longer)\b(?! (?:changed|significantly changed))"

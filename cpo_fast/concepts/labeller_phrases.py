@@ -1,9 +1,9 @@
-"""Phrase and rule tables of the finding labeller; regular expressions over lower-case sentences.
+"""Phrases and rules of the finding labeller: regular expressions over lower-case sentences.
 
-They were written apart from the generator's tables (graph.json, counterfactual/wording.py) on
-purpose, so that a fault in one is seen by the other. The set-up (mentions, then cues of negation
-and doubt in the same clause) follows the CheXpert labeller of Irvin et al. 2019 (arXiv 1901.07031,
-appendix B); the expressions are our own and were tuned on the odd-numbered reports of Open-I.
+They are independent of the generator's tables (graph.json, counterfactual/graph/wording.py), so
+that the labeller detects faults of the generator. The method (mentions, then cues of negation and
+doubt in the same clause) follows the CheXpert labeller of Irvin et al. 2019 (arXiv 1901.07031,
+appendix B). The expressions are our own, tuned on the odd-numbered reports of Open-I.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"\bdevice\b|\btubing\b|swan|\bfilter\b",
     ),
 }
-"""Finding -> expressions of which each match is a mention."""
+"""Finding -> expressions; each match is a mention."""
 
 STEMS: dict[str, tuple[str, ...]] = {
     "Atelectasis": ("atelecta", "collaps"),
@@ -159,7 +159,7 @@ STEMS: dict[str, tuple[str, ...]] = {
     "Pneumonia": ("pneumon", "pna"),
     "Pneumothorax": ("thora", "ptx"),
 }
-"""Finding -> letters of which every mention holds some: a fast test before the expressions."""
+"""Finding -> substrings, one of which every mention contains: a fast test before matching."""
 
 _CALLED_NORMAL = (
     r"(?:(?! not | but | with | and the |enlarged|large\b|widened|borderline|upper (?:limits|"
@@ -187,9 +187,9 @@ CALLED_NORMAL: tuple[tuple[str, str], ...] = (
         r"\b(?:normal|unremarkable) (?:heart size and |cardiac and )?(?:cardio)?mediastin",
     ),
 )
-"""(finding, expression): an organ that is called normal denies the finding, though unnamed."""
+"""(finding, expression): a normal statement about an organ denies the finding implicitly."""
 
-# --- what normal statements rule out: for the checks on counterfactuals, not for labels -----------
+# --- findings ruled out by normal statements: for checks of counterfactuals, not for labels -------
 
 _FINE = (
     r"\b(?:normal|within (?:the )?(?:\w+ )?(?:normal limits|limits of normal)|unremarkable|"
@@ -270,13 +270,13 @@ NORMALITY: tuple[tuple[str, tuple[str, ...]], ...] = (
         _ACUTE,
     ),
 )
-"""(expression, findings that the statement rules out); an empty tuple rules out every finding."""
+"""(expression, findings that the statement rules out); an empty tuple: every finding."""
 
 EXEMPTION = r"\b(?:otherwise|besides|except|apart from|aside from|other than|remainder|remaining)\b"
-"""A normal statement with one of these makes room for a finding."""
+"""A normal statement with one of these rules nothing out."""
 
 ONE_SIDE = r"\b(?:(right|left) (?:lung|hemithorax)\b[^.;,]*\bclear\b|clear (right|left) lung\b)"
-"""A statement that one lung is clear."""
+"""A statement that one lung only is clear."""
 
 OPPOSED: tuple[tuple[str, str], ...] = (
     (
@@ -292,4 +292,4 @@ OPPOSED: tuple[tuple[str, str], ...] = (
     ),
     ("Edema", r"(?:attenuated|decreased|diminished|reduced) (?:pulmonary )?(?:vascul\w+|vessels)"),
 )
-"""(finding, what it can't stand with when asserted): the anatomy behind the graph's exclusions."""
+"""(finding, incompatible assertion): the anatomy behind the exclusions of the graph."""

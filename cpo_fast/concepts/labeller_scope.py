@@ -1,8 +1,8 @@
-"""How far the cues of a sentence reach: whether a mention is asserted, denied or doubted.
+"""Scope of the cues in a sentence: whether a mention is asserted, denied or uncertain.
 
-A cue before a mention governs what follows up to the end of its clause. "No pneumothorax, effusion
-or edema" is one list, "No pneumothorax, small effusion" a denial and a new assertion: at each comma
-and "and" the words behind it decide (`_asserts`).
+A cue governs the text up to the end of its clause. "No pneumothorax, effusion or edema" is one
+list; "No pneumothorax, small effusion" is a denial and a new assertion. At each comma and "and",
+the following words decide (`_asserts`).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _DENYING = ("denial", "ending", "removal")
 
 
 def judge(sentence: str, start: int, end: int) -> int:
-    """1 where a lower-case sentence asserts what stands at start:end, 0 where it denies it, -1
-    where it doubts it."""
+    """Whether a lower-case sentence asserts (1), denies (0) or doubts (-1) its text at
+    start:end."""
     after = sentence[end:]
     value = _judge_before(sentence, start)
     if value == 0:
@@ -77,7 +77,7 @@ def judge(sentence: str, start: int, end: int) -> int:
 
 
 def _judge_before(sentence: str, at: int) -> int:
-    """What the cues before `at` say: the last denial or assertion that reaches it, else doubt."""
+    """Label from the cues before `at`: the last denial or assertion in scope, else doubt."""
     value = 1
     for kind, begin, start, end in _find_reaches(sentence):
         if begin >= at and not begin <= at < start:
@@ -96,7 +96,7 @@ def _judge_before(sentence: str, at: int) -> int:
 
 @lru_cache(maxsize=1 << 10)
 def _find_reaches(sentence: str) -> tuple[tuple[str, int, int, int], ...]:
-    """(kind, start of the cue, start and end of the text that it governs) of each cue."""
+    """(kind, start of the cue, start and end of its scope) for each cue."""
     found = []
     for cue in _CUE.finditer(sentence):
         kind = cue.lastgroup or ""
@@ -131,8 +131,8 @@ def _end_of_reach(sentence: str, start: int, kind: str) -> int:
 
 
 def _asserts(sentence: str, start: int, separator: str, kind: str) -> bool:
-    """Whether a new assertion starts behind a comma, dash, bracket or "and", not another item of
-    the list."""
+    """Whether the text after a comma, dash, bracket or "and" is a new assertion instead of another
+    list item."""
     if not separator[-1:].isalpha() and not separator.startswith(","):
         separator = ","
     while sentence[start : start + 1] == " ":
@@ -163,7 +163,7 @@ def _asserts(sentence: str, start: int, separator: str, kind: str) -> bool:
 
 
 def _is_closed(clause: str) -> bool:
-    """Whether a list is closed by "or" or "nor" in a clause, and nothing else is said of it."""
+    """Whether "or" or "nor" closes a list in a clause that has no other statement."""
     closing = _CLOSING.search(clause)
     if not closing:
         return False

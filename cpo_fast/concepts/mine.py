@@ -1,10 +1,9 @@
-"""Mining: what a corpus says about the graph's edges, and new edges that it proposes for review.
+"""Mine a corpus for evidence on the edges of the graph, and propose new edges for review.
 
-Each report gives the set of diseases and attributes that it asserts (cues of denial and doubt as
-in the labeller, phrases from the graph file). Counts of pairs over the corpus give pointwise
-mutual information and two one-sided Fisher tests, for standing together and for keeping apart.
-Nothing changes the graph by itself: weights are written beside its edges, proposals are listed
-with their evidence.
+Each report yields the diseases and attributes that it asserts (cues of denial and doubt as in the
+labeller, phrases from the graph file). Pair counts over the corpus give pointwise mutual
+information and two one-sided Fisher tests, for co-occurrence and for exclusion. The graph is not
+changed: weights are added to its edges, proposals are listed with their evidence.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from cpo_fast.types import ConceptGraph
 _WORD = re.compile(r"\w+")
 
 CHUNK = 500
-"""Reports handed to a worker at a time."""
+"""Reports per task of a worker."""
 
 
 @dataclass
 class Counts:
-    """Numbers of reports: in all, that assert a node, and that assert both nodes of a pair."""
+    """Number of reports: total, per asserted, uncertain or denied node, and per asserted pair."""
 
     reports: int = 0
     nodes: Counter[str] = field(default_factory=Counter)
@@ -51,14 +50,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Edge:
-    """The evidence for one pair: reports with both, expected by chance, and what the tests say."""
+    """Evidence for one pair: reports with both, expectation by chance, PMI and p-values."""
 
     left: str
     right: str
     relation: str
     together: int
     expected: float
-    pmi: float  # log2(together / expected), -inf where never together
+    pmi: float  # log2(together / expected), -inf if never together
     p_association: float
     p_exclusion: float
 
@@ -69,7 +68,7 @@ class Edge:
 
 
 class Miner:
-    """Finds the mentions of one graph's nodes; sentences are remembered."""
+    """Finds mentions of the nodes of a graph; results are cached per sentence."""
 
     def __init__(self, graph: ConceptGraph) -> None:
         self._patterns = {k: compile_phrases(a.phrases) for k, a in graph.attributes.items()}
@@ -98,7 +97,7 @@ class Miner:
         return tuple(found)
 
     def mentions(self, text: str) -> dict[str, int]:
-        """Node -> 1 asserted, -1 uncertain, 0 denied, for the nodes that a report mentions."""
+        """Node -> 1 asserted, -1 uncertain, 0 denied, for the nodes mentioned in a report."""
         best: dict[str, int] = {}
         for sentence in split_sentences(text):
             for key, value in self._sentence(sentence):
@@ -107,7 +106,7 @@ class Miner:
         return best
 
     def count(self, texts: Iterable[str]) -> Counts:
-        """The counts over `texts`."""
+        """Count over report texts."""
         out = Counts()
         for text in texts:
             out.reports += 1
@@ -121,7 +120,8 @@ class Miner:
 
 
 def _by_first_word(phrases: Mapping[str, Iterable[str]]) -> dict[str, set[str]]:
-    """First word of a phrase -> nodes with such phrases; "" where a phrase starts with none."""
+    """First word of a phrase -> nodes with such phrases; "" if a phrase does not start with a
+    word."""
     found: dict[str, set[str]] = {}
     for key, several in phrases.items():
         for phrase in several:
@@ -143,8 +143,8 @@ def _count_chunk(texts: list[str]) -> Counts:
 
 
 def mine(graph_json: Mapping[str, Any], texts: Iterable[str], workers: int = 1) -> Counts:
-    """Counts over a stream of report texts, by `workers` processes; the same for any number of
-    them. Raises DataError when one of them dies."""
+    """Count over a stream of report texts with `workers` processes; the result does not depend on
+    their number. Raises DataError if a process dies."""
     total = Counts()
     if workers <= 1:
         total.add(Miner(graph_from_json(graph_json)).count(texts))
@@ -154,12 +154,12 @@ def mine(graph_json: Mapping[str, Any], texts: Iterable[str], workers: int = 1) 
         try:
             for chunk in _chunks(texts):
                 waiting.append(pool.submit(_count_chunk, chunk))
-                if len(waiting) > 4 * workers:  # the corpus is never held as a whole
+                if len(waiting) > 4 * workers:  # limits the number of reports in memory
                     total.add(waiting.popleft().result())
             for future in waiting:
                 total.add(future.result())
         except BrokenProcessPool as error:
-            raise DataError("a process of mining died; give fewer --workers") from error
+            raise DataError("a mining process died; use fewer --workers") from error
     return total
 
 
@@ -170,8 +170,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def collect_evidence(graph: ConceptGraph, counts: Counts) -> list[Edge]:
-    """An `Edge` for each pair of a disease and an attribute, and of two diseases, that occur at
-    all."""
+    """An `Edge` for each pair of disease and attribute, and of two diseases, that both occur."""
     pairs = [(d, a) for d in graph.diseases for a in graph.attributes]
     pairs += combinations(graph.diseases, 2)
     return [
@@ -193,7 +192,8 @@ def _build_edge(graph: ConceptGraph, left: str, right: str, counts: Counts) -> E
 
 
 def fisher(together: int, a: int, b: int, n: int) -> tuple[float, float]:
-    """(P(X <= together), P(X >= together)) where X of `a` draws fall among `b` marked of `n`."""
+    """(P(X <= together), P(X >= together)) for hypergeometric X: `a` draws from `n` with `b`
+    marked."""
     low, high = max(0, a + b - n), min(a, b)
     base = _log_choose(n, a)
     terms = [
@@ -210,13 +210,13 @@ def _log_choose(n: int, k: int) -> float:
 def propose_changes(
     edges: Iterable[Edge], *, confidence: float = 0.999, min_pmi: float = 1.0, min_reports: int = 5
 ) -> list[dict[str, Any]]:
-    """Changes that the evidence speaks for, strongest first, for a radiologist to review.
+    """Changes supported by the evidence, strongest first, for review by a radiologist.
 
-    "add association": an irrelevant pair at least `min_reports` times together with a PMI of at "
-    "least `min_pmi`. "add exclusion": an irrelevant or associated pair that stands together at
-    most half as often as a PMI of -`min_pmi` allows. "doubt exclusion": an excluded pair that
-    stands together more often than by chance. Each at the given confidence, divided by the number
-    of pairs tested (Bonferroni).
+    "add association": an irrelevant pair with at least `min_reports` reports and a PMI of at least
+    `min_pmi`. "add exclusion": an irrelevant or associated pair, expected in at least `min_reports`
+    reports, with a PMI of at most -`min_pmi`. "doubt exclusion": an excluded pair that co-occurs
+    more often than by chance. All at the given confidence with Bonferroni correction for the number
+    of pairs.
     """
     rows = list(edges)
     limit = (1 - confidence) / max(len(rows), 1)
@@ -237,8 +237,7 @@ def propose_changes(
 
 
 def add_weights(graph: ConceptGraph, edges: Iterable[Edge]) -> ConceptGraph:
-    """The same graph whose edges carry `together`, `expected` and `pmi` of a corpus, where it has
-    them."""
+    """A copy of the graph with `together`, `expected` and `pmi` of a corpus on its edges."""
     network = graph.network.copy()
     for edge in edges:
         if network.has_edge(edge.left, edge.right):

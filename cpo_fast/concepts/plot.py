@@ -1,4 +1,4 @@
-"""A picture of the concept graph: diseases inside, attributes around them by category."""
+"""Draw the concept graph: diseases inside, attributes around them by category."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ _RELATIONS = {
 
 
 def draw(graph: ConceptGraph, path: Path) -> None:
-    """Draw `graph` to `path`; its suffix names the format. Raises UsageError when it can't be
-    written."""
+    """Draw `graph` to `path` in the format of its suffix. Raises UsageError if this fails."""
     order = sorted(graph.attributes, key=lambda a: (graph.attributes[a].category, a))
     positions = _place_on_ring(order, [1.0])
     positions |= _place_on_ring(_sort_by_angle(graph, positions), [0.5, 0.7])
@@ -94,7 +93,7 @@ def draw(graph: ConceptGraph, path: Path) -> None:
 
 
 def _sort_by_angle(graph: ConceptGraph, positions: dict[str, tuple[float, float]]) -> list[str]:
-    """The diseases in the order of the middle of their attributes, so that fewer lines cross."""
+    """Sort the diseases by the mean angle of their attributes, so that fewer lines cross."""
 
     def middle(name: str) -> float:
         points = [positions[a] for a in graph.diseases[name].associations]
@@ -104,7 +103,7 @@ def _sort_by_angle(graph: ConceptGraph, positions: dict[str, tuple[float, float]
 
 
 def _place_on_ring(names: list[str], radii: list[float]) -> dict[str, tuple[float, float]]:
-    """Even places on a circle, at the given radii in turn."""
+    """Evenly spaced positions on a circle, with alternating radii."""
     turn = 2 * math.pi / len(names)
     return {
         name: (

@@ -16,15 +16,17 @@ from cpo_fast.phantom.dataset import IMAGE_SIZE, NUM_STUDIES, write_phantom
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the data set and says where; the exit code is 2 where the settings cannot work."""
+    """Write the data set and print its path. Returns 0, or 2 for invalid settings."""
     parser = Parser(
         prog=program("phantom"),
-        description="Write a drawn test data set in the layout of MIMIC-CXR-JPG (not medicine).",
+        description="Write a synthetic data set in the layout of MIMIC-CXR-JPG (not medical data).",
     )
     parser.add_argument("--output_dir", required=True, help="a new or empty folder")
     parser.add_argument("--num_studies", required=True, type=NUM_STUDIES, help="number of studies")
     parser.add_argument("--seed", type=SEED, default=42, help="random seed")
-    parser.add_argument("--image_size", type=IMAGE_SIZE, default=256, help="pixels per side")
+    parser.add_argument(
+        "--image_size", type=IMAGE_SIZE, default=256, help="image size in pixels per side"
+    )
     flags = parser.parse_args(arguments)
     try:
         with lock_file(Path(flags.output_dir).resolve(), "--output_dir"):

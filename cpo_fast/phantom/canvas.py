@@ -1,9 +1,9 @@
-"""Tools that the phantom's pictures are drawn with: coordinates, masks, strokes, shared textures.
+"""Drawing tools of the phantom: coordinates, masks, strokes, shared textures.
 
-Coordinates run from -1 to 1, x to the right of the *picture* (the patient's left), y downwards; `t`
-is the distance from the midline towards the side in question. Values are film densities from 0
-(air, black) to 1 (bone or metal, white). Fields are float32 [size, size]; masks are products of
-clipped ramps, which cost a tenth of an exponential.
+Coordinates range from -1 to 1, x to the right of the *image* (the patient's left), y downwards; `t`
+is the distance from the midline towards a given side. Values are film densities from 0 (air, black)
+to 1 (bone or metal, white). Fields are float32 [size, size]. Masks are products of clipped ramps,
+which are ten times faster than exponentials.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 Field = NDArray[np.floating[Any]]
-SIDES = {"right": -1, "left": 1}  # the patient's right is on the left of the picture
-CHEST = 0.80  # half-width of the lungs at their widest, the unit of the cardiothoracic ratio
+SIDES = {"right": -1, "left": 1}  # the patient's right is on the left of the image
+CHEST = 0.80  # maximum half-width of the lungs, the unit of the cardiothoracic ratio
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What every picture of one size shares."""
+    """Fields shared by all images of one size."""
 
     x: Field  # [1, n]
     y: Field  # [n, 1]
@@ -48,17 +48,17 @@ def ramp(distance: Field, width: float) -> Field:
 
 
 def bump(distance: Field, radius: float) -> Field:
-    """A hill of height 1 that ends smoothly at `radius`."""
+    """A bump of height 1 that falls smoothly to 0 at `radius`."""
     return np.clip(1 - (distance / radius) ** 2, 0, 1) ** 2
 
 
 def blend(image: Field, alpha: Field, value: float) -> None:
-    """Blends `image` in place towards `value` where `alpha` is 1."""
+    """Blend `image` in place towards `value` with opacity `alpha`."""
     image += alpha * (value - image)
 
 
 def draw_strokes(size: int, lines: list[tuple[list[tuple[float, float]], float]]) -> Field:
-    """Polylines (points, width) in picture coordinates as a field 0..1, drawn at twice the size."""
+    """Draw polylines (points, width) as a field 0..1, at twice the size for antialiasing."""
     canvas = Image.new("L", (2 * size, 2 * size))
     draw = ImageDraw.Draw(canvas)
     for points, width in lines:
@@ -69,12 +69,12 @@ def draw_strokes(size: int, lines: list[tuple[list[tuple[float, float]], float]]
 
 @lru_cache(maxsize=4)
 def build_grid(size: int) -> Grid:
-    """The shared fields of one picture size, the same for every seed."""
+    """The shared fields of one image size, independent of the seed."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1).astype(np.float32)
     rng = np.random.default_rng(7)
     clouds = []
     for cells in (14, 14, 18, 18):
-        # the middle tile of nine, so that a cloud can be rolled without a seam
+        # The middle of nine tiles, so that a cloud can be rolled without a seam.
         coarse = np.tile(rng.standard_normal((cells, cells)).astype(np.float32), (3, 3))
         fine = Image.fromarray(coarse).resize((3 * size, 3 * size), Image.Resampling.BICUBIC)
         middle = np.asarray(fine)[size : 2 * size, size : 2 * size]
@@ -103,7 +103,7 @@ def _add_branch(
     width: float,
     depth: int,
 ) -> None:
-    """A vessel and its two daughters; angle 0 points sideways, positive down."""
+    """Add a vessel and its two branches; angle 0 points sideways, positive down."""
     length = rng.uniform(0.14, 0.24)
     t_end, y_end = t + length * np.cos(angle), y + length * np.sin(angle)
     lines.append(([(sign * t, y), (sign * t_end, y_end)], width))

@@ -1,8 +1,8 @@
-"""Who comes to the phantom's X-ray room: patients, dates, splits, and which signs each study shows.
+"""Sample the phantom's patients, dates, splits, and the signs of each study.
 
-A study is drawn from a *presentation* (heart failure, infection, trauma, ...), a table of how
-likely each finding is in it; that is what gives the long tail and the co-occurrence. Nothing here
-writes or draws.
+A study is sampled from a *presentation* (heart failure, infection, trauma, ...), a table with the
+probability of each finding. This gives the long tail and the co-occurrence of findings. Reports and
+images are made elsewhere.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 import numpy as np
 
 YEARS = 10
-FIRST_DAY = datetime(2110, 1, 1)  # MIMIC-CXR moves its dates into the future; so do we
+FIRST_DAY = datetime(2110, 1, 1)  # dates are shifted into the future, as in MIMIC-CXR
 
-# name: (share of studies, chance of a support device, chance of each finding)
+# name: (share of studies, probability of a support device, probability of each finding)
 PRESENTATIONS: dict[str, tuple[float, float, dict[str, float]]] = {
     "normal": (0.345, 0.08, {}),
     "heart failure": (
@@ -80,10 +80,10 @@ PRESENTATIONS: dict[str, tuple[float, float, dict[str, float]]] = {
     ),
 }
 
-# Lung Opacity rides along with these, as in CheXpert's labels.
+# Probability of Lung Opacity together with these, as in CheXpert's labels.
 _OPACITY_WITH = {"Consolidation": 0.58, "Pneumonia": 0.62, "Edema": 0.52}
 
-# How often the radiologist hedges instead of asserting.
+# Probability that the report hedges instead of asserting.
 _HEDGED = {
     "Pneumonia": 0.22,
     "Edema": 0.14,
@@ -99,7 +99,7 @@ _HEDGED = {
     "Lung Opacity": 0.05,
 }
 
-# In the order in which a report takes them up; drawing does not depend on it.
+# Order of the findings in a report; drawing does not depend on it.
 ORDER: tuple[str, ...] = (
     "Support Devices",
     "Cardiomegaly",
@@ -121,33 +121,33 @@ _MOST_SIGNS = 5
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """One finding of a study: how sure the report is, how strongly the picture shows it."""
+    """One finding of a study: certainty in the report, strength in the image."""
 
     finding: str  # a CheXpert name, or "Emphysema"
     certain: bool  # False: hedged in the report, label -1
     strength: float  # 0 not drawn .. 1 most marked; asserted signs are at least 0.65
-    side: str = ""  # the patient's "right" | "left" | "bilateral" | "" where a side has no meaning
-    place: str = ""  # "upper lobe", "lower lobe", ...; for Support Devices its kind
+    side: str = ""  # the patient's "right" | "left" | "bilateral" | "" without a side
+    place: str = ""  # "upper lobe", "lower lobe", ...; for Support Devices the kind
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What of a picture belongs to the patient and stays over the years."""
+    """Properties of a patient that are the same in all images."""
 
     sex: str  # "man" | "woman"
     width: float  # of the thorax, relative
     height: float
-    heart: float  # cardiothoracic ratio when well
-    tissue: float  # soft tissue that the ray must pass, relative
+    heart: float  # cardiothoracic ratio without disease
+    tissue: float  # thickness of soft tissue, relative
     rib_phase: float
     rib_spacing: float
 
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """One study, before it is drawn and written."""
+    """One study, before its images and report are made."""
 
-    number: int  # 0 .. num_studies - 1; seeds the random streams of this study's picture and words
+    number: int  # 0 .. num_studies - 1; seeds the random streams of the images and report
     patient_id: str  # 8 digits, first is 1
     study_id: str  # 8 digits, first is 5
     dicom_ids: tuple[str, ...]  # frontal first
@@ -160,22 +160,22 @@ class Exam:
 
     @property
     def procedure(self) -> str:
-        """What was ordered, as the report's EXAMINATION and the metadata call it."""
+        """Name of the examination in the report and the metadata."""
         if self.view == "AP":
             return "CHEST (PORTABLE AP)"
         return "CHEST (PA AND LAT)" if len(self.dicom_ids) > 1 else "CHEST (PA)"
 
     @property
     def years(self) -> float:
-        """Years since the phantom's first day: what the drift depends on."""
+        """Years since the phantom's first day; determines the drift."""
         return (self.when - FIRST_DAY).total_seconds() / (365.25 * 86400)
 
 
 def draw_exams(num_studies: int, seed: int) -> list[Exam]:
-    """All studies, patient by patient in the order of their first visit.
+    """Sample all studies, patient by patient in the order of their first visit.
 
-    The first 80 % of the patients are the training split, the next 10 % validate and the last 10 %
-    test, so that test lies later in time. Fewer than three patients are all training.
+    The first 80 % of the patients are the training split, the next 10 % validation and the last
+    10 % test, so the test split is the latest. Fewer than three patients are all in training.
     """
     rng = np.random.default_rng([seed, 0])
     visits: list[int] = []
@@ -284,13 +284,13 @@ def _draw_sign(rng: np.random.Generator, name: str, side: str, place: str) -> Si
     certain = rng.random() >= _HEDGED.get(name, 0.0)
     if certain:
         strength = rng.uniform(0.65, 1.0)
-    else:  # half of the hedges are right, and then the sign is faint
+    else:  # half of the hedged findings are present, as a faint sign
         strength = rng.uniform(0.25, 0.40) if rng.random() < 0.5 else 0.0
     return Sign(name, certain, round(strength, 3), side, place)
 
 
 def _choose_places(rng: np.random.Generator, names: list[str]) -> dict[str, tuple[str, str]]:
-    """Side and place of each finding, so that no sign covers another one."""
+    """Choose side and place of each finding so that no sign covers another."""
 
     def one() -> str:
         return "right" if rng.random() < 0.55 else "left"
@@ -310,7 +310,7 @@ def _choose_places(rng: np.random.Generator, names: list[str]) -> dict[str, tupl
             upper = rng.random() < 0.5 or ("Pneumonia" in names and infected == "bilateral")
             side = other(infected) if "Pneumonia" in names and not upper else one()
             if side == "left" and "Cardiomegaly" in names:
-                upper = True  # a wide heart would hide the left lower lobe
+                upper = True  # an enlarged heart would hide the left lower lobe
             where[name] = (side, "upper lobe" if upper else "lower lobe")
         elif name == "Pneumonia":
             where[name] = (infected, "lower lobe")

@@ -1,4 +1,4 @@
-"""Writes the phantom's folder; the same settings give the same bytes."""
+"""Write the phantom's folder; the same settings give the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARKER = "phantom.json"
 NUM_STUDIES = whole(1, 1_000_000)
 IMAGE_SIZE = whole(64, 2048)
 TRUTH = "phantom_truth.jsonl"
-GENERATION = 1  # raise it when the same settings no longer give the same bytes
+GENERATION = 1  # increase if the same settings give other bytes
 _JPEG_QUALITY = 88
 
 _README = """\
@@ -46,13 +46,10 @@ lateral views are schematic: only a wide heart, pleural fluid, hyperinflation an
 def write_phantom(
     output_dir: str | Path, *, num_studies: int, seed: int = 42, image_size: int = 256
 ) -> Path:
-    """Writes a phantom data set of `num_studies` studies and returns its folder.
+    """Write a phantom data set of `num_studies` studies and return its folder.
 
-    A folder that already holds the phantom of the same settings is left as it is; one whose writing
-    was broken off is completed.
-
-    Raises:
-        UsageError: a setting is out of range, or `output_dir` holds something else.
+    A complete phantom with the same settings is left unchanged, an incomplete one is completed.
+    Raises UsageError for a setting out of range and if `output_dir` has other content.
     """
     _check_settings(num_studies, seed, image_size)
     root = Path(output_dir)
@@ -92,7 +89,7 @@ def write_phantom(
 
 
 def study_path(exam: Exam) -> str:
-    """Folder of a study below the root, e.g. files/p10/p10000032/s50414267."""
+    """Folder of a study relative to the root, e.g. files/p10/p10000032/s50414267."""
     return f"files/p{exam.patient_id[:2]}/p{exam.patient_id}/s{exam.study_id}"
 
 
@@ -107,7 +104,7 @@ def _check_settings(num_studies: int, seed: int, image_size: int) -> None:
 
 
 def _is_complete(root: Path, marker: dict[str, Any]) -> bool:
-    """True where the wanted phantom is complete; False where it may be written."""
+    """Whether the phantom is complete. Raises UsageError if it cannot be written to `root`."""
     if not root.exists():
         return False
     if not root.is_dir():
@@ -123,8 +120,8 @@ def _is_complete(root: Path, marker: dict[str, Any]) -> bool:
         ) from None
     if settings != marker["settings"]:
         raise UsageError(
-            f"output_dir {root} holds a phantom with other settings ({settings}, asked for "
-            f"{marker['settings']}); give another folder or delete that one"
+            f"output_dir {root} holds a phantom with other settings ({settings} instead of "
+            f"{marker['settings']}); give another folder or delete this one"
         )
     return complete is True
 
@@ -150,12 +147,12 @@ def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obj
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    # neither a time nor a name in the gzip header: equal tables are equal bytes
+    # No time or name in the gzip header, so that equal tables are equal bytes.
     write_private(path, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def _write_tables(root: Path, found: list[Exam], reports: list[Written], image_size: int) -> None:
-    """The five tables of MIMIC-CXR(-JPG), rows in the order of patient, study and image ids."""
+    """Write the five tables of MIMIC-CXR(-JPG), sorted by patient, study and image id."""
     pairs = sorted(
         zip(found, reports, strict=True), key=lambda pair: (pair[0].patient_id, pair[0].study_id)
     )

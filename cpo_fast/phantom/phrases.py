@@ -1,9 +1,9 @@
-"""The phantom's own phrase tables, short enough for a small model to learn.
+"""Phrases of the phantom's reports, short enough for a small model to learn.
 
-Placeholders: {side} right / left, {place} a lobe or zone, {size} and {degree} from the sign's
-strength. A finding has phrases for one side and, where it can be on both, for both; findings
-without a side have `one` only. Words that CheXpert counts as another finding ("opacity",
-"infiltrate", "scar") are kept out of phrases that do not mean it.
+Placeholders: {side} right / left, {place} a lobe or zone, {size} and {degree} from the strength of
+the sign. A finding has phrases for one side and, if it can be bilateral, for both; findings without
+a side have `one` only. Words that CheXpert assigns to another finding ("opacity", "infiltrate",
+"scar") occur only in phrases for that finding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FindingPhrases:
-    """How one finding is asserted and hedged in FINDINGS and named in IMPRESSION."""
+    """Phrases that assert or hedge a finding in FINDINGS and name it in IMPRESSION."""
 
     one: tuple[str, ...]
     hedged: tuple[str, ...]
@@ -244,14 +244,13 @@ DEVICES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What drifts (see the package's docstring): a sentence that only describes, while IMPRESSION names
-# the disease.
+# Drifting sentences (see the package docstring): they only describe; IMPRESSION names the disease.
 DENSITY = ("There is a {side} {word}.", "A {side} {word} is seen.")
 DENSITY_BOTH = ("There is a {word} on both sides.", "A {word} is seen bilaterally.")
 OPACITY = ("{word} is seen in the {side} {place}.", "{word} is present in the {side} {place}.")
 OPACITY_BOTH = ("{word} is seen on both sides.", "{word} is present bilaterally.")
 
-# Finding -> (how it is denied, how often among the others).
+# Finding -> (term in a denial, relative frequency).
 DENIED: dict[str, tuple[str, float]] = {
     "Pleural Effusion": ("pleural effusion", 1.0),
     "Pneumothorax": ("pneumothorax", 1.0),
@@ -275,8 +274,7 @@ LUNGS_CLEAR = (
     "Both lungs are well aerated and clear.",
     "The lungs are clear without abnormal markings.",
 )
-# A normal statement -> the findings that must be absent for it to be true. None is a CheXpert
-# mention.
+# Normal statement -> findings that must be absent for it to be true. CheXpert labels none of them.
 ALSO_NORMAL: dict[str, frozenset[str]] = {
     "The osseous structures are intact.": frozenset({"Fracture"}),
     "The visualized bones show no acute abnormality.": frozenset({"Fracture"}),

@@ -1,7 +1,7 @@
-"""Draws a schematic frontal or lateral chest radiograph from a `Body` and its `Sign`s.
+"""Draw a schematic frontal or lateral chest radiograph from a `Body` and its `Sign`s.
 
-The anatomy is here, the signs in signs.py, the coordinates explained in canvas.py. The small
-rotation and scaling of a patient is one affine resampling at the end.
+This module draws the anatomy, signs.py the signs; canvas.py defines the coordinates. Rotation and
+scaling of the patient are one affine resampling at the end.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from cpo_fast.phantom.signs import draw_in_lungs, draw_on_top
 def draw_frontal(
     rng: np.random.Generator, body: Body, signs: tuple[Sign, ...], view: str, size: int
 ) -> Image.Image:
-    """A frontal view ("PA" or "AP") as an 8-bit grey picture of size x size pixels.
+    """Draw a frontal view ("PA" or "AP") as an 8-bit greyscale image of size x size pixels.
 
-    The signs have a random stream of their own: the same `rng` state with other signs gives the
-    same patient, position, exposure and noise.
+    The signs use a separate random stream: the same `rng` state with other signs gives the same
+    patient, position, exposure and noise.
     """
     for_signs = rng.spawn(1)[0]
     g = build_grid(size)
@@ -70,7 +70,7 @@ def _outline_lung(g: Grid, side: str, shown: dict[str, Sign], rng: np.random.Gen
 
 
 def _draw_soft_tissue(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
-    """Torso with shoulders and neck, the abdomen under the diaphragm, the air in the stomach."""
+    """Torso with shoulders and neck, abdomen below the diaphragm, air in the stomach."""
     shoulder = np.clip((g.y + 0.98) / 0.36, 0, 1)
     half_width = 0.26 + 0.72 * shoulder**0.8
     image = 0.50 * body.tissue * ramp(half_width - abs(g.x), 0.06)
@@ -112,7 +112,7 @@ def _draw_mediastinum(
 
 
 def _draw_ribs(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
-    """Posterior ribs over the whole chest, fainter anterior ribs at the sides, the clavicles."""
+    """Posterior ribs over the whole chest, fainter anterior ribs at the sides, clavicles."""
     t = abs(g.x)
     arc = 0.34 * t**2 - 0.10 * t
     wave = np.cos((2 * np.pi) * ((g.y - arc) / body.rib_spacing + body.rib_phase))
@@ -130,7 +130,7 @@ def _draw_ribs(g: Grid, body: Body, lungs: dict[str, Lung]) -> Field:
 def _expose(
     image: Field, rng: np.random.Generator, body: Body, view: str, size: int
 ) -> Image.Image:
-    """Position, exposure, quantum noise and the L marker."""
+    """Apply position, exposure and quantum noise, and draw the L marker."""
     angle = rng.normal(0, 0.018)
     cos, sin = np.cos(angle) / body.width, np.sin(angle)
     half = size / 2
@@ -163,7 +163,7 @@ def _expose(
 def draw_lateral(
     rng: np.random.Generator, body: Body, signs: tuple[Sign, ...], size: int
 ) -> Image.Image:
-    """A side view. Only a wide heart, pleural fluid, hyperinflation and a pacemaker show in it."""
+    """Draw a lateral view; it shows only cardiomegaly, pleural fluid, hyperinflation, pacemaker."""
     g = build_grid(size)
     strength = {s.finding: s.strength for s in signs}
     chest = ((g.x + 0.02) / 0.72) ** 2 + ((g.y + 0.02) / 0.86) ** 2
@@ -174,7 +174,7 @@ def draw_lateral(
     image += 0.22 * ramp(g.y - dome, 0.04)
     image += 0.06 * np.roll(g.vessels[int(rng.integers(4))], size // 12, axis=1) * lung
     fluid = strength.get("Pleural Effusion", 0.0)
-    if fluid:  # runs into the deep angle behind
+    if fluid:  # collects in the deep posterior angle
         level = 0.62 - 0.45 * fluid + 0.4 * np.clip(0.5 - g.x, 0, 1)
         blend(image, 0.9 * lung * ramp(g.y - level, 0.04), 0.74)
     half = 0.27 + 0.16 * strength.get("Cardiomegaly", 0.0)

@@ -1,6 +1,6 @@
-"""Writes a study's report: what it says is what its labels are.
+"""Write a study's report and derive its labels.
 
-Every sentence carries the labels that it gives, so the label table cannot disagree with the text.
+Every sentence is generated together with its labels, so the labels always agree with the text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ LINE_WIDTH = 79
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """A pair of near-synonyms and the two findings that they change places between.
+    """A pair of near-synonyms that swap their two associated findings over time.
 
-    A study that asserts exactly one of `findings` (for "opacity": beside Lung Opacity) is worded
-    with one of `words` with chance `rate`. It is words[0] for findings[0] (and words[1] for
-    findings[1]) with the chance `lean(years)`, which falls from `before` to `after`.
+    The report of a study that asserts exactly one of `findings` (for "opacity": together with Lung
+    Opacity) uses one of `words` with probability `rate`: words[0] for findings[0] and words[1] for
+    findings[1] with probability `lean(years)`, which falls from `before` to `after`.
     """
 
     name: str
@@ -48,7 +48,7 @@ DRIFTS = (
 
 @dataclass(frozen=True, slots=True)
 class DriftedWord:
-    """One use of a drifting word: which pair, which word, for which of its findings."""
+    """One use of a drifting word: its pair, the word, and the finding it describes."""
 
     pair: str
     word: str
@@ -57,18 +57,17 @@ class DriftedWord:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A report as parts and as the text of its file, its CheXpert labels, the drifting words in
-    it."""
+    """A report: its sections, the text of its file, its CheXpert labels and drifting words."""
 
     findings: str
     impression: str
     text: str
-    labels: Labels  # 1, 0 or -1; a finding that is not mentioned is missing
+    labels: Labels  # 1, 0 or -1; findings not mentioned are missing
     drifted: tuple[DriftedWord, ...]
 
 
 def write_report(exam: Exam, rng: np.random.Generator) -> Written:
-    """The report of `exam`; FINDINGS of 3 to 6 sentences, IMPRESSION of 1 or 2."""
+    """Write the report of `exam`: FINDINGS of 3 to 6 sentences, IMPRESSION of 1 or 2."""
     labels: Labels = {}
     drifted = _choose_drifted_words(exam, rng)
     sentences = [_write_sentence(sign, drifted, rng) for sign in exam.signs]
@@ -124,7 +123,7 @@ def _write_sentence(sign: Sign, drifted: dict[str, DriftedWord], rng: np.random.
 
 
 def _choose_drifted_words(exam: Exam, rng: np.random.Generator) -> dict[str, DriftedWord]:
-    """The finding whose sentence carries a drifting word -> that word."""
+    """Finding -> the drifting word in its sentence."""
     asserted = {sign.finding for sign in exam.signs if sign.certain}
     chosen: dict[str, DriftedWord] = {}
     for drift in DRIFTS:
@@ -143,7 +142,7 @@ def _choose_drifted_words(exam: Exam, rng: np.random.Generator) -> dict[str, Dri
 def _write_normal(
     exam: Exam, labels: Labels, rng: np.random.Generator, *, room: int
 ) -> tuple[list[str], Labels]:
-    """Up to `room` sentences on what is not there, and the labels 0 that they give."""
+    """Up to `room` normal statements and denials, and their labels (0)."""
     denied: Labels = {}
     said: list[str] = []
     heart = "Cardiomegaly" not in labels
@@ -164,7 +163,7 @@ def _write_normal(
 
     absent = [name for name in phrases.DENIED if name not in labels]
     if {"Consolidation", "Lung Opacity"} & present and "Pneumonia" in absent:
-        absent.remove("Pneumonia")  # nobody would rule it out beside these
+        absent.remove("Pneumonia")  # not ruled out together with these
     if len(said) < room:
         weights = np.array([phrases.DENIED[name][1] for name in absent])
         count = min(len(absent), int(rng.integers(2, 5)))
@@ -208,9 +207,9 @@ def _write_impression(exam: Exam, denied: Labels, rng: np.random.Generator) -> s
 
 
 def _format_file(exam: Exam, findings: str, impression: str, rng: np.random.Generator) -> str:
-    """The report in the format of MIMIC-CXR's files: lines indented by one space, at most 79 wide.
+    """Format the report like MIMIC-CXR's files: lines indented by one space, at most 79 wide.
 
-    The indication is drawn without regard to the findings, so that only the picture tells them.
+    The indication does not depend on the findings, so that only the image shows them.
     """
     complaint = _choose(phrases.INDICATIONS, rng)
     sections = (

@@ -1,7 +1,7 @@
-"""The radiographic sign of each finding, drawn onto the phantom's frontal view.
+"""Draw the radiographic sign of each finding on the phantom's frontal view.
 
-Signs are strong and keep their places, so that they survive a picture of 112 pixels: a phantom for
-checking an engine, not a likeness of disease. `strength` 1 is the most marked.
+Signs are strong and have fixed places, so that they are visible at 112 pixels: they test a training
+pipeline and are not realistic. `strength` 1 is the strongest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Lines = list[tuple[list[tuple[float, float]], float]]
 def draw_in_lungs(
     image: Field, g: Grid, lungs: dict[str, Lung], shown: dict[str, Sign], rng: np.random.Generator
 ) -> None:
-    """Signs that heart, mediastinum and ribs lie in front of. Changes `image` in place."""
+    """Draw signs behind heart, mediastinum and ribs. Changes `image` in place."""
     painters = {
         "Edema": _edema,
         "Lung Opacity": _opacity,
@@ -36,7 +36,7 @@ def draw_in_lungs(
 
 
 def draw_on_top(image: Field, g: Grid, shown: dict[str, Sign], rng: np.random.Generator) -> None:
-    """Signs of bone and metal, in front of everything. Changes `image` in place."""
+    """Draw signs of bone and metal, in front of everything. Changes `image` in place."""
     if sign := shown.get("Fracture"):
         _fracture(image, g, sign, rng)
     if sign := shown.get("Support Devices"):
@@ -61,7 +61,7 @@ def _opacity(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Gener
 
 
 def _pneumonia(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Generator) -> None:
-    """Cotton-wool patches in the lower zone, uneven where a consolidation is even."""
+    """Cotton-wool patches in the lower zone, uneven in contrast to a consolidation."""
     cloud = g.clouds[int(rng.integers(len(g.clouds)))]
     cloud = np.roll(cloud, tuple(rng.integers(g.size, size=2)), axis=(0, 1))
     region = bump(np.sqrt(((lung.t - 0.54) / 1.0) ** 2 + ((g.y - 0.14) / 1.0) ** 2), 0.36)
@@ -70,7 +70,7 @@ def _pneumonia(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Gen
 
 
 def _consolidation(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Generator) -> None:
-    """A dense, even lobe with a straight border at the fissure and dark bronchi inside."""
+    """A dense, homogeneous lobe with a straight border at the fissure and air bronchograms."""
     if sign.place == "upper lobe":
         border = -0.16 + 0.10 * (lung.t - 0.4)
         lobe = ramp(border - g.y, 0.03) * ramp(g.y + 0.60, 0.20)
@@ -90,7 +90,7 @@ def _consolidation(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random
 
 
 def _atelectasis(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Generator) -> None:
-    """Plate-like bands at the base; the raised diaphragm is part of the lung's outline."""
+    """Plate-like bands at the base; `_outline_lung` raises the diaphragm."""
     inside = ramp(lung.t - 0.24, 0.05) * ramp(0.72 - lung.t, 0.08) * lung.mask
     for level in (0.17, 0.28):
         line = level + 0.10 * (lung.t - 0.45) + rng.normal(0, 0.008)
@@ -117,7 +117,7 @@ def _pleural_thickening(
 
 
 def _effusion(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Generator) -> None:
-    """Fluid in the costophrenic angle whose surface climbs the lateral wall (meniscus)."""
+    """Fluid in the costophrenic angle with a meniscus at the lateral wall."""
     depth = 0.10 + 0.20 * sign.strength
     surface = 0.60 - depth * (0.7 + 1.3 * np.clip((lung.t - 0.25) / 0.55, 0, 1) ** 2)
     chest = ramp(lung.outer - lung.t, 0.03) * ramp(lung.t - 0.08, 0.05)
@@ -126,7 +126,7 @@ def _effusion(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Gene
 
 
 def _pneumothorax(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.Generator) -> None:
-    """A black rim without markings, widest at the apex, inside it the white pleural line."""
+    """A black rim without markings, widest at the apex, bounded by the white pleural line."""
     retreat = sign.strength * (0.11 + 0.20 * bump(g.y + 0.60, 0.65)) * ramp(0.42 - g.y, 0.3)
     line = lung.outer - retreat
     rim = ramp(lung.t - line, 0.015) * lung.mask
@@ -137,7 +137,7 @@ def _pneumothorax(image: Field, g: Grid, lung: Lung, sign: Sign, rng: np.random.
 
 
 def _fracture(image: Field, g: Grid, sign: Sign, rng: np.random.Generator) -> None:
-    """A lateral rib in two pieces with a step and a dark gap between them."""
+    """A lateral rib in two fragments with a step and a dark gap."""
     side = SIDES[sign.side]
     y0 = -0.02 + rng.normal(0, 0.015)
     inner = [(side * 0.42, y0 - 0.12), (side * 0.60, y0 - 0.04)]
