@@ -1,8 +1,8 @@
-"""Builds what pyproject.toml cannot say: the native kernels of csrc/ and the home of kernels/.
+"""Build steps beyond pyproject.toml: the native kernels of csrc/, and kernels/ as a subpackage.
 
-Neither part includes torch, so both build in seconds and serve every torch version. The CPU part
-is built wherever a C++ compiler is, the CUDA part wherever nvcc is (no device is needed). Both
-are optional: without them the package installs and runs on its reference implementation.
+The native parts do not include torch: they build in seconds and work with every torch version. The
+CPU part needs a C++ compiler, the CUDA part nvcc (no device). Both are optional: without them the
+package runs on its reference implementation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NVCC_FLAGS = [
 
 
 def cuda_home() -> Path | None:
-    """The toolkit's folder: CUDA_HOME, or where nvcc on the PATH really lies."""
+    """The toolkit's folder: CUDA_HOME, or the one of nvcc on the PATH."""
     if named := os.environ.get("CUDA_HOME"):
         return Path(named)
     if shutil.which("nvcc") is None:
@@ -48,20 +48,20 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Hands .cu files to nvcc; an extension that fails to build does not fail the install."""
+    """Compiles .cu files with nvcc; a failed extension does not fail the installation."""
 
     def build_extension(self, ext: Extension) -> None:
         kernels = [source for source in ext.sources if source.endswith(".cu")]
         inputs = [*ext.sources, *ext.depends, __file__]
         if not self.force and not newer_group(inputs, self.get_ext_fullpath(ext.name), "newer"):
-            return  # built, and nothing has changed since
-        force, self.force = self.force, True  # decided here: setuptools does not know of .cu files
+            return  # up to date
+        force, self.force = self.force, True  # setuptools would ignore changes of .cu files
         try:
             with ThreadPoolExecutor() as pool:
                 ext.extra_objects = list(pool.map(self.compile_cuda, kernels))
             ext.sources = [source for source in ext.sources if source not in kernels]
             super().build_extension(ext)
-        except Exception as error:  # whatever a compiler does wrong costs this implementation only
+        except Exception as error:  # any failure costs this implementation only
             self.warn(f"{ext.name} was not built ({error}); the package works without it")
         finally:
             self.force = force

@@ -1,9 +1,8 @@
-"""Counterfactuals on the real Open-I reports: how good they are, and how fast they come.
+"""Counterfactuals on the real Open-I reports: quality and speed.
 
 `python bench/bench_counterfactual.py` prints every figure; `pytest --benchmark` also times the
-generator with its checks on one core. The faults are looked for in all counterfactuals, those set
-aside included, and counted where the original has none of the kind. The reports are read from the
-installed wheel.
+generator with its checks on one core. Faults are counted in all counterfactuals, rejected ones
+included, if the original has no fault of that kind. The reports come from the installed wheel.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
+from typing import Any
 
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -35,7 +35,7 @@ from cpo_fast.types import ConceptGraph, Counterfactual, Study
 NINE = tuple(MESH_TERMS)
 
 GRAMMAR = re.compile(
-    r"\b([a-z]{2,}) \1\b"  # a word twice
+    r"\b([a-z]{2,}) \1\b"  # a repeated word
     r"|\b(?:and|or|with|without|of|the|no|is|are|a|an|for|but|otherwise|specifically),?\s*\."
     r"|^(?:and|or|but|with|of|is|are)\b|\b(?:and|or) (?:and|or)\b|\b(?:no|without) (?:and|or|no|"
     r"without)\b|,\s*[,.]"
@@ -56,14 +56,14 @@ SIDES = re.compile(r"\b(?:right|left|bilateral|both|bibasilar)\b")
 _BOTH = re.compile(r"bilateral|bi?basilar")
 
 
-def load() -> list[Study]:
-    """Open-I studies that have findings."""
+def load_studies() -> list[Study]:
+    """Open-I studies with a findings section."""
     return [study for study in open_studies("open-i") if study.report.findings]
 
 
-def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
-    """F1 of asserted findings against the indexers' labels, on ids of the given parity, and their
-    mean."""
+def score_labeller(studies: Iterable[Study], parity: int) -> dict[str, float]:
+    """F1 per asserted finding against the indexers' labels, on ids of the given parity, and the
+    macro average."""
     counts = {name: Counter[str]() for name in NINE}
     for study in studies:
         if not study.labels or int(study.study_id.removeprefix("CXR")) % 2 != parity:
@@ -78,16 +78,15 @@ def labeller_f1(studies: Iterable[Study], parity: int) -> dict[str, float]:
     return scores | {"macro": statistics.mean(scores.values())}
 
 
-def contradictions(report: str) -> set[str]:
-    """Findings that one sentence asserts and another rules out (two asserted consequences
-    included)."""
+def find_contradictions(report: str) -> set[str]:
+    """Findings that one sentence asserts, directly or by implication, and another rules out."""
     lines = split_sentences(report)
     asserted = {name for line in lines for name, polarity in find_mentions(line) if polarity == 1}
     denied = set().union(*(find_ruled_out(line) for line in lines)) if lines else set()
     return asserted & denied
 
 
-def grammar_faults(report: str) -> Counter[str]:
+def find_grammar_faults(report: str) -> Counter[str]:
     return Counter(
         m.group()
         for line in split_sentences(report)
@@ -95,14 +94,14 @@ def grammar_faults(report: str) -> Counter[str]:
     )
 
 
-def about(section: str, target: str) -> str:
+def select_asserting(section: str, target: str) -> str:
     """The sentences of a section that assert the target."""
     return " ".join(s for s in split_sentences(section) if (target, 1) in find_mentions(s))
 
 
 def disagree(findings: str, impression: str, words: re.Pattern[str]) -> bool:
-    """Whether both name something and nothing in common; degrees count without their ending, and
-    "both", "bilateral" and "bibasilar" are the same side."""
+    """Whether both parts contain `words` but no common one; degrees are compared without "ly", and
+    "both", "bilateral" and "bibasilar" are one side."""
     left, right = (
         {_BOTH.sub("both", m.removesuffix("ly")) for m in words.findall(part)}
         for part in (findings, impression)
@@ -125,12 +124,12 @@ _PRESENCE = (
     "degenerative status tube catheter line sternotomy granuloma cardiomegaly atelectasis "
     "scoliosis hernia the this there"
 )
-"""Words that mostly tell what is there, not what is missing."""
+"""Words that mostly describe what is present."""
 
 
-def negated_words(report: str) -> set[str]:
-    """Words under a negation, read narrowly: up to the first comma, "and" or "with", unless the
-    sentence goes on to an "or"."""
+def find_negated_words(report: str) -> set[str]:
+    """Words in the scope of a negation, read narrowly: up to the first comma, "and" or "with" after
+    the last "or"."""
     found: set[str] = set()
     for sentence in split_sentences(report):
         for cue in _NEGATOR.finditer(sentence):
@@ -147,40 +146,45 @@ def negated_words(report: str) -> set[str]:
     return found
 
 
-def denied_assertions(cf: Counterfactual) -> set[str]:
-    """Words of presence that a counterfactual has under a negation and its original has not: a
-    reading of its own, by words alone, of what no check should let through."""
-    return (negated_words(cf.counterfactual) - negated_words(cf.report)) & set(_PRESENCE.split())
+def find_denied_assertions(cf: Counterfactual) -> set[str]:
+    """Words of presence that are negated in the counterfactual only: a word-level test,
+    independent of the checks, which should reject such counterfactuals."""
+    negated = find_negated_words(cf.counterfactual) - find_negated_words(cf.report)
+    return negated & set(_PRESENCE.split())
 
 
-def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]:
-    """The shares that say how good the counterfactuals are; see the module docstring."""
+def measure_quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]:
+    """Shares of counterfactuals that pass, keep sentences, introduce faults (module docstring)."""
     total = len(made)
     kept: list[float] = []
     inserted: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     unrelated, survived = 0, 0
     for cf in made:
-        old = [u.plain for part in sections(cf.report) for u in split_units(part) if u.plain]
-        new = Counter(u.plain for part in sections(cf.counterfactual) for u in split_units(part))
+        old = [u.plain for part in split_sections(cf.report) for u in split_units(part) if u.plain]
+        new = Counter(
+            u.plain for part in split_sections(cf.counterfactual) for u in split_units(part)
+        )
         both = Counter(old) & new
         kept.append(both.total() / len(old))
         inserted.update((new - Counter(old)).keys())
         faults["self-contradiction"] += bool(
-            contradictions(cf.counterfactual) - contradictions(cf.report)
+            find_contradictions(cf.counterfactual) - find_contradictions(cf.report)
         )
-        faults["grammar"] += bool(grammar_faults(cf.counterfactual) - grammar_faults(cf.report))
-        parts = sections(cf.counterfactual)
+        faults["grammar"] += bool(
+            find_grammar_faults(cf.counterfactual) - find_grammar_faults(cf.report)
+        )
+        parts = split_sections(cf.counterfactual)
         if len(parts) == 2:
-            told = [about(part, cf.target) for part in parts]
-            before = [about(part, cf.target) for part in sections(cf.report)]
+            after = [select_asserting(part, cf.target) for part in parts]
+            before = [select_asserting(part, cf.target) for part in split_sections(cf.report)]
             for name, words in (("side", SIDES), ("size", SIZES), ("zone", ZONES)):
-                clash = disagree(*told, words)
+                clash = disagree(*after, words)
                 faults[name] += clash and not disagree(*before, words)
         gone = graph.excluded[cf.target] | {"No Finding"}
         was = {n for n, v in label_report(cf.report).items() if v == 1} - gone
         now = {n for n, v in label_report(cf.counterfactual).items() if v == 1}
-        faults["denied assertions"] += cf.passed and bool(denied_assertions(cf))
+        faults["denied assertions"] += cf.passed and bool(find_denied_assertions(cf))
         unrelated += len(was)
         survived += len(was & now)
     return {
@@ -203,32 +207,38 @@ def quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]
     }
 
 
-def doubted(graph: ConceptGraph, studies: Iterable[Study]) -> dict[str, float]:
-    """How well a score tells the diseases that a report doubts from those that it does not have.
+def score_doubted(graph: ConceptGraph, studies: Iterable[Study]) -> dict[str, float]:
+    """Area under the ROC curve, per score, for uncertain against absent diseases of a report.
 
-    Doubt ("may represent pneumonia") shows where radiologists found that the signs could mean
-    something else. Only attributes that are asserted count. Gives areas under the ROC curve.
+    Uncertainty ("may represent pneumonia") marks diseases that the signs could also mean. Only
+    asserted attributes count.
     """
     near = nearness(graph)
     miner, rows = Miner(graph), []
     for study in studies:
         labels = label_report(study.report.text)
-        said = miner.mentions(study.report.text)
-        drift = drift_proneness(graph, [a for a in graph.attributes if said.get(a) == 1])
-        there = [name for name in graph.diseases if labels[name] == 1]
+        mentions = miner.mentions(study.report.text)
+        drift = drift_proneness(graph, [a for a in graph.attributes if mentions.get(a) == 1])
+        present = [name for name in graph.diseases if labels[name] == 1]
         absent = [name for name in graph.diseases if labels[name] != 1]
         if any(labels[name] == -1 for name in absent):
             for name in absent:
-                nearest = max((near[name, other] for other in there), default=0.0)
+                nearest = max((near[name, other] for other in present), default=0.0)
                 rows.append((labels[name] == -1, nearest, drift[name], nearest + drift[name]))
     truth, *scores = zip(*rows, strict=True)
     names = ("nearness", "drift-proneness", "both")
     return {n: float(roc_auc_score(truth, s)) for n, s in zip(names, scores, strict=True)}
 
 
-def sections(report: str) -> list[str]:
-    """The texts of the sections of a report as `Report.text` writes it."""
+def split_sections(report: str) -> list[str]:
+    """The texts of the sections of a report in the form of `Report.text`."""
     return [part for part in re.split(r"(?:^|\n\n)(?:FINDINGS|IMPRESSION): ", report) if part]
+
+
+def print_quality(graph: ConceptGraph, made: list[Counterfactual]) -> None:
+    for name, value in measure_quality(graph, made).items():
+        print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
+    print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
 
 
 def main() -> None:
@@ -236,12 +246,12 @@ def main() -> None:
     everything = list(open_studies("open-i"))
     studies = [study for study in everything if study.report.findings]
     for name, parity in (("odd ids (tuned on)", 1), ("even ids (held out)", 0)):
-        scores = labeller_f1(everything, parity)
+        scores = score_labeller(everything, parity)
         print(f"labeller F1, {name}: " + ", ".join(f"{n} {v:.3f}" for n, v in scores.items()))
-    told = ", ".join(f"{n} {v:.3f}" for n, v in doubted(graph, everything).items())
-    print(f"doubted diseases told from absent ones, area under the ROC curve: {told}")
+    areas = ", ".join(f"{n} {v:.3f}" for n, v in score_doubted(graph, everything).items())
+    print(f"uncertain against absent diseases, area under the ROC curve: {areas}")
     for seed in (42, 7):
-        forget()
+        clear_caches()
         start = time.process_time()
         made = list(counterfactuals(studies, graph, seed=seed))
         seconds = time.process_time() - start
@@ -249,35 +259,31 @@ def main() -> None:
             f"seed {seed}: {len(made) / seconds:.0f} counterfactuals per second of one core, "
             f"checks included"
         )
-        for name, value in quality(graph, made).items():
-            print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
-        print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
+        print_quality(graph, made)
     prices = balance(studies, graph)
     made = list(counterfactuals(studies, graph, prices=prices))
     print("seed 42, balanced targets")
-    for name, value in quality(graph, made).items():
-        print(f"  {name}: {value:.4f}" if value <= 1 else f"  {name}: {value:.0f}")
-    print("  targets:", dict(Counter(cf.target for cf in made).most_common()))
+    print_quality(graph, made)
     texts = [study.report.text for study in everything]
     for name, stream in (
-        ("200,000 reports, Open-I over and over", islice(cycle(texts), 200_000)),
-        ("10,000 reports, no sentence twice", unrepeated(texts, 10_000)),
+        ("200,000 reports, Open-I repeated", islice(cycle(texts), 200_000)),
+        ("10,000 reports, all sentences unique", make_unique(texts, 10_000)),
     ):
-        forget()
+        clear_caches()
         start = time.process_time()
         counts = mine(read_graph_json(), stream)
         propose_changes(collect_evidence(graph, counts))
         print(f"mining, {name}: {time.process_time() - start:.1f} s of one core")
 
 
-def unrepeated(texts: list[str], number: int) -> Iterator[str]:
-    """Reports whose sentences all differ, so that no memory of sentences helps."""
+def make_unique(texts: list[str], number: int) -> Iterator[str]:
+    """Reports whose sentences all differ, so that no cache of sentences hits."""
     for index, report in enumerate(islice(cycle(texts), number)):
         yield " ".join(f"{sentence} {index}." for sentence in report.split(". "))
 
 
-def forget() -> None:
-    """Empty the memories of sentences, so that every round starts cold."""
+def clear_caches() -> None:
+    """Clear the caches of sentences, so that every round starts cold."""
     for module in (labeller, checks, generate, prompt, rewrite, text):
         for item in vars(module).values():
             if hasattr(item, "cache_clear"):
@@ -287,21 +293,21 @@ def forget() -> None:
 @pytest.fixture(scope="module")
 def reports() -> list[Study]:
     try:
-        return load()
+        return load_studies()
     except DataError as error:
         pytest.skip(str(error))
 
 
 @pytest.mark.benchmark(timer=time.process_time)
-def test_generate_and_check(benchmark, reports: list[Study]) -> None:
-    """6,850 counterfactuals of the 3,425 reports: rewriting and all checks, one core."""
+def test_generate_and_check(benchmark: Any, reports: list[Study]) -> None:
+    """6,850 counterfactuals of the 3,425 reports: rewriting and all checks on one core."""
     graph = load_graph()
     made = benchmark.pedantic(
-        lambda: list(counterfactuals(reports, graph)), setup=forget, rounds=3, iterations=1
+        lambda: list(counterfactuals(reports, graph)), setup=clear_caches, rounds=3, iterations=1
     )
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["counterfactuals_per_second"] = len(made) / seconds
-    benchmark.extra_info |= quality(graph, made)
+    benchmark.extra_info |= measure_quality(graph, made)
     assert len(made) == 2 * len(reports)
 
 

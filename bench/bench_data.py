@@ -1,14 +1,14 @@
-"""Reading data: the index of a whole MIMIC-CXR-JPG, its reports, and images to pixel values.
+"""Reading data: the index of a full MIMIC-CXR-JPG, its reports, and images to pixel values.
 
 `python bench/bench_data.py` prints every figure; `pytest --benchmark bench/bench_data.py` times the
 parts. The tree is generated: tables of full size (227,835 studies of 65,379 patients, 377,110
-images), but report files for the first 5,000 studies only, since a file system full of small files
-says more about the disk than about the reader. Images are grey JPEGs of 2,544 x 3,056 pixels, the
-commonest size of MIMIC-CXR-JPG; what they show is smoothed noise. Times are of one core.
+images), but report files for the first 5,000 studies only, since many small files would measure the
+disk, not the reader. Images are grey JPEGs of smoothed noise, 2,544 x 3,056 pixels, the commonest
+size of MIMIC-CXR-JPG. Times are CPU times of one core.
 
-`python bench/bench_data.py --full_tree FOLDER` makes every entry (all reports, an empty file for
-each image: 900,000 in all, 2.5 GB, kept there) and times index and reports by the clock, with
-nothing of the disk in memory where the kernel lets us drop its caches (as root on Linux).
+`python bench/bench_data.py --full_tree FOLDER` writes every entry (all reports, an empty file for
+each image: 900,000 files, 2.5 GB, kept) and measures wall time of index and reports, with a cold
+page cache where the kernel lets us drop it (as root on Linux).
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ _REPORT = """                                 FINAL REPORT
 """
 
 
-def table(root: Path, name: str) -> str:
+def table_path(root: Path, name: str) -> str:
     return str(root / f"mimic-cxr-2.0.0-{name}.csv.gz")
 
 
 def write_tree(root: Path, *, full: bool = False) -> None:
-    """The tables and some reports (all of them and the images' names, if `full`) of a data set of
-    MIMIC-CXR's size, made up."""
+    """Write synthetic tables of MIMIC-CXR's size and some reports; if `full`, all reports and an
+    empty file per image."""
     rng = np.random.default_rng(0)
     patient = np.sort(np.r_[np.arange(PATIENTS), rng.integers(0, PATIENTS, STUDIES - PATIENTS)])
     study = 50_000_000 + rng.choice(9_999_999, STUDIES, replace=False)
@@ -81,7 +81,7 @@ def write_tree(root: Path, *, full: bool = False) -> None:
     }  # fmt: skip
 
     def write(name: str, rows: Iterator[tuple[Any, ...]]) -> None:
-        with gzip.open(table(root, name), "wt", newline="", compresslevel=4) as file:
+        with gzip.open(table_path(root, name), "wt", newline="", compresslevel=4) as file:
             writer = csv.writer(file)
             writer.writerow(header[name])
             writer.writerows(rows)
@@ -108,8 +108,8 @@ def write_tree(root: Path, *, full: bool = False) -> None:
         (root / f"files/p{str(people[i])[:2]}/p{people[i]}/s{numbers[i]}/{dicom}.jpg").touch()
 
 
-def radiograph() -> bytes:
-    """A grey JPEG of the commonest size, with as much detail as makes 1.5 to 2 megabytes."""
+def make_radiograph() -> bytes:
+    """A grey JPEG of the commonest size, with enough detail for 1.5 to 2 megabytes."""
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(0, 256, (96, 80), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((2544, 3056), Image.Resampling.BICUBIC), dtype=np.float32)
@@ -119,13 +119,13 @@ def radiograph() -> bytes:
     return file.getvalue()
 
 
-def ours(data: bytes) -> np.ndarray:
+def process_ours(data: bytes) -> np.ndarray:
     image = load_shades(ImageRef("x.jpg", data=data))
     return pixel_values(image, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)[0]
 
 
-def processor() -> Callable[[bytes], np.ndarray]:
-    """transformers' processor as its users call it: an opened image, made RGB by it."""
+def build_processor() -> Callable[[bytes], np.ndarray]:
+    """transformers' processor as users call it: with an opened image, which it converts to RGB."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     made = Qwen2VLImageProcessorPil(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
@@ -141,14 +141,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.benchmark(timer=time.process_time)
 def test_index(benchmark: Any, tree: Path) -> None:
-    """All three tables, none kept from before."""
-    paths = [table(tree, name) for name in NAMES]
+    """All three tables, without a cache."""
+    paths = [table_path(tree, name) for name in NAMES]
     index = benchmark.pedantic(lambda: mimic_index.build_index(*paths), rounds=2, iterations=1)
     assert (len(index), len(index.dicom)) == (STUDIES, IMAGES)
 
 
 @pytest.mark.benchmark(timer=time.process_time)
-def test_kept_index(benchmark: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_index(benchmark: Any, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tree / "cache"))
     open_studies(str(tree))
     source = benchmark.pedantic(lambda: open_studies(str(tree)), rounds=5, iterations=1)
@@ -159,20 +159,20 @@ def test_kept_index(benchmark: Any, tree: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("path", ["ours", "transformers"])
 def test_image(benchmark: Any, path: str) -> None:
     """One radiograph from JPEG bytes to pixel values."""
-    data = radiograph()
-    run = ours if path == "ours" else processor()
+    data = make_radiograph()
+    run = process_ours if path == "ours" else build_processor()
     values = benchmark.pedantic(run, (data,), rounds=5, iterations=1, warmup_rounds=1)
     assert values.shape[1] == 1176
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def cpu_seconds(run: Callable[[], object]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
-def forget_disk() -> bool:
-    """Have the kernel drop what it holds of the disk; whether it did."""
+def drop_page_cache() -> bool:
+    """Drop the kernel's page cache; returns whether that succeeded."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -181,7 +181,7 @@ def forget_disk() -> bool:
     return True
 
 
-def _so_far(studies: int, begun: float) -> None:
+def print_progress(studies: int, begun: float) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"  {studies} studies with their reports: {time.perf_counter() - begun:.1f} s, "
@@ -189,29 +189,31 @@ def _so_far(studies: int, begun: float) -> None:
     )
 
 
-def full_tree(root: Path) -> None:
-    """Index and reports of a whole tree by the clock, cold and warm, and the memory they take."""
-    if not Path(table(root, "chexpert")).exists():
+def measure_full_tree(root: Path) -> None:
+    """Wall time of index and reports of a full tree, cold and warm, and peak memory."""
+    if not Path(table_path(root, "chexpert")).exists():
         root.mkdir(parents=True, exist_ok=True)
         write_tree(root, full=True)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        cold = forget_disk()
+        cold = drop_page_cache()
         begun = time.perf_counter()
         source = open_studies(str(root))
         print(
             f"index of {STUDIES} studies, {'cold' if cold else 'warm'} disk: "
             f"{time.perf_counter() - begun:.1f} s"
         )
-        begun, used = time.perf_counter(), 0
-        for used, _ in enumerate(source, 1):
-            if used == STUDIES // 10:
-                _so_far(used, begun)
-        _so_far(used, begun)
-        forget_disk()
+        begun, count = time.perf_counter(), 0
+        for count, _ in enumerate(source, 1):
+            if count == STUDIES // 10:
+                print_progress(count, begun)
+        print_progress(count, begun)
+        cold = drop_page_cache()
         begun = time.perf_counter()
         open_studies(str(root))
-        print(f"index kept from before, cold disk: {time.perf_counter() - begun:.2f} s")
+        print(
+            f"cached index, {'cold' if cold else 'warm'} disk: {time.perf_counter() - begun:.2f} s"
+        )
 
 
 def main() -> None:
@@ -219,27 +221,30 @@ def main() -> None:
     parser.add_argument("--full_tree", type=Path, help="folder of a tree with every entry")
     args = parser.parse_args()
     if args.full_tree:
-        full_tree(args.full_tree)
+        measure_full_tree(args.full_tree)
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         write_tree(root)
-        cold = _seconds(lambda: open_studies(str(root)))
-        kept = statistics.median(_seconds(lambda: open_studies(str(root))) for _ in range(5))
-        size = mimic_index.cache_file(table(root, "split")).stat().st_size
+        cold = cpu_seconds(lambda: open_studies(str(root)))
+        cached = statistics.median(cpu_seconds(lambda: open_studies(str(root))) for _ in range(5))
+        size = mimic_index.cache_file(table_path(root, "split")).stat().st_size
         print(f"index of {STUDIES} studies, {IMAGES} images: {cold:.2f} s of CPU time")
-        print(f"the same, kept from an earlier run: {kept:.3f} s, {size / 1e6:.0f} MB on disk")
+        print(f"cached index: {cached:.3f} s, {size / 1e6:.0f} MB on disk")
         source = open_studies(str(root))
-        read = _seconds(lambda: list(islice(source, 2000)))
+        read = cpu_seconds(lambda: list(islice(source, 2000)))
         print(f"studies with reports parsed: {2000 / read:.0f} per second")
-    data, theirs = radiograph(), processor()
-    assert (ours(data) == theirs(data)).all()
-    pairs = [(_seconds(lambda: ours(data)), _seconds(lambda: theirs(data))) for _ in range(7)]
-    mine, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
+    data, process_theirs = make_radiograph(), build_processor()
+    assert (process_ours(data) == process_theirs(data)).all()
+    pairs = [
+        (cpu_seconds(lambda: process_ours(data)), cpu_seconds(lambda: process_theirs(data)))
+        for _ in range(7)
+    ]
+    ours, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(
-        f"JPEG of {len(data) / 1e6:.1f} MB to pixel values, per core: ours {1 / mine:.1f}/s, "
-        f"transformers {1 / peer:.1f}/s, ratio {peer / mine:.2f}; equal to the bit"
+        f"JPEG of {len(data) / 1e6:.1f} MB to pixel values, per core: ours {1 / ours:.1f}/s, "
+        f"transformers {1 / peer:.1f}/s, ratio {peer / ours:.2f}; bit-identical"
     )
 
 

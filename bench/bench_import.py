@@ -1,9 +1,9 @@
-"""What `import cpo_fast` costs, and what the loss op costs beyond `import torch`.
+"""Import time of cpo_fast, and of the loss op beyond `import torch`.
 
     pytest --benchmark bench/bench_import.py
 
-Each round is a fresh interpreter. `import cpo_fast` loads not even torch; "torch and the op" is the
-promise: less than 0.3 s beyond torch, and hardly more for the first call.
+Each round is a fresh interpreter. `import cpo_fast` does not load torch. Target for "torch and the
+op": less than 0.3 s beyond torch, and little more for the first call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ STATEMENTS = {
 ROUNDS = 7
 
 
-def seconds(statement: str) -> tuple[float, float]:
-    """Wall time and processor time of a fresh interpreter that runs `statement`."""
+def time_statement(statement: str) -> tuple[float, float]:
+    """Wall time and CPU time of a fresh interpreter that runs `statement`."""
     begun, before = perf_counter(), os.times()
     subprocess.run([sys.executable, "-c", statement], check=True)
     after = os.times()
@@ -41,10 +41,10 @@ def seconds(statement: str) -> tuple[float, float]:
 def test_import_times(capsys: pytest.CaptureFixture[str]) -> None:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in STATEMENTS}
     for statement in STATEMENTS.values():
-        seconds(statement)  # byte code and page cache
-    for _ in range(ROUNDS):  # in turn, so that a busy moment falls on all of them
+        time_statement(statement)  # warms byte code and page cache
+    for _ in range(ROUNDS):  # in turn, so that other load affects all alike
         for name, statement in STATEMENTS.items():
-            taken[name].append(seconds(statement))
+            taken[name].append(time_statement(statement))
     figures = {
         name: (median(wall for wall, _ in times), median(cpu for _, cpu in times))
         for name, times in taken.items()

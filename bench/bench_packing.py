@@ -1,17 +1,19 @@
-"""Planning an epoch: how long it takes, and how full the packs are.
+"""Time to plan an epoch, and packing efficiency.
 
 Groups of CCF-like lengths: one image of 324 visual tokens in a prompt of 350 to 400, one chosen
 and two rejected responses of 100 to 250 tokens each, so about 900 tokens. Three figures per
-setting: tokens per token of the budget `packing_length`; the most that any packing of the same
-steps could reach (a step is a fixed number of pairs and takes a whole number of packs); and tokens
-per token of the step's longest pack. Packs are computed at their own length, so what is missing to
-1 costs nothing by itself; the last figure is what would be useful if a step's packs were padded to
-one length.
+setting: tokens / budget `packing_length`; the upper bound of that ratio for the same steps (a step
+has a fixed number of pairs and a whole number of packs); tokens / length of the step's longest
+pack. Packs are computed at their own length, so unused budget costs nothing. The last figure is the
+efficiency if the packs of a step were padded to one length.
 """
 
 from __future__ import annotations
 
 import random
+from typing import Any
+
+import pytest
 
 from cpo_fast.packing import Step, packing_efficiency, plan_epoch
 from cpo_fast.packing.plan import part_tokens
@@ -22,7 +24,7 @@ PAIRS_PER_STEP = (32, 64, 128, 512)
 PACKING_LENGTHS = (4096, 7424, 8192, 16384)
 
 
-def ccf_like(count: int) -> list[PreferenceGroup]:
+def make_groups(count: int) -> list[PreferenceGroup]:
     rng = random.Random(0)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
@@ -36,34 +38,34 @@ def ccf_like(count: int) -> list[PreferenceGroup]:
     ]
 
 
-def most_possible(groups: list[PreferenceGroup], steps: list[Step], length: int) -> float:
-    """Tokens / budget if every step took the fewest packs that its tokens could fill."""
+def bound_efficiency(groups: list[PreferenceGroup], steps: list[Step], length: int) -> float:
+    """Tokens / budget if every step took the fewest packs that hold its tokens."""
     sizes = [sum(part_tokens(groups, part) for pack in step for part in pack) for step in steps]
     return sum(sizes) / sum(-(-size // length) * length for size in sizes)
 
 
-def test_planning(benchmark, capsys):
-    groups = ccf_like(GROUPS)
+def test_planning(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = make_groups(GROUPS)
 
-    def plan(pairs: int, length: int):
+    def plan(pairs: int, length: int) -> list[Step]:
         return plan_epoch(groups, pairs_per_step=pairs, packing_length=length, seed=0, epoch=0)
 
     benchmark.pedantic(plan, args=(64, 4096), rounds=3)
     lines = [
-        f"\npacking efficiency of {GROUPS} groups: of the budget (the most possible) / "
+        f"\npacking efficiency of {GROUPS} groups: of the budget (upper bound) / "
         "of the longest pack"
     ]
     lines.append("pairs per step " + "".join(f"{length:>24}" for length in PACKING_LENGTHS))
     for pairs in PAIRS_PER_STEP:
-        found = []
+        cells = []
         for length in PACKING_LENGTHS:
             steps = plan(pairs, length)
             of_budget = packing_efficiency(groups, steps, length)
             of_longest = packing_efficiency(groups, steps)
-            most = most_possible(groups, steps, length)
-            found.append(f"{of_budget:.3f} ({most:.3f}) / {of_longest:.3f}")
-            figures = {"of_budget": of_budget, "possible": most, "of_longest": of_longest}
+            bound = bound_efficiency(groups, steps, length)
+            cells.append(f"{of_budget:.3f} ({bound:.3f}) / {of_longest:.3f}")
+            figures = {"of_budget": of_budget, "possible": bound, "of_longest": of_longest}
             benchmark.extra_info[f"{pairs} pairs, {length} tokens"] = figures
-        lines.append(f"{pairs:>14} " + "".join(f"{one:>24}" for one in found))
+        lines.append(f"{pairs:>14} " + "".join(f"{cell:>24}" for cell in cells))
     with capsys.disabled():
         print("\n".join(lines))

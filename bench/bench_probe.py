@@ -1,9 +1,8 @@
-"""The drift probe over one report against separate forwards: the same figures, every position.
+"""The drift probe over every position of a report, against separate forwards with equal results.
 
-`pytest --benchmark bench/bench_probe.py`. Naive is what a loop over a model does: for every
-position of the thought and every finding one forward of prompt, beginning and answer. How many
-times faster is told in CPU time of one thread, probe and naive in turn: a busy machine bends wall
-time.
+`pytest --benchmark bench/bench_probe.py`. The naive loop runs one forward of prompt, prefix and
+answer for every position of the thought and every finding. The speed-up is measured in CPU time of
+one thread, probe and naive loop in turn, as wall time depends on other load.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ WORDS = ["heart", "lungs", "clear", "no", "effusion", "opacity", "left", "small"
 
 
 @cache
-def setting() -> tuple[Any, Any, Prompt, str]:
-    """(model, tokenizer, prompt, thought of 150 tokens or a few more)."""
+def build_setting() -> tuple[Any, Any, Prompt, str]:
+    """(model, tokenizer, prompt, thought of at least 150 tokens)."""
     draw = random.Random(0)
     answers = [f"The disease of this patient is {name}." for name in LABEL_NAMES]
     tokenizer = train_tokenizer([" ".join(WORDS), *answers] * 3, vocab_size=600)
@@ -44,9 +43,9 @@ def setting() -> tuple[Any, Any, Prompt, str]:
     return model, tokenizer, prompt, thought.strip()
 
 
-def naive() -> tuple[np.ndarray, float]:
-    """(z [positions, C], CPU seconds) by one forward per position and finding."""
-    model, tokenizer, prompt, thought = setting()
+def probe_naively() -> tuple[np.ndarray, float]:
+    """(z [positions, C], CPU seconds) with one forward per position and finding."""
+    model, tokenizer, prompt, thought = build_setting()
     stream = tokenizer(f"<think> {thought}", add_special_tokens=False)["input_ids"]
     close = tokenizer(" </think>", add_special_tokens=False)["input_ids"]
     endings = [[*close, *ids] for ids in finding_candidates(tokenizer, FINDINGS)]
@@ -69,7 +68,7 @@ def naive() -> tuple[np.ndarray, float]:
 
 def test_every_position_of_a_report(benchmark: Any) -> None:
     torch.set_num_threads(1)
-    model, tokenizer, prompt, thought = setting()
+    model, tokenizer, prompt, thought = build_setting()
     packed = PackedModel(model)
 
     def run() -> Any:
@@ -83,7 +82,7 @@ def test_every_position_of_a_report(benchmark: Any) -> None:
         begun = time.process_time()
         run()
         own = time.process_time() - begun
-        z, seconds = naive()
+        z, seconds = probe_naively()
         rounds.append((seconds / own, seconds))
     np.testing.assert_allclose(drift.distribution, z, atol=1e-5)
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

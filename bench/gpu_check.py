@@ -1,21 +1,21 @@
 """Checks and measures everything on a GPU: `python -m bench.gpu_check --out DIR`.
 
-In this order: what the machine is; the native parts, built in place; every implementation against
-float64 and the rules of the loss op; attention over packs against float32; the tests that need a
-GPU; what the device reaches at best; the loss op against its peers; training steps of real shapes;
-NVIDIA's sanitizer. Each phase runs in processes of its own, so that a crash costs one unit of it.
-After every unit DIR/results.json and DIR/report.md are replaced by complete ones: the run may be
-killed at any time, and `--resume` goes on. Nothing is timed of an implementation that broke a rule.
+Phases in order: environment; the native parts, built in place; every implementation against float64
+and the rules of the loss op; attention over packs against float32; the tests that need a GPU;
+ceilings of the device; the loss op against its peers; training steps at real shapes; NVIDIA's
+sanitizer. Each phase runs in worker processes, so that a crash costs one unit. DIR/results.json and
+DIR/report.md are rewritten after every unit: the run can be killed at any time and continued with
+`--resume`. Implementations that failed a check are not timed.
 
-`--plan first` (400 s) and `--plan second` (330 s) do what matters most in the order in which it
-matters, for a machine that is to be had for a quarter of an hour; bench/gpu/plans.py lists their
-steps. Each is complete in itself. The second knows what the first found where both run in the
-same tree on the same device. `--plan training` (280 s) times training steps alone, `--plan quack`
-(240 s) compares with that peer at the headline.
+`--plan first` (400 s) and `--plan second` (330 s) run the most important units first, for a machine
+that is available for a quarter of an hour; bench/gpu/plans.py lists their steps. Each plan is
+complete. The second uses the first one's verdict if both run in the same tree on the same device.
+`--plan training` (280 s) times training steps alone; `--plan quack` (240 s) compares with that peer
+at the headline.
 
-Exit status: 0 all checks passed, 1 one failed, 2 wrong options, 3 no GPU, 4 the time was too short
-for all checks, 130 interrupted.
-Works from a plain copy of the tree: nothing is installed or fetched; what is missing is named.
+Exit status: 0 all checks passed, 1 a check failed, 2 wrong options, 3 no GPU, 4 not all checks were
+reached in the time, 130 interrupted.
+Works from a plain copy of the tree: nothing is downloaded; missing packages are named.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from bench.gpu import plans, report
 from bench.gpu.run import NotResumable, Results, Session, device_answers, guarded, now, run_phase
 from bench.gpu.units import ROOT, Setting
 
-# Name and largest share of the whole time; what a phase leaves over is for those behind it, and the
-# last one may take all that is left.
+# Largest share of the total time per phase; unused time goes to later phases, and the last one may
+# use all that is left.
 PHASES = {
     "environment": 0.10,
     "build": 0.30,
@@ -47,12 +47,12 @@ PHASES = {
 NO_GPU, UNFINISHED, INTERRUPTED = 3, 4, 130
 MINUTES = 9.0
 SHORTEST_PLAN = 60.0  # seconds
-CPU_PATIENCE = 5.0  # limits of units and plans are meant for a GPU machine that does nothing else
-FIRST_ANSWER_SECONDS = 60.0  # torch is imported from a cold disk
+CPU_PATIENCE = 5.0  # factor of time limits, which are set for an idle GPU machine
+FIRST_ANSWER_SECONDS = 60.0  # includes the import of torch from a cold disk
 
 
 def exit_status(data: dict[str, Any]) -> int:
-    """1: a rule was broken, or a check of ours crashed; 4: some check was not reached."""
+    """1 after a failed check, UNFINISHED if a check was not reached, else 0."""
     if report.broken(data["records"]):
         return 1
     unreached = {entry["phase"] for entry in data["not_run"]}
@@ -60,7 +60,7 @@ def exit_status(data: dict[str, Any]) -> int:
 
 
 def run_all(session: Session, only: list[str], seconds: float) -> None:
-    """The phases of the full check named in `only`."""
+    """Run the phases of the full check that `only` names."""
     end = session.end
     phases = [phase for phase in PHASES if phase in only]
     for phase in phases:
@@ -77,15 +77,13 @@ def arguments_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the results")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results folder")
+    parser.add_argument("--plan", choices=plans.PLANS, help="a short check instead of the full one")
     parser.add_argument(
-        "--plan", choices=plans.PLANS, help="a short check in place of the full one"
+        "--minutes", type=float, help=f"time of the full check (default: {MINUTES:g})"
     )
     parser.add_argument(
-        "--minutes", type=float, help=f"the time of the full check (default: {MINUTES:g})"
-    )
-    parser.add_argument(
-        "--seconds", type=float, help="the time of a --plan, which all its limits are scaled to"
+        "--seconds", type=float, help="time of a --plan; scales all of its time limits"
     )
     parser.add_argument(
         "--only",
@@ -93,27 +91,29 @@ def arguments_parser() -> argparse.ArgumentParser:
         choices=PHASES,
         default=list(PHASES),
         metavar="PHASE",
-        help=f"of the full check, some of: {', '.join(PHASES)}",
+        help=f"phases of the full check to run: {', '.join(PHASES)}",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --quick"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the check itself")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the full check whose results DIR holds"
+        "--quick", action="store_true", help="tiny shapes, to test the check itself"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the full check whose results are in DIR"
     )
     parser.add_argument(
         "--verdict",
         type=Path,
         metavar="FILE",
         default=ROOT / "runs" / "gpu-check" / "verdict.json",
-        help="what the first plan leaves for the second (default: runs/gpu-check/verdict.json)",
+        help="verdict of the first plan for the second (default: runs/gpu-check/verdict.json)",
     )
     parser.add_argument(
         "--kit",
         type=Path,
         metavar="DIR",
-        help="what make gpu-kit made (default: gpu-kit; gpu-kit-quack for --plan quack)",
+        help="output of make gpu-kit (default: gpu-kit; gpu-kit-quack for --plan quack)",
     )
     return parser
 
@@ -123,17 +123,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = arguments_parser()
     given = parser.parse_args(arguments)
     if given.device == "cpu" and not given.quick:
-        parser.error("--device cpu is for trying the check itself: add --quick")
+        parser.error("--device cpu only tests the check itself: add --quick")
     if given.plan and (given.resume or given.only != list(PHASES) or given.minutes is not None):
-        parser.error("--resume, --only and --minutes are for the full check, not for a --plan")
+        parser.error("--resume, --only and --minutes cannot be used with --plan")
     if given.seconds is not None and not (given.plan and given.seconds >= SHORTEST_PLAN):
-        parser.error(f"--seconds is for a --plan and at least {SHORTEST_PLAN:g}")
+        parser.error(f"--seconds needs a --plan and must be at least {SHORTEST_PLAN:g}")
     if given.minutes is not None and not given.minutes > 0:
         parser.error(f"--minutes must be above 0, got {given.minutes:g}")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out {given.out}: {error.strerror}; name a folder that can be written")
+        parser.error(f"--out {given.out}: {error.strerror}; name a writable folder")
     plan = plans.PLANS.get(given.plan)
     patience = CPU_PATIENCE if given.device == "cpu" else 1.0
     if plan and given.seconds:
@@ -150,8 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     limit = plan.waits if plan else FIRST_ANSWER_SECONDS
     if given.device == "cuda" and not device_answers("cuda", limit):
         print(
-            "gpu-check: torch finds no CUDA device here, or it does not answer, so nothing was "
-            "checked. Run it on a GPU machine, or try the check itself with --device cpu --quick.",
+            "gpu-check: torch finds no CUDA device, or the device does not answer. Nothing was "
+            "checked. Run this on a GPU machine, or test the check with --device cpu --quick.",
             file=sys.stderr,
         )
         return NO_GPU
@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     session = Session(setting, results)
     if plan and not kit.is_dir():
         print(
-            f"No kit at {kit}: peers that are not installed are left out, and the CUDA kernels are "
-            "built here. make gpu-kit makes one; git ignores it, so it must be carried by name.",
+            f"No kit at {kit}: peers that are not installed are skipped, and the CUDA kernels are "
+            "built here. make gpu-kit makes one; git ignores it, so copy it explicitly.",
             flush=True,
         )
     try:
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             session.end = begun + seconds - 5
             run_all(session, given.only, seconds)
     except KeyboardInterrupt:
-        print(f"\ngpu-check: interrupted; {results.file} holds what was done", file=sys.stderr)
+        print(f"\ngpu-check: interrupted; {results.file} has the results so far", file=sys.stderr)
         return INTERRUPTED
     results.data["finished"] = now()
     results.write()

@@ -1,13 +1,12 @@
-"""Makes the folder that a GPU machine without a network is given: `python -m bench.gpu_kit`.
+"""Builds the kit for a GPU machine without a network: `python -m bench.gpu_kit`.
 
-`--out gpu-kit` (`make gpu-kit`) holds the wheels of the peers and of what they need and such a
-machine lacks, `cpo_fast._cuda` for its Python and sm_90a alone, the variants of bench/gpu/kit.py,
-and a manifest. `--quack` (`make gpu-kit-quack`) holds the wheels of quack instead, for a run of its
-own. bench/gpu/kit.py unpacks either. Exit status: 0 made, 1 too large, 2 something is missing that
-a kit cannot do without.
+`--out gpu-kit` (`make gpu-kit`) contains the wheels of the peers and of dependencies that such a
+machine lacks, `cpo_fast._cuda` for its Python and sm_90a only, the variants of bench/gpu/kit.py,
+and a manifest. `--quack` (`make gpu-kit-quack`) contains the wheels of quack instead, for a
+separate run. bench/gpu/kit.py unpacks either. Exit status: 0 made, 1 too large, 2 a required part
+is missing.
 
-Objects are kept in build/gpu-kit, by what they were made of: after a change only what changed is
-compiled.
+Objects are cached in build/gpu-kit by a hash of their inputs: only changes are recompiled.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from bench.gpu.units import ROOT
 
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
 NEEDS = ("datasets", "pyarrow", "dill", "multiprocess")
-"""What trl imports and the machine lacks; transformers, peft, accelerate and pandas are there."""
+"""Imports of trl that the machine lacks; it has transformers, peft, accelerate and pandas."""
 QUACK = (
     "quack-kernels",
     "nvidia-cutlass-dsl",
@@ -46,9 +45,9 @@ QUACK = (
     "torch-c-dlpack-ext",
     "einops",
 )
-"""quack and what it needs beside torch, cuda-bindings, protobuf and typing-extensions."""
+"""quack and its dependencies except torch, cuda-bindings, protobuf and typing-extensions."""
 QUACK_PATHS = ("nvidia_cutlass_dsl/dsl_packages",)
-"""Where imports look, too: what a .pth file says is read in an installation's own folder only."""
+"""More import paths: .pth files are read only in the interpreter's own site-packages."""
 TRIM = {
     "pyarrow": (
         *("pyarrow/include/*", "pyarrow/includes/*", "pyarrow/src/*", "pyarrow/tests/*"),
@@ -57,7 +56,7 @@ TRIM = {
     ),
     "nvidia-cutlass-dsl-libs-cu13": ("*/stubs/*", "*.a"),
 }
-"""Files left out of wheels: sources, tests, network file systems, copies under other names."""
+"""Files removed from wheels: sources, tests, network file systems, duplicates."""
 PYTHON = (3, 12)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -76,22 +75,23 @@ NVCC_FLAGS = (
 )
 CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden")
 LIMIT_MB = 60
-"""What is carried besides is small: with the tree, 64 MiB are allowed."""
+"""A transfer takes 64 MiB with the tree."""
 
 
 class Missing(Exception):
-    """Something is not here, or a tool failed: what, and what to do about it."""
+    """A requirement is missing or a tool failed; the message gives the remedy."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A Python to build for: where its headers are and how its extension modules end."""
+    """A Python to build for: its include folder and the suffix of its extension modules."""
 
     include: str
     suffix: str
 
 
 def run(command: Sequence[str], what: str) -> str:
+    """Output of a command. Raises Missing if it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -106,7 +106,7 @@ def run(command: Sequence[str], what: str) -> str:
 
 
 def download(names: Sequence[str], constraints: Path, folder: Path) -> None:
-    """The wheels of `names` for the machine's Python, without what they depend on."""
+    """Download the wheels of `names` for the machine's Python, without dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--implementation", "cp"]
     command += ["--python-version", ".".join(map(str, PYTHON)), "-c", str(constraints)]
@@ -119,7 +119,7 @@ def normal(name: str) -> str:
 
 
 def trim(wheel: Path, patterns: Sequence[str]) -> None:
-    """Writes a wheel anew without the files that match, and without their lines in RECORD."""
+    """Rewrite a wheel without the files that match and their lines in RECORD."""
 
     def left_out(name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
@@ -138,7 +138,7 @@ def trim(wheel: Path, patterns: Sequence[str]) -> None:
 
 
 def wheels(names: Sequence[str], constraints: Path, kit: Path) -> list[dict[str, Any]]:
-    """Entries of the manifest for wheels that are now in `kit`/wheels."""
+    """Put wheels into `kit`/wheels; returns their entries of the manifest."""
     folder = kit / "wheels"
     folder.mkdir()
     download(names, constraints, folder)
@@ -164,7 +164,7 @@ def wheels(names: Sequence[str], constraints: Path, kit: Path) -> list[dict[str,
 
 
 def target(named: str | None) -> Target:
-    """Of the interpreter named, or of the first in the usual places that has its headers."""
+    """The interpreter named, or the first in the usual places that has headers."""
     question = (
         "import sys, sysconfig as s, platform as p; print(*sys.version_info[:2], p.machine(), "
         "s.get_path('include'), s.get_config_var('EXT_SUFFIX'), sep='\\n')"
@@ -194,7 +194,7 @@ def target(named: str | None) -> Target:
 
 
 def dependencies(source: Path) -> list[Path]:
-    """A source and the headers of its folder that it includes, directly or not."""
+    """A source and the headers of its folder that it includes, also indirectly."""
     found, waiting = [], [source]
     while waiting:
         path = waiting.pop()
@@ -207,14 +207,14 @@ def dependencies(source: Path) -> list[Path]:
 
 
 def flags_for(source: Path, flags: Sequence[str]) -> tuple[str, ...]:
-    """Those of a variant's flags that this source or a header of it knows."""
+    """The flags of a variant that this source or its headers use."""
     text = "".join(path.read_text() for path in dependencies(source))
     names = {flag: flag.removeprefix("-D").partition("=")[0] for flag in flags}
     return tuple(flag for flag in flags if re.search(rf"\b{names[flag]}\b", text))
 
 
 class Builder:
-    """Builds `_cuda` for a target; objects are shared between variants and kept between runs."""
+    """Builds `_cuda` for a target; objects are shared between variants and cached between runs."""
 
     def __init__(self, target: Target, cache: Path, root: Path = ROOT) -> None:
         import pybind11
@@ -250,7 +250,7 @@ class Builder:
         return made
 
     def build(self, flags: Sequence[str], place: Path) -> None:
-        """The extension module in `place`, stripped."""
+        """Build the stripped extension module `place`."""
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda source: self.compile(source, flags), self.sources))
         libraries = [f"-L{self.toolkit / name}" for name in ("lib64", "lib")]
@@ -266,12 +266,13 @@ def dryrun() -> str:
 
 
 def known(flags: Sequence[str], sources: Sequence[Path]) -> bool:
-    """Whether each flag means something to some source: else the variant would be the default."""
+    """Whether every flag is used by a source: else the variant would equal the default."""
     return all(any(flags_for(source, [flag]) for source in sources) for flag in flags)
 
 
 def binaries(builder: Builder, kit: Path) -> tuple[dict[str, Any], list[str]]:
-    """Entries of the manifest for what is now in `kit`/cuda, and what was left out."""
+    """Build the binaries into `kit`/cuda; returns their entries of the manifest and what was left
+    out."""
     found: dict[str, Any] = {}
     left_out = []
     for name, flags in {DEFAULT: (), **VARIANTS}.items():
@@ -296,7 +297,7 @@ def binaries(builder: Builder, kit: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def make(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str, Any]:
-    """Replaces the folder `out` by a whole kit and returns its manifest."""
+    """Replace the folder `out` by a complete kit; returns its manifest."""
     fresh = out.with_name(f".{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -307,9 +308,9 @@ def make(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str
     if quack:
         manifest["paths"] = list(QUACK_PATHS)
     else:
-        # The peers are worth having without a binary: the machine can build for itself.
+        # A kit without a binary is still useful: the machine can build one.
         with tempfile.TemporaryDirectory() as copy, manifest_notes(manifest):
-            # Of a copy: sources that change meanwhile cannot get in between hash and binary.
+            # From a copy, so that hash and binary have the same sources.
             shutil.copytree(ROOT / "csrc" / "cuda", Path(copy, "csrc", "cuda"))
             manifest["sources"] = cuda_hash(Path(copy))
             builder = Builder(target(python), cache, Path(copy))
@@ -327,7 +328,7 @@ def make(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str
 
 @contextlib.contextmanager
 def manifest_notes(manifest: dict[str, Any]) -> Iterator[None]:
-    """What is missing for the binaries goes into the manifest."""
+    """Records a missing requirement of the binaries in the manifest."""
     try:
         yield
     except Missing as reason:
@@ -349,7 +350,7 @@ def listing(manifest: dict[str, Any], name: str) -> str:
     lines += [f"left out: {text}" for text in manifest["left_out"]]
     if manifest["cuda_missing"]:
         lines.append(f"no _cuda: {manifest['cuda_missing']}")
-    return "\n".join([*lines, f"{manifest['bytes'] / 1e6:8.2f} MB  {name}/ in all"])
+    return "\n".join([*lines, f"{manifest['bytes'] / 1e6:8.2f} MB  {name}/ in total"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -359,10 +360,10 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="replaced by the kit"
+        "--out", type=Path, required=True, metavar="DIR", help="folder that the kit replaces"
     )
-    parser.add_argument("--quack", action="store_true", help="quack and its needs, nothing else")
-    parser.add_argument("--python", help="a Python 3.12 whose headers to build with")
+    parser.add_argument("--quack", action="store_true", help="only quack and its dependencies")
+    parser.add_argument("--python", help="a Python 3.12 with headers to build with")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "gpu-kit", metavar="DIR")
     parser.add_argument("--limit", type=float, default=LIMIT_MB, metavar="MB", help="0: none")
     given = parser.parse_args(arguments)
@@ -376,10 +377,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(listing(manifest, given.out.name))
     if given.limit and manifest["bytes"] > given.limit * 1e6:
         excess = f"{manifest['bytes'] / 1e6:.1f} MB of {given.limit:g} MB"
-        print(f"gpu-kit: {given.out.name}/ is too large to be carried: {excess}", file=sys.stderr)
+        print(f"gpu-kit: {given.out.name}/ is too large to transfer: {excess}", file=sys.stderr)
         return 1
     if manifest["bytes"] > LIMIT_MB * 1e6:
-        print(f"{given.out.name}/ is more than one transfer of {LIMIT_MB} MB takes: split it")
+        print(f"{given.out.name}/ exceeds one transfer of {LIMIT_MB} MB: split it")
     return 0
 
 

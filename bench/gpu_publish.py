@@ -1,9 +1,9 @@
 """Publishes GPU checks: `python -m bench.gpu_publish RESULTS.json [RESULTS.json ...]`.
 
-The results of one or several runs on one card become bench/results/gpu-CARD-DATE.json, and the
-marked blocks of docs/gpu.md and docs/performance.md are made anew of the newest record of every
-card. Without results only the blocks are made. What a person has to judge is printed: entries for
-MEASURED, and places that still say "untested on a GPU". Exit status: 0 done, 2 refused.
+The results of one or more runs on one card become bench/results/gpu-CARD-DATE.json, and the marked
+blocks of docs/gpu.md and docs/performance.md are rebuilt from the newest record of every card.
+Without results only the blocks are rebuilt. Printed for review: entries for MEASURED, and lines
+that still say "untested on a GPU". Exit status: 0 done, 2 refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from bench.gpu import publish, report
 from bench.gpu.units import ROOT
+from cpo_fast.counting import counted
 
 BLOCKS = {
     "docs/gpu.md": ("checks", publish.checks_block),
@@ -27,6 +28,7 @@ WORDS = "untested on a GPU|[Nn]othing .*on a GPU( |$)|not been measured on a GPU
 
 
 def read(path: Path) -> dict[str, Any]:
+    """The results in a file. Raises Refused if they are incomplete."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -36,16 +38,15 @@ def read(path: Path) -> dict[str, Any]:
         report.machine_line(data["records"])
         assert isinstance(data["started"], str) and isinstance(data["not_run"], list)
     except Exception as error:
-        text = (
-            f"{path} is no whole results.json of bench.gpu_check ({type(error).__name__}: {error})"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        text = f"{path} is not a complete results.json of bench.gpu_check ({reason})"
         raise publish.Refused(text) from None
     return data
 
 
 def pages(root: Path, added: tuple[str, dict[str, Any]] | None = None) -> dict[Path, str]:
-    """The pages with blocks of what is published, and of a record to be `added`. Raises Refused
-    where one has no block."""
+    """The pages with their blocks rebuilt from the published records and the `added` one. Raises
+    Refused if a page lacks its block."""
     cards = dict(publish.published(root / "bench" / "results"))
     if added is not None:
         cards = {k: v for k, v in cards.items() if publish.card(v) != publish.card(added[1])}
@@ -62,7 +63,7 @@ def pages(root: Path, added: tuple[str, dict[str, Any]] | None = None) -> dict[P
 
 
 def places(root: Path) -> list[str]:
-    """Lines of tracked files that say that something was not run or measured on a GPU."""
+    """Lines of tracked files that call something untested or unmeasured on a GPU."""
     command = ["git", "grep", "-nIE", WORDS, "--", ".", ":!bench/gpu*", ":!tests"]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -78,15 +79,13 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--force", action="store_true", help="also runs of different sources")
-    parser.add_argument(
-        "--commit", help="of the tree that was copied to the machine, if its history was not"
-    )
+    parser.add_argument("--force", action="store_true", help="accept runs of different sources")
+    parser.add_argument("--commit", help="commit of a tree that was copied without its history")
     given = parser.parse_args(arguments)
     if given.commit is not None and not re.fullmatch("[0-9a-f]{7,40}", given.commit):
         parser.error(f"--commit must be 7 to 40 hexadecimal digits, got {given.commit!r}")
     try:
-        pages(root)  # before anything is written: are the blocks there?
+        pages(root)  # raises before anything is written if a block is missing
         data = None
         if given.results:
             runs = [read(path) for path in given.results]
@@ -95,8 +94,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             before, lost = publish.missing_figures(data, folder)
             if lost and not given.force:
                 raise publish.Refused(
-                    f"{before} holds {lost} figures that these runs lack and that would vanish "
-                    "from the pages: name its results.json files too, or --force"
+                    f"{before} has {counted(lost, 'figure')} that these runs lack and publishing "
+                    "would remove from the pages: name its results.json files too, or use --force"
                 )
             texts = pages(root, (name, json.loads(publish.dumps(data))))
             (folder / name).write_text(publish.dumps(data))
@@ -114,8 +113,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         entries = report.winners(data["records"])
         print("\nEntries for MEASURED in cpo_fast/loss/cuda.py:")
         print("\n".join(f"    {line}" for line in entries) or "    none")
-    print("\nTo be judged, whether it is still true:")
-    print("\n".join(f"    {line}" for line in places(root)) or "    nothing found")
+    print("\nLines to review:")
+    print("\n".join(f"    {line}" for line in places(root)) or "    none")
     return 0
 
 

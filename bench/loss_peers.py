@@ -1,14 +1,13 @@
-"""What the benchmarks of the loss op measure: a problem, and the sigmoid loss of it by each peer.
+"""Inputs of the loss benchmarks, the sigmoid loss of ours and of each peer, truth and floor.
 
-A peer gets a `Problem` and returns the loss, from which gradients of `hidden` (and of the head,
-where it is trained) can be taken. trl's op is asked for log-probs only, which flatters it: its
-trainer asks for four statistics more.
+A peer gets a `Problem` and returns the loss, differentiable in `hidden` and, if it is trained, in
+the head. trl's op computes log-probs only, which favours it: its trainer requests four more
+statistics.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 from cpo_fast.loss import cpo_loss
 
 BETA = 0.1
-SEGMENTS = 4  # of equal length, as Liger wants them: chosen, chosen, rejected, rejected
+SEGMENTS = 4  # of equal length, as Liger requires: chosen, chosen, rejected, rejected
 CASES = {
     "frozen head, reference on-line": (False, True, True),
     "frozen head, reference cached": (False, False, True),
@@ -28,20 +27,19 @@ CASES = {
     "trained head, reference on-line": (True, True, True),
     "trained head, reference cached": (True, False, True),
 }
-"""Head trained, reference on-line, backward."""
+"""(head trained, reference on-line, backward)."""
 PACKAGES = {
     "trl chunked": "trl",
     "Liger fused DPO": "liger-kernel",
     "cut-cross-entropy": "cut-cross-entropy",
     "quack": "quack-kernels",
 }
-
-
 QUACK_ROWS = 4096  # of a chunk, quack's default
+Shape = tuple[int, int, int]  # T, D, V
 
 
 class CannotCompute(Exception):
-    """A peer has no way to compute this case."""
+    """A peer does not support this case."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,15 @@ class Problem:
     labels: Tensor  # [T]
     segments: Tensor  # [T]
     pairs: Tensor  # [2, 2]
-    ref_logps: Tensor  # [SEGMENTS] of the cached reference
+    ref_logps: Tensor  # [SEGMENTS], cached
     online: bool
     backward: bool
 
 
 @functools.lru_cache(maxsize=1)
-def tensors(T: int, D: int, V: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_tensors(
+    T: int, D: int, V: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [T, D], ref_hidden [T, D], weight [V, D] in bfloat16, labels [T]."""
     g = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(T, D, generator=g, device=device).bfloat16()
@@ -68,10 +68,10 @@ def tensors(T: int, D: int, V: int, device: str = "cpu") -> tuple[Tensor, Tensor
     return hidden, ref_hidden, weight, torch.randint(0, V, (T,), generator=g, device=device)
 
 
-def problem(shape: tuple[int, ...], case: str, device: str = "cpu") -> Problem:
-    """`case` of CASES for (T, D, V), with leaves of its own to take gradients of."""
+def make_problem(shape: Shape, case: str, device: str = "cpu") -> Problem:
+    """`case` of CASES, with fresh leaves for gradients."""
     trained, online, backward = CASES[case]
-    hidden, ref_hidden, weight, labels = tensors(*shape, device)
+    hidden, ref_hidden, weight, labels = make_tensors(*shape, device)
     T = shape[0]
     return Problem(
         hidden.clone().requires_grad_(backward),
@@ -86,8 +86,8 @@ def problem(shape: tuple[int, ...], case: str, device: str = "cpu") -> Problem:
     )
 
 
-def preference(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sigmoid loss of a provider of per-token log-probs."""
+def sigmoid_loss(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sigmoid loss from per-token log-probs `score(hidden)` [T]."""
     logps = score(p.hidden).double().view(SEGMENTS, -1).sum(1)
     ref = p.ref_logps
     if p.online:
@@ -98,7 +98,7 @@ def preference(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def ours(p: Problem, impl: str | None = None) -> Tensor:
-    """What the peers are compared with."""
+    """The loss op of this package."""
     source = {"ref_hidden": p.ref_hidden} if p.online else {"ref_logps": p.ref_logps}
     return cpo_loss(
         p.hidden,
@@ -118,7 +118,7 @@ def eager(p: Problem) -> Tensor:
         logps = F.linear(hidden, p.weight).float().log_softmax(-1)
         return logps.gather(1, p.labels.unsqueeze(1)).squeeze(1)
 
-    return preference(p, score)
+    return sigmoid_loss(p, score)
 
 
 def trl_chunked(p: Problem) -> Tensor:
@@ -130,7 +130,7 @@ def trl_chunked(p: Problem) -> Tensor:
             hidden, p.weight, None, p.labels, 1.0, size, None, 1.0, ()
         )[0]
 
-    return preference(p, score)
+    return sigmoid_loss(p, score)
 
 
 def cut_cross_entropy(p: Problem) -> Tensor:
@@ -141,7 +141,7 @@ def cut_cross_entropy(p: Problem) -> Tensor:
     def score(hidden: Tensor) -> Tensor:
         return -linear_cross_entropy(hidden, p.weight, p.labels, reduction="none", impl=impl)
 
-    return preference(p, score)
+    return sigmoid_loss(p, score)
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def liger(p: Problem) -> Tensor:
     if not p.online:
         raise CannotCompute("Liger's fused DPO takes no cached reference")
     D = p.hidden.shape[1]
-    # On a GPU Inductor may compile for longer than a measurement may take.
+    # On a GPU Inductor can compile for longer than the time limit of a measurement.
     loss, *_ = _liger_module(p.online, not p.hidden.is_cuda)(
         p.weight,
         p.hidden.view(SEGMENTS, -1, D),
@@ -167,8 +167,8 @@ def liger(p: Problem) -> Tensor:
 
 
 class _QuackTokens(torch.autograd.Function):
-    """Log-probs of tokens from quack's pipeline, whose own operator returns their sum only: its
-    forward makes the gradient of every token's loss, which the backward scales by rows."""
+    """Per-token log-probs from quack's pipeline, whose public operator returns their sum only. Its
+    forward computes the gradient of each token's loss; the backward scales the rows."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -190,17 +190,17 @@ def quack(p: Problem) -> Tensor:
     from quack import linear_cross_entropy as module
 
     if p.weight.requires_grad:
-        raise CannotCompute("quack forms the head's gradient before the loss is known")
+        raise CannotCompute("quack computes the head's gradient before the loss is known")
     if not module.scaled_exp_lce_supported(p.hidden, p.weight, QUACK_ROWS, "sum"):
         raise CannotCompute("quack's pipeline takes bfloat16 on compute capability 9.0")
 
     def score(hidden: Tensor) -> Tensor:
         if hidden.requires_grad:
             return _QuackTokens.apply(hidden, p.weight, p.labels)
-        # What its operator does without gradients: no logits are written.
+        # As its operator without gradients: no logits are written.
         return -module._scaled_exp_lce_loss_only(hidden, p.weight, p.labels, -100)
 
-    return preference(p, score)
+    return sigmoid_loss(p, score)
 
 
 PEERS: dict[str, Callable[[Problem], Tensor]] = {
@@ -212,23 +212,18 @@ PEERS: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
-def version(package: str) -> str | None:
-    """Of an installed distribution; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+# --- truth and floor ------------------------------------------------------------------------------
 
 
 class Truth(NamedTuple):
-    """What a provider is compared with, in float64."""
+    """Loss and gradients in float64."""
 
     loss: Tensor  # []
     hidden_grad: Tensor  # [T, D]
     weight_grad: Tensor | None  # [V, D], None for a frozen head
 
 
-def truth(p: Problem, rows: int = 64) -> Truth:
+def compute_truth(p: Problem, rows: int = 64) -> Truth:
     """Loss and gradients in float64, `rows` tokens at a time."""
     weight = p.weight.detach().double()
 
@@ -244,7 +239,7 @@ def truth(p: Problem, rows: int = 64) -> Truth:
     values.requires_grad_()
     ref, _ = score(p.ref_hidden) if p.online else (values.detach(), None)
     with torch.enable_grad():
-        loss = preference(p, lambda hidden: values if hidden is p.hidden else ref)
+        loss = sigmoid_loss(p, lambda hidden: values if hidden is p.hidden else ref)
     (coef,) = torch.autograd.grad(loss, values)
     weight_grad = None
     if p.weight.requires_grad:
@@ -259,3 +254,55 @@ def truth(p: Problem, rows: int = 64) -> Truth:
             slope[torch.arange(len(y), device=y.device), y] += 1
             weight_grad.addmm_((c.unsqueeze(1) * slope).t(), h)
     return Truth(loss.detach(), coef.unsqueeze(1) * slopes, weight_grad)
+
+
+def relative_errors(
+    truth: Truth, loss: Tensor, hidden_grad: Tensor | None = None, weight_grad: Tensor | None = None
+) -> dict[str, float]:
+    """{"loss", "gradient", "dW"}: relative errors in the Euclidean norm, of what is given and has a
+    truth."""
+    errors = {"loss": abs(float(loss.double() / truth.loss) - 1)}
+    for name, grad, want in (
+        ("gradient", hidden_grad, truth.hidden_grad),
+        ("dW", weight_grad, truth.weight_grad),
+    ):
+        if grad is not None and want is not None:
+            errors[name] = float((grad.double() - want).norm() / want.norm())
+    return errors
+
+
+@functools.lru_cache(maxsize=1)
+def allocate_outputs(
+    shape: Shape, device: str, trained: bool, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of bare products: logits [rows, V], P W [T, D], P^T H [V, D] (empty unless
+    `trained`)."""
+    T, D, V = shape
+    weight = make_tensors(*shape, device)[2]
+    return (
+        weight.new_empty(rows, V),
+        weight.new_empty(T, D),
+        weight.new_empty(V if trained else 0, D),
+    )
+
+
+def build_floor(shape: Shape, case: str, device: str, rows: int) -> Callable[[], None]:
+    """The products that a case needs around a vendor's GEMM, as bare `torch.mm` in chunks of `rows`
+    tokens into preallocated outputs: H W^T of reference and policy, P W for the backward, P^T H
+    for a trained head."""
+    trained, _, backward = CASES[case]
+    hidden, ref_hidden, weight, _ = make_tensors(*shape, device)
+    logits, out, grad = allocate_outputs(shape, device, trained, rows)
+
+    def run() -> None:
+        for start in range(0, shape[0], rows):
+            part = slice(start, start + rows)
+            z = logits[: len(hidden[part])]
+            torch.mm(ref_hidden[part], weight.t(), out=z)
+            torch.mm(hidden[part], weight.t(), out=z)
+            if backward:
+                torch.mm(z, weight, out=out[part])
+            if trained:
+                torch.mm(z.t(), hidden[part], out=grad)
+
+    return run

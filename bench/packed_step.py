@@ -1,4 +1,4 @@
-"""One optimiser step of ours over all pairs of a Work, with its phases clocked and counted."""
+"""One optimiser step of ours over all pairs of a Work, with time per phase, tokens and FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from bench.ahead import ahead
+from bench.batches import prepare_batches
 from bench.step_data import Work
 from cpo_fast.loss import cpo_loss
 from cpo_fast.model.flops import FlopCounter
@@ -23,9 +23,9 @@ Mode = Literal["shared", "unshared", "unpacked"]
 
 
 class Phases:
-    """Seconds of each part of a step; the vision tower's are taken out of the policy's.
+    """Seconds of each phase of a step; the vision tower's are not part of the policy's.
 
-    On a GPU the limits of phases wait for the device, which takes time: there, only while `on`.
+    On a GPU phase boundaries synchronise the device, which costs time: there, only while `on`.
     """
 
     def __init__(self, packed: PackedModel, device: torch.device) -> None:
@@ -58,12 +58,12 @@ class Phases:
 
 
 class PackedStep:
-    """Call it for one optimiser step: preprocessing, policy and reference forward, loss, backward,
-    AdamW (with a learning rate of 0, so that every call computes the same); returns the mean loss.
-    For a GPU, worker processes prepare batches while it computes, as in a training run.
+    """A call runs one optimiser step: preprocessing, policy and reference forward, loss, backward,
+    AdamW (with a learning rate of 0, so that all calls compute the same); returns the mean loss.
+    For a GPU, worker processes prepare batches during the step, as in a training run.
 
-    `mode` "unshared" computes prompt + chosen and prompt + rejected anew for every pair, as peers
-    do; only the image is still encoded once per study. "unpacked" computes one study at a time.
+    `mode` "unshared" recomputes the prompt for prompt + chosen and prompt + rejected of every pair,
+    as peers do; the image is still encoded once per study. "unpacked" computes one study at a time.
     """
 
     def __init__(
@@ -87,21 +87,21 @@ class PackedStep:
         )
         self.packs = list(step)
         if mode == "unshared":
-            self.packs = unshared_packs(work.groups, step, packing_length)
+            self.packs = unshare_packs(work.groups, step, packing_length)
         elif mode == "unpacked":
             self.packs = [(part,) for pack in step for part in pack]
         self.device = packed.head()[0].device
         self._count = FlopCounter(packed)
-        self._batches = ahead(self._collated, self.packs, self.device)
+        self._batches = prepare_batches(self._collate, self.packs, self.device)
         self.phases = Phases(packed, self.device)
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was counted and clocked so far."""
+        """Reset counts and times."""
         self.tokens, self.flops = 0, 0.0
         self.phases.seconds.clear()
 
-    def _collated(self, pack: Pack) -> PackedBatch:
+    def _collate(self, pack: Pack) -> PackedBatch:
         return collate(
             self.work.groups,
             pack,
@@ -110,9 +110,9 @@ class PackedStep:
             share_prompt=self.shared,
         )
 
-    def _batch(self) -> PackedBatch:
+    def _next_batch(self) -> PackedBatch:
         batch = next(self._batches)
-        # Counted before the batch goes to the device, whose answers one would have to wait for.
+        # Counted on the host: on the device, counting would synchronise.
         self.tokens += len(batch.input_ids)
         self.flops += self._count(batch).total
         return batch.to(self.device)
@@ -121,7 +121,7 @@ class PackedStep:
         total = torch.zeros((), device=self.device)
         for _ in self.packs:
             with self.phases("data"):
-                batch = self._batch()
+                batch = self._next_batch()
             with self.phases("policy"):
                 hidden = self.packed.hidden(batch)
             with self.phases("reference"):
@@ -149,15 +149,16 @@ class PackedStep:
         return total.item()
 
 
-def unshared_packs(
+def unshare_packs(
     groups: Sequence[PreferenceGroup], packs: Sequence[Pack], packing_length: int
 ) -> list[Pack]:
-    """Every pair by itself, the pairs of a study together, as many studies as fit the budget."""
+    """Packs in which every pair has its own prompt. The pairs of a study stay together; a pack
+    takes as many studies as fit the budget."""
     out: list[Pack] = []
     room = 0
     for index, which in (part for pack in packs for part in pack):
         pairs = tuple((index, (k,)) for k in which)
-        prompt = len(groups[index].prompt.input_ids)  # shared in a part, but not here
+        prompt = len(groups[index].prompt.input_ids)  # part_tokens counts it once per part
         size = sum(part_tokens(groups, pair) + prompt for pair in pairs)
         if not out or size > room:
             out.append(())

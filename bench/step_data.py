@@ -1,4 +1,5 @@
-"""What the step benchmarks train on: CCF-like pairs of random words, a tokenizer, images of noise.
+"""Data and small models of the step benchmarks: CCF-like pairs of random words, a tokenizer, images
+of noise.
 
 A study has one chosen and two rejected responses of 100 to 250 tokens; a word is about one token.
 """
@@ -9,11 +10,13 @@ import functools
 import io
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from cpo_fast.model.build import tiny_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.packing import encode_all
@@ -24,7 +27,7 @@ VISUAL_504 = 504
 """Pixels per side of an image of 324 visual tokens."""
 
 
-def words(rng: random.Random, count: int) -> str:
+def random_words(rng: random.Random, count: int) -> str:
     return " ".join(rng.choice(VOCABULARY) for _ in range(count))
 
 
@@ -43,7 +46,7 @@ class Work:
 
     @property
     def physical_tokens(self) -> int:
-        """prompt, chosen and every rejected response of a study once."""
+        """Prompt, chosen and every rejected response of a study, each counted once."""
         return sum(
             len(group.prompt.input_ids) + len(group.chosen) + sum(map(len, group.rejected))
             for group in self.groups
@@ -60,12 +63,13 @@ class Work:
 
 
 @functools.cache
-def word_tokenizer() -> PreTrainedTokenizerBase:
+def train_word_tokenizer() -> PreTrainedTokenizerBase:
     """4,096 entries, trained on texts of VOCABULARY."""
-    return train_tokenizer([words(random.Random(i), 200) for i in range(200)], vocab_size=4096)
+    texts = [random_words(random.Random(i), 200) for i in range(200)]
+    return train_tokenizer(texts, vocab_size=4096)
 
 
-def noise(name: str, width: int, height: int, seed: int) -> ImageRef:
+def make_noise_image(name: str, width: int, height: int, seed: int) -> ImageRef:
     """A grey PNG in memory."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
     file = io.BytesIO()
@@ -73,7 +77,7 @@ def noise(name: str, width: int, height: int, seed: int) -> ImageRef:
     return ImageRef(f"{name}.png", data=file.getvalue())
 
 
-def preference(
+def make_preference(
     name: str,
     rng: random.Random,
     pictures: tuple[ImageRef, ...],
@@ -83,25 +87,25 @@ def preference(
     rejected: int = 2,
 ) -> Preference:
     """Random words about the pictures: a question, a chosen answer and `rejected` others."""
-    text = {"type": "text", "text": words(rng, prompt_words)}
+    text = {"type": "text", "text": random_words(rng, prompt_words)}
     prompt = ({"role": "user", "content": [*[{"type": "image"}] * len(pictures), text]},)
-    answers = [words(rng, rng.randint(*response_words)) for _ in range(1 + rejected)]
+    answers = [random_words(rng, rng.randint(*response_words)) for _ in range(1 + rejected)]
     return Preference(name, prompt, answers[0], tuple(answers[1:]), pictures)
 
 
 @functools.lru_cache(maxsize=2)
-def work(
+def make_work(
     *, studies: int, side: int, prompt_words: int, response_words: tuple[int, int] = (95, 235)
 ) -> Work:
     """Pairs of `studies` studies, each with an image of side x side grey noise (none for 0). The
-    same object for the same arguments: it is not to be changed.
+    result is cached and must not be changed.
     """
     rng = random.Random(0)
     preferences = []
     for study in range(studies):
-        pictures = (noise(str(study), side, side, study),) if side else ()
+        pictures = (make_noise_image(str(study), side, side, study),) if side else ()
         preferences.append(
-            preference(
+            make_preference(
                 str(study),
                 rng,
                 pictures,
@@ -109,7 +113,21 @@ def work(
                 response_words=response_words,
             )
         )
-    tokenizer = word_tokenizer()
+    tokenizer = train_word_tokenizer()
     images = ImageProcessor.create(max_pixels=max(side, 56) ** 2)
     groups = encode_all(preferences, tokenizer, images.grid, max_length=4096).groups
     return Work(preferences, groups, tokenizer, images)
+
+
+def build_small_model(tokenizer: PreTrainedTokenizerBase, *, vision: bool) -> Any:
+    """A random Qwen2.5-VL (Qwen2 without `vision`): hidden 256, four layers."""
+    sizes = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "intermediate_size": 768,
+    }
+    if not vision:
+        return tiny_text_model(tokenizer, **sizes)
+    tower = {"vision_hidden_size": 128, "vision_layers": 4, "vision_intermediate_size": 256}
+    return tiny_model(tokenizer, **sizes, **tower)

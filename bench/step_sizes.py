@@ -1,11 +1,10 @@
-"""A training step at real sizes, with random weights: `python -m bench.step_sizes --size 7B`.
+"""A training step at real sizes with random weights: `python -m bench.step_sizes --size 7B`.
 
 LoRA r 8 on the language model's linears, frozen tower, on-line reference, CCF-like pairs with one
-image of 324 visual tokens. The mathematics of random weights costs what that of trained ones does,
-so speed, memory and MFU are those of a real run; the tokenizer has 4,096 entries, the model's
-vocabulary is the real one. MFU is of model FLOPs (cpo_fast/model/flops.py) against the data sheet's
-dense bfloat16 peak, or on a CPU against a square matrix product of the same process.
-Written for a GPU; docs/gpu.md has what was measured on one.
+image of 324 visual tokens. Random weights cost as much as trained ones, so speed, memory and MFU
+hold for a real run. The tokenizer has 4,096 entries; the model has the real vocabulary. MFU relates
+model FLOPs (cpo_fast/model/flops.py) to the data sheet's dense bfloat16 peak, on a CPU to a square
+matrix product measured in the same process. Written for a GPU; docs/gpu.md has measurements.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from typing import Any
 
 import torch
 
-from bench.memory import extra_memory
+from bench.gpu.units import describe_error
+from bench.measure import measure_extra_memory
 from bench.packed_step import Mode, PackedStep
-from bench.step_data import VISUAL_504, Work, work
+from bench.step_data import VISUAL_504, Work, make_work
 from bench.trl_step import TrlStep
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.flops import mfu, peak_flops
@@ -39,7 +39,7 @@ from cpo_fast.types import IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen2.5-VL; the figures of 3B and 7B are those of their published config.json."""
+    """Sizes of a Qwen2.5-VL; 3B and 7B as in their published config.json."""
 
     hidden: int
     layers: int
@@ -62,12 +62,12 @@ SIZES = {
 PEERS = ("unshared", "unpacked", "gathered", "sdpa", "varlen", "flex", "trl")
 
 
-def random_model(size: Size, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Qwen2_5_VLForConditionalGeneration of that size, made on the device."""
+def build_random_model(size: Size, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A Qwen2_5_VLForConditionalGeneration of that size, initialised on the device."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     half = size.hidden // size.heads // 2
-    side = half * 3 // 8  # the published sizes share 64 as 16 + 24 + 24
+    side = half * 3 // 8  # the published sizes split 64 into 16 + 24 + 24
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={
@@ -130,34 +130,36 @@ def run(
     with_ours: bool = True,
     compile: bool = False,
     fused: bool = False,
-    measured: Callable[[str, Callable[[], float]], None] | None = None,
+    on_measured: Callable[[str, Callable[[], float]], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of one optimiser step over 2 x `studies` pairs, ready for JSON.
 
-    `size` is one of SIZES; `device` by default "cuda" where there is one, `dtype` bfloat16 there
-    and float32 on a CPU. `peers` are "unshared" (every prompt anew for every pair), "unpacked" (one
-    study at a time), the name of another attention implementation, or "trl" (DPOTrainer's step in
-    micro-batches of `trl_batch` pairs); one after another, as two models may not fit together. Ours
-    is measured before them, or not at all without `with_ours`. `compile` compiles the decoder
-    layers of every step but trl's, `fused` is PackedModel's. `measured` is called with the name and
-    the step after each.
-    `loss` is the mean loss, about 0.6931 as nothing is trained yet. Every kind of step has its own
-    entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`, `peak_memory_bytes`,
-    `loss`, and for steps of ours `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that
-    fails (out of memory, not installed) has `error` instead.
+    `size` is one of SIZES. `device` defaults to "cuda" if available, `dtype` to bfloat16 there and
+    float32 on a CPU. `peers` are "unshared" (the prompt recomputed for every pair), "unpacked" (one
+    study at a time), another attention implementation, or "trl" (DPOTrainer's step in micro-batches
+    of `trl_batch` pairs). They run in turn, as two models may not fit together. Ours runs first, or
+    not at all without `with_ours`. `compile` compiles the decoder layers of all steps but trl's;
+    `fused` is passed to PackedModel. `on_measured` is called with name and step after each.
+    Each step has an entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`,
+    `peak_memory_bytes` and `loss` (the mean loss, about 0.6931 as the model is untrained); steps of
+    ours also have `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that fails (out of
+    memory, not installed) has `error` instead. Raises ValueError for an unknown size or peer.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     if size not in SIZES:
-        raise ValueError(f"size={size!r} is not known: use {', '.join(SIZES)}")
+        raise ValueError(f"unknown size {size!r}: use {', '.join(SIZES)}")
     for peer in peers:
         if peer not in PEERS:
-            raise ValueError(f"peer {peer!r} is not known: use {', '.join(PEERS)}")
-    data = work(studies=studies, side=side, prompt_words=40)
+            raise ValueError(f"unknown peer {peer!r}: use {', '.join(PEERS)}")
+    data = make_work(studies=studies, side=side, prompt_words=40)
     peak = peak_flops(where, dtype)
 
-    def ours(attention: str, mode: Mode = "shared") -> PackedStep:
-        model = add_lora(random_model(SIZES[size], data.tokenizer, where, dtype), r=8, alpha=32)
+    def build_model() -> Any:
+        return build_random_model(SIZES[size], data.tokenizer, where, dtype)
+
+    def build_ours(attention: str, mode: Mode = "shared") -> PackedStep:
+        model = add_lora(build_model(), r=8, alpha=32)
         model.train()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -171,12 +173,11 @@ def run(
     for name in (*(("ours",) if with_ours else ()), *peers):
         try:
             with ExitStack() as stack:
-                restore_functions()  # of a step before, which may have had fused layers
+                restore_functions()  # the previous step may have replaced them by fused ones
                 if name == "trl":
                     folder = stack.enter_context(tempfile.TemporaryDirectory())
-                    model = random_model(SIZES[size], data.tokenizer, where, dtype)
                     step: Callable[[], float] = TrlStep(
-                        model,
+                        build_model(),
                         data,
                         folder=folder,
                         batch=trl_batch,
@@ -184,20 +185,19 @@ def run(
                         bf16=dtype == torch.bfloat16,
                         gradient_checkpointing=gradient_checkpointing,
                     )
-                    del model
                 elif name in ("unshared", "unpacked"):
-                    step = ours(attention, name)
+                    step = build_ours(attention, name)
                 else:
-                    step = ours(attention if name == "ours" else name)
+                    step = build_ours(attention if name == "ours" else name)
                     used = step.packed.attention if name == "ours" else used
-                steps[name] = _figures(step, data, where, rounds, peak)
-                if measured is not None:
-                    measured(name, step)
+                steps[name] = _measure(step, data, where, rounds, peak)
+                if on_measured is not None:
+                    on_measured(name, step)
                 del step
-        except Exception as error:  # a peer's failure is a finding, ours is not
+        except Exception as error:  # a failure of a peer is a result, one of ours an error
             if name == "ours":
                 raise
-            steps[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            steps[name] = {"error": describe_error(error)}
         if where.type == "cuda":
             torch.cuda.empty_cache()
     for name, figures in steps.items():
@@ -225,7 +225,7 @@ def run(
     }
 
 
-def _figures(
+def _measure(
     step: Callable[[], float], data: Work, device: torch.device, rounds: int, peak: float
 ) -> dict[str, Any]:
     cuda = device.type == "cuda"
@@ -234,7 +234,7 @@ def _figures(
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        memory = extra_memory(step)
+        memory = measure_extra_memory(step)
     seconds = []
     for _ in range(rounds):
         if cuda:
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["unshared"], choices=PEERS)
     parser.add_argument("--loss_impl")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the JSON there, too")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     args = vars(parser.parse_args())
     output = args.pop("output")
     text = json.dumps(run(**{**args, "peers": tuple(args["peers"])}), indent=1)

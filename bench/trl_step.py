@@ -1,4 +1,4 @@
-"""The step of PackedStep by trl's DPOTrainer, in micro-batches."""
+"""The step of PackedStep with trl's DPOTrainer, in micro-batches."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from bench.ahead import ahead
+from bench.batches import prepare_batches
 from bench.step_data import Work
 from cpo_fast.testing.trl_oracle import trainer
 
 
 class TrlStep:
-    """Call it for one optimiser step over all pairs, `batch` of them at a time; returns the mean
-    loss. Batches are prepared as for PackedStep. `options` go to DPOConfig.
+    """A call runs one optimiser step over all pairs in micro-batches of `batch` pairs; returns the
+    mean loss. Batches are prepared as for PackedStep. `options` are passed to DPOConfig.
     """
 
     def __init__(self, model: Any, work: Work, *, folder: str, batch: int, **options: Any) -> None:
@@ -38,18 +38,18 @@ class TrlStep:
         self.parts = [
             range(start, min(start + batch, self.pairs)) for start in range(0, self.pairs, batch)
         ]
-        self._batches = ahead(self._collated, self.parts, model.device)
+        self._batches = prepare_batches(self._collate, self.parts, model.device)
 
-    def _collated(self, part: range) -> Any:
+    def _collate(self, part: range) -> Any:
         return self.trainer.data_collator([self.trainer.train_dataset[i] for i in part])
 
     def __call__(self) -> float:
-        made = self.trainer
+        trl = self.trainer
         total = 0.0
         for part in self.parts:
-            inputs = made._prepare_inputs(next(self._batches))
-            with made.compute_loss_context_manager():
-                loss = made.compute_loss(made.model, inputs) * len(part) / self.pairs
+            inputs = trl._prepare_inputs(next(self._batches))
+            with trl.compute_loss_context_manager():
+                loss = trl.compute_loss(trl.model, inputs) * len(part) / self.pairs
             loss.backward()
             total += loss.item()
         self.optimizer.step()

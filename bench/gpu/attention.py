@@ -1,9 +1,9 @@
 """Every attention over a pack, and the vision tower, against the same model in float32.
 
-A small Qwen2.5-VL of random weights with LoRA on both parts, three studies with images of different
-sizes and two or three answers each. Hidden states of policy and reference and the gradients of LoRA
-may err 1.5 times as much as the dense mask ("sdpa") with transformers' own window attention does in
-the same precision, plus 1e-3. On a CPU everything is float32, and may err by 1e-4.
+A small Qwen2.5-VL with random weights and LoRA on both parts; three studies with images of
+different sizes and two or three answers each. The bound on errors of hidden states (policy and
+reference) and LoRA gradients is 1.5 times the error of the dense mask ("sdpa") with transformers'
+own window attention in the same precision, plus 1e-3. On a CPU all is float32; the bound is 1e-4.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ class Prepared:
 
 
 def random_adapted(device: torch.device, dtype: torch.dtype) -> Any:
-    """Weights that make attention far from uniform, and a LoRA that changes what comes out."""
-    from bench.step_data import word_tokenizer
-    from bench.step_sizes import Size, random_model
+    """A model with weights that make attention far from uniform and a LoRA with an effect."""
+    from bench.step_data import train_word_tokenizer
+    from bench.step_sizes import Size, build_random_model
     from cpo_fast.model.build import add_lora
 
     size = Size(512, 2, 4, 2, 1024, 4608, False, 320, 4, 4, 640)
-    model = add_lora(
-        random_model(size, word_tokenizer(), device, dtype), r=8, alpha=32, freeze_vit=False
-    )
+    base = build_random_model(size, train_word_tokenizer(), device, dtype)
+    model = add_lora(base, r=8, alpha=32, freeze_vit=False)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or "lora_A" in name:
@@ -62,28 +61,31 @@ def random_adapted(device: torch.device, dtype: torch.dtype) -> Any:
 
 def pack(device: torch.device) -> Any:
     """A PackedBatch of all STUDIES."""
-    from bench.step_data import noise, preference, word_tokenizer
+    from bench.step_data import make_noise_image, make_preference, train_word_tokenizer
     from cpo_fast.model.images import ImageProcessor
     from cpo_fast.packing import collate, encode_all, image_token_id
 
     rng = random.Random(0)
     words: dict[str, Any] = {"prompt_words": 20, "response_words": (15, 60)}
     samples = [
-        preference(str(i), rng, (noise(str(i), width, height, i),), rejected=rejected, **words)
+        make_preference(
+            str(i), rng, (make_noise_image(str(i), width, height, i),), rejected=rejected, **words
+        )
         for i, (width, height, rejected) in enumerate(STUDIES)
     ]
     images = ImageProcessor.create(max_pixels=504**2)
-    groups = encode_all(samples, word_tokenizer(), images.grid, max_length=4096).groups
+    tokenizer = train_word_tokenizer()
+    groups = encode_all(samples, tokenizer, images.grid, max_length=4096).groups
     parts = tuple((i, tuple(range(len(group.rejected)))) for i, group in enumerate(groups))
-    pad = image_token_id(word_tokenizer())
+    pad = image_token_id(tokenizer)
     return collate(groups, parts, pixels=images.pixels, image_token_id=pad).to(device)
 
 
 def outcome(
     model: Any, batch: Any, *, own_windows: bool = False, **options: Any
 ) -> dict[str, Tensor]:
-    """{what: tensor} of a copy of the model under PackedModel's `options`; with `own_windows` its
-    vision tower attends as transformers does it."""
+    """Hidden states and gradients of a copy of the model under PackedModel's `options`; with
+    `own_windows` its vision tower uses transformers' window attention."""
     from cpo_fast.model.packed import PackedModel
 
     packed = PackedModel(copy.deepcopy(model), **options)
@@ -111,7 +113,7 @@ def relative(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32, which convolutions take by default."""
+    """Disables TF32, the default of convolutions."""
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -139,17 +141,17 @@ def prepared(device: str) -> Prepared:
 
 
 def check(name: str, device: str, quick: bool) -> dict[str, Any]:
-    """`name` is of NAMES or OPTIONS; "auto" is the default of PackedModel."""
+    """`name` is one of NAMES or OPTIONS; "auto" is the default of PackedModel."""
     if missing("peft"):
         raise NotHere("peft is not installed")
     if name == COMPILED and quick:
-        raise NotHere("a CPU compiles for too long")
+        raise NotHere("compilation takes too long on a CPU")
     from cpo_fast.errors import UsageError
     from cpo_fast.model.fused import restore_functions
     from cpo_fast.model.packed import check_attention
 
     if name == FUSED and device == "cpu":
-        raise NotHere("fused layers are for CUDA in half precision")
+        raise NotHere("fused layers need CUDA and half precision")
     options = OPTIONS.get(name, {})
     if name != "auto" and not options:
         options = {"attention": name}
@@ -161,7 +163,7 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
     try:
         errors = relative(outcome(known.model, known.batch, **options), known.truth)
     finally:
-        restore_functions()  # for the checks that follow in this process
+        restore_functions()  # for later checks in this process
     for what, error in errors.items():
         allowed = known.allowed[what]
         assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
@@ -169,7 +171,7 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def units(setting: Setting) -> list[Unit]:
-    """The default first; what compiles last: a small model takes longer than 40 s on an H200."""
+    """The default first, the compiled model last: it takes longer than 40 s on an H200."""
     checks = [
         Unit(
             ATTENTION_CHECK.format(name),
@@ -189,5 +191,5 @@ def plan_units(setting: Setting) -> list[Unit]:
 
 
 def default_units(setting: Setting) -> list[Unit]:
-    """The default, and with fused layers."""
+    """The default, without and with fused layers."""
     return units(setting)[:3]

@@ -1,5 +1,5 @@
-"""The native parts: built in place where there are compilers, or taken from a kit that was built
-beforehand. No package is installed where others would see it."""
+"""The native parts: built in place, or taken from a prebuilt kit. Nothing is installed outside the
+tree and the scratch folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.gpu.units import ROOT, NotHere, Setting, Unit
 def build(needs_cuda: bool) -> dict[str, Any]:
     for needed in ("pybind11", "setuptools"):
         if importlib.util.find_spec(needed) is None:
-            raise NotHere(f"{needed} is needed to build; the reference and Triton remain")
+            raise NotHere(f"{needed} is needed to build; the reference and Triton still run")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout, run.stderr)
@@ -29,15 +29,15 @@ def build(needs_cuda: bool) -> dict[str, Any]:
     if needs_cuda and "_cuda" not in built:
         if shutil.which("nvcc") is None:
             raise NotHere('no nvcc: impl="cuda" cannot be built and is not checked')
-        raise AssertionError("nvcc is here, but cpo_fast._cuda was not built; see the log")
+        raise AssertionError("nvcc was found, but cpo_fast._cuda was not built; see the log")
     return {"built": built}
 
 
-_placed = False  # whether this process has put a kit's binary in place
+_placed = False  # whether this process has installed a kit's binary
 
 
 def unpack(kit: str, scratch: str) -> dict[str, Any]:
-    """The peers' wheels for the processes behind this one, and a binary in place."""
+    """Install the peers' wheels for later processes and the kit's binary."""
     global _placed
     from bench.gpu import kit as kits
 
@@ -48,15 +48,15 @@ def unpack(kit: str, scratch: str) -> dict[str, Any]:
 
 def build_unless_placed(setting: Setting) -> dict[str, Any]:
     if _placed:
-        raise NotHere("the kit's binary is in place")
+        raise NotHere("the kit's binary is installed")
     if setting.device == "cpu":
         raise NotHere("a CPU needs no CUDA kernels")
     return build_cuda()
 
 
 def build_cuda(root: Path = ROOT) -> dict[str, Any]:
-    """`cpo_fast._cuda` alone, for sm_90a and this Python, in place. Objects are kept in build/, so
-    that the next time takes no more than linking."""
+    """Build `cpo_fast._cuda` alone in place, for sm_90a and this Python. Objects are cached in
+    build/: a second build only links."""
     from bench import gpu_kit
 
     place = root / "cpo_fast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -78,7 +78,7 @@ def kit_units(setting: Setting) -> list[Unit]:
 
 
 def wheel_units(setting: Setting) -> list[Unit]:
-    """A kit's wheels and binary; nothing is built where there is no binary."""
+    """A kit's wheels and binary; without a binary nothing is built."""
     return kit_units(setting)[:1]
 
 

@@ -1,5 +1,5 @@
-"""What the device reaches at best: bytes of a large copy, FLOP of a large matrix product, and of
-the two products with a head by the rows of a chunk."""
+"""Ceilings of the device: bandwidth of a large copy, rate of a large matrix product, and of the two
+products with a head by rows per chunk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = (1024, 2048, 3072, 3328, 3584, 4096, 8192)
 
 
 def copy(device: str, quick: bool) -> dict[str, Any]:
-    """A copy from and to device memory, bytes read and written both counted."""
+    """A copy within device memory; counts bytes read and bytes written."""
     values = 2**20 if quick else 2**31
     source = torch.randint(-128, 127, (values,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -27,7 +27,7 @@ def copy(device: str, quick: bool) -> dict[str, Any]:
 
 
 def product(device: str, quick: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """A square product of random numbers (zeros run faster) into a preallocated output."""
+    """A square product of random matrices (zeros run faster) into a preallocated output."""
     size = 256 if quick else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
@@ -42,8 +42,8 @@ def head(device: str, quick: bool) -> torch.Tensor:
 
 
 def head_products(device: str, quick: bool, rows: int) -> dict[str, Any]:
-    """H W^T and P W of a chunk of `rows`, each under the vendor library's default settings and
-    under those of ours, in buffers as ours has them."""
+    """H W^T and P W of a chunk of `rows`, under the vendor library's default settings and under
+    those of our op, in buffers laid out as in our op."""
     release(device)
     weight = head(device, quick)
     V, D = weight.shape
@@ -58,7 +58,7 @@ def head_products(device: str, quick: bool, rows: int) -> dict[str, Any]:
         torch.mm(logits, weight, out=out)
 
     runs = under_both_settings({"H W^T": forward, "P W": backward})
-    forward()  # P W multiplies logits, whatever runs first
+    forward()  # fills the logits that P W reads
     times = in_turn(runs, device, rounds=10)
     work = 2 * rows * D * V
     return {
@@ -98,7 +98,7 @@ def units(setting: Setting) -> list[Unit]:
 
 
 def machine_units(setting: Setting) -> list[Unit]:
-    """What the machine is, and what it reaches."""
+    """The machine's description and ceilings."""
     machine = [
         Unit("machine", unit.run, limit=20, phase="environment")
         for unit in environment.units(setting)

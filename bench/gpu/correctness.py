@@ -1,8 +1,8 @@
 """Every implementation against float64 and against the rules of the loss op.
 
-The truth is the reference implementation in float64 on the same inputs. An implementation may err
-twice as much as eager PyTorch in the same precision, plus a rounding; NaN never passes. On a GPU
-nothing may wait for the device, and results are the same from run to run, to the bit.
+The truth is the reference implementation in float64 on the same inputs. The bound on errors is
+twice the error of eager PyTorch in the same precision plus a rounding; NaN never passes. On a GPU
+nothing may synchronise with the host, and results are bit-identical between runs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def preferred_dtype(variant: str, device: str) -> torch.dtype:
 
 
 def log_2_of_equals(variant: str, device: str, quick: bool) -> dict[str, Any]:
-    """Equal hidden states: the loss is log 2 and the margins are 0, a pair longer than a chunk."""
+    """Policy equal to reference: the loss is log 2 and the rewards are 0, also for a pair longer
+    than a chunk."""
     shape = (300, 1013, 24) if quick else (1500, 32003, 512)
     data = Inputs("random", *shape, preferred_dtype(variant, device), device)
     for head in (False, True):
@@ -88,6 +89,7 @@ def log_2_of_equals(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def nothing_to_score(variant: str, device: str, quick: bool) -> dict[str, Any]:
+    """All labels ignored: loss, log-probs and gradients are 0."""
     data = Inputs("random", 40, 300, 24, preferred_dtype(variant, device), device)
     data.labels[:] = IGNORED
     leaves = data.leaves()
@@ -100,7 +102,8 @@ def nothing_to_score(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def backward_twice(variant: str, device: str, quick: bool) -> dict[str, Any]:
-    """With retain_graph the same gradient again; gradients through every output add up."""
+    """A second backward with retain_graph gives the same gradient; gradients through several
+    outputs add up."""
     data = Inputs("random", 90, 1013, 24, preferred_dtype(variant, device), device)
     for mib in (1, 1024):
         leaves = data.leaves()
@@ -111,16 +114,16 @@ def backward_twice(variant: str, device: str, quick: bool) -> dict[str, Any]:
             other = torch.autograd.grad(out.logps.sum(), leaves, retain_graph=True)
             both = torch.autograd.grad(out.loss + out.logps.sum(), leaves)
         for a, b, c, d in zip(first, again, other, both, strict=True):
-            assert torch.equal(a, b), "the second backward gives something else"
+            assert torch.equal(a, b), "the second backward gives another gradient"
             error = (a.double() + c.double() - d.double()).abs().max()
             assert error <= 4 * torch.finfo(a.dtype).eps * d.double().abs().max(), float(error)
     return {}
 
 
 def same_bits(variant: str, device: str, quick: bool) -> dict[str, Any]:
-    """Losses, log-probs and gradients are the same from run to run."""
+    """Losses, log-probs and gradients are bit-identical between runs."""
     if variant == "reference" and device == "cuda":
-        raise NotHere("not promised: PyTorch's index_add adds by atomics")
+        raise NotHere("not promised: PyTorch's index_add uses atomics")
     shape = (120, 1013, 24) if quick else (3000, 50257, 896)
     data = Inputs("random", *shape, preferred_dtype(variant, device), device)
     data.segments = data.segments[torch.randperm(shape[0], device=device)]
@@ -133,12 +136,12 @@ def same_bits(variant: str, device: str, quick: bool) -> dict[str, Any]:
                 grads = torch.autograd.grad(out.loss, leaves)
             runs.append([x.detach() for x in (*out, *grads)])
         for other in runs[1:]:
-            assert all(map(torch.equal, runs[0], other)), "bits change from run to run"
+            assert all(map(torch.equal, runs[0], other)), "bits differ between runs"
     return {}
 
 
 def compiled(variant: str, device: str, quick: bool) -> dict[str, Any]:
-    """torch.compile without graph breaks gives what eager gives."""
+    """torch.compile without graph breaks agrees with eager."""
     data = Inputs("random", 64, 300, 24, preferred_dtype(variant, device), device)
     ref = data.tensors[0].roll(1, 0)
     with using(variant) as impl:
@@ -159,7 +162,7 @@ def compiled(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def autocast(variant: str, device: str, quick: bool) -> dict[str, Any]:
-    """Float32 leaves under autocast: as if cast before, gradients in float32."""
+    """Float32 leaves under autocast: same log-probs as with cast inputs, gradients in float32."""
     dtype = preferred_dtype(variant, device)
     data = Inputs("random", 64, 300, 24, torch.float32, device)
     leaves = data.leaves()
@@ -173,10 +176,10 @@ def autocast(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def operators(variant: str, device: str, quick: bool) -> dict[str, Any]:
-    """torch.library.opcheck of the custom operators, with what a call gives them."""
+    """torch.library.opcheck of the custom operators, with arguments as in a call."""
     family = variant.partition(" ")[0]
     if family not in ("triton", "cuda"):
-        raise NotHere("plain PyTorch, or checked by the ordinary tests")
+        raise NotHere("plain PyTorch, or covered by the ordinary tests")
     dtype = preferred_dtype(variant, device)
     data = Inputs("random", 20, 50, 16, dtype, device)
     hidden, weight = data.leaves()
@@ -238,12 +241,12 @@ def units(setting: Setting) -> list[Unit]:
     return found
 
 
-COMPILING = ("torch.compile", "opcheck")  # these import a compiler, which takes seconds
+COMPILING = ("torch.compile", "opcheck")  # they import a compiler, which takes seconds
 SAME_BITS = "same bits every run"
 
 
 def rules_units(setting: Setting) -> list[Unit]:
-    """What only a device can break, the fastest variant first."""
+    """Rules that only a device can break, fastest variant first."""
     device, found = setting.device, []
     for variant in setting.best:
         if variant == "reference":
@@ -259,7 +262,7 @@ def rules_units(setting: Setting) -> list[Unit]:
 
 
 def telling(unit: Unit) -> int:
-    """Real sizes in bfloat16, chunks, the rules, the options; then small sizes, other dtypes."""
+    """Sort key: real sizes in bfloat16 and chunks, rules, options, small sizes, other dtypes."""
     name = unit.key.partition(": ")[2]
     if name in COMPILING:
         return 3
@@ -273,7 +276,7 @@ def telling(unit: Unit) -> int:
 
 
 def winner_units(setting: Setting) -> list[Unit]:
-    """Every check of the fastest variant, those that tell most first."""
+    """Every check of the fastest variant, most informative first."""
     names = [name for name in setting.best if name != "reference"][:1]
     found = [unit for unit in units(setting) if unit.variant in names]
     if setting.quick:

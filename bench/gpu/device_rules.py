@@ -1,4 +1,4 @@
-"""Rules that mean something on a GPU only: waiting, memory, streams, graphs, devices, 64 bits."""
+"""Rules for a GPU: synchronisation, memory, streams, graphs, other devices, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def step_of(data: Inputs, impl: str, ref: Tensor) -> Callable[[], list[Tensor]]:
 
 
 def no_waiting_little_memory(variant: str, device: str) -> dict[str, Any]:
-    """Forward and backward without a synchronisation, in the room that was set plus T x D."""
+    """Forward and backward without synchronisation, within the workspace limit plus 4 T x D
+    float32 numbers."""
     T, V, D, mib = 4096, 50257, 1024, 128
     data = Inputs("random", T, V, D, DTYPE, device)
     with using(variant) as impl, workspace(mib):
@@ -42,14 +43,14 @@ def no_waiting_little_memory(variant: str, device: str) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     extra = torch.cuda.max_memory_allocated() - before
-    partials = 8 * T * -(-V // 128)  # of the kernels that write no logits
+    partials = 8 * T * -(-V // 128)  # of kernels that write no logits
     allowed = (mib << 20) + partials + 4 * T * D * 4
     assert extra <= allowed, f"{extra / 2**20:.0f} MiB, allowed {allowed / 2**20:.0f}"
     return {"extra_mib": extra / 2**20}
 
 
 def streams(variant: str, device: str) -> dict[str, Any]:
-    """On a stream of its own, with work before it that the kernels must wait for."""
+    """On another stream, with earlier work that the kernels must wait for."""
     data = Inputs("random", 500, 32000, 512, DTYPE, device)
     with using(variant) as impl:
         leaves = data.leaves()
@@ -62,12 +63,12 @@ def streams(variant: str, device: str) -> dict[str, Any]:
             late.copy_(data.tensors[0])
             got = linear_logprobs(late, data.tensors[1], data.labels, impl=impl)
         side.synchronize()
-    assert torch.equal(got, want), "another stream gives other numbers"
+    assert torch.equal(got, want), "results differ on another stream"
     return {}
 
 
 def graphs(variant: str, device: str) -> dict[str, Any]:
-    """Captured in a CUDA graph, replayed on new inputs in the same place."""
+    """Captured in a CUDA graph and replayed on new inputs at the same addresses."""
     data = Inputs("random", 300, 32000, 512, DTYPE, device)
     ref = data.tensors[0].roll(1, 0)
     with using(variant) as impl:
@@ -85,14 +86,14 @@ def graphs(variant: str, device: str) -> dict[str, Any]:
         graph.replay()
         torch.cuda.synchronize()
         want = step()
-    assert all(map(torch.equal, captured, want)), "a replayed graph gives other numbers"
+    assert all(map(torch.equal, captured, want)), "a replayed graph gives different results"
     return {}
 
 
 def other_device(variant: str, device: str) -> dict[str, Any]:
-    """On a device that is not the current one, which stays the current one."""
+    """On another device than the current one, which stays current."""
     if torch.cuda.device_count() < 2:
-        raise NotHere("one device only")
+        raise NotHere("there is only one device")
     data, there = (
         Inputs("random", 64, 1013, 24, DTYPE, "cuda:0"),
         Inputs("random", 64, 1013, 24, DTYPE, "cuda:1"),
@@ -108,7 +109,7 @@ def other_device(variant: str, device: str) -> dict[str, Any]:
 
 
 def past_32_bits(variant: str, device: str) -> dict[str, Any]:
-    """T x V beyond 2^31 in one chunk: the last rows are as right as the first."""
+    """T x V beyond 2^31 in one chunk: first, middle and last rows are right."""
     T, V, D = 16384, 152064, 256  # 2.5e9 logits, 4.6 GiB
     data = Inputs("random", T, V, D, DTYPE, device)
     sample = torch.tensor([0, 1, T // 2, T - 2, T - 1], device=device)

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Description of the machine: device, versions, commit, hashes of the sources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = (*KERNELS, "bench")
 
 
 def output(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """Output of a command; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -32,6 +32,7 @@ def output(*command: str) -> str | None:
 
 
 def version(package: str) -> str | None:
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +40,7 @@ def version(package: str) -> str | None:
 
 
 def source_hash(folders: tuple[str, ...] = SOURCES, root: Path = ROOT) -> str:
-    """Of the files that the figures depend on, for a copy of the tree without its history."""
+    """Hash of the sources that the figures depend on, for a copy of the tree without history."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):

@@ -1,4 +1,4 @@
-"""What the rules are tried on: random inputs of several kinds, and a workspace of a given size."""
+"""Inputs of the checks: random tensors of several kinds, and a workspace limit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ IGNORED = -100
 
 @contextlib.contextmanager
 def workspace(mib: int) -> Iterator[None]:
+    """Limits the workspace of the loss op within the block."""
     before = os.environ.get("CPO_FAST_WORKSPACE_MIB")
     os.environ["CPO_FAST_WORKSPACE_MIB"] = str(mib)
     try:
@@ -29,7 +30,7 @@ def workspace(mib: int) -> Iterator[None]:
 
 
 class Inputs:
-    """Fresh random inputs of a kind; `leaves` gives copies to take gradients of."""
+    """Random inputs of a kind; `leaves` gives copies that require gradients."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Inputs:
         self.labels = torch.randint(0, V, (T,), generator=g, device=device)
         if kind == "flat":
             hidden *= 1e-3
-        elif kind == "peaked":  # most mass on the label, or on something else
+        elif kind == "peaked":  # most mass on the label, or on another token
             scale = torch.linspace(0, 4, T, device=device)[:, None]
             hidden = weight[self.labels] * scale + 0.1 * hidden
         elif kind == "negative":  # every logit far below zero
@@ -73,7 +74,7 @@ class Inputs:
         return found
 
     def score(self, dtype: torch.dtype, impl: str, **options: Any) -> list[Tensor]:
-        """Log-probs and the gradients of a random weighting of them."""
+        """Log-probs, and the gradients of their weighted sum with random weights."""
         leaves = self.leaves(dtype)
         bias = leaves[2] if len(leaves) == 3 else None
         logps = linear_logprobs(*leaves[:2], self.labels, bias=bias, impl=impl, **options)

@@ -1,4 +1,4 @@
-"""Device time of a call by kernel, from PyTorch's profiler, and by class of kernel."""
+"""Device time of a call by kernel and by class of kernel, from PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from bench.gpu.cases import CLASSES
 from bench.gpu.units import NotHere
 
 CALLS = 3
-KERNELS = 40  # that are kept
+KERNELS = 40  # kept in a record
 OURS = (
     *("lean_rows_kernel", "row_kernel", "linear_lse_kernel", "combine_kernel", "row_scale_kernel"),
     *("segment_sums_kernel", "sigmoid_pairs_kernel", "segment_coefficients_kernel"),
     *("swiglu_kernel", "swiglu_backward_kernel", "rotate_kernel"),
 )
-"""Triton kernels of kernels/; the CUDA kernels are in the namespace `cpo`."""
+"""Triton kernels of kernels/; CUDA kernels are recognised by their namespace `cpo`."""
 RULES = (
     ("ours", rf"\bcpo(_fast)?::|^_zn3cpo|^({'|'.join(OURS)})"),
-    # torch.compile names a kernel after what it does, then after the operators that it fuses.
+    # torch.compile names a kernel by its kind, then by the operators that it fuses.
     ("elementwise", r"^triton_poi_"),
     ("reductions", r"^triton_(red|per|split_scan)_"),
     ("attention", r"flash|fmha|sdpa|attention"),
@@ -40,13 +40,13 @@ RULES = (
         r"|aten::(add|sub|mul|div|neg|pow|rsqrt|silu|silu_backward|sigmoid)_?$",
     ),
 )
-"""(class, pattern), the first one that is found counts; of names in lower case."""
+"""(class, pattern): the first match counts; names are in lower case."""
 ANNOTATIONS = ("Optimizer.", "ProfilerStep", "## Call CompiledFxGraph", "Torch-Compiled Region")
-"""Marks of spans, which are no kernels; the profiler may show them on the device, too."""
+"""Names of spans, which are not kernels; the profiler can list them on the device."""
 
 
 def kind_of(kernel: str) -> str:
-    """The class of a kernel by its name, as the profiler shows it."""
+    """The class of a kernel, from its name in the profiler."""
     name = kernel.lower()
     return next((kind for kind, pattern in RULES if re.search(pattern, name)), "other")
 
@@ -59,12 +59,11 @@ def profile(
     warm: bool = True,
     host: bool = True,
 ) -> dict[str, Any]:
-    """{"seconds", "classes": {class: seconds}, "kernels": [{"name", "calls", "seconds"}]} of one
-    call, the longest kernel first; on a CPU of operators.
+    """{"seconds", "classes": {class: seconds}, "kernels": [{"name", "calls", "seconds"}]} per call,
+    longest kernel first; operators on a CPU.
 
-    `calls` calls are recorded, after another one with `warm`. Without `host` what the host does is
-    not recorded: a training step has hundreds of thousands of such events. Raises NotHere where the
-    profiler sees no kernel.
+    Records `calls` calls, with `warm` after one more. Without `host`, host events are not recorded:
+    a training step has hundreds of thousands. Raises NotHere if the profiler reports no kernel.
     """
     cuda = device == "cuda"
     if warm:
@@ -75,7 +74,7 @@ def profile(
     for activities in attempts:
         kernels = kernels or recorded(run, cuda, calls, activities)
     if not kernels:
-        raise NotHere("the profiler sees no kernel here")
+        raise NotHere("the profiler reports no kernel")
     kernels.sort(key=lambda kernel: -kernel["seconds"])
     classes = dict.fromkeys(CLASSES, 0.0)
     for kernel in kernels:
@@ -94,7 +93,7 @@ def recorded(
             torch.cuda.synchronize()
     kernels = []
     for event in found.key_averages():
-        # An operator's row repeats the time of the kernels that it launched.
+        # Rows of operators repeat the time of the kernels that they launched.
         if event.device_type != (DeviceType.CUDA if cuda else DeviceType.CPU):
             continue
         if getattr(event, "is_user_annotation", False) or event.key.startswith(ANNOTATIONS):

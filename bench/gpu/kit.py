@@ -1,14 +1,14 @@
-"""What `make gpu-kit` makes ready for a GPU machine without a network, and how it is used there.
+"""The kit of `make gpu-kit` for a GPU machine without a network: unpacking and use.
 
-A kit is a folder with the peers' wheels, `cpo_fast._cuda` built beforehand for one Python and one
+A kit is a folder with the peers' wheels, `cpo_fast._cuda` prebuilt for one Python and one
 architecture, variants of it, and `manifest.json`. On the machine
 
-    kit = unpack(ROOT / "gpu-kit", scratch)   # once, at the start; `kit.notes` says what is missing
+    kit = unpack(ROOT / "gpu-kit", scratch)            # once; `kit.notes` lists what is unusable
     Popen(..., env=os.environ | kit.environment)       # workers find the peers and the variants
     if not kit.cuda: ...                               # build there
 
 and in a worker `load_variant("lag3")` before the loss op runs. A kit that is absent or does not fit
-is no error: it brings nothing and says why.
+is not an error: nothing is installed, and the notes give the reason.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lag3": ("-DCPO_LAG=3",),
     "split6": ("-DCPO_SPLIT_TILES=6", "-DCPO_BAND=16"),
 }
-"""Builds of `_cuda` beside the default one: what nvcc is told more."""
+"""Builds of `_cuda` beside the default one: extra flags of nvcc."""
 DEFAULT = "default"
 MODULE = "cpo_fast._cuda"
 VARIABLE = "CPO_FAST_GPU_KIT"
-"""Names the kit's folder to workers."""
-IMPORT_SECONDS = 20.0  # a binary that takes longer hangs
+"""Environment variable with the kit's folder, for workers."""
+IMPORT_SECONDS = 20.0  # a binary that takes longer is assumed to hang
 INSTALL_SECONDS = 40.0
 SITE = "site-packages"
-"""The name matters: dill, which hashes trl's data sets, stores modules found elsewhere by value."""
+"""The name matters: dill, which hashes trl's data sets, pickles modules elsewhere by value."""
 IMPORTS = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(sys.argv[1], sys.argv[2])
@@ -53,9 +53,9 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 @dataclass(frozen=True)
 class Kit:
-    """What of a kit can be used here. `environment` belongs into that of the workers; `cuda` says
-    whether `cpo_fast._cuda` of this tree is in place by the kit; `variants` are names for
-    `load_variant`; `notes` say what was left out, and why."""
+    """The usable parts of a kit. `environment` is for the workers; `cuda` says whether the kit's
+    `cpo_fast._cuda` was installed in the tree; `variants` are names for `load_variant`; `notes`
+    list what was left out, with reasons."""
 
     folder: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Kit:
     notes: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """For results.json, without paths."""
+        """Figures for results.json, without paths."""
         return {
             "wheels": list(self.wheels),
             "cuda": self.cuda,
@@ -75,20 +75,20 @@ class Kit:
 
 
 def cuda_hash(root: Path = ROOT) -> str:
-    """Of the sources in csrc/cuda, 16 hexadecimal digits."""
+    """Hash of the sources in csrc/cuda, 16 hexadecimal digits."""
     return source_hash(("csrc/cuda",), root)
 
 
 def extension_suffix() -> str:
-    """How this interpreter's extension modules end, as .cpython-312-x86_64-linux-gnu.so."""
+    """Suffix of this interpreter's extension modules, such as .cpython-312-x86_64-linux-gnu.so."""
     return str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 def read_manifest(kit: Path) -> dict[str, Any]:
-    """Raises ValueError with a reason where `kit` is none."""
+    """Raises ValueError with the reason if `kit` is not a kit."""
     path = kit / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"no GPU kit: there is no {kit.name}/manifest.json (make gpu-kit)")
+        raise ValueError(f"no GPU kit: {kit.name}/manifest.json does not exist (make gpu-kit)")
     try:
         return json.loads(path.read_text())
     except ValueError:
@@ -96,12 +96,12 @@ def read_manifest(kit: Path) -> dict[str, Any]:
 
 
 def unpack(kit: Path, scratch: Path, *, root: Path = ROOT, python: str = sys.executable) -> Kit:
-    """Makes a kit usable: its `_cuda` in `root`/cpo_fast, its wheels in `scratch`/site-packages.
+    """Install a kit: its `_cuda` into `root`/cpo_fast, its wheels into `scratch`/site-packages.
 
-    The binary is copied only if it was built of the sources in `root`/csrc/cuda, for this kind of
-    Python, and imports in a process of its own. Nothing is fetched, every step has a time limit,
-    and nothing is raised: `Kit.notes` says what does not work. A second call with the same kit and
-    folders is done in a second.
+    The binary is copied only if it was built from the sources in `root`/csrc/cuda for this Python
+    and imports in a fresh process. Nothing is downloaded, every step has a time limit, and nothing
+    is raised: `Kit.notes` lists what does not work. A second call with the same kit and folders
+    takes a second.
     """
     try:
         manifest = read_manifest(kit)
@@ -111,7 +111,7 @@ def unpack(kit: Path, scratch: Path, *, root: Path = ROOT, python: str = sys.exe
             fresh = target.with_name(f".{target.name}.new")
             shutil.copyfile(kit / manifest["cuda"][DEFAULT]["file"], fresh)
             fresh.chmod(0o755)
-            fresh.replace(target)  # whoever imports it, at any time, finds a whole file
+            fresh.replace(target)  # atomic: a concurrent import never sees a partial file
         reason = install(kit, manifest, scratch, python)
     except (OSError, ValueError, LookupError) as error:
         return Kit(notes=(str(error),))
@@ -133,7 +133,7 @@ def unpack(kit: Path, scratch: Path, *, root: Path = ROOT, python: str = sys.exe
 def sound_builds(
     kit: Path, manifest: dict[str, Any], root: Path, python: str
 ) -> tuple[list[str], list[str]]:
-    """Names of the builds of `_cuda` that fit and import, and why others are left out."""
+    """Names of the builds of `_cuda` that fit and import, and reasons for leaving out others."""
     if not manifest["cuda"]:
         return [], [f"the kit has no _cuda: {manifest['cuda_missing']}"]
     if (reason := obstacle(manifest, root)) is not None:
@@ -149,7 +149,8 @@ def sound_builds(
 
 
 def install(kit: Path, manifest: dict[str, Any], scratch: Path, python: str) -> str | None:
-    """Puts the wheels into `scratch`/site-packages, unless they are there; why not, or None."""
+    """Install the wheels into `scratch`/site-packages unless present; the reason for a failure, or
+    None."""
     files = [str(kit / wheel["file"]) for wheel in manifest["wheels"]]
     done, text = scratch / "installed.json", json.dumps(manifest["wheels"])
     if not files or (done.is_file() and done.read_text() == text):
@@ -165,21 +166,21 @@ def install(kit: Path, manifest: dict[str, Any], scratch: Path, python: str) -> 
 
 
 def obstacle(manifest: dict[str, Any], root: Path = ROOT) -> str | None:
-    """Why binaries of this kit do not fit this interpreter and these sources; None: they do."""
+    """Why the kit's binaries do not fit this interpreter or these sources; None if they do."""
     if manifest["suffix"] != extension_suffix():
         return f"built for {manifest['suffix']}, this is {extension_suffix()}"
     if manifest["sources"] != (here := cuda_hash(root)):
-        return f"built of other sources ({manifest['sources']}; csrc/cuda is {here}): rebuild it"
+        return f"built from other sources ({manifest['sources']}; csrc/cuda is {here}): rebuild it"
     return None
 
 
 def import_error(path: Path, python: str = sys.executable) -> str | None:
-    """Why an extension module does not import in a fresh process; None: it does."""
+    """Why an extension module does not import in a fresh process; None if it does."""
     return failure([python, "-c", IMPORTS, MODULE, str(path)], IMPORT_SECONDS)
 
 
 def failure(command: list[str], seconds: float) -> str | None:
-    """Why a command fails, in a line: the last one it prints. None: it succeeds."""
+    """Why a command fails, with the last line that it prints; None if it succeeds."""
     begun = time.monotonic()
     try:
         done = subprocess.run(
@@ -205,11 +206,11 @@ _loaded: dict[Path, ModuleType] = {}
 
 
 def load_variant(name: str) -> ModuleType:
-    """Puts a variant of the kit in the place of `cpo_fast._cuda`, for this process.
+    """Replace `cpo_fast._cuda` by a variant of the kit, for this process.
 
-    Call it before the loss op runs, or between two calls of it: each launch asks for the module
-    anew. "default" is the kit's own build without flags. Raises ValueError where the environment
-    names no kit, or the kit has no such variant or was built of other sources.
+    Call it before or between calls of the loss op: each launch looks the module up again.
+    "default" is the kit's build without extra flags. Raises ValueError if the environment names no
+    kit, the kit has no such variant, or it was built from other sources.
     """
     folder = os.environ.get(VARIABLE)
     if not folder:
@@ -222,8 +223,8 @@ def load_variant(name: str) -> ModuleType:
         raise ValueError(f"variant {name!r} does not fit: {reason}")
     path = Path(folder) / builds[name]["file"]
     if path not in _loaded:
-        # A name of its own for each build: pybind11 keeps modules by it, and would hand out the
-        # first build again. Its last part says where the module begins (PyInit__cuda).
+        # Each build needs its own name: pybind11 caches modules by name and would return the first
+        # build again. The last part of the name selects the entry point (PyInit__cuda).
         spec = importlib.util.spec_from_file_location(f"gpu_kit.{name}._cuda", path)
         assert spec is not None and spec.loader is not None
         _loaded[path] = importlib.util.module_from_spec(spec)
@@ -233,7 +234,7 @@ def load_variant(name: str) -> ModuleType:
 
 
 def place(module: ModuleType) -> None:
-    """Makes `module` what `cpo_fast._cuda` means from now on, by either kind of import."""
+    """Make both kinds of import of `cpo_fast._cuda` return `module` from now on."""
     package, _, attribute = MODULE.rpartition(".")
     setattr(importlib.import_module(package), attribute, module)
     sys.modules[MODULE] = module

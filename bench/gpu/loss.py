@@ -1,10 +1,9 @@
-"""Time, extra memory and error of the loss op, each implementation and peer beside a floor.
+"""Time, extra memory and error of the loss op: implementations and peers relative to a floor.
 
-The floor is what a loss around a vendor's GEMM cannot do without: H W^T of policy and reference
-and P W for a frozen head, P^T H more for a trained one, as bare `torch.mm` into preallocated
-outputs, in chunks whose logits fit 4 GiB. It is timed under the vendor library's default settings
-and under those that ours sets; the faster of the two counts. Its rounds alternate with those
-compared with it.
+The floor is the GEMM work of a loss around a vendor's GEMM: H W^T of policy and reference and P W
+for a frozen head, plus P^T H for a trained one, as bare `torch.mm` into preallocated outputs, in
+chunks whose logits fit 4 GiB. It is timed under the vendor library's default settings and under
+those of our op; the faster one counts. Its rounds alternate with those of the provider.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from bench.gpu import cases
 from bench.gpu.cases import FROZEN, HEADS, LSE_ONLY, TRAINED, VENDOR_SETTINGS
+from bench.gpu.environment import version
 from bench.gpu.kernel_times import profile
 from bench.gpu.timing import (
     EVENTS,
@@ -38,69 +38,44 @@ from bench.loss_peers import (
     PEERS,
     CannotCompute,
     Problem,
+    Shape,
     Truth,
+    allocate_outputs,
+    build_floor,
+    compute_truth,
+    make_problem,
+    make_tensors,
     ours,
-    problem,
-    tensors,
-    truth,
-    version,
+    relative_errors,
 )
 from cpo_fast.loss import linear_logprobs
 
 FORWARD = "frozen head, forward only"
 TOKENS = (cases.TOKENS, 1024, 2048, 4096, 16384)
-EAGER = "eager"  # it judges the errors of ours
-PEER_ORDER = ("trl chunked", "Liger fused DPO", "cut-cross-entropy")  # the last one may hang
-QUACK = "quack"  # its wheels are a kit of their own
-SMALL = 4e12  # FLOP of the floor, 5 ms: below, the host's launches may take as long
-Shape = tuple[int, int, int]  # T, D, V
+EAGER = "eager"  # the baseline of the rule on errors
+PEER_ORDER = ("trl chunked", "Liger fused DPO", "cut-cross-entropy")  # the last one can hang
+QUACK = "quack"  # its wheels have a separate kit
+SMALL = 4e12  # FLOP of the floor, 5 ms: below, launches on the host can take as long
 
 
 def shapes(quick: bool) -> list[tuple[str, Shape]]:
-    """(model, shape), the headline first, then one T of every model, then the others."""
+    """(model, shape): the headline's T for every model first, then the other T."""
     if quick:
         return [("tiny", (64, 32, 1000))]
     order = [(T, name) for T in TOKENS for name in HEADS]
     return [(name, (T, *HEADS[name])) for T, name in order]
 
 
-@functools.lru_cache(maxsize=1)
-def buffers(shape: Shape, device: str, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
-    T, D, V = shape
-    weight = tensors(*shape, device)[2]
-    rows = min(T, max(128, 2**32 // (2 * V) // 128 * 128))
-    return (
-        weight.new_empty(rows, V),
-        weight.new_empty(T, D),
-        weight.new_empty(V if trained else 0, D),
-    )
-
-
-def products(shape: Shape, case: str, device: str) -> Callable[[], None]:
-    """The bare GEMMs of a case."""
-    trained, _, backward = CASES[case]
-    hidden, ref_hidden, weight, _ = tensors(*shape, device)
-    logits, out, grad = buffers(shape, device, trained)
-
-    def run() -> None:
-        for start in range(0, shape[0], len(logits)):
-            part = slice(start, start + len(logits))
-            z = logits[: len(hidden[part])]
-            torch.mm(ref_hidden[part], weight.t(), out=z)
-            torch.mm(hidden[part], weight.t(), out=z)
-            if backward:
-                torch.mm(z, weight, out=out[part])
-            if trained:
-                torch.mm(z.t(), hidden[part], out=grad)
-
-    return run
+def floor_rows(shape: Shape) -> int:
+    """Rows of a chunk whose bfloat16 logits fit 4 GiB."""
+    T, _, V = shape
+    return min(T, max(128, 2**32 // (2 * V) // 128 * 128))
 
 
 def beside_floor(
     floor: Callable[[], None], op: Callable[[], object], flops: float, device: str, rounds: int
 ) -> dict[str, Any]:
-    """Times of `op`, and of a floor of so many FLOP under both settings of the vendor library."""
-
+    """Times of `op`, and of a floor of `flops` FLOP under both settings of the vendor library."""
     runs = {**under_both_settings({"floor": floor}), "op": op}
     timed_by: dict[str, Any] = {"timed_by": EVENTS}
     if flops < SMALL:
@@ -123,20 +98,22 @@ def beside_floor(
 
 
 @functools.lru_cache(maxsize=1)
-def exact(shape: Shape, online: bool, device: str) -> Truth:
-    return truth(problem(shape, FROZEN, device), rows=512)
+def exact(shape: Shape, device: str) -> Truth:
+    """Loss and gradient of `hidden`, the same for all cases with an on-line reference."""
+    return compute_truth(make_problem(shape, FROZEN, device), rows=512)
 
 
 @contextlib.contextmanager
 def stepping(
     provider: str, shape: Shape, case: str, device: str
 ) -> Iterator[Callable[[], list[Tensor]]]:
-    """A function that computes [loss, gradient of hidden, gradient of a trained head]."""
+    """A function that computes [loss, gradient of hidden, gradient of a trained head]. Raises
+    NotHere for a peer that is not installed."""
     package = PACKAGES.get(provider)
     if package is not None and version(package) is None:
         raise NotHere(f"not installed: pip install {package}")
     trained, _, backward = CASES[case]
-    p = problem(shape, case, device)
+    p = make_problem(shape, case, device)
     leaves = [p.hidden, p.weight] if trained else [p.hidden]
     with contextlib.ExitStack() as stack:
         loss_of: Callable[[Problem], Tensor]
@@ -145,7 +122,7 @@ def stepping(
         else:
             loss_of = functools.partial(ours, impl=stack.enter_context(using(provider)))
 
-        # Gradients are returned, not stored: a captured graph cannot hold what stores them.
+        # Gradients are returned, as storing them in leaves cannot be captured in a graph.
         def step() -> list[Tensor]:
             with torch.set_grad_enabled(backward):
                 loss = loss_of(p)
@@ -158,24 +135,22 @@ def stepping(
 def measure(
     provider: str, model: str, shape: Shape, case: str, device: str, rounds: int
 ) -> dict[str, Any]:
+    """Figures of one provider in one of CASES with an on-line reference."""
     release(device)
-    trained, online, backward = CASES[case]
+    trained, _, backward = CASES[case]
     with stepping(provider, shape, case, device) as step:
         try:
-            loss, *grads = step()
+            found = step()
         except CannotCompute as reason:
             raise NotHere(str(reason)) from None
-        want_loss, want_grad, _ = exact(shape, online, device)
-        errors = {"loss": abs(float(loss.double() / want_loss) - 1)}
-        if backward:
-            difference = (grads[0].double() - want_grad).norm() / want_grad.norm()
-            errors["gradient"] = float(difference)
+        errors = relative_errors(exact(shape, device), *found)
         assert all(error == error for error in errors.values()), "NaN"
-        del loss, grads
+        del found
         memory = extra_bytes(step, device)
         T, D, V = shape
         flops = (2 + backward + trained) * 2 * T * V * D
-        figures = beside_floor(products(shape, case, device), step, flops, device, rounds)
+        floor = build_floor(shape, case, device, floor_rows(shape))
+        figures = beside_floor(floor, step, flops, device, rounds)
     return {
         "provider": provider,
         "model": model,
@@ -191,14 +166,14 @@ def measure(
 
 
 def lse_only(provider: str, model: str, shape: Shape, device: str, rounds: int) -> dict[str, Any]:
-    """Log-probs of the policy without gradients: the rate of one H W^T beside the bare product.
+    """Log-probs of the policy without gradients, relative to the bare H W^T.
 
-    "triton lse" is the fused log-sum-exp by itself, which `linear_logprobs` never takes: its bits
-    are not those of training."""
+    "triton lse" is the fused log-sum-exp alone. `linear_logprobs` never uses it, as its bits differ
+    from those of training."""
     release(device)
-    hidden, _, weight, labels = tensors(*shape, device)
+    hidden, _, weight, labels = make_tensors(*shape, device)
     T, D, V = shape
-    logits = buffers(shape, device, False)[0]
+    logits = allocate_outputs(shape, device, False, floor_rows(shape))[0]
 
     def bare() -> None:
         for part in hidden.split(len(logits)):
@@ -233,7 +208,7 @@ def lse_only(provider: str, model: str, shape: Shape, device: str, rounds: int) 
 
 
 def sound(setting: Setting) -> list[str]:
-    """Variants to time, the fastest so far first."""
+    """Variants to time, fastest so far first."""
     names = [name for name in variants(setting.device) if name not in setting.red]
     names = [name for name in names if name != "reference"] or names
     place = {name: i for i, name in enumerate(setting.best)}
@@ -243,13 +218,19 @@ def sound(setting: Setting) -> list[str]:
 def case_units(
     setting: Setting, model: str, shape: Shape, case: str, names: tuple[str, ...], limit: float
 ) -> list[Unit]:
-    """Units that measure the providers `names` in one case."""
+    """Units that measure the providers `names` in one of CASES or in LSE_ONLY."""
     rounds = 3 if setting.quick else ROUNDS
+
+    def run(name: str) -> dict[str, Any]:
+        if case == LSE_ONLY:
+            return lse_only(name, model, shape, setting.device, rounds)
+        return measure(name, model, shape, case, setting.device, rounds)
+
     title = f"{model} T={shape[0]}, {case}"
     return [
         Unit(
             f"{title}: {name}",
-            functools.partial(measure, name, model, shape, case, setting.device, rounds),
+            functools.partial(run, name),
             limit,
             variant=name,
             phase="loss",
@@ -262,21 +243,11 @@ def lse_units(setting: Setting, model: str, shape: Shape, limit: float) -> list[
     names = sound(setting)
     if "triton lean" in variants(setting.device) and LSE not in setting.red:
         names.append(LSE)
-    rounds = 3 if setting.quick else ROUNDS
-    return [
-        Unit(
-            f"{model} T={shape[0]}, {LSE_ONLY}: {name}",
-            functools.partial(lse_only, name, model, shape, setting.device, rounds),
-            limit,
-            variant=name,
-            phase="loss",
-        )
-        for name in names
-    ]
+    return case_units(setting, model, shape, LSE_ONLY, tuple(names), limit)
 
 
 def units(setting: Setting) -> list[Unit]:
-    """All shapes and cases, the headline's first; within a shape ours first and peers last."""
+    """All shapes and cases, headline first; within a shape ours first and peers last."""
     mine = tuple(sound(setting))
     every = (FROZEN, TRAINED, FORWARD)
     found = []
@@ -313,7 +284,7 @@ def profile_units(setting: Setting, model: str, shape: Shape, names: tuple[str, 
             f"profile of {model} T={shape[0]}, {FROZEN}: {name}",
             functools.partial(run, name),
             limit=20,
-            variant="profiler",  # what hangs here is not the variant, which has been timed
+            variant="profiler",  # a timeout here is not the variant's, which was timed before
             phase="profile",
         )
         for name in names
@@ -332,12 +303,12 @@ def heads_units(setting: Setting) -> list[Unit]:
 
 
 def peers_units(setting: Setting) -> list[Unit]:
-    """Eager, which judges the errors of ours, and the peers, at the headline and with a trained
-    head; then eager for the other heads."""
+    """Eager, the baseline of the rule on errors, and the peers, at the headline and with a trained
+    head; eager for the other heads."""
     (model, shape), *others = shapes(setting.quick)[: len(HEADS)]
     found = case_units(setting, model, shape, FROZEN, (EAGER,), limit=20)
     found += case_units(setting, model, shape, TRAINED, (EAGER,), limit=20)
-    # The first call of a peer imports and compiles it.
+    # The first call of a peer includes its import and compilation.
     peers = () if setting.quick else PEER_ORDER
     found += case_units(setting, model, shape, FROZEN, peers, limit=40)
     for other, size in others:
@@ -346,7 +317,7 @@ def peers_units(setting: Setting) -> list[Unit]:
 
 
 def quack_units(setting: Setting) -> list[Unit]:
-    """The headline by the two fastest variants of ours, by eager, which judges them, by quack."""
+    """The headline with our two fastest variants, eager (the baseline of errors) and quack."""
     model, shape = shapes(setting.quick)[0]
     names = (*sound(setting)[:2], EAGER, QUACK)
     return case_units(setting, model, shape, FROZEN, names, limit=40)

@@ -1,9 +1,9 @@
-"""Checks for a GPU machine that is to be had for a quarter of an hour, step by step.
+"""Short checks in steps, for a GPU machine that is available for a quarter of an hour.
 
-A step has a time of its own; what it leaves over is for those behind it, and none can take more
-than the steps up to it have together. So a plan ends in time whatever hangs, and what matters most
-comes first. Results are on disk after every unit. A variant that hangs is left out of all later
-steps; when the device no longer answers, the rest is named as not reached and the plan ends.
+Each step has a time limit; unused time goes to the next steps, and no step ends later than the
+limits up to it add up to. So a plan ends in time even if units hang, and the most important steps
+come first. Results are written after every unit. A variant that hangs is skipped in all later
+steps. If the device stops answering, the remaining steps are recorded as not reached.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ class Step:
     name: str
     units: str
     limit: float
-    phase: str = ""  # under which units without a phase of their own are recorded
-    side_by_side: bool = False  # each variant in a process of its own, all at the same time
-    in_turn: tuple[str, ...] = ()  # a process for each of these `variant`s of its units
-    needs: str = ""  # the sound variant without which there is nothing to do
+    phase: str = ""  # of records of units without a phase
+    side_by_side: bool = False  # one process per variant, all at the same time
+    in_turn: tuple[str, ...] = ()  # one process after another for these `variant`s of its units
+    needs: str = ""  # skip the step unless this variant is sound
     judges: bool = False  # variants that do not pass here are not timed
 
 
 @dataclass(frozen=True)
 class Plan:
     name: str
-    seconds: float  # in which it has ended
-    first_answer: float  # seconds of the plan for the device to answer once
+    seconds: float  # upper limit of the whole plan
+    first_answer: float  # seconds planned for the first answer of the device
     steps: tuple[Step, ...]
-    waits: float = 100.0  # seconds that it may take in fact, at the cost of the steps: torch comes
-    # from a cold disk, and nothing can be checked without an answer
-    margin: float = 15.0  # for a last process to be killed, and the table to be printed
+    waits: float = 100.0  # seconds to wait for it, at the cost of the steps: importing torch from a
+    # cold disk is slow, and nothing can be checked without an answer
+    margin: float = 15.0  # to kill the last process and print the table
     reads_verdict: bool = False
     keeps_verdict: bool = False
-    kit: str = "gpu-kit"  # the folder of the tree that is unpacked
+    kit: str = "gpu-kit"  # folder of the kit in the tree
 
 
 SET_UP = (
     Step("kit", "build:kit_units", 20, "build"),
     Step("machine", "environment:units", 10, "environment"),
 )
-"""Of plans that follow the first: what it has unpacked may be there."""
+"""First steps of plans after the first one, which may have unpacked the kit."""
 
 FIRST = Plan(
     "first",
@@ -85,8 +85,8 @@ SECOND = Plan(
     ),
     reads_verdict=True,
 )
-"""Its last steps have what is left: all have their time only where those before end early. With a
-verdict of the first plan there is no smoke check, without one no time for more than the winner."""
+"""The limits exceed the total: the last steps use the time that earlier ones leave. A verdict of
+the first plan replaces the smoke check; without one the plan ends with the winner's checks."""
 TRAINING = Plan(
     "training",
     seconds=280,
@@ -97,7 +97,7 @@ TRAINING = Plan(
         Step("steps", "steps:plan_units", 185, "steps"),
     ),
 )
-"""Training steps alone, for when what they are made of has changed."""
+"""Training steps alone, after changes of the model's side."""
 QUACK = Plan(
     "quack",
     seconds=240,
@@ -110,23 +110,23 @@ QUACK = Plan(
     ),
     kit="gpu-kit-quack",
 )
-"""One peer whose wheels are too large to travel with the others: the headline only."""
+"""The headline with one peer, whose wheels are too large for the common kit."""
 PLANS = {plan.name: plan for plan in (FIRST, SECOND, TRAINING, QUACK)}
 
 
 def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
-    """Runs the steps of a plan that began at the monotonic time `begun`.
+    """Run the steps of a plan that began at the monotonic time `begun`.
 
-    The verdict stands beside the results, and after each step of the first plan in `kept`, where
-    the second looks for it. A verdict on another device or other sources is not used.
+    The verdict is written beside the results and, after each step of the first plan, to `kept`,
+    from which the second plan reads it. A verdict of another device or other sources is ignored.
     """
     results = session.results
     results.data["plan"] = plan.name
-    session.log = "plan.log"  # few files: not every way back from a machine takes many
+    session.log = "plan.log"  # one log, as some transfers limit the number of files
     results.files[results.folder / "verdict.json"] = verdict.dumps
     patience = session.setting.patience
     end = session.end = begun + patience * (plan.seconds - plan.margin)
-    # A late first answer costs the last steps, not the kit.
+    # A late first answer shortens the last steps, not the kit's.
     until = max(begun + patience * plan.first_answer, time.monotonic())
     judged = False
     for step in plan.steps:
@@ -150,13 +150,13 @@ def run(plan: Plan, session: Session, kept: Path, begun: float) -> None:
 
 
 def run_step(step: Step, session: Session, until: float, judged: bool) -> None:
-    """One step; with `judged`, nothing is timed of a variant that did not pass the smoke check."""
+    """Run one step. With `judged`, variants that did not pass the smoke check are not timed."""
     data = session.results.data
     reason = session.gone
     if step.needs and step.needs not in verdict.sound(data):
-        reason = reason or f"{step.needs} is not sound here"
+        reason = reason or f"{step.needs} has not passed its checks"
     if reason:
-        entry = {"phase": step.phase or step.name, "key": f"{step.name}: all of it"}
+        entry = {"phase": step.phase or step.name, "key": f"{step.name}: all units"}
         data["not_run"].append({**entry, "reason": reason})
         session.results.write()
         return

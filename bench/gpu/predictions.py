@@ -1,18 +1,18 @@
-"""Times of the loss op on a GPU, predicted by arithmetic before anything was measured.
+"""Times of the loss op on a GPU, predicted by arithmetic before any measurement.
 
-A measurement is held against these: a miss in either direction means that something was not
-understood. All for T = 8192 tokens in bfloat16. Rates are those that others measured on such cards;
-the check measures the ceilings of the card that it finds.
+Measurements are compared with them: a miss in either direction shows an error in the model. All for
+T = 8192 tokens in bfloat16. Rates are published ones for such cards; the check measures the
+ceilings of the actual card.
 
     GEMM        2 T V D FLOP at 790 TFLOP/s: 11.3 ms for the 7B head
-    floor       3 of them for a frozen head with an on-line reference, 4 for a trained one
+    floor       3 GEMMs for a frozen head with an on-line reference, 4 for a trained one
     row pass    2 T V bytes per read or write of the logits (2.5 GB at V = 152,064) at the rate of a
-                copy. The reference is read once, the policy read and written; its second read comes
-                from the L2. 7.5 GB: 2.5 ms at 3.0 TB/s, 1.7 ms at 4.3 TB/s
+                copy. The reference is read once, the policy read and written; its second read hits
+                the L2. 7.5 GB: 2.5 ms at 3.0 TB/s, 1.7 ms at 4.3 TB/s
     issue       instructions of the row kernel per 16 logits, 32 lanes, 4 per clock on each of 132
-                multiprocessors. Lean, 196 for the policy and 104 for the reference: 0.8 ms, less
-                than memory takes. Masked, 604 and 285: 2.3 ms at best, 2.6 to 3.3 in practice
-    rest        the backward's row scale (0.05 ms), launches, the last wave of rows: 0.1 to 0.4 ms
+                multiprocessors. Lean: 196 for the policy and 104 for the reference, 0.8 ms, less
+                than the memory time. Masked: 604 and 285, at least 2.3 ms, 2.6 to 3.3 in practice
+    rest        row scale of the backward (0.05 ms), launches, last wave of rows: 0.1 to 0.4 ms
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 from bench.gpu.cases import FROZEN, HEADS, LSE_ONLY, TRAINED
 from bench.gpu.cases import TOKENS as T
+from bench.gpu.sections import table
 
 GEMM_RATE = 790e12
 CLOCK, MULTIPROCESSORS = 1.755e9, 132
 REST = (0.1, 0.4)  # ms
-# The epilogue of the WGMMA kernel and the cp.async loop of the Triton log-sum-exp cost a part of
-# the tensor cores' time; for D = 3584 only: at a smaller D an epilogue weighs more.
+# The epilogue of the WGMMA kernel and the cp.async loop of the Triton log-sum-exp take a part of
+# the tensor cores' time. For D = 3584 only: at a smaller D the share of an epilogue is larger.
 WGMMA_RATES = (660e12, 750e12)
 TRITON_LSE_RATES = (600e12, 660e12)
 MASKED_INSTRUCTIONS = {"reference": 285, "policy": 285 + 319}  # per 16 logits
@@ -34,7 +35,7 @@ ISSUE_EFFICIENCY = (0.7, 0.9)
 
 
 class Span(NamedTuple):
-    """Milliseconds, from the least to the most."""
+    """A range of milliseconds."""
 
     low: float
     high: float
@@ -44,7 +45,7 @@ class Span(NamedTuple):
 
 
 def copy_rate(device_name: str) -> float | None:
-    """Bytes per second, those read and those written; None for a card without a prediction."""
+    """Bytes read plus bytes written per second; None for a card without predictions."""
     rates = {"H100": 3.0e12, "H200": 4.3e12}
     return next((rate for name, rate in rates.items() if name in device_name), None)
 
@@ -56,23 +57,21 @@ def gemms(model: str, count: int, rates: tuple[float, float] = (GEMM_RATE, GEMM_
 
 
 def row_bytes(model: str, passes: int, rate: float) -> Span:
-    """`passes` times all logits read or written at the rate of a copy."""
+    """Time to read or write all logits `passes` times at the rate of a copy."""
     milliseconds = 1e3 * passes * 2 * T * HEADS[model][1] / rate
     return Span(milliseconds, milliseconds)
 
 
 def issue(model: str, instructions: int) -> Span:
-    """The row kernel where it is bound by the issue of instructions."""
+    """Time of the row kernel if it is bound by instruction issue."""
     warps = T * HEADS[model][1] / 16 / 32 * instructions
     at_best = 1e3 * warps / (4 * MULTIPROCESSORS * CLOCK)
     return Span(at_best / max(ISSUE_EFFICIENCY), at_best / min(ISSUE_EFFICIENCY))
 
 
 def predicted(device_name: str, provider: str, case: str, model: str) -> Span | None:
-    """Milliseconds of forward and backward (of the forward for log-probs alone) at T = 8192.
-
-    None for a card, a provider, a case or a model that nothing was predicted for.
-    """
+    """Milliseconds of forward and backward (the forward for log-probs alone) at T = 8192; None for
+    a card, provider, case or model without a prediction."""
     rate = copy_rate(device_name)
     products = {FROZEN: 3, TRAINED: 4, LSE_ONLY: 1}.get(case)
     if rate is None or products is None or model not in HEADS:
@@ -93,7 +92,7 @@ def predicted(device_name: str, provider: str, case: str, model: str) -> Span | 
     if model != "7B":
         return None
     if provider == "cuda fused":
-        # Log-sum-exp of the reference and E of the policy by WGMMA, the others by the vendor.
+        # WGMMA kernels for log-sum-exp of the reference and E of the policy, vendor GEMMs else.
         own = 1 if case == LSE_ONLY else 2
         return gemms(model, own, WGMMA_RATES) + gemms(model, products - own) + rest
     if provider == "triton lse" and case == LSE_ONLY:
@@ -111,10 +110,9 @@ SHOWN = (
 CARDS = ("H100", "H200")
 
 
-def table() -> str:
+def predictions_table() -> str:
     """The Markdown table of docs/gpu.md: milliseconds, and their ratio to the floor."""
-    lines = [f"| head, case | provider | {' | '.join(f'{c}, ms (x floor)' for c in CARDS)} |"]
-    lines.append("|---" * (2 + len(CARDS)) + "|")
+    rows = []
     for model, case, providers in SHOWN:
         for provider in ("floor", *providers):
             cells = []
@@ -126,9 +124,9 @@ def table() -> str:
                     ratios = f"{span.low / floor.low:.2f} to {span.high / floor.low:.2f}"
                     cell = f"{span.low:.1f} to {span.high:.1f} ({ratios})"
                 cells.append(cell)
-            lines.append(f"| {model}, {case} | {provider} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([f"{model}, {case}", provider, *cells])
+    return table(["head, case", "provider", *(f"{card}, ms (x floor)" for card in CARDS)], rows)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(predictions_table())

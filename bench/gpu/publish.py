@@ -1,8 +1,8 @@
-"""From results of GPU checks to the records of bench/results and the marked blocks of docs/.
+"""Results of GPU checks to records in bench/results and marked blocks in docs/.
 
-A block stands between `<!-- gpu-report: NAME begin -->` and `<!-- gpu-report: NAME end -->`. It is
-made of the newest record of every card, so that figures of one card do not replace those of
-another, and making it again gives the same text.
+A block lies between `<!-- gpu-report: NAME begin -->` and `<!-- gpu-report: NAME end -->`. It shows
+the newest record of every card, so that figures of one card do not replace those of another.
+Building it again gives the same text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import report, sections
-from bench.gpu.sections import measured, rate, step_name
+from bench.gpu.sections import KERNELS, Record, measured, rate, step_name
 
-Record = dict[str, Any]
 NOTHING = "Nothing has been measured on a GPU yet."
-KERNELS = 12  # of a profile that are kept
 LOST = ("executable", "times", "seconds_of_rounds", "unit_seconds", "phases")
-"""Fields that a record loses: of the host, or too long."""
+"""Fields removed from a record: they describe the host or are long."""
 PLACES = re.compile(r"(?<![\w./])(?:/[\w.+@-]+){2,}/?")
 """Absolute paths."""
 FIGURES = ("ceilings", "products", "loss", "steps")
@@ -27,35 +25,35 @@ FIGURES = ("ceilings", "products", "loss", "steps")
 
 
 class Refused(Exception):
-    """These results cannot be published together, or not there: why, and what to do."""
+    """These results cannot be published; the message gives the reason and the remedy."""
 
 
 # --- merging --------------------------------------------------------------------------------------
 
 
 def merged(runs: list[Record], *, force: bool = False, commit: str | None = None) -> Record:
-    """One set of results of several runs on one device, in the order in which they were started.
+    """One set of results from several runs on one device, in order of their start.
 
-    The later record of a phase and key wins, but one that was skipped replaces none, and a check
-    that failed in any run stays failed. `commit` is of the tree that was copied to the machine, for
-    runs that found no history there. Raises Refused where the devices differ, where one is no
-    GPU, and, unless forced, where the hashes of the sources differ.
+    The later record of a phase and key wins, but a skipped one replaces none, and a check that
+    failed in any run stays failed. `commit` is the commit of the tree that was copied to the
+    machine, for runs without git history. Raises Refused if devices differ, if one is not a GPU,
+    and, unless forced, if the hashes of the sources differ.
     """
     runs = sorted(runs, key=lambda data: data["started"])
     machines = [report.machine(data["records"]) for data in runs]
     for data, machine in zip(runs, machines, strict=True):
         if data.get("quick"):
-            raise Refused(f"the run of {data['started']} took tiny shapes (--quick): no figures")
+            raise Refused(f"the run of {data['started']} used tiny shapes (--quick): no figures")
         if not machine:
-            raise Refused(f"the run of {data['started']} does not say on which machine it was")
+            raise Refused(f"the run of {data['started']} does not name its machine")
         if "capability" not in machine:
-            raise Refused(f"the run of {data['started']} was on no GPU: {machine['device']}")
+            raise Refused(f"the run of {data['started']} was not on a GPU: {machine['device']}")
     if len(names := sorted({m["device"] for m in machines})) > 1:
-        raise Refused(f"figures of {' and '.join(names)} do not belong together: publish each card")
+        raise Refused(f"runs on different cards ({', '.join(names)}): publish each card separately")
     if len(hashes := sorted({m["source_hash"] for m in machines})) > 1 and not force:
         raise Refused(
-            f"the runs are of different sources ({', '.join(hashes)}): publish one of them, or "
-            "--force if what changed has no influence on what was measured"
+            f"runs of different sources ({', '.join(hashes)}): publish one of them, or use "
+            "--force if the changes do not affect the measurements"
         )
     records: dict[tuple[str, str], Record] = {}
     for number, data in enumerate(runs):
@@ -78,8 +76,8 @@ def merged(runs: list[Record], *, force: bool = False, commit: str | None = None
 
 
 def missing_figures(new: Record, folder: Path) -> tuple[str, int]:
-    """The newest record of the same card, and how many figures of it `new` lacks: they would vanish
-    from the pages."""
+    """The newest record of the same card, and the number of its figures that `new` lacks and that
+    publishing would remove from the pages."""
     for name, old in published(folder):
         if card(old) == card(new):
             here, there = (
@@ -92,6 +90,7 @@ def missing_figures(new: Record, folder: Path) -> tuple[str, int]:
 
 
 def wins(later: Record, earlier: Record) -> bool:
+    """Whether `later` replaces `earlier`."""
     if later["status"] == "skipped":
         return earlier["status"] == "skipped"
     failed = earlier["phase"] in report.CHECKS and earlier["status"] in report.BAD
@@ -99,6 +98,7 @@ def wins(later: Record, earlier: Record) -> bool:
 
 
 def command(data: Record) -> str:
+    """The command of a run."""
     plan = data.get("plan")
     return f"python -m bench.gpu_check --plan {plan}" if plan else "make gpu-check"
 
@@ -107,7 +107,7 @@ def command(data: Record) -> str:
 
 
 def compact(value: Any) -> Any:
-    """Without paths of the host and what no table shows; numbers to six digits."""
+    """Removes paths of the host and fields that no table shows; rounds numbers to six digits."""
     if isinstance(value, dict):
         kept = {name: compact(item) for name, item in value.items() if name not in LOST}
         if "kernels" in kept:
@@ -121,7 +121,7 @@ def compact(value: Any) -> Any:
 
 
 def dumps(data: Record) -> str:
-    """A line for each record."""
+    """JSON with one line per record."""
     data = compact(data)
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items()
              if name != "records"]  # fmt: skip
@@ -130,7 +130,7 @@ def dumps(data: Record) -> str:
 
 
 def card(data: Record) -> str:
-    """As in a file's name: "NVIDIA H100 80GB HBM3" is h100."""
+    """The card's name for file names: "NVIDIA H100 80GB HBM3" is h100."""
     words = report.machine(data["records"])["device"].lower().split()
     words = [word for word in words if word != "nvidia"]
     first = next((word for word in words if re.search(r"\d", word)), "-".join(words))
@@ -142,7 +142,7 @@ def name_of(data: Record) -> str:
 
 
 def published(folder: Path) -> list[tuple[str, Record]]:
-    """(name, data) of the newest record of every card in `folder`, by the cards' names."""
+    """(name, data) of the newest record of every card in `folder`, sorted by card."""
     newest: dict[str, tuple[str, Record]] = {}
     for path in sorted(folder.glob("gpu-*.json")):  # a card's files sort by date
         data = json.loads(path.read_text())
@@ -154,16 +154,16 @@ def published(folder: Path) -> list[tuple[str, Record]]:
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """A page with the text of a block replaced. Raises Refused where the block is not there."""
+    """A page with the text of a block replaced. Raises Refused if the page lacks the block."""
     begin, end = (f"<!-- gpu-report: {name} {which} -->" for which in ("begin", "end"))
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise Refused(f"the page must hold the lines {begin} and {end} once each, in this order")
+        raise Refused(f"the page must contain the lines {begin} and {end} once each, in this order")
     head, tail = page.split(begin)[0], page.split(end)[1]
     return f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}"
 
 
 def checks_block(cards: list[tuple[str, Record]]) -> str:
-    """For docs/gpu.md: machine, ceilings, checks, what must hold, measured against predicted."""
+    """Block of docs/gpu.md: machine, ceilings, checks, targets, measured against predicted."""
     parts = []
     for name, data in cards:
         records = data["records"]
@@ -173,7 +173,7 @@ def checks_block(cards: list[tuple[str, Record]]) -> str:
             parts.append(report.table(["ceiling", "measured"], rows))
         parts += check_tables(records)
         if rows := report.requirements(records):
-            parts.append(report.table(["what must hold", "wanted", "measured"], rows))
+            parts.append(report.table(report.TARGETS, rows))
         if rows := predicted_rows(data):
             header = ["head, T, case", "provider", "predicted, ms", "measured, ms", ""]
             parts.append(report.table(header, rows))
@@ -181,6 +181,7 @@ def checks_block(cards: list[tuple[str, Record]]) -> str:
 
 
 def origin(name: str, data: Record) -> str:
+    """Date, machine, versions, commands and file of a record."""
     commands = " and ".join(f"`{text}`" for text in dict.fromkeys(data["commands"]))
     line = report.machine_line(data["records"])
     hashes = data["source_hashes"]
@@ -197,27 +198,27 @@ def check_tables(records: list[Record]) -> list[str]:
 
 
 def predicted_rows(data: Record) -> list[list[str]]:
-    """Measurements of the loss op for which there is a prediction."""
+    """Rows of the measurements of the loss op that have a prediction."""
     records: list[Record] = data["records"]
     guess, rows = report.predictions(records), []
     for r in report.timed(records):
-        if (told := guess(r)) is None:
+        if (want := guess(r)) is None:
             continue
         ms = r["seconds"] * 1e3
-        says = "faster" if ms < told.low else "slower" if ms > told.high else "as predicted"
+        result = "faster" if ms < want.low else "slower" if ms > want.high else "as predicted"
         place = f"{r['model']}, {r['tokens']}, {r['case']}"
-        rows.append([place, r["provider"], report.span(told), f"{ms:.2f}", says])
+        rows.append([place, r["provider"], report.span(want), f"{ms:.2f}", result])
     return rows
 
 
 def figures_block(cards: list[tuple[str, Record]]) -> str:
-    """For docs/performance.md: the loss op and training steps, each with card and command."""
+    """Block of docs/performance.md: the loss op and training steps, with card and command."""
     parts = []
     for name, data in cards:
         device = report.machine(data["records"])["device"]
         tables = loss_tables(device, data) + step_tables(device, data)
         if not tables:
-            tables = ["No time was measured of anything that passed its checks."]
+            tables = ["Nothing that passed its checks was timed."]
         parts += [f"### {device}", origin(name, data), *tables]
     return "\n\n".join(parts) or NOTHING
 
@@ -233,7 +234,7 @@ def loss_tables(device: str, data: Record) -> list[str]:
         for r in found:
             errors = [f"{r['errors'][k]:.1e}" if k in r.get("errors", {}) else ""
                       for k in ("loss", "gradient")]  # fmt: skip
-            # Each beside the floor of its own run, whose rounds alternated with it.
+            # With the floor of the same measurement, whose rounds alternated with it.
             time = [f"{r[name] * 1e3:.2f}" for name in ("seconds", "floor_seconds")]
             time.append(f"{r['ratio_to_floor']:.3f}")
             rows.append([r["provider"], *time, report.mib(r), *errors, by(data, r)])

@@ -1,4 +1,4 @@
-"""From the records of a GPU check to Markdown, and to the short table that ends it."""
+"""The report of a GPU check: the Markdown page, and the short table printed at its end."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 from bench.gpu import cases, sections
 from bench.gpu.cases import LSE_ONLY
 from bench.gpu.predictions import Span, predicted
-from bench.gpu.sections import mib, table
+from bench.gpu.sections import Record, mib, table
 from bench.gpu.variants import OURS
-
-Record = dict[str, Any]
+from cpo_fast.counting import counted
 
 CHECKS = ("correctness", "suite", "sanitizer")
-"""Phases in which a failure means that something is wrong with us."""
+"""Phases in which a failure is a fault of this package."""
 MEASUREMENTS = ("ceilings", "products", "loss", "tuning", "profile", "steps")
 BAD = ("failed", "error", "crashed", "timeout")
 ONLINE = ", reference on-line"
@@ -27,14 +26,16 @@ SUITES = {
 }
 ROUNDING = 2**-8  # of bfloat16: the band of the rule on errors
 GIB = 2**30
-OUT_OF_MEMORY = "OutOfMemoryError"  # a card that is too small is no fault
-SHORT_CHARACTERS = 11000  # of the table that ends a run: the end of the output may be all one sees
+OUT_OF_MEMORY = "OutOfMemoryError"  # not a fault: the card is too small
+SHORT_CHARACTERS = 11000  # of the last table: often only the end of the output is visible
+TARGETS = ["target", "wanted", "measured"]
+"""Header of tables of `requirements`."""
 
 
 def broken(records: list[Record]) -> list[Record]:
-    """Checks that failed, a build that did, and measurements of ours that crash or err too much.
+    """Failed checks and builds, and measurements of ours that crashed or exceed the rule on errors.
 
-    A measurement that took too long is no proof of a fault: it is named among what hung."""
+    A measurement that timed out is not a proven fault; it is listed among the timeouts."""
     phases = (*CHECKS, "build")
     found = [r for r in records if r["phase"] in phases and r["status"] in BAD]
     found += [
@@ -43,7 +44,7 @@ def broken(records: list[Record]) -> list[Record]:
         if r["phase"] == "loss" and r["status"] in ("failed", "error", "crashed")
         if r["key"].rpartition(": ")[2] in OURS and OUT_OF_MEMORY not in r["reason"]
     ]
-    loss = [r for r in records if r["phase"] == "loss" and r["status"] == "ok"]
+    loss = sections.measured(records, "loss")
     for r in loss:
         if r["provider"] in OURS and within_rule(r, loss) is False:
             found.append(
@@ -53,7 +54,7 @@ def broken(records: list[Record]) -> list[Record]:
 
 
 def red(records: list[Record]) -> set[str]:
-    """Variants that broke a rule: no speed is claimed for them."""
+    """Variants that failed a check: no speed is claimed for them."""
     found: set[str] = set()
     for record in broken(records):
         head, _, tail = record["key"].partition(": ")
@@ -69,13 +70,9 @@ def red(records: list[Record]) -> set[str]:
 
 
 def timed(records: list[Record]) -> list[Record]:
-    """Measurements of the loss op, without those of variants that turned red since."""
+    """Measurements of the loss op, without those of red variants."""
     bad = red(records)
-    return [
-        r
-        for r in records
-        if r["phase"] == "loss" and r["status"] == "ok" and r["provider"] not in bad
-    ]
+    return [r for r in sections.measured(records, "loss") if r["provider"] not in bad]
 
 
 def within_rule(record: Record, records: list[Record]) -> bool | None:
@@ -94,7 +91,7 @@ def is_headline(record: Record) -> bool:
 
 
 def case_name(record: Record) -> str:
-    """As in the keys of measurements, without the provider."""
+    """The key of a measurement without the provider."""
     return f"{record.get('model')} T={record['tokens']}, {record['case']}"
 
 
@@ -107,8 +104,8 @@ def head_of(record: Record) -> tuple[int, int]:
 
 
 def winners(records: list[Record]) -> list[str]:
-    """Entries for cpo_fast/loss/cuda.py: heads for which one CUDA path beat everything of ours in
-    every case that was measured with all of them."""
+    """Entries for cpo_fast/loss/cuda.py: heads for which one CUDA path was our fastest in every
+    case that was measured with all implementations."""
     times: dict[tuple[int, int], dict[tuple[Any, ...], dict[str, float]]] = {}
     for r in timed(records):
         if r["provider"] in OURS and r["case"] != LSE_ONLY:
@@ -126,7 +123,8 @@ def winners(records: list[Record]) -> list[str]:
 
 
 def machine(records: list[Record]) -> Record:
-    return next((r for r in records if r["phase"] == "environment" and r["status"] == "ok"), {})
+    """The description of the machine, {} if it is unknown."""
+    return next(iter(sections.measured(records, "environment")), {})
 
 
 def machine_line(records: list[Record]) -> str:
@@ -140,18 +138,19 @@ def machine_line(records: list[Record]) -> str:
 
 
 def verdict(data: Record) -> str:
+    """One sentence: failed checks, timeouts, what was not reached."""
     bad, left = broken(data["records"]), Counter(e["phase"] for e in data["not_run"])
     words = []
     if bad:
-        words.append(f"RED: {len(bad)} checks failed")
+        words.append(f"RED: {counted(len(bad), 'check')} failed")
         names = sorted(red(data["records"]))
         if names:
             words.append(f"no speed is claimed for {', '.join(names)}")
     else:
         passed = sum(r["phase"] in CHECKS and r["status"] == "ok" for r in data["records"])
-        words.append(f"{passed} checks passed, none failed")
+        words.append(f"{counted(passed, 'check')} passed, none failed")
     if hung := data.get("hung"):
-        words.append(f"took too long and was left out from there on: {', '.join(hung)}")
+        words.append(f"timed out and skipped afterwards: {', '.join(hung)}")
     if left:
         words.append("not reached: " + ", ".join(f"{n} of {p}" for p, n in left.items()))
     if "finished" not in data:
@@ -160,7 +159,7 @@ def verdict(data: Record) -> str:
 
 
 def requirements(records: list[Record]) -> list[list[str]]:
-    """[what, wanted, measured] of the targets that these records speak of."""
+    """Rows [target, wanted, measured] of the targets that have measurements."""
     rows: list[list[str]] = []
     op = timed(records)
     for case, most in (("frozen head", 1.10), ("trained head", 1.12)):
@@ -180,7 +179,7 @@ def requirements(records: list[Record]) -> list[list[str]]:
         if case == "frozen head" and best.get("extra_bytes") is not None:
             extra = best["extra_bytes"] / GIB
             rows.append([f"{what}: extra memory", "<= 1.2 GiB", f"{extra:.2f} GiB"])
-    every = [r for r in records if r["phase"] == "loss" and r["status"] == "ok"]
+    every = sections.measured(records, "loss")
     judged = [within_rule(r, every) for r in every if r["provider"] in OURS and "errors" in r]
     if judged := [rule for rule in judged if rule is not None]:
         rows.append(["errors within the rule", "all", f"{sum(judged)} of {len(judged)}"])
@@ -194,24 +193,23 @@ def requirements(records: list[Record]) -> list[list[str]]:
 
 
 def short(data: Record) -> str:
-    """The table that ends a run."""
+    """The table printed at the end of a run."""
     records = data["records"]
     lines = [machine_line(records), verdict(data)]
     lines += [data["verdict"]] if "verdict" in data else []
     lines += sections.kit_notes(records)
     for r in broken(records)[:8]:
         lines.append(f"  {r['status']}: {r['key']}: {r['reason']}"[:160])
-    for r in records:
-        if r["phase"] == "ceilings" and r["status"] == "ok":
-            lines.append(f"{r['key']:60} {sections.rate(r)}")
+    for r in sections.measured(records, "ceilings"):
+        lines.append(f"{r['key']:60} {sections.rate(r)}")
     for what, wanted, measured in requirements(records):
         lines.append(f"{what[:100]:100} {measured}  (wanted {wanted})")
     guess = predictions(records)
     for r in timed(records):
         name = f"T={r['tokens']} D={r['hidden']} {r['case']}: {r['provider']}"
         text = f"{r['seconds'] * 1e3:9.2f} ms {r['ratio_to_floor']:6.2f} x floor"
-        told = guess(r)
-        lines.append(f"{name[:72]:72} {text}" + (f"  predicted {span(told)} ms" if told else ""))
+        want = guess(r)
+        lines.append(f"{name[:72]:72} {text}" + (f"  predicted {span(want)} ms" if want else ""))
     lines += sections.short_lines(records, red(records))
     text = ""
     for line in lines:
@@ -226,7 +224,7 @@ def reasons(entry: Record) -> list[str]:
 
 
 def predictions(records: list[Record]) -> Callable[[Record], Span | None]:
-    """What was predicted for a measurement of the loss op on this device, milliseconds."""
+    """A function from a measurement of the loss op to its prediction on this device."""
     device = str(machine(records).get("device"))
 
     def guess(record: Record) -> Span | None:
@@ -242,7 +240,7 @@ def span(found: Span | None) -> str:
 
 
 def by_case(records: list[Record]) -> dict[tuple[Any, ...], list[Record]]:
-    """Measurements of the loss op by (T, D, V, case), the fastest first; cases as measured."""
+    """Measurements of the loss op by (T, D, V, case), fastest first; cases in measured order."""
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for r in timed(records):
         groups[r["tokens"], r["hidden"], r["vocabulary"], r["case"]].append(r)
@@ -254,7 +252,7 @@ def checks(records: list[Record]) -> list[Record]:
 
 
 def check_counts(records: list[Record]) -> str:
-    """A table of how checks ended, by phase and variant; "" without any."""
+    """A table of the number of checks by phase, variant and status; "" without checks."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for r in checks(records):
         name = r["key"].partition(": ")[0] if r["phase"] == "correctness" else ""
@@ -267,11 +265,8 @@ def check_counts(records: list[Record]) -> str:
 
 
 def render(data: Record) -> str:
-    """The whole report, from whatever has been recorded so far."""
+    """The whole report, from the records so far."""
     records: list[Record] = data["records"]
-    by_phase: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        by_phase[record["phase"]].append(record)
     parts = ["# GPU check", f"{machine_line(records)}. Started {data['started']}.", verdict(data)]
     parts += [data["verdict"]] if "verdict" in data else []
     parts += sections.kit_notes(records)
@@ -280,9 +275,9 @@ def render(data: Record) -> str:
         versions = shown.pop("versions")
         rows = [[k, str(v)] for k, v in shown.items()]
         rows += [[name, version or "not installed"] for name, version in versions.items()]
-        parts += ["## Machine", table(["what", "value"], rows)]
+        parts += ["## Machine", table(["property", "value"], rows)]
     if rows := requirements(records):
-        parts += ["## What must hold", table(["what", "wanted", "measured"], rows)]
+        parts += ["## Targets", table(TARGETS, rows)]
     if counts := check_counts(records):
         parts += ["## Checks", counts]
         for title, wanted in (("Failures", BAD), ("Skipped", ("skipped",))):
@@ -290,9 +285,9 @@ def render(data: Record) -> str:
             if found:
                 lines = [f"- {r['phase']}, {r['key']}: {r['reason']}" for r in found]
                 parts += [f"### {title}", "\n".join(lines)]
-    if ceilings := [r for r in by_phase["ceilings"] if r["status"] == "ok"]:
+    if ceilings := sections.measured(records, "ceilings"):
         rows = [[r["key"], sections.rate(r)] for r in ceilings]
-        parts += ["## Ceilings", table(["what", "measured"], rows)]
+        parts += ["## Ceilings", table(["ceiling", "measured"], rows)]
     parts += sections.products(records) + loss_part(records)
     parts += sections.tuning(records, red(records)) + sections.profiles(records, red(records))
     parts += sections.steps(records)
@@ -333,12 +328,12 @@ def loss_part(records: list[Record]) -> list[str]:
                 ]
             )
         rate = found[0]["floor_flops_per_second"] / 1e12
-        floor = "Each row has the floor that was timed in turn with it. "
-        floor += f"That of {found[0]['provider']}: {rate:.4g} TFLOP/s." + sections.floors(found[0])
+        floor = "The floor of each row was timed in turn with it. "
+        floor += f"Floor of {found[0]['provider']}: {rate:.4g} TFLOP/s." + sections.floors(found[0])
         header = ["provider", "ms", "rounds", "floor ms", "x floor", "extra MiB", "loss error"]
         header += ["gradient error", "within the rule", "predicted ms"]
         parts += [f"### T = {T}, D = {D}, V = {V}: {case}", floor, table(header, rows)]
     if lines := winners(records):
-        text = "Heads for which a CUDA path won everywhere, for MEASURED in cpo_fast/loss/cuda.py:"
-        parts += ["### Choice by default", text, "\n".join(f"    {line}" for line in lines)]
+        text = "Heads whose fastest path is always the same, for MEASURED in cpo_fast/loss/cuda.py:"
+        parts += ["### Default choice", text, "\n".join(f"    {line}" for line in lines)]
     return parts

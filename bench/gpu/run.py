@@ -1,6 +1,6 @@
-"""Runs units in processes of their own, and keeps what they told whatever becomes of them.
+"""Runs units in worker processes and keeps their results whatever happens to the workers.
 
-The process that does this never imports torch: it cannot hang in a driver, and holds no device.
+This process never imports torch, so it cannot hang in a driver and holds no device.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 from bench.gpu import environment, report
 from bench.gpu.units import ROOT, Setting
 
-START_SECONDS = 45.0  # until a process must have imported all and told what it will do
+START_SECONDS = 45.0  # for a process to import everything and send its plan
 PROBE_SECONDS = 20.0
 PROBE_LEAST_SECONDS = 10.0
-DEATH_SECONDS = 3.0  # a killed process that waits for the driver may stay: it is not waited for
+DEATH_SECONDS = 3.0  # a killed process can hang in the driver: it is not awaited longer
 
 
 def now() -> str:
@@ -37,32 +37,32 @@ def now() -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Whoever reads `path`, at any time, finds a whole file."""
+    """Write a file atomically: readers never see a partial one."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text)
     fresh.replace(path)
 
 
 class NotResumable(Exception):
-    """What a folder holds is not what this run would go on with."""
+    """The results in a folder cannot be continued."""
 
 
 def resumable(file: Path) -> dict[str, Any]:
-    """The results of a full check of these sources. Raises NotResumable for anything else."""
+    """The results of a full check of these sources. Raises NotResumable for other results."""
     try:
         data = json.loads(file.read_text())
         sources = report.machine(data["records"]).get("source_hash")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise NotResumable(f"{file} cannot be read: {error}") from None
     if "plan" in data:
-        raise NotResumable(f"{file} is of --plan {data['plan']}, which does not go on")
+        raise NotResumable(f"{file} is of --plan {data['plan']}, which cannot be continued")
     if sources not in (None, environment.source_hash()):
         raise NotResumable(f"{file} is of other sources; choose another --out")
     return data
 
 
 def set_aside(folder: Path) -> None:
-    """Renames the results of an earlier run, so that a new one overwrites none of its figures."""
+    """Rename the results of an earlier run, so that a new run does not overwrite them."""
     old = [folder / name for name in ("results.json", "report.md", "verdict.json", "plan.log")]
     if not old[0].exists():
         return
@@ -72,11 +72,11 @@ def set_aside(folder: Path) -> None:
     for path in old:
         if path.exists():
             path.rename(path.with_stem(f"{path.stem}-{number}"))
-    print(f"{folder} holds an earlier run: its files are renamed to results-{number}.json ...")
+    print(f"{folder} has results of an earlier run: renamed to results-{number}.json etc.")
 
 
 class Results:
-    """The records so far, on disk after every change, with what is made of them."""
+    """The records so far and files made from them, written after every change."""
 
     def __init__(self, folder: Path, resume: bool = False) -> None:
         self.folder = folder
@@ -112,16 +112,16 @@ class Results:
 
 
 def guarded(make: Callable[[dict[str, Any]], str], data: dict[str, Any]) -> str:
-    """What `make` makes of the data. A fault of its own must not end the run, whose figures are in
-    results.json: the text then says what went wrong."""
+    """`make(data)`, or the traceback as text if it fails: an error in a report must not end the
+    run."""
     try:
         return make(data)
     except Exception:
-        return f"results.json is whole, but this could not be made of it:\n{traceback.format_exc()}"
+        return f"results.json is complete; making this file failed:\n{traceback.format_exc()}"
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """Kills a process and all that it started in its session."""
+    """Kill a process and all processes of its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -129,7 +129,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def device_answers(device: str, limit: float) -> bool:
-    """Whether a fresh process gets a sum from the device in time."""
+    """Whether a fresh process computes a sum on the device within `limit` seconds."""
     code = f"import torch; torch.ones(1, device={device!r}).sum().item()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -147,7 +147,7 @@ def device_answers(device: str, limit: float) -> bool:
 
 
 class Worker:
-    """A process with the units of a phase, and the lines that it tells."""
+    """A process that runs the units of a phase, and the JSON lines that it sends."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Worker:
         self.rest = b""
 
     def lines(self, until: list[float]) -> Iterator[dict[str, Any]]:
-        """What it tells, until it ends or the time `until[0]` of the monotonic clock is over."""
+        """Received lines, until the process ends or the monotonic time `until[0]` is reached."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.reading, selectors.EVENT_READ)
             while True:
@@ -189,7 +189,7 @@ class Worker:
                     yield json.loads(line)
 
     def end(self, late: bool) -> int:
-        """Ends it and what it started; its exit status, negative for a signal of its own."""
+        """End the process and its children; returns the exit status, negative for a signal."""
         status = 0
         if not late:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -201,14 +201,14 @@ class Worker:
 
 @dataclass
 class Session:
-    """What is known while phases run: variants that hung, and whether the device still answers."""
+    """State across phases: variants that hung, and whether the device still answers."""
 
     setting: Setting
     results: Results
     environment: dict[str, str] = field(default_factory=dict)  # of all later processes
-    end: float = float("inf")  # of the monotonic clock: no question to the device lasts longer
+    end: float = float("inf")  # monotonic time that no probe of the device exceeds
     gone: str = ""  # why nothing more can run
-    log: str = ""  # one file for what all phases print; else each has its own
+    log: str = ""  # a common log of all phases; default: one per phase
     probe: Callable[[str, float], bool] = device_answers
 
     @property
@@ -219,9 +219,9 @@ class Session:
         return dataclasses.replace(self.setting, hung=tuple(self.hung), only=only)
 
     def check_device(self) -> None:
-        """After a unit that was killed or that spoilt its process: is there still a device?"""
+        """Probe the device after a unit that was killed or broke its process."""
         limit = min(PROBE_SECONDS, self.end - time.monotonic())
-        if limit < PROBE_LEAST_SECONDS:  # no answer in so short a time says nothing
+        if limit < PROBE_LEAST_SECONDS:  # too short for a conclusion
             return
         if not self.gone and not self.probe(self.setting.device, limit):
             self.gone = "the device no longer answers"
@@ -237,14 +237,13 @@ def run_phase(
     only: tuple[str, ...] = (),
     probing: bool = True,
 ) -> bool:
-    """Runs the units of `source` ("module:function" of bench.gpu) that have no record yet, in as
-    many processes as it takes, until `deadline`.
+    """Run the units of `source` ("module:function" of bench.gpu) that have no record yet, in as
+    many processes as needed, until `deadline`.
 
-    `name` is that of the log (unless the session has one) and of the records' `step`, `phase` that
-    of records and of what was not reached; by default both are `source`. Once a unit took too long,
-    its variant is left out of everything behind it. Whatever ends a process before its time leads
-    to a question whether the device still answers, here or, without `probing`, by the caller:
-    returns whether it is due.
+    `name` is the name of the log (unless the session has one) and the `step` of records; `phase` is
+    the phase of records and of unreached units; both default to `source`. After a timeout of a
+    unit, all later units of its variant are skipped. If a process ends early, the device is probed,
+    here or, without `probing`, by the caller: returns whether a process ended early.
     """
     name = name or source
     phase = phase or name
@@ -253,7 +252,7 @@ def run_phase(
     log = results.folder / (session.log or f"{name}.log")
     plan: dict[str, tuple[str, str]] = {}  # key: variant, phase
     listed, troubled, cut_off = False, False, ""
-    barren = 0  # processes in a row that ended without a unit's result
+    barren = 0  # consecutive processes without a result
 
     def record(key: str, **figures: Any) -> None:
         own = plan.get(key, ("", ""))[1] or phase
@@ -280,7 +279,7 @@ def run_phase(
                     ends, spoilt = line.pop("ends"), line.pop("spoilt")
                     session.environment.update(line.pop("environment", {}))
                     record(line.pop("key"), **line)
-                    # A process may hang in the driver while it ends: it is not waited for.
+                    # A process can hang in the driver at exit: it is not awaited.
                     if ends or not waiting(plan, behind, session):
                         break
         finally:
@@ -289,7 +288,7 @@ def run_phase(
         if running and late and until[0] == deadline:
             cut_off = running
         elif running:
-            ended = "took too long" if late else f"the process ended with {status}"
+            ended = "timed out" if late else f"the process ended with status {status}"
             seconds = time.monotonic() - begun
             text = f"{ended}; see {log.name}"
             kind = "timeout" if late else "crashed"
@@ -308,10 +307,10 @@ def run_phase(
     entries = [{"phase": plan[key][1] or phase, "key": key} for key in left]
     for entry in entries:
         if entry["key"] == cut_off:
-            entry["reason"] = "cut off while it ran"
+            entry["reason"] = "interrupted at the end of the time"
     if not listed:
         reason = f"its process fails; see {log.name}" if barren else "no time was left"
-        entries = [{"phase": phase, "key": f"all of it: {session.gone or reason}"}]
+        entries = [{"phase": phase, "key": f"all units: {session.gone or reason}"}]
     with results.lock:
         results.data["not_run"] += entries
         results.write()
@@ -319,7 +318,7 @@ def run_phase(
 
 
 def waiting(plan: dict[str, tuple[str, str]], behind: set[str], session: Session) -> bool:
-    """Whether some unit of the plan could still run."""
+    """Whether a unit of the plan can still run."""
     return any(key not in behind and plan[key][0] not in session.hung for key in plan)
 
 
@@ -332,7 +331,7 @@ def run_side_by_side(
     name: str,
     phase: str,
 ) -> None:
-    """`run_phase` for each variant, all at the same time; then one question to the device."""
+    """`run_phase` for all variants at the same time, then one probe of the device."""
 
     def one(variant: str) -> bool:
         return run_phase(

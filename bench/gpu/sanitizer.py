@@ -1,6 +1,6 @@
-"""NVIDIA's compute-sanitizer over every kernel on small shapes, where it is installed.
+"""NVIDIA's compute-sanitizer over every kernel on small shapes, if it is installed.
 
-`python -m bench.gpu.sanitizer VARIANT` is what runs under it.
+`python -m bench.gpu.sanitizer VARIANT` is the program that it runs.
 """
 
 from __future__ import annotations
@@ -17,46 +17,47 @@ from bench.gpu.units import ROOT, NotHere, Setting, Unit
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 VARIANTS = ("cuda rows", "cuda fused", "triton lean")
-OURS = "kns=3cpo"  # mangled names of our namespace: not the vendor's GEMM
-FAILED = 86
-SECONDS = 50.0  # less than the limit of a unit: a slow tool is not a fault of ours
+OURS = "kns=3cpo"  # mangled names of our namespace, which excludes the vendor's GEMM
+FAILED = 86  # exit status of the tool if it reports an error
+UNSUPPORTED = 3  # exit status of `exercise` if the variant does not run here
+SECONDS = 50.0  # less than the limit of a unit, so that a slow tool is skipped, not failed
 
 
 def run(tool: str, variant: str, device: str) -> dict[str, Any]:
     if device == "cpu":
-        raise NotHere("there is nothing to check on a CPU")
+        raise NotHere("compute-sanitizer needs a GPU")
     if shutil.which("compute-sanitizer") is None:
         raise NotHere("compute-sanitizer is not installed")
     done = sanitized(tool, variant)
     if "not supported" in done.stdout or "Failed to initialize" in done.stdout:
         raise NotHere(f"compute-sanitizer does not work here: {done.stdout[-200:]}")
-    if done.returncode == 3:
+    if done.returncode == UNSUPPORTED:
         raise NotHere(f"{variant} does not run on this device")
     summary = re.findall(r"={9} (.*(?:SUMMARY|Error:|Warning:|hazard).*)", done.stdout)
     found = done.returncode == FAILED
     if found and tool == "initcheck" and sanitized(tool, "reference").returncode == FAILED:
-        raise NotHere("initcheck finds as much where no kernel of ours runs: it misses writes")
+        raise NotHere("initcheck also fails without our kernels: it misses writes")
     assert not found, "; ".join(summary)[:400]
     ours = "Traceback" in done.stderr and "OutOfMemoryError" not in done.stderr
     assert not ours, done.stderr[-300:]
-    if done.returncode != 0:  # only FAILED says that the tool found something
+    if done.returncode != 0:  # only FAILED means that the tool found an error
         raise NotHere(f"the tool ended with {done.returncode}: {done.stderr[-200:]}")
     return {"summary": summary[-1:]}
 
 
 def sanitized(tool: str, variant: str) -> subprocess.CompletedProcess[str]:
-    """`exercise(variant)` in a process under a tool. Raises NotHere where that takes too long."""
+    """Run `exercise(variant)` in a process under a tool. Raises NotHere if it times out."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FAILED)]
     command += ["--print-limit", "20"]
     if tool == "racecheck":
         command += ["--racecheck-detect-level", "error"]
-    if tool == "memcheck":  # our launchers check every call; what PyTorch tries out is not ours
+    if tool == "memcheck":  # our launchers check every call; PyTorch probes the API with errors
         command += ["--report-api-errors", "no"]
-    # Of a kernel that is left out, initcheck might not see the writes: it gets them all.
+    # initcheck must see all kernels: it would miss the writes of excluded ones.
     if variant.startswith("cuda") and tool != "initcheck":
         command += ["--kernel-name", OURS]
     command += [sys.executable, "-m", "bench.gpu.sanitizer", variant]
-    # Without PyTorch's cache every tensor is an allocation of its own, whose end is seen.
+    # Without PyTorch's cache every tensor is a separate allocation, whose bounds are checked.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
@@ -68,33 +69,36 @@ def sanitized(tool: str, variant: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def units(setting: Setting) -> list[Unit]:
+def tool_units(
+    setting: Setting, tools: tuple[str, ...], names: tuple[str, ...], limit: float
+) -> list[Unit]:
     return [
-        Unit(f"{tool}: {variant}", functools.partial(run, tool, variant, setting.device), limit=120)
-        for tool in TOOLS
-        for variant in VARIANTS
+        Unit(f"{tool}: {name}", functools.partial(run, tool, name, setting.device), limit=limit)
+        for tool in tools
+        for name in names
     ]
+
+
+def units(setting: Setting) -> list[Unit]:
+    return tool_units(setting, TOOLS, VARIANTS, limit=120)
 
 
 def plan_units(setting: Setting) -> list[Unit]:
-    """The two tools that find most, over the kernels that are not Triton's."""
-    return [
-        Unit(f"{tool}: {variant}", functools.partial(run, tool, variant, setting.device), limit=60)
-        for tool in TOOLS[:2]
-        for variant in VARIANTS[:2]
-        if variant not in setting.hung
-    ]
+    """The two most productive tools over the CUDA kernels."""
+    alive = tuple(name for name in VARIANTS[:2] if name not in setting.hung)
+    return tool_units(setting, TOOLS[:2], alive, limit=60)
 
 
 def exercise(variant: str) -> int:
-    """Forward and backward on ragged shapes, in chunks and in one; 3 where it cannot run."""
+    """Forward and backward on ragged shapes, in one chunk and in several. Returns an exit status:
+    UNSUPPORTED if the variant does not run here."""
     import torch
 
     from bench.gpu.inputs import Inputs, workspace
     from bench.gpu.variants import using, variants
 
     if variant not in variants("cuda"):
-        return 3
+        return UNSUPPORTED
     for shape in ((300, 1013, 72), (5, 20007, 64)):
         data = Inputs("random", *shape, torch.bfloat16, "cuda")
         for mib in (1, 64):

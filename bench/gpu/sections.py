@@ -1,4 +1,4 @@
-"""Parts of the report that need nothing but records of one phase each."""
+"""Parts of the report, each made from the records of one phase."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from bench.gpu.cases import ATTENTION_CHECK, CLASSES, LOG_2, LOSS_ERROR, STEPS
 
 Record = dict[str, Any]
 STEP_COLUMNS = ("pairs_per_second", "seconds", "mfu", "peak_memory_bytes", "loss", "error")
-KERNELS = 12  # of a profile that are listed
+KERNELS = 12  # listed of a profile
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -26,27 +27,27 @@ def measured(records: list[Record], phase: str) -> list[Record]:
 
 
 def rate(record: Record) -> str:
-    """Of a ceiling."""
+    """The measured rate of a ceiling."""
     if "bytes_per_second" in record:
         return f"{record['bytes_per_second'] / 1e9:.4g} GB/s"
     return f"{record['flops_per_second'] / 1e12:.4g} TFLOP/s, {record['size']} cubed"
 
 
 def floors(record: Record) -> str:
-    """The floor under both settings of the vendor library, and what clock was used."""
+    """The floor under both settings of the vendor library, and the clock."""
     found = record.get("floors", {})
     parts = [f"{seconds * 1e3:.3f} ms with {name}" for name, seconds in found.items()]
-    text = f" It takes {', '.join(parts)}." if parts else ""
+    text = f" Times: {', '.join(parts)}." if parts else ""
     return f"{text} Timed by {record['timed_by']}." if "timed_by" in record else text
 
 
 def kit_notes(records: list[Record]) -> list[str]:
-    """What of the kit could not be used, and why."""
+    """Unusable parts of the kit, with reasons."""
     return [f"Kit: {note}." for r in measured(records, "build") for note in r.get("notes", ())]
 
 
 def products(records: list[Record]) -> list[str]:
-    """Rates of the two products with the head, by rows of a chunk and vendor settings."""
+    """Rates of the two products with the head, by rows per chunk and vendor settings."""
     found = measured(records, "products")
     if not found:
         return []
@@ -61,7 +62,7 @@ def products(records: list[Record]) -> list[str]:
 
 
 def tuning(records: list[Record], red: set[str]) -> list[str]:
-    """Settings tried beside the default one, and what was expected of them."""
+    """Times under other settings than the default, with the expectations."""
     rows = [
         [
             r["key"],
@@ -75,7 +76,7 @@ def tuning(records: list[Record], red: set[str]) -> list[str]:
     ]
     if not rows:
         return []
-    return ["## Settings", table(["what", "ms", "x floor", "extra MiB", "expected"], rows)]
+    return ["## Settings", table(["setting", "ms", "x floor", "extra MiB", "expected"], rows)]
 
 
 def profiles(records: list[Record], red: set[str]) -> list[str]:
@@ -104,8 +105,8 @@ def step_profiles(records: list[Record]) -> list[Record]:
 
 
 def class_table(found: list[Record]) -> str:
-    """Where the time of steps goes: shares of the wall time of a step that is not profiled, which
-    is what an MFU is of; idle is what no kernel explains."""
+    """Time of steps by class of kernel, as shares of the wall time of an unprofiled step, on which
+    MFU is based; idle is time without a kernel."""
     header = ["step", "wall, s", "in kernels, s", *CLASSES, "idle"]
     rows = []
     for r in found:
@@ -117,14 +118,14 @@ def class_table(found: list[Record]) -> str:
 
 
 def class_shares(record: Record) -> dict[str, float]:
-    """Of a step's wall time, or of the time in kernels where that is longer."""
+    """Shares of a step's wall time, or of the time in kernels if that is longer."""
     whole = max(record["wall_seconds"], record["seconds"])
     shares = {kind: record["classes"][kind] / whole for kind in CLASSES}
     return {**shares, "idle": 1 - record["seconds"] / whole}
 
 
 def steps(records: list[Record]) -> list[str]:
-    """A table for each size, a row for each unit's step; then where their time goes."""
+    """A table per size with a row per step, then their time by class of kernel."""
     parts = []
     found = measured(records, "steps")
     for size in dict.fromkeys(r["size"] for r in found):
@@ -138,12 +139,12 @@ def steps(records: list[Record]) -> list[str]:
         header = ["step", "attention", *STEP_COLUMNS]
         parts += [f"## Steps of {size}", text, table(header, rows)]
     if profiled := step_profiles(records):
-        parts += ["## Where the time of a step goes", class_table(profiled)]
+        parts += ["## Time of a step by class of kernel", class_table(profiled)]
     return parts
 
 
 def step_name(record: Record) -> str:
-    """As in its key: "ours, compiled", "trl in batches of 8"."""
+    """The last part of its key: "ours, compiled", "trl in batches of 8"."""
     return record["key"].partition(": ")[2]
 
 
@@ -155,7 +156,7 @@ def step_cell(step: Record, key: str) -> str:
 
 
 def wrong_attention(records: list[Record]) -> set[str]:
-    """Steps of ours whose attention failed its check; one that took too long is not wrong."""
+    """Steps of ours whose attention failed its check; a timeout is not a failure."""
     failed = {
         r["key"]
         for r in records
@@ -165,8 +166,8 @@ def wrong_attention(records: list[Record]) -> set[str]:
 
 
 def step_requirements(records: list[Record]) -> list[list[str]]:
-    """[what, wanted, measured]: the 7B step's MFU and its rate beside the best of trl's, of the
-    fastest of ours whose loss and whose attention are right."""
+    """Rows [target, wanted, measured]: MFU of the 7B step and its rate relative to trl's best, for
+    our fastest step with correct loss and attention."""
     wrong = wrong_attention(records)
     mine: list[tuple[float, str, Record]] = []
     trl = 0.0
@@ -191,7 +192,7 @@ def step_requirements(records: list[Record]) -> list[list[str]]:
 
 
 def short_lines(records: list[Record], red: set[str]) -> list[str]:
-    """What the table that ends a run says of tuning, steps, products and profiles."""
+    """Lines of tuning, steps, products and profiles in the table printed at the end of a run."""
     lines = []
     for r in measured(records, "tuning"):
         if r["provider"] not in red:
@@ -211,6 +212,6 @@ def short_lines(records: list[Record], red: set[str]) -> list[str]:
         lines.append(f"step of {r['model']}, {r['provider']}, time: {', '.join(shares)}")
     for r in measured(records, "profile"):
         if r["provider"] not in red:
-            worst = (f"{k['name'][:64]} {k['seconds'] * 1e3:.2f}" for k in r["kernels"][:5])
-            lines.append(f"{r['key']}, ms: {'; '.join(worst)}")
+            longest = (f"{k['name'][:64]} {k['seconds'] * 1e3:.2f}" for k in r["kernels"][:5])
+            lines.append(f"{r['key']}, ms: {'; '.join(longest)}")
     return lines

@@ -1,7 +1,7 @@
-"""The first look at each variant: is it right at all? Seconds, before anything is timed.
+"""A first check of each variant, within seconds, before anything is timed.
 
-Against float64 with a ragged vocabulary, a hidden size of a real model, all rows in one chunk and
-in several, a trained head; and a policy that equals its reference, whose loss is log 2.
+Against float64 with a ragged vocabulary, a real hidden size, rows in one chunk and in several, and
+a trained head; and a policy equal to its reference, whose loss is log 2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import CHECKED, LSE, why_not
 
 SHAPE = (300, 50257, 896)  # T, V, D
-LIMIT = 40.0  # Triton compiles, on a machine where all variants do so at once
+LIMIT = 40.0  # includes Triton's compilation, with all variants at the same time
 
 
 def smoke(variant: str, device: str, quick: bool) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def smoke(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 
 def lse(shape: tuple[int, int, int], device: str) -> dict[str, Any]:
-    """Log-probs of the fused log-sum-exp, which sums in float32 and never rounds a logit."""
+    """Log-probs of the fused log-sum-exp, which sums in float32 and does not round logits."""
     from cpo_fast.kernels.linear_lse import linear_lse_logps
 
     data = Inputs("random", *shape, preferred_dtype(LSE, device), device)

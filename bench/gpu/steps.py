@@ -1,8 +1,7 @@
-"""Training steps of Qwen2.5-VL's 3B and 7B shapes with random weights, against trl where it is.
+"""Training steps at Qwen2.5-VL's 3B and 7B shapes with random weights, against trl if installed.
 
-Ours in its variants and each peer are units of their own: what one takes or breaks costs no figure
-of another. A step of ours is profiled by kernel right behind its timing, with the model that is
-there.
+Each variant of ours and each peer is a separate unit, so that a failure costs one figure only. A
+step of ours is profiled by kernel directly after its timing, with the same model.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from bench.gpu.cases import LOG_2, LOSS_ERROR, STEPS
 from bench.gpu.units import NotHere, Setting, Unit
 
 NEEDED = {"trl": ("bench.step_sizes", "peft", "trl")}
-HELD = 1e9  # bytes that a unit may leave in use: with more, the next one has a fresh process
+HELD = 1e9  # bytes that a unit may leave allocated: above, the next one gets a fresh process
 ROOMY = 100e9  # bytes of device memory for packs of 8192 tokens: 7B keeps 60 GB for its backward
 
 
@@ -30,15 +29,15 @@ def missing(name: str) -> bool:
 
 
 _measured: dict[tuple[str, str], tuple[Callable[[], float], float]] = {}
-"""(kind, size): the step and its seconds, of the unit before in this process. A model of 7B takes
-15 GB: there is one at a time."""
+"""(kind, size): the step of the previous unit in this process, and its seconds. Only one is kept: a
+7B model takes 15 GB."""
 
 
 def step(
     kind: str, size: str, device: str, options: dict[str, Any], profiled: bool = False
 ) -> dict[str, Any]:
-    """One kind of step, one of STEPS or a peer of bench.step_sizes; kept for the unit behind it
-    with `profiled`."""
+    """Figures of one step: one of STEPS or a peer of bench.step_sizes. With `profiled` the step is
+    kept for the next unit."""
     for name in NEEDED.get(kind, ("bench.step_sizes", "peft")):
         if missing(name):
             raise NotHere(f"{name} is not installed")
@@ -52,7 +51,7 @@ def step(
         device=device,
         peers=() if mine else (kind,),
         with_ours=mine,
-        measured=(lambda name, step: made.append(step)) if profiled else None,
+        on_measured=(lambda name, step: made.append(step)) if profiled else None,
         **options,
     )
     figures = found["steps"]["ours" if mine else kind]
@@ -63,7 +62,7 @@ def step(
         found["attention"] = "its own"
     loss = figures["loss"]
     if mine:
-        # Attention with and without gradients may take other kernels, which round differently.
+        # Attention kernels with and without gradients can differ in rounding.
         assert abs(loss - LOG_2) < LOSS_ERROR, f"an untrained loss is log 2, not {loss}"
     if profiled:
         _measured[kind, size] = made[0], figures["seconds"]
@@ -73,7 +72,7 @@ def step(
 
 
 def profile_step(kind: str, size: str, device: str) -> dict[str, Any]:
-    """One call of a step that the unit before this one has timed."""
+    """Profile one call of the step that the previous unit timed."""
     if (kind, size) not in _measured:
         raise NotHere("the step was not timed in this process")
     from bench.gpu.kernel_times import profile
@@ -112,18 +111,18 @@ def roomy() -> bool:
 
 
 def of_sound_attention(setting: Setting, kinds: tuple[str, ...]) -> list[str]:
-    """Without those whose attention was wrong or hung."""
+    """The kinds whose attention neither failed nor hung."""
     bad = {*setting.red, *setting.hung}
     return [kind for kind in kinds if check_of(kind) not in bad]
 
 
 def check_of(kind: str) -> str:
-    """The variant of bench/gpu/attention.py that speaks of a step of ours."""
+    """The variant of bench/gpu/attention.py that checks the attention of a step of ours."""
     return f"attention {STEPS[kind][0]}"
 
 
 def load() -> dict[str, Any]:
-    """Imports what takes seconds; a unit that cannot do without says so itself."""
+    """Import slow modules; units that need a missing one report it themselves."""
     with contextlib.suppress(Exception):
         import peft  # noqa: F401
         from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: F401
@@ -133,12 +132,12 @@ def load() -> dict[str, Any]:
 
 
 IMPORTS = Unit("imports", load, limit=60, phase="imports")
-"""Comes first, so that neither the start of a process nor another unit pays for a cold disk."""
+"""First unit, so that a cold disk counts neither as process start nor as another unit's time."""
 
 
 def release(device: str) -> int:
-    """Frees the model before, which may be part of a cycle or held by torch.compile's caches; the
-    bytes of device memory that are in use all the same."""
+    """Free the previous model, which can be part of a reference cycle or held by torch.compile's
+    caches. Returns the bytes of device memory still in use."""
     import torch
 
     from bench.gpu import timing
@@ -151,7 +150,7 @@ def release(device: str) -> int:
 
 
 def units(setting: Setting) -> list[Unit]:
-    """Ours first, then trl in batches of two sizes, whose better one counts."""
+    """Ours first, then trl with two batch sizes, of which the better one counts."""
     if setting.quick:
         return [*quick_units(setting), unit("unshared", "tiny", setting, 120)]
     at = functools.partial(unit, setting=setting, limit=100, rounds=3)
@@ -179,12 +178,12 @@ def quick_units(setting: Setting) -> list[Unit]:
 
 
 def plan_units(setting: Setting) -> list[Unit]:
-    """7B, which has a target: ours with fused layers and as it is by default, each with a profile
-    behind it, and trl; then 3B, and 7B by other attentions. Not compiled, which on an H200 took
-    longer than 90 s. trl keeps 9 GB a pair at 7B: eight do not fit 80 GB.
+    """7B, which has a target: ours with fused layers and by default, each followed by its profile,
+    and trl; then 3B, and 7B with other attentions. No compiled step, which took longer than 90 s on
+    an H200. trl keeps 9 GB per pair at 7B: eight pairs do not fit 80 GB.
 
-    Where the default attention was wrong, "gathered" takes its place; one that was only slow is
-    timed."""
+    If the default attention failed its check, "gathered" replaces it; after a timeout it is timed.
+    """
     if setting.quick:
         return quick_units(setting)
     at = functools.partial(unit, setting=setting)

@@ -1,4 +1,4 @@
-"""The tests of tests/ that need a GPU, one file at a time in a process of its own."""
+"""The tests of tests/ that need a GPU, one process per file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 from bench.gpu.units import ROOT, NotHere, Setting, Unit
 
 TRITON = ("kernels/test_triton_kernels.py", "kernels/test_triton_loss.py")
-"""Tests that run on a GPU where there is one, else in the interpreter."""
+"""Tests that run on a GPU if there is one, else in Triton's interpreter."""
 
 
 def run(path: Path, only_marked: bool, out: str) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         raise NotHere("pytest is not installed")
     results = Path(out) / f"{path.stem}.xml"
-    # The project's own options name plug-ins that may be missing here.
+    # The project's addopts need plug-ins that can be missing here.
     command = [sys.executable, "-m", "pytest", str(path), "-q", "-o", "addopts=--strict-markers"]
     command += ["-p", "no:cacheprovider", f"--junitxml={results}", "--maxfail=20"]
     command += ["-m", "gpu"] if only_marked else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     if not results.exists():
-        raise AssertionError(f"pytest ended with {done.returncode}: {done.stderr[-300:]}")
+        raise AssertionError(f"pytest exited with {done.returncode}: {done.stderr[-300:]}")
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     for suite in ElementTree.parse(results).getroot().iter("testsuite"):
         for name in counts:
@@ -36,7 +36,7 @@ def run(path: Path, only_marked: bool, out: str) -> dict[str, Any]:
     broken = counts["failures"] + counts["errors"]
     names = re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.M)
     assert broken == 0, f"{broken} of {counts['tests']} failed: {', '.join(names)[:300]}"
-    assert done.returncode in (0, 5), f"pytest ended with {done.returncode}"
+    assert done.returncode in (0, 5), f"pytest exited with {done.returncode}"
     if counts["tests"] == counts["skipped"]:
         raise NotHere(f"all {counts['tests']} tests were skipped")
     return counts

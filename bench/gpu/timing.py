@@ -1,8 +1,7 @@
-"""Medians of a device's own clock, in turn with a floor, and the memory that a call takes.
+"""Median times from the device's clock, in alternating rounds, and the memory of a call.
 
-Small calls take the host longer to launch than the device to run. Their launches are recorded in a
-CUDA graph, which is replayed: what is timed is the device's work alone, as where the host runs
-ahead.
+Launching a small call can take the host longer than the device needs to run it. Such calls are
+captured in a CUDA graph and replayed, so that only the device's work is timed.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from typing import Any
 import torch
 
 from bench.gpu.cases import VENDOR_SETTINGS
+from bench.gpu.units import describe_error
 from cpo_fast.loss.chunked import fp32_sums
 
-SECONDS = 3.0  # of rounds per measurement, at most
+SECONDS = 3.0  # limit of the rounds of a measurement
 ROUNDS = 15
 EVENTS, GRAPHS = "events", "replayed graphs"
 
 
 def clocked(run: Callable[[], object], device: str) -> Callable[[], float]:
-    """Starts `run` and returns how to learn its seconds, which waits for it."""
+    """Start `run`; returns a function that waits for it and gives its seconds."""
     if device == "cpu":
         begun = time.perf_counter()
         run()
@@ -43,11 +43,13 @@ def clocked(run: Callable[[], object], device: str) -> Callable[[], float]:
     return wait
 
 
-def in_turn(runs: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS) -> dict:
-    """{name: {"median", "least", "most", "rounds"}} in seconds; rounds of all alternate, so that
-    clocks and temperature are the same for all."""
+def in_turn(
+    runs: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS
+) -> dict[str, dict[str, Any]]:
+    """{name: {"median", "least", "most", "rounds"}} in seconds. Rounds alternate between runs, so
+    that all have the same clocks and temperature."""
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # warm: compilation, handles, the allocator's blocks
+    for run in runs.values():  # warm-up: compilation, handles, the allocator's blocks
         run()
         run()
     begun = time.monotonic()
@@ -70,11 +72,11 @@ def in_turn(runs: dict[str, Callable[[], object]], device: str, rounds: int = RO
 
 def in_turn_small(
     runs: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS
-) -> tuple[dict, str]:
-    """(as from `in_turn`, how it was timed): by replayed CUDA graphs of all runs, or, where one
-    cannot be captured, by `in_turn` itself.
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """(times as from `in_turn`, clock): of replayed CUDA graphs, or of plain calls if one of `runs`
+    cannot be captured.
 
-    After a capture that failed, the process should do nothing more: PyTorch may be left in it.
+    After a failed capture the process should not be used again: PyTorch can remain in capture mode.
     """
     if device == "cpu":
         return in_turn(runs, device, rounds), EVENTS
@@ -84,13 +86,12 @@ def in_turn_small(
             name: captured(run).replay for name, run in runs.items()
         }
         return in_turn(graphs, device, rounds), GRAPHS
-    except Exception as error:  # whatever an implementation does that a graph cannot hold
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        return times, f"{EVENTS}; no graph: {reason}"
+    except Exception as error:  # anything that cannot be captured
+        return times, f"{EVENTS}; no graph: {describe_error(error, 120)}"
 
 
 def captured(run: Callable[[], object]) -> Any:
-    """A CUDA graph of one call, after two on another stream, as capturing asks for."""
+    """A CUDA graph of one call, after the warm-up on another stream that capturing requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -106,7 +107,7 @@ def captured(run: Callable[[], object]) -> Any:
 def under_both_settings(
     runs: dict[str, Callable[[], object]],
 ) -> dict[str, Callable[[], object]]:
-    """{"NAME, SETTING": run} for both settings of the vendor library's products."""
+    """{"NAME, SETTING": run} for both settings of the vendor library's GEMM."""
 
     def like_ours(run: Callable[[], object]) -> None:
         with fp32_sums():
@@ -121,14 +122,14 @@ def under_both_settings(
 
 
 def release(device: str) -> None:
-    """Gives cached device memory back, so that the one before leaves no fragments."""
+    """Return cached device memory, to avoid fragmentation by the previous measurement."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def extra_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Device memory at the peak of `run` beyond what there was before; None on a CPU."""
+    """Peak growth of device memory during `run`; None on a CPU."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()

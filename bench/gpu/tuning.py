@@ -1,8 +1,7 @@
-"""Settings to be tried beside the default ones, fixed beforehand, and what is expected of each.
+"""Settings to time beside the defaults, each with an expectation written before any measurement.
 
 Expectations are for a frozen head with an on-line reference at T = 8192, from the waves of the
-vendor's GEMM (128 x 256 tiles on 132 multiprocessors) and the machine code of the row kernels; none
-has been seen on a device.
+vendor's GEMM (128 x 256 tiles on 132 multiprocessors) and the machine code of the row kernels.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ TUNINGS = (
     ROOM(
         "room 4096 MiB",
         room_mib=4096,
-        expected="one chunk as the floor has it: at most 1 % less than 2048",
+        expected="one chunk, like the floor: at most 1 % less than 2048",
     ),
     ROOM(
         "room 1024 MiB",
@@ -66,7 +65,7 @@ TUNINGS = (
         "triton lean",
         tile=(512, 16),
         expected="two rows per multiprocessor, 80 MB in flight exceed the L2: second pass from "
-        "memory, 0.5 to 1 ms slower; faster if latency bounds the one-row form",
+        "memory, 0.5 to 1 ms slower; faster if the one-row form is bound by latency",
     ),
     Tuning(
         "tile 1024, 16 warps",
@@ -85,20 +84,20 @@ TUNINGS = (
         "warpgroup lag of 3 steps",
         "cuda fused",
         build="lag3",
-        expected="no stage is left to load ahead of the first warpgroup: 1 to 3 % slower than 2",
+        expected="no stage left to prefetch for the first warpgroup: 1 to 3 % slower than 2",
     ),
     Tuning(
         "warpgroups together",
         "cuda fused",
         build="lag0",
-        expected="both are in their epilogue at once, the tensor cores idle then: up to 5 % slower",
+        expected="both epilogues at the same time leave the tensor cores idle: up to 5 % slower",
     ),
     Tuning(
         "splits of 6 tiles, bands of 16",
         "cuda fused",
         build="split6",
         expected="W read twice from memory instead of four times, a third of the partial sums, but "
-        "a last wave that is less full: within 2 % either way",
+        "a less full last wave: within 2 % either way",
     ),
 )
 BUILDS = tuple(tuning.build for tuning in TUNINGS if tuning.build)
@@ -130,7 +129,7 @@ def measure(tuning: Tuning, variant: str, setting: Setting) -> dict[str, Any]:
 
 
 def variant_for(tuning: Tuning, sound: list[str], setting: Setting) -> str | None:
-    """The sound variant to try it on: rooms serve every one that writes logits in chunks."""
+    """The sound variant to time a setting with: rooms apply to all that write logits in chunks."""
     if tuning.variant in sound:
         return tuning.variant
     if tuning.room_mib:
@@ -140,7 +139,7 @@ def variant_for(tuning: Tuning, sound: list[str], setting: Setting) -> str | Non
 
 
 def units(setting: Setting) -> list[Unit]:
-    """Every sound variant as it is, which later ones are compared with; then rooms and tiles."""
+    """Every sound variant with defaults, as the baseline; then rooms and tiles."""
     from bench.gpu import loss
 
     model, shape = loss.shapes(setting.quick)[0]
@@ -150,7 +149,7 @@ def units(setting: Setting) -> list[Unit]:
 
 
 def build_units(setting: Setting) -> list[Unit]:
-    """The kit's builds of the CUDA kernels, each for a process of its own."""
+    """The kit's builds of the CUDA kernels; each needs its own process."""
     from bench.gpu import loss
 
     return tuned(setting, loss.sound(setting), with_builds=True)

@@ -1,4 +1,4 @@
-"""What a phase of the GPU check is made of: units, each with a key, a time limit and a result."""
+"""Units of work of the GPU check (key, time limit, result) and their settings."""
 
 from __future__ import annotations
 
@@ -12,40 +12,45 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+def describe_error(error: Exception, limit: int = 200) -> str:
+    """Class and first line of the message, at most `limit` characters of it."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:limit]}"
+
+
 class NotHere(Exception):
-    """A unit has nothing to do here, for the reason given: counted as skipped, not as failed."""
+    """A unit does not apply here, for the reason given: recorded as skipped, not as failed."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Something done at once. `run` returns figures for the record; AssertionError: a rule was
-    broken; NotHere: skipped; anything else: an error.
+    """One check or measurement. `run` returns the figures of its record. AssertionError means
+    failed, NotHere skipped, any other exception an error.
 
-    Two figures are for the parent and not recorded: `environment`, variables for all later
-    processes, and `fresh_process`, whether the units behind this one need a process of their own.
+    The parent process consumes two figures, which are not recorded: `environment`, variables for
+    all later processes, and `fresh_process`, whether the next units need a new process.
     """
 
     key: str
     run: Callable[[], dict[str, Any]] = field(compare=False)
-    limit: float = 60.0  # seconds until it is killed
-    variant: str = ""  # whose code it runs: once a unit of it hangs, its others are left out
-    phase: str = ""  # under which it is recorded, where that is not the name of what runs it
+    limit: float = 60.0  # seconds, then it is killed
+    variant: str = ""  # the implementation it runs: after a timeout its other units are skipped
+    phase: str = ""  # of its record; default: the phase that runs it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the phases are told."""
+    """Settings of a phase, passed to its worker processes."""
 
     device: str  # "cuda" or "cpu"
-    quick: bool  # shapes that a CPU does in a second
-    out: str  # folder for what is written beside the results
-    red: tuple[str, ...] = ()  # variants that broke a rule: nothing is timed of them
-    hung: tuple[str, ...] = ()  # variants that hung: nothing is run of them
+    quick: bool  # tiny shapes, a second each on a CPU
+    out: str  # folder of results and other output
+    red: tuple[str, ...] = ()  # variants that failed a check: not timed
+    hung: tuple[str, ...] = ()  # variants that timed out: not run
     only: tuple[str, ...] = ()  # variants to run; empty: all
-    best: tuple[str, ...] = ()  # variants that passed so far, the fastest first
-    patience: float = 1.0  # by which time limits are multiplied
-    kit: str = "gpu-kit"  # folder with what `make gpu-kit` made
-    scratch: str = "runs/gpu-check/kit"  # folder to unpack it in
+    best: tuple[str, ...] = ()  # variants that passed so far, fastest first
+    patience: float = 1.0  # factor of all time limits
+    kit: str = "gpu-kit"  # folder made by `make gpu-kit`
+    scratch: str = "runs/gpu-check/kit"  # folder to unpack the kit in
 
     def runs(self, unit: Unit) -> bool:
         if unit.variant in self.hung:
@@ -57,6 +62,7 @@ class Setting:
 
     @staticmethod
     def loads(text: str) -> Setting:
+        """The inverse of `dumps`."""
         fields: Any = {
             k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()
         }

@@ -1,7 +1,6 @@
-"""The implementations as they are checked and timed: "triton" counts twice, once for each of its
-row kernels, and "cuda" twice, once for each of its paths.
+"""The variants that are checked and timed: "triton" has one per row kernel, "cuda" one per path.
 
-Importing this module loads no torch: the process that runs the others reads the names only.
+Importing this module does not load torch: the parent process needs only the names.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ if TYPE_CHECKING:
     import torch
 
 IMPLEMENTATIONS = ("triton lean", "cuda rows", "cuda fused", "triton masked", "cpu", "reference")
-"""In order of preference: what shall be known first, first."""
+"""In order of priority."""
 LSE = "triton lse"
-"""The fused Triton log-sum-exp by itself: log-probs without gradients, no whole implementation."""
+"""The fused Triton log-sum-exp alone: log-probs without gradients, not a full implementation."""
 OURS = (*IMPLEMENTATIONS, LSE)
 CHECKED = {
     "cuda": tuple(name for name in OURS if name != "cpu"),
     "cpu": ("cpu", "reference"),
 }
-"""By device: what the smoke check looks at."""
+"""Variants of the smoke check, by device."""
 PARTS = {
     "triton": {"lean": "triton lean", "masked": "triton masked"},
     "cuda": {"rows": "cuda rows", "fused": "cuda fused"},
@@ -30,7 +29,7 @@ PARTS = {
 
 
 def variants(device: str) -> list[str]:
-    """Names for `using` that run here, in order of preference."""
+    """Names for `using` that run here, in order of priority."""
     import torch
 
     from cpo_fast.loss import available_impls
@@ -44,7 +43,7 @@ def variants(device: str) -> list[str]:
 
 
 def why_not(variant: str, device: str) -> str | None:
-    """Why `variants` does not list this one; None: it does."""
+    """Why `variants` does not list this variant; None if it does."""
     here = variants(device)
     if variant in here or (variant == LSE and "triton lean" in here):
         return None
@@ -56,7 +55,7 @@ def why_not(variant: str, device: str) -> str | None:
 
 @contextlib.contextmanager
 def using(variant: str) -> Iterator[str]:
-    """The `impl` of a variant, with its path or its row kernel forced inside the block."""
+    """The `impl` of a variant; its path or row kernel is forced within the block."""
     impl, _, part = variant.partition(" ")
     if not part:
         yield impl
@@ -75,18 +74,18 @@ def using(variant: str) -> Iterator[str]:
 def obstacle(
     variant: str, dtype: torch.dtype, D: int = 8, *, plain: bool = True, device: str = "cuda"
 ) -> str | None:
-    """Why a variant takes no such inputs by its documentation; None: it must take them."""
+    """Why a variant does not support such inputs by its documentation; None if it must."""
     import torch
 
     if variant.startswith("cuda") and dtype == torch.float32:
-        return "float32 is for the reference and Triton"
+        return "float32 needs the reference or Triton"
     if variant == "cuda fused":
         if dtype != torch.bfloat16:
-            return "the fused path takes bfloat16"
+            return "the fused path needs bfloat16"
         if D % 8:
-            return "the fused path takes hidden sizes that are multiples of 8"
+            return "the fused path needs a hidden size that is a multiple of 8"
         if not plain:
-            return "the fused path takes no bias and no soft cap"
+            return "the fused path does not support bias or soft cap"
     if variant.startswith("triton") and device == "cpu" and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
+        return "Triton's interpreter computes wrong bfloat16 products"
     return None

@@ -1,9 +1,9 @@
-"""What a plan found out about the variants, for the plan behind it: `verdict.json`.
+"""Results of a plan about the variants, for the next plan: `verdict.json`.
 
-device, kernel_hash   what it holds for: the card's name and the hash of the loss op's sources
-quick                 whether it was found with tiny shapes
-sound, red, hung      variants that passed the smoke check, broke a rule, took too long
-fastest               by "model T=tokens, case": the fastest sound variant
+device, kernel_hash   card and hash of the loss op's sources for which it holds
+quick                 whether shapes were tiny
+sound, red, hung      variants that passed the smoke check, failed a check, timed out
+fastest               fastest sound variant by "model T=tokens, case"
 ceilings              bytes and FLOP per second that the device reached
 """
 
@@ -29,17 +29,16 @@ def passed_smoke(data: dict[str, Any]) -> list[str]:
 
 
 def sound(data: dict[str, Any]) -> list[str]:
-    """Variants that passed the smoke check, here or by the verdict that was read, and have neither
-    broken a rule nor hung since; in order of preference."""
+    """Variants that passed the smoke check, in this plan or by the verdict that was read, and have
+    neither failed a check nor hung since; in order of priority."""
     passed = {*passed_smoke(data), *data.get("known", {}).get("sound", ())}
     bad = report.red(data["records"]) | set(data["hung"])
     return [name for name in OURS if name in passed - bad]
 
 
 def ranking(data: dict[str, Any]) -> list[str]:
-    """Sound variants, those timed at the headline first and by their time; then the one that the
-    verdict calls the fastest there, then the others in order of preference. What is not an
-    implementation of the whole op is left out."""
+    """Sound variants that implement the whole op: first those timed at the headline, by time, then
+    the fastest by the verdict that was read, then the others in order of priority."""
     names = [name for name in sound(data) if name in IMPLEMENTATIONS]
     times = {
         r["provider"]: r["seconds"] for r in report.timed(data["records"]) if report.is_headline(r)
@@ -81,8 +80,8 @@ def dumps(data: dict[str, Any]) -> str:
 def read(
     path: Path, machine: dict[str, Any], quick: bool = False
 ) -> tuple[dict[str, Any] | None, str]:
-    """The verdict in `path` if it holds for this machine and these sources, else None; and a
-    sentence that says which, for the report. Tiny shapes (`quick`) go with tiny shapes only."""
+    """The verdict in `path` if it holds for this machine, these sources and `quick`, else None; and
+    a sentence about it for the report."""
     instead = "the smoke check decides"
     try:
         found = json.loads(path.read_text())
@@ -98,9 +97,9 @@ def read(
     here = machine.get("device"), machine.get("kernel_hash")
     if None in here or held != here:
         there, this = (f"{device} with kernels {kernels}" for device, kernels in (held, here))
-        return None, f"The verdict of the first plan is of {there}, this is {this}: {instead}."
+        return None, f"The verdict of the first plan is of {there}, not of {this}: {instead}."
     if found.get("quick", False) != quick:
         return None, f"The verdict of the first plan is of other shapes: {instead}."
     if not found["sound"]:
-        return None, f"The verdict of the first plan calls no variant sound: {instead}."
-    return found, f"By the verdict of the first plan sound: {', '.join(found['sound'])}."
+        return None, f"The verdict of the first plan lists no sound variant: {instead}."
+    return found, f"Sound by the verdict of the first plan: {', '.join(found['sound'])}."

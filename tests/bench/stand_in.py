@@ -132,7 +132,7 @@ class StandIn:
         kept = kept or self.folder / "kept" / "verdict.json"
         plans.run(plan, session, kept, time.monotonic())
         data = json.loads((out / "results.json").read_text())
-        assert "could not be made" not in (out / "report.md").read_text()
+        assert "making this file failed" not in (out / "report.md").read_text()
         assert json.loads((out / "verdict.json").read_text())["hung"] == sorted(data["hung"])
         return data
 

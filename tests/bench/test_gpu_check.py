@@ -151,7 +151,7 @@ def test_a_variant_whose_unit_hangs_takes_no_more_time(tmp_path: Path, misbehavi
     found = [(record["key"], record["status"]) for record in data["records"]]
     assert found == [("a: hang", "timeout"), ("b: other", "ok")]
     assert [entry["key"] for entry in data["not_run"]] == ["a: like it"]
-    assert data["hung"] == ["a"] and "left out" in report.verdict(data)
+    assert data["hung"] == ["a"] and "skipped afterwards: a" in report.verdict(data)
 
 
 def test_a_fault_of_the_device_is_met_by_the_unit_that_caused_it(
@@ -287,7 +287,7 @@ def test_no_speed_is_claimed_on_red_tests() -> None:
     assert gpu_check.exit_status(data) == 1
     assert report.red(data["records"]) == {"cuda rows"}
     text = report.render(data) + report.short(data)
-    assert "RED: 1 checks failed" in text and "because" in text
+    assert "RED: 1 check failed" in text and "because" in text
     assert "35.000" not in text and "36.000" in text and "best of ours (triton lean)" in text
     for phase, key, names in (
         ("suite", "test_triton_loss.py", {"triton lean", "triton masked", "triton lse"}),

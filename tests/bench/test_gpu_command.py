@@ -26,8 +26,8 @@ def test_wrong_options_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     out = ("--out", str(tmp_path / "out"))
     (tmp_path / "file").touch()
     file = str(tmp_path / "file")
-    assert "not for a --plan" in refused(capsys, *out, "--plan", "first", "--minutes", "3")
-    assert "--seconds is for a --plan" in refused(capsys, *out, "--seconds", "300")
+    assert "used with --plan" in refused(capsys, *out, "--plan", "first", "--minutes", "3")
+    assert "--seconds needs a --plan" in refused(capsys, *out, "--seconds", "300")
     assert "at least 60" in refused(capsys, *out, "--plan", "first", "--seconds", "10")
     assert "--minutes must be above 0, got -1" in refused(capsys, *out, *QUICK, "--minutes", "-1")
     assert f"--out {file}: File exists" in refused(capsys, "--out", file, *QUICK)
@@ -101,7 +101,7 @@ def test_a_missing_kit_is_said_first_and_an_interruption_loses_nothing(
     status = gpu_check.main(["--plan", "first", "--out", str(out), "--kit", kit, *QUICK])
     told = capsys.readouterr()
     assert status == gpu_check.INTERRUPTED == 130
-    assert told.out.startswith(f"No kit at {kit}") and "carried by name" in told.out
+    assert told.out.startswith(f"No kit at {kit}") and "copy it explicitly" in told.out
     assert "interrupted; " in told.err and "Traceback" not in told.err
     data = json.loads((out / "results.json").read_text())
     assert data["quick"] is True and [r["key"] for r in data["records"]] == ["k"]

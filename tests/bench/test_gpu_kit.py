@@ -134,7 +134,7 @@ def test_an_earlier_pythonpath_stays(
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"sources": "0" * 16}, "built of other sources"),
+        ({"sources": "0" * 16}, "built from other sources"),
         ({"suffix": ".cpython-39-x86_64-linux-gnu.so"}, "built for .cpython-39"),
         ({"cuda": {}, "cuda_missing": "no nvcc"}, "no nvcc"),
     ],

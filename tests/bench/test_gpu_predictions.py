@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.predictions import CARDS, FROZEN, LSE_ONLY, TRAINED, predicted, table
+from bench.gpu.predictions import CARDS, FROZEN, LSE_ONLY, TRAINED, predicted, predictions_table
 
 pytestmark = pytest.mark.test_bed
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 
 def test_the_page_has_the_computed_table() -> None:
-    assert table() in PAGE.read_text()
+    assert predictions_table() in PAGE.read_text()
 
 
 @pytest.mark.parametrize(

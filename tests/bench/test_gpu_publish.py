@@ -124,7 +124,7 @@ def test_a_run_becomes_a_record_and_two_blocks(
     assert "someone" not in text and "executable" not in text and "unit_seconds" not in text
     assert len(json.loads(text)["records"]) == 7
     checks, figures = block(root, 0), block(root, 1)
-    for words in (H100, "torch 2.11.0", "--plan first", path.name, "3000 GB/s", "1 checks passed"):
+    for words in (H100, "torch 2.11.0", "--plan first", path.name, "3000 GB/s", "1 check passed"):
         assert words in checks
     assert "| 7B, T = 8192, frozen head, best of ours (triton lean): x floor | <= 1.1 |" in checks
     assert "| triton lean | 36.60 | 34.00 | 1.076 | 1024 | 1.0e-03 | 2.0e-03 | `python" in figures
@@ -216,7 +216,7 @@ def test_what_failed_once_stays_failed(root: Path) -> None:
     failed = record("correctness", "triton lean: smoke", "failed")
     good = record("correctness", "triton lean: smoke")
     assert publishing(root, run(*FIRST, failed), run(machine(), good, day=28)) == 0
-    assert "RED: 1 checks failed" in block(root, 0)
+    assert "RED: 1 check failed" in block(root, 0)
     assert "triton lean |" not in block(root, 1), "no speed on red tests"
     assert "failed: triton lean: smoke: because of kernel.log" in block(root, 0)
     assert "| eager | 80.00" in block(root, 1)
@@ -228,7 +228,7 @@ def test_missing_phases_and_unfinished_runs_are_said(root: Path) -> None:
     assert publishing(root, data) == 0
     assert "not reached: 1 of suite" in block(root, 0)
     assert "the run is not finished" in block(root, 0) and "`make gpu-check`" in block(root, 0)
-    assert "No time was measured" in block(root, 1)
+    assert "Nothing that passed its checks was timed" in block(root, 1)
     # What the other run reached is not missing.
     reached = run(*FIRST, record("suite", "test_a.py"), day=28)
     assert publishing(root, data, reached) == 0
@@ -242,11 +242,11 @@ def test_what_does_not_belong_together_is_refused(
     cpu = machine("AMD EPYC")
     del cpu["capability"]
     for runs, words in (
-        ((run(*FIRST), run(machine(H200), day=28)), "do not belong together"),
+        ((run(*FIRST), run(machine(H200), day=28)), "runs on different cards"),
         ((run(*FIRST), run(machine(sources="bbbb"), day=28)), "different sources"),
-        ((run(cpu),), "was on no GPU"),
-        ((run(timing("eager", 80)),), "does not say on which machine"),
-        (({"records": []},), "no whole results.json"),
+        ((run(cpu),), "was not on a GPU"),
+        ((run(timing("eager", 80)),), "does not name its machine"),
+        (({"records": []},), "not a complete results.json"),
     ):
         assert publishing(root, *runs) == 2
         assert words in capsys.readouterr().err
@@ -273,7 +273,7 @@ def test_figures_do_not_vanish_unasked(root: Path, capsys: pytest.CaptureFixture
     before = {path: path.read_text() for path in root.rglob("*.*") if "results0" not in path.name}
     second = run(machine(), step("ours", 3.0), day=28, plan="second")
     assert publishing(root, second) == 2
-    assert "gpu-h100-2026-11-27.json holds 4 figures" in capsys.readouterr().err
+    assert "gpu-h100-2026-11-27.json has 4 figures" in capsys.readouterr().err
     after = {path: path.read_text() for path in root.rglob("*.*") if "results0" not in path.name}
     assert after == before
     assert publishing(root, run(*FIRST), second) == 0 and "36.60" in block(root, 1)
@@ -292,7 +292,7 @@ def test_damaged_results_leave_everything_as_it_was(
     root: Path, damaged: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert publishing(root, run() | damaged) == 2
-    assert "no whole results.json" in capsys.readouterr().err
+    assert "not a complete results.json" in capsys.readouterr().err
     assert not list((root / "bench" / "results").iterdir())
 
 

@@ -59,14 +59,14 @@ def test_quack_is_asked_for_tokens_and_gives_the_loss_of_the_others(
     shape = (40, 24, 300)
     grads = {}
     for name in ("eager", "quack"):
-        p = loss_peers.problem(shape, loss.FROZEN)
+        p = loss_peers.make_problem(shape, loss.FROZEN)
         value = loss_peers.PEERS[name](p)
         grads[name] = (value.detach(), *torch.autograd.grad(value, [p.hidden]))
     for got, want in zip(grads["quack"], grads["eager"], strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=1e-3)
     assert asked == [True, False], "the policy with its gradient, the reference without"
     with pytest.raises(loss_peers.CannotCompute):
-        loss_peers.quack(loss_peers.problem(shape, loss.TRAINED))
+        loss_peers.quack(loss_peers.make_problem(shape, loss.TRAINED))
 
 
 def test_the_plan_of_quack_measures_ours_first() -> None:

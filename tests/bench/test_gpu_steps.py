@@ -38,15 +38,15 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
     def run(size: str, **options: Any) -> dict[str, Any]:
-        measured = options.pop("measured")
+        on_measured = options.pop("on_measured")
         given = {
             k: options[k] for k in ("attention", "compile", "fused", "trl_batch") if k in options
         }
         calls.append((size, options["peers"], options["with_ours"], given))
         kinds = (*(("ours",) if options["with_ours"] else ()), *options["peers"])
         figures = {"loss": 0.6931, "pairs_per_second": 1.0, "seconds": 2.0}
-        if measured is not None:
-            measured(kinds[0], lambda: calls.append("profiled") or 0.0)
+        if on_measured is not None:
+            on_measured(kinds[0], lambda: calls.append("profiled") or 0.0)
         return {"size": size, "steps": {kind: dict(figures) for kind in kinds}}
 
     monkeypatch.setattr(step_sizes, "run", run)

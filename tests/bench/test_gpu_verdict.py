@@ -80,7 +80,7 @@ def test_the_second_plan_goes_by_a_verdict_that_fits(stand_in: StandIn, tmp_path
         step("machine"), SMOKE, step("told"), step("again"),
         kept=path, reads_verdict=True,
     )  # fmt: skip
-    assert data["verdict"] == "By the verdict of the first plan sound: reference."
+    assert data["verdict"] == "Sound by the verdict of the first plan: reference."
     assert statuses(data, "smoke") == {}, "what is known is not checked again"
     told = next(r for r in data["records"] if r["key"] == "told")
     assert told["best"] == ["reference"] and told["red"] == ["cpu"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.step_sizes import SIZES, random_model, run
+from bench.step_sizes import SIZES, build_random_model, run
 from cpo_fast.testing.samples import tokenizer
 
 
@@ -39,7 +39,7 @@ def test_figures_of_a_step_at_the_tiny_size():
 
 @pytest.mark.parametrize(("size", "parameters"), [("3B", 3_754_622_976), ("7B", 8_292_166_656)])
 def test_real_sizes_have_the_published_number_of_parameters(size, parameters):
-    model = random_model(SIZES[size], tokenizer(), torch.device("meta"), torch.bfloat16)
+    model = build_random_model(SIZES[size], tokenizer(), torch.device("meta"), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from bench.bench_counterfactual import denied_assertions
+from bench.bench_counterfactual import find_denied_assertions
 from cpo_fast.concepts import label_report, load_graph
 from cpo_fast.concepts.labeller import find_ruled_out, split_sentences
 from cpo_fast.counterfactual import counterfactuals
@@ -46,7 +46,7 @@ def test_the_target_is_asserted_and_nowhere_denied(made: list[Counterfactual]) -
 
 
 def test_nothing_that_passes_denies_what_the_report_asserts(made: list[Counterfactual]) -> None:
-    assert not [cf.id for cf in made if cf.passed and denied_assertions(cf)]
+    assert not [cf.id for cf in made if cf.passed and find_denied_assertions(cf)]
 
 
 def test_most_sentences_are_kept(made: list[Counterfactual]) -> None:

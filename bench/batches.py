@@ -1,4 +1,4 @@
-"""Batches made ahead of the step by worker processes, as the trainer's feed makes them."""
+"""Batches prepared by worker processes, as in the trainer's feed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENDLESS = 1_000_000
 
 @dataclass(frozen=True)
 class Cycle:
-    """The batches `make(x)` of all x of `parts`, over and over."""
+    """The batches `make(x)` of all x of `parts`, repeated."""
 
     make: Callable[[Any], Any]
     parts: Sequence[Any]
@@ -29,7 +29,10 @@ class Cycle:
         return self.make(self.parts[index % len(self.parts)])
 
 
-def ahead(make: Callable[[Any], Any], parts: Sequence[Any], device: torch.device) -> Iterator[Any]:
-    """Batches without end: by WORKERS processes for a GPU, for a CPU each when it is asked for."""
+def prepare_batches(
+    make: Callable[[Any], Any], parts: Sequence[Any], device: torch.device
+) -> Iterator[Any]:
+    """An endless stream of batches: prefetched by WORKERS processes for a GPU, made on demand for
+    a CPU."""
     workers = WORKERS if device.type == "cuda" else 0
     return load_steps(Cycle(make, parts), num_workers=workers)
