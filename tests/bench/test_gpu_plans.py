@@ -189,7 +189,7 @@ def test_when_the_device_is_gone_the_rest_is_named_and_the_plan_ends(
     assert statuses(data, "headline") == {"cpu": "timeout"}
     left = {entry["key"].rpartition(": ")[2]: entry for entry in data["not_run"]}
     assert list(left) == ["reference", "eager", "all units"]
-    assert left["all units"]["key"] == "again: all of it"
+    assert left["all units"]["key"] == "again: all units"
     assert "no longer answers" in left["all units"]["reason"]
     assert statuses(data, "again") == {}
 

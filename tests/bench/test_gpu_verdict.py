@@ -59,7 +59,7 @@ def test_without_a_kit_the_cuda_kernels_are_built_in_place(
     with pytest.raises(units.NotHere, match="nvcc"):
         build.build_unless_placed(setting)
     monkeypatch.setattr(build, "_placed", True)
-    with pytest.raises(units.NotHere, match="in place"):
+    with pytest.raises(units.NotHere, match="binary is installed"):
         build.build_unless_placed(setting)
 
 
@@ -99,7 +99,7 @@ def test_the_second_plan_goes_by_a_verdict_that_fits(stand_in: StandIn, tmp_path
         (json.dumps({**GOOD, "sound": "cpu"}), "damaged"),
         (json.dumps({**GOOD, "hung": [1]}), "damaged"),
         (json.dumps({**GOOD, "fastest": None}), "damaged"),
-        (json.dumps({**GOOD, "sound": []}), "no variant sound"),
+        (json.dumps({**GOOD, "sound": []}), "no sound variant"),
         (json.dumps({**GOOD, "sound": ["nonsense"]}), "damaged"),
         (json.dumps({**GOOD, "quick": True}), "other shapes"),
         (json.dumps({**GOOD, "device": "Stand-in 2"}), "Stand-in 2"),

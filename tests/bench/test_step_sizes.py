@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from bench.gpu.units import describe_error
 from bench.step_sizes import SIZES, build_random_model, run
 from cpo_fast.testing.samples import tokenizer
 
@@ -49,3 +50,8 @@ def test_unknown_names():
         run("8B")
     with pytest.raises(ValueError, match="peer"):
         run("tiny", peers=("swift",))
+
+
+def test_an_error_without_a_message_is_described():
+    assert describe_error(ValueError()) == "ValueError: "
+    assert describe_error(ValueError("first\nsecond"), limit=3) == "ValueError: fir"
