@@ -6,9 +6,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(INSTALL) -c constraints.txt
 export HF_HUB_OFFLINE := 1
-# A file of tests stays in one process, and a process has one thread: two of two threads each would
-# wait for each other on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+# Containers often forbid Python to write bytecode: then each process compiles torch and transformers
+# again, and takes twice as long to start.
+unexport PYTHONDONTWRITEBYTECODE
+# A file of tests stays in one process, whose fixtures it shares; tests/conftest.py puts the longest
+# first. One thread a process: more would compete for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
 LOWEST := $(VENV)/lowest
 LOWEST_TESTS := tests/loss/test_first_step.py tests/model/test_packed.py tests/model/test_build.py \
 	tests/packing/test_collate.py tests/data/test_arrow_files.py tests/data/test_dicom.py \
@@ -34,7 +38,7 @@ $(VENV)/installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 train: setup ## the embedded default: phantom data, SFT, CPO, evaluation, report (runs/phantom)
 	$(BIN)/python -m cpo_fast.train
 
-# make test SKIP=test_bed: all but the tests with that marker.
+# make test SKIP=complete: without the tests that CONTRIBUTING.md lists.
 test: setup real-data ## all tests (SKIP=MARKER leaves some out)
 	$(PYTEST) $(if $(SKIP),-m 'not $(SKIP)')
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import re
 import shlex
@@ -92,11 +93,12 @@ def blocks(path: Path) -> list[Block]:
 
 
 def commands(script: str) -> Iterator[list[str]]:
-    """The words of every command of a script, without comments; lines that go on are joined."""
+    """The words of every command of a script, without comments; continued lines are joined."""
     for line in script.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words:
-            yield words
+        for last, command in itertools.groupby(words, lambda word: word == "&&"):
+            if not last:
+                yield list(command)
 
 
 class Parsed(BaseException):

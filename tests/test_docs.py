@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,13 @@ PARSED_ONLY = {
     "docs/tutorial-mimic.md": 2,
 }
 """How many blocks of a page are parsed and not run. A new one is a decision: it stands here."""
+TRAINING = (
+    "README.md",
+    "docs/counterfactuals.md",
+    "docs/tutorial-mimic.md",
+    "docs/tutorial-phantom.md",
+    "docs/tutorial-preferences.md",
+)
 
 
 def run_bash(script: str, folder: Path, commands: Path) -> None:
@@ -46,8 +54,32 @@ def run_bash(script: str, folder: Path, commands: Path) -> None:
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+def page_parameters() -> list[Any]:
+    """Every page; those that train take minutes."""
+    return [
+        pytest.param(page, id=name, marks=[pytest.mark.complete] if name in TRAINING else [])
+        for page in pages()
+        for name in [str(page.relative_to(ROOT))]
+    ]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_commands_of_a_page_that_trains_are_accepted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flags of its commands go through their parsers; `make test` runs the page."""
+    monkeypatch.chdir(tmp_path)
+    commands = 0
+    for block in blocks(ROOT / name):
+        for file in block.mark("file"):
+            Path(file).write_text(block.replaced())
+        if block.language == "bash":
+            commands += parse_block(block, monkeypatch)
+    assert commands
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", page_parameters())
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, commands = tmp_path / "page", tmp_path / "bin"
     folder.mkdir()
@@ -132,6 +164,7 @@ def test_the_ledger_names_commits_commands_and_records() -> None:
         assert files and all((ROOT / name).is_file() for name in files), command
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_pages_build_without_warnings(tmp_path: Path) -> None:
     """Broken links, pages that no index reaches and bad docstrings are warnings: errors here."""

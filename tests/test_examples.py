@@ -194,6 +194,7 @@ def test_examples_say_what_is_wrong_with_their_arguments(
     assert "torchrun --nproc_per_node 2 examples/fsdp2.py" in line
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_fsdp2_in_two_processes(folder: Path, unpatched: Any, tmp_path: Path) -> None:

@@ -98,13 +98,31 @@ def test_benchmarks_are_counted_and_timed_by_what_they_took_here(tmp_path: Path)
     assert said() == f"2 benchmarks; 2 {before}"
 
 
-def test_plain_pytest_collects_tests_and_benchmark_collects_bench() -> None:
-    def collected(*flags: str) -> str:
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout
+def test_plain_pytest_collects_tests_and_benchmark_collects_bench(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "conftest.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for name in ("bench/bench_a.py", "tests/folder/test_b.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("def test_it(): pass\n")
 
-    bench = collected("--benchmark")
-    assert "bench/bench_" in bench and "tests/test_" not in bench
-    tests = collected("--ignore-glob=tests/test_[!l]*")
-    assert "tests/test_layout" in tests and "bench/bench_" not in tests
+    def collected(*flags: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    assert collected("--benchmark") == ["bench/bench_a.py::test_it"]
+    assert collected() == ["tests/folder/test_b.py::test_it"]
+
+
+def test_what_only_make_test_runs_is_listed() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = set(
+        re.findall(r"`(tests/[\w/]*test_\w+\.py)`", page.split("## Tests")[1].split("\n## ")[0])
+    )
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"\bmark\.complete\b", path.read_text(encoding="utf-8"))
+    }
+    assert listed == marked
+    assert "make test SKIP=complete\n" in (ROOT / ".ci" / "run").read_text()

@@ -274,6 +274,7 @@ def test_other_threads_do_not_lose_the_lock_of_theirs(tmp_path: Path) -> None:
     assert f"is being written by process {os.getpid()}" in done.stderr
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_several_processes_of_a_run_are_refused_together(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cpo_fast.cli import COMMANDS
 from cpo_fast.version import __version__
 from tests.docs_blocks import ROOT, blocks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.complete]
 BUILT = ("*.so", "__pycache__", "_build", ".git", ".venv", "runs", "build", "dist", "*.egg-info",
          "gpu-kit*", ".*_cache", ".hypothesis", ".benchmarks")  # fmt: skip
 TOOLS = ("setuptools", "pybind11")

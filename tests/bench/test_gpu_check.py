@@ -19,7 +19,7 @@ from bench.gpu import report, run, worker
 from bench.gpu import sanitizer as sanitizing
 from bench.gpu.units import NotHere, Setting, Unit
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = Setting("cuda", False, "")

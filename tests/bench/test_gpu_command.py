@@ -11,7 +11,7 @@ import pytest
 from bench import gpu_check
 from bench.gpu import environment, plans, report, run
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 QUICK = ("--device", "cpu", "--quick")
 
 

@@ -24,7 +24,7 @@ from bench.gpu.predictions import Span
 from bench.gpu.units import NotHere, Setting
 from bench.gpu.variants import LSE, using
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 
 GPU = Setting("cuda", False, "")
 MINE = ["triton lean", "cuda rows", "cuda fused", "triton masked", "reference"]

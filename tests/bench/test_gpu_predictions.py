@@ -8,7 +8,7 @@ import pytest
 
 from bench.gpu.predictions import CARDS, FROZEN, LSE_ONLY, TRAINED, predicted, predictions_table
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 

@@ -14,7 +14,7 @@ from bench.gpu import publish, report
 from bench.gpu.cases import CLASSES
 from bench.gpu.predictions import Span
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 ROOT = Path(__file__).resolve().parents[2]
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 PAGES = ("docs/gpu.md", "docs/performance.md")

@@ -13,7 +13,7 @@ from bench import loss_peers
 from bench.gpu import loss
 from bench.gpu.units import Setting
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 
 
 def quack_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

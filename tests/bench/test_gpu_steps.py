@@ -20,7 +20,7 @@ from bench.gpu.units import NotHere, Setting
 from cpo_fast.model import windows
 from cpo_fast.model.packed import PackedModel
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = Setting("cuda", False, "")

@@ -13,7 +13,7 @@ from bench import gpu_kit
 from bench.gpu import build, environment, report, units, verdict
 from tests.bench.stand_in import MACHINE, SMOKE, StandIn, statuses, step
 
-pytestmark = pytest.mark.test_bed
+pytestmark = pytest.mark.complete
 
 
 @pytest.fixture

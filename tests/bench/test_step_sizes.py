@@ -12,6 +12,7 @@ from bench.step_sizes import SIZES, build_random_model, run
 from cpo_fast.testing.samples import tokenizer
 
 
+@pytest.mark.complete
 def test_figures_of_a_step_at_the_tiny_size():
     found = run(
         "tiny",

@@ -147,6 +147,7 @@ def test_wrong_usage_is_named(tmp_path, capsys):
     assert "other values of num_studies" in capsys.readouterr().err
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_miniature_from_end_to_end_and_again(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--seeds", "1", "--num_studies", "60", "--steps", "1",

@@ -77,6 +77,7 @@ def equal_rows(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.parametrize("r", [4, 0], ids=["lora", "full"])
 @pytest.mark.parametrize("sees", [False, True], ids=["text", "images"])

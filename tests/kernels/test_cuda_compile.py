@@ -244,6 +244,7 @@ def test_exponentials_of_the_sum_serve_for_e(hopper: tuple[list[Kernel], str]) -
     assert counts[0] >= counts[2] >= 128
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("macros", VARIANTS, ids=" ".join)
 def test_variants_for_tuning_compile(macros: tuple[str, ...], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:

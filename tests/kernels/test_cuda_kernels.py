@@ -213,6 +213,7 @@ def test_a_fresh_thread_gets_a_context(place: Place) -> None:
     assert torch.equal(found["logps"], linear(place, hidden, weight, labels)["logps"])
 
 
+@pytest.mark.complete
 def test_variants_for_tuning_give_the_same(tmp_path: Path) -> None:
     """All constants at once, each at its farthest from the default."""
     include = toolkit_include()

@@ -103,6 +103,7 @@ def test_both_packages_in_one_process(site: Path) -> None:
     assert Path(ours).resolve() == ROOT / "kernels" / "row_kernel.py"
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_transformers_from_the_root_without_the_package() -> None:
     spec = importlib.util.find_spec("kernels")

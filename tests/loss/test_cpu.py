@@ -335,6 +335,7 @@ def test_long_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_more_than_2_31_logits(dtype: torch.dtype) -> None:
     """The last tokens, whose logits lie beyond what 32 bits count."""

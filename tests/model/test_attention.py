@@ -176,6 +176,7 @@ def test_compiled_flex_says_what_the_dense_mask_says(monkeypatch):
         torch.testing.assert_close(got, want.transpose(1, 2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.complete
 def test_flex_is_compiled_once_for_a_length(monkeypatch):
     """Ten versions (five lengths, with and without gradients) are more than torch allows by itself;
     further layouts ask for no other.

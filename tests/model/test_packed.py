@@ -157,6 +157,7 @@ def test_checkpointing_with_adapters():
     assert_same_grads(trainable_grads(model), want)
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -133,6 +133,7 @@ def test_checkpoints_load_in_transformers_and_peft_as_they_stand(finished: Path)
     assert not torch.equal(adapted, reference)
 
 
+@pytest.mark.complete
 def test_the_same_command_gives_the_same_metrics(finished: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "b") == 0
     assert without_timing(tmp_path / "b") == without_timing(finished)

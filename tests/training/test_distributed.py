@@ -146,6 +146,7 @@ def test_sharded_full_tuning_gives_what_one_process_gives(full: Path, sharded: P
     assert_same(full, sharded)
 
 
+@pytest.mark.complete
 def test_a_sharded_run_resumes_with_one_process_and_the_other_way_round(
     data: Path, full: Path, sharded: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def half(run: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.complete
 def test_saved_with_two_it_resumes_with_one_and_the_other_way_round(
     data: Path, single: Path, double: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +237,7 @@ def test_a_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
     assert "/nowhere: no such model folder" in err
 
 
+@pytest.mark.complete
 def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_path: Path) -> None:
     """Some images stop decoding after they were checked, on one rank more than on the other."""
     phantom = write_phantom(tmp_path / "data", num_studies=60)

@@ -160,6 +160,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(
     print(f"{killed} kills in {runs} runs")
 
 
+@pytest.mark.complete
 def test_sigterm_saves_and_exits_with_its_own_status(
     data: Path, straight: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,37 @@
+"""An environment without settings of the machine, one thread a process, the longest files first."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in [*os.environ]:
+    launched = name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if launched or (name.startswith("CPO_FAST_") and name != "CPO_FAST_LONG_TESTS"):
+        del os.environ[name]
+
+LONGEST = (
+    "tests/kernels/test_triton_interpreter.py",
+    "tests/training/test_distributed.py",
+    "tests/test_docs.py",
+    "tests/training/test_resume.py",
+    "tests/run/test_whole_runs.py",
+    "tests/bench/test_gpu_check.py",
+    "tests/bench/test_gpu_plans.py",
+    "tests/experiments/test_study.py",
+    "tests/test_packaging.py",
+    "tests/kernels/test_cuda_compile.py",
+    "tests/kernels/test_cuda_rows.py",
+    "tests/kernels/test_cuda_kernels.py",
+    "tests/model/test_attention.py",
+    "tests/kernels/test_triton_compile.py",
+    "tests/loss/test_cpu.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, so that no process is left alone with one at the end."""
+    rank = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.split("::")[0], len(LONGEST)))
