@@ -25,8 +25,9 @@ from cpo_fast.counterfactual.progress import DraftBar
 from cpo_fast.counterfactual.server import ServerWriter
 from cpo_fast.counterfactual.writers import GraphWriter, Writer
 from cpo_fast.data import STUDY_FORMATS, open_studies
+from cpo_fast.data.export import RowWriter
 from cpo_fast.data.sections import RULES
-from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.errors import CpoFastError, RecordError, UsageError
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Number
 from cpo_fast.folders import open_private
 from cpo_fast.locks import check_file, lock_file
@@ -226,20 +227,25 @@ def _run(args: argparse.Namespace) -> int:
                 on_draft=bar.show_tally,
             )
         passed, failed = 0, Counter[str]()
-        write = _RowFile(good, args.format)
+        rows, rejected = RowWriter(good, args.format), RowWriter(bad, "jsonl")
         for group in made:
-            passing = []
+            passing = [cf for cf in group if cf.passed]
+            reasons = {
+                cf.id: ",".join(name for name, ok in cf.checks.items() if not ok) for cf in group
+            }
+            try:
+                for row in format_rows(passing, args.format):
+                    rows.write(row)
+                passed += len(passing)
+            except RecordError as error:  # the format cannot represent the text
+                reasons |= dict.fromkeys((cf.id for cf in passing), error.reason)
             for cf in group:
-                if cf.passed:
-                    passing.append(cf)
-                else:
-                    reason = ",".join(name for name, ok in cf.checks.items() if not ok)
+                if reason := reasons[cf.id]:
                     failed[reason] += 1
-                    bad.write(_to_line({**cf.to_json(), "reason": reason}))
-                    bad.flush()
-            passed += len(passing)
-            write.add(passing)
-        write.close()
+                    rejected.write({**cf.to_json(), "reason": reason})
+            good.flush()
+            bad.flush()
+        rows.close()
         bar.close()
     _print_summary(args.output, passed, failed, len(done), source)
     for reason, number in writer.faults.most_common():
@@ -312,33 +318,6 @@ def _read_finished(path: Path, file: IO[str], seed: int, generator: str) -> set[
 
 def _failed_by_server(record: dict[str, Any]) -> bool:
     return str(record.get("reason", "")).startswith("server-")
-
-
-class _RowFile:
-    """Writes rows as lines, or as one JSON list for ccf."""
-
-    def __init__(self, file: IO[str], form: str) -> None:
-        self.file, self.form, self.count = file, form, 0
-        if form == "ccf":
-            file.write("[\n")
-
-    def add(self, passing: list[Counterfactual]) -> None:
-        """Write one record, or all records of a study if the format groups them."""
-        for row in format_rows(passing, self.form):
-            if self.form == "ccf":
-                self.file.write((",\n" if self.count else "") + _to_line(row).rstrip("\n"))
-            else:
-                self.file.write(_to_line(row))
-            self.count += 1
-        self.file.flush()
-
-    def close(self) -> None:
-        if self.form == "ccf":
-            self.file.write("\n]\n")
-
-
-def _to_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _print_summary(path: Path, passed: int, failed: Counter[str], before: int, source: Any) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -219,6 +219,25 @@ class Exported:
     paths: bool = False
 
 
+class RowWriter:
+    """Writes rows to an open text file, one per line; "ccf" is one JSON list."""
+
+    def __init__(self, file: IO[str], form: str) -> None:
+        self.file, self.is_list, self.count = file, form == "ccf", 0
+        if self.is_list:
+            file.write("[\n")
+
+    def write(self, row: Row) -> None:
+        text = json.dumps(row, ensure_ascii=False)
+        self.file.write((",\n" if self.count else "") + text if self.is_list else text + "\n")
+        self.count += 1
+
+    def close(self) -> None:
+        """End the list of "ccf"."""
+        if self.is_list:
+            self.file.write("\n]\n")
+
+
 def export(
     source: Source[Any], output: str | Path, form: str, *, max_images: int = _ALL_IMAGES
 ) -> Exported:
@@ -229,12 +248,12 @@ def export(
     can be exported.
     """
     make = FORMATS[form]
-    records = rows = 0
+    records = 0
     paths = False
     reasons: Counter[str] = Counter()
     try:
         with replace_private(Path(output)) as file:
-            file.write("[\n" if form == "ccf" else "")
+            rows = RowWriter(file, form)
             for record in tqdm(source, "export", unit=source.noun, disable=None):
                 try:
                     one = as_preference(record, max_images)
@@ -243,20 +262,17 @@ def export(
                     reasons[error.reason] += 1
                     continue
                 for row in made:
-                    file.write(",\n" if form == "ccf" and rows else "")
-                    file.write(json.dumps(row, ensure_ascii=False))
-                    file.write("" if form == "ccf" else "\n")
-                    rows += 1
+                    rows.write(row)
                 records += 1
                 shown = (one.images, *(images or () for images in one.rejected_images))
                 paths |= any(ref.data is None for images in shown for ref in images)
-            file.write("\n]\n" if form == "ccf" else "")
+            rows.close()
             reasons.update(source.reasons())
-            if not rows:
+            if not rows.count:
                 counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
                 raise DataError(f"{source.path}: no record can be written as {form} ({counts})")
     except OSError as error:
         raise DataError(
             f"{output}: cannot be written ({error.strerror}); choose another --output"
         ) from None
-    return Exported(records, rows, dict(reasons.most_common()), paths)
+    return Exported(records, rows.count, dict(reasons.most_common()), paths)

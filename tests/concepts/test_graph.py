@@ -1,5 +1,4 @@
-"""The concept graph: what is shipped is consistent, and what is not is refused with a clear
-message."""
+"""The built-in concept graph is consistent; an inconsistent one is refused with a clear message."""
 
 from __future__ import annotations
 
@@ -192,11 +191,11 @@ def test_an_unknown_disease_is_refused(tmp_path: Path) -> None:
 def test_statistics_count_the_relations(capsys: pytest.CaptureFixture[str]) -> None:
     graph = load_graph()
     assert main(["stats"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == count_graph(graph)
+    counts = json.loads(capsys.readouterr().out)
+    assert counts == count_graph(graph)
     associations = sum(len(d.associations) for d in graph.diseases.values())
-    assert told["relations"]["association"] == associations
-    assert told["relations"]["contradiction"] == len(graph.contradictions)
+    assert counts["relations"]["association"] == associations
+    assert counts["relations"]["contradiction"] == len(graph.contradictions)
 
 
 def test_export_reads_back(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""The labeller on sentences of our own: mentions, denial, doubt, and what normal statements rule
-out."""
+"""The labeller on synthetic sentences: mentions, denial, doubt, effects of normal statements."""
 
 from __future__ import annotations
 
@@ -87,7 +86,7 @@ CASES = [
     json.loads(line)
     for line in (Path(__file__).with_name("labeller_cases.jsonl")).read_text().splitlines()
 ]
-"""{text, accept: {finding: labels on which radiologists may differ}}: denials, lists, change,
+"""{text, accept: {finding: labels acceptable to radiologists}}: denials, lists, change,
 resolution, doubt, values after a colon, as MIMIC-CXR's radiologists write them."""
 
 

@@ -1,4 +1,4 @@
-"""Mining a corpus of our own for edges, and merging an LLM's extraction."""
+"""Mine a synthetic corpus for edges, and merge an LLM's extraction."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_proposals_add_and_exclude_for_review() -> None:
     }
     assert rows["Cardiomegaly", "D8"] == "add association"
     assert rows["Emphysema", "Pneumonia"] == "add exclusion"
-    assert ("Emphysema", "F2") not in rows  # known already
+    assert ("Emphysema", "F2") not in rows  # already known
     weighted = add_weights(GRAPH, edges).network.edges["Emphysema", "F2"]
     assert weighted["relation"] == "association" and weighted["together"] == 60
     assert "together" not in GRAPH.network.edges["Emphysema", "F2"]

@@ -1,4 +1,4 @@
-"""Reports of our own, in several styles, for the tests of counterfactuals."""
+"""Synthetic reports in several styles for the tests of counterfactuals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def study(report: Report, number: int = 0, **fields: object) -> Study:
 
 
 def write_open_i(folder: Path, reports: tuple[Report, ...]) -> Path:
-    """A folder of XML files as Open-I has them, not indexed."""
+    """Write a folder of XML files in the format of Open-I, without labels."""
     folder.mkdir()
     for number, report in enumerate(reports):
         parts = "".join(

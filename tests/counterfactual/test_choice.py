@@ -1,4 +1,4 @@
-"""Balanced targets; images of records that are found again; one run per output."""
+"""Balanced targets; image paths of records; one run per output."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_images_are_found_again_from_anywhere(
     away = tmp_path / "away"
     away.mkdir()
     monkeypatch.chdir(away)
-    # A file beside or inside the images' folder needs no root, unless it leads with its own (ccf).
+    # A file above or inside the image folder needs no root, except for ccf, which has no paths.
     free = where == "inside" or (where == "above" and form != "ccf")
     root = None if free else str(tmp_path / "top" / "data")
     found = list(open_preferences(str(tmp_path / output), image_root=root))
@@ -104,7 +104,7 @@ def test_images_are_found_again_from_anywhere(
     for one in found:
         assert len(one.images) == 1
         assert load_image(one.images[0]).size == (8, 6)
-    if where == "above" and free:  # data and records may move together
+    if where == "above" and free:  # data and records can move together
         (tmp_path / "top").rename(tmp_path / "moved")
         (one, *_) = open_preferences(str(tmp_path / "moved" / "cf.out"))
         assert load_image(one.images[0]).size == (8, 6)

@@ -12,8 +12,8 @@ import pytest
 
 from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.formats import FORMATS
-from cpo_fast.types import Counterfactual
-from tests.counterfactual.samples import REPORTS, write_open_i
+from cpo_fast.types import Counterfactual, Report
+from tests.counterfactual.samples import NORMAL, REPORTS, write_open_i
 
 FIELDS = set(Counterfactual.__dataclass_fields__)
 
@@ -37,7 +37,7 @@ def test_records_have_the_agreed_fields(dataset: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in lines(output)]
     assert len(rows) == 2 * len(REPORTS)
     for row in rows:
-        assert set(row) == FIELDS - {"rejected_images"}  # those of perception
+        assert set(row) == FIELDS - {"rejected_images"}  # of perception records only
         assert row["id"] == f"{row['study_id']}/{row['target']}"
         assert row["checks"] and all(row["checks"].values())
         assert row["target"] in row["counterfactual_labels"]
@@ -118,6 +118,16 @@ def test_each_format_holds_the_same_texts(form: str, dataset: Path, tmp_path: Pa
         if form != "jsonl":
             found = [text.split("<think> ")[1].split(" </think>")[0] for text in found]
     assert found == texts
+
+
+def test_a_text_that_the_format_cannot_hold_is_set_aside(tmp_path: Path) -> None:
+    tagged = Report(NORMAL.findings + " A stray <image> tag.", NORMAL.impression)
+    dataset = write_open_i(tmp_path / "reports", (tagged, NORMAL))
+    output = tmp_path / "cf.jsonl"
+    assert run(dataset, output, "--format", "swift") == 0
+    assert len(lines(output)) == 2
+    apart = [json.loads(line) for line in lines(tmp_path / "cf.jsonl.rejected.jsonl")]
+    assert [row["reason"] for row in apart] == ["image-tag-in-text"] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sentences made fit for a target: trimmed with their grammar in order, dropped, or left alone."""
+"""Edited sentences: trimmed with correct grammar, dropped, or unchanged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ EDITS = [
         "Lungs are clear without focal consolidation, effusion, or pneumothorax.",
         "No effusion or pneumothorax.",
     ),
-    # what is asserted behind a denial stays, word for word
+    # an assertion after a denial is kept verbatim
     ("Pneumothorax", "No pneumothorax, small left effusion.", "Small left effusion."),
     (
         "Consolidation",
@@ -113,7 +113,7 @@ EDITS = [
     ("Emphysema", "Left basal opacity, likely atelectasis.", ""),
     ("Consolidation", "No consolidation in the right middle lobe and left lower lobe.", ""),
     ("Pneumothorax", "Neither pneumothorax nor effusion is seen.", ""),
-    # an exemption is asserted where what it is exempt from goes
+    # an exempted finding is asserted if its statement is dropped
     (
         "Pneumonia",
         "The lungs are clear bilaterally except for a calcified granuloma.",
@@ -126,13 +126,13 @@ EDITS = [
     ),
     ("Pneumonia", "Clear lungs with the exception of a right granuloma.", "Right granuloma."),
     ("Pneumonia", "Left basilar atelectasis, otherwise clear lungs.", "Left basilar atelectasis."),
-    # a chest that is normal throughout has no finding
+    # "normal chest" contradicts every finding
     ("Pneumonia", "Negative.", ""),
     ("Edema", "Unremarkable radiographs of the chest.", ""),
     ("Emphysema", "Stable normal chest x-XXXX.", ""),
     ("Edema", "Otherwise normal chest x-XXXX.", "Otherwise normal chest x-XXXX."),
     ("Edema", "Normal chest wall.", "Normal chest wall."),
-    # what is told in passing stays
+    # an incidental finding is kept
     (
         "Cardiomegaly",
         "Cardiac silhouette is within normal limits for size, with tortuous thoracic aorta.",
@@ -188,7 +188,7 @@ EDITS = [
     ("Pneumonia", "The lungs are otherwise clear.", "The lungs are otherwise clear."),
     ("Pneumonia", "The left lung is clear.", "The left lung is clear."),
     ("Pneumonia", "The right lung is clear.", ""),
-    # broad statements give way to acute diseases only
+    # broad statements are dropped for acute diseases only
     ("Pneumonia", "No acute cardiopulmonary abnormality.", ""),
     (
         "Cardiomegaly",
@@ -203,7 +203,7 @@ EDITS = [
     ),
     ("Edema", "The lungs and pleural spaces show no acute abnormality.", ""),
     ("Lung Lesion", "Normal chest.", ""),
-    # what the anatomy excludes
+    # exclusions by anatomy
     ("Emphysema", "Low lung volumes with bibasilar atelectasis.", ""),
     ("Atelectasis", "The lungs are hyperinflated.", ""),
     ("Emphysema", "No atelectasis.", "No atelectasis."),
@@ -215,7 +215,7 @@ EDITS = [
     ),
     ("Cardiomegaly", "HEART AND MEDIASTINUM ARE NORMAL.", "MEDIASTINUM IS NORMAL."),
     ("Edema", "STABLE CARDIOMEGALY.", "STABLE CARDIOMEGALY."),
-    # and what only looks like a denial
+    # phrases that only resemble a denial
     ("Edema", "Stable cardiomegaly.", "Stable cardiomegaly."),
     (
         "Pneumonia",

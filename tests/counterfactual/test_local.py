@@ -1,4 +1,4 @@
-"""The `local` generator: a tiny random model, whose nonsense is set aside, and a scripted one."""
+"""The `local` generator with a tiny random model, whose drafts fail, and with a scripted one."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_samples_follow_the_softmax() -> None:
 
 
 class Echo:
-    """A model that answers what `script` makes of each prompt, through generate's signature."""
+    """A model whose `generate` answers each prompt with `script(prompt)`."""
 
     def __init__(self, tokenizer: Any, script: Any) -> None:
         self.tokenizer, self.script = tokenizer, script
@@ -187,7 +187,7 @@ def test_a_record_is_written_as_it_is_decided_and_a_killed_run_repeats_none(
     command, ids = stubborn
     output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
     command(output, killed_at=3)
-    assert [row["id"] for row in rows(output)] == ids[1:5]  # the first one is open still
+    assert [row["id"] for row in rows(output)] == ids[1:5]  # the first is still open
     rest = command(output)
     assert [row["id"] for row in rows(apart)] == ids[:1]
     assert sorted(row["id"] for row in rows(output)) == sorted(ids[1:])
@@ -201,7 +201,7 @@ def test_formats_by_study_hold_whole_studies(form: str, stubborn: Any, tmp_path:
     command(tmp_path / "cut", "--format", form, killed_at=3)
     text = (tmp_path / "cut").read_text()
     if form == "trl":
-        assert [row["id"] for row in rows(tmp_path / "cut")] == ids[2:4]  # study 0 is open still
+        assert [row["id"] for row in rows(tmp_path / "cut")] == ids[2:4]  # study 0 is still open
     else:
         (item,) = json.loads(text + "]")
         assert [f"{item['sid']}/{target}" for target in item["counterfact"]] == ids[2:4]

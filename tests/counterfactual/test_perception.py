@@ -1,4 +1,4 @@
-"""Perception counterfactuals: another patient's image that the answer is wrong for."""
+"""Perception counterfactuals: another patient's image for which the answer is wrong."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ def test_style_is_kept() -> None:
 def test_side_and_lobe_agree_with_what_is_there_and_between_sections(seed: int) -> None:
     made = one(OPACITY, "Pneumonia", seed=seed)
     findings, impression = made.counterfactual.split("\n\nIMPRESSION: ")
-    told = [s for s in findings.split(". ") if "pneumonia" in s.lower()]
-    assert told and all("left lower lobe" in s.lower() for s in told)
+    named = [s for s in findings.split(". ") if "pneumonia" in s.lower()]
+    assert named and all("left lower lobe" in s.lower() for s in named)
     assert "left lower lobe" in impression.split(".")[0].lower()
     assert "The right lung is clear." in made.counterfactual
 
@@ -258,7 +258,7 @@ def test_what_a_report_asserts_is_still_asserted(case: dict[str, Any]) -> None:
     assert made.passed, [name for name, ok in made.checks.items() if not ok]
     sentences = [unit.plain for unit in split_units(made.counterfactual.removeprefix("FINDINGS: "))]
     assert [s for s in sentences if s in case["rest"]] == case["rest"]
-    assert len(sentences) == len(case["rest"]) + 1  # the target's
+    assert len(sentences) == len(case["rest"]) + 1  # that of the target
     labels = label_report(made.counterfactual)
     assert {n: int(labels[n] == 1) for n in case["labels"]} == case["labels"]
     assert {n for n, v in case["labels"].items() if v} <= set(made.counterfactual_labels)
@@ -271,7 +271,7 @@ def test_what_can_be_read_both_ways_is_set_aside(case: dict[str, Any]) -> None:
     assert made.counterfactual == ""
 
 
-BAD = [  # (original, target, what an earlier rewriter or a model made of it, failed checks)
+BAD = [  # (original, target, faulty counterfactual, failed checks)
     (
         "No pneumothorax, small left pleural effusion.",
         "Pneumothorax",
@@ -340,7 +340,7 @@ OWN = ("assertions", "no_new_denial", "exemptions")
 def test_lost_and_denied_findings_are_found_without_the_labeller(
     before: str, target: str, after: str, wanted: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "find_mentions", lambda line: ())  # blind to everything
+    monkeypatch.setattr(checks, "find_mentions", lambda line: ())  # finds nothing
     made = check(GRAPH, Report(before, ""), Report(after, ""), target)
     assert {name for name in OWN if not made[name]} == wanted
 

@@ -1,4 +1,4 @@
-"""The `server` generator against a real HTTP server on loopback that misbehaves in many ways."""
+"""The `server` generator with a faulty HTTP server on loopback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOSTILE = (
 
 
 def good_answer(prompt: str) -> str:
-    """The report of a prompt, rewritten by the graph generator, in the dress of a chat."""
+    """The report of a prompt, rewritten by the graph generator, formatted as a chat answer."""
     text = prompt.split("<report>\n")[1].split("\n</report>")[0]
     target = prompt.split("also had ")[1].split(".\n")[0]
     report = Report(
@@ -51,7 +51,7 @@ def good_answer(prompt: str) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as its server's `plan` says: a fault for each request, then good answers."""
+    """Answers requests with the faults in the server's `plan`, then correctly."""
 
     disable_nagle_algorithm = True
 
@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Host(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # with the usual 5, connections wait a second on a busy machine
+    request_queue_size = 128  # with the default of 5, connections wait a second on a busy machine
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -215,7 +215,7 @@ def test_every_fault_is_survived_and_counted(
     assert run(dataset, output, host.url, "--max_retries", "40") == 0
     printed = capsys.readouterr()
     found = rows(output)
-    # nothing lost, nothing twice
+    # no record is lost or duplicated
     assert sorted(row["id"] for row in found) == sorted(expected_ids(dataset, tmp_path))
     assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
     assert {row["generator"] for row in found} == {"server"}
@@ -225,7 +225,7 @@ def test_every_fault_is_survived_and_counted(
     for code, number in counts.items():
         assert f"server-status-{code}: {number}\n" in printed.out
     late = printed.out.split("server-timeout: ")[1].split("\n")[0]
-    assert int(late) >= 4  # a busy machine may be late with more
+    assert int(late) >= 4  # more on a busy machine
     assert "server-answer-malformed: 10\n" in printed.out
     assert "server-answer-too-large: 2\n" in printed.out
     assert "SECRET" not in printed.out + printed.err

@@ -1,4 +1,4 @@
-"""What the phantom says and shows: label statistics, wording, drift, signs measured in pixels."""
+"""Content of the phantom: label statistics, wording, drift, signs measured in pixels."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_denied_finding_is_never_shown(corpus: list[tuple[Exam, Written]]) -> 
 
 @pytest.mark.parametrize("drift", DRIFTS, ids=lambda drift: drift.name)
 def test_words_change_what_they_lean_to(drift: Drift, corpus: list[tuple[Exam, Written]]) -> None:
-    """P(first finding | first word), counted in the texts, falls from train to test."""
+    """P(first finding | first word) in the reports falls from train to test."""
     first, second = drift.findings
     word = drift.words[0]
     share = {}
@@ -129,14 +129,14 @@ def shown(*signs: Sign, seed: int = 0) -> np.ndarray:
 
 
 def region(picture: np.ndarray, x: tuple[float, float], y: tuple[float, float]) -> np.ndarray:
-    """A window in picture coordinates -1..1."""
+    """Crop a window in image coordinates -1..1."""
     columns = slice(*(round((v + 1) / 2 * SIZE) for v in x))
     rows = slice(*(round((v + 1) / 2 * SIZE) for v in y))
     return picture[rows, columns]
 
 
 def heart_ratio(picture: np.ndarray) -> float:
-    """Width of what is bright at heart level as a share of the chest's width."""
+    """Width of the bright region at heart level relative to the width of the chest."""
     profile = region(picture, (-0.8, 0.8), (0.18, 0.28)).mean(0)
     return float((profile > 0.55).mean())
 
@@ -186,7 +186,7 @@ def test_central_signs() -> None:
         window = x, (-0.15, 0.05)
         assert region(edema, *window).mean() > region(well, *window).mean() + 0.10
     emphysema = shown(Sign("Emphysema", True, 0.8))
-    window = (-0.5, -0.35), (0.47, 0.55)  # lung where a flat diaphragm left it
+    window = (-0.5, -0.35), (0.47, 0.55)  # lung above a flattened diaphragm
     assert region(emphysema, *window).mean() < region(well, *window).mean() - 0.2
 
 

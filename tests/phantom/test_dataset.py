@@ -106,7 +106,7 @@ def test_reports_have_the_format_of_the_original(root: Path) -> None:
 
 
 def test_the_same_settings_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
-    """In a process of its own with another hash seed, through the command line."""
+    """In a separate process with another hash seed, through the command line."""
     command = [sys.executable, "-m", "cpo_fast.phantom", "--output_dir", str(tmp_path / "again")]
     command += ["--num_studies", str(NUM_STUDIES), "--seed", "5", "--image_size", str(SIZE)]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "123"})
