@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.training.feed import load_steps
+from cpo_fast.training.stage_settings import StageSettings
 
-WORKERS = TrainArguments.dataloader_num_workers
+WORKERS = StageSettings.dataloader_num_workers
 ENDLESS = 1_000_000
 
 

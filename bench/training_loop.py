@@ -11,10 +11,10 @@ import torch
 from bench.step_data import Work
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import image_token_id
-from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.training.loop import Trainer
+from cpo_fast.training.loop import StageData, StageOutput, Trainer
 from cpo_fast.training.metrics import MetricsLog
 from cpo_fast.training.objectives import CPOObjective
+from cpo_fast.training.stage_settings import StageSettings
 
 
 def build_trainer(
@@ -26,19 +26,17 @@ def build_trainer(
     save_model: Callable[[Path, bool], dict[str, str]] = lambda *_: {},
     **settings: Any,
 ) -> Trainer:
-    """A Trainer on the CPU over the pairs of `work`; `settings` are TrainArguments."""
+    """A Trainer on the CPU over the pairs of `work`; `settings` are fields of StageSettings."""
     return Trainer(
-        stage="cpo",
-        model=packed,
-        objective=CPOObjective(packed),
-        groups=work.groups,
-        eval_groups=(),
-        pixels=work.images.pixels,
-        image_token_id=image_token_id(work.tokenizer),
-        args=TrainArguments(output_dir=str(folder), **settings),
-        log=MetricsLog(folder / "metrics.jsonl"),
-        stage_dir=folder / "cpo",
-        save_model=save_model,
+        StageSettings(stage="cpo", **settings),
+        packed,
+        CPOObjective(packed),
+        StageData(
+            work.groups,
+            pixels=work.images.pixels,
+            image_token_id=image_token_id(work.tokenizer),
+        ),
+        StageOutput(folder / "cpo", MetricsLog(folder / "metrics.jsonl"), save_model),
         device=torch.device("cpu"),
         stop=stop,
     )
