@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 examples/fsdp2.py MODEL_FOLDER PAIRS.jsonl OUTPUT_FOLDER
 
-The loss op wants the output head whole. FSDP2 gathers a module's weights while its forward runs, so
-the loss is computed in the forward of the module that owns the head. On the CPU (gloo) as on GPUs
-(nccl); not run on a GPU so far.
+The loss op needs the whole output head. FSDP2 gathers a module's weights while its forward runs,
+so the loss is computed in the forward of the module that owns the head. Runs on the CPU (gloo);
+untested on a GPU (nccl).
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ class Preference(nn.Module):
 
 
 def shard(module: Preference, device: torch.device) -> Preference:
-    """Each decoder layer by itself, the rest (embeddings, norm, head) with the root."""
+    """Shard each decoder layer separately, the rest (embeddings, norm, head) with the root."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for model in (module.policy, module.reference):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    if device.type == "cpu":  # gloo sums, it does not average
+    if device.type == "cpu":  # gloo supports only SUM
         for part in (*module.policy.model.layers, module):
             part.set_force_sum_reduction_for_comms(True)
     return module
 
 
 def encode(tokenizer: Any, pairs: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask and labels [2B, T] of B pairs of text; the answers alone are scored."""
+    """Token ids, mask and labels [2B, T] of B pairs of text; only the answers are scored."""
     sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in pairs]
     eos = tokenizer.eos_token_id
     bos = [token for token in tokenizer("")["input_ids"] if token != eos]  # [] for many tokenizers
@@ -90,7 +90,7 @@ def main() -> None:
     try:
         pairs = [json.loads(line) for line in args.pairs.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        parser.error(f"{args.pairs} is no file of JSON lines: {error}")
+        parser.error(f"{args.pairs} is not a file of JSON lines: {error}")
     if not pairs or any(not {"prompt", "chosen", "rejected"} <= set(row) for row in pairs):
         parser.error(f"{args.pairs}: every line needs prompt, chosen and rejected")
     if "RANK" not in os.environ:

@@ -1,9 +1,9 @@
 """GRPO with a weight per token, on `linear_logprobs`: python examples/grpo.py MODEL PROMPTS.jsonl
 
-For each prompt a group of answers is sampled and rewarded; an answer's advantage is its reward less
-the group's mean, over the group's deviation. The clipped objective of PPO (arXiv 1707.06347 eq. 7),
-as GRPO uses it (arXiv 2402.03300 eq. 3), is summed with a weight per token: here the tokens of the
-diagnosis count more than those of the thought. PROMPTS.jsonl has lines {"prompt", "findings"}.
+For each prompt a group of answers is sampled and rewarded; an answer's advantage is its reward
+minus the group's mean, divided by the group's standard deviation. The clipped objective of PPO
+(arXiv 1707.06347 eq. 7), as in GRPO (arXiv 2402.03300 eq. 3), is summed with a weight per token:
+diagnosis tokens weigh more than thought tokens. PROMPTS.jsonl has lines {"prompt", "findings"}.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def grpo_loss(
     clip: float = 0.2,
     kl: float = 0.04,
 ) -> Tensor:
-    """The weighted mean over tokens of the clipped surrogate and the penalty on leaving the
+    """The weighted mean over tokens of the clipped surrogate and the penalty for leaving the
     reference (the estimator exp(d) - d - 1 of the KL divergence, d = ref_logp - logp)."""
     ratio = torch.exp(logps - old_logps)
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -38,13 +38,13 @@ def grpo_loss(
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """[prompts, G] rewards to advantages; a group of equal rewards has none."""
+    """[prompts, G] rewards to advantages; a group of equal rewards gets 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def reward_of(text: str, findings: list[str]) -> float:
-    """The share of the findings that the answer names, less a little for each word."""
+    """The share of the findings that the answer names, minus 0.001 per word."""
     named = sum(name.lower() in text.lower() for name in findings)
     return named / max(len(findings), 1) - 0.001 * len(text.split())
 
@@ -69,7 +69,7 @@ class Rollout:
         self.texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def logps(self, model: Any, temperature: float) -> Tensor:
-        """[R] log-probs of the scored tokens; logits are never made."""
+        """[R] log-probs of the scored tokens; logits are never formed as a whole."""
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         hidden = model.model(self.ids, self.mask, position_ids=positions)[0][:, :-1]
         head = model.get_output_embeddings()
@@ -106,7 +106,7 @@ def main() -> None:
     try:
         rows = [json.loads(line) for line in args.prompts.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        parser.error(f"{args.prompts} is no file of JSON lines: {error}")
+        parser.error(f"{args.prompts} is not a file of JSON lines: {error}")
     if not rows or any(not {"prompt", "findings"} <= set(row) for row in rows):
         parser.error(f"{args.prompts}: every line needs prompt and findings (a list of names)")
     tokenizer = AutoTokenizer.from_pretrained(args.model)

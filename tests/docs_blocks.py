@@ -1,15 +1,14 @@
 """The code blocks of README.md and docs/, and how each is tested.
 
-A page is run from its top to its bottom in one folder: Python blocks share a namespace, bash blocks
-find what earlier blocks wrote. What an invisible comment on the line before a block says differs:
+A page is run from top to bottom in one folder: Python blocks share a namespace, bash blocks find
+the files of earlier blocks. Invisible comments on the lines before a block change that:
 
-    <!-- test: replace A => B -->   run with this part of its text replaced (one comment for each;
-                                    \\n is a line break)
-    <!-- test: parse, WHY -->       not run; the flags of each command go through its real parser
+    <!-- test: replace A => B -->   run with A replaced by B (one comment for each; \\n is a line
+                                    break)
+    <!-- test: parse, WHY -->       not run; the real parser checks the flags of each command
     <!-- test: file NAME -->        written to that file, for the blocks after it
 
-Blocks of languages that are no code (text, yaml, json) are not run: yaml has to be a
-valid --config, json has to be JSON.
+Blocks in text, yaml and json are not run: yaml must be a valid --config, json must be JSON.
 """
 
 from __future__ import annotations
@@ -49,23 +48,23 @@ class Block:
         return [m[len(kind) :].lstrip(", ") for m in self.marks if re.match(rf"{kind}\b", m)]
 
     def replaced(self) -> str:
-        """The text with the replacements of its marks; each has to be found."""
+        """The text with the replacements of its marks; each must be found."""
         text = self.text
         for mark in self.mark("replace"):
             before, after = (part.strip() for part in mark.split(" => "))
-            assert before in text, f"{self.place}: {before!r} does not stand in the block"
+            assert before in text, f"{self.place}: {before!r} is not in the block"
             text = text.replace(before, after.replace("\\n", "\n"))
         return text
 
 
 def pages() -> list[Path]:
-    """Every page that users read, sorted."""
+    """README, CONTRIBUTING and all pages of docs/, sorted."""
     docs = [p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts]
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(docs)]
 
 
 def blocks(path: Path) -> list[Block]:
-    """The fenced blocks of a page. A code block by indentation is an error: it would escape."""
+    """The fenced blocks of a page. Indented code is an error: no test would see it."""
     found: list[Block] = []
     marks: list[str] = []
     block: Block | None = None
@@ -83,17 +82,17 @@ def blocks(path: Path) -> list[Block]:
         elif mark := MARK.fullmatch(line.strip()):
             marks.append(mark[1])
         else:
-            assert not marks, f"{page}:{number}: a test mark stands right before its block"
+            assert not marks, f"{page}:{number}: a test mark must be right before its block"
             code = re.match(
                 r"    (python|pip|make|cpo-fast|pytest|torchrun|OMP_|import |from )", line
             )
-            assert not code, f"{page}:{number}: code belongs into a fenced block"
+            assert not code, f"{page}:{number}: code must be in a fenced block"
     assert block is None, f"{page}: the block at line {block and block.line} is not closed"
     return found
 
 
 def commands(script: str) -> Iterator[list[str]]:
-    """The words of every command of a script, without comments; continued lines are joined."""
+    """The words of every command of a script; comments are dropped, continued lines joined."""
     for line in script.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for last, command in itertools.groupby(words, lambda word: word == "&&"):
@@ -102,11 +101,11 @@ def commands(script: str) -> Iterator[list[str]]:
 
 
 class Parsed(BaseException):
-    """Ends a command after its parser has accepted the flags."""
+    """Raised to end a command after its parser has accepted the flags."""
 
 
 def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
-    """What the parser of `cpo_fast.<name>` says against these flags, if anything."""
+    """The error of the parser of `cpo_fast.<name>` for these flags, if any."""
     from cpo_fast import cli
 
     if name not in cli.COMMANDS:
@@ -138,7 +137,7 @@ def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
 
 
 def parse_block(block: Block, monkeypatch: Any) -> int:
-    """Check a block without running it; how many commands of ours it had."""
+    """Check a block without running it; returns the number of commands that were checked."""
     text = block.replaced()
     done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert done.returncode == 0, f"{block.place}: {done.stderr}"
@@ -182,7 +181,7 @@ def parse_block(block: Block, monkeypatch: Any) -> int:
 
 
 def check_data(block: Block, folder: Path) -> None:
-    """A block that is no code has to be what its language says."""
+    """A data block must be valid in its language."""
     if block.language == "json":
         json.loads(block.text)
     elif block.language == "yaml":

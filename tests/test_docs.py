@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/ is run, or says why it is only parsed."""
+"""Every code block of README.md and docs/ is run, or states why it is only parsed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARSED_ONLY = {
     "docs/performance.md": 3,
     "docs/tutorial-mimic.md": 2,
 }
-"""How many blocks of a page are parsed and not run. A new one is a decision: it stands here."""
+"""Blocks per page that are parsed and not run. A new one needs an entry here."""
 TRAINING = (
     "README.md",
     "docs/counterfactuals.md",
@@ -84,7 +84,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder, commands = tmp_path / "page", tmp_path / "bin"
     folder.mkdir()
     commands.mkdir()
-    # This checkout's command, whatever is installed; test_packaging.py runs the installed one.
+    # The command of this checkout; test_packaging.py runs the installed one.
     script = f'#!/bin/sh\nexec "{sys.executable}" -m cpo_fast.cli "$@"\n'
     (commands / "cpo-fast").write_text(script)
     (commands / "cpo-fast").chmod(0o755)
@@ -106,7 +106,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_no_block_escapes() -> None:
-    """Every block has a known language; what is only parsed gives its reason and is counted."""
+    """Every block has a known language; what is only parsed has a reason and is counted."""
     counts: Counter[str] = Counter()
     parsed: Counter[str] = Counter()
     for page in pages():
@@ -133,9 +133,8 @@ def test_the_map_of_the_readme_is_the_tree() -> None:
     _, listing, rest = section.split("```")[:3]
     mapped: set[str] = set()
     for line in listing.splitlines()[1:]:
-        first, *others = re.split(r" {2,}", line)[0].split(" ") if line[0] != " " else [""]
-        folder = Path(first).parent
-        mapped |= {str(Path(first)), *(str(folder / name) for name in others)} - {"."}
+        first, *others = re.split(r" {2,}", line)[0].split(" ")
+        mapped |= {str(Path(first)), *(str(Path(first).parent / name) for name in others)}
     for path in mapped:
         assert (ROOT / path).exists(), f"README.md, the map: there is no {path}"
     helpers = rest.split("## ")[0]
@@ -167,7 +166,7 @@ def test_the_ledger_names_commits_commands_and_records() -> None:
 @pytest.mark.complete
 @pytest.mark.slow
 def test_pages_build_without_warnings(tmp_path: Path) -> None:
-    """Broken links, pages that no index reaches and bad docstrings are warnings: errors here."""
+    """Broken links, pages outside the index and bad docstrings are warnings, here errors."""
     pytest.importorskip("sphinx", reason="the docs extra is not installed")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every example runs on a tiny model and computes what plain transformers and PyTorch compute."""
+"""Every example runs on a tiny model and agrees with plain transformers and PyTorch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def loaded(folder: Path) -> Any:
 
 
 def summed(model: Any, prompt: str, answer: str, bos: list[int]) -> torch.Tensor:
-    """The log-prob of an answer by the model's own logits."""
+    """The log-prob of an answer from the model's own logits."""
     head = bos + tokenizer()(prompt)["input_ids"]
     tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
     logps = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
@@ -76,7 +76,7 @@ def unpatched(folder: Path) -> tuple[list[float], Any]:
 
 
 def trained(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
-    """Losses of three steps of two pairs, and the model after them; sequences begin with `bos`."""
+    """Losses of three steps of two pairs, and the model after them; sequences start with `bos`."""
     model, reference = loaded(folder / "model"), loaded(folder / "model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
@@ -161,7 +161,7 @@ def test_grpo_weighs_the_answers_own_tokens(framing: Any) -> None:
 
 
 def refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str:
-    """The last line that an example says when it ends with status 2."""
+    """The last line of stderr of an example that ends with status 2."""
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as ended:
         ran(capsys, monkeypatch, name, *arguments)
@@ -186,7 +186,7 @@ def test_examples_say_what_is_wrong_with_their_arguments(
     line = refused(capsys, monkeypatch, "grpo.py", model, pairs)
     assert line.endswith("every line needs prompt and findings (a list of names)")
     line = refused(capsys, monkeypatch, "grpo.py", model, tmp_path / "none")
-    assert "none is no file of JSON lines" in line
+    assert "none is not a file of JSON lines" in line
     prompts = folder / "prompts.jsonl"
     line = refused(capsys, monkeypatch, "fsdp2.py", model, prompts, tmp_path)
     assert line.endswith("every line needs prompt, chosen and rejected")
@@ -212,7 +212,7 @@ def test_fsdp2_in_two_processes(folder: Path, unpatched: Any, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_trl_with_the_drop_in(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    """Its equality to trl is tested in test_integrations_trl.py; here, that it runs and learns."""
+    """It runs and learns; tests/integrations/test_trl.py tests that it equals trl."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     ran(capsys, monkeypatch, "trl_dpo.py", folder / "model", folder / "pairs.jsonl", tmp_path)
     (state,) = tmp_path.glob("checkpoint-5/trainer_state.json")
@@ -255,7 +255,7 @@ def test_grpos_loss_and_gradient_are_those_of_whole_logits(
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    # The same, answer by answer, from logits over prompt and answer without padding.
+    # The same, one answer at a time, from logits over prompt and answer without padding.
     total, at = torch.zeros(()), 0
     for row in range(6):
         start = int(rollout.mask[row].argmax())
