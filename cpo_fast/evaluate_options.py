@@ -158,10 +158,10 @@ def is_csv(dataset: str) -> bool:
 
 
 def _is_temporal(dataset: str) -> bool:
-    from cpo_fast.evaluation.csv_sets import rows
+    from cpo_fast.evaluation.csv_sets import read_csv
     from cpo_fast.evaluation.ms_cxr_t import is_ms_cxr_t
 
-    return Path(dataset).is_file() and is_ms_cxr_t(rows(Path(dataset))[0])
+    return Path(dataset).is_file() and is_ms_cxr_t(read_csv(Path(dataset))[0])
 
 
 def resolve_model(args: EvaluateArguments) -> EvaluateArguments:

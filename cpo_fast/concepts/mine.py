@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -19,6 +19,8 @@ from functools import lru_cache
 from itertools import combinations, islice
 from multiprocessing import get_context
 from typing import Any
+
+import numpy as np
 
 from cpo_fast.concepts.graph import compile_phrases, find_relation, graph_from_json
 from cpo_fast.concepts.labeller import STRENGTH, find_mentions, split_sentences
@@ -173,38 +175,31 @@ def collect_evidence(graph: ConceptGraph, counts: Counts) -> list[Edge]:
     """An `Edge` for each pair of disease and attribute, and of two diseases, that both occur."""
     pairs = [(d, a) for d in graph.diseases for a in graph.attributes]
     pairs += combinations(graph.diseases, 2)
-    return [
-        _build_edge(graph, left, right, counts)
-        for left, right in pairs
-        if counts.nodes[left] and counts.nodes[right]
-    ]
+    pairs = [pair for pair in pairs if all(counts.nodes[node] for node in pair)]
+    together = [counts.pairs[min(pair), max(pair)] for pair in pairs]
+    a, b = ([counts.nodes[pair[side]] for pair in pairs] for side in (0, 1))
+    edges = []
+    for (left, right), n_both, n_left, n_right, below, above in zip(
+        pairs, together, a, b, *fisher(together, a, b, counts.reports), strict=True
+    ):
+        expected = n_left * n_right / counts.reports
+        pmi = math.log2(n_both / expected) if n_both else -math.inf
+        relation = find_relation(graph, left, right)
+        edges.append(Edge(left, right, relation, n_both, expected, pmi, above, below))
+    return edges
 
 
-def _build_edge(graph: ConceptGraph, left: str, right: str, counts: Counts) -> Edge:
-    n, a, b = counts.reports, counts.nodes[left], counts.nodes[right]
-    together = counts.pairs[min(left, right), max(left, right)]
-    expected = a * b / n
-    below, above = fisher(together, a, b, n)
-    pmi = math.log2(together / expected) if together else -math.inf
-    return Edge(
-        left, right, find_relation(graph, left, right), together, expected, pmi, above, below
-    )
+def fisher(
+    together: Sequence[int], a: Sequence[int], b: Sequence[int], n: int
+) -> tuple[list[float], list[float]]:
+    """(P(X <= together), P(X >= together)) per pair, the one-sided p-values of Fisher's exact test.
 
+    X is hypergeometric: reports with both nodes if `a` and `b` of `n` reports assert each.
+    """
+    from scipy.stats import hypergeom
 
-def fisher(together: int, a: int, b: int, n: int) -> tuple[float, float]:
-    """(P(X <= together), P(X >= together)) for hypergeometric X: `a` draws from `n` with `b`
-    marked."""
-    low, high = max(0, a + b - n), min(a, b)
-    base = _log_choose(n, a)
-    terms = [
-        math.exp(_log_choose(b, x) + _log_choose(n - b, a - x) - base) for x in range(low, high + 1)
-    ]
-    at = together - low
-    return min(1.0, math.fsum(terms[: at + 1])), min(1.0, math.fsum(terms[at:]))
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    at = np.asarray(together)
+    return hypergeom.cdf(at, n, b, a).tolist(), hypergeom.sf(at - 1, n, b, a).tolist()
 
 
 def propose_changes(

@@ -1,6 +1,6 @@
-"""What the models can do: generated diagnoses, their accuracy, preferences, likelihoods, texts.
+"""Evaluation: generated diagnoses and their accuracy, preferences, likelihoods, texts, drift.
 
-`generate` makes the model speak, `classification` / `preference` / `text` are pure functions from
-answers to figures, `likelihood` scores candidate answers without generating, `drift` watches the
-diagnosis move along the thought, and `summary` puts it together for summary.json and the report.
+`generate` produces answers. `classification`, `preference` and `text` are pure functions from
+answers or log-probs to figures. `likelihood` scores candidate answers without generation. `drift`
+follows the diagnosis along the thought. `summary` builds the `evaluation` part of summary.json.
 """

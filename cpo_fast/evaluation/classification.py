@@ -1,9 +1,9 @@
-"""Accuracy of the diagnosis per finding, with bootstrap intervals; names in, figures out.
+"""Accuracy of the diagnosis per finding, with bootstrap intervals, from finding names.
 
-The protocol is (B): is each finding's *presence*, as parsed from the generated answer, right? An
-answer that cannot be parsed is None here. It is wrong on every finding (a missed one where the
-finding is present, no true negative where it is absent), and how many there were is stated beside
-the figures. Macro means are over the findings that occur; micro figures pool all of them.
+Protocol B: whether the *presence* of each finding, parsed from the generated answer, is right. An
+answer that cannot be parsed (None) is wrong on every finding: a false negative where the finding is
+present, not a true negative where it is absent. The number of such answers is reported. Macro
+figures average over the findings that occur; micro figures pool all findings.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from cpo_fast.counting import counted
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
+from cpo_fast.evaluation.bootstrap import estimate, group_weights, study_weights
 
 PROTOCOL = (
     "B: presence of each finding, parsed from the generated diagnosis; an answer that cannot be "
@@ -35,33 +37,32 @@ def classification(
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Figures for N studies: finding names in `truth[i]` and `predicted[i]` (None: unparsable).
+    """Figures of N studies: finding names in `truth[i]` and `predicted[i]` (None: unparsable).
 
     Returns {"studies", "unparsable", "exact_match", "macro", "micro", "findings"}. A figure is
-    {"value": x, "interval": [low, high]}; value and interval are None where it is undefined
-    (sensitivity without a case, precision without a prediction). "macro" and "micro" map the
-    METRICS to figures; "findings" maps every name to "support" (true cases), "predicted" (times
-    named), "true_positives" and its own METRICS.
+    {"value": x, "interval": [low, high]}, both None where undefined (sensitivity without a case,
+    precision without a prediction). "macro" and "micro" map the METRICS to figures. "findings" maps
+    every name to "support" (true cases), "predicted" (times named), "true_positives" and its own
+    METRICS.
 
     Raises UsageError for unequal lengths, no study, or names outside `findings`.
     """
-    correct = _confusion(truth, predicted, findings)
-    point = _metrics(_counts(correct, np.ones((1, len(truth)))), _occurring(correct))
-    spread = _resampled(correct, bootstrap, seed)
+    cells = _confusion(truth, predicted, findings)
+    counts = _count(cells, np.ones((1, len(truth))))
+    point, draws = _metrics(counts, _occurring(cells)), _resample(cells, bootstrap, seed)
     per_finding = {}
-    counts = _counts(correct, np.ones((1, len(truth))))
     for column, name in enumerate(findings):
         per_finding[name] = {
-            "support": int(correct["positive"][:, column].sum()),
+            "support": int(cells["positive"][:, column].sum()),
             "predicted": int((counts["tp"] + counts["fp"])[0, column]),
             "true_positives": int(counts["tp"][0, column]),
-        } | {m: figure(point[m][0, column], spread[m][:, column]) for m in METRICS}
+        } | {m: estimate(point[m][0, column], draws[m][:, column]) for m in METRICS}
     return {
         "studies": len(truth),
         "unparsable": sum(names is None for names in predicted),
-        "exact_match": figure(point["exact_match"][0], spread["exact_match"]),
-        "macro": {m: figure(point[f"macro_{m}"][0], spread[f"macro_{m}"]) for m in METRICS},
-        "micro": {m: figure(point[f"micro_{m}"][0], spread[f"micro_{m}"]) for m in METRICS},
+        "exact_match": estimate(point["exact_match"][0], draws["exact_match"]),
+        "macro": {m: estimate(point[f"macro_{m}"][0], draws[f"macro_{m}"]) for m in METRICS},
+        "micro": {m: estimate(point[f"micro_{m}"][0], draws[f"micro_{m}"]) for m in METRICS},
         "findings": per_finding,
     }
 
@@ -75,36 +76,36 @@ def difference(
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """How much `second` is better than `first` on the same studies: paired bootstrap over studies.
+    """Figures of `second` minus those of `first` on the same studies; bootstrap paired by study.
 
     Returns {"exact_match", "accuracy", "sensitivity", ..., "f1"} (macro means), "micro_f1" (pooled)
     and "findings" {name: {"accuracy", "f1"}}, all as figures.
     """
     sides = []
     for predicted in (first, second):
-        table = _confusion(truth, predicted, findings)
-        once = _metrics(_counts(table, np.ones((1, len(truth)))), _occurring(table))
-        sides.append((once, _resampled(table, bootstrap, seed)))
-    (before, before_spread), (after, after_spread) = sides
+        cells = _confusion(truth, predicted, findings)
+        point = _metrics(_count(cells, np.ones((1, len(truth)))), _occurring(cells))
+        sides.append((point, _resample(cells, bootstrap, seed)))
+    (before, before_draws), (after, after_draws) = sides
     keys = {"exact_match": "exact_match"} | {m: f"macro_{m}" for m in METRICS}
     keys["micro_f1"] = "micro_f1"
     figures: dict[str, Any] = {
-        name: figure(after[key][0] - before[key][0], after_spread[key] - before_spread[key])
+        name: estimate(after[key][0] - before[key][0], after_draws[key] - before_draws[key])
         for name, key in keys.items()
     }
-    point = {m: (after[m] - before[m])[0] for m in ("accuracy", "f1")}
-    spread = {m: after_spread[m] - before_spread[m] for m in point}
+    change = {m: (after[m] - before[m])[0] for m in ("accuracy", "f1")}
+    draws = {m: after_draws[m] - before_draws[m] for m in change}
     figures["findings"] = {
-        name: {m: figure(point[m][column], spread[m][:, column]) for m in point}
+        name: {m: estimate(change[m][column], draws[m][:, column]) for m in change}
         for column, name in enumerate(findings)
     }
     return figures
 
 
 def majority_guess(training: Sequence[Names], *, findings: Names = LABEL_NAMES) -> tuple[str, ...]:
-    """What more than half of the training studies have: the guess that needs no image."""
+    """The findings that more than half of the training studies have: a baseline without images."""
     if not training:
-        raise UsageError("no training study to learn the majority guess from")
+        raise UsageError("no training study for the majority guess")
     present = _indicators(training, findings).mean(axis=0)
     return tuple(name for name, share in zip(findings, present, strict=True) if share > 0.5)
 
@@ -120,8 +121,9 @@ def auc(
 ) -> dict[str, Any]:
     """Area under the ROC curve of `scores` [N, findings] per finding and their mean ("macro").
 
-    Undefined (None) for a finding that all or none of the studies have; those are not in the mean.
-    Intervals by bootstrap over `patients` ([N] names), or over studies where they are not given.
+    Undefined (None), and left out of the mean, for a finding that all or none of the studies have.
+    Intervals by bootstrap over `patients` ([N] names), or over studies if `patients` is None.
+    Raises UsageError for scores of another shape or with NaN, or unequal lengths.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -134,25 +136,24 @@ def auc(
     if not np.isfinite(scores).all():
         raise UsageError("scores contain NaN or infinity")
     if patients is not None and len(patients) != len(truth):
-        raise UsageError(f"{len(truth)} studies, but {len(patients)} patients")
-    if patients is None:
-        weights = study_weights(len(truth), bootstrap, seed)
-    else:
-        weights = patient_weights(patients, bootstrap, seed)
+        studies = counted(len(truth), "study", "studies")
+        raise UsageError(f"{studies}, but {counted(len(patients), 'patient')}")
+    groups = range(len(truth)) if patients is None else patients
+    weights = group_weights(groups, bootstrap, seed)
     values = np.full(len(findings), np.nan)
-    spread = np.full((bootstrap, len(findings)), np.nan)
+    draws = np.full((bootstrap, len(findings)), np.nan)
     for column in range(len(findings)):
         target = present[:, column]
         if 0 < target.sum() < len(target):
             values[column] = roc_auc_score(target, scores[:, column])
-            spread[:, column] = _weighted_auc(target, scores[:, column], weights)
-    named = {
-        name: figure(values[column], spread[:, column]) for column, name in enumerate(findings)
+            draws[:, column] = _weighted_auc(target, scores[:, column], weights)
+    per_finding = {
+        name: estimate(values[column], draws[:, column]) for column, name in enumerate(findings)
     }
     defined = ~np.isnan(values)
     mean = values[defined].mean() if defined.any() else np.nan
-    means = np.ma.masked_invalid(spread[:, defined]).mean(axis=1).filled(np.nan)
-    return {"macro": figure(mean, means), "findings": named}
+    means = np.ma.masked_invalid(draws[:, defined]).mean(axis=1).filled(np.nan)
+    return {"macro": estimate(mean, means), "findings": per_finding}
 
 
 def _indicators(names: Sequence[Names | None], findings: Names) -> np.ndarray:
@@ -163,7 +164,7 @@ def _indicators(names: Sequence[Names | None], findings: Names) -> np.ndarray:
         for name in present or ():
             if name not in column:
                 raise UsageError(
-                    f"study {row} carries the label {name!r}, which is not one of the "
+                    f"study {row} has the label {name!r}, which is not one of the "
                     f"{len(findings)} findings under evaluation: {', '.join(findings)}"
                 )
             table[row, column[name]] = True
@@ -173,9 +174,12 @@ def _indicators(names: Sequence[Names | None], findings: Names) -> np.ndarray:
 def _confusion(
     truth: Sequence[Names], predicted: Sequence[Names | None], findings: Names
 ) -> dict[str, np.ndarray]:
-    """Per study and finding: truth and the four cells [N, F] float64; `exact` [N]."""
+    """Per study and finding: truth and the four cells of the confusion matrix, [N, F] float64;
+    "exact" [N].
+    """
     if len(truth) != len(predicted):
-        raise UsageError(f"{len(truth)} studies, but {len(predicted)} answers")
+        studies = counted(len(truth), "study", "studies")
+        raise UsageError(f"{studies}, but {counted(len(predicted), 'answer')}")
     if not truth:
         raise UsageError("no study to evaluate: the split is empty")
     positive, named = _indicators(truth, findings), _indicators(predicted, findings)
@@ -191,22 +195,16 @@ def _confusion(
     return {name: cell.astype(np.float64) for name, cell in cells.items()}
 
 
-def _occurring(table: dict[str, np.ndarray]) -> np.ndarray:
-    return np.asarray(table["positive"].any(axis=0))
+def _occurring(cells: dict[str, np.ndarray]) -> np.ndarray:
+    return np.asarray(cells["positive"].any(axis=0))
 
 
-def study_weights(studies: int, bootstrap: int, seed: int) -> np.ndarray:
-    """How often each study is drawn: [bootstrap, N] float64, every row sums to N."""
-    draw = np.random.default_rng(seed)
-    return draw.multinomial(studies, np.full(studies, 1.0 / studies), bootstrap).astype(np.float64)
-
-
-def _counts(table: dict[str, np.ndarray], weights: np.ndarray) -> Counts:
-    """Cells summed over studies: [B, F]; "positive", "all" [B, F] too, "exact" [B] as a share."""
+def _count(cells: dict[str, np.ndarray], weights: np.ndarray) -> Counts:
+    """Weighted sums over studies: cells, "positive" and "all" [B, F]; "exact" [B] as a share."""
     total = weights.sum(axis=1, keepdims=True)
-    counts = {name: weights @ table[name] for name in ("tp", "fp", "fn", "tn", "positive")}
+    counts = {name: weights @ cells[name] for name in ("tp", "fp", "fn", "tn", "positive")}
     counts["all"] = np.broadcast_to(total, counts["tp"].shape)
-    counts["exact"] = (weights @ table["exact"]) / total[:, 0]
+    counts["exact"] = (weights @ cells["exact"]) / total[:, 0]
     return counts
 
 
@@ -216,7 +214,7 @@ def _metrics(counts: Counts, occurring: np.ndarray) -> Counts:
     summed = {name: counts[name].sum(axis=1) for name in counts if name != "exact"}
     result.update({f"micro_{name}": value for name, value in _ratios(summed).items()})
     for name in METRICS:
-        # A finding never named has no precision; in the mean it counts 0, as in scikit-learn.
+        # A finding never named has no precision; the mean counts it as 0, as scikit-learn does.
         values = result[name][:, occurring]
         values = np.nan_to_num(values) if name == "precision" else values
         valid = ~np.isnan(values)
@@ -239,30 +237,13 @@ def _ratios(counts: Counts) -> Counts:
         }
 
 
-def _resampled(table: dict[str, np.ndarray], bootstrap: int, seed: int) -> Counts:
-    weights = study_weights(len(table["exact"]), bootstrap, seed)
-    return _metrics(_counts(table, weights), _occurring(table))
-
-
-def patient_weights(patients: Sequence[str], bootstrap: int, seed: int) -> np.ndarray:
-    """How often each study is drawn when whole patients are: [bootstrap, N] float64."""
-    keys = np.unique(list(patients), return_inverse=True)[1]
-    people = int(keys.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), bootstrap)
-    return drawn[:, keys].astype(np.float64)
-
-
-def figure(value: float, spread: np.ndarray) -> dict[str, Any]:
-    """{"value", "interval"} of a point estimate and its bootstrap values; None where undefined."""
-    if np.isnan(value):
-        return {"value": None, "interval": None}
-    defined = spread[~np.isnan(spread)]
-    interval = [float(x) for x in np.quantile(defined, [0.025, 0.975])] if defined.size else None
-    return {"value": float(value), "interval": interval}
+def _resample(cells: dict[str, np.ndarray], bootstrap: int, seed: int) -> Counts:
+    weights = study_weights(len(cells["exact"]), bootstrap, seed)
+    return _metrics(_count(cells, weights), _occurring(cells))
 
 
 def _weighted_auc(target: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC under every row of `weights` [B, N]: the Mann-Whitney share, ties counting one half."""
+    """AUC under each row of `weights` [B, N]: the Mann-Whitney statistic, ties counted one half."""
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
     positive = np.add.reduceat((weights * target)[:, order], starts, axis=1)

@@ -1,9 +1,9 @@
 """Labelled image sets as a CSV and a folder of images: ChestXray14, CheXpert, PadChest.
 
-The three are distinguished by their columns. Findings keep the words of their set (they become
-candidate sentences for the model), except that ChestXray14's "Effusion" is "Pleural Effusion".
-Blank means not present; CheXpert's uncertain -1 counts as the caller says. A row that cannot be
-used is set aside with its line and the reason.
+The columns tell the three apart. Findings keep the words of their set, because they become
+candidate sentences for the model; only ChestXray14's "Effusion" becomes "Pleural Effusion". Blank
+means absent; the caller decides whether CheXpert's uncertain -1 counts as present. A row that
+cannot be used is set aside with its line and the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import csv
 import gzip
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """`kind` names the set; `findings` are all that may be present, in the file's order."""
+    """`kind` is the set's name; `findings` are all that can be present, in the file's order."""
 
     kind: str
     findings: tuple[str, ...]
@@ -44,26 +44,27 @@ class LabelledSet:
     rejected: list[RejectedRecord] = field(default_factory=list)
 
 
-def rows(path: Path) -> tuple[list[str], Iterator[dict[str, str]]]:
-    """Columns and rows of a .csv or .csv.gz; DataError when it is none."""
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a .csv or .csv.gz. Raises DataError for an unreadable file."""
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rb") as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="").read()
         csv.field_size_limit(MAX_ROW)
         reader = csv.DictReader(io.StringIO(text))
-        found = [{k: v or "" for k, v in row.items() if k} for row in reader]
+        rows = [{k: v or "" for k, v in row.items() if k} for row in reader]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as CSV ({type(error).__name__})") from None
-    return list(reader.fieldnames or ()), iter(found)
+    return list(reader.fieldnames or ()), rows
 
 
 def read_labelled_csv(path: Path, images: Path, *, uncertain: str = "negative") -> LabelledSet:
-    """The images of a CSV below the folder `images`, which they may not leave.
+    """The images that a CSV lists, all inside the folder `images`.
 
-    Raises DataError when the columns tell no known set or no row can be used.
+    `uncertain` is "negative" or "positive". Raises DataError if the columns are of no known set or
+    no row can be used.
     """
-    columns, found = rows(path)
+    columns, rows = read_csv(path)
     read: Callable[[Row], LabelledImage]
     if {"Image Index", "Finding Labels"} <= set(columns):
         kind, known, read = "ChestXray14", None, lambda row: _chest_xray_14(row, images)
@@ -74,12 +75,11 @@ def read_labelled_csv(path: Path, images: Path, *, uncertain: str = "negative") 
         kind, known, read = "PadChest", None, lambda row: _padchest(row, images)
     else:
         raise DataError(
-            f"{path}: its columns ({', '.join(columns[:8])}) are neither those of ChestXray14 "
-            "(Image Index, Finding Labels), CheXpert (Path and findings) nor PadChest (ImageID, "
-            "Labels)"
+            f"{path}: the columns ({', '.join(columns[:8])}) match none of ChestXray14 (Image "
+            "Index, Finding Labels), CheXpert (Path and findings) and PadChest (ImageID, Labels)"
         )
     listed, rejected = [], []
-    for line, row in enumerate(found, start=2):
+    for line, row in enumerate(rows, start=2):
         try:
             listed.append(read(row))
         except RecordError as error:
@@ -99,13 +99,13 @@ def _chest_xray_14(row: Row, images: Path) -> LabelledImage:
 
 
 def _chexpert(row: Row, images: Path, findings: list[str], uncertain: str) -> LabelledImage:
-    # Paths begin with the archive's own name, which the folder given usually is.
+    # Paths begin with the name of the archive; `images` usually is the folder of that name.
     path = re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
     patient = re.search(r"patient\d+", path)
     names = []
     for name in findings:
         if (value := CHEXPERT_VALUES.get(row[name].strip())) is None:
-            raise RecordError("label-value", f"{name} is none of 1, 0, -1 and blank")
+            raise RecordError("label-value", f"{name} is not 1, 0, -1 or blank")
         if value == 1 or (value == -1 and uncertain == "positive"):
             names.append(name)
     return _image(path, images, patient[0] if patient else "", names)
@@ -116,8 +116,8 @@ def _padchest(row: Row, images: Path) -> LabelledImage:
         names = ast.literal_eval(row["Labels"] or "[]")
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         names = None
-    if not isinstance(names, list):  # the set holds a few rows whose labels are cut off
-        raise RecordError("labels-unreadable", "the column Labels holds no list")
+    if not isinstance(names, list):  # the labels of a few rows of the set are cut off
+        raise RecordError("labels-unreadable", "the column Labels is not a list")
     words = [str(name).strip().capitalize() for name in names if str(name).strip()]
     folder, path = row.get("ImageDir", ""), row["ImageID"]
     if folder and (images / folder / path).is_file():

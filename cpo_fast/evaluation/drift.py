@@ -1,10 +1,10 @@
-"""The drift probe: how the diagnosis moves while the model thinks, and what makes it move.
+"""The drift probe: how the diagnosis changes along the model's thought, and under rewordings.
 
-At position j of the thought the model's latent diagnosis z_j is what it would say if the thought
-ended there: the distribution over findings of the closing sentence. Concept drift inside the
-thinking (arXiv 2505.13081, section 2) is z_j != z_j+1. `probe` follows z_j token by token; `swaps`
-rewrites the thought (a near-synonym, a negation, the other side) and measures how far z moves.
-Everything of one report goes through one token tree, see `evaluation.tree`.
+The latent diagnosis z_j at position j is the distribution over findings of the closing sentence if
+the thought ended after j tokens. Concept drift inside the thought (arXiv 2505.13081, section 2) is
+z_j != z_j+1. `probe` computes z_j for every token. `swap_effects` measures how far z moves when the
+thought is rewritten at one place (a near-synonym, a negation, the other side). All continuations of
+one report are scored as one token tree (`evaluation.tree`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import rel_entr, softmax
 
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
@@ -41,17 +42,17 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("is noted", "is seen"),
     ("is present", "is seen"),
 )
-"""Near-synonyms that leave the diagnosis of a report as it is."""
+"""Near-synonyms that do not change the diagnosis of a report."""
 
 
 def own_thought(answer: str) -> str:
-    """What `answer` says in `<think>`, closed or cut short; "" for one without a thought."""
+    """The text inside `<think>` of `answer`, also if it is cut off; "" without a thought."""
     return thought_of(answer) if "<think>" in answer or "</think>" in answer else ""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """z along a thought of J tokens: `distribution` [J + 1, C], row j after j tokens."""
+    """z along a thought of J tokens: `distribution` [J + 1, C findings], row j after j tokens."""
 
     findings: tuple[str, ...]
     tokens: tuple[str, ...]
@@ -59,24 +60,24 @@ class Drift:
 
     @property
     def variation(self) -> np.ndarray:
-        """[J] total variation, 0..1, between neighbours: what token j did."""
+        """[J] total variation, 0..1, between z before and after each token."""
         return total_variation(self.distribution[:-1], self.distribution[1:])
 
     @property
     def divergence(self) -> np.ndarray:
-        """[J] Jensen-Shannon divergence in bits, 0..1, between neighbours."""
+        """[J] Jensen-Shannon divergence in bits, 0..1, between z before and after each token."""
         return jensen_shannon(self.distribution[:-1], self.distribution[1:])
 
     def change_points(self, threshold: float = 0.1) -> list[int]:
-        """Tokens that moved at least `threshold` of the probability, largest move first."""
-        moved = self.variation
-        order = np.argsort(-moved, kind="stable")
-        return [int(j) for j in order if moved[j] >= threshold]
+        """Tokens with a variation of at least `threshold`, largest first."""
+        variation = self.variation
+        order = np.argsort(-variation, kind="stable")
+        return [int(j) for j in order if variation[j] >= threshold]
 
 
 @dataclass(frozen=True)
 class Swap:
-    """A thought rewritten at one place; `kind`: "synonym" and "side" keep the findings."""
+    """A thought rewritten at one place; the kinds "synonym" and "side" keep the findings."""
 
     kind: str  # "synonym" | "side" | "negation" | "hallmark"
     before: str
@@ -90,7 +91,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a swap did to the diagnosis after the whole thought: `distribution` [C] with it."""
+    """The effect of a swap on z after the whole thought; `distribution` [C] is z with the swap."""
 
     swap: Swap
     distribution: np.ndarray
@@ -109,11 +110,11 @@ def probe(
     image_token_id: int | None = None,
     tokens_per_pass: int = 512,
 ) -> Drift:
-    """z_j at every position of `<think> {thought}`, from no token of it to all.
+    """z_j at every position of `<think> {thought}`, from zero tokens to all.
 
     Raises UsageError for an empty thought or no findings.
     """
-    stream = _ids(tokenizer, _opened(thought))
+    stream = _ids(tokenizer, _open_thought(thought))
     endings = _endings(tokenizer, findings)
     continuations = [stream[:j] + ending for j in range(len(stream) + 1) for ending in endings]
     scores = score_tree(
@@ -122,7 +123,7 @@ def probe(
     )  # fmt: skip
     tokens = tuple(tokenizer.decode([token]) for token in stream)
     table = scores.view(len(stream) + 1, len(endings)).numpy()
-    return Drift(tuple(findings), tokens, _softmax(table))
+    return Drift(tuple(findings), tokens, softmax(table, axis=-1))
 
 
 def swap_effects(
@@ -137,16 +138,16 @@ def swap_effects(
     image_token_id: int | None = None,
     tokens_per_pass: int = 512,
 ) -> tuple[np.ndarray, list[Effect]]:
-    """(z [C] after the thought as it stands, the effect of every swap on it)."""
+    """(z [C] after the unchanged thought, the effect of each swap on it)."""
     endings = _endings(tokenizer, findings)
-    trunk = _ids(tokenizer, _opened(thought))
-    streams = [trunk, *(_ids(tokenizer, _opened(swap.text)) for swap in swaps)]
+    trunk = _ids(tokenizer, _open_thought(thought))
+    streams = [trunk, *(_ids(tokenizer, _open_thought(swap.text)) for swap in swaps)]
     continuations = [stream + ending for stream in streams for ending in endings]
     scores = score_tree(
         model, prompt, continuations, pixels, trunk=trunk, image_token_id=image_token_id,
         tokens_per_pass=tokens_per_pass,
     )  # fmt: skip
-    original, *swapped = _softmax(scores.view(len(streams), len(endings)).numpy())
+    original, *swapped = softmax(scores.view(len(streams), len(endings)).numpy(), axis=-1)
     effects = [
         Effect(swap, z, float(total_variation(original, z)), float(jensen_shannon(original, z)))
         for swap, z in zip(swaps, swapped, strict=True)
@@ -157,11 +158,11 @@ def swap_effects(
 def drift_example(
     study_id: str, drift: Drift, original: np.ndarray, effects: Sequence[Effect]
 ) -> dict[str, Any]:
-    """What the page shows of one probed study; holds its words, so evaluation.json is 0600.
+    """One probed study for the page. It contains text of the study, so evaluation.json is 0600.
 
-    {"study_id", "tokens" [J], "variation" [J], "divergence" [J], "findings" [C], "start" and "end"
-    [C] (z before and after the thought), "swaps" [{"kind", "before", "after", "variation",
-    "divergence", "distribution" [C]}]}.
+    Returns {"study_id", "tokens" [J], "variation" [J], "divergence" [J], "findings" [C], "start"
+    and "end" [C] (z before and after the thought), "swaps" [{"kind", "before", "after",
+    "variation", "divergence", "distribution" [C]}]}.
     """
     return {
         "study_id": study_id,
@@ -186,24 +187,23 @@ def drift_example(
 
 
 def drift_figures(drifts: Sequence[Drift], effects: Sequence[Effect]) -> dict[str, Any]:
-    """Means over a set of studies, for summary.json: no text of any of them.
+    """Means over a set of studies for summary.json, without any text.
 
-    {"studies", "tokens", "mean_variation" (per token), "largest_variation" (mean of the largest
-    token per study), "change_points" (per study), "swaps": {kind: {"swaps", "variation",
-    "divergence", "moved" (share with a variation of 0.1 or more)}}}.
+    Returns {"studies", "tokens", "mean_variation" (per token), "largest_variation" (mean over
+    studies of the largest token), "change_points" (per study), "swaps": {kind: {"swaps",
+    "variation", "divergence", "moved" (share with a variation of 0.1 or more)}}}.
     """
     by_kind: dict[str, list[Effect]] = {}
     for effect in effects:
         by_kind.setdefault(effect.swap.kind, []).append(effect)
-    moves = [drift.variation for drift in drifts]
+    variations = [drift.variation for drift in drifts]
+    points = [len(drift.change_points()) for drift in drifts]
     return {
         "studies": len(drifts),
-        "tokens": int(sum(map(len, moves))),
-        "mean_variation": float(np.concatenate(moves).mean()) if moves else None,
-        "largest_variation": float(np.mean([m.max() for m in moves])) if moves else None,
-        "change_points": float(np.mean([len(d.change_points()) for d in drifts]))
-        if drifts
-        else None,
+        "tokens": int(sum(map(len, variations))),
+        "mean_variation": float(np.concatenate(variations).mean()) if drifts else None,
+        "largest_variation": float(np.mean([v.max() for v in variations])) if drifts else None,
+        "change_points": float(np.mean(points)) if drifts else None,
         "swaps": {
             kind: {
                 "swaps": len(found),
@@ -217,9 +217,9 @@ def drift_figures(drifts: Sequence[Drift], effects: Sequence[Effect]) -> dict[st
 
 
 def find_swaps(thought: str, graph: ConceptGraph | None = None) -> list[Swap]:
-    """The swaps that `thought` offers, one place each: synonyms, sides, negations turned round.
+    """All swaps that apply to `thought`, one place each: synonyms, sides, removed negations.
 
-    With a concept graph also hallmarks: a disease's leading attribute replaced by another's.
+    With a concept graph also hallmarks: a disease's hallmark replaced by another disease's.
     """
     found = [*_synonyms(thought), *_sides(thought), *_negations(thought)]
     if graph is not None:
@@ -229,17 +229,17 @@ def find_swaps(thought: str, graph: ConceptGraph | None = None) -> list[Swap]:
 
 def _synonyms(thought: str) -> Iterator[Swap]:
     for before, after in SYNONYMS:
-        # "opacity" inside "lung opacity" is that pair's business, not this one's.
+        # "opacity" inside "lung opacity" is left to the pair for "lung opacity".
         for match in re.finditer(rf"(?<!lung )(?<!pulmonary )\b{before}\b", thought, re.I):
-            yield _replaced("synonym", thought, match, after)
+            yield _replace("synonym", thought, match, after)
             break
 
 
 def _sides(thought: str) -> Iterator[Swap]:
-    """All sides at once, so that the report stays consistent with itself."""
+    """All sides are swapped together, so that the report stays consistent."""
     other = {"left": "right", "right": "left"}
     swapped = re.sub(
-        r"\b(left|right)\b", lambda m: _cased(other[m[0].lower()], m[0]), thought, flags=re.I
+        r"\b(left|right)\b", lambda m: _match_case(other[m[0].lower()], m[0]), thought, flags=re.I
     )
     if swapped != thought:
         yield Swap("side", "left / right", "right / left", swapped)
@@ -248,27 +248,27 @@ def _sides(thought: str) -> Iterator[Swap]:
 def _negations(thought: str) -> Iterator[Swap]:
     for match in re.finditer(r"\b(There is no|No evidence of|No)\b (?=\w)", thought):
         after = "There is a " if match[1].startswith("There") else "There is "
-        yield _replaced("negation", thought, match, after)
+        yield _replace("negation", thought, match, after)
 
 
 def _hallmarks(thought: str, graph: ConceptGraph) -> Iterator[Swap]:
-    """A hallmark's phrase becomes one of the next disease that has neither it nor the attribute.
+    """Replaces the phrase of a hallmark by a hallmark of the next disease that lacks the attribute.
 
-    Diseases follow in the graph's order, so that the replacement is the same for every model.
+    Diseases are taken in the graph's order, so that the replacement is the same for every model.
     """
     diseases = list(graph.diseases.values())
     for number, disease in enumerate(diseases):
         others = diseases[number + 1 :] + diseases[:number]
         for attribute in disease.hallmarks:
-            match = _stated(thought, graph.attributes[attribute].phrases)
+            match = _find_asserted(thought, graph.attributes[attribute].phrases)
             new = _foreign_hallmark(thought, attribute, others, graph)
             if match and new:
-                yield _replaced("hallmark", thought, match, new)
+                yield _replace("hallmark", thought, match, new)
                 break
 
 
-def _stated(thought: str, phrases: Sequence[str]) -> re.Match[str] | None:
-    """The longest of `phrases` that stands in a sentence of `thought` that denies nothing."""
+def _find_asserted(thought: str, phrases: Sequence[str]) -> re.Match[str] | None:
+    """The longest of `phrases` in a sentence of `thought` without a negation before it."""
     for phrase in sorted(phrases, key=len, reverse=True):
         for match in re.finditer(rf"\b{re.escape(phrase)}\b", thought, re.I):
             sentence = re.split(r"[.:]\s", thought[: match.start()])[-1]
@@ -290,12 +290,12 @@ def _foreign_hallmark(
     return None
 
 
-def _replaced(kind: str, text: str, match: re.Match[str], after: str) -> Swap:
-    after = _cased(after, match[0])
+def _replace(kind: str, text: str, match: re.Match[str], after: str) -> Swap:
+    after = _match_case(after, match[0])
     return Swap(kind, match[0], after, text[: match.start()] + after + text[match.end() :])
 
 
-def _cased(word: str, like: str) -> str:
+def _match_case(word: str, like: str) -> str:
     return word[0].upper() + word[1:] if like[:1].isupper() else word
 
 
@@ -306,32 +306,23 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Jensen-Shannon divergence over the last axis in bits, 0..1 (Lin 1991)."""
+    # scipy.spatial.distance.jensenshannon would give NaN where rounding makes the sum negative.
     middle = (p + q) / 2
-
-    def relative(a: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(a > 0, a * np.log2(a / middle), 0.0).sum(axis=-1)
-
-    return (relative(p) + relative(q)) / 2
+    return (rel_entr(p, middle) + rel_entr(q, middle)).sum(axis=-1) / (2 * np.log(2))
 
 
-def _opened(thought: str) -> str:
+def _open_thought(thought: str) -> str:
     if not thought.strip():
-        raise UsageError("the thought is empty: there is nothing to probe")
+        raise UsageError("the thought is empty, so there is nothing to probe")
     return f"<think> {thought}"
 
 
 def _endings(tokenizer: Any, findings: Sequence[str]) -> list[tuple[int, ...]]:
     if not findings:
-        raise UsageError("no findings to ask for")
+        raise UsageError("no findings to score")
     close = _ids(tokenizer, " </think>")
     return [close + candidate for candidate in finding_candidates(tokenizer, findings)]
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))

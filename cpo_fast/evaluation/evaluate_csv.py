@@ -16,7 +16,7 @@ from cpo_fast.data.labels import question as ask
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.evaluation import ms_cxr_t
 from cpo_fast.evaluation.cohort import Cohort
-from cpo_fast.evaluation.csv_sets import read_labelled_csv, rows
+from cpo_fast.evaluation.csv_sets import read_csv, read_labelled_csv
 from cpo_fast.evaluation.likelihood import score_answers
 from cpo_fast.evaluation.suites import Options, generate_answers, score_zero_shot
 from cpo_fast.model.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def evaluate_csv(
     """
     if checkpoint.images is None:
         raise UsageError(f"{checkpoint.path} is a text-only model: {source.file} has images only")
-    columns, _ = rows(source.file)
+    columns, _ = read_csv(source.file)
     evaluate = _evaluate_temporal if ms_cxr_t.is_ms_cxr_t(columns) else _evaluate_labelled
     return evaluate(name, model, checkpoint, source, options)
 

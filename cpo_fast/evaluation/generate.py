@@ -1,15 +1,17 @@
 """Batched greedy generation with left padding and a KV cache, for Qwen2.5-VL and text-only models.
 
-Works on `types.Prompt` (token ids with the image placeholders already expanded), so that the model
-is asked with exactly the tokens that it was trained on; no AutoProcessor and no torchvision.
+Works on `types.Prompt` (token ids with expanded image placeholders), so that the model gets exactly
+the tokens that it was trained on. Needs neither AutoProcessor nor torchvision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import Pixels, Prompt
 
@@ -32,16 +34,15 @@ def diagnose(
     failed: dict[int, RecordError] | None = None,
     description: str = "generating",
 ) -> list[str]:
-    """What `model` answers to every prompt, greedily, in the order of `prompts`.
+    """Greedy answers of `model` to every prompt, in the order of `prompts`.
 
     An answer ends before the first end-of-turn token or after `max_new_tokens`; special tokens are
-    left out of the text. Prompts of like length share a batch, so little is padding. The sampling
-    defaults that a model brings (temperature, repetition penalty) do not apply; nor does dropout.
+    removed from the text. Prompts are batched by length to reduce padding. Dropout and the model's
+    own sampling defaults (temperature, repetition penalty) are off.
 
-    A prompt whose image cannot be read raises a RecordError; with `failed` it is entered there by
-    its number instead, and its answer is "". Raises UsageError for prompts that hold ids outside
-    the model's embedding (tokenizer and model do not belong together), an empty prompt, or images
-    without `pixels`.
+    A prompt whose image cannot be read raises RecordError; if `failed` is given, `failed[index]` is
+    set to the error instead and the answer is "". Raises UsageError for token ids outside the
+    model's embedding (a tokenizer of another model), an empty prompt, or images without `pixels`.
     """
     import torch
     from tqdm import tqdm
@@ -76,7 +77,7 @@ def diagnose(
             bar.update(len(asked))
             if not chosen:
                 continue
-            inputs = _left_padded(model, [prompts[i] for i in chosen], decoded, pad)
+            inputs = _pad_left(model, [prompts[i] for i in chosen], decoded, pad)
             tokens = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -92,12 +93,14 @@ def diagnose(
             )
             new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
             for index, row in zip(chosen, new, strict=True):
-                answers[index] = tokenizer.decode(_until(row, stops), skip_special_tokens=True)
+                answers[index] = tokenizer.decode(
+                    _cut_at_stop(row, stops), skip_special_tokens=True
+                )
     return answers
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the tokenizer's end token, end of turn, those of the model."""
+    """Ids that end an answer: the tokenizer's end token, end of turn, the model's end tokens."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids: set[int | None] = {tokenizer.eos_token_id}
     ids.update(configured if isinstance(configured, Iterable) else [configured])
@@ -105,14 +108,13 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     found = frozenset(i for i in ids if i is not None)
     if not found:
         raise UsageError(
-            "the tokenizer has neither an end-of-sequence token nor <|im_end|>: no answer could end"
+            "no answer can end: the tokenizer has neither an end-of-sequence token nor <|im_end|>"
         )
     return found
 
 
-def _until(row: list[int], stops: frozenset[int]) -> list[int]:
-    end = next((i for i, token in enumerate(row) if token in stops), len(row))
-    return row[:end]
+def _cut_at_stop(row: list[int], stops: frozenset[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in stops, row))
 
 
 def _check(model: Any, tokenizer: Any, prompts: Sequence[Prompt], pixels: Pixels | None) -> None:
@@ -122,17 +124,19 @@ def _check(model: Any, tokenizer: Any, prompts: Sequence[Prompt], pixels: Pixels
             raise UsageError(f"prompt {number} is empty")
         if max(prompt.input_ids) >= rows:
             raise UsageError(
-                f"prompt {number} holds token id {max(prompt.input_ids)}, but the model embeds "
-                f"only {rows} tokens: use the tokenizer that belongs to the model"
+                f"prompt {number} has token id {max(prompt.input_ids)}, but the model has only "
+                f"{counted(rows, 'embedding')}: use the model's own tokenizer"
             )
         if prompt.images and pixels is None:
-            raise UsageError(f"prompt {number} has images, but no `pixels` function was given")
+            raise UsageError(f"prompt {number} has images, but `pixels` is missing")
 
 
-def _left_padded(
+def _pad_left(
     model: Any, prompts: Sequence[Prompt], decoded: Decoded, pad: int
 ) -> dict[str, torch.Tensor]:
-    """Inputs of `generate`: ids, mask [B, L]; with images also pixels, grids and modalities."""
+    """Inputs of `model.generate`: ids and mask [B, L]; with images also pixels, grids and token
+    types.
+    """
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -148,14 +152,14 @@ def _left_padded(
         arrays, grids = zip(*(decoded[image] for image in images), strict=True)
         inputs["pixel_values"] = torch.cat([torch.as_tensor(array) for array in arrays])
         inputs["image_grid_thw"] = torch.stack([torch.as_tensor(grid).view(3) for grid in grids])
-        # mRoPE positions follow the modality of each token; padding is masked and counts as text.
+        # mRoPE positions depend on the type of each token; padding is masked and counts as text.
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long() * mask
     return {name: value.to(device) for name, value in inputs.items()}
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, the former mode afterwards."""
+    """Evaluation mode (no dropout) inside the block; the previous mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:

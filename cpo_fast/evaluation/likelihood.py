@@ -1,8 +1,8 @@
-"""How likely the model finds given answers: many candidates per prompt, the prompt computed once.
+"""Log-probs of many candidate answers per prompt; the prompt is computed once.
 
-The candidates of a prompt are branches of one pack, and hidden states go straight to log-probs, so
-that logits over the vocabulary are never stored. This replaces generation where a score is wanted
-instead of a decision (multi-label AUC), and is the measuring instrument of the drift probe.
+The candidates of a prompt are branches of one pack. Log-probs are computed from hidden states
+without storing logits over the vocabulary. This replaces generation where a score is needed instead
+of a decision (multi-label AUC).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.counting import counted
 from cpo_fast.data.labels import LABEL_NAMES, answer
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import Pixels, PreferenceGroup, Prompt
@@ -37,12 +38,12 @@ def score_answers(
 ) -> torch.Tensor:
     """Log-probability of every candidate after every prompt: [N, C] float32 on the CPU.
 
-    `candidates` are C answers for all prompts, or N lists of C answers, one list for each; the sum
-    runs over all tokens of an answer. A pack holds whole prompts with all of their candidates, up
-    to `packing_length` tokens (one prompt that is longer gets a pack of its own). `impl` is that of
-    `linear_logprobs`. A prompt whose image cannot be read raises a RecordError; with `failed` it is
-    entered there by its number instead, and its row is NaN. Raises UsageError for an empty prompt
-    or answer, or lists of unequal length.
+    `candidates` are C answers for all prompts, or N lists of C answers, one per prompt. The sum is
+    over all tokens of an answer. A pack holds whole prompts with all of their candidates, up to
+    `packing_length` tokens; a longer prompt gets its own pack. `impl` is passed to
+    `linear_logprobs`. A prompt whose image cannot be read raises RecordError; if `failed` is given,
+    `failed[index]` is set to the error instead and the row is NaN. Raises UsageError for an empty
+    prompt or answer, or lists of unequal length.
     """
     import torch
     from tqdm import tqdm
@@ -83,7 +84,7 @@ def score_answers(
             logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=impl)
             sums = torch.zeros(batch.num_segments, device=logps.device, dtype=logps.dtype)
             sums.index_add_(0, batch.segment_ids, logps)
-            # Segments follow the groups of the pack, the chosen (candidate 0) first in each.
+            # Segments are in the order of the pack's groups, candidate 0 (chosen) first in each.
             read = [index for index, _ in found.pack]
             scores[read] = sums.view(len(read), width).float().cpu()
     return scores
@@ -98,7 +99,7 @@ def finding_candidates(
 
 
 def after_thought(prompt: Prompt, tokenizer: Any, thought: str) -> Prompt:
-    """`prompt` continued by `<think> {thought} </think>` (the thought may be empty)."""
+    """`prompt` followed by `<think> {thought} </think>`; the thought can be empty."""
     text = f"<think> {thought} </think>" if thought else "<think> </think>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Prompt((*prompt.input_ids, *ids), prompt.images)
@@ -122,7 +123,8 @@ def _groups(
     shared = not isinstance(candidates[0][0], Sequence)
     lists: Sequence[Any] = [candidates] * len(prompts) if shared else candidates
     if len(lists) != len(prompts):
-        raise UsageError(f"{len(prompts)} prompts, but {len(lists)} lists of candidates")
+        candidate_lists = counted(len(lists), "list of candidates", "lists of candidates")
+        raise UsageError(f"{counted(len(prompts), 'prompt')}, but {candidate_lists}")
     if len({len(own) for own in lists}) != 1:
         raise UsageError("every prompt needs the same number of candidates")
     groups = []

@@ -1,9 +1,10 @@
-"""MS-CXR-T (temporal image classification): its reader and both readings of "top-1 accuracy".
+"""MS-CXR-T (temporal image classification): its reader and both protocols of top-1 accuracy.
 
-Protocol A: is a finding improving, stable or worsening, of the three; micro is the share that is
-right, macro the mean over the classes that occur of the share that is right in each. Protocol B: is
-a finding that has a progression label, and so is present, named by the generated diagnosis. The
-paper (arXiv 2505.13081) does not say which it used; every figure here names its protocol.
+Protocol A: whether the right class is chosen out of improving, stable and worsening. Micro is the
+share of right cases; macro is the mean of the per-class shares over the classes that occur.
+Protocol B: whether the generated diagnosis names a finding that has a progression label and so is
+present. The paper (arXiv 2505.13081) does not say which one it used; every figure here names its
+protocol.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from cpo_fast.counting import counted
 from cpo_fast.errors import DataError, RecordError, UsageError
-from cpo_fast.evaluation.classification import figure, patient_weights
-from cpo_fast.evaluation.csv_sets import rows
+from cpo_fast.evaluation.bootstrap import estimate, group_weights
+from cpo_fast.evaluation.csv_sets import read_csv
 from cpo_fast.types import RejectedRecord
 
 FINDINGS = {
@@ -35,7 +37,7 @@ IDS = ("subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dico
 
 @dataclass(frozen=True)
 class TemporalCase:
-    """One pair of images; `progression` holds the labelled findings only, by our names."""
+    """One pair of images; `progression` maps each labelled finding to one of CLASSES."""
 
     subject_id: str
     study_id: str
@@ -50,18 +52,20 @@ def is_ms_cxr_t(columns: Sequence[str]) -> bool:
 
 
 def read_ms_cxr_t(path: Path) -> tuple[list[TemporalCase], list[RejectedRecord]]:
-    """The rows of MS_CXR_T_temporal_image_classification_v1.0.0.csv in their order, and those set
-    aside: a progression outside CLASSES, or none at all.
+    """Usable rows of MS_CXR_T_temporal_image_classification_v1.0.0.csv in order, and rejected rows.
 
-    Raises DataError for a missing column or no labelled row.
+    A row is rejected if a progression is not one of CLASSES, or if it has none. Raises DataError
+    for a missing column or no usable row.
     """
-    columns, found = rows(path)
+    columns, rows = read_csv(path)
     wanted = [*IDS, *(f"{name}_progression" for name in FINDINGS)]
     if missing := [name for name in wanted if name not in columns]:
-        raise DataError(f"{path} lacks the columns {', '.join(missing)}: is it MS-CXR-T's table?")
+        raise DataError(
+            f"{path} lacks the columns {', '.join(missing)} of MS-CXR-T; check that it is its table"
+        )
     cases: list[TemporalCase] = []
     rejected: list[RejectedRecord] = []
-    for line, row in enumerate(found, start=2):
+    for line, row in enumerate(rows, start=2):
         ids = {name: row[name].strip() for name in IDS}
         try:
             cases.append(TemporalCase(**ids, progression=_progression(row)))
@@ -82,7 +86,7 @@ def _progression(row: Mapping[str, str]) -> dict[str, str]:
         value = row[f"{column}_progression"].strip().lower()
         if value and value not in CLASSES:
             raise RecordError(
-                "progression-value", f"{column}_progression is none of {', '.join(CLASSES)}, blank"
+                "progression-value", f"{column}_progression is not {', '.join(CLASSES)} or blank"
             )
         if value:
             labels[name] = value
@@ -98,14 +102,13 @@ def progression_accuracy(
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Protocol A: {"protocol", "micro" and "macro" (means of the findings), "findings" {name:
+    """Protocol A: {"protocol", "micro" and "macro" (means over findings), "findings" {name:
     {"cases", "micro", "macro"}}}; intervals by bootstrap over patients.
 
-    `predicted[i]` maps the labelled findings of case i to one of CLASSES.
+    `predicted[i]` maps the labelled findings of case i to one of CLASSES. Raises UsageError for
+    unequal lengths or no case.
     """
-    _same_length(cases, predicted)
-    weights = patient_weights([case.subject_id for case in cases], bootstrap, seed)
-    weights = np.vstack([np.ones(len(cases)), weights])  # row 0 is the point estimate
+    weights = _weights(cases, predicted, bootstrap, seed)
     table = {}
     for name in FINDINGS.values():
         truth = np.array([case.progression.get(name, "") for case in cases])
@@ -113,7 +116,7 @@ def progression_accuracy(
         micro = _share(right, truth != "", weights)
         classes = [_share(right, truth == c, weights) for c in CLASSES if (truth == c).any()]
         masked = np.ma.masked_invalid(classes or [np.full(len(weights), np.nan)])
-        macro = masked.mean(axis=0).filled(np.nan)  # over the classes that a resample holds
+        macro = masked.mean(axis=0).filled(np.nan)  # over the classes in the resample
         table[name] = (int((truth != "").sum()), micro, macro)
     return _summary(PROTOCOL_A, table, ("micro", "macro"))
 
@@ -125,12 +128,11 @@ def presence_accuracy(
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Protocol B: {"protocol", "top_1" (mean of the findings), "findings" {name: {"cases",
-    "top_1"}}}; an answer that cannot be parsed (None) names nothing.
+    """Protocol B: {"protocol", "top_1" (mean over findings), "findings" {name: {"cases", "top_1"}}}
+
+    An answer that cannot be parsed (None) names no finding. Intervals and errors as protocol A.
     """
-    _same_length(cases, parsed)
-    weights = patient_weights([case.subject_id for case in cases], bootstrap, seed)
-    weights = np.vstack([np.ones(len(cases)), weights])
+    weights = _weights(cases, parsed, bootstrap, seed)
     table = {}
     for name in FINDINGS.values():
         labelled = np.array([name in case.progression for case in cases])
@@ -139,15 +141,20 @@ def presence_accuracy(
     return _summary(PROTOCOL_B, table, ("top_1",))
 
 
-def _same_length(cases: Sequence[Any], answers: Sequence[Any]) -> None:
+def _weights(
+    cases: Sequence[TemporalCase], answers: Sequence[Any], bootstrap: int, seed: int
+) -> np.ndarray:
+    """[1 + bootstrap, N]: ones for the point estimate, then weights of resampled patients."""
     if len(cases) != len(answers):
-        raise UsageError(f"{len(cases)} cases, but {len(answers)} answers")
+        raise UsageError(f"{counted(len(cases), 'case')}, but {counted(len(answers), 'answer')}")
     if not cases:
         raise UsageError("no case to evaluate")
+    drawn = group_weights([case.subject_id for case in cases], bootstrap, seed)
+    return np.vstack([np.ones(len(cases)), drawn])
 
 
 def _share(right: np.ndarray, among: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share of `right` among `among`, under every row of `weights`; NaN where there is none."""
+    """Weighted share of `right` in `among` for each row of `weights`; NaN if `among` is empty."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray((weights @ (right & among)) / (weights @ among))
 
@@ -159,10 +166,10 @@ def _summary(
     result: dict[str, Any] = {"protocol": protocol}
     for k, name in enumerate(names):
         means = np.mean([values[k] for values in known], axis=0)
-        result[name] = figure(means[0], means[1:])
+        result[name] = estimate(means[0], means[1:])
     result["findings"] = {
         finding: {"cases": cases}
-        | {name: figure(v[0], v[1:]) for name, v in zip(names, values, strict=True)}
+        | {name: estimate(v[0], v[1:]) for name, v in zip(names, values, strict=True)}
         for finding, (cases, *values) in table.items()
     }
     return result

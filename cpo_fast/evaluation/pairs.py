@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cpo_fast.evaluation.preference import both_models, more_likely
+from cpo_fast.evaluation.preference import summarize_both_models, summarize_likelihood
 from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.packing import plan_epoch
@@ -37,11 +37,11 @@ def compare_pairs(
     if not scored:
         return {}, failed
     if LOSS_TYPES[objective.loss_type].reference:
-        of_model, of_reference = both_models(scored, beta=beta, seed=seed)
+        of_model, of_reference = summarize_both_models(scored, beta=beta, seed=seed)
         return {names[0]: of_model, names[1]: of_reference}, failed
     own = (scored["policy_chosen"], scored["policy_rejected"])
     of_pairs = {name: scored[name] for name in ("groups", "sources")}
-    return {names[0]: more_likely(*own, **of_pairs, seed=seed)}, failed
+    return {names[0]: summarize_likelihood(*own, **of_pairs, seed=seed)}, failed
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def score_pairs(
     *,
     packing_length: int,
 ) -> tuple[dict[str, Any], list[RejectedRecord]]:
-    """(columns of P pairs for `evaluation.preference`, groups left out because an image failed).
+    """(columns of P pairs for `summarize_preference`, groups left out because an image failed).
 
     The columns are "policy_"/"reference_" x "chosen"/"rejected", log-probs summed over an answer
     (zeros for a loss without a reference), "sources", and "groups", the ids of the pairs' groups;

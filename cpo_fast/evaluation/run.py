@@ -17,7 +17,7 @@ Load = Callable[[], Any]
 """Loads a model."""
 
 ComparePairs = Callable[[Any], dict[str, dict[str, Any]]]
-"""Loaded model -> {name: figures of `evaluation.preference`}."""
+"""Loaded model -> {name: figures of `summarize_preference`}."""
 
 
 @dataclass

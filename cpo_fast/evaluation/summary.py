@@ -1,4 +1,4 @@
-"""From answers to the `evaluation` part of summary.json and the examples of evaluation.json."""
+"""The `evaluation` part of summary.json and the examples of evaluation.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.data.labels import diagnosis, parse_answer
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation.classification import (
@@ -34,19 +35,18 @@ def evaluation_summary(
     bootstrap: int = 1000,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """The `evaluation` part of summary.json: figures only, no text of any patient.
+    """The `evaluation` part of summary.json: figures only, no text of a patient.
 
-    `truth[i]` are the names of study i (`labels.diagnosis`), `training_truth` those of the training
-    split, from which the majority guess is learned (left out when there is none). `answers` maps a
-    model's name ("untrained", "sft", "cpo", in the order in which they were trained) to its N
-    generated texts. `reports` are the N reference reports for BLEU and ROUGE-L of the thoughts
-    (left out when None). `preference` maps model names to what `evaluation.preference.preference`
-    returned for held-out pairs.
+    `truth[i]` are the finding names of study i (`labels.diagnosis`). `training_truth` are the names
+    of the training split, for the majority guess (left out if empty). `answers` maps each model
+    ("untrained", "sft", "cpo", in training order) to its N generated texts. `reports` are the N
+    reference reports for the text metrics of the thoughts (left out if None). `preference` maps
+    each model to the result of `summarize_preference` on held-out pairs.
 
     Returns {"split", "studies", "protocol", "majority_guess" [names], "classification" {name:
     figures of `classification`}, "differences" {"cpo - sft": figures of `difference`, ...} of every
-    later model from every earlier one, the majority guess being the earliest, "text" {name: figures
-    of `text_metrics`}, "preference"}.
+    later model minus every earlier one (the majority guess is the first), "text" {name: figures of
+    `text_metrics`}, "preference"}. Raises UsageError for a wrong number of answers.
     """
     parsed: dict[str, list[tuple[str, ...] | None]] = {}
     guess = majority_guess(training_truth) if training_truth else None
@@ -54,7 +54,8 @@ def evaluation_summary(
         parsed[MAJORITY] = [guess] * len(truth)
     for name, texts in answers.items():
         if len(texts) != len(truth):
-            raise UsageError(f"{len(truth)} studies, but {len(texts)} answers of {name!r}")
+            studies = counted(len(truth), "study", "studies")
+            raise UsageError(f"{studies}, but {counted(len(texts), 'answer')} of {name!r}")
         parsed[name] = [parse_answer(text) or None for text in texts]
     options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed}
     summary: dict[str, Any] = {
@@ -88,12 +89,12 @@ def evaluation_examples(
     count: int = 4,
     uncertain: str = "negative",
 ) -> list[dict[str, Any]]:
-    """Up to `count` studies for the report, with as many different diagnoses as there are.
+    """Up to `count` studies for the report, with as many different diagnoses as possible.
 
     `answers[name][i]` belongs to `studies[i]`. Each example is {"study_id", "image" (absolute path
-    or None), "report", "labels", "counterfactual", "target", "answers" {name: text}}; the
-    counterfactual is the first of `counterfactuals` for that study (studies that have one come
-    first), else None. The texts are patient data: `write_examples` writes them 0600.
+    or None), "report", "labels", "counterfactual", "target", "answers" {name: text}}. The
+    counterfactual is the first of `counterfactuals` for the study, else None; studies with one come
+    first. The texts are patient data: `write_examples` writes them with mode 0600.
     """
     of_study: dict[str, Counterfactual] = {}
     for candidate in counterfactuals:
@@ -125,7 +126,7 @@ def evaluation_examples(
 
 
 def _image_path(study: Study) -> str | None:
-    """Where the first image lies; None without one, or when it is only in memory."""
+    """Absolute path of the first image; None without an image or for one in memory only."""
     if not study.images or study.images[0].data is not None:
         return None
     return str((Path(study.images[0].root) / study.images[0].path).resolve())

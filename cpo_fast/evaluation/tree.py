@@ -1,10 +1,10 @@
-"""Log-probs of thousands of continuations of one prompt that share their beginnings.
+"""Log-probs of thousands of continuations of one prompt with shared prefixes.
 
-Continuations are laid into a tree of tokens; a token is computed once, however many continuations
-run through it. The prompt and one long continuation, the trunk, are computed first and kept as
-keys and values; what branches off the trunk follows in passes of bounded size, each token masked to
-the prompt, its part of the trunk and its own ancestors. So the answer after *every* token of a
-thought costs little more than the answers alone.
+Continuations form a tree of tokens; each token is computed once, however many continuations contain
+it. The prompt and one long continuation, the trunk, are computed first and stay in the KV cache.
+The branches follow in passes of bounded size; each token attends to the prompt, its part of the
+trunk and its own ancestors. The answer after *every* token of a thought therefore costs little more
+than the answers alone.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenTree:
-    """Tokens by node; `parents` are node numbers below the node's own, -1 is the end of the prompt.
-
-    Nodes 0 .. trunk - 1 are the trunk in its order.
+    """Token, parent and depth of each node. A parent has a smaller number than its children; -1 is
+    the end of the prompt. Nodes 0 .. trunk - 1 are the trunk in order.
     """
 
     trunk: int
@@ -44,7 +43,7 @@ class TokenTree:
         return tree
 
     def insert(self, continuation: Sequence[int]) -> int:
-        """Add a continuation; returns the node of its last token."""
+        """Add a continuation and return the node of its last token."""
         node = -1
         for depth, token in enumerate(continuation):
             key = (node, token)
@@ -70,9 +69,10 @@ def score_tree(
 ) -> torch.Tensor:
     """Summed log-probability of each of N continuations after `prompt`: [N] float64 on the CPU.
 
-    `trunk` is what most of them share (a prefix of it suffices; it need not be one of them); every
-    subtree off the trunk is computed in one pass, of `tokens_per_pass` tokens or its own size. The
-    result does not depend on either. Raises UsageError for an empty prompt, trunk or continuation.
+    `trunk` is the sequence whose prefixes most continuations share; it need not be one of them.
+    Every subtree off the trunk is computed in one pass, of at most `tokens_per_pass` tokens unless
+    the subtree itself is larger. The result depends on neither. `impl` is passed to
+    `linear_logprobs`. Raises UsageError for an empty prompt, trunk or continuation.
     """
     import torch
 
@@ -93,7 +93,7 @@ def score_tree(
             rows = model.head_inputs(rows)
             found = linear_logprobs(rows, weight, labels, bias=bias, impl=impl)
             logps[nodes] = found.double().cpu().numpy()
-    sums = np.zeros(len(tree.tokens) + 1)  # the last entry, index -1, is the end of the prompt
+    sums = np.zeros(len(tree.tokens) + 1)  # index -1 is the end of the prompt
     for node, parent in enumerate(tree.parents):
         sums[node] = sums[parent] + logps[node]
     return torch.from_numpy(sums[ends])
@@ -104,7 +104,7 @@ Pass = tuple[list[int], "torch.Tensor", list[int]]
 
 
 class _Forward:
-    """The passes over a tree with the keys and values of prompt and trunk kept."""
+    """The forward passes over a tree; keys and values of prompt and trunk stay cached."""
 
     def __init__(
         self,
@@ -140,10 +140,12 @@ class _Forward:
         after = torch.arange(self._next, self._next + tree.trunk).expand(3, -1)
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         states = self._run(ids, torch.cat([positions, after], 1), mask, **images)
-        self._trunk_states = states[self._start - 1 :]  # row i predicts a child of trunk node i - 1
+        self._trunk_states = states[
+            self._start - 1 :
+        ]  # row i predicts children of trunk node i - 1
 
     def passes(self, tokens_per_pass: int) -> Any:
-        """The trunk and what hangs directly on it, then pass by pass what lies below."""
+        """The trunk and its direct children first, then the deeper nodes pass by pass."""
         tree = self._tree
         on_trunk = [n for n, parent in enumerate(tree.parents) if parent < tree.trunk]
         yield on_trunk, self._trunk_states, [tree.parents[node] + 1 for node in on_trunk]
@@ -176,7 +178,7 @@ class _Forward:
             yield group
 
     def _branches(self, nodes: list[int], row: dict[int, int]) -> torch.Tensor:
-        """Hidden states [n, D] of nodes off the trunk; the cache is left as it was."""
+        """Hidden states [n, D] of nodes off the trunk; the cache is restored afterwards."""
         import torch
 
         tree, kept = self._tree, self._start + self._tree.trunk
@@ -201,7 +203,9 @@ class _Forward:
         mask: torch.Tensor,
         **images: torch.Tensor,
     ) -> torch.Tensor:
-        """[n, D] of tokens [n] at positions [3, n] that see what `mask` [n, cached + n] says."""
+        """Hidden states [n, D] of tokens [n] at positions [3, n]; `mask` [n, cached + n] is true
+        where a token attends.
+        """
         out = self._inner(
             input_ids=ids[None].to(self._device),
             position_ids=(positions[:, None] if self._sees else positions[:1]).to(self._device),

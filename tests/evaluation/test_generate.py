@@ -177,9 +177,9 @@ def test_nothing_to_do_gives_nothing(vision_model, tokenizer):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (Prompt((1, 500)), "tokenizer that belongs to the model"),
+        (Prompt((1, 500)), "the model's own tokenizer"),
         (Prompt(()), "prompt 0 is empty"),
-        (prompt("2x2", [1]), "no `pixels` function"),
+        (prompt("2x2", [1]), "`pixels` is missing"),
     ],
 )
 def test_bad_prompts_are_named(vision_model, tokenizer, bad, message):

@@ -109,6 +109,6 @@ def test_bad_candidates_are_refused():
         score_answers(model, asked, [])
     with pytest.raises(UsageError, match="one of its candidates is empty"):
         score_answers(model, asked, [(1, 2), ()])
-    with pytest.raises(UsageError, match="2 prompts, but 1 lists"):
+    with pytest.raises(UsageError, match="2 prompts, but 1 list of candidates"):
         score_answers(model, asked, [[(1, 2)]])
     assert score_answers(model, [], [(1,)]).shape == (0, 0)

@@ -11,7 +11,8 @@ from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation import classification as c
 from cpo_fast.evaluation import text
-from cpo_fast.evaluation.preference import both_models, preference
+from cpo_fast.evaluation.bootstrap import study_weights
+from cpo_fast.evaluation.preference import summarize_both_models, summarize_preference
 
 ABC = ("Atelectasis", "Edema", "Pneumonia")
 
@@ -123,7 +124,7 @@ def test_auc_agrees_with_sklearn_also_when_resampled():
     assert result["findings"]["Atelectasis"]["value"] == expected[0]
     assert result["findings"]["Fracture"] == {"value": None, "interval": None}
     assert result["macro"]["value"] == pytest.approx(np.mean(expected))
-    weights = c.study_weights(120, 30, 1)
+    weights = study_weights(120, 30, 1)
     target = matrix(truth)[:, 0]
     ours = c._weighted_auc(target, scores[:, 0], weights)
     theirs = [roc_auc_score(target, scores[:, 0], sample_weight=w) for w in weights]
@@ -134,7 +135,7 @@ def test_auc_agrees_with_sklearn_also_when_resampled():
     ("truth", "predicted", "message"),
     [
         ([], [], "split is empty"),
-        ([("Edema",)], [], "1 studies, but 0 answers"),
+        ([("Edema",)], [], "1 study, but 0 answers"),
         ([("Gout",)], [("Edema",)], "'Gout'"),
         ([("Edema",)], [("Gout",)], "'Gout'"),
     ],
@@ -152,7 +153,7 @@ def test_auc_refuses_scores_that_do_not_fit():
 
 
 def test_preference_of_a_case_worked_out_by_hand():
-    result = preference([-1, -5, -3], [-4, -4, -3], [-2, -2, -3], [-3, -3, -3], beta=0.5)
+    result = summarize_preference([-1, -5, -3], [-4, -4, -3], [-2, -2, -3], [-3, -3, -3], beta=0.5)
     # rewards: chosen .5, -1.5, 0; rejected -.5, -.5, 0: one won, one lost, one tie (not won)
     assert result["accuracy"]["value"] == pytest.approx(1 / 3)
     assert result["margin"]["value"] == pytest.approx((1.0 - 1.0 + 0.0) / 3)
@@ -167,8 +168,8 @@ def test_the_reference_is_judged_by_its_own_log_probs():
         "reference_chosen": [-3.0, -2.0, -3.0], "reference_rejected": [-2.0, -3.0, -3.0],
         "groups": ["a", "b", "c"], "sources": ["thinking", "thinking", "perception"],
     }  # fmt: skip
-    policy, reference = both_models(scored, beta=0.5)
-    assert policy == preference(**scored, beta=0.5)
+    policy, reference = summarize_both_models(scored, beta=0.5)
+    assert policy == summarize_preference(**scored, beta=0.5)
     assert reference.keys() == {"pairs", "policy_accuracy", "sources"}
     assert reference["policy_accuracy"]["value"] == pytest.approx(1 / 3)
     assert reference["sources"]["thinking"] == {
@@ -178,14 +179,14 @@ def test_the_reference_is_judged_by_its_own_log_probs():
 
 def test_policy_equal_to_reference_has_no_reward():
     logps = [-10.0, -12.0]
-    result = preference(logps, logps, logps, logps, beta=0.1, groups=["a", "a"])
+    result = summarize_preference(logps, logps, logps, logps, beta=0.1, groups=["a", "a"])
     assert result["accuracy"] == {"value": 0.0, "interval": [0.0, pytest.approx(0.975)]}
     assert result["margin"] == {"value": 0.0, "interval": None}  # of one study
 
 
 def test_few_pairs_that_are_all_won_are_no_certainty():
     won, lost = [-10.0] * 4, [-12.0] * 4
-    result = preference(won, lost, lost, won, beta=0.5)
+    result = summarize_preference(won, lost, lost, won, beta=0.5)
     # Clopper and Pearson 1934: 4 of 4 are compatible with 39.8 % at the level of 95 %.
     assert result["accuracy"] == {"value": 1.0, "interval": [pytest.approx(0.3976, abs=1e-4), 1.0]}
     assert result["policy_accuracy"]["interval"] == result["accuracy"]["interval"]
@@ -194,11 +195,11 @@ def test_few_pairs_that_are_all_won_are_no_certainty():
 
 def test_preference_refuses_what_it_cannot_use():
     with pytest.raises(UsageError, match="unequal"):
-        preference([1.0], [1.0, 2.0], [1.0], [1.0], beta=0.1)
+        summarize_preference([1.0], [1.0, 2.0], [1.0], [1.0], beta=0.1)
     with pytest.raises(UsageError, match="NaN"):
-        preference([math.nan], [1.0], [1.0], [1.0], beta=0.1)
+        summarize_preference([math.nan], [1.0], [1.0], [1.0], beta=0.1)
     with pytest.raises(UsageError, match="no held-out pair"):
-        preference([], [], [], [], beta=0.1)
+        summarize_preference([], [], [], [], beta=0.1)
 
 
 REFERENCES = [
@@ -215,8 +216,8 @@ def test_bleu_agrees_with_nltk():
     from nltk.translate.bleu_score import corpus_bleu
 
     result = text.text_metrics(REFERENCES, CANDIDATES)
-    wanted = [[text.words(r)] for r in REFERENCES]
-    given = [text.words(r) for r in CANDIDATES]
+    wanted = [[text.split_words(r)] for r in REFERENCES]
+    given = [text.split_words(r) for r in CANDIDATES]
     for n in range(1, 5):
         expected = corpus_bleu(wanted, given, weights=tuple([1 / n] * n))
         assert result[f"bleu_{n}"] == pytest.approx(expected, abs=1e-12)
@@ -230,8 +231,8 @@ def test_text_metrics_agree_with_the_coco_package():
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    wanted = {i: [" ".join(text.words(r))] for i, r in enumerate(REFERENCES)}
-    given = {i: [" ".join(text.words(r))] for i, r in enumerate(CANDIDATES)}
+    wanted = {i: [" ".join(text.split_words(r))] for i, r in enumerate(REFERENCES)}
+    given = {i: [" ".join(text.split_words(r))] for i, r in enumerate(CANDIDATES)}
     result = text.text_metrics(REFERENCES, CANDIDATES)
     scores, _ = Bleu(4).compute_score(wanted, given, verbose=0)
     for n, score in enumerate(scores, start=1):
@@ -273,7 +274,7 @@ def test_text_intervals_are_those_of_redrawn_studies(monkeypatch):
     wanted = [*REFERENCES, "Mild pulmonary edema.", "No pneumothorax. Stable cardiomegaly.", "Ok."]
     given = [*CANDIDATES, "Pulmonary edema is mild.", "Cardiomegaly.", ""]
     found = text.text_metrics(wanted, given, bootstrap=40, seed=5)
-    weights = c.study_weights(len(wanted), 40, 5)
+    weights = study_weights(len(wanted), 40, 5)
     draws = [[i for i, n in enumerate(row) for _ in range(int(n))] for row in weights]
     redrawn = [text.text_metrics([wanted[i] for i in draw], [given[i] for i in draw], bootstrap=1)
                for draw in draws]  # fmt: skip

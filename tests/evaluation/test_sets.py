@@ -97,7 +97,7 @@ def test_padchest_lists_are_literals_and_nothing_else(folder):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a,b\n1,2\n", "neither those of ChestXray14"), ("Image Index,Finding Labels\n", "no row")],
+    [("a,b\n1,2\n", "match none of ChestXray14"), ("Image Index,Finding Labels\n", "no row")],
 )
 def test_unknown_columns_and_empty_sets_are_named(folder, text, message):
     with pytest.raises(DataError, match=message):
@@ -124,7 +124,7 @@ def test_auc_intervals_draw_whole_patients():
     assert by_patient["macro"]["interval"] != by_study["interval"]
     alone = auc(truth, scores, findings=("Edema",), patients=list(map(str, range(40))))
     assert alone["macro"]["interval"] == pytest.approx(by_study["interval"], abs=0.05)
-    with pytest.raises(UsageError, match="40 studies, but 1 patients"):
+    with pytest.raises(UsageError, match=r"40 studies, but 1 patient$"):
         auc(truth, scores, findings=("Edema",), patients=["1"])
 
 
@@ -165,7 +165,7 @@ def test_both_protocols_worked_out_by_hand():
     assert a["findings"]["Pneumonia"]["micro"]["value"] is None
     b = presence_accuracy(three, [("Edema",), None, ("Pneumonia",), ("Edema", "Fracture")])
     assert b["protocol"].startswith("B:") and b["top_1"]["value"] == 0.5
-    with pytest.raises(UsageError, match="4 cases, but 1 answers"):
+    with pytest.raises(UsageError, match=r"4 cases, but 1 answer$"):
         presence_accuracy(three, [None])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.data.labels import answer, thought
-from cpo_fast.evaluation.preference import more_likely, preference
+from cpo_fast.evaluation.preference import summarize_likelihood, summarize_preference
 from cpo_fast.evaluation.summary import evaluation_summary, write_examples
 
 HOSTILE = '</p><script>alert("x")</script><img src="https://example.org/a.png" onerror=boom()>&amp;'
@@ -159,7 +159,10 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
             training_truth=[draw() for _ in range(300)],
             answers={"untrained": ["?"] * 200, "sft": said(0.7), "cpo": said(0.85)},
             reports=reports,
-            preference={"cpo": preference(*pairs, beta=0.1), "sft": more_likely(*pairs[2:])},
+            preference={
+                "cpo": summarize_preference(*pairs, beta=0.1),
+                "sft": summarize_likelihood(*pairs[2:]),
+            },
             bootstrap=200,
         ),
         "data": {
