@@ -1,7 +1,7 @@
-"""A run as one self-contained page: report.html, with its figures beside it as PNG files.
+"""A run as one self-contained page, report.html, and its figures as PNG files.
 
-`write_report(run_dir)` reads what `python -m cpo_fast.train` left in a run folder; nothing is
-computed again. `write_comparison(run_dirs, path)` lays several runs side by side.
+`write_report(run_dir)` reads the files of a finished run or evaluation and recomputes nothing.
+`write_comparison(run_dirs, path)` shows several runs side by side.
 """
 
 from cpo_fast.report.page import write_comparison, write_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError
 from cpo_fast.report import write_comparison, write_report
 
+DEFAULT = "comparison.html"
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog=program("report"), description=__doc__)
@@ -17,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        help="file of the comparison (default: comparison.html beside the first run)",
+        help=f"file of the comparison (default: {DEFAULT} beside the first run)",
     )
     arguments = parser.parse_args(argv)
     if len(arguments.runs) == 1 and arguments.output is not None:
@@ -28,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         if len(arguments.runs) == 1:
             path = write_report(arguments.runs[0])
         else:
-            output = arguments.output or arguments.runs[0].resolve().parent / "comparison.html"
-            path = write_comparison(arguments.runs, output)
+            # Absolute only if the run's path is: every page is printed as the paths were given.
+            beside = Path(os.path.normpath(arguments.runs[0] / ".." / DEFAULT))
+            path = write_comparison(arguments.runs, arguments.output or beside)
     except CpoFastError as error:
         failed(program("report"), error)
         return 2

@@ -1,4 +1,4 @@
-"""The drift probe of one study on the page: its thought as a heat map, the curve, the swaps."""
+"""The drift probe of one study on the page: thought as a heat map, curve, swaps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.counting import counted
-from cpo_fast.report.figures import Panel
-from cpo_fast.report.tables import Cell, Row, Table, is_number, name_of, number, strings
+from cpo_fast.report.figures import Panel, show_percent
+from cpo_fast.report.read import is_number, strings
+from cpo_fast.report.tables import Cell, Row, Table, name_of, number, percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,28 +17,30 @@ if TYPE_CHECKING:
     from cpo_fast.report.figures import Theme
 
 SHOWN_SWAPS = 12
-NAMED_TOKENS = 4  # the largest moves carry their token's text in the curve
-APART = 0.2  # of the curve's length, between two such texts
-SHOWN_FINDINGS = 8  # bars; the title of the axis gives the share of the others
+NAMED_TOKENS = 4  # tokens with the largest variation, labelled in the curve
+APART = 0.2  # smallest distance of two labels, as a share of the curve's length
+SHOWN_FINDINGS = 8  # bars; the axis label gives the total of the others
+TITLE_CHARACTERS = 52
 KINDS = {
     "synonym": "near-synonym",
     "side": "other side",
     "negation": "negation",
     "hallmark": "hallmark replaced",
 }
-KEEPS_MEANING = ("synonym", "side")
+SIDES = {"keeps": ("synonym", "side"), "changes": ("negation", "hallmark")}
+"""Kinds of swaps that should keep, and should change, the diagnosis."""
 
 
 @dataclass(frozen=True)
 class Token:
     text: str
-    heat: str  # 0 .. 1: its variation as a share of the largest on the page
+    heat: str  # 0 .. 1: its variation as a share of the study's largest
     title: str
 
 
 @dataclass(frozen=True)
 class DriftStudy:
-    """One probed study; `panels` are the divergence curve and the bars of up to two swaps."""
+    """One probed study; `panels` are the curve per token and the bars of up to two swaps."""
 
     study_id: str
     model: str
@@ -46,8 +49,8 @@ class DriftStudy:
     swaps: Table | None
 
 
-def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
-    """An entry of `drift` in evaluation.json made ready; None where it is damaged."""
+def prepare_drift(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
+    """An entry of `drift` in evaluation.json for the page; None if it is damaged."""
     tokens, findings = strings(entry.get("tokens")), strings(entry.get("findings"))
     variation, divergence = (numbers(entry.get(key)) for key in ("variation", "divergence"))
     before = numbers(entry.get("end"))
@@ -59,7 +62,7 @@ def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
     largest = max(variation) or 1.0
     panels = [curve(f"drift_{place}_curve", tokens, variation, divergence)]
     swaps = [swap for swap in _swaps(entry) if len(numbers(swap["distribution"])) == len(findings)]
-    for name, kinds in (("keeps", KEEPS_MEANING), ("changes", ("negation", "hallmark"))):
+    for name, kinds in SIDES.items():
         own = [swap for swap in swaps if swap.get("kind") in kinds]
         if own:
             worst = max(own, key=lambda swap: float(swap["variation"]))
@@ -77,13 +80,13 @@ def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
         )
         for swap in sorted(swaps, key=lambda swap: -float(swap["variation"]))[:SHOWN_SWAPS]
     )
-    columns = ("Swap", "Variation", "Divergence, bits", "Likeliest finding then")
-    note = f"Without a swap the likeliest finding is {_likeliest(findings, before)}."
+    columns = ("Swap", "Variation", "Divergence, bits", "Likeliest finding after it")
+    note = f"Likeliest finding without a swap: {_likeliest(findings, before)}."
     return DriftStudy(
         study_id=str(entry.get("study_id") or "without id"),
         model=model,
         tokens=[
-            Token(text, f"{value / largest:.3f}", f"variation {value:.3f}")
+            Token(text, f"{value / largest:.3f}", f"variation {number(value)}")
             for text, value in zip(tokens, variation, strict=True)
         ],
         panels=panels,
@@ -92,8 +95,8 @@ def drift_study(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
 
 
 def numbers(value: Any) -> list[float]:
-    """A JSON list of finite numbers, [] where it is anything else."""
-    known = isinstance(value, list) and all(is_number(x) and abs(x) < 1e300 for x in value)
+    """A JSON list of numbers; [] for anything else."""
+    known = isinstance(value, list) and all(map(is_number, value))
     return [float(x) for x in value] if known else []
 
 
@@ -107,8 +110,8 @@ def _swaps(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _title(swap: Mapping[str, Any]) -> str:
-    words = f"{str(swap.get('before')).strip()} → {str(swap.get('after')).strip()}"
-    return words if len(words) <= 52 else words[:51] + "…"
+    title = f"{str(swap.get('before')).strip()} → {str(swap.get('after')).strip()}"
+    return shorten(title, TITLE_CHARACTERS)
 
 
 def _likeliest(findings: Sequence[str], z: Sequence[float]) -> str:
@@ -118,7 +121,7 @@ def _likeliest(findings: Sequence[str], z: Sequence[float]) -> str:
 def curve(
     slug: str, tokens: Sequence[str], variation: Sequence[float], divergence: Sequence[float]
 ) -> Panel:
-    """Total variation and Jensen-Shannon divergence per token; the largest moves are named."""
+    """Total variation and Jensen-Shannon divergence per token; the largest are labelled."""
     ranked = sorted(range(len(tokens)), key=lambda j: -variation[j])
     named: list[int] = []
     for j in ranked[: 3 * NAMED_TOKENS]:
@@ -141,9 +144,8 @@ def curve(
 
     j = ranked[0]
     alt = (
-        f"Change of the diagnosis per token over "
-        f"{counted(len(tokens), 'token')}; the largest, total "
-        f"variation {variation[j]:.3f}, is at token {j + 1}."
+        f"Change of the diagnosis per token over {counted(len(tokens), 'token')}. The largest total "
+        f"variation, {number(variation[j])}, is at token {j + 1}."
     )
     return Panel(slug, "Change of the diagnosis per token", alt, draw)
 
@@ -161,8 +163,6 @@ def bars(
     rest = [sum(z) - sum(z[i] for i in shown) for z in (before, after)]
 
     def draw(axes: Axes, theme: Theme) -> None:
-        from matplotlib.ticker import PercentFormatter
-
         rows = range(len(shown))
         for shift, name, z, color in ((-0.19, "before", before, theme.models["sft"]),
                                       (0.19, "after", after, theme.models["cpo"])):  # fmt: skip
@@ -171,10 +171,10 @@ def bars(
         axes.set_yticks(rows, [findings[i] for i in shown], color=theme.ink, fontsize=8.5)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         if len(shown) < len(findings):
-            axes.set_xlabel(f"all others together: {100 * rest[0]:.1f} % before, "
-                            f"{100 * rest[1]:.1f} % after", fontsize=8)  # fmt: skip
+            others = " before, ".join(map(percent, rest))
+            axes.set_xlabel(f"all others together: {others} after", fontsize=8)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        show_percent(axes.xaxis)
         axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=2, labelcolor=theme.ink)
 
     alt = f"Probability of the likeliest findings before and after the swap {title}."

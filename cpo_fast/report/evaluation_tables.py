@@ -1,4 +1,4 @@
-"""The tables of the `evaluation` part of summary.json, for the page and for the model card."""
+"""Tables of the `evaluation` part of summary.json, for the page and the model card."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cpo_fast.counting import counted
+from cpo_fast.report.read import get, is_number, objects, strings
 from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
-    get,
+    bounds,
     in_order,
     interval,
-    is_number,
     name_of,
     number,
-    objects,
     percent,
     points,
     significant,
-    strings,
 )
 
 METRIC_NAMES = {
@@ -32,8 +30,8 @@ METRIC_NAMES = {
 MEAN = "mean over findings"
 BEST = (
     "Bold: significantly better than every other column. The 95 % interval of the paired "
-    "difference excludes 0; where no paired difference is known, the intervals do not overlap. "
-    "A row without bold has no significant best."
+    "difference excludes 0; if no paired difference is known, the intervals do not overlap. "
+    "A row without bold has no significantly best column."
 )
 NONE_PARSED = "no answer parsed"
 
@@ -49,7 +47,7 @@ def figure_row(
     note: str = "",
     best: int | None = None,
 ) -> Row:
-    """One metric across models; number `best` is marked."""
+    """One metric across models; the figure at index `best` is marked."""
     cells = tuple(
         Cell(show(f.get("value")), interval(f, show), i == best) for i, f in enumerate(figures)
     )
@@ -59,10 +57,10 @@ def figure_row(
 def clear_best(
     figures: Mapping[str, Figure], differences: Mapping[str, Figure] | None = None
 ) -> int | None:
-    """The place of the figure that is significantly higher than each other one, else None.
+    """The index of the figure that is significantly higher than every other one, else None.
 
-    `differences["a - b"]` is the paired difference of the figures of a and b; two figures without
-    one are told apart where their own intervals do not overlap.
+    `differences["a - b"]` is the paired difference of the figures of a and b. Two figures without a
+    paired difference differ significantly if their intervals do not overlap.
     """
     known = {name: f for name, f in figures.items() if is_number(f.get("value"))}
     if len(known) < 2:
@@ -80,13 +78,12 @@ def _higher(
     for pair in (f"{best} - {other}", f"{other} - {best}"):
         if (known := significant(differences.get(pair, {}))) is not None:
             return known
-    own, its = figures[best], figures[other]
-    both_known = significant(own) is not None and significant(its) is not None
-    return both_known and bool(own["interval"][0] > its["interval"][1])
+    high, low = bounds(figures[best]), bounds(figures[other])
+    return high is not None and low is not None and high[0] > low[1]
 
 
 def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
-    """Overall, differences, per finding (accuracy, F1), preference, text, as far as they exist."""
+    """The tables of all results that exist, for example diagnosis, differences, preference."""
     return [
         *_classification(evaluation),
         *_preference(objects(evaluation.get("preference"))),
@@ -129,9 +126,9 @@ def _classification(evaluation: Mapping[str, Any]) -> list[Table]:
     not_parsed = tuple(Cell(number(m.get("unparsable"))) for m in models.values())
     rows.append(Row("Answers not parsed", not_parsed))
     guess = ", ".join(strings(evaluation.get("majority_guess"))) or "none"
-    always = f"Majority guess: what more than half of the training studies have (here: {guess})."
-    always = always if "majority" in models else ""
-    tables = [table("Diagnosis, overall", rows, wrong, always)]
+    majority = f"Majority guess: the findings of more than half of the training studies ({guess})."
+    majority = majority if "majority" in models else ""
+    tables = [table("Diagnosis, overall", rows, wrong, majority)]
     tables += _differences(pairs, models)
     found = findings_by_support(models)
     for metric, caption in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding")):
@@ -148,8 +145,8 @@ def _classification(evaluation: Mapping[str, Any]) -> list[Table]:
 
 
 def _first(*paths: tuple[str, ...]) -> Find:
-    """Finds a figure at the first of `paths`, as a model's figures have it, that is there; a
-    difference may have it at another one."""
+    """Finds a figure at the first of `paths` that exists; the figures of a model and of a
+    difference have different paths."""
 
     def find(figures: Mapping[str, Any]) -> Figure:
         return next((found for path in paths if (found := get(figures, *path))), {})
@@ -158,19 +155,24 @@ def _first(*paths: tuple[str, ...]) -> Find:
 
 
 def unparsed(figures: Mapping[str, Any]) -> str:
-    """The share of a model's answers that cannot be parsed, in words; "" where there is none."""
+    """A note on a model's answers that cannot be parsed; "" if there are none."""
+    share = unparsed_share(figures)
+    if share and figures.get("unparsable") == figures.get("studies"):
+        return NONE_PARSED
+    return f"{share} not parsed" if share else ""
+
+
+def unparsed_share(figures: Mapping[str, Any]) -> str:
+    """The share of a model's answers that cannot be parsed; their number if the total is unknown;
+    "" if there are none."""
     lost, studies = figures.get("unparsable"), figures.get("studies")
     if not is_number(lost) or not lost:
         return ""
-    if not is_number(studies) or not studies:
-        return f"{counted(lost, 'answer', show=number)} not parsed"
-    if lost == studies:
-        return NONE_PARSED
-    return f"{percent(lost / studies)} not parsed"
+    return percent(lost / studies) if is_number(studies) and studies else number(lost)
 
 
 def findings_by_support(models: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """The findings that occur among the true labels with their number of studies, largest first."""
+    """The findings among the true labels with their number of studies, largest first."""
     found = (objects(figures.get("findings")) for figures in models.values())
     findings: dict[str, dict[str, Any]] = next(filter(None, found), {})
     support = {name: figures.get("support") for name, figures in findings.items()}
@@ -191,8 +193,8 @@ def _differences(
         cells = []
         for metric in ("accuracy", "f1", "exact_match"):
             figure = get(pairs[pair], metric)
-            sure = bool(significant(figure))
-            cells.append(Cell(points(figure.get("value")), interval(figure, points), sure))
+            marked = bool(significant(figure))
+            cells.append(Cell(points(figure.get("value")), interval(figure, points), marked))
         lost = [
             f"{name_of(part)}: {share}" for part in parts[pair] if (share := unparsed(models[part]))
         ]
@@ -224,18 +226,20 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     ]
     rows.append(Row("Pairs", tuple(Cell(number(m.get("pairs"))) for m in shown.values())))
     splits = sorted({str(m["split"]) for m in models.values() if m.get("split")})
-    held = {"validate": "Held-out pairs.", "test": "Pairs of the test split."}
-    notes = [held.get(split, f"Pairs of the {split} split.") for split in splits]
+    notes = [
+        "Held-out pairs." if split == "validate" else f"Pairs of the {split} split."
+        for split in splits
+    ]
     if any(get(m, "accuracy") for m in shown.values()):
         notes.append(
             f"Reward: beta{_betas(shown)} times the log-ratio of the model to the reference, the "
-            "model before this training. Reward accuracy: the share of pairs in which the chosen "
-            "answer has the higher reward."
+            "model before this training. Reward accuracy: the share of pairs whose chosen answer "
+            "has the higher reward."
         )
     notes.append(
-        "Chosen answer more likely: the share of pairs in which the model itself gives the chosen "
-        "answer the higher log-probability. Log-probabilities are summed over the tokens of an "
-        "answer and not divided by its length, which favours short answers."
+        "Chosen answer more likely: the share of pairs whose chosen answer has the higher "
+        "log-probability under the model itself. Log-probabilities are summed over the tokens of "
+        "an answer and not divided by its length, which favours short answers."
     )
     table = Table(
         "Preference for the chosen answer", ("", *shown), known_rows(rows), " ".join(notes)
@@ -278,7 +282,7 @@ def _marked_row(head: str, figures: Mapping[str, Figure]) -> Row:
 
 
 def _zero_shot(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """AUC per finding from likelihoods; findings without both cases and controls are left out."""
+    """AUC per finding from likelihoods, for findings with both cases and controls."""
     if not models:
         return []
     models = _ordered(models)
@@ -331,13 +335,13 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _progression(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """MS-CXR-T, one table per model: both readings of its accuracy side by side."""
+    """MS-CXR-T: one table per model with both protocols side by side."""
     tables = []
     note = (
         "Progression (protocol A): improving, stable or worsening, by the likelihood of three "
-        "sentences. Micro: the share of cases that is right. Macro: the mean of that share over "
-        "the three classes. Presence (protocol B): the generated diagnosis names the finding, "
-        "among cases that have it."
+        "sentences. Micro: the share of right cases. Macro: the mean of that share over the "
+        "classes that occur. Presence (protocol B): the share of cases with the finding whose "
+        "generated diagnosis names it."
     )
     for name in in_order(models):
         a, b = get(models[name], "A"), get(models[name], "B")

@@ -1,4 +1,4 @@
-"""One example study of a report: image, original and counterfactual, what the models answered."""
+"""One example study of a report: image, original report, counterfactual, answers of the models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from cpo_fast.data.labels import parse_answer
 from cpo_fast.errors import RecordError
 from cpo_fast.evaluation.text import thought_of
 from cpo_fast.report.diff import Piece, word_diff
-from cpo_fast.report.tables import in_order, name_of, strings
+from cpo_fast.report.read import strings
+from cpo_fast.report.tables import in_order, name_of, shorten
 from cpo_fast.types import ImageRef
 
-IMAGE_PIXELS = 448  # longest side of an image: twice what a page shows of it
+IMAGE_PIXELS = 448  # longest side of an image, twice its size on the page
 SHOWN_CHARACTERS = 700  # of a model's thought
-SHOWN_UNPARSED = 160  # of one that leads to no diagnosis
-LONGEST_REPORT = 12_000  # characters; comparing words takes time that grows with the square
+SHOWN_UNPARSED = 160  # of a thought without a diagnosis
+LONGEST_REPORT = 12_000  # characters; the time of word_diff grows with the square
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Example:
     answers: list[Answer] = field(default_factory=list)
 
 
-def example_of(example: Mapping[str, Any], folder: Path) -> Example:
-    """An entry of evaluation.json made ready for the page; relative image paths are in `folder`."""
-    report = _cut(str(example.get("report") or ""), LONGEST_REPORT)
-    edited = _cut(str(example.get("counterfactual") or ""), LONGEST_REPORT)
+def prepare_example(example: Mapping[str, Any], folder: Path) -> Example:
+    """An entry of evaluation.json for the page; relative image paths start at `folder`."""
+    report = shorten(str(example.get("report") or ""), LONGEST_REPORT)
+    edited = shorten(str(example.get("counterfactual") or ""), LONGEST_REPORT)
     before, after = word_diff(report, edited) if edited else ([(False, report)], [])
     image, image_note = _image(example.get("image"), folder)
     labels = tuple(strings(example.get("labels")))
@@ -74,16 +75,12 @@ def _answer(name: str, text: str, labels: Sequence[str]) -> Answer:
     else:
         verdict = word = "partly" if set(names) & set(labels) else "wrong"
         word = "partly right" if verdict == "partly" else word
-    thought = _cut(thought_of(text), SHOWN_CHARACTERS if names else SHOWN_UNPARSED)
+    thought = shorten(thought_of(text), SHOWN_CHARACTERS if names else SHOWN_UNPARSED)
     return Answer(name_of(name), verdict, word, ", ".join(names), thought)
 
 
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length].rstrip() + " …"
-
-
 def _image(path: Any, folder: Path) -> tuple[str, str]:
-    """(data URI, note): a small grey JPEG of the example's image, or why there is none."""
+    """(data URI, note): a small grey JPEG of the example's image, or why it is missing."""
     if not path:
         return "", "This study has no image."
     from PIL import Image

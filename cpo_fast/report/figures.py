@@ -1,4 +1,4 @@
-"""The pictures of a report: curves, intervals per finding, the concept graph; light and dark.
+"""Figures of a report, light and dark: curves, intervals per finding, the concept graph.
 
 Every figure is one small panel, so that a phone shows it at full width with readable letters.
 """
@@ -11,23 +11,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.counting import counted
-from cpo_fast.report.tables import interval, is_number
+from cpo_fast.report.read import is_number
+from cpo_fast.report.tables import bounds, number, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axis import Axis
 
     from cpo_fast.types import ConceptGraph
 
-WIDTH = 4.7  # inches; 360 pixels of a phone then show 9 point letters at about 10 pixels
+WIDTH = 4.7  # inches; a phone 360 pixels wide shows 9 point letters at about 10 pixels
 DPI = 160
 ROW = 0.34  # inches per line of a chart with one line per finding
+SMOOTHED = 60  # curves with more points get a running mean
+LABEL_CHARACTERS = 34  # of an attribute of the concept graph
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one appearance; `series` distinguishes runs, `models` the stages of one run
-    and the arms of the study."""
+    """Colours of the light or dark theme: `series` for runs, `models` for the stages of one run and
+    the arms of the study."""
 
     paper: str
     ink: str
@@ -75,7 +78,7 @@ Draw = Callable[["Axes", Theme], None]
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: `slug` names its file, `alt` says in words what it shows."""
+    """One figure: `slug` is its file name, `alt` its description."""
 
     slug: str
     title: str
@@ -84,12 +87,12 @@ class Panel:
     height: float = 2.7
 
     def png(self, theme: Theme) -> bytes:
-        """The figure as PNG bytes, without the writing program's name or a date in them."""
+        """The figure as PNG bytes, without metadata such as program or date."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         with rc_context(_style(theme)):
-            figure: Figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
             axes = figure.add_subplot()
             axes.set_title(self.title, loc="left", fontweight="bold", fontsize=10, pad=8)
             self.draw(axes, theme)
@@ -98,11 +101,11 @@ class Panel:
         return buffer.getvalue()
 
 
-def _style(theme: Theme) -> Any:  # rc_context wants a dict of its own literal keys
+def _style(theme: Theme) -> Any:  # rc_context expects a dict with literal keys
     return {
         "font.family": "sans-serif",
         "font.size": 9,
-        "text.parse_math": False,  # a "$" in a name is a dollar
+        "text.parse_math": False,  # a "$" in a name is plain text
         "text.color": theme.ink,
         "axes.labelcolor": theme.faint,
         "axes.edgecolor": theme.grid,
@@ -128,7 +131,7 @@ def _style(theme: Theme) -> Any:  # rc_context wants a dict of its own literal k
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; `dots`: held-out points instead of a line; `color`: index into Theme.series."""
+    """A curve; `dots` draws held-out points instead of a line; `color` indexes Theme.series."""
 
     label: str
     steps: Sequence[float]
@@ -146,8 +149,8 @@ def curves(
     share: bool = False,
     zero_line: bool = False,
 ) -> Panel:
-    """Curves over steps: thin as logged with a thick running mean where there are many points."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+    """Curves over steps; with many points a thin line as logged and a thick running mean."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     def draw(axes: Axes, theme: Theme) -> None:
         for line in lines:
@@ -172,17 +175,21 @@ def curves(
             axes.yaxis.set_major_formatter("{x:g}")
         if share:
             axes.set_ylim(-0.03, 1.03)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+            show_percent(axes.yaxis)
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         if len(lines) > 1:
             axes.legend(loc="best", labelcolor=theme.ink)
 
-    last = ", ".join(f"{line.label}: last {line.values[-1]:.4g}" for line in lines)
+    last = ", ".join(f"{line.label}: last {number(line.values[-1])}" for line in lines)
     return Panel(slug, title, f"Curve over optimiser steps, {title}. {last}.", draw)
 
 
-SMOOTHED = 60
+def show_percent(axis: Axis) -> None:
+    """Label an axis of shares in whole per cent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
@@ -203,17 +210,16 @@ def intervals(
     labels: Mapping[str, str],
 ) -> Panel:
     """A dot with its 95 % interval per row and model; `models[m][i]` is the figure of row i."""
-    from matplotlib.ticker import PercentFormatter
 
     def draw(axes: Axes, theme: Theme) -> None:
-        for number, (model, values) in enumerate(models.items()):
-            color = theme.models.get(model, theme.series[number % len(theme.series)])
-            offset = (number - (len(models) - 1) / 2) * 0.66 / len(models)
+        for place, (model, values) in enumerate(models.items()):
+            color = theme.models.get(model, theme.series[place % len(theme.series)])
+            offset = (place - (len(models) - 1) / 2) * 0.66 / len(models)
             known = [i for i, figure in enumerate(values) if is_number(figure.get("value"))]
             at = [i + offset for i in known]
             for i, y in zip(known, at, strict=True):
-                if interval(values[i]):
-                    axes.hlines(y, *values[i]["interval"], color=color, linewidth=1.6, alpha=0.55)
+                if interval := bounds(values[i]):
+                    axes.hlines(y, *interval, color=color, linewidth=1.6, alpha=0.55)
             axes.scatter([values[i]["value"] for i in known], at, s=20, color=color,
                          label=labels.get(model, model), zorder=3)  # fmt: skip
         for i in range(1, len(rows)):
@@ -222,24 +228,24 @@ def intervals(
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(-0.03, 1.03)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        show_percent(axes.xaxis)
         axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.06 - 0.25 / len(rows)),
                     ncols=2 if len(models) > 3 else len(models), labelcolor=theme.ink,
                     handletextpad=0.1, columnspacing=1.2)  # fmt: skip
 
     names = ", ".join(labels.get(model, model) for model in models)
-    alt = f"{title} with 95 % intervals for {names}; the figures stand in the table."
+    alt = f"{title} with 95 % intervals for {names}; the table has the figures."
     return Panel(slug, title, alt, draw, height=1.35 + ROW * len(rows) * max(1, len(models) / 3))
 
 
 def blend(color: str, paper: str, share: float) -> str:
-    """`share` of `color` on `paper`, both "#rrggbb"."""
+    """`color` on `paper` with opacity `share`; all colours "#rrggbb"."""
     parts = [(int(color[i : i + 2], 16), int(paper[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(share * c + (1 - share) * p):02x}" for c, p in parts)
 
 
 def concept_graph(graph: ConceptGraph) -> Panel:
-    """The concept graph as cells: attributes down, diseases across, the relation as colour."""
+    """The concept graph as a matrix: attributes as rows, diseases as columns, relation as colour."""
     from matplotlib.patches import Patch, Rectangle
 
     attributes = list(graph.attributes.values())
@@ -271,7 +277,7 @@ def concept_graph(graph: ConceptGraph) -> Panel:
             label = category.replace("_", " / ")
             axes.text(len(diseases) - 0.3, sum(ys) / len(ys), label, rotation=-90, ha="left",
                       va="center", fontsize=8, color=theme.faint)  # fmt: skip
-        axes.set_yticks(range(len(attributes)), [_short(a.name) for a in attributes], fontsize=7.5,
+        axes.set_yticks(range(len(attributes)), [shorten(a.name, LABEL_CHARACTERS) for a in attributes], fontsize=7.5,
                         color=theme.ink)  # fmt: skip
         axes.set_xticks(range(len(diseases)), [d.name for d in diseases], rotation=60, ha="left",
                         rotation_mode="anchor", fontsize=8, color=theme.ink)  # fmt: skip
@@ -284,9 +290,5 @@ def concept_graph(graph: ConceptGraph) -> Panel:
                     labelcolor=theme.ink)  # fmt: skip
 
     title = f"{counted(len(diseases), 'disease')}, {counted(len(attributes), 'attribute')}"
-    alt = f"Concept graph as cells: {title}; coloured: hallmarks, associations, exclusions."
+    alt = f"Concept graph as a matrix: {title}. Colours: hallmark, association, exclusion."
     return Panel("concept_graph", title, alt, draw, height=2.2 + 0.155 * len(attributes))
-
-
-def _short(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else name[: length - 1].rstrip() + "…"

@@ -1,8 +1,7 @@
-"""Puts a run's figures, pictures and examples into one HTML file that needs nothing else.
+"""Writes tables, figures and examples of a run into one self-contained HTML file.
 
-All text reaches the page through jinja2 with escaping on. The content security policy forbids any
-request and allows one script by its hash: the one that copies a table as CSV. Pictures are data
-URIs, light and dark.
+jinja2 escapes all text. The content security policy forbids every request and allows one script by
+its hash, which copies a table as CSV. Pictures are data URIs, light and dark.
 """
 
 from __future__ import annotations
@@ -15,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.evaluation.settings import used_settings
 from cpo_fast.folders import write_private
 from cpo_fast.report import run_tables
 from cpo_fast.report import tables as t
-from cpo_fast.report.drift import drift_study
+from cpo_fast.report.describe import describe_stage, is_evaluation, shared_stage_title
+from cpo_fast.report.drift import prepare_drift
 from cpo_fast.report.evaluation_tables import BEST, evaluation_tables, findings_by_support, unparsed
-from cpo_fast.report.examples import data_uri, example_of
+from cpo_fast.report.examples import data_uri, prepare_example
 from cpo_fast.report.figures import DARK, LIGHT, Line, Panel, concept_graph, curves, intervals
-from cpo_fast.report.headline import cards, computed_on, headline, protocol, setting
-from cpo_fast.report.read import Run, read_run
-from cpo_fast.report.words import is_evaluation, stage_note, stage_title, title_of_all
+from cpo_fast.report.headline import (
+    cards,
+    describe_environment,
+    describe_protocol,
+    headline,
+    list_inputs,
+)
+from cpo_fast.report.read import Run, counts, get, objects, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN_EXAMPLES = 8
@@ -43,32 +49,23 @@ class Picture:
 def write_report(run_dir: Path | str) -> Path:
     """Write run_dir/report.html (0600) and run_dir/figures/*.png from the files of a finished run.
 
-    What a run lacks (a stage, the evaluation, images) is left out and noted on the page. Raises
-    UsageError when `run_dir` is no run folder.
+    Missing parts (a stage, the evaluation, images) are left out and noted on the page. Raises
+    UsageError if `run_dir` is no run folder.
     """
     run = read_run(run_dir)
     figures = run.path / "figures"
     evaluation = run.part("evaluation")
     classified = run.part("evaluation", "classification")
-    stages = [
-        {
-            "id": _id(stage),
-            "title": stage_title(run, stage),
-            "short": t.name_of(stage),
-            "note": stage_note(run, stage),
-            "pictures": pictures(stage_panels([run], [""], stage), figures),
-        }
-        for stage in run.stages()
-    ]
-    graph = _graph(run)
-    examples = [example_of(example, run.path) for example in run.examples[:SHOWN_EXAMPLES]]
-    probed = [drift_study(entry, i) for i, entry in enumerate(run.drifts[:SHOWN_DRIFTS], start=1)]
+    used = used_settings(run.config) if is_evaluation(run) else run.config
+    graph = _graph_panel(run)
+    examples = [prepare_example(example, run.path) for example in run.examples[:SHOWN_EXAMPLES]]
+    probed = [prepare_drift(entry, i) for i, entry in enumerate(run.drifts[:SHOWN_DRIFTS], start=1)]
     context = {
         "kicker": f"cpo_fast · {'evaluation' if is_evaluation(run) else 'run report'}",
         "title": run.name,
         "lead": headline(evaluation),
-        "meta": setting(run),
-        "computed": computed_on(run),
+        "meta": list_inputs(run),
+        "computed": describe_environment(run),
         "cards": cards(run),
         "evaluation": {
             "tables": evaluation_tables(evaluation),
@@ -78,12 +75,12 @@ def write_report(run_dir: Path | str) -> Path:
         "examples": examples,
         "edited": any(example.after for example in examples),
         "drifts": [(one, pictures(one.panels, figures)) for one in probed if one],
-        "stages": stages,
-        "speed": {"table": run_tables.speed_table(run), "shares": _shares(run)},
+        "stages": _stages([run], [""], figures),
+        "speed": {"table": run_tables.speed_table(run), "shares": _time_bars(run)},
         "data": {"tables": run_tables.data_tables(run)},
         "graph": pictures([graph], figures)[0] if graph else None,
-        "configuration": list(run_tables.flat(run.config)),
-        "versions": list(run_tables.flat(run.part("versions"))),
+        "configuration": list(run_tables.flatten(used)),
+        "versions": list(run_tables.flatten(run.part("versions"))),
         "notes": run.notes,
     }
     context["sections"] = _sections(context)
@@ -93,26 +90,23 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
-    """Write one page (0600) that lays the figures and curves of several runs side by side."""
+    """Write one page (0600) with the figures and curves of several runs side by side.
+
+    Raises UsageError for fewer than two runs, or for a folder without a run.
+    """
     runs = [read_run(folder) for folder in run_dirs]
     if len(runs) < 2:
         raise UsageError("a comparison needs at least two runs")
     names = _distinct_names(runs)
-    stages = [
-        {
-            "id": _id(stage),
-            "title": title_of_all(runs, stage),
-            "short": t.name_of(stage),
-            "pictures": pictures(stage_panels(runs, names, stage), None),
-        }
-        for stage in dict.fromkeys(stage for run in runs for stage in run.stages())
-    ]
-    sections = [("figures", "Figures"), *((f"stage-{s['id']}", s["short"]) for s in stages)]
+    tables = run_tables.comparison_tables(runs, names)
+    stages = _stages(runs, names, None)
+    sections = [("figures", "Figures")] if tables else []
+    sections += [(f"stage-{stage['id']}", stage["short"]) for stage in stages]
     context = {
         "title": " · ".join(names),
         "lead": "",
         "meta": [str(run.path) for run in runs],
-        "tables": run_tables.comparison_tables(runs, names),
+        "tables": tables,
         "stages": stages,
         "differences": run_tables.configuration_differences(runs, names),
         "notes": [f"{n}: {note}" for n, run in zip(names, runs, strict=True) for note in run.notes],
@@ -124,12 +118,29 @@ def write_comparison(run_dirs: Sequence[Path | str], path: Path | str) -> Path:
     return path
 
 
+def _stages(runs: Sequence[Run], names: Sequence[str], folder: Path | None) -> list[dict[str, Any]]:
+    """The stages that have curves; the figures are saved in `folder`."""
+    found = []
+    for stage in dict.fromkeys(stage for run in runs for stage in run.stages()):
+        if panels := stage_panels(runs, names, stage):
+            found.append(
+                {
+                    "id": _anchor(stage),
+                    "title": shared_stage_title(runs, stage),
+                    "short": t.name_of(stage),
+                    "note": describe_stage(runs[0], stage) if len(runs) == 1 else "",
+                    "pictures": pictures(panels, folder),
+                }
+            )
+    return found
+
+
 def stage_panels(runs: Sequence[Run], names: Sequence[str], stage: str) -> list[Panel]:
-    """The curves of one stage; several runs overlaid, each in its colour."""
+    """The curves of one stage; several runs are overlaid, one colour each."""
     panels = []
     for slug, title, metrics, options in CURVES:
         if len(runs) > 1 and len(metrics) > 1:
-            continue  # too many lines to tell apart; the margin shows the same
+            continue  # too many lines; the margin shows the same
         lines = []
         for color, (run, name) in enumerate(zip(runs, names, strict=True)):
             for k, (metric, label) in enumerate(metrics):
@@ -138,14 +149,14 @@ def stage_panels(runs: Sequence[Run], names: Sequence[str], stage: str) -> list[
                     steps, values = run.series(stage, prefix + metric)
                     if not steps or (slug == "loss" and prefix and not run.series(stage, metric)):
                         continue
-                    words = [name, label if len(metrics) > 1 else "", kind]
-                    text = ", ".join(w for w in words if w) or label
+                    parts = [name, label if len(metrics) > 1 else "", kind]
+                    text = ", ".join(filter(None, parts)) or label
                     if prefix and len(runs) == len(metrics) == 1:
                         shade = 1
                     lines.append(Line(text, steps, values, shade, dots=bool(prefix)))
         if lines:
             full = f"{t.name_of(stage)}: {title}"
-            panels.append(curves(f"{_id(stage)}_{slug}", full, lines, **options))
+            panels.append(curves(f"{_anchor(stage)}_{slug}", full, lines, **options))
     return panels
 
 
@@ -178,7 +189,7 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...
 
 
 def _interval_panels(classified: Mapping[str, Any]) -> list[Panel]:
-    found = t.objects(classified)
+    found = objects(classified)
     models = {name: found[name] for name in t.in_order(found)}
     rows = list(findings_by_support(models))
     shares = {model: unparsed(figures) for model, figures in models.items()}
@@ -188,15 +199,15 @@ def _interval_panels(classified: Mapping[str, Any]) -> list[Panel]:
     panels = []
     for metric, title in (("accuracy", "Accuracy per finding"), ("f1", "F1 per finding")):
         values = {
-            model: [t.get(figures, "findings", row, metric) for row in rows]
+            model: [get(figures, "findings", row, metric) for row in rows]
             for model, figures in models.items()
         }
         panels.append(intervals(metric, title, rows, values, names))
     return panels
 
 
-def _graph(run: Run) -> Panel | None:
-    """The concept graph that the run used; None when it has none or it is damaged (noted)."""
+def _graph_panel(run: Run) -> Panel | None:
+    """The concept graph of the run; None without one or for a damaged one, which is noted."""
     path = run.path / "concept_graph.json"
     if not path.is_file():
         return None
@@ -210,7 +221,7 @@ def _graph(run: Run) -> Panel | None:
 
 
 def pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
-    """Render the panels for both themes; the light ones are also saved in `folder`."""
+    """The panels rendered for both themes; the light ones are also saved in `folder`."""
     pictures = []
     for panel in panels:
         light, dark = panel.png(LIGHT), panel.png(DARK)
@@ -223,20 +234,17 @@ def pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
 
 
 def _evaluation_notes(evaluation: Mapping[str, Any]) -> list[str]:
-    compared = len(t.objects(evaluation.get("classification"))) > 1
-    return [note for note in (protocol(evaluation), BEST if compared else "") if note]
+    compared = len(objects(evaluation.get("classification"))) > 1
+    return [note for note in (describe_protocol(evaluation), BEST if compared else "") if note]
 
 
-def _shares(run: Run) -> list[dict[str, Any]]:
-    """Bars of time: between the stages, and inside a stage where it says (`time`)."""
-    stages = {k: v for k, v in run.part("stages").items() if isinstance(v, dict)}
-    whole = {t.name_of(k): v["seconds"] for k, v in stages.items() if t.is_number(v.get("seconds"))}
-    bars = [("Where the time went", whole, True)] if len(whole) > 1 else []
+def _time_bars(run: Run) -> list[dict[str, Any]]:
+    """Bars of time: one over the stages, and one for each stage with parts (`time`)."""
+    stages = objects(run.part("stages"))
+    whole = counts({t.name_of(name): stage.get("seconds") for name, stage in stages.items()})
+    bars = [("Time per stage", whole, True)] if len(whole) > 1 else []
     for name, stage in stages.items():
-        inside = stage.get("time")
-        if isinstance(inside, dict) and inside:
-            known = {str(k): v for k, v in inside.items() if t.is_number(v)}
-            bars.append((f"Inside {t.name_of(name)}", known, False))
+        bars.append((f"Time within {t.name_of(name)}", counts(stage.get("time")), False))
     result = []
     for title, parts, absolute in bars:
         total = sum(parts.values())
@@ -277,8 +285,8 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
     return names
 
 
-def _id(stage: str) -> str:
-    """A stage's name as part of an anchor or file name."""
+def _anchor(stage: str) -> str:
+    """A stage's name for use in an anchor or file name."""
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in stage)[:40]
 
 
@@ -297,7 +305,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {
         "table_csv": t.table_csv,
-        "script": Markup(script),  # our own file; the policy allows no other script
+        "script": Markup(script),  # a file of this package; the policy allows no other script
         "script_hash": Markup(f"sha256-{digest}"),
     }
     return environment.get_template(template).render(context)

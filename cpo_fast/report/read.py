@@ -1,11 +1,12 @@
-"""What a run folder holds, read with care: any file may be missing, cut short or not ours."""
+"""The contents of a run folder. Any file can be missing, cut off or malformed."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from cpo_fast.errors import UsageError
 MAX_JSON_BYTES = 64_000_000
 MAX_LINE_BYTES = 4_000_000
 KEPT_RECORDS = 50
+KEPT_COUNTERFACTUALS = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. `notes` say which files are missing or damaged; the page repeats them."""
+    """A run folder. `notes` name the missing or damaged files; the page repeats them."""
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -40,78 +42,96 @@ class Run:
         return list(dict.fromkeys(str(row["stage"]) for row in self.metrics))
 
     def series(self, stage: str, metric: str) -> tuple[list[float], list[float]]:
-        """Steps and values of `metric`; rows without it, or where it is no number, are left out."""
+        """Steps and values of `metric`; rows without a finite value are left out."""
         points = [
             (float(row["step"]), float(row[metric]))
             for row in self.metrics
-            if row["stage"] == stage and _finite(row.get(metric))
+            if row["stage"] == stage and is_number(row.get(metric))
         ]
         return [x for x, _ in points], [y for _, y in points]
 
-    def part(self, *keys: str) -> dict[str, Any]:
-        """A nested object of summary.json, {} where it is missing."""
-        found: Any = self.summary
-        for key in keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found if isinstance(found, dict) else {}
+    def part(self, *keys: str) -> Mapping[str, Any]:
+        """A nested object of summary.json, {} if it is missing."""
+        return get(self.summary, *keys)
 
 
 def read_run(path: Path | str) -> Run:
-    """Read a run folder. Raises UsageError when it is no folder or holds nothing of a run."""
+    """Read a run folder. Raises UsageError if it is no folder or contains no file of a run."""
     folder = Path(path)
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: name the output_dir of a run")
+        raise UsageError(f"{folder} is not a folder; name the output_dir of a run")
     notes: list[str] = []
-    file = folder / "evaluation.json"  # which not every run has
-    shown = _object(file, notes) if file.exists() else {}
+    file = folder / "evaluation.json"  # optional
+    shown = _read_object(file, notes) if file.exists() else {}
     run = Run(
         path=folder,
-        config=_object(folder / "config.json", notes),
+        config=_read_object(folder / "config.json", notes),
         metrics=[
             row
-            for row in _lines(folder / "metrics.jsonl", notes)
-            if isinstance(row.get("stage"), str) and _finite(row.get("step"))
+            for row in _read_lines(folder / "metrics.jsonl", notes)
+            if isinstance(row.get("stage"), str) and is_number(row.get("step"))
         ],
-        summary=_object(folder / "summary.json", notes),
-        examples=_list(shown.get("examples")) or _counterfactuals(folder),
-        drifts=_list(shown.get("drift")),
+        summary=_read_object(folder / "summary.json", notes),
+        examples=_object_list(shown.get("examples")) or _read_counterfactuals(folder),
+        drifts=_object_list(shown.get("drift")),
         targets=Counter(
             str(row.get("target"))
-            for row in _lines(folder / "counterfactuals.jsonl", notes)
+            for row in _read_lines(folder / "counterfactuals.jsonl", notes)
             if row.get("target") and row.get("kind") != "perception"
         ),
-        rejected=[
-            row
-            for row, _ in zip(
-                _lines(folder / "rejected_records.jsonl", notes), range(KEPT_RECORDS), strict=False
-            )
-        ],
+        rejected=list(islice(_read_lines(folder / "rejected_records.jsonl", notes), KEPT_RECORDS)),
         notes=notes,
     )
     if not run.metrics and not run.summary:
         raise UsageError(
-            f"{folder} has neither metrics.jsonl nor summary.json: name the output_dir of a run"
+            f"{folder} has neither metrics.jsonl nor summary.json; name the output_dir of a run"
         )
     return run
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e300
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _counterfactuals(folder: Path) -> list[dict[str, Any]]:
-    """The first counterfactuals, as examples without any answers."""
-    wanted = ("study_id", "report", "labels", "counterfactual", "target")
-    rows = zip(_lines(folder / "counterfactuals.jsonl", []), range(4), strict=False)
-    return [{key: row.get(key) for key in wanted} for row, _ in rows]
+def strings(value: Any) -> list[str]:
+    """The members of a JSON list as text."""
+    return [str(member) for member in value] if isinstance(value, list) else []
 
 
-def _list(value: Any) -> list[dict[str, Any]]:
+def objects(value: Any) -> dict[str, dict[str, Any]]:
+    """The members of a JSON object that are objects themselves."""
+    members = value.items() if isinstance(value, dict) else ()
+    return {str(k): v for k, v in members if isinstance(v, dict)}
+
+
+def counts(value: Any) -> dict[str, int | float]:
+    """The members of a JSON object that are numbers."""
+    members = value.items() if isinstance(value, dict) else ()
+    return {str(k): v for k, v in members if is_number(v)}
+
+
+def get(value: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """A nested JSON object, {} if a key is missing or its value is not an object."""
+    for key in keys:
+        found = value.get(key)
+        value = found if isinstance(found, dict) else {}
+    return value
+
+
+def _object_list(value: Any) -> list[dict[str, Any]]:
     """The members of a JSON list that are objects."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def _object(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_counterfactuals(folder: Path) -> list[dict[str, Any]]:
+    """The first counterfactuals, as examples without answers."""
+    wanted = ("study_id", "report", "labels", "counterfactual", "target")
+    rows = islice(_read_lines(folder / "counterfactuals.jsonl", []), KEPT_COUNTERFACTUALS)
+    return [{key: row.get(key) for key in wanted} for row in rows]
+
+
+def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             notes.append(f"{path.name} is larger than {MAX_JSON_BYTES} bytes and was not read")
@@ -126,8 +146,8 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; lines that are none are counted in `notes`."""
+def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a .jsonl file. After the last, `notes` gets the number of other lines."""
     if not path.is_file():
         return
     damaged = 0

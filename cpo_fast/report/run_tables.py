@@ -1,4 +1,4 @@
-"""The tables of a run: time and throughput, data, and several runs side by side."""
+"""Tables of a run (time, throughput, data), and tables that compare several runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cpo_fast.report.evaluation_tables import MEAN, METRIC_NAMES, figure_row, known_rows, unparsed
-from cpo_fast.report.read import Run
+from cpo_fast.report.read import Run, counts, get, is_number, objects
 from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
-    counts,
-    get,
     in_order,
-    is_number,
     name_of,
     number,
-    objects,
     percent,
     seconds,
 )
@@ -35,7 +31,7 @@ def speed_table(run: Run) -> Table | None:
         ("pairs_per_second", "Pairs (SFT: samples) per second", number),
         ("physical_tokens_per_second", "Tokens computed per second", number),
         ("logical_tokens_per_second", "Logical tokens per second", number),
-        ("packing_efficiency", "Share of --packing_length filled", percent),
+        ("packing_efficiency", "Share of packing_length filled", percent),
     )
     rows = tuple(
         Row(label, tuple(Cell(show(stage.get(key))) for stage in stages.values()))
@@ -46,26 +42,26 @@ def speed_table(run: Run) -> Table | None:
         return None
     columns = ("", *(name_of(stage) for stage in stages))
     note = (
-        "Throughput does not count start-up and two warm-up steps. Of a prompt that several "
-        "answers share, the tokens are computed once; logical tokens count it for every answer."
+        "Throughput leaves out start-up and two warm-up steps. A prompt that several answers share "
+        "is computed once; logical tokens count it for every answer."
     )
     return Table("Stages", columns, rows, note)
 
 
 def data_tables(run: Run) -> list[Table]:
-    """What was read, used and set aside and why; the first set-aside records; targets."""
+    """Records read, used and set aside by reason; the first records set aside; targets."""
     data = run.part("data")
     tables = []
     reasons = counts(data.get("rejected"))
-    counted = {k: v for k, v in data.items() if is_number(v)}
-    if counted or reasons:
-        rows = [Row(_words(k), (Cell(number(v)),)) for k, v in counted.items()]
+    totals = counts(data)
+    if totals or reasons:
+        rows = [Row(_label(k), (Cell(number(v)),)) for k, v in totals.items()]
         rows += [Row(f"Set aside: {reason}", (Cell(number(n)),)) for reason, n in reasons.items()]
         rows += [
-            Row(f"{_words(k)}: {name_of(name)}", (Cell(number(n)),))
+            Row(f"{_label(k)}: {name_of(name)}", (Cell(number(n)),))
             for k, inner in data.items()
             if k != "rejected"
-            for name, n in _counted(inner)
+            for name, n in _nested_counts(inner)
         ]
         tables.append(Table("Records", ("", "Number"), tuple(rows)))
     if run.targets:
@@ -81,14 +77,14 @@ def data_tables(run: Run) -> list[Table]:
             )
             for r in sorted(run.rejected, key=lambda r: bool(r.get("stage")))[:SHOWN_RECORDS]
         ]
-        more = "rejected_records.jsonl lists them all." if len(run.rejected) > SHOWN_RECORDS else ""
+        more = "rejected_records.jsonl lists all." if len(run.rejected) > SHOWN_RECORDS else ""
         columns = ("Record", "Stage", "Reason", "Detail")
         tables.append(Table("Records set aside", columns, tuple(rows), more, words=True))
     return tables
 
 
-def _counted(value: Any) -> list[tuple[str, int | float]]:
-    """The numbers of a JSON object and of the objects in it, by their names."""
+def _nested_counts(value: Any) -> list[tuple[str, int | float]]:
+    """The numbers of a JSON object and of the objects in it, with their names."""
     inner = [
         (f"{name}, {key}", n) for name, v in objects(value).items() for key, n in counts(v).items()
     ]
@@ -96,7 +92,7 @@ def _counted(value: Any) -> list[tuple[str, int | float]]:
 
 
 def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
-    """One table per kind of figure, runs across."""
+    """One table per kind of figure with one column per run; only tables with rows."""
     columns = ("", *names)
     last_names, macro = zip(*map(_last_model, runs), strict=True)
     rows = [
@@ -108,7 +104,7 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     last = [models[in_order(models)[0]] if models else {} for models in preference]
     rows.append(figure_row("Held-out reward accuracy", [get(m, "accuracy") for m in last]))
     rows.append(figure_row("Held-out reward margin", [get(m, "margin") for m in last], number))
-    note = "The runs may differ in their test studies, so that no run is marked as the best."
+    note = "No run is marked as the best, because the runs can differ in their test studies."
     which = [
         ", ".join(filter(None, (name_of(name), unparsed(model))))
         for name, model in zip(last_names, macro, strict=True)
@@ -130,8 +126,8 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
 
 
 def configuration_differences(runs: Sequence[Run], names: Sequence[str]) -> Table:
-    """The configuration keys whose values are not the same in all runs."""
-    configurations = [dict(flat(run.config)) for run in runs]
+    """The configuration keys whose values differ between the runs."""
+    configurations = [dict(flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for configuration in configurations for key in configuration)
     rows = tuple(
         Row(key, tuple(Cell(configuration.get(key, "–")) for configuration in configurations))
@@ -141,22 +137,22 @@ def configuration_differences(runs: Sequence[Run], names: Sequence[str]) -> Tabl
     return Table("Flags with different values", ("", *names), rows, words=True)
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     """Nested configuration as dotted keys and readable values."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             yield f"{prefix}{key}", ", ".join(map(str, value)) or "–"
         else:
             yield f"{prefix}{key}", "–" if value is None or value == "" else str(value)
 
 
-def _words(key: str) -> str:
+def _label(key: str) -> str:
     return key.replace("_", " ").capitalize()
 
 
 def _last_model(run: Run) -> tuple[str, Mapping[str, Any]]:
-    """Name and figures of the model that was evaluated last; ("", {}) without an evaluation."""
+    """Name and figures of the last model evaluated; ("", {}) without an evaluation."""
     models = objects(run.part("evaluation", "classification"))
     return list(models.items())[-1] if models else ("", {})

@@ -1,4 +1,4 @@
-"""Tables of a report: their data types, how a figure is formatted, and a table as CSV."""
+"""Tables of a report, number formatting, and tables as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cpo_fast.report.read import is_number
+
 NAMES = {"majority": "Majority guess", "untrained": "Untrained", "sft": "SFT", "cpo": "CPO"} | {
     "images": "Image check",
     "graph": "Concept graph",
@@ -16,11 +18,11 @@ NAMES = {"majority": "Majority guess", "untrained": "Untrained", "sft": "SFT", "
     "counterfactual": "Counterfactuals",
     "evaluate": "Evaluation",
 }
-"""How models and stages are called in a report; others go by their own name."""
+"""Display names of models and stages; others keep their own name."""
 
 FIRST, LAST = ("cpo", "sft"), ("majority", "untrained")
 NARROW_COLUMNS = 5
-"""So many columns, the row heads included, fit a page of 390 pixels."""
+"""Number of columns, row heads included, that fit a page 390 pixels wide."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
-    words: bool = False  # the cells are words, not figures
-    column_notes: tuple[str, ...] = ()  # one per column, or none at all
+    words: bool = False  # the cells hold words instead of figures
+    column_notes: tuple[str, ...] = ()  # one per column, or empty
 
     @property
     def hidden(self) -> int | None:
@@ -75,12 +77,8 @@ def name_of(model: str) -> str:
     return NAMES.get(model, model)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
 def number(value: Any) -> str:
-    """Three significant digits, thousands apart; text as it stands; a dash for nothing."""
+    """Three significant digits and separated thousands; text unchanged; a dash for None."""
     if value is None:
         return "–"
     if not is_number(value):
@@ -94,6 +92,11 @@ def percent(value: Any) -> str:
     return f"{100 * value:.1f}\u00a0%" if is_number(value) else "–"
 
 
+def points(value: Any) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−") if is_number(value) else "–"
+
+
 def seconds(value: Any) -> str:
     if not is_number(value):
         return "–"
@@ -104,38 +107,40 @@ def seconds(value: Any) -> str:
     return f"{hours}:{minutes:02d}\u00a0h" if hours else f"{minutes}:{rest:02d}\u00a0min"
 
 
+def bounds(figure: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of a figure; None if it has none."""
+    found = figure.get("interval")
+    if not isinstance(found, list) or len(found) != 2 or not all(map(is_number, found)):
+        return None
+    return found[0], found[1]
+
+
 def interval(figure: Mapping[str, Any], show: Callable[[Any], str] = percent) -> str:
-    bounds = figure.get("interval")
-    if not isinstance(bounds, list) or len(bounds) != 2 or not all(map(is_number, bounds)):
+    if (found := bounds(figure)) is None:
         return ""
-    low, high = (show(bound).removesuffix("\u00a0%") for bound in bounds)
+    low, high = (show(bound).removesuffix("\u00a0%") for bound in found)
     return f"{low} to {high}" if low[0] in "+−" else f"{low}–{high}"
 
 
 def significant(figure: Mapping[str, Any]) -> bool | None:
     """Whether the 95 % interval of a difference excludes 0; None without an interval."""
-    bounds = figure.get("interval")
-    if not isinstance(bounds, list) or len(bounds) != 2 or not all(map(is_number, bounds)):
+    if (found := bounds(figure)) is None:
         return None
-    return bool(bounds[0] > 0 or bounds[1] < 0)
+    return found[0] > 0 or found[1] < 0
 
 
-def points(value: Any) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−") if is_number(value) else "–"
+def shorten(text: str, length: int) -> str:
+    """`text` in at most `length` characters; an ellipsis replaces the excess."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def table_csv(table: Table) -> str:
-    """RFC 4180 text of what the page shows; an interval or note has its own column after its cell.
+    """RFC 4180 text of a table; an interval or note has its own column after its cell.
 
-    Plain "-" and no thousands separators; an empty field where there is no figure. Text that a
-    spreadsheet would run as a formula begins with an apostrophe.
+    Numbers have a plain "-" and no thousands separators; a missing figure is an empty field. Text
+    that a spreadsheet would run as a formula begins with an apostrophe.
     """
-    notes = table.column_notes or ("",) * len(table.columns)
-    names = [
-        f"{name} ({note})" if note else name
-        for name, note in zip(table.columns, notes, strict=True)
-    ]
+    names = [_with_note(*pair) for pair in _column_heads(table)]
     columns = [
         [names[0], *(row.head for row in table.rows)],
         ["Note", *(row.note for row in table.rows)],
@@ -148,37 +153,37 @@ def table_csv(table: Table) -> str:
         )
     kept = [c for i, c in enumerate(columns) if i % 2 == 0 or any(c[1:])]
     buffer = io.StringIO()
-    csv.writer(buffer).writerows(map(_field, line) for line in zip(*kept, strict=True))
+    csv.writer(buffer).writerows(map(_csv_field, line) for line in zip(*kept, strict=True))
     return buffer.getvalue()
 
 
-def _field(text: str) -> str:
+def table_markdown(table: Table) -> list[str]:
+    """The table as Markdown, and its note if it has one."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    heads = [_with_note(name or " ", note) for name, note in _column_heads(table)]
+    lines = [line(heads), "|" + "---|" * len(table.columns)]
+    for row in table.rows:
+        texts = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
+        cells = [_with_note(text, cell.note) for text, cell in zip(texts, row.cells, strict=True)]
+        lines.append(line([_with_note(row.head, row.note), *cells]))
+    return ["\n".join(lines), *([table.note] if table.note else [])]
+
+
+def _column_heads(table: Table) -> Iterable[tuple[str, str]]:
+    notes = table.column_notes or ("",) * len(table.columns)
+    return zip(table.columns, notes, strict=True)
+
+
+def _with_note(text: str, note: str) -> str:
+    return f"{text} ({note})" if note else text
+
+
+def _csv_field(text: str) -> str:
     text = text.replace("\u00a0%", "%").replace("\u00a0", " ").replace("\u202f", "")
     text = "" if text == "–" else text.replace("−", "-")
     text = re.sub(r"(?<=\d)–(?=\d)", " to ", text)
     formula = text[:1] in "=+-@\t\r" and not re.match(r"[+-]?\d", text)
     return f"'{text}" if text and formula else text
-
-
-def strings(value: Any) -> list[str]:
-    """The members of a JSON list as text."""
-    return [str(member) for member in value] if isinstance(value, list) else []
-
-
-def objects(value: Any) -> dict[str, dict[str, Any]]:
-    """The members of a JSON object that are objects themselves."""
-    members = value.items() if isinstance(value, dict) else ()
-    return {str(k): v for k, v in members if isinstance(v, dict)}
-
-
-def counts(value: Any) -> dict[str, int | float]:
-    members = value.items() if isinstance(value, dict) else ()
-    return {str(k): v for k, v in members if is_number(v)}
-
-
-def get(value: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """A nested JSON object, {} where any part of the way is missing or no object."""
-    for key in keys:
-        found = value.get(key)
-        value = found if isinstance(found, dict) else {}
-    return value

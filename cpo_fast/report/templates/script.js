@@ -1,5 +1,5 @@
 for (const button of document.querySelectorAll("button.copy")) {
-  const box = button.closest(".csv"), text = box.querySelector("pre"), told = box.querySelector("[role=status]");
+  const box = button.closest(".csv"), text = box.querySelector("pre"), status = box.querySelector("[role=status]");
   button.hidden = false;
   button.addEventListener("click", async () => {
     let copied = false;
@@ -11,6 +11,6 @@ for (const button of document.querySelectorAll("button.copy")) {
       getSelection().selectAllChildren(text);
       copied = document.execCommand("copy");
     }
-    told.textContent = copied ? "Copied" : "Selected: copy it with the keyboard";
+    status.textContent = copied ? "Copied" : "Selected; copy with the keyboard";
   });
 }
