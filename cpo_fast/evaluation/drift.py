@@ -84,10 +84,6 @@ class Swap:
     after: str
     text: str
 
-    @property
-    def keeps_meaning(self) -> bool:
-        return self.kind in ("synonym", "side")
-
 
 @dataclass(frozen=True)
 class Effect:

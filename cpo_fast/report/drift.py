@@ -144,8 +144,8 @@ def curve(
 
     j = ranked[0]
     alt = (
-        f"Change of the diagnosis per token over {counted(len(tokens), 'token')}. The largest total "
-        f"variation, {number(variation[j])}, is at token {j + 1}."
+        f"Change of the diagnosis per token over {counted(len(tokens), 'token')}. The largest "
+        f"total variation, {number(variation[j])}, is at token {j + 1}."
     )
     return Panel(slug, "Change of the diagnosis per token", alt, draw)
 

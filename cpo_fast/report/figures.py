@@ -245,7 +245,7 @@ def blend(color: str, paper: str, share: float) -> str:
 
 
 def concept_graph(graph: ConceptGraph) -> Panel:
-    """The concept graph as a matrix: attributes as rows, diseases as columns, relation as colour."""
+    """The concept graph as a matrix: attributes are rows, diseases columns, relations colours."""
     from matplotlib.patches import Patch, Rectangle
 
     attributes = list(graph.attributes.values())
@@ -277,8 +277,8 @@ def concept_graph(graph: ConceptGraph) -> Panel:
             label = category.replace("_", " / ")
             axes.text(len(diseases) - 0.3, sum(ys) / len(ys), label, rotation=-90, ha="left",
                       va="center", fontsize=8, color=theme.faint)  # fmt: skip
-        axes.set_yticks(range(len(attributes)), [shorten(a.name, LABEL_CHARACTERS) for a in attributes], fontsize=7.5,
-                        color=theme.ink)  # fmt: skip
+        names = [shorten(attribute.name, LABEL_CHARACTERS) for attribute in attributes]
+        axes.set_yticks(range(len(attributes)), names, fontsize=7.5, color=theme.ink)
         axes.set_xticks(range(len(diseases)), [d.name for d in diseases], rotation=60, ha="left",
                         rotation_mode="anchor", fontsize=8, color=theme.ink)  # fmt: skip
         axes.xaxis.tick_top()

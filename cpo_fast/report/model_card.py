@@ -1,7 +1,7 @@
-"""The README.md of a model folder: the model card that a hub shows, from the run's own files.
+"""The model card, README.md of a model folder, from the run's own files.
 
-Figures and settings only: no text of a report, no id of a study, no path of this machine. Nothing
-is uploaded.
+It has figures and settings only: no text of a report, no id of a study, no local path. Nothing is
+uploaded.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from typing import Any
 from cpo_fast.counting import counted
 from cpo_fast.folders import read_object, write_private
 from cpo_fast.model.lineage import CONFIG
+from cpo_fast.report.describe import (
+    data_kind,
+    describe_preference,
+    describe_reference,
+    has_reports,
+    records_by_stage,
+    stage_title,
+)
 from cpo_fast.report.evaluation_tables import BEST, evaluation_tables
-from cpo_fast.report.headline import protocol
-from cpo_fast.report.read import Run, read_run
+from cpo_fast.report.headline import describe_protocol
+from cpo_fast.report.read import Run, counts, is_number, objects, read_run
 from cpo_fast.report.run_tables import speed_table
 from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
-    counts,
-    is_number,
     name_of,
     number,
-    objects,
     seconds,
+    table_markdown,
 )
-from cpo_fast.report.words import data_kind, of_reports, preferred, reference, sides, stage_title
 
 STAGES = ("sft", "cpo")
 PAPERS = {
@@ -43,7 +48,7 @@ SHARED = (
     "lora_dropout", "lora_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs",
     "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "bf16",
 )  # fmt: skip
-"""Settings of both stages; a stage's own are those with an `sft_` twin."""
+"""Settings of both stages. Each stage also has the settings that exist with the prefix `sft_`."""
 OF_CPO = (
     "loss_type", "beta", "label_smoothing", "rpo_alpha", "counterfactual_sources",
     "thinking_weight", "perception_weight", "normalize_source_weights", "num_targets",
@@ -53,8 +58,8 @@ LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def write_cards(run_dir: Path) -> list[Path]:
-    """Write README.md (0600, as the rest of the run) into every model folder that the run's
-    summary.json names, and into that of the merged SFT model. Returns the files."""
+    """Write README.md (mode 0600) into every model folder that summary.json of the run names, and
+    into the folder of the merged SFT model. Returns the files."""
     run = read_run(run_dir)
     written = []
     for stage in STAGES:
@@ -67,8 +72,10 @@ def write_cards(run_dir: Path) -> list[Path]:
 
 
 def card_of_export(checkpoint: Path, folder: Path) -> Path | None:
-    """The card of a whole model merged from `checkpoint`, where that lies in the folder of a
-    finished run (run/stage/checkpoint-N); else None."""
+    """Write the card of a whole model merged from `checkpoint` into `folder`.
+
+    None if `checkpoint` is not in the folder of a finished run (run/stage/checkpoint-N).
+    """
     stage, run_dir = checkpoint.resolve().parent.name, checkpoint.resolve().parents[1]
     if stage not in STAGES or not (run_dir / "summary.json").is_file():
         return None
@@ -82,44 +89,44 @@ def write_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> Path:
 
 
 def model_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> str:
-    """Markdown with the hub's YAML header, for the model that `stage` left in `folder`.
+    """Markdown with the hub's YAML header, for the model of `stage` in `folder`.
 
-    `merged` names the adapter's checkpoint where the model was made by merging it afterwards.
+    `merged` is the adapter's checkpoint if the model was merged from it after the run.
     """
-    adapter = (folder / "adapter_config.json").is_file()
-    sees = (folder / "preprocessor_config.json").is_file()
-    base = base_model(run.config)
-    name = f"{base.split('/')[-1] if base else _base_words(run.config)}, {stage.upper()}"
+    adapter = (folder / CONFIG).is_file()
+    takes_images = (folder / "preprocessor_config.json").is_file()
+    base = hub_name(run.config)
+    name = f"{base.split('/')[-1] if base else _describe_start(run.config)}, {stage.upper()}"
     title = stage_title(run, stage)
     version = f" {run.part('versions').get('cpo_fast', '')}".rstrip()
     evaluation = run.part("evaluation")
     tables = evaluation_tables(evaluation)
     parts = [
-        _header(base, adapter=adapter, sees=sees, stage=stage, of_reports=of_reports(run)),
+        _header(run, stage, base, adapter=adapter, takes_images=takes_images),
         f"# {name}",
         f"{'A LoRA adapter' if adapter else 'A model'} from {title[0].lower()}{title[1:]} with "
-        f"cpo_fast{version}, on {_data_words(run, stage)}",
-        _method(run, stage),
-        *_merged_words(run, stage, merged, evaluated=bool(tables)),
-        _limits(run, stage, evaluated=bool(tables)),
+        f"cpo_fast{version}, on {_describe_data(run, stage)}",
+        _describe_method(run, stage),
+        *_describe_merge(run, stage, merged, evaluated=bool(tables)),
+        _describe_limits(run, stage, evaluated=bool(tables)),
         "## Use",
-        _use(base or _named_base(folder), adapter=adapter, sees=sees),
+        _usage_code(base or _base_of_adapter(folder), adapter=adapter, takes_images=takes_images),
         "## Data",
-        *_markdown(_data(run, stage)),
+        *table_markdown(_data_table(run, stage)),
         "## Hyper-parameters",
-        *_markdown(_settings(run.config, stage, adapter)),
+        *table_markdown(_settings_table(run.config, stage, adapter)),
         "## Training",
-        *_markdown(_training(run, stage)),
+        *table_markdown(_training_table(run, stage)),
     ]
     if tables:
-        parts += ["## Evaluation", _evaluation_words(evaluation)]
+        parts += ["## Evaluation", _describe_evaluation(evaluation)]
         for table in tables:
-            parts += [f"### {table.caption}", *_markdown(table)]
+            parts += [f"### {table.caption}", *table_markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
-def _merged_words(run: Run, stage: str, merged: str, *, evaluated: bool) -> list[str]:
-    """What a model merged afterwards is, and which checkpoint the figures belong to."""
+def _describe_merge(run: Run, stage: str, merged: str, *, evaluated: bool) -> list[str]:
+    """For a model merged after the run: which checkpoint it is from, and which one the figures."""
     if not merged:
         return []
     named = run.part("stages", stage).get("checkpoint")
@@ -127,11 +134,11 @@ def _merged_words(run: Run, stage: str, merged: str, *, evaluated: bool) -> list
     figures = "training figures and the evaluation" if evaluated else "training figures"
     text = f"It is the adapter `{merged}` of the run, merged into its base model."
     if result and result != merged:
-        return [f"{text} The {figures} below are those of `{result}`, not of this checkpoint."]
-    return [f"{text} The evaluation below was made before this merge." if evaluated else text]
+        return [f"{text} The {figures} below are from `{result}`, not from this checkpoint."]
+    return [f"{text} The evaluation below was made before the merge." if evaluated else text]
 
 
-def _limits(run: Run, stage: str, *, evaluated: bool) -> str:
+def _describe_limits(run: Run, stage: str, *, evaluated: bool) -> str:
     how = "It was not evaluated."
     if any(stage in objects(part) for part in run.part("evaluation").values()):
         how = "It was evaluated only as shown below."
@@ -139,91 +146,92 @@ def _limits(run: Run, stage: str, *, evaluated: bool) -> str:
         how = "It was not evaluated; the evaluation below is of another model of the run."
     drawn = ""
     if data_kind(run) == "phantom":
-        drawn = " The radiographs of the phantom are drawn by a program."
+        drawn = " A program drew the radiographs of the phantom."
     return f"**Not a medical device.** {how} Do not use it for diagnosis.{drawn}"
 
 
-def _evaluation_words(evaluation: Mapping[str, Any]) -> str:
+def _describe_evaluation(evaluation: Mapping[str, Any]) -> str:
     models = objects(evaluation.get("classification"))
     sentences = []
     if models:
         studies, split = evaluation.get("studies", "?"), evaluation.get("split", "?")
-        asked = counted(studies, "study", "studies")
-        sentences.append(f"{asked} of the {split} split; all models of the run.")
-    sentences += [protocol(evaluation)] if protocol(evaluation) else []
-    sentences.append("Brackets after a figure hold its 95 % bootstrap interval.")
+        number_of_studies = counted(studies, "study", "studies")
+        sentences.append(f"{number_of_studies} of the {split} split; all models of the run.")
+    sentences += [describe_protocol(evaluation)] if describe_protocol(evaluation) else []
+    sentences.append("The 95 % bootstrap interval is in brackets after a figure.")
     sentences += [BEST] if len(models) > 1 else []
     return " ".join(sentences)
 
 
-def base_model(config: Mapping[str, Any]) -> str | None:
-    """The hub's name of the base model, where the path is a hub's cache or says org/name."""
-    path = _start(config)
+def hub_name(config: Mapping[str, Any]) -> str | None:
+    """The hub's name of the starting model if its path is in a hub's cache or is org/name."""
+    path = _starting_model(config)
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)(?:/|$)", path)
     if cached:
         return f"{cached[1]}/{cached[2]}"
     return path if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) else None
 
 
-def _base_words(config: Mapping[str, Any]) -> str:
-    name = Path(_start(config) or "model").name
+def _describe_start(config: Mapping[str, Any]) -> str:
+    name = Path(_starting_model(config) or "model").name
     if config.get("sft_checkpoint"):
         return f"The SFT checkpoint {name}"
     return "A tiny random model" if name == "tiny" else name
 
 
-def _start(config: Mapping[str, Any]) -> str:
-    """What the run started from: an SFT checkpoint takes the place of the model."""
+def _starting_model(config: Mapping[str, Any]) -> str:
+    """The model that the run started from; an SFT checkpoint replaces the base model."""
     return str(config.get("sft_checkpoint") or config.get("model_name_or_path") or "")
 
 
-def _header(base: str | None, *, adapter: bool, sees: bool, stage: str, of_reports: bool) -> str:
-    tags = ["cpo_fast", stage, *(["chest-x-ray", "radiology"] if of_reports else [])]
+def _header(run: Run, stage: str, base: str | None, *, adapter: bool, takes_images: bool) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["cpo_fast", stage, *(["chest-x-ray", "radiology"] if has_reports(run) else [])]
     tags += ["preference-optimization", "dpo"] if stage == "cpo" else []
-    lines = [
-        f"library_name: {'peft' if adapter else 'transformers'}",
-        f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}",
-        *([f"base_model: {base}"] if base else []),
-        "tags:",
-        *(f"- {tag}" for tag in [*tags, *(["lora"] if adapter else [])]),
-    ]
-    return "\n".join(["---", *lines, "---"])
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="image-text-to-text" if takes_images else "text-generation",
+        tags=[*tags, *(["lora"] if adapter else [])],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
-def _data_words(run: Run, stage: str) -> str:
+def _describe_data(run: Run, stage: str) -> str:
     kind = data_kind(run)
-    if of_reports(run):
+    if has_reports(run):
         return (
             f"data of the kind `{kind}`. An answer of the data is a report and a diagnosis: "
             "`<think> report </think> The disease of this patient is ...`"
         )
     if not kind:
-        return "data that the run does not describe."
+        return "data of unknown kind."
     used = run.part("data").get("used")
     count = f"; {number(used)} used" if is_number(used) else ""
-    if stage in sides(run):
-        trained_on, held_out = map(number, sides(run)[stage])
+    if stage in records_by_stage(run):
+        trained_on, held_out = map(number, records_by_stage(run)[stage])
         count = f"; {trained_on} trained on, {held_out} held out"
     return f"preference rows of the format `{kind}`{count}."
 
 
-def _method(run: Run, stage: str) -> str:
+def _describe_method(run: Run, stage: str) -> str:
     if stage == "sft":
-        what = "reports and diagnoses of the data set" if of_reports(run) else "chosen answers"
+        what = "reports and diagnoses of the data set" if has_reports(run) else "chosen answers"
         return f"It was trained on the {what}."
-    text = f"It was trained to prefer {preferred(run)}"
-    if of_reports(run):
+    text = f"It was trained to prefer {describe_preference(run)}"
+    if has_reports(run):
         sources = counts(run.part("data", "counterfactual_sources"))
         papers = [PAPERS["cpo"], *([PAPERS["perception"]] if sources.get("perception") else [])]
         loss = str(run.config.get("loss_type") or "sigmoid")
         other = "" if loss == "sigmoid" else f", here with the loss `{loss}`"
         text += f" (method: {', '.join(papers)}{other})"
-    return f"{text}. {reference(run)}"
+    return f"{text}. {describe_reference(run)}"
 
 
-def _use(base: str, *, adapter: bool, sees: bool) -> str:
+def _usage_code(base: str, *, adapter: bool, takes_images: bool) -> str:
     """`base` is a hub's name, or the path in the adapter's own configuration."""
-    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    auto = "AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM"
     lines = [f"from transformers import {auto}, AutoTokenizer", "", 'folder = "..."  # this folder']
     if adapter:
         lines.insert(0, "from peft import PeftModel")
@@ -231,8 +239,8 @@ def _use(base: str, *, adapter: bool, sees: bool) -> str:
             lines.append(f'base = folder + "/{base}"')
         elif base and not Path(base).is_absolute():
             lines.append(f'base = "{base}"')
-        else:  # a path of the machine it was trained on is nobody's business
-            lines.append(f'base = "..."  # {Path(base).name or "what it was trained on"}')
+        else:  # a local path is private
+            lines.append(f'base = "..."  # {Path(base).name or "the model it was trained on"}')
         lines.append(f"model = {auto}.from_pretrained(base)")
         lines.append("model = PeftModel.from_pretrained(model, folder)")
     else:
@@ -241,16 +249,16 @@ def _use(base: str, *, adapter: bool, sees: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _named_base(folder: Path) -> str:
-    """The path or name in adapter_config.json; "" where there is none."""
+def _base_of_adapter(folder: Path) -> str:
+    """The path or name of the base in adapter_config.json, "" if it is missing."""
     return str(read_object(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
-def _data(run: Run, stage: str) -> Table:
+def _data_table(run: Run, stage: str) -> Table:
     data = run.part("data")
     rows = [_row("Records read", data.get("read"))]
-    if stage in sides(run):
-        trained_on, held_out = sides(run)[stage]
+    if stage in records_by_stage(run):
+        trained_on, held_out = records_by_stage(run)[stage]
         rows += [_row("Records trained on", trained_on), _row("Records held out", held_out)]
     else:
         rows.append(_row("Records used", data.get("used")))
@@ -264,7 +272,7 @@ def _data(run: Run, stage: str) -> Table:
     return Table("", ("", "Number"), tuple(row for row in rows if row.cells[0].text != "–"))
 
 
-def _settings(config: Mapping[str, Any], stage: str, adapter: bool) -> Table:
+def _settings_table(config: Mapping[str, Any], stage: str, adapter: bool) -> Table:
     own = sorted(name.removeprefix("sft_") for name in config if name.startswith("sft_"))
     names = [name for name in own if name in config and name not in SHARED]
     prefix = "sft_" if stage == "sft" else ""
@@ -288,7 +296,7 @@ def _settings(config: Mapping[str, Any], stage: str, adapter: bool) -> Table:
     return Table("", ("Flag", "Value"), tuple(rows))
 
 
-def _training(run: Run, stage: str) -> Table:
+def _training_table(run: Run, stage: str) -> Table:
     part = run.part("stages", stage)
     rows = [_row("Optimiser steps", part.get("steps"))]
     rows.append(Row("Wall time", (Cell(seconds(part.get("seconds"))),)))
@@ -306,20 +314,3 @@ def _training(run: Run, stage: str) -> Table:
 
 def _row(head: str, value: Any) -> Row:
     return Row(head, (Cell(number(value)),))
-
-
-def _markdown(table: Table) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    def shown(text: str, note: str, bold: bool = False) -> str:
-        text = f"**{text}**" if bold else text
-        return f"{text} ({note})" if note else text
-
-    notes = table.column_notes or ("",) * len(table.columns)
-    heads = [shown(name or " ", note) for name, note in zip(table.columns, notes, strict=True)]
-    rows = [line(heads), "|" + "---|" * len(table.columns)]
-    for row in table.rows:
-        cells = [shown(cell.text, cell.note, cell.best) for cell in row.cells]
-        rows.append(line([shown(row.head, row.note), *cells]))
-    return ["\n".join(rows), *([table.note] if table.note else [])]

@@ -1,4 +1,4 @@
-"""The token tree and the probe equal the naive way: every sequence by itself."""
+"""The token tree and the probe equal the naive computation of one sequence at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_random_continuations_equal_separate_forwards(tokens_per_pass):
 
 
 def naive(model, prompt, thought: str) -> list[float]:
-    """The distribution over FINDINGS after a thought given as text, each answer by itself."""
+    """The distribution over FINDINGS after a thought given as text, from separate answers."""
     texts = [f"{thought} </think> The disease of this patient is {name}." for name in FINDINGS]
     logps = [separately(model, prompt, tokenizer()(text)["input_ids"]) for text in texts]
     weights = [math.exp(logp - max(logps)) for logp in logps]
@@ -98,9 +98,9 @@ def test_swaps_say_what_they_change():
     assert text.replace("lung opacity", "opacity") in swaps
     assert text.replace("is seen", "is noted") in swaps
     sides = "Right lung opacity is seen. There is no pneumothorax. No effusion in the left lung."
-    assert swaps[sides].keeps_meaning
+    assert swaps[sides].kind == "side"
     negation = swaps[text.replace("There is no pneumothorax", "There is a pneumothorax")]
-    assert not negation.keeps_meaning
+    assert negation.kind == "negation"
     assert text.replace("No effusion", "There is effusion") in swaps
     assert text.replace("lung opacity", "lung lung opacity") not in swaps
 

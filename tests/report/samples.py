@@ -1,4 +1,4 @@
-"""A run folder made up from nothing, in the layout that training leaves; a browser client."""
+"""A synthetic run folder in the layout of a training run, and a browser client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EDITED = (
 
 
 def write_run(folder: Path, *, seed: int = 0, report: str = REPORT, steps: int = 150) -> Path:
-    """Every file of a finished run with figures that look like a run's; texts are made up."""
+    """Every file of a finished run, with plausible figures and invented texts."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     _json(folder / "config.json", _config(seed))
@@ -70,7 +70,7 @@ def write_run(folder: Path, *, seed: int = 0, report: str = REPORT, steps: int =
 
 
 def _drift(report: str) -> dict[str, Any]:
-    """A probed study whose thought is `report`, word by word, and an unbreakable last token."""
+    """A probed study whose tokens are the words of `report` and one unbreakable token."""
     tokens = [f" {word}" for word in report.split()] + [" " + "x" * 120]
     moves = [abs(math.sin(i)) / 2 for i in range(len(tokens))]
     swap = {"before": "small " + "y" * 90, "after": "large", "variation": 0.2, "divergence": 0.1}
@@ -195,7 +195,7 @@ def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Browser:
-    """Headless Chromium spoken to over its debugging pipe: no port, no network."""
+    """Headless Chromium, controlled over its debugging pipe: no port, no network."""
 
     PATH = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -235,7 +235,7 @@ class Browser:
         return self._ask(method, session=self._session, **parameters)
 
     def open(self, url: str, width: int, *, dark: bool = False) -> None:
-        """Load `url` at a width in CSS pixels; `events` then hold what happened meanwhile."""
+        """Load `url` at a width in CSS pixels; `events` then holds the events since the start."""
         self.events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])

@@ -1,4 +1,4 @@
-"""The model card: what a hub reads, figures of the run, nothing of a patient or a machine."""
+"""The model card: the hub's header and the run's figures, without patient data or local paths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import yaml
 
 from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.report import write_report
-from cpo_fast.report.model_card import base_model, card_of_export, write_cards
+from cpo_fast.report.describe import WITHOUT_REFERENCE, describe_reference, shared_stage_title
+from cpo_fast.report.model_card import card_of_export, hub_name, write_cards
 from cpo_fast.report.read import Run
-from cpo_fast.report.words import WITHOUT_REFERENCE, reference, title_of_all
 from cpo_fast.run.arguments import parse_arguments
 from tests.report.samples import REPORT, write_run
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
         checkpoint.mkdir(parents=True)
         (checkpoint / "preprocessor_config.json").write_text("{}")
         (checkpoint / "adapter_config.json").write_text("{}")
-        # as a run names it whose folder was moved later
+        # the folder of the run was moved later
         summary["stages"].setdefault(stage, {})["checkpoint"] = f"/elsewhere/{checkpoint.name}"
     (folder / "sft" / "merged").mkdir()
     summary["data"] |= {"kind": "mimic-cxr", "counterfactuals": {"made": 15, "passed": 12}}
@@ -54,7 +54,7 @@ def test_the_header_is_what_a_hub_reads(run: Path) -> None:
     found = header(run / "cpo" / "checkpoint-4" / "README.md")
     assert found["library_name"] == "peft" and found["pipeline_tag"] == "image-text-to-text"
     assert {"cpo", "dpo", "lora", "cpo_fast"} <= set(found["tags"])
-    assert "base_model" not in found  # a folder on this machine is no name on a hub
+    assert "base_model" not in found  # a local folder is not a name on a hub
     merged_card = header(run / "sft" / "merged" / "README.md")
     assert merged_card["library_name"] == "transformers"
     assert merged_card["pipeline_tag"] == "text-generation"
@@ -66,7 +66,7 @@ def test_the_header_is_what_a_hub_reads(run: Path) -> None:
         ("../../base", 'base = folder + "/../../base"'),
         ("Qwen/Qwen2.5-VL-3B-Instruct", 'base = "Qwen/Qwen2.5-VL-3B-Instruct"'),
         ("/home/someone/models/mine", 'base = "..."  # mine'),
-        (None, 'base = "..."  # what it was trained on'),
+        (None, 'base = "..."  # the model it was trained on'),
     ],
 )
 def test_the_base_of_an_adapter_is_named(run: Path, named: str | None, line: str) -> None:
@@ -121,12 +121,12 @@ def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
     assert header(out / "README.md")["library_name"] == "transformers"
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "It is the adapter `checkpoint-4` of the run, merged into its base model. " in card
-    assert "The evaluation below was made before this merge." in card
+    assert "The evaluation below was made before the merge." in card
     earlier = run / "cpo" / "checkpoint-2"
     earlier.mkdir()
     card_of_export(earlier, out)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "evaluation below are those of `checkpoint-4`, not of this checkpoint." in card
+    assert "evaluation below are from `checkpoint-4`, not from this checkpoint." in card
     assert card_of_export(tmp_path / "alone" / "x" / "adapter", out) is None
 
 
@@ -141,7 +141,7 @@ def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_base_models_name_on_a_hub(path: str, name: str | None) -> None:
-    assert base_model({"model_name_or_path": path}) == name
+    assert hub_name({"model_name_or_path": path}) == name
 
 
 def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_run_without_evaluation_does_not_point_to_one(run: Path) -> None:
 
 
 def test_held_out_pairs_are_of_the_split_that_they_are_of(run: Path) -> None:
-    """A run on one's own file has no test split: its pairs come from the validation split."""
+    """A run on a preference file has no test split; its pairs are of the validation split."""
     pairs = {"pairs": 6, "accuracy": {"value": 0.8, "interval": [0.5, 1.0]}, "split": "validate"}
     data = {"kind": "trl", "read": 24, "used": 24, "rejected": {}}
     card = edited(run, "cpo", summary={"evaluation": {"preference": {"cpo": pairs}}, "data": data})
@@ -222,8 +222,8 @@ def test_the_method_is_that_of_the_pairs(run: Path) -> None:
 
 def test_a_stage_of_several_runs_has_the_title_that_fits_them_all(run: Path) -> None:
     of_reports, other = (Run(run, summary={"data": {"kind": kind}}) for kind in ("ccf", "trl"))
-    assert title_of_all([of_reports, other], "cpo") == "Preference optimisation"
-    assert title_of_all([of_reports] * 2, "cpo") == "Counterfactual preference optimisation"
+    assert shared_stage_title([of_reports, other], "cpo") == "Preference optimisation"
+    assert shared_stage_title([of_reports] * 2, "cpo") == "Counterfactual preference optimisation"
 
 
 def test_losses_without_a_reference_are_those_of_the_loss_op() -> None:
@@ -232,7 +232,7 @@ def test_losses_without_a_reference_are_those_of_the_loss_op() -> None:
 
 def test_the_reference_is_named_as_it_was(run: Path) -> None:
     def sentence(**config: Any) -> str:
-        return reference(Run(run, config=config))
+        return describe_reference(Run(run, config=config))
 
     assert sentence(stages="cpo", loss_type="sigmoid") == (
         "The reference is the model that the run started from, so the loss starts at ln 2 = 0.693 "

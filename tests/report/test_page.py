@@ -1,4 +1,4 @@
-"""The page of a run: complete, escaped, self-contained, private; looked at by a real browser."""
+"""The page of a run: complete, escaped, self-contained, private; rendered by a browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpo_fast.report import write_comparison, write_report
 from cpo_fast.report.__main__ import main
 from cpo_fast.report.diff import word_diff
 from cpo_fast.report.figures import running_mean
-from cpo_fast.report.headline import setting
+from cpo_fast.report.headline import list_inputs
 from cpo_fast.report.read import read_run
 from tests.report.samples import EDITED, HOSTILE, REPORT, Browser, write_run
 
@@ -29,7 +29,7 @@ GRAPH = Path(__file__).parents[2] / "cpo_fast" / "concepts" / "graph.json"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """One run whose report tries to break out of the page."""
+    """One run whose report contains markup that must stay text."""
     folder = tmp_path_factory.mktemp("runs") / "phantom"
     write_run(folder, report=f"FINDINGS: {HOSTILE} {REPORT}")
     shutil.copy(GRAPH, folder / "concept_graph.json")
@@ -44,7 +44,7 @@ def comparison(run) -> Path:
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, and the text that a reader sees."""
+    """Tags with their attributes, and the visible text."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_the_page_has_all_parts(run):
     assert "Computed on Some GPU, 2 processes with cpo_fast 0.1.0, torch 2.13.0" in top
 
 
-def test_records_trained_on_and_held_out_are_told_apart(run):
+def test_records_trained_on_and_held_out_are_shown_separately(run):
     text = " ".join(Elements(run / "report.html").text.split())
     held = "CPO (SFT 1 600); 381 held out; of 2 000 read, 12 set aside"
     assert f"Records trained on1 590{held}" in text and "Records used" not in text
@@ -240,12 +240,61 @@ def test_values_of_the_wrong_kind_leave_gaps_not_tracebacks(tmp_path):
 def test_a_page_names_what_the_run_started_from(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
-    assert any(text.startswith("model ") for text in setting(read_run(folder)))
+    assert any(text.startswith("model ") for text in list_inputs(read_run(folder)))
     config |= {"sft_checkpoint": "runs/sft/sft"}
     (folder / "config.json").write_text(json.dumps(config))
-    found = setting(read_run(folder))
+    found = list_inputs(read_run(folder))
     assert "from the SFT checkpoint runs/sft/sft" in found
     assert not any(text.startswith("model ") for text in found), "its flag has no effect"
+
+
+def test_pages_have_no_section_without_content(run, tmp_path):
+    def write(name: str, **row: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1} | row))
+        return folder
+
+    runs = [write("a", stage="sft", epoch=1), write("b", stage="cpo", **{"rewards/chosen": 0.5})]
+    page = Elements(write_comparison(runs, tmp_path / "comparison.html"))
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == ["configuration"]
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == ["#configuration"]
+    page = Elements(write_report(runs[0]))
+    assert not any("stage-sft" in str(attrs) for _, attrs in page.tags), "no curve of the stage"
+
+
+@pytest.mark.parametrize(
+    ("given", "used", "unused"),
+    [
+        ({"dataset": "pairs.jsonl", "suite": None}, "beta", "max_new_tokens batch_size split"),
+        ({"dataset": "chexpert.csv.gz", "suite": None}, "max_new_tokens", "beta num_examples"),
+        ({"dataset": "mimic", "suite": ["report"]}, "max_new_tokens", "beta drift_samples"),
+        ({"dataset": "mimic", "suite": ["report", "drift"]}, "drift_samples", "packing_length"),
+    ],
+)
+def test_an_evaluation_shows_only_settings_that_had_an_effect(tmp_path, given, used, unused):
+    settings = ("beta", "max_new_tokens", "batch_size", "split", "num_examples", "drift_samples",
+                "packing_length")  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(settings, 7) | given))
+    (tmp_path / "summary.json").write_text('{"evaluation": {}, "data": {"used": 3}}')
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    shown = set(re.findall(r"<dt>(.*?)</dt>", html))
+    assert {"dataset", used} <= shown and not shown & set(unused.split())
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_path_is_printed_as_it_was_given(run, tmp_path, monkeypatch, capsys, absolute):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text('{"data": {"used": 3}}')
+    monkeypatch.chdir(tmp_path)
+    start = tmp_path if absolute else Path()
+    assert main([str(start / "a")]) == 0 and main([str(start / "a"), str(start / "b")]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(start / "a" / "report.html"), str(start / "comparison.html")]  # fmt: skip
+    monkeypatch.chdir(tmp_path / "a")
+    assert main([".", "../b"]) == 0
+    assert capsys.readouterr().out.split() == ["../comparison.html"], "beside the run"
 
 
 def test_a_comparison_needs_a_file_to_write_to(run, tmp_path, capsys):
@@ -314,8 +363,8 @@ def test_a_browser_shows_it_whole_and_quietly(browser, run, comparison, which, w
     shown = "[...document.querySelectorAll('button.copy')].filter(b => b.offsetWidth).length"
     assert browser.evaluate(shown) == browser.evaluate("document.querySelectorAll('table').length")
     browser.evaluate("document.querySelector('button.copy').click()")
-    told = "document.querySelector('.csv [role=status]').textContent"
+    status = "document.querySelector('.csv [role=status]').textContent"
     for _ in range(50):
-        if text := browser.evaluate(told):
+        if text := browser.evaluate(status):
             break
     assert text.startswith(("Copied", "Selected"))

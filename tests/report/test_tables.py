@@ -1,4 +1,4 @@
-"""What a report calls better: paired differences, bold cells, the headline; tables as CSV."""
+"""Tables of a report: paired differences, bold cells, headline, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 from cpo_fast.evaluation.summary import evaluation_summary
 from cpo_fast.report.evaluation_tables import clear_best, evaluation_tables
 from cpo_fast.report.headline import cards, headline
-from cpo_fast.report.model_card import _markdown
 from cpo_fast.report.read import Run
 from cpo_fast.report.run_tables import comparison_tables
-from cpo_fast.report.tables import Cell, Row, Table, in_order, table_csv
+from cpo_fast.report.tables import Cell, Row, Table, in_order, table_csv, table_markdown
 
 NAMES = ("Edema", "Pneumonia")
 
@@ -25,7 +24,7 @@ def said(name: str) -> str:
 
 
 def evaluation(*, cpo_wrong: int, sft_wrong: int, unparsed: int = 0, studies: int = 80) -> Any:
-    """CPO errs on its first studies, SFT on its last; `unparsed` answers of CPO are cut short."""
+    """CPO errs on the first studies, SFT on the last; `unparsed` answers of CPO are cut off."""
     truth = [(NAMES[i % 2],) for i in range(studies)]
     other = [said(NAMES[(i + 1) % 2]) for i in range(studies)]
     right = [said(NAMES[i % 2]) for i in range(studies)]
@@ -112,9 +111,9 @@ def test_answers_that_cannot_be_parsed_stand_beside_the_figures() -> None:
 
 
 def test_a_model_card_marks_what_its_note_calls_bold() -> None:
-    markdown, note = _markdown(table(evaluation(cpo_wrong=2, sft_wrong=30), "Differences"))
+    markdown, note = table_markdown(table(evaluation(cpo_wrong=2, sft_wrong=30), "Differences"))
     assert "Bold: the interval excludes 0" in note and "| CPO − SFT | **+" in markdown
-    overall, _ = _markdown(table(evaluation(cpo_wrong=2, sft_wrong=30), "Diagnosis, overall"))
+    overall, _ = table_markdown(table(evaluation(cpo_wrong=2, sft_wrong=30), "Diagnosis, overall"))
     assert "| Untrained (no answer parsed) |" in overall
 
 
