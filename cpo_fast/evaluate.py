@@ -11,14 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cpo_fast.command_line import failed, program
 from cpo_fast.console import piped
 from cpo_fast.errors import CpoFastError, UsageError
-from cpo_fast.evaluate_options import (
-    IMAGES,
-    PAIRS,
-    STUDIES,
-    EvaluateArguments,
-    parse_arguments,
-    resolve_model,
-)
+from cpo_fast.evaluate_options import EvaluateArguments, parse_arguments, resolve_model
+from cpo_fast.evaluation.settings import IMAGES, PAIRS, STUDIES
 from cpo_fast.folders import EVALUATION, check_free, make_private, write_json, write_jsonl
 from cpo_fast.locks import check_folder, lock_folder
 

@@ -11,6 +11,7 @@ from typing import Any
 from cpo_fast.command_line import Parser, program
 from cpo_fast.data import DATASET_FORMATS, is_preference_file
 from cpo_fast.errors import UsageError
+from cpo_fast.evaluation.settings import IMAGES, OF_SUITES, PAIRS, STUDIES, UNUSED
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, Number, split
 from cpo_fast.folders import TRAINING, contents_of, read_object
 
@@ -24,25 +25,6 @@ Suites: "classification" (accuracy of the diagnosis per finding) and "report" (t
 the radiologist's report) from generated answers, "zero_shot" (AUC from the likelihood of each
 finding's sentence) and "drift" (how the diagnosis moves along the thought) by scoring. A preference
 file gives how often the chosen answer is preferred."""
-
-PAIRS = "a preference file, which gives how often the chosen answer is preferred"
-IMAGES = "a CSV of images, whose columns decide what is computed"
-STUDIES = "studies, which have no pairs"
-
-IDLE = {
-    PAIRS: ("suite", "split", "uncertain_labels", "max_new_tokens", "batch_size", "drift_samples",
-            "num_examples"),
-    IMAGES: ("suite", "split", "dataset_format", "drift_samples", "num_examples", "beta"),
-    STUDIES: ("beta",),
-}  # fmt: skip
-"""Flags without effect on a kind of data."""
-
-OF_SUITES = {
-    "drift_samples": ("drift",),
-    "packing_length": ("zero_shot",),
-    "seed": ("classification", "report", "zero_shot"),
-}
-"""Flags that only these suites use."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EvaluateArguments:
     values = vars(_parser().parse_args(argv))
     given = vars(_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
     dataset, kind = values["dataset"], kind_of(values["dataset"], values["dataset_format"])
-    for name in IDLE[kind]:
+    for name in UNUSED[kind]:
         if name in given:
             raise UsageError(
                 f"--{name} {given[name]} has no effect: {dataset} is {kind}; leave --{name} out"

@@ -81,8 +81,9 @@ def summarize_preference(
         figures["sources"] = {}
         for name in names:
             rows = [i for i, source in enumerate(sources) if source == name]
+            own: list[Any] = [vector[rows] for vector in vectors]
             figures["sources"][name] = summarize_preference(
-                *(vector[rows] for vector in vectors),
+                *own,
                 beta=beta,
                 groups=[keys[i] for i in rows],
                 bootstrap=bootstrap,
