@@ -222,4 +222,4 @@ def test_bad_input_of_the_command_is_named(folder, model, capsys):
     blind = folder / "blind"
     save_model(text_model(), blind, tokenizer=tokenizer())
     assert evaluate(blind, path, out, image_root=folder) == 2
-    assert "cannot see" in capsys.readouterr().err
+    assert "is a text-only model" in capsys.readouterr().err
