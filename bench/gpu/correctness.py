@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from bench.gpu.device_rules import DEVICE_RULES
-from bench.gpu.inputs import IGNORED, Inputs, workspace
+from bench.gpu.inputs import workspace
 from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import obstacle, using, variants
 from cpo_fast.loss import linear_logprobs
+from cpo_fast.testing.error_rule import assert_all_as_good
+from cpo_fast.testing.loss_problems import IGNORED, KINDS, LossProblem
 
-KINDS = ("random", "flat", "peaked", "negative")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL = [(37, 1013, 24), (1, 77, 8), (5, 1, 16), (33, 129, 7)]  # T, V, D
 LARGE = [(129, 50257, 896), (700, 32000, 1024), (300, 151936, 2048), (260, 152064, 3584)]
@@ -43,28 +44,13 @@ def accuracy(
     plain = not bias and "softcap" not in options
     if reason := obstacle(variant, dtype, shape[2], plain=plain, device=device):
         raise NotHere(reason)
-    data = Inputs(kind, *shape, dtype, device, bias=bias)
+    data = LossProblem(kind, *shape, dtype, device, bias=bias)
     exact = data.score(torch.float64, "reference", **options)
     eager = data.score(dtype, "reference", **options)
     with using(variant) as impl, workspace(mib):
         ours = data.score(dtype, impl, **options)
-    assert (ours[0] <= 0).all(), "a log-prob is positive"
-    eps = torch.finfo(dtype).eps
-    errors = {}
-    for name, truth, theirs, got in zip(
-        ("logps", "hidden", "weight", "bias"), exact, eager, ours, strict=False
-    ):
-        assert got.isfinite().all(), f"{name} is not finite"
-        (error, worst), (other, other_worst) = (
-            (float((x.double() - truth).norm()), float((x.double() - truth).abs().max()))
-            for x in (got, theirs)
-        )
-        errors[name] = error / (float(truth.norm()) + 1e-30)
-        allowed = 2 * other + eps * float(truth.norm()) + 1e-6
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
-        allowed = 2 * other_worst + 3 * eps * float(truth.abs().max()) + 1e-6
-        assert worst <= allowed, f"{name}: largest error {worst:.2e}, allowed {allowed:.2e}"
-    return {"errors": errors}
+    assert (ours["logps"] <= 0).all(), "a log-prob is positive"
+    return {"errors": assert_all_as_good(ours, eager, exact, torch.finfo(dtype).eps)}
 
 
 def preferred_dtype(variant: str, device: str) -> torch.dtype:
@@ -75,7 +61,7 @@ def log_2_of_equals(variant: str, device: str, quick: bool) -> dict[str, Any]:
     """Policy equal to reference: the loss is log 2 and the rewards are 0, also for a pair longer
     than a chunk."""
     shape = (300, 1013, 24) if quick else (1500, 32003, 512)
-    data = Inputs("random", *shape, preferred_dtype(variant, device), device)
+    data = LossProblem("random", *shape, preferred_dtype(variant, device), device)
     for head in (False, True):
         for mib in (1, 1024):
             hidden, weight = data.leaves(head=head)
@@ -90,7 +76,7 @@ def log_2_of_equals(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 def nothing_to_score(variant: str, device: str, quick: bool) -> dict[str, Any]:
     """All labels ignored: loss, log-probs and gradients are 0."""
-    data = Inputs("random", 40, 300, 24, preferred_dtype(variant, device), device)
+    data = LossProblem("random", 40, 300, 24, preferred_dtype(variant, device), device)
     data.labels[:] = IGNORED
     leaves = data.leaves()
     with using(variant) as impl:
@@ -104,7 +90,7 @@ def nothing_to_score(variant: str, device: str, quick: bool) -> dict[str, Any]:
 def backward_twice(variant: str, device: str, quick: bool) -> dict[str, Any]:
     """A second backward with retain_graph gives the same gradient; gradients through several
     outputs add up."""
-    data = Inputs("random", 90, 1013, 24, preferred_dtype(variant, device), device)
+    data = LossProblem("random", 90, 1013, 24, preferred_dtype(variant, device), device)
     for mib in (1, 1024):
         leaves = data.leaves()
         with using(variant) as impl, workspace(mib):
@@ -125,7 +111,7 @@ def same_bits(variant: str, device: str, quick: bool) -> dict[str, Any]:
     if variant == "reference" and device == "cuda":
         raise NotHere("not promised: PyTorch's index_add uses atomics")
     shape = (120, 1013, 24) if quick else (3000, 50257, 896)
-    data = Inputs("random", *shape, preferred_dtype(variant, device), device)
+    data = LossProblem("random", *shape, preferred_dtype(variant, device), device)
     data.segments = data.segments[torch.randperm(shape[0], device=device)]
     for mib in (1 if quick else 64, 1024):
         runs = []
@@ -142,7 +128,7 @@ def same_bits(variant: str, device: str, quick: bool) -> dict[str, Any]:
 
 def compiled(variant: str, device: str, quick: bool) -> dict[str, Any]:
     """torch.compile without graph breaks agrees with eager."""
-    data = Inputs("random", 64, 300, 24, preferred_dtype(variant, device), device)
+    data = LossProblem("random", 64, 300, 24, preferred_dtype(variant, device), device)
     ref = data.tensors[0].roll(1, 0)
     with using(variant) as impl:
 
@@ -164,7 +150,7 @@ def compiled(variant: str, device: str, quick: bool) -> dict[str, Any]:
 def autocast(variant: str, device: str, quick: bool) -> dict[str, Any]:
     """Float32 leaves under autocast: same log-probs as with cast inputs, gradients in float32."""
     dtype = preferred_dtype(variant, device)
-    data = Inputs("random", 64, 300, 24, torch.float32, device)
+    data = LossProblem("random", 64, 300, 24, torch.float32, device)
     leaves = data.leaves()
     with using(variant) as impl, torch.autocast(device, dtype):
         logps = linear_logprobs(*leaves, data.labels, impl=impl)
@@ -181,7 +167,7 @@ def operators(variant: str, device: str, quick: bool) -> dict[str, Any]:
     if family not in ("triton", "cuda"):
         raise NotHere("plain PyTorch, or covered by the ordinary tests")
     dtype = preferred_dtype(variant, device)
-    data = Inputs("random", 20, 50, 16, dtype, device)
+    data = LossProblem("random", 20, 50, 16, dtype, device)
     hidden, weight = data.leaves()
     labels = data.labels.clamp(min=-1)
     ops, fused = torch.ops.cpo_fast, variant == "cuda fused"

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.inputs import Inputs, workspace
+from bench.gpu.inputs import workspace
 from bench.gpu.units import NotHere
 from bench.gpu.variants import using
 from cpo_fast.loss import linear_logprobs
+from cpo_fast.testing.loss_problems import LossProblem
 
 DTYPE = torch.bfloat16
 
 
-def step_of(data: Inputs, impl: str, ref: Tensor) -> Callable[[], list[Tensor]]:
+def step_of(data: LossProblem, impl: str, ref: Tensor) -> Callable[[], list[Tensor]]:
     leaves = data.leaves(head=False)
 
     def step() -> list[Tensor]:
@@ -30,7 +31,7 @@ def no_waiting_little_memory(variant: str, device: str) -> dict[str, Any]:
     """Forward and backward without synchronisation, within the workspace limit plus 4 T x D
     float32 numbers."""
     T, V, D, mib = 4096, 50257, 1024, 128
-    data = Inputs("random", T, V, D, DTYPE, device)
+    data = LossProblem("random", T, V, D, DTYPE, device)
     with using(variant) as impl, workspace(mib):
         step = step_of(data, impl, data.tensors[0].roll(1, 0))
         step()
@@ -51,7 +52,7 @@ def no_waiting_little_memory(variant: str, device: str) -> dict[str, Any]:
 
 def streams(variant: str, device: str) -> dict[str, Any]:
     """On another stream, with earlier work that the kernels must wait for."""
-    data = Inputs("random", 500, 32000, 512, DTYPE, device)
+    data = LossProblem("random", 500, 32000, 512, DTYPE, device)
     with using(variant) as impl:
         leaves = data.leaves()
         want = linear_logprobs(*leaves, data.labels, impl=impl).detach()
@@ -69,7 +70,7 @@ def streams(variant: str, device: str) -> dict[str, Any]:
 
 def graphs(variant: str, device: str) -> dict[str, Any]:
     """Captured in a CUDA graph and replayed on new inputs at the same addresses."""
-    data = Inputs("random", 300, 32000, 512, DTYPE, device)
+    data = LossProblem("random", 300, 32000, 512, DTYPE, device)
     ref = data.tensors[0].roll(1, 0)
     with using(variant) as impl:
         step = step_of(data, impl, ref)
@@ -95,8 +96,8 @@ def other_device(variant: str, device: str) -> dict[str, Any]:
     if torch.cuda.device_count() < 2:
         raise NotHere("there is only one device")
     data, there = (
-        Inputs("random", 64, 1013, 24, DTYPE, "cuda:0"),
-        Inputs("random", 64, 1013, 24, DTYPE, "cuda:1"),
+        LossProblem("random", 64, 1013, 24, DTYPE, "cuda:0"),
+        LossProblem("random", 64, 1013, 24, DTYPE, "cuda:1"),
     )
     there.tensors = [x.to("cuda:1") for x in data.tensors]
     there.labels = data.labels.to("cuda:1")
@@ -111,7 +112,7 @@ def other_device(variant: str, device: str) -> dict[str, Any]:
 def past_32_bits(variant: str, device: str) -> dict[str, Any]:
     """T x V beyond 2^31 in one chunk: first, middle and last rows are right."""
     T, V, D = 16384, 152064, 256  # 2.5e9 logits, 4.6 GiB
-    data = Inputs("random", T, V, D, DTYPE, device)
+    data = LossProblem("random", T, V, D, DTYPE, device)
     sample = torch.tensor([0, 1, T // 2, T - 2, T - 1], device=device)
     data.labels[sample] = sample * 7
     with using(variant) as impl, workspace(8192):

@@ -12,6 +12,7 @@ from bench.gpu.predictions import Span, predicted
 from bench.gpu.sections import Record, mib, table
 from bench.gpu.variants import OURS
 from cpo_fast.counting import counted
+from cpo_fast.testing.error_rule import allowed_error
 
 CHECKS = ("correctness", "suite", "sanitizer")
 """Phases in which a failure is a fault of this package."""
@@ -81,7 +82,7 @@ def within_rule(record: Record, records: list[Record]) -> bool | None:
     for other in records:
         if other["provider"] == "eager" and all(other.get(k) == record.get(k) for k in same):
             errors, theirs = record.get("errors", {}), other["errors"]
-            return all(errors[k] <= 2 * theirs[k] + ROUNDING for k in errors)
+            return all(errors[k] <= allowed_error(theirs[k], ROUNDING) for k in errors)
     return None
 
 

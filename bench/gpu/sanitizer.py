@@ -94,13 +94,14 @@ def exercise(variant: str) -> int:
     UNSUPPORTED if the variant does not run here."""
     import torch
 
-    from bench.gpu.inputs import Inputs, workspace
+    from bench.gpu.inputs import workspace
     from bench.gpu.variants import using, variants
+    from cpo_fast.testing.loss_problems import LossProblem
 
     if variant not in variants("cuda"):
         return UNSUPPORTED
     for shape in ((300, 1013, 72), (5, 20007, 64)):
-        data = Inputs("random", *shape, torch.bfloat16, "cuda")
+        data = LossProblem("random", *shape, torch.bfloat16, "cuda")
         for mib in (1, 64):
             leaves = data.leaves()
             with using(variant) as impl, workspace(mib):

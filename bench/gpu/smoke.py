@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from bench.gpu.correctness import accuracy, log_2_of_equals, preferred_dtype
-from bench.gpu.inputs import Inputs
 from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import CHECKED, LSE, why_not
+from cpo_fast.testing.loss_problems import LossProblem
 
 SHAPE = (300, 50257, 896)  # T, V, D
 LIMIT = 40.0  # includes Triton's compilation, with all variants at the same time
@@ -39,7 +39,7 @@ def lse(shape: tuple[int, int, int], device: str) -> dict[str, Any]:
     """Log-probs of the fused log-sum-exp, which sums in float32 and does not round logits."""
     from cpo_fast.kernels.linear_lse import linear_lse_logps
 
-    data = Inputs("random", *shape, preferred_dtype(LSE, device), device)
+    data = LossProblem("random", *shape, preferred_dtype(LSE, device), device)
     hidden, weight = data.tensors
     got = linear_lse_logps(hidden, weight, data.labels)
     z = hidden.double() @ weight.double().t()

@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.gpu.correctness import RULES
 from cpo_fast.loss import chunked, cpo_loss, cuda, cuda_launch, linear_logprobs, reference
 from cpo_fast.loss.segments import segment_sums as plain_segment_sums
+from cpo_fast.testing.error_rule import assert_as_good
 
 
 def at(address: int, shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> Tensor:
@@ -161,10 +162,8 @@ def check(case: dict[str, Any], head: bool, path: str, **options: Any) -> None:
     found = run(cuda, case, head, path=path, **options)
     assert found.keys() == exact.keys()
     for name, truth in exact.items():
-        error = (found[name].double() - truth).abs().max()
-        rounding = torch.finfo(case["hidden"].dtype).eps / 2 * truth.abs().max()
-        allowed = 2 * (eager[name].double() - truth).abs().max() + rounding
-        assert error <= allowed, (name, float(error), float(allowed))
+        band = torch.finfo(case["hidden"].dtype).eps / 2 * float(truth.abs().max())
+        assert_as_good(found[name], eager[name], truth, band, name=name)
         assert found[name].dtype == (torch.float32 if "logps" in name else case["hidden"].dtype)
 
 

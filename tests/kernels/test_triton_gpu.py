@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss import cpo_loss, linear_logprobs
-from tests.kernels.triton_cases import DEVICE, IGNORED, assert_as_good
+from cpo_fast.testing.error_rule import assert_as_good
+from tests.kernels.triton_cases import DEVICE, IGNORED
 
 pytestmark = [
     pytest.mark.gpu,

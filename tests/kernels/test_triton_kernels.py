@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cpo_fast.testing.error_rule import assert_as_good, largest_error
 from tests.kernels.triton_cases import (
     DEVICE,
     EXACT_FLOATS,
     FLOATS,
     IGNORED,
     OPTIONS,
-    assert_as_good,
-    error,
     head_of,
     skip_unless_runnable,
 )
@@ -239,8 +238,8 @@ def test_a_vocabulary_masked_by_a_bias(
     buffer = padded(raw)
     logps = row_logps_(buffer, labels, V, grad_rows=3, bias=bias)
     truth, truth_grad = eager_rows(raw, labels, torch.float64, {"bias": bias})
-    assert error(logps[:2], truth[:2]) <= 2e-6
-    assert error(buffer[:, :V], truth_grad) <= torch.finfo(torch.bfloat16).eps
+    assert largest_error(logps[:2], truth[:2]) <= 2e-6
+    assert largest_error(buffer[:, :V], truth_grad) <= torch.finfo(torch.bfloat16).eps
     assert logps[2] <= mask / 2
 
 
@@ -298,7 +297,7 @@ def test_linear_lse(dtype: torch.dtype, shape: tuple[int, int, int], name: str) 
         **options,
     )
     # The logits are never rounded to 16 bits: as exact as float32 accumulation of D terms is.
-    assert error(logps, truth) <= 2e-5
+    assert largest_error(logps, truth) <= 2e-5
     assert (logps <= 0).all() and (logps[labels == IGNORED] == 0).all()
 
 
@@ -308,7 +307,7 @@ def test_linear_lse_far_from_zero(offset: float) -> None:
     bias = torch.full((300,), offset)
     logps = linear_lse_logps(h, w, labels, bias=bias)
     plain = linear_logprobs(h.double(), w.double(), labels, impl="reference")
-    assert error(logps, plain) <= 4 * 3e4 * torch.finfo(torch.float32).eps
+    assert largest_error(logps, plain) <= 4 * 3e4 * torch.finfo(torch.float32).eps
 
 
 def test_linear_lse_does_not_depend_on_the_batch() -> None:
@@ -318,7 +317,9 @@ def test_linear_lse_does_not_depend_on_the_batch() -> None:
     exact = DEVICE == "cuda"
     for rows in (slice(0, 1), slice(3, 40), slice(140, 150)):
         part = linear_lse_logps(h[rows], w, labels[rows])
-        assert torch.equal(part, whole[rows]) or (not exact and error(part, whole[rows]) <= 1e-5)
+        assert torch.equal(part, whole[rows]) or (
+            not exact and largest_error(part, whole[rows]) <= 1e-5
+        )
 
 
 # --- the pair reduction -----------------------------------------------------------------------

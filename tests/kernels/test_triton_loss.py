@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cpo_fast.testing.error_rule import assert_as_good
 from tests.kernels.triton_cases import (
     DEVICE,
     FLOATS,
     IGNORED,
     OPTIONS,
-    assert_as_good,
     head_of,
     skip_unless_runnable,
 )

@@ -1,4 +1,4 @@
-"""What the Triton tests share: where they run, the rule on errors, heads to try.
+"""What the Triton tests share: where they run, heads to test.
 
 The tests of kernels run on a GPU where there is one, else in Triton's interpreter. That must be
 chosen before triton is imported, so that without a GPU an ordinary run skips their modules, and
@@ -33,20 +33,6 @@ def skip_unless_runnable() -> None:
     pytest.importorskip("triton")
     if DEVICE == "cpu" and not INTERPRETING:
         pytest.skip("no GPU; test_triton_interpreter.py runs this", allow_module_level=True)
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    """The largest error where the truth is finite; elsewhere both must be the same infinity."""
-    assert not value.isnan().any(), "NaN never passes"
-    finite = truth.isfinite()
-    assert torch.equal(value[~finite].double(), truth[~finite])
-    return float((value.double() - truth)[finite].abs().max()) if finite.any() else 0.0
-
-
-def assert_as_good(value: Tensor, eager: Tensor, truth: Tensor, band: float) -> None:
-    """The rule: an error of at most twice that of eager PyTorch in the same precision, + a band."""
-    ours, theirs = error(value, truth), error(eager, truth)
-    assert ours <= 2 * theirs + band, f"error {ours:.2e}, eager {theirs:.2e}, band {band:.2e}"
 
 
 def head_of(T: int, V: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
