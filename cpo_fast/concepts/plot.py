@@ -39,29 +39,17 @@ def draw(graph: ConceptGraph, path: Path) -> None:
                 (a, b) for a, b, d in graph.network.edges(data=True) if d["relation"] == relation
             ]
             bend = {"connectionstyle": "arc3,rad=0.3"} if relation == "contradiction" else {}
+            options = {"ax": axes, "arrows": bool(bend), **bend}
             networkx.draw_networkx_edges(
-                graph.network,
-                positions,
-                edges,
-                width,
-                colour,
-                style,
-                ax=axes,
-                arrows=bool(bend),
-                **bend,
+                graph.network, positions, edges, width, colour, style, **options
             )
             axes.plot([], [], color=colour, linestyle=style, linewidth=width + 0.5, label=relation)
         for category, colour in _COLOURS.items():
             nodes = [a for a in order if graph.attributes[a].category == category]
             if nodes:
+                label = category.replace("_", " or ")
                 networkx.draw_networkx_nodes(
-                    graph.network,
-                    positions,
-                    nodes,
-                    70,
-                    colour,
-                    ax=axes,
-                    label=category.replace("_", " or "),
+                    graph.network, positions, nodes, 70, colour, ax=axes, label=label
                 )
         names = {d: d for d in graph.diseases}
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "#333333"}

@@ -77,7 +77,7 @@ def _parser() -> Parser:
         "--targets", metavar="NAMES", help="comma-separated diseases to use as targets"
     )
     parser.add_argument(
-        "--shard", default="0/1", help="i/n: every n-th study, starting at i (from 0)"
+        "--shard", default="0/1", help="i/n: every n-th study, starting with study i (from 0)"
     )
     parser.add_argument("--format", default="jsonl", choices=FORMATS, help="format of --output")
     parser.add_argument(
@@ -85,7 +85,7 @@ def _parser() -> Parser:
         action="store_true",
         help="use all diseases about equally often; reads the data set twice",
     )
-    models = parser.add_argument_group("--generator local and server")
+    models = parser.add_argument_group("for --generator local or server")
     models.add_argument("--model", help="model folder (local) or model name (server)")
     models.add_argument(
         "--temperature",
@@ -96,9 +96,9 @@ def _parser() -> Parser:
     models.add_argument(
         "--max_new_tokens", type=POSITIVE, default=1024, help="maximum tokens of an answer"
     )
-    local = parser.add_argument_group("--generator local")
+    local = parser.add_argument_group("for --generator local")
     local.add_argument("--batch_size", type=POSITIVE, default=8, help="prompts per batch")
-    server = parser.add_argument_group("--generator server")
+    server = parser.add_argument_group("for --generator server")
     server.add_argument(
         "--server_url", metavar="URL", default="http://127.0.0.1:8000/v1",
         help="OpenAI-compatible server",
