@@ -1,6 +1,6 @@
 """`cpo-fast COMMAND ...`: every command of the package under one name.
 
-`cpo-fast train --max_steps 5` is `python -m cpo_fast.train --max_steps 5`. Only the named command
+`cpo-fast train --max_steps 5` is `python -m cpo_fast.train --max_steps 5`. Only the given command
 is imported.
 """
 
@@ -28,33 +28,34 @@ COMMANDS = {
     "report": "write the page of one run, or compare several runs",
     "doctor": "check this installation",
 }
-"""Each is the module `cpo_fast.NAME`, with a `main(argv)` that returns the exit status."""
+"""Command -> help. A command is the module `cpo_fast.NAME` with a `main(argv)` that returns the
+exit status."""
 
 ELSEWHERE = {"study": "cpo_fast.experiments.study"}
-"""Commands whose module lies deeper in the package."""
+"""Commands with another module."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command; 2 where there is no such command."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    """Run a command and return its exit status; 2 for an unknown command."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in ("-h", "--help"):
         print(usage())
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if given else 2
+    if given[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in COMMANDS:
-        meant = near(words[0], COMMANDS)
+    if given[0] not in COMMANDS:
+        meant = near(given[0], COMMANDS)
         hint = f"did you mean {meant}?" if meant else "see cpo-fast --help"
-        return failed("cpo-fast", UsageError(f"{words[0]} is not a command; {hint}"))
-    name = ELSEWHERE.get(words[0], f"cpo_fast.{words[0]}")
-    try:  # a folder of modules has its command in __main__
+        return failed("cpo-fast", UsageError(f"{given[0]} is not a command; {hint}"))
+    name = ELSEWHERE.get(given[0], f"cpo_fast.{given[0]}")
+    try:  # a package has its command in __main__
         module = importlib.import_module(f"{name}.__main__")
     except ModuleNotFoundError as error:
         if error.name != f"{name}.__main__":
             raise
         module = importlib.import_module(name)
-    return piped(lambda: module.main(words[1:]))
+    return piped(lambda: module.main(given[1:]))
 
 
 def usage() -> str:

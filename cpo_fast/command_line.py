@@ -1,6 +1,6 @@
-"""The parser of every command: short help in groups, and wrong usage refused in one line.
+"""The parser of all commands: short help in groups, one-line usage errors.
 
-A wrong flag ends the program with status 2 and `PROGRAM: error: --name value: what is allowed`;
+A wrong flag ends the program with status 2 and `PROGRAM: error: --name value: allowed values`;
 other errors of a command have the same form (`failed`).
 """
 
@@ -22,14 +22,14 @@ _NEGATIVE = re.compile(r"-(?:\.?\d.*|inf|nan)", re.I)
 
 
 def program(command: str) -> str:
-    """How the command was called: `cpo-fast train` or `python -m cpo_fast.train`."""
+    """The command as invoked: `cpo-fast train` or `python -m cpo_fast.train`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = (spec.name if spec else "").removesuffix(".__main__")
     return f"python -m {name}" if name == f"cpo_fast.{command}" else f"cpo-fast {command}"
 
 
 def failed(prog: str, error: Exception, *, flags: Iterable[str] = ()) -> int:
-    """Print `PROGRAM: error: message`; returns the exit status, 2 for wrong usage, else 1.
+    """Print `PROGRAM: error: message`; returns the exit status, 2 for usage errors, else 1.
 
     Library code names settings; those in `flags` are printed as flags.
     """
@@ -44,7 +44,7 @@ def show_flags(text: str, flags: Iterable[str]) -> str:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One line per short flag; defaults are shown once."""
+    """One line per short flag, with defaults shown once."""
 
     def __init__(self, prog: str) -> None:
         width = min(100, shutil.get_terminal_size((100, 24)).columns)
@@ -66,8 +66,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with one-line errors, `--some-flag` for `--some_flag`, negative numbers
-    such as -1e-5 as values, and a usage line of the required flags only."""
+    """argparse's parser with one-line errors, `--some-flag` as `--some_flag`, negative numbers such
+    as -1e-5 as values, and only required flags in the usage line."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("formatter_class", HelpFormatter)
@@ -107,13 +107,13 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value}: {fault}")
 
     def _readable(self, given: Sequence[str]) -> list[str]:
-        """`given` in the spelling of the flags; ends the program at the first unknown flag, which
-        argparse would report after missing ones only."""
+        """`given` with normalised flag names; ends the program at the first unknown flag, which
+        argparse would report only after missing ones."""
         words: list[str] = []
         rest = iter(given)
         for word in rest:
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                return [*words, word, *rest]  # what follows is for the command named here
+                return [*words, word, *rest]  # the rest belongs to the subcommand
             if _NEGATIVE.fullmatch(word) and words and words[-1].startswith("--"):
                 words[-1] += f"={word}"
             elif word.startswith("-") and len(word) > 1 and " " not in word.partition("=")[0]:
@@ -127,12 +127,12 @@ class Parser(argparse.ArgumentParser):
         for spelt in (name, "--" + name[2:].replace("-", "_")):
             if spelt in self._option_string_actions:
                 return spelt + equals + value
-        meant = near(f"--{name.lstrip('-').replace('-', '_')}", self._visible())
+        meant = near(f"--{name.lstrip('-').replace('-', '_')}", self._flags())
         hint = f"did you mean {meant}?" if meant else f"see {self.prog} --help"
         self.error(f"{name} is not a flag; {hint}")
 
-    def _visible(self) -> list[str]:
-        """The flags, those of the help before the others."""
+    def _flags(self) -> list[str]:
+        """All flags, the visible ones first."""
         names = self._option_string_actions.items()
         hidden = [name for name, action in names if action.help == argparse.SUPPRESS]
         return [name for name, _ in names if name not in hidden] + hidden

@@ -1,4 +1,4 @@
-"""The end of a command whose reader has gone: `cpo-fast data check ... | head`."""
+"""Exit of a command whose output pipe is closed: `cpo-fast data check ... | head`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 READER_GONE = 128 + signal.SIGPIPE
-"""What a shell reports of a command that SIGPIPE ended."""
+"""The shell's status of a command ended by SIGPIPE."""
 
 
 def _reader_is_gone() -> bool:
@@ -19,8 +19,8 @@ def _reader_is_gone() -> bool:
 
 
 def piped(command: Callable[[], int]) -> int:
-    """The command's exit status; `READER_GONE`, without a message, where standard output is a pipe
-    that nobody reads any more. Other broken pipes are raised."""
+    """Run a command and return its exit status; `READER_GONE`, without a message, if standard
+    output is a closed pipe. Other broken pipes are raised."""
     try:
         try:
             return command()

@@ -8,5 +8,5 @@ from collections.abc import Callable
 def counted(
     number: int, noun: str, several: str | None = None, show: Callable[[int], str] = str
 ) -> str:
-    """`1 step`, `2 steps`; `several` is the plural of a noun that does not take an s."""
+    """`1 step`, `2 steps`; `several` is an irregular plural."""
     return f"{show(number)} {noun if number == 1 else several or noun + 's'}"

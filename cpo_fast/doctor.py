@@ -1,9 +1,9 @@
 """Check this installation.
 
-Prints versions, devices and the implementations of the loss op, each with what keeps it from
-working, and compares those that work with the reference. A broken package is reported in a line and
-does not stop the check. Paste the output into a bug report: it contains no paths of data and no
-environment variables.
+Prints versions, devices and the implementations of the loss op, with the obstacles of each, and
+compares the working ones with the reference. A broken package is reported in one line and does not
+stop the check. Paste the output into a bug report: it contains no data paths and no environment
+variables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cpo_fast.console import piped
 from cpo_fast.version import __version__
 
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "flash-attn": "flash_attn"}
-"""The modules of packages whose name is another."""
+"""Package -> module, where the names differ."""
 FOR_DEVELOPERS = ("dev", "bench", "docs")
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # log-probs near -6 in float32; in bfloat16
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.parse_args(argv)
     faults = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matters is a line of its own
+        warnings.simplefilter("ignore")  # faults are printed as lines
         for title, look in SECTIONS.items():
             print(title)
-            for line, fault in guarded(look):
+            for line, fault in catch_errors(look):
                 print(f"  {line}", flush=True)
                 if fault:
                     faults.append(fault)
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-Lines = Iterator[tuple[str, str | None]]  # what is printed, and the fault that it is, if any
+Lines = Iterator[tuple[str, str | None]]  # (printed line, fault or None)
 
 
-def guarded(look: Callable[[], Lines]) -> Lines:
-    """The lines of `look`; if it fails, that is the last one."""
+def catch_errors(look: Callable[[], Lines]) -> Lines:
+    """The lines of `look`; if it raises, the error is the last line."""
     try:
         yield from look()
     except (Exception, SystemExit) as error:
@@ -78,14 +78,14 @@ def processor() -> str:
 
 
 def packages() -> Lines:
-    """Every dependency that the installed metadata declare: its version, and whether it imports."""
+    """Every dependency in the installed metadata: its version, and whether it imports."""
     from packaging.requirements import Requirement
 
     try:
         declared = [Requirement(text) for text in metadata.requires("cpo_fast") or ()]
     except metadata.PackageNotFoundError:
         yield (
-            "unknown  cpo_fast runs from its source: it is not installed, and declares nothing",
+            "unknown  cpo_fast is not installed, so its dependencies are unknown",
             None,
         )
         return
@@ -108,7 +108,7 @@ def packages() -> Lines:
 
 
 def package(name: str, asked: str, fits: Callable[..., bool]) -> tuple[str, str]:
-    """("ok" | "missing" | "outside" | "broken", a line about it)."""
+    """("ok" | "missing" | "outside" | "broken", line)."""
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -143,7 +143,7 @@ def devices() -> Lines:
 
 
 def native() -> Lines:
-    """The compiled parts; without them the package works, slower."""
+    """The compiled parts, which are optional and faster."""
     for name, builder in (("_cpu", "a C++ compiler"), ("_cuda", "nvcc")):
         try:
             module = importlib.import_module(f"cpo_fast.{name}")
@@ -160,7 +160,7 @@ def native() -> Lines:
 
 
 def implementations() -> Lines:
-    """Per device, what runs there, what of it was right just now, and what does not run and why."""
+    """Per device: implementations that run, their error now, and the obstacles of the others."""
     import torch
 
     from cpo_fast.loss.api import impl_obstacles
@@ -169,12 +169,12 @@ def implementations() -> Lines:
         for name, obstacle in reversed(impl_obstacles(device).items()):
             label = f"{name} on {device}"
             if obstacle is None and (device == "cpu" or torch.cuda.is_available()):
-                yield from guarded(partial(attempt, device, name, label))
+                yield from catch_errors(partial(try_implementation, device, name, label))
             elif obstacle is not None and not obstacle.startswith("for "):  # another device's
                 yield f"no       {label}: {obstacle}", None
 
 
-def attempt(device: str, name: str, label: str) -> Lines:
+def try_implementation(device: str, name: str, label: str) -> Lines:
     error = deviation(device, name)
     if error <= TOLERANCE[device]:
         yield f"ok       {label}, off the reference by {error:.0e}", None
@@ -183,7 +183,8 @@ def attempt(device: str, name: str, label: str) -> Lines:
 
 
 def deviation(device: str, name: str) -> float:
-    """Largest difference of log-probs and gradient to float64, on a head with loose ends."""
+    """Largest difference of log-probs and gradient to float64, for sizes that are not multiples of
+    a block."""
     import torch
 
     from cpo_fast import linear_logprobs

@@ -1,27 +1,27 @@
-"""Errors that a user can act on; the command line prints them without a traceback."""
+"""Errors for users; the command line prints them without a traceback."""
 
 from __future__ import annotations
 
 
 class CpoFastError(Exception):
-    """Base of all errors whose message says what was wrong, where, and what to do."""
+    """Base of all errors whose message names the fault, its location and a remedy."""
 
 
 class UsageError(CpoFastError):
-    """A flag, path or configuration that cannot work."""
+    """An invalid flag, path or configuration."""
 
 
 class DataError(CpoFastError):
-    """A data set that cannot be read at all (missing folder, missing columns, nothing usable)."""
+    """An unreadable data set (missing folder, missing columns, no usable record)."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of a library, or its class where it has no message."""
+    """The first line of a library's error, or its class if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class RecordError(CpoFastError):
-    """One record that is set aside; `reason` is what is counted, `detail` holds no text."""
+    """A record set aside; `reason` is counted, `detail` contains no text of the record."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)

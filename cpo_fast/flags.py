@@ -1,7 +1,7 @@
-"""What the value of a flag may be, for the flags of every command.
+"""Allowed values of flags, for all commands.
 
-Each kind has `fault(value)`: None where the value is allowed, else what is. A `Number` is also a
-`type=` of argparse, whose message then names the flag, the value and what is allowed.
+Each kind has `fault(value)`: None for an allowed value, else the allowed values. A `Number` is also
+a `type=` of argparse, whose message then has the flag, the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Names = Sequence[str] | Callable[[], Sequence[str]]
 
 
 class Allowed(Protocol):
-    """What a flag takes; `read` makes a value of its text, or leaves the text for `fault`."""
+    """The values of a flag; `read` parses its text, or returns the text for `fault`."""
 
     def fault(self, value: Any) -> str | None: ...
 
@@ -26,9 +26,9 @@ class Allowed(Protocol):
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `low` to `high`, both included, `above` and `below`, both excluded.
+    """A finite number from `low` to `high` (inclusive), and > `above`, < `below`.
 
-    `whole` takes integers only. `also` is one more value, outside the bounds.
+    `whole`: integers only. `also` is one allowed value outside the bounds.
     """
 
     low: float | None = None
@@ -59,7 +59,7 @@ class Number:
         return text
 
     def __call__(self, text: str) -> Any:
-        """The number that `text` says; argparse's error when it is not allowed."""
+        """Parse `text`; argparse's error if the number is not allowed."""
         value = self.read(text)
         if fault := self.fault(value):
             raise argparse.ArgumentTypeError(f"{text}: {fault}")
@@ -94,7 +94,7 @@ def whole(low: int, high: int | None = None, *, also: int | None = None) -> Numb
 POSITIVE = whole(1)
 COUNT = whole(0)
 SHARE = Number(0, 1)
-SEED = whole(0, 2**32 - 1)  # what every generator of random numbers takes
+SEED = whole(0, 2**32 - 1)  # the range of all random generators
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Choices:
-    """One or more of `names`, separated by commas, none twice; `ordered`: in the order of them."""
+    """One or more of `names`, separated by commas, none twice; `ordered`: in their order."""
 
     names: Names
     ordered: bool = False
@@ -140,7 +140,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Text:
-    """Any text that is not empty; `why` says why nothing else is checked here."""
+    """Any non-empty text; `why` is the reason why it is not checked further."""
 
     why: str
 
@@ -159,13 +159,12 @@ class Switch:
         return None if isinstance(value, bool) else "must be true or false"
 
     def read(self, text: str) -> Any:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        return words.get(text.strip().lower(), text)
+        values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        return values.get(text.strip().lower(), text)
 
 
 def near(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that was probably meant: the closest spelling, else one that contains
-    `name`."""
+    """The most likely intended name: the closest spelling, else the first that contains `name`."""
     names = list(names)
     if close := get_close_matches(name, names, n=1):
         return close[0]

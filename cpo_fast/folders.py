@@ -1,4 +1,4 @@
-"""Folders of results: whose they are, and private files in them."""
+"""Folders of results: detecting their kind, and writing private files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CHECK = "results of cpo-fast data check"
 
 
 def contents_of(folder: str | Path) -> str:
-    """What the results in `folder` are, in words; "" where it holds none of this package.
+    """A description of the results in `folder`; "" if there are none of this package.
 
-    A training run is known by metrics.jsonl or by the `stages` of its config.json, an evaluation by
-    its `suite`; any other config.json is of a model. A stage of a run holds checkpoints, `data
-    check` writes summary.json without config.json.
+    A training run has metrics.jsonl or `stages` in its config.json, an evaluation has `suite`; any
+    other config.json belongs to a model. A stage of a run has checkpoints; `data check` writes
+    summary.json without config.json.
     """
     folder = Path(folder)
     if (folder / "metrics.jsonl").is_file():
@@ -49,8 +49,8 @@ def is_of_run(config: Mapping[str, Any]) -> bool:
 
 
 def check_free(folder: str | Path, own: str) -> None:
-    """UsageError where `folder` holds results that are not `own`: files of theirs, such as
-    config.json and summary.json, would be replaced."""
+    """UsageError if `folder` has results other than `own`: their files, such as config.json and
+    summary.json, would be replaced."""
     if (held := contents_of(folder)) not in ("", own):
         raise UsageError(
             f"--output_dir {folder} holds {held}, whose files would be replaced: name another "
@@ -59,7 +59,7 @@ def check_free(folder: str | Path, own: str) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; {} where there is none."""
+    """The JSON object in `file`; {} if there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -68,7 +68,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def make_private(folder: Path) -> None:
-    """Make `folder`, which only its owner may enter (mode 0700)."""
+    """Create `folder` with mode 0700, or set this mode."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

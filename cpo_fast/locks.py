@@ -1,11 +1,11 @@
 """One writer at a time: a lock on the folder of a run, or on an output file.
 
-The lock is a POSIX record lock on a small file, which the kernel drops when the process ends, also
-when it is killed; child processes do not inherit it. The file names the holder (process id, host,
-start time) and is deleted at the end. One that a killed process left behind is taken over.
+The lock is a POSIX record lock on a small file. The kernel releases it when the process ends, even
+if it is killed; child processes do not inherit it. The file names the holder (process id, host,
+start time) and is deleted at the end. A file left behind by a killed process is taken over.
 
-Network file systems share such locks between hosts if they are mounted so. A file that a process of
-another host left behind is taken over with a note, since that host cannot be asked. On a file
+Network file systems share such locks between hosts if mounted accordingly. A file left behind by a
+process of another host is taken over with a note, since that process cannot be checked. On a file
 system without locks the holder's process id decides, and a holder on another host counts as alive.
 """
 
@@ -32,7 +32,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock, and since when."""
+    """The process that holds a lock, and its start time."""
 
     pid: int
     host: str
@@ -42,8 +42,8 @@ class Holder:
         return f"process {self.pid} on host {self.host}, started {self.started}"
 
     def may_live(self) -> bool:
-        """Whether the process still runs as far as this host can tell; an earlier process with
-        this one's id does not."""
+        """Whether the process can still be running; an earlier process with the id of this one
+        cannot."""
         if self.host != socket.gethostname():
             return True
         try:
@@ -56,16 +56,16 @@ class Holder:
 
 
 _held: dict[Path, Holder] = {}
-"""The locks of this process, which record locks do not keep from itself."""
+"""The locks of this process, since record locks do not exclude their own process."""
 
 
 @contextmanager
 def lock_folder(folder: str | Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Be the only process that writes into `folder`, which is made (mode 0700) if need be.
+    """Lock `folder` for this process; a missing folder is created (mode 0700).
 
-    A folder that was made here and is empty at the end is removed. Raises UsageError, which begins
-    with `flag`, when another process holds the lock (with its id, host and start time) or the
-    folder cannot be written.
+    A folder created here is removed if it is empty at the end. Raises UsageError, starting with
+    `flag`, if another process holds the lock (with its id, host and start time) or the folder
+    cannot be written.
     """
     path = Path(folder)
     made = not path.exists()
@@ -82,8 +82,8 @@ def lock_folder(folder: str | Path, flag: str = "--output_dir") -> Iterator[None
 
 @contextmanager
 def lock_file(path: Path, flag: str = "--output") -> Iterator[None]:
-    """Be the only process that writes `path`; the lock file lies beside it, in a folder that is
-    made (mode 0700) if need be.
+    """Lock `path` for this process, by a lock file beside it; a missing folder is created (mode
+    0700).
 
     Raises UsageError as `lock_folder` does.
     """
@@ -94,17 +94,17 @@ def lock_file(path: Path, flag: str = "--output") -> Iterator[None]:
 
 
 def check_folder(folder: str | Path, flag: str = "--output_dir") -> None:
-    """UsageError where `folder` can be neither written nor made; nothing is made."""
+    """UsageError if `folder` can neither be written nor created; nothing is created."""
     path = Path(folder)
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise UsageError(f"{flag} {path} cannot be written: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {path} cannot be written: no permission to write into {there}")
+    nearest = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{flag} {path} cannot be written: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path} cannot be written: no permission to write into {nearest}")
 
 
 def check_file(file: str | Path, flag: str = "--output") -> None:
-    """UsageError where `file` is a folder, or its folder can be neither written nor made."""
+    """UsageError if `file` is a folder, or its folder can neither be written nor created."""
     path = Path(file)
     if path.is_dir():
         raise UsageError(f"{flag} {path} cannot be written: it is a folder; name a file")
@@ -138,7 +138,7 @@ def _locked(file: Path, what: str) -> Iterator[None]:
 
 
 def _take(file: Path, what: str) -> int:
-    """A handle of `file` that holds its lock and names this process in it."""
+    """Lock `file` and write this process to it; returns the handle."""
     while True:
         handle = open_private(file, os.O_RDWR)
         try:
@@ -147,7 +147,7 @@ def _take(file: Path, what: str) -> int:
             if shared is False or (shared is None and left and left.may_live()):
                 advice = f"; if it has ended, delete {file}" if shared is None else ""
                 raise _busy(what, left, advice)
-            if not _is_at(handle, file):  # its holder has deleted it meanwhile
+            if not _is_at(handle, file):  # the holder has deleted it meanwhile
                 os.close(handle)
                 continue
             if left and left.host != socket.gethostname():
@@ -168,7 +168,7 @@ def _take(file: Path, what: str) -> int:
 
 
 def _process_start() -> datetime:
-    """When this process began, as Linux tells it; elsewhere now."""
+    """Start time of this process from /proc; without it, the current time."""
     try:
         ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
         lines = Path("/proc/stat").read_text().splitlines()
@@ -179,7 +179,7 @@ def _process_start() -> datetime:
 
 
 def _lock(handle: int) -> bool | None:
-    """Whether this process has the lock now; None on a file system without locks."""
+    """Try to lock; whether it succeeded, None on a file system without locks."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -188,7 +188,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _read(handle: int) -> Holder | None:
-    """Who is named in a lock file; None where nobody is."""
+    """The holder written in a lock file, or None."""
     try:
         return Holder(**json.loads(os.pread(handle, 4096, 0)))
     except (ValueError, TypeError):
@@ -196,7 +196,7 @@ def _read(handle: int) -> Holder | None:
 
 
 def _is_at(handle: int, file: Path) -> bool:
-    """Whether `file` is the file of the handle."""
+    """Whether `file` is still the file of the handle."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a run is computed on: the versions of its packages and the hardware."""
+"""The environment of a run: package versions and hardware."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGES = ("cpo_fast", "torch", "triton", "transformers", "peft", "tokenizers",
 
 
 def versions() -> dict[str, str]:
-    """Python and those of PACKAGES that are installed."""
+    """Versions of Python and of the installed PACKAGES."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -21,8 +21,8 @@ def versions() -> dict[str, str]:
 
 
 def hardware(processes: int = 1) -> dict[str, Any]:
-    """{"device": the name of this process's GPU, else of the processor, "processes"}, and "threads"
-    of torch without a GPU."""
+    """{"device": name of this process's GPU, else of the processor, "processes"}; without a GPU
+    also "threads" of torch."""
     import torch
 
     from cpo_fast.doctor import processor

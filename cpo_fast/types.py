@@ -1,7 +1,7 @@
-"""Data types that all stages share, in the order of the pipeline from files to a loss.
+"""Data types shared by all stages, in the order of the pipeline from files to a loss.
 
-Nothing here computes: a stage makes a noun, the next stage reads it. Letters that stand for sizes
-everywhere: T tokens in a pack, R scored rows, V vocabulary, D hidden size, S segments (scored
+A stage produces a type and the next stage consumes it; nothing here computes. Sizes in the whole
+project: T tokens in a pack, R scored rows, V vocabulary, D hidden size, S segments (scored
 sequences), P pairs.
 """
 
@@ -33,7 +33,7 @@ FINDINGS: tuple[str, ...] = (
     "Pneumothorax",
     "Support Devices",
 )
-"""The 14 CheXpert label names, as the columns of mimic-cxr-2.0.0-chexpert.csv are called."""
+"""The 14 CheXpert label names, the columns of mimic-cxr-2.0.0-chexpert.csv."""
 
 Labels = Mapping[str, int | None]
 """Finding name -> 1 present, 0 absent, -1 uncertain, None (or missing) not mentioned."""
@@ -52,7 +52,7 @@ ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image lies: `path` relative to `root`, which it may not leave, or bytes in hand."""
+    """Location of an image: `path` relative to `root`, which it cannot leave, or `data`."""
 
     path: str
     root: str = ""
@@ -65,8 +65,8 @@ Pixels = Callable[[ImageRef], "tuple[torch.Tensor, torch.Tensor]"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a record was read: a file, and its line (Parquet, Arrow: row) from 1 where there are
-    several records in it."""
+    """Source of a record: a file, and its line (Parquet, Arrow: row) from 1 if the file has several
+    records."""
 
     file: str
     line: int | None = None
@@ -74,14 +74,14 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The two sections of a radiology report that are learned from; one of them may be empty."""
+    """The two sections of a radiology report used for training; one of them can be empty."""
 
     findings: str = ""
     impression: str = ""
 
     @property
     def text(self) -> str:
-        """`FINDINGS: ...\\n\\nIMPRESSION: ...` as it was written, without an empty section."""
+        """`FINDINGS: ...\\n\\nIMPRESSION: ...` with the original text, without empty sections."""
         parts = (("FINDINGS", self.findings), ("IMPRESSION", self.impression))
         return "\n\n".join(f"{name}: {text}" for name, text in parts if text)
 
@@ -103,17 +103,17 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class RejectedRecord:
-    """What was set aside: one line of rejected_records.jsonl. Never holds patient text.
+    """A record set aside: one line of rejected_records.jsonl, without patient text.
 
-    `stage` is empty for a record that nothing uses. "counterfactual" is one that failed its checks;
-    another stage ("sft", "cpo", "evaluate") did without its sample of a record that is used
-    elsewhere.
+    `stage` is empty for a record that no stage uses. "counterfactual" is a counterfactual that
+    failed its checks; another stage ("sft", "cpo", "evaluate") omitted its sample of a record that
+    other stages use.
     """
 
     file: str
     line: int | None
     id: str
-    reason: str  # a short constant such as "no-findings-or-impression"; what summary.json counts
+    reason: str  # a short constant such as "no-findings-or-impression", counted in summary.json
     detail: str = ""
     stage: str = ""
 
@@ -121,7 +121,7 @@ class RejectedRecord:
     def of(
         cls, id: str, origin: Origin | None, error: RecordError, *, file: str = "", stage: str = ""
     ) -> RejectedRecord:
-        """The record `id` that failed with `error`; `file` is named where it has no origin."""
+        """The record `id` that failed with `error`; `file` is its source without an `origin`."""
         place = origin or Origin(file)
         return cls(place.file, place.line, id, error.reason, error.detail, stage)
 
@@ -147,7 +147,7 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Disease:
-    """A disease of the concept graph with its attribute ids: hallmarks are associations, too."""
+    """A disease of the concept graph with attribute ids; `associations` include the hallmarks."""
 
     name: str
     hallmarks: tuple[str, ...]
@@ -157,11 +157,10 @@ class Disease:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConceptGraph:
-    """Diseases and attributes joined by association, exclusion or (neither) irrelevance.
+    """Diseases and attributes related by association, exclusion or (neither) irrelevance.
 
-    `network` is the same graph in networkx (nodes carry `kind`, edges `relation`); `contradictions`
-    are pairs of attribute ids that cannot stand together; `excluded` maps a disease to the diseases
-    that it rules out.
+    `network` is the graph in networkx (nodes have `kind`, edges `relation`); `contradictions` are
+    pairs of incompatible attribute ids; `excluded` maps a disease to the diseases it rules out.
     """
 
     attributes: Mapping[str, Attribute]
@@ -176,7 +175,7 @@ class ConceptGraph:
 
 @dataclass(frozen=True, slots=True)
 class Counterfactual:
-    """A report as it would read with another disease; one line of counterfactuals.jsonl."""
+    """A report rewritten for another disease; one line of counterfactuals.jsonl."""
 
     id: str  # "study/target"
     study_id: str
@@ -191,7 +190,7 @@ class Counterfactual:
     generator: str = "graph"
     seed: int = 42
     checks: Mapping[str, bool] = field(default_factory=dict)
-    rejected_images: tuple[str, ...] = ()  # what a perception counterfactual shows instead
+    rejected_images: tuple[str, ...] = ()  # shown for the rejected answer of a perception pair
 
     @property
     def passed(self) -> bool:
@@ -214,24 +213,23 @@ class Counterfactual:
 
 
 Answer = str | tuple[Mapping[str, Any], ...]
-"""One answer of the assistant, or several messages {"role", "content"}."""
+"""One assistant answer, or several messages {"role", "content"}."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Text of one chosen answer against K rejected (K = 0 for SFT); what preference files hold.
+    """Text of one chosen answer against K rejected ones (K = 0 for SFT): one preference row.
 
-    An answer is what the assistant says next or, as a tuple, the messages that go on from the
-    prompt, tools and users among them: all of them are scored, as in trl.
+    An answer is the next assistant message or, as a tuple, the messages after the prompt, tool and
+    user messages included: all of them are scored, as in trl.
 
-    `prompt` is a list of messages {"role", "content"} without the answer; an image stands in a
-    content list as {"type": "image"}, one for each of `images`. `rejected_images[k]`, where not
-    None, replaces the images for the k-th rejected answer (a perception counterfactual), and
-    `rejected_prompts[k]` its prompt. `plain`: the prompt is one text that the answers continue
-    without a chat template, as trl takes strings. `template` is what the chat template is given
-    besides the messages (`tools` and the row's `chat_template_kwargs`). `sighted`: no images, but a
-    file whose rows may have some, which trl tokenises otherwise. `patients`: the ids of those whom
-    the row is about, as far as it says so.
+    `prompt` is a list of messages {"role", "content"} without the answer; each of `images` is a
+    part {"type": "image"} of a content list. `rejected_images[k]`, if not None, replaces the images
+    for the k-th rejected answer (a perception counterfactual), and `rejected_prompts[k]` its
+    prompt. `plain`: the prompt is one text that the answers continue without a chat template, as in
+    trl's string rows. `template` has the other arguments of the chat template (`tools` and the
+    row's `chat_template_kwargs`). `sighted`: no images, but a file with an images column, which trl
+    tokenises differently. `patients`: the patient ids of the row, if known.
     """
 
     id: str
@@ -251,16 +249,16 @@ class Preference:
 
     @property
     def all_images(self) -> tuple[ImageRef, ...]:
-        """The images of all its answers, of the chosen one first."""
+        """The images of all answers, first of the chosen one."""
         return (*self.images, *(image for own in self.rejected_images for image in own or ()))
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The source of each rejected answer: perception where it stands before other images."""
-        shown = self.rejected_images or (None,) * len(self.rejected)
+        """The source of each rejected answer: perception if it has other images."""
+        replaced = self.rejected_images or (None,) * len(self.rejected)
         return tuple(
             self.source if images is None or images == self.images else "perception"
-            for images in shown
+            for images in replaced
         )
 
 
@@ -279,9 +277,8 @@ class Prompt:
 class PreferenceGroup:
     """A tokenised `Preference`: one prompt, its chosen response and K rejected ones.
 
-    `rejected_prompts[k]` is None where the k-th rejected response follows the shared prompt (always
-    so for thinking counterfactuals; the tuple may be empty then). `ref_logps` is empty unless
-    cached.
+    `rejected_prompts[k]` is None if the k-th rejected response follows the shared prompt (always
+    for thinking counterfactuals; the tuple can then be empty). `ref_logps` is empty unless cached.
     """
 
     id: str
@@ -296,12 +293,12 @@ class PreferenceGroup:
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """The prompt, then those that rejected responses have of their own."""
+        """The prompt, then the separate prompts of rejected responses."""
         return (self.prompt, *(own for own in self.rejected_prompts if own is not None))
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The source of each rejected response: perception where its prompt shows other images."""
+        """The source of each rejected response: perception if its prompt has other images."""
         prompts = self.rejected_prompts or (None,) * len(self.rejected)
         return tuple(
             self.source if own is None or own.images == self.prompt.images else "perception"
@@ -313,10 +310,10 @@ class PreferenceGroup:
 class PackedBatch:
     """Several groups in one row: [prompt | chosen | rejected_1 .. rejected_K | prompt | ...].
 
-    A token sees its own study's prompt and its own branch, causally. `study_index` numbers prompts
-    (a perception pair has two), `branch_index` is 0 on prompts and numbers the branches of a study
-    from 1. Row r of the scored hidden states is `hidden[score_rows[r]]` and predicts `labels[r]`;
-    the first token of every branch is scored from the last state of its prompt.
+    A token attends causally to its own study's prompt and its own branch. `study_index` numbers
+    prompts (a perception pair has two), `branch_index` is 0 on prompts and numbers the branches of
+    a study from 1. Row r of the scored hidden states is `hidden[score_rows[r]]` and predicts
+    `labels[r]`; the first token of every branch is predicted by the last state of its prompt.
     """
 
     input_ids: torch.Tensor  # [T] int64
@@ -331,21 +328,21 @@ class PackedBatch:
     pair_sources: tuple[str, ...]  # P names, "thinking" or "perception"
     segment_names: tuple[str, ...]  # S names, "group id/chosen" or "group id/rejected_k"
     num_segments: int
-    logical_tokens: int  # of the same pairs unshared: prompt + chosen and prompt + rejected
+    logical_tokens: int  # without sharing: prompt + chosen and prompt + rejected of every pair
     pixel_values: torch.Tensor | None = None  # [patches, patch volume] of all images, in order
     image_grid_thw: torch.Tensor | None = None  # [images, 3] int64
-    image_order: tuple[int, ...] | None = None  # images as the row shows them, if some repeat
-    ref_logps: torch.Tensor | None = None  # [S] float32 where every group has them cached
+    image_order: tuple[int, ...] | None = None  # image indices in row order, if some repeat
+    ref_logps: torch.Tensor | None = None  # [S] float32 if all groups have them cached
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        return self._map_tensors(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory, from which copies to a GPU need no waiting."""
-        return self._each(lambda x: x.pin_memory())
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._map_tensors(lambda x: x.pin_memory())
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         tensors: dict[str, Any] = {
             name: change(value)
             for name in self.__dataclass_fields__

@@ -1,3 +1,3 @@
-"""The version, in one place: read by setup.py, the package and every summary.json."""
+"""The version, read by setup.py, the package and every summary.json."""
 
 __version__ = "0.1.0"

@@ -88,13 +88,13 @@ WRONG_PATHS = {
     "export --merge empty --output_dir new": "--merge empty: no config.json",
     "export --merge old/sft --output_dir new": "no checkpoint there is a whole adapter",
     "export --merge adapter --output_dir new": "not there: gone",
-    "export --merge adapter --base_model nowhere --output_dir new": "--base_model nowhere: no such",
+    "export --merge adapter --base_model nowhere --output_dir new": "base_model nowhere: no such",
     "export --merge adapter --base_model empty --output_dir old": "old is not empty",
     "export --merge adapter --base_model empty --output_dir pairs.jsonl": "is not a folder",
     "evaluate --model nowhere --dataset open-i --output_dir new": "--model nowhere: no such",
     "evaluate --model empty --dataset pairs.jsonl --output_dir new": "--model empty: no config",
     "evaluate --model adapter --dataset pairs.jsonl --base_model no --output_dir new":
-        "--base_model no: no such",
+        "base_model no: no such",
     "evaluate --model adapter --dataset no.jsonl --dataset_format trl --output_dir new":
         "--dataset no.jsonl: no such file",
     "evaluate --model adapter --dataset no.csv --image_root empty --output_dir new":

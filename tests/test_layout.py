@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cpo_fast.counting import counted
 
@@ -60,11 +66,47 @@ def test_the_training_loop_knows_no_run() -> None:
         assert "cpo_fast.run" not in path.read_text(encoding="utf-8"), path.name
 
 
-@pytest.mark.parametrize("folder", ["evaluation", "training"])
+@pytest.mark.parametrize("folder", ["evaluation", "model", "packing", "training"])
 def test_lower_layers_name_no_command_line_flag(folder: str) -> None:
     for path in (ROOT / "cpo_fast" / folder).rglob("*.py"):
         named = re.findall(r"(?<![\w-])--[a-z]\w+", path.read_text(encoding="utf-8"))
         assert not named, f"{path.relative_to(ROOT)} names {named}"
+
+
+OPTIONAL = {"wandb", "trackio", "mlflow", "pycocoevalcap"}
+"""Packages that are looked for and used only where a user has installed them."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level modules that a file imports at run time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for body in node.body
+        for inner in ast.walk(body)
+    }
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def test_every_third_party_import_is_declared() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = [*declared["dependencies"], *chain(*declared["optional-dependencies"].values())]
+    known = {canonicalize_name(Requirement(need).name) for need in needs}
+    modules = packages_distributions()
+    for path in (ROOT / "cpo_fast").rglob("*.py"):
+        for name in imports_of(path) - set(sys.stdlib_module_names) - OPTIONAL - {"cpo_fast"}:
+            owners = {canonicalize_name(owner) for owner in modules.get(name, [name])}
+            assert owners & known, f"{path.relative_to(ROOT)} imports {name}: declare it"
 
 
 def test_a_number_and_its_noun_agree() -> None:

@@ -1,6 +1,6 @@
-"""Stage 1: files -> Study, or Preference where a file already holds preferences.
+"""Stage 1: files -> Study, or Preference from a preference file.
 
-The format is detected automatically; files are read as a stream.
+The format is detected automatically; files are streamed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def study_format(dataset: str) -> str:
         if dataset.endswith((".tgz", ".tar.gz")):
             return "open-i"
         raise DataError(
-            f"{dataset}: a file of another kind; studies come from a MIMIC-CXR-JPG folder or open-i"
+            f"{dataset}: not a data set of studies; give a MIMIC-CXR-JPG folder or open-i"
         )
     if not Path(dataset).is_dir():
         raise DataError(f"{dataset}: is a device or pipe; give a folder")
@@ -61,7 +61,7 @@ def study_format(dataset: str) -> str:
 
 
 def study_kind(dataset: str, dataset_format: str = "auto") -> str:
-    """As `study_format`, for a format that may be named: then only that its path is there."""
+    """As `study_format`; an explicit format is only checked for an existing path."""
     if dataset_format == "auto":
         return study_format(dataset)
     if dataset_format == "open-i" and dataset != "open-i" and not Path(dataset).exists():
@@ -85,12 +85,12 @@ def open_studies(
     """The studies of `dataset`: a MIMIC-CXR-JPG folder, "open-i", or Open-I's .tgz or folder of XML
     files.
 
-    `dataset_format` forces a kind, `sections` names the rule of `sections.parse_report`,
-    `image_root` is the folder of Open-I's PNG files, or where the files/ of MIMIC-CXR-JPG lies if
-    the images are not in the data set.
+    `dataset_format` sets the format, `sections` is the rule of `sections.parse_report`,
+    `image_root` is the folder of Open-I's PNG files, or the folder of MIMIC-CXR-JPG's files/ if the
+    images are not in the data set.
     Returns an iterable of Study with `kind`, `path`, `read` and `rejected`. Raises UsageError for
-    an unknown name or a missing path, and DataError for a data set that cannot be read; the latter
-    may come while iterating.
+    an unknown name or a missing path, and DataError for an unreadable data set, possibly while
+    iterating.
     """
     if dataset_format not in STUDY_FORMATS:
         raise UsageError(

@@ -149,9 +149,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 usable or written, 1 too many records are set aside (or none is left), 2
-    unreadable.
-    """
+    """Exit code: 0 usable or written, 1 too many records set aside (or none left), 2 unreadable."""
     args = _arguments(argv)
     try:
         return _check(args) if args.command == "check" else _export(args)

@@ -1,7 +1,7 @@
-"""Records out of Parquet files and folders of `datasets.save_to_disk`, a few rows at a time.
+"""Records from Parquet files and folders of `datasets.save_to_disk`, a few rows at a time.
 
-Both need pyarrow. Row groups and record batches may be of any size: Parquet is read through a small
-buffer, Arrow files are mapped, and only a few rows at once become Python objects.
+Both need pyarrow. Row groups and record batches can have any size: Parquet is read through a small
+buffer, Arrow files are memory-mapped, and only a few rows at a time become Python objects.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cpo_fast.data.files import open_regular
 from cpo_fast.errors import DataError, RecordError
 
 MAX_RECORD_BYTES = 64_000_000
-"""Room for a few images in a row."""
+"""Enough for a row with a few images."""
 
 Record = tuple[int, dict[str, Any] | RecordError]
-"""Row counted from 1, and the record or why it is none."""
+"""Row number from 1, and the record or the error in its place."""
 
 _ROWS = 16
 _BUFFER = 1 << 20
@@ -34,7 +34,7 @@ def _pyarrow(path: str, what: str) -> Any:
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any] | RecordError]:
-    """The rows of a record batch; one that is too large or no UTF-8 is an error in its place."""
+    """The rows of a record batch, with a RecordError for one that is too large or not UTF-8."""
     for start in range(0, batch.num_rows, _ROWS):
         several = batch.slice(start, _ROWS)
         try:
@@ -55,7 +55,7 @@ def _rows_of(batch: Any) -> Iterator[dict[str, Any] | RecordError]:
 
 
 def parquet_rows(path: str) -> Iterator[Record]:
-    """The rows of a Parquet file. Raises DataError when it is none or pyarrow is missing."""
+    """The rows of a Parquet file. Raises DataError if it is unreadable or pyarrow is missing."""
     pyarrow = _pyarrow(path, "Parquet")
     import pyarrow.parquet as parquet
 
@@ -68,7 +68,7 @@ def parquet_rows(path: str) -> Iterator[Record]:
                     yield number, row
     except (pyarrow.ArrowException, OSError, RecursionError) as error:
         raise DataError(
-            f"{path}: not Parquet that can be read ({type(error).__name__}); write it again"
+            f"{path}: not a readable Parquet file ({type(error).__name__}); write it again"
         ) from None
 
 
@@ -76,7 +76,7 @@ def parquet_rows(path: str) -> Iterator[Record]:
 
 
 def is_datasets_folder(path: str) -> bool:
-    """Whether `path` is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote `path`."""
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -92,7 +92,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _arrow_files(folder: str) -> list[Path]:
-    """The Arrow files of a data set in their order; of several splits, those of "train"."""
+    """The Arrow files of a data set in order; of several splits, the files of "train"."""
     place = Path(folder)
     if not (place / "state.json").is_file():
         splits = _state(place / "dataset_dict.json").get("splits")
@@ -101,7 +101,7 @@ def _arrow_files(folder: str) -> list[Path]:
             known = [name for name in splits or () if isinstance(name, str) and len(name) < 40]
             raise DataError(
                 f"{folder}: has no split named train; give the folder of one split "
-                f"({', '.join(known[:8]) or 'none is named'})"
+                f"({', '.join(known[:8]) or 'it names none'})"
             )
     entries = _state(place / "state.json").get("_data_files")
     names = [
@@ -110,9 +110,7 @@ def _arrow_files(folder: str) -> list[Path]:
     ]
     for name in names:
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise DataError(
-                f"{place}/state.json: names a file that is not in the folder; save it again"
-            )
+            raise DataError(f"{place}/state.json: names a file outside the folder; save it again")
     if not names:
         raise DataError(f"{place}/state.json: names no Arrow file; save the data set again")
     return [place / str(name) for name in names]
@@ -121,14 +119,14 @@ def _arrow_files(folder: str) -> list[Path]:
 def datasets_rows(folder: str) -> Iterator[Record]:
     """The rows of a folder of `datasets.save_to_disk`, file after file.
 
-    Raises DataError when a file is missing or damaged, or pyarrow is not installed.
+    Raises DataError if a file is missing or damaged, or pyarrow is not installed.
     """
     pyarrow = _pyarrow(folder, "a folder of datasets.save_to_disk")
     number = 0
     for path in _arrow_files(folder):
         try:
             with (
-                open_regular(str(path)),  # never waits on a pipe
+                open_regular(str(path)),  # does not block on a pipe
                 pyarrow.memory_map(str(path)) as file,
                 pyarrow.ipc.open_stream(file) as stream,
             ):
@@ -139,6 +137,6 @@ def datasets_rows(folder: str) -> Iterator[Record]:
                         yield number, row
         except (pyarrow.ArrowException, OSError, RecursionError) as error:
             raise DataError(
-                f"{path}: not an Arrow file that can be read ({type(error).__name__}); "
+                f"{path}: not a readable Arrow file ({type(error).__name__}); "
                 "save the data set again"
             ) from None

@@ -1,5 +1,4 @@
-"""Reading a whole data set before anything is trained on it: what is usable, what is not, and
-why."""
+"""Check a whole data set before training: usable records, records set aside, and reasons."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from cpo_fast.counting import counted
-from cpo_fast.data.images import image_size, load_image, naming
+from cpo_fast.data.images import add_path, image_size, load_image
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.data.lengths import Lengths, quantiles
-from cpo_fast.data.preference_values import words
+from cpo_fast.data.preference_values import answer_text
 from cpo_fast.data.preferences import PreferenceSource
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
@@ -28,21 +27,22 @@ from cpo_fast.folders import write_json, write_private
 from cpo_fast.types import Answer, ImageRef, Preference, RejectedRecord, Study
 
 IMAGE_CHECKS = ("decode", "header", "none")
-"""How far images are looked at: every pixel (finds truncated files), the header only, or not at
-all."""
+"""Checks of an image: all pixels (finds truncated files), the header only, or none."""
 
 
 def _digest(*texts: str) -> bytes:
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=12).digest()
 
 
-def _characters(said: Answer) -> int:
-    """Of the text alone, without what messages are wrapped in."""
-    return len(said) if isinstance(said, str) else sum(len(words((turn,))) for turn in said)
+def _characters(answer: Answer) -> int:
+    """Characters of the text alone, without roles and separators."""
+    if isinstance(answer, str):
+        return len(answer)
+    return sum(len(answer_text((turn,))) for turn in answer)
 
 
 class Tally(ABC):
-    """Counts over usable records; `add` one by one, then `facts` for summary.json."""
+    """Statistics of usable records; `add` each one, then `facts` for summary.json."""
 
     @abstractmethod
     def add(self, record: Any) -> None: ...
@@ -53,7 +53,7 @@ class Tally(ABC):
 
 @dataclass
 class StudyTally(Tally):
-    """Labels, images, splits and repetitions of studies."""
+    """Labels, images, splits and repeated reports of studies."""
 
     labels: dict[int, Counter[str]] = field(default_factory=lambda: {1: Counter(), -1: Counter()})
     findings_per_study: Counter[int] = field(default_factory=Counter)
@@ -102,7 +102,7 @@ class StudyTally(Tally):
 
 @dataclass
 class PreferenceTally(Tally):
-    """Answers, images, lengths and repetitions of preferences."""
+    """Answers, images, lengths and repeated rows of preferences."""
 
     rejected: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
@@ -121,10 +121,10 @@ class PreferenceTally(Tally):
         self.lengths["prompt"].append(_characters(record.prompt))
         self.lengths["chosen"].append(_characters(record.chosen))
         self.lengths["rejected"].extend(map(_characters, record.rejected))
-        said = [words(answer) for answer in record.rejected]
+        rejected = [answer_text(answer) for answer in record.rejected]
         names = [ref.path or hashlib.sha256(ref.data or b"").hexdigest() for ref in record.images]
         prompt += json.dumps(record.rejected_prompts)
-        row = _digest(prompt, words(record.chosen), *said, *names)
+        row = _digest(prompt, answer_text(record.chosen), *rejected, *names)
         self.repeated += row in self.rows
         self.rows.add(row)
 
@@ -144,7 +144,7 @@ def _sorted(counts: Counter[int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found. `facts` is the `data` part of summary.json."""
+    """Result of a check. `facts` is the `data` part of summary.json."""
 
     facts: dict[str, Any]
     rejected: list[RejectedRecord]
@@ -155,22 +155,22 @@ class Checked:
 
 
 def _images_of(record: Study | Preference, max_images: int) -> Iterator[ImageRef]:
-    """The images that a run would use: of a study the first `max_images`, of a preference all."""
+    """The images used by a run: the first `max_images` of a study, all of a preference."""
     if isinstance(record, Study):
         yield from record.images[:max_images]
         return
     yield from record.all_images
 
 
-def _look(ref: ImageRef, look: Callable[[ImageRef], object]) -> None:
+def _check_image(ref: ImageRef, read: Callable[[ImageRef], object]) -> None:
     try:
-        look(ref)
+        read(ref)
     except RecordError as error:
-        raise naming(ref, error) from None
+        raise add_path(ref, error) from None
 
 
-def _chosen(id: str, sample: float) -> bool:
-    """Whether a record is in the sample; the same on every machine and for every order."""
+def _is_sampled(id: str, sample: float) -> bool:
+    """Whether a record is in the sample; independent of machine and order."""
     digest = hashlib.sha256(id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < sample * 2**64
 
@@ -183,24 +183,24 @@ def check(
     sample: float = 1.0,
     max_images: int = 1,
 ) -> Checked:
-    """Read all of `source` and look at its images as far as `images`, one of `IMAGE_CHECKS`, says.
+    """Read all of `source` and check its images by `images`, one of `IMAGE_CHECKS`.
 
-    `lengths` counts tokens. Images and tokens are looked at in a share `sample` of the records,
-    chosen by their ids; of a study its first `max_images` images. A record with an image that
-    fails, or with messages that the chat template refuses, is set aside as a whole. `read` counts
-    records, `used` those that remain. Raises DataError when the data set cannot be read.
+    `lengths` counts tokens. Images and tokens are checked in a share `sample` of the records,
+    selected by id; of a study the first `max_images` images. A record whose image fails or whose
+    messages the chat template refuses is set aside. `read` counts all records, `used` the remaining
+    ones. Raises DataError if the data set cannot be read.
     """
     if images not in IMAGE_CHECKS:
         raise ValueError(f"images must be one of {IMAGE_CHECKS}, not {images!r}")
-    look: Callable[[ImageRef], object] = image_size if images == "header" else load_image
+    read: Callable[[ImageRef], object] = image_size if images == "header" else load_image
     tally: Tally = StudyTally() if source.noun == "study" else PreferenceTally()
     bad: list[RejectedRecord] = []
     for record in tqdm(source, "check", unit=source.noun, disable=None):
         id = record.study_id if isinstance(record, Study) else record.id
-        sampled = sample >= 1 or _chosen(id, sample)
+        sampled = sample >= 1 or _is_sampled(id, sample)
         try:
             for ref in _images_of(record, max_images) if sampled and images != "none" else ():
-                _look(ref, look)
+                _check_image(ref, read)
             if lengths is not None and sampled:
                 lengths.add(record)
         except RecordError as error:
@@ -234,8 +234,7 @@ def check(
 
 
 def write(checked: Checked, output_dir: str) -> None:
-    """summary.json (its `data` part) and rejected_records.jsonl in `output_dir`, made if need
-    be."""
+    """Write summary.json (its `data` part) and rejected_records.jsonl to `output_dir`."""
     folder = Path(output_dir)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -253,7 +252,7 @@ _BAR = 18
 
 
 def _lines(name: str, value: str, column: int) -> Iterator[str]:
-    """A row of the table, wrapped between words (a long path anywhere)."""
+    """A row of the table, wrapped at spaces (a long path anywhere)."""
     room = WIDTH - column - 2
     parts = [value]
     if len(value) > room:
@@ -262,13 +261,12 @@ def _lines(name: str, value: str, column: int) -> Iterator[str]:
         yield f"{'' if place else name:<{column}}  {part}".rstrip()
 
 
-def _listed(counts: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in counts.items())
+def _join_counts(counts: Mapping[str, object], sign: str = " ") -> str:
+    return ", ".join(f"{key}{sign}{value}" for key, value in counts.items())
 
 
 def table(checked: Checked, examples: int = 3) -> str:
-    """The facts as lines of at most 80 columns; ids of `examples` records for each reason, never
-    text."""
+    """The facts in lines of at most 80 columns, with the ids of `examples` records per reason."""
     facts = checked.facts
     rows: list[tuple[str, str]] = [
         ("data set", f"{facts['dataset']} ({facts['kind']})"),
@@ -291,12 +289,11 @@ def table(checked: Checked, examples: int = 3) -> str:
     for name in ("images_per_record", "findings_per_study", "rejected_per_preference", "sources",
                  "unread_fields"):  # fmt: skip
         if counts := facts.get(name):
-            listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
-            rows.append((name.replace("_", " "), listed))
+            rows.append((name.replace("_", " "), _join_counts(counts, ": ")))
     for unit in ("characters", "tokens"):
         for name, values in facts.get(unit, {}).items():
             if values:
-                rows.append((f"{unit}, {name}", _listed(values)))
+                rows.append((f"{unit}, {name}", _join_counts(values)))
     if over := facts.get("over_max_length"):
         share = f"{over['records']} ({100 * over['share']:.2f} %)"
         rows.append((f"longer than {over['max_length']}", share))

@@ -1,7 +1,7 @@
-"""All 16 bits of a PNG file in colour or with transparency, of which Pillow keeps 8.
+"""All 16 bits of a PNG file in colour or with transparency; Pillow keeps only 8.
 
-Pillow's own decoder undoes the filters and the interlacing. It is asked twice, first for the high
-byte of each value and then for the low one.
+Pillow's decoder undoes filters and interlacing. It runs twice, for the high byte of each value and
+for the low byte.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ _COLOUR, _GREY_ALPHA, _COLOUR_ALPHA = 2, 4, 6
 
 
 def is_deep(file: BinaryIO) -> bool:
-    """Whether `file` is a PNG file of 16 bits in colour or with an alpha channel; its place is
-    kept."""
+    """Whether `file` is a 16-bit PNG in colour or with alpha; the file position is restored."""
     place = file.tell()
     file.seek(0)
     head = file.read(_HEADER.size)
@@ -51,7 +50,7 @@ def _packed(file: BinaryIO) -> bytes:
 
 
 def deep_values(file: BinaryIO, size: tuple[int, int]) -> np.ndarray:
-    """The values of a file for which `is_deep` holds, of (width, height) `size`, without alpha.
+    """The values of a file with `is_deep`, of (width, height) `size`, without alpha.
 
     Returns [height, width] (grey) or [height, width, 3] uint16. Raises ValueError for damaged data.
     """
@@ -65,13 +64,13 @@ def deep_values(file: BinaryIO, size: tuple[int, int]) -> np.ndarray:
         image = Image.frombytes(mode, size, packed, "zip", layout, interlaced)
         return np.asarray(image)
 
-    if colour == _GREY_ALPHA:  # four bytes a pixel: high, low, and two of alpha
+    if colour == _GREY_ALPHA:  # four bytes per pixel: high, low, two of alpha
         bytes_ = decoded("RGBA", "RGBA")
         high, low = bytes_[..., 0], bytes_[..., 1]
     else:
         mode = "RGB" if colour == _COLOUR else "RGBA"
         high = decoded(mode, f"{mode};16B")[..., :3]
-        low = decoded(mode, f"{mode};16L")[..., :3]  # the second byte of each two
+        low = decoded(mode, f"{mode};16L")[..., :3]  # the second byte of each pair
     values = high.astype(np.uint16)
     values <<= 8
     values |= low

@@ -1,9 +1,9 @@
 """DICOM radiographs as 8-bit grey or RGB, through pydicom (an optional extra).
 
-Stored values pass through the modality's rescale and the first valid window of the file (without
-one: its VOI lookup table, then their minimum to their maximum), MONOCHROME1 is inverted, padding is
-black (PS3.3 C.7.5.1.1.2, C.7.6.3, C.11.1, C.11.2). Sizes are read before pixels, and what could
-unpack without bound (a deflated data set) is refused.
+Stored values are mapped by the modality's rescale and the file's first valid window (without one:
+by its VOI lookup table, else from their minimum to their maximum). MONOCHROME1 is inverted, padding
+is black (PS3.3 C.7.5.1.1.2, C.7.6.3, C.11.1, C.11.2). Sizes are read before pixels, and a deflated
+data set, which could unpack without bound, is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 _RULES = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _HEADER_BYTES = 1 << 16
 
-# Nothing else of the file is looked at: patients' names and dates reach no warning of pydicom's.
+# Only these tags are read, so that pydicom's warnings contain no patient names or dates.
 _TAGS = [
     "BitsAllocated", "BitsStored", "Columns", "HighBit", "ModalityLUTSequence", "NumberOfFrames",
     "PhotometricInterpretation", "PixelPaddingRangeLimit", "PixelPaddingValue",
@@ -40,15 +40,15 @@ _TAGS = [
 
 
 def is_dicom(file: BinaryIO) -> bool:
-    """Whether `file` begins as a DICOM file; its place in the file is left at the start."""
+    """Whether `file` starts like a DICOM file; the file position is reset to the start."""
     head = file.read(_PREAMBLE + len(_MAGIC))
     file.seek(0)
     return head.endswith(_MAGIC) and len(head) == _PREAMBLE + len(_MAGIC)
 
 
 @contextmanager
-def _unrepeated(name: str) -> Iterator[None]:
-    """pydicom warns of values that break its rules, and repeats them; they may be a patient's."""
+def _without_validation(name: str) -> Iterator[None]:
+    """Without pydicom's validation, whose warnings quote values that can identify a patient."""
     try:
         from pydicom import config
     except ImportError:
@@ -59,9 +59,9 @@ def _unrepeated(name: str) -> Iterator[None]:
         yield
 
 
-def _decodable(found: Any) -> None:
-    """Raises RecordError "no-decoder" where nothing installed decodes the transfer syntax of
-    `found`, naming the packages that pydicom knows for it."""
+def _check_decoder(found: Any) -> None:
+    """Raises RecordError "no-decoder", with the packages that pydicom supports, if none is
+    installed for the transfer syntax of `found`."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import JPEGExtended12Bit
 
@@ -73,12 +73,12 @@ def _decodable(found: Any) -> None:
     else:
         known, missing = decoder.is_available, decoder.missing_dependencies
     if syntax == JPEGExtended12Bit and found.get("BitsStored") != 8:
-        # pillow and gdcm decode only 8 of the 12 bits that this syntax may have
+        # pillow and gdcm decode only 8 of the up to 12 bits of this syntax
         known = known and "pylibjpeg" in decoder.available_plugins
         missing = [packages for packages in missing if packages.startswith("pylibjpeg")]
     if known:
         return
-    # "gdcm - requires gdcm>=3.0.10" -> "python-gdcm", its name on PyPI
+    # "gdcm - requires gdcm>=3.0.10" -> "python-gdcm", the PyPI name
     packages = [re.sub(r"[<>=]=?[\d.]+", "", one.partition(" requires ")[2]) for one in missing]
     packages = ["python-gdcm" if one == "gdcm" else one for one in packages]
     remedy = (
@@ -92,7 +92,7 @@ def _decodable(found: Any) -> None:
 
 
 def _read(file: BinaryIO, name: str, max_pixels: int, *, header: bool) -> Any:
-    """The data set of `file`, its size and decoder checked before its pixels are read."""
+    """The data set of `file`; size and decoder are checked before the pixels are read."""
     from pydicom import dcmread
 
     if _DEFLATED in file.read(_HEADER_BYTES):
@@ -108,7 +108,7 @@ def _read(file: BinaryIO, name: str, max_pixels: int, *, header: bool) -> Any:
     kind = found.get("PhotometricInterpretation")
     if width < 1 or height < 1 or frames != 1 or kind not in (*_GREY, *_COLOUR):
         raise RecordError("image-unreadable", f"{name}: not one radiograph in grey or colour")
-    _decodable(found)
+    _check_decoder(found)
     if header:
         return found
     file.seek(0)
@@ -116,21 +116,21 @@ def _read(file: BinaryIO, name: str, max_pixels: int, *, header: bool) -> Any:
 
 
 def dicom_size(file: BinaryIO, name: str, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in pixels from the header. Raises RecordError as `load_image`, or what
-    pydicom raises.
+    """(width, height) in pixels from the header. Raises RecordError as `load_image`, or any
+    error of pydicom.
     """
-    with _unrepeated(name):
+    with _without_validation(name):
         found = _read(file, name, max_pixels, header=True)
         return int(found.Columns), int(found.Rows)
 
 
 def dicom_image(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    """The image in mode L or RGB. Raises RecordError as `load_image`, or what pydicom raises."""
-    with _unrepeated(name):
-        return _shown(_read(file, name, max_pixels, header=False))
+    """The image in mode L or RGB. Raises RecordError as `load_image`, or any error of pydicom."""
+    with _without_validation(name):
+        return _to_image(_read(file, name, max_pixels, header=False))
 
 
-def _shown(found: Any) -> Image.Image:
+def _to_image(found: Any) -> Image.Image:
     from PIL import Image
     from pydicom.pixels import pixel_array
 
@@ -141,11 +141,11 @@ def _shown(found: Any) -> Image.Image:
         if cells.dtype != np.uint8 or found.BitsStored != 8:
             raise ValueError("colour of other than 8 bits")
         return Image.fromarray(cells)
-    # The shifts clear the bits above the high bit (overlays, rubbish), and extend the sign.
+    # The shifts clear the bits above the high bit (overlays, noise) and extend the sign.
     above = max(0, 8 * cells.dtype.itemsize - high - 1)
     values = (cells << above) >> (above + high + 1 - found.BitsStored)
-    padded = _padded(values, cells, found)
-    shown = _windowed(_rescaled(values, found), ~padded, found)
+    padded = _padding_mask(values, cells, found)
+    shown = _apply_window(_rescale(values, found), ~padded, found)
     if kind == "MONOCHROME1":
         shown = 1.0 - shown
     shown[padded] = 0.0
@@ -153,15 +153,14 @@ def _shown(found: Any) -> Image.Image:
 
 
 def _high_bit(found: Any) -> int:
-    """The place of the most significant bit in a cell. Raises ValueError where the values cannot
-    be told from it."""
+    """Position of the most significant bit in a cell. Raises ValueError if it is inconsistent."""
     from pydicom.uid import RLELossless
 
     stored, high = int(found.BitsStored), found.get("HighBit")
     high = stored - 1 if high is None else int(high)
     syntax = found.file_meta.TransferSyntaxUID
     movable = found.SamplesPerPixel == 1 and (
-        not syntax.is_encapsulated or syntax == RLELossless  # JPEG has samples, no cells
+        not syntax.is_encapsulated or syntax == RLELossless  # JPEG stores samples, not cells
     )
     if not stored - 1 <= high < int(found.BitsAllocated) or (high >= stored and not movable):
         raise ValueError(
@@ -170,7 +169,7 @@ def _high_bit(found: Any) -> int:
     return high
 
 
-def _padded(values: np.ndarray, cells: np.ndarray, found: Any) -> np.ndarray:
+def _padding_mask(values: np.ndarray, cells: np.ndarray, found: Any) -> np.ndarray:
     """Which pixels are padding by PixelPaddingValue and PixelPaddingRangeLimit."""
     first = found.get("PixelPaddingValue")
     last = found.get("PixelPaddingRangeLimit")
@@ -179,20 +178,20 @@ def _padded(values: np.ndarray, cells: np.ndarray, found: Any) -> np.ndarray:
     bits, signed = 8 * cells.dtype.itemsize, values.dtype.kind == "i"
     ends = []
     for end in (first, first if last is None else last):
-        end = int(end) % (1 << bits)  # files write -2000 as 63536 and the other way about
+        end = int(end) % (1 << bits)  # files write -2000 as 63536 and vice versa
         ends.append(end - (1 << bits) if signed and end >> (bits - 1) else end)
     low, high = min(ends), max(ends)
     least = -(1 << (found.BitsStored - 1)) if signed else 0
     most = least + (1 << found.BitsStored) - 1
-    # Padding that no stored value can have is written into the unused bits.
-    looked_at = values if least <= low and high <= most else cells
-    return (looked_at >= low) & (looked_at <= high)
+    # Padding outside the range of stored values uses the unused bits.
+    compared = values if least <= low and high <= most else cells
+    return (compared >= low) & (compared <= high)
 
 
-def _looked_up(values: np.ndarray, table: Any, found: Any) -> np.ndarray:
-    """Whole `values` by a modality or VOI lookup table (PS3.3 C.11.1.1, C.11.2.1.1)."""
+def _apply_table(values: np.ndarray, table: Any, found: Any) -> np.ndarray:
+    """Map integer `values` by a modality or VOI lookup table (PS3.3 C.11.1.1, C.11.2.1.1)."""
     entries, first, depth = (int(number) for number in table.LUTDescriptor)
-    entries = entries % (1 << 16) or 1 << 16  # 0 stands for 65536
+    entries = entries % (1 << 16) or 1 << 16  # 0 means 65536
     if first >= 1 << 15 and values.min() < 0:
         first -= 1 << 16  # a negative number in a file that declares it unsigned
     data = table.LUTData
@@ -208,7 +207,7 @@ def _looked_up(values: np.ndarray, table: Any, found: Any) -> np.ndarray:
 
 
 def _number(value: Any) -> float | None:
-    """A DS value; None where it is blank or missing."""
+    """A DS value; None if it is blank or missing."""
     if value is None or value == "":
         return None
     if not np.isfinite(float(value)):
@@ -216,10 +215,10 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _rescaled(values: np.ndarray, found: Any) -> np.ndarray:
+def _rescale(values: np.ndarray, found: Any) -> np.ndarray:
     """Stored values -> float64 values of the modality; a blank slope is 1, a blank intercept 0."""
     if tables := found.get("ModalityLUTSequence"):
-        return _looked_up(values, tables[0], found)
+        return _apply_table(values, tables[0], found)
     slope, intercept = _number(found.get("RescaleSlope")), _number(found.get("RescaleIntercept"))
     if slope == 0:
         raise ValueError("RescaleSlope is 0")
@@ -227,7 +226,7 @@ def _rescaled(values: np.ndarray, found: Any) -> np.ndarray:
 
 
 def _window(found: Any, rule: str) -> tuple[float, float] | None:
-    """(center, width) of the first window whose width the rule allows (PS3.3 C.11.2.1.2)."""
+    """(center, width) of the first window with a valid width for the rule (PS3.3 C.11.2.1.2)."""
     several = [found.get(name) for name in ("WindowCenter", "WindowWidth")]
     lists = [[one] if one is None or isinstance(one, str | float | int) else one for one in several]
     for pair in zip(*lists, strict=False):
@@ -239,15 +238,16 @@ def _window(found: Any, rule: str) -> tuple[float, float] | None:
     return None
 
 
-def _windowed(values: np.ndarray, inside: np.ndarray, found: Any) -> np.ndarray:
-    """Values -> 0..1 by the file's own window, lookup table, or the range of those `inside`."""
+def _apply_window(values: np.ndarray, inside: np.ndarray, found: Any) -> np.ndarray:
+    """Values -> 0..1 by the file's window, its lookup table, or the range of the values
+    `inside`."""
     rule = str(found.get("VOILUTFunction") or "LINEAR").strip().upper()
     if rule not in _RULES:
         raise ValueError(f"VOILUTFunction is none of {', '.join(_RULES)}")
     window = _window(found, rule)
     if window is None:
         if tables := found.get("VOILUTSequence"):
-            values = _looked_up(values, tables[0], found)
+            values = _apply_table(values, tables[0], found)
         low = float(values.min(where=inside, initial=np.inf))
         high = float(values.max(where=inside, initial=-np.inf))
     elif rule == "SIGMOID":
@@ -260,6 +260,6 @@ def _windowed(values: np.ndarray, inside: np.ndarray, found: Any) -> np.ndarray:
         low, high = center - width / 2, center + width / 2
     if not (np.isfinite(high - low) or high < low):
         raise ValueError("values that are not finite")
-    if high <= low:  # an even image, a window of one value, or nothing but padding
+    if high <= low:  # a constant image, a window of one value, or only padding
         return (values > low).astype(np.float64)
     return np.clip((values - low) / (high - low), 0.0, 1.0)

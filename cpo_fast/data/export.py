@@ -1,7 +1,7 @@
-"""Preferences and studies as rows for other tools, and for ourselves.
+"""Preferences and studies as rows for this project and other tools.
 
-"jsonl" is our own and keeps everything; "trl", "swift" (ms-swift) and "ccf" (CXR-CounterFact) keep
-what these formats can say. A record that a format cannot hold is set aside by a reason.
+"jsonl" is this project's format and keeps everything; "trl", "swift" (ms-swift) and "ccf"
+(CXR-CounterFact) keep what they can represent, and other records are set aside with a reason.
 A study has no rejected answer: it becomes a row of supervised fine-tuning.
 """
 
@@ -19,7 +19,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from cpo_fast.data.lengths import as_preference
-from cpo_fast.data.preference_values import IMAGE_TAG
+from cpo_fast.data.preference_values import IMAGE_TAG, parts_of
 from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.folders import replace_private
@@ -35,7 +35,7 @@ _ALL_IMAGES = 1_000
 
 
 def _image(ref: ImageRef) -> str | Row:
-    """The path as it stands, or what is in hand in base64."""
+    """The path unchanged, or the bytes in base64."""
     if ref.data is None:
         return ref.path
     return {"bytes": base64.b64encode(ref.data).decode(), "path": ref.path or None}
@@ -45,12 +45,12 @@ def _images(refs: Sequence[ImageRef]) -> list[str | Row]:
     return [_image(ref) for ref in refs]
 
 
-def _seen(one: Preference) -> Row:
+def _image_field(one: Preference) -> Row:
     return {"images": _images(one.images)} if one.images or one.sighted else {}
 
 
-def _about(one: Preference) -> Row:
-    """Whom the row is about, so that a patient stays on one side of a split."""
+def _patient_field(one: Preference) -> Row:
+    """The patient, whose rows all stay on one side of a split."""
     if not one.patients:
         return {}
     return {"patient_id": one.patients[0] if len(one.patients) == 1 else list(one.patients)}
@@ -67,30 +67,30 @@ def _parts(one: Preference) -> Iterator[tuple[Answer, tuple[ImageRef, ...] | Non
     )
 
 
-def _no_own_prompts(one: Preference, form: str) -> None:
+def _check_same_prompts(one: Preference, form: str) -> None:
     if any(one.rejected_prompts):
         raise RecordError("prompts-differ", f"{form} has one prompt for both answers")
 
 
-def _said(answer: Answer) -> str | list[Row]:
+def _answer(answer: Answer) -> str | list[Row]:
     return answer if isinstance(answer, str) else [dict(turn) for turn in answer]
 
 
 def _template(one: Preference) -> Row:
-    """The fields for what the chat template is given besides the messages."""
+    """The fields with arguments of the chat template besides the messages."""
     options = {name: value for name, value in one.template.items() if name != "tools"}
     row: Row = {"chat_template_kwargs": options} if options else {}
     return row | ({"tools": one.template["tools"]} if "tools" in one.template else {})
 
 
 def jsonl_rows(one: Preference) -> list[Row]:
-    """Our preference rows: one for all answers that see the same images after the same prompt."""
+    """Rows of this project: one for all answers with the same images and prompt."""
     row: Row = {
         "id": one.id,
-        **_seen(one),
-        **_about(one),
+        **_image_field(one),
+        **_patient_field(one),
         "prompt": one.prompt[0]["content"] if one.plain else list(one.prompt),
-        "chosen": _said(one.chosen),
+        "chosen": _answer(one.chosen),
     }
     if one.weight != 1.0:
         row["weight"] = one.weight
@@ -101,36 +101,35 @@ def jsonl_rows(one: Preference) -> list[Row]:
         if prompt is not None:
             own["rejected_prompt"] = list(prompt)
         if rows and all(rows[-1].get(name) == own.get(name) for name in _OWN):
-            rows[-1]["rejected_responses"].append(_said(text))
+            rows[-1]["rejected_responses"].append(_answer(text))
         else:
-            rows.append({**row, "rejected_responses": [_said(text)], **own})
+            rows.append({**row, "rejected_responses": [_answer(text)], **own})
     return rows or [{**row, "rejected_responses": []}]
 
 
 def trl_rows(one: Preference) -> list[Row]:
-    """Rows of trl's DPOTrainer, one for each rejected answer; of its SFTTrainer where there is
-    none.
-    """
-    _no_own_prompts(one, "trl")
+    """Rows of trl's DPOTrainer, one per rejected answer; of its SFTTrainer if there is none."""
+    _check_same_prompts(one, "trl")
     if any(one.rejected_images):
         raise RecordError("rejected-images", "trl shows both answers the same images")
 
-    def said(answer: Answer) -> str | list[Row]:
+    def messages(answer: Answer) -> str | list[Row]:
         if one.plain or not isinstance(answer, str):
-            return _said(answer)
+            return _answer(answer)
         return [{"role": "assistant", "content": answer}]
 
     prompt = one.prompt[0]["content"] if one.plain else list(one.prompt)
-    row = {"id": one.id, **_seen(one), **_about(one), "prompt": prompt, **_template(one)}
+    row = {"id": one.id, **_image_field(one), **_patient_field(one), "prompt": prompt}
+    row |= _template(one)
     if not one.rejected:
-        return [{**row, "completion": said(one.chosen)}]
-    return [{**row, "chosen": said(one.chosen), "rejected": said(text)} for text in one.rejected]
+        return [{**row, "completion": messages(one.chosen)}]
+    row["chosen"] = messages(one.chosen)
+    return [{**row, "rejected": messages(text)} for text in one.rejected]
 
 
 def _tagged(message: Mapping[str, Any]) -> Row:
-    """A message with `<image>` where an image stands."""
-    said = message["content"]
-    parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
+    """A message with an `<image>` tag for every image."""
+    parts = parts_of(message)
     if any(IMAGE_TAG in part.get("text", "") for part in parts):
         raise RecordError("image-tag-in-text", "ms-swift would take it for an image")
     text = "".join(part["text"] if part["type"] == "text" else IMAGE_TAG for part in parts)
@@ -146,7 +145,7 @@ def swift_rows(one: Preference) -> list[Row]:
         turn.keys() > {"role", "content"} for turns in prompts for turn in turns
     ):
         raise RecordError(
-            "tools", "tools and options of a chat template are written otherwise there"
+            "tools", "ms-swift writes tools and options of a chat template differently"
         )
     answers = (one.chosen, *one.rejected)
     if any(not isinstance(answer, str) for answer in answers):
@@ -155,7 +154,7 @@ def swift_rows(one: Preference) -> list[Row]:
         raise RecordError("image-tag-in-text", "ms-swift would take it for an image")
     prompt = [_tagged(message) for message in one.prompt]
     chosen = {"role": "assistant", "content": one.chosen}
-    row: Row = {"messages": [*prompt, chosen], "images": _images(one.images), **_about(one)}
+    row: Row = {"messages": [*prompt, chosen], "images": _images(one.images), **_patient_field(one)}
     rows = []
     for text, images, own_prompt in _parts(one):
         own: Row = {} if images is None else {"rejected_images": _images(images)}
@@ -179,8 +178,8 @@ def ccf_item(
 
 
 def ccf_rows(one: Preference) -> list[Row]:
-    """One item of CXR-CounterFact, out of answers in its form: a report in thoughts, a sentence."""
-    _no_own_prompts(one, "ccf")
+    """One item of CXR-CounterFact, from answers of a report in `<think>` tags and a sentence."""
+    _check_same_prompts(one, "ccf")
     if any(one.rejected_images) or len(one.images) > 1:
         raise RecordError("several-images", "ccf has one image for all answers")
     answers = [answer for answer in (one.chosen, *one.rejected) if isinstance(answer, str)]
@@ -189,29 +188,28 @@ def ccf_rows(one: Preference) -> list[Row]:
     chosen = _THOUGHT.fullmatch(answers[0])
     if chosen is None:
         raise RecordError("not-a-thought", "the chosen answer is not <think> report </think> ...")
-    told: dict[str, str] = {}
+    reports: dict[str, str] = {}
     for text in answers[1:]:
         found = _THOUGHT.fullmatch(text)
         named = found and _ANSWER.fullmatch(found[2])
-        if found is None or not named or named[1] in told:
+        if found is None or not named or named[1] in reports:
             raise RecordError("not-a-thought", "a rejected answer names no disease, or one twice")
-        told[named[1]] = found[1]
+        reports[named[1]] = found[1]
     place = _PLACE.fullmatch(one.images[0].path) if one.images else None
     if one.images and place is None:
         raise RecordError("not-mimic", "ccf finds images by ids of MIMIC-CXR")
     patient, study, dicom = place.groups() if place else ("", one.id, "")
-    item = ccf_item(dicom, study, patient, chosen[1], chosen[2], told)
-    return [item]
+    return [ccf_item(dicom, study, patient, chosen[1], chosen[2], reports)]
 
 
 FORMATS = {"jsonl": jsonl_rows, "ccf": ccf_rows, "trl": trl_rows, "swift": swift_rows}
-"""Format name -> the rows of one preference; each raises RecordError for what it cannot hold."""
+"""Format name -> rows of one preference; RecordError if the format cannot represent it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """How many records and rows were written, how many records were set aside, by reason, and
-    whether a row names the file of an image."""
+    """Numbers of records and rows written, of records set aside by reason, and whether a row
+    contains an image path."""
 
     records: int
     rows: int
@@ -242,9 +240,9 @@ def export(
     source: Source[Any], output: str | Path, form: str, *, max_images: int = _ALL_IMAGES
 ) -> Exported:
     """Write `source` to `output` (0600) in a format of `FORMATS`, one row per line; "ccf" is one
-    JSON list. Image paths are written as they stand, relative to the source's image root.
+    JSON list. Image paths are written unchanged, relative to the source's image root.
 
-    The file appears when it is whole. Raises DataError when it cannot be written or when nothing
+    `output` is replaced once it is complete. Raises DataError if it cannot be written or no record
     can be exported.
     """
     make = FORMATS[form]

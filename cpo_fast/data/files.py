@@ -1,4 +1,4 @@
-"""Reading text from files that may be large, compressed, damaged or not what their name says."""
+"""Read text from files that can be large, compressed, damaged or misnamed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MAX_REPORT_BYTES = 1_000_000
 
 
 class NotAFile(OSError):
-    """A folder, device or pipe where a file was expected."""
+    """A folder, device or pipe instead of a file."""
 
 
 def open_regular(path: str) -> BinaryIO:
-    """A regular file opened for bytes. Raises OSError (NotAFile for anything else), never waits on
-    a pipe."""
+    """Open a regular file for bytes, without blocking on a pipe. Raises OSError (NotAFile for
+    anything else)."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -36,7 +36,7 @@ def open_regular(path: str) -> BinaryIO:
 
 @contextmanager
 def open_data(path: str) -> Iterator[IO[bytes]]:
-    """`path` opened for bytes, unpacked when it ends in .gz. Raises DataError."""
+    """Open `path` for bytes, decompressed if it ends in .gz. Raises DataError."""
     try:
         file = open_regular(path)
     except OSError as error:
@@ -51,10 +51,9 @@ def open_data(path: str) -> Iterator[IO[bytes]]:
 
 
 def lines(file: IO[bytes], path: str, limit: int) -> Iterator[bytes | None]:
-    """Lines with their end, without a leading byte-order mark; None for a line of more than `limit`
-    bytes.
+    """Lines with their line ends, without a byte-order mark; None for a line over `limit` bytes.
 
-    An over-long line is skipped in pieces, so memory stays bounded. Raises DataError when a
+    An over-long line is skipped in pieces, so memory stays bounded. Raises DataError if a
     compressed file is damaged.
     """
     try:
@@ -72,10 +71,10 @@ def lines(file: IO[bytes], path: str, limit: int) -> Iterator[bytes | None]:
 
 
 def csv_rows(path: str, columns: Sequence[str], remedy: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, values of `columns` in that order) of a CSV file, columns found by name.
+    """(line number, values of `columns` in that order) of a CSV file, with columns found by name.
 
-    A short row gives "" for what it lacks. Raises DataError naming file, column and `remedy` when a
-    column is missing, and naming the line when the text is not UTF-8 CSV.
+    Missing cells of a short row are "". Raises DataError with file, column and `remedy` for a
+    missing column, and with the line number for text that is not UTF-8 CSV.
     """
     with open_data(path) as file:
         number = 0
@@ -106,7 +105,7 @@ def csv_rows(path: str, columns: Sequence[str], remedy: str) -> Iterator[tuple[i
 
 
 def read_report(path: str) -> str:
-    """The text of a report file: UTF-8, with or without a mark, or else Latin-1.
+    """The text of a report file: UTF-8, with or without a byte-order mark, else Latin-1.
 
     Raises RecordError "report-missing", "report-empty", "report-too-long" or "report-unreadable".
     """

@@ -1,10 +1,9 @@
-"""Radiographs from disk or memory as 8-bit RGB, without trusting the file.
+"""Radiographs from disk or memory as 8-bit RGB; files are untrusted.
 
-JPEG, PNG and DICOM, 8 and 16 bit, grey and colour, turned as their EXIF tag says. What has more
-than 8 bits, grey or colour, is stretched from its own minimum and maximum to 0..255 (DICOM: by its
-window), for 12-bit radiographs come in 16-bit files and would be black otherwise. Every way in
-which an image can fail is a RecordError with a constant reason; an image is never replaced by
-another.
+JPEG, PNG and DICOM, 8 and 16 bit, grey and colour, rotated by their EXIF tag. Values of more than 8
+bits, grey or colour, are scaled from their minimum and maximum to 0..255 (DICOM: by the window),
+since 12-bit radiographs in 16-bit files would be black otherwise. Every failure of an image is a
+RecordError with a constant reason; an image is never replaced by another.
 """
 
 from __future__ import annotations
@@ -31,17 +30,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 64_000_000
-"""Width x height above which an image is refused before it is decoded; a large radiograph has 16
-million."""
+"""Larger images are refused before decoding; a large radiograph has 16 million pixels."""
 
 MAX_FILE_BYTES = 256_000_000
 
 FILES = "files"
-"""The one folder of a root that may be a link to elsewhere: clusters often keep the files/ of
+"""The only folder of a root that can be a link out of it: clusters often store the files/ of
 MIMIC-CXR on another disk than its tables."""
 
 _FORMATS = ("JPEG", "PNG")
-_MAX_WORDS = 300
+_MAX_MESSAGE = 300
 _QUOTED = re.compile(
     r"""(?<!\w)[bu]?'(?:\\.|[^'\\])*(?:'|$)|(?<!\w)[bu]?"(?:\\.|[^"\\])*(?:"|$)|<[^>]*(?:>|$)""",
     re.DOTALL,
@@ -50,21 +48,21 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 
 
 def _name(ref: ImageRef) -> str:
-    """The path for messages; what is too long to be one may be anything, and is not repeated."""
+    """The path for messages; a value too long for a path is not repeated, since it can be any
+    text."""
     return ref.path if len(ref.path) <= 300 else f"a path of {len(ref.path)} characters"
 
 
 def resolve(ref: ImageRef) -> str:
-    """The absolute path of `ref`, links followed; below its root, or below what `FILES` there links
-    to.
+    """The absolute path of `ref`, links resolved; below its root or the target of `FILES` in it.
 
     Raises RecordError "image-missing" (no path), "image-remote" (a URL) or "path-outside-root".
     """
     if not ref.path or "\0" in ref.path:
-        raise RecordError("image-missing", "the record names no usable path")
+        raise RecordError("image-missing", "the record has no usable path")
     if _URL.match(ref.path):
         raise RecordError(
-            "image-remote", "images are read from disk: download them, name the files"
+            "image-remote", "images are read from disk: download them and give their paths"
         )
     if not ref.root:
         return str(Path(ref.path).resolve())
@@ -73,21 +71,21 @@ def resolve(ref: ImageRef) -> str:
     if not path.is_relative_to(root) and not path.is_relative_to((root / FILES).resolve()):
         raise RecordError(
             "path-outside-root",
-            f"{_name(ref)} leaves {ref.root}; set image_root to what holds both",
+            f"{_name(ref)} leaves {ref.root}; set image_root to a common parent folder",
         )
     return str(path)
 
 
-def naming(ref: ImageRef, error: RecordError) -> RecordError:
-    """The error with the image's path in its detail, whether a decoder repeated it or not."""
+def add_path(ref: ImageRef, error: RecordError) -> RecordError:
+    """The error with the image's path in its detail."""
     if not ref.path or _name(ref) in error.detail:
         return error
     return RecordError(error.reason, f"{_name(ref)}: {error.detail}")
 
 
 @contextmanager
-def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
-    """The bytes of `ref` as a file, and its name for messages."""
+def _open(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
+    """The bytes of `ref` as a file, and its name for messages. Raises RecordError."""
     if ref.data is not None:
         name = _name(ref) or "image in the record"
         if not ref.data:
@@ -116,33 +114,33 @@ def _opened(ref: ImageRef) -> Iterator[tuple[BinaryIO, str]]:
         yield file, _name(ref)
 
 
-def _words(error: Exception) -> str:
-    """What the decoder said, in one line, without the values that it quotes: those come from the
-    file and may be a patient's."""
-    said = " ".join(_QUOTED.sub("...", str(error)).split())
-    return f"while decoding: {said[:_MAX_WORDS]}" if said else "while decoding"
+def _decoder_message(error: Exception) -> str:
+    """The decoder's message in one line, without quoted values: they come from the file and can
+    identify a patient."""
+    message = " ".join(_QUOTED.sub("...", str(error)).split())
+    return f"while decoding: {message[:_MAX_MESSAGE]}" if message else "while decoding"
 
 
 @contextmanager
-def _decoding(ref: ImageRef, max_pixels: int) -> Iterator[tuple[BinaryIO, str]]:
+def _open_for_decoding(ref: ImageRef, max_pixels: int) -> Iterator[tuple[BinaryIO, str]]:
     """The file of `ref` and its name; decoder errors become RecordErrors."""
     from PIL import Image
 
-    with _opened(ref) as (file, name):
+    with _open(ref) as (file, name):
         try:
             yield file, name
         except (RecordError, MemoryError):
             raise
         except Image.DecompressionBombError:
             raise RecordError("image-too-large", f"{name}: more than {max_pixels} pixels") from None
-        except Exception as error:  # decoders fail on hostile bytes in any way they like
+        except Exception as error:  # decoders raise anything on malformed bytes
             raise RecordError(
-                "image-unreadable", f"{name}: {type(error).__name__} {_words(error)}"
+                "image-unreadable", f"{name}: {type(error).__name__} {_decoder_message(error)}"
             ) from None
 
 
 @contextmanager
-def _picture(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
+def _open_picture(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """A JPEG or PNG opened by its header and checked for size."""
     from PIL import Image
 
@@ -156,20 +154,19 @@ def _picture(file: BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8, as far as it stands before the pixels, where `image_size` sees it,
-    too."""
+    """EXIF orientation 1..8, if it precedes the pixels, where `image_size` can read it too."""
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # a damaged tag turns nothing; the pixels are still good
+    except Exception:  # a damaged tag is ignored; the pixels are usable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _stretched(values: np.ndarray) -> Image.Image:
-    """Values of more than 8 bits, [height, width] or [height, width, 3] -> 8 bits, mode L or RGB,
-    the minimum of all channels to 0 and their maximum to 255."""
+def _stretch(values: np.ndarray) -> Image.Image:
+    """Values of more than 8 bits, [height, width] or [height, width, 3] -> 8 bits, mode L or RGB.
+    The minimum of all channels maps to 0 and their maximum to 255."""
     from PIL import Image
 
     low, high = float(values.min()), float(values.max())
@@ -183,31 +180,31 @@ def _stretched(values: np.ndarray) -> Image.Image:
 
 
 def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels of what `load_image` returns, read from the header only.
+    """(width, height) in pixels of the image that `load_image` returns, read from the header only.
 
-    Raises the RecordErrors of `load_image`, except those that only decoding finds (truncated data).
+    Raises RecordError as `load_image`, except for errors found by decoding only (truncated data).
     """
-    with _decoding(ref, max_pixels) as (file, name):
+    with _open_for_decoding(ref, max_pixels) as (file, name):
         if is_dicom(file):
             return dicom_size(file, name, max_pixels)
-        with _picture(file, name, max_pixels) as image:
+        with _open_picture(file, name, max_pixels) as image:
             width, height = image.size
             return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`ref` as a PIL image in mode RGB, 8 bits, upright. Raises RecordErrors as `load_shades`."""
+    """`ref` as a PIL image in mode RGB, 8 bits, upright. Raises RecordError as `load_shades`."""
     image = load_shades(ref, max_pixels=max_pixels)
     return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def load_shades(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`ref` as a PIL image, 8 bits, upright, in mode L where the file is grey, else RGB.
+    """`ref` as a PIL image, 8 bits, upright, in mode L if the file is grey, else RGB.
 
     Raises RecordError: "image-missing", "image-empty", "image-unreadable" (not an image, truncated,
     another format), "image-too-large" (pixels or bytes), "image-not-a-file" (folder, device, pipe),
-    "image-remote", "path-outside-root", "image-needs-pydicom" (DICOM where pydicom is missing),
-    "no-decoder" (a DICOM transfer syntax for which a package is missing; the detail names it).
+    "image-remote", "path-outside-root", "image-needs-pydicom" (DICOM without pydicom),
+    "no-decoder" (a DICOM transfer syntax that needs a missing package; the detail names it).
     """
     from PIL.Image import Transpose
 
@@ -220,17 +217,17 @@ def load_shades(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    with _decoding(ref, max_pixels) as (file, name):
+    with _open_for_decoding(ref, max_pixels) as (file, name):
         if is_dicom(file):
             return dicom_image(file, name, max_pixels)
-        with _picture(file, name, max_pixels) as image:
+        with _open_picture(file, name, max_pixels) as image:
             turn = turns.get(_orientation(image))
             if is_deep(file):
-                shown = _stretched(deep_values(file, image.size))
+                scaled = _stretch(deep_values(file, image.size))
             elif image.mode.startswith(("I", "F")):
-                shown = _stretched(np.asarray(image))
+                scaled = _stretch(np.asarray(image))
             else:
                 image.load()
-                shown = image
-            upright = shown.transpose(turn) if turn is not None else shown
+                scaled = image
+            upright = scaled.transpose(turn) if turn is not None else scaled
             return upright.copy() if upright.mode in ("L", "RGB") else upright.convert("RGB")

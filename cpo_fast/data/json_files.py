@@ -1,9 +1,9 @@
-"""Records out of JSON Lines or a JSON array (and by `records` of all files), one at a time and
-within bounds.
+"""Records from JSON Lines or a JSON array (`records`: from any file), one at a time, bounded.
 
-Nothing that a file holds may make the reader recurse, grow or stop: a line or item is at most
-`MAX_RECORD_BYTES` long and `MAX_DEPTH` deep, and one that is not good JSON is a RecordError in its
-place, after which the next is read.
+No file content can cause unbounded recursion or memory, or end the reading: a line or item has at
+most `MAX_RECORD_BYTES` and `MAX_DEPTH` levels, and an invalid one yields a RecordError in its
+place. The array scanner is written by hand because json.load and ijson stop at the first invalid
+item.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from cpo_fast.errors import DataError, RecordError
 MAX_DEPTH = 64
 _CHUNK = 1 << 20
 
-# A whole string (possessive: no backtracking), a bracket, a comma, or the quote of a string whose
-# end has not been read yet.
+# A complete string (possessive: no backtracking), a bracket, a comma, or the opening quote of a
+# string that continues beyond the buffer.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
 
 _STRING_END = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def _no_constant(_: str) -> NoReturn:
-    raise RecordError("json-nan", "NaN and Infinity are no JSON; write null")
+    raise RecordError("json-nan", "NaN and Infinity are not JSON; write null")
 
 
 def _depth(data: bytes) -> int:
-    """Deepest nesting of brackets outside strings, counted no further than beyond the bound."""
+    """Deepest nesting of brackets outside strings; counting stops beyond MAX_DEPTH."""
     depth = deepest = 0
     for token in _TOKEN.finditer(data):
         first = token[0][:1]
@@ -55,7 +55,7 @@ def _depth(data: bytes) -> int:
 
 
 def decode(data: bytes) -> dict[str, Any] | RecordError:
-    """The JSON object of `data`, or the RecordError that says why it is none; never quotes it."""
+    """The JSON object in `data`, or a RecordError, which never quotes the data."""
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
         return RecordError("json-too-deep", f"more than {MAX_DEPTH} levels")
     try:
@@ -69,12 +69,12 @@ def decode(data: bytes) -> dict[str, Any] | RecordError:
     except (ValueError, RecursionError) as error:
         return RecordError("json-invalid", type(error).__name__)
     if not isinstance(value, dict):
-        return RecordError("not-an-object", f"a {type(value).__name__} instead of named fields")
+        return RecordError("not-an-object", f"a {type(value).__name__} instead of an object")
     return value
 
 
 def _reader(file: IO[bytes], path: str) -> Callable[[int], bytes]:
-    """`file.read`, with damage of a compressed file as a DataError."""
+    """`file.read` that raises DataError for a damaged compressed file."""
 
     def read(size: int) -> bytes:
         try:
@@ -96,10 +96,10 @@ def _json_lines(file: IO[bytes], path: str) -> Iterator[Record]:
 
 
 def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
-    """The items of one JSON array; `read(n)` gives the next n bytes or fewer at the end."""
+    """The items of a JSON array; `read(n)` returns the next n bytes, fewer at the end."""
     buffer = read(_CHUNK).removeprefix(codecs.BOM_UTF8)
-    start = at = buffer.index(b"[") + 1  # of the item, of what is not scanned yet
-    line, counted = 1, 0  # the line of buffer[counted]
+    start = at = buffer.index(b"[") + 1  # start of the item; start of the unscanned part
+    line, counted = 1, 0  # line number at buffer[counted]
     depth = 0
     more = True
     skipped = False
@@ -126,7 +126,7 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
                 items, start, skipped = items + 1, at, False
                 if mark != b",":
                     if buffer[at:].strip() or read(_CHUNK).strip():
-                        yield line, RecordError("json-invalid", "text behind the array's end")
+                        yield line, RecordError("json-invalid", "text after the end of the array")
                     return
         else:
             at = len(buffer)
@@ -143,28 +143,29 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
             yield begin, RecordError("record-too-long", f"over {MAX_RECORD_BYTES} bytes")
             line += buffer.count(b"\n", 0, at)
             buffer, newlines, more = _skip_item(buffer[at:], depth, read)
-            # What is left starts with the mark behind the item, where nothing is to be reported.
+            # The rest starts with the mark after the item, which is not an error.
             line, depth, at, skipped = line + newlines, 0, 0, True
             continue
-        # At least as much again, so that a long string is not scanned over and over.
+        # Double the buffer, so that a long string is not scanned repeatedly.
         piece = read(max(_CHUNK, len(buffer)))
         more = bool(piece)
         buffer += piece
 
 
 def _skip_item(buffer: bytes, depth: int, read: Callable[[int], bytes]) -> tuple[bytes, int, bool]:
-    """Pass over the rest of an array's item, `depth` levels into it, keeping next to nothing.
+    """Skip the rest of an array item, `depth` levels deep, in constant memory.
 
-    Returns what follows, the mark that ends the item first, the lines passed, and whether the file
-    may have more; b"" when it ends inside the item.
+    Returns the data from the mark after the item on, the number of lines skipped, and whether the
+    file may continue; b"" if it ends inside the item.
     """
     newlines = 0
-    inside = False  # a string
+    inside = False  # within a string
     while True:
         at = 0
         if inside:
             if (end := _STRING_END.match(buffer)) is None:
-                half = (len(buffer) - len(buffer.rstrip(b"\\"))) % 2  # an escape without its letter
+                # A backslash at the end escapes a byte that is not read yet.
+                half = (len(buffer) - len(buffer.rstrip(b"\\"))) % 2
                 at = len(buffer) - half
             else:
                 at, inside = end.end(), False
@@ -195,10 +196,10 @@ def _skip_item(buffer: bytes, depth: int, read: Callable[[int], bytes]) -> tuple
 
 
 def records(path: str) -> Iterator[Record]:
-    """The records of a .json, .jsonl (also .gz) or Parquet file, told apart by how it begins, or of
+    """The records of a .json, .jsonl (also .gz) or Parquet file, detected by its first bytes, or of
     a folder of `datasets.save_to_disk`.
 
-    Raises DataError when the file is none of these, is empty, or is damaged as a whole.
+    Raises DataError for any other file, an empty one, or one that is damaged as a whole.
     """
     if is_datasets_folder(path):
         yield from datasets_rows(path)

@@ -1,4 +1,4 @@
-"""Token lengths of a data set under a tokenizer, before anything is trained on it."""
+"""Token lengths of a data set under a tokenizer, before training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpo_fast.data.labels import diagnosis, question, thought
 from cpo_fast.data.patients import patients_of
 from cpo_fast.data.pixels import MAX_PIXELS, MIN_PIXELS, visual_tokens
 from cpo_fast.data.processor_files import image_processor_settings, pixel_bounds
-from cpo_fast.data.tokens import cannot_see, token_ids
+from cpo_fast.data.tokens import no_image_support, token_ids
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, Study
 
@@ -26,7 +26,8 @@ _QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def quantiles(values: array[int]) -> dict[str, int]:
-    """The smallest values that a share q of `values` do not exceed, by name; {} of nothing."""
+    """Quantiles of `values` by rank (the smallest value >= a share q of them); {} without
+    values."""
     ranked = sorted(values)
     if not ranked:
         return {}
@@ -35,7 +36,7 @@ def quantiles(values: array[int]) -> dict[str, int]:
 
 
 def _pixel_bounds(folder: str) -> tuple[int, int]:
-    """Those of the image processor in `folder`, or Qwen2.5-VL's own."""
+    """The bounds of the image processor in `folder`, else Qwen2.5-VL's."""
     try:
         found = image_processor_settings(folder)
         low, high = pixel_bounds(found[1]) if found else (None, None)
@@ -44,8 +45,8 @@ def _pixel_bounds(folder: str) -> tuple[int, int]:
         return MIN_PIXELS, MAX_PIXELS
 
 
-def _sees(folder: str) -> bool:
-    """Whether the model of a folder takes images; yes where a tokenizer alone lies there."""
+def _takes_images(folder: str) -> bool:
+    """Whether the model in a folder takes images; True for a folder with only a tokenizer."""
     try:
         with open_regular(str(Path(folder) / "config.json")) as file:
             return "vision_config" in json.loads(file.read(1_000_000))
@@ -59,7 +60,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder. Raises UsageError; nothing is fetched or run."""
+    """The tokenizer in a model's folder, without download or remote code. Raises UsageError."""
     if not has_tokenizer(Path(folder)):
         raise UsageError(
             f"--model_name_or_path {folder}: no tokenizer there; give the folder of a model or of "
@@ -71,13 +72,13 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--model_name_or_path {folder}: no tokenizer there that can be loaded "
+            f"--model_name_or_path {folder}: no loadable tokenizer there "
             f"({type(error).__name__}); give the folder of a model or of its tokenizer"
         ) from None
 
 
 def as_preference(record: Study | Preference, max_images: int) -> Preference:
-    """What a record asks and answers; a study as SFT learns it, with so many images."""
+    """The record as a preference; a study as its SFT sample, with up to `max_images` images."""
     if isinstance(record, Preference):
         return record
     images = record.images[:max_images]
@@ -90,10 +91,10 @@ def as_preference(record: Study | Preference, max_images: int) -> Preference:
 
 @dataclass
 class Lengths:
-    """Counts tokens of one record after another; `facts` are those of summary.json.
+    """Counts the tokens of records; `facts` is the part of summary.json.
 
-    An image counts as many tokens as the model sees of it. A sample's length is its prompt and the
-    longest of its answers. A record whose image cannot be read is left out.
+    An image counts its visual tokens. The length of a sample is its prompt and its longest answer.
+    A record with an unreadable image is omitted.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -116,17 +117,17 @@ class Lengths:
         """Tokenizer and image bounds of a model's folder. Raises UsageError."""
         low, high = _pixel_bounds(folder)
         tokenizer = load_tokenizer(folder)
-        return cls(tokenizer, max_length, max_images, low, high, _sees(folder))
+        return cls(tokenizer, max_length, max_images, low, high, _takes_images(folder))
 
     def _images(self, images: tuple[ImageRef, ...]) -> int:
         bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return sum(visual_tokens(*image_size(ref), **bounds) - 1 for ref in images)
 
     def add(self, record: Study | Preference) -> None:
-        """Raises RecordError as `token_ids`."""
+        """Count one record. Raises RecordError as `token_ids`."""
         one = as_preference(record, self.max_images)
         if one.images and not self.sees:
-            raise cannot_see()
+            raise no_image_support()
         ids = token_ids(one, self.tokenizer)
         try:
             prompt = len(ids.prompt) + self._images(one.images)

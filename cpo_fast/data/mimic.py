@@ -1,11 +1,10 @@
-"""MIMIC-CXR-JPG 2.x as PhysioNet hands it out, with the reports of MIMIC-CXR beside the study
-folders.
+"""MIMIC-CXR-JPG 2.x in PhysioNet's layout, with the reports of MIMIC-CXR beside the study folders.
 
     files/p10/p10000032/s50414267/<dicom_id>.jpg     files/p10/p10000032/s50414267.txt
     mimic-cxr-2.0.0-{split,metadata,chexpert|negbio}.csv.gz
 
-The three tables become an index (`mimic_index`); reports are read one by one while iterating.
-Studies come in the order (patient, date, time, study).
+The three tables are read into an index (`mimic_index`), the reports one at a time while iterating.
+Studies are ordered by (patient, date, time, study).
 """
 
 from __future__ import annotations
@@ -23,17 +22,13 @@ from cpo_fast.types import FINDINGS, SPLITS, ImageRef, Origin, Study
 
 LABELLERS = ("chexpert", "negbio")
 
-BLANK_VIEW_POLICIES = ("stand-in", "drop")
-"""What images without a ViewPosition are good for: "stand-in" (default) takes them where a study
-has no image that is named frontal, "drop" never. Lateral views are never taken."""
-
 IMAGE_SUFFIXES = (".jpg", ".png", ".dcm")
-"""What images may be: as MIMIC-CXR-JPG has them, made smaller, or MIMIC-CXR's DICOM."""
+"""MIMIC-CXR-JPG's format, a common format of downscaled copies, and MIMIC-CXR's DICOM."""
 
 
 def table(folder: str, name: str) -> str | None:
     """The path of `mimic-cxr-2.x.x-{name}.csv[.gz]` in `folder`, or None."""
-    # Not any name between: mimic-cxr-2.1.0-test-set-labeled.csv is another kind of table.
+    # An exact match: mimic-cxr-2.1.0-test-set-labeled.csv is a different table.
     wanted = re.compile(rf"mimic-cxr-2\.\d+\.\d+-{name}\.csv(\.gz)?")
     found = sorted(Path(folder).glob(f"mimic-cxr-2.*-{name}.csv*"))
     return next((str(path) for path in found if wanted.fullmatch(path.name)), None)
@@ -55,10 +50,10 @@ def _required(folder: str, *names: str) -> str:
 class MimicSource(StudySource):
     """Studies of a MIMIC-CXR-JPG folder.
 
-    `sections` names the rule of `parse_report`, `image_root` is where files/ lies if the images are
-    elsewhere (made smaller, say), `blank_view` one of `BLANK_VIEW_POLICIES`. A study
-    without a row of labels keeps empty labels. Rows that repeat or contradict another and studies
-    that lack their report or a frontal view are rejected. Raises DataError for a missing folder,
+    `sections` names the rule of `parse_report`. `image_root` is the folder of files/ where the
+    images are elsewhere (a downscaled copy, for example). A study without a row of labels has empty
+    labels. Rows that repeat or contradict another and studies
+    without a report or a frontal view are set aside. Raises DataError for a missing folder,
     table or column.
     """
 
@@ -68,14 +63,10 @@ class MimicSource(StudySource):
         *,
         sections: str = "careful",
         image_root: str | None = None,
-        blank_view: str = "stand-in",
     ) -> None:
         super().__init__("mimic-cxr", path)
-        if blank_view not in BLANK_VIEW_POLICIES:
-            raise ValueError(f"blank_view must be one of {BLANK_VIEW_POLICIES}, not {blank_view!r}")
         self.sections = sections
         self.image_root = path if image_root is None else image_root
-        self.blank_view = blank_view
         self.labels_path = _required(path, *LABELLERS)
         self._index = load_index(
             _required(path, "split"), _required(path, "metadata"), self.labels_path
@@ -83,7 +74,7 @@ class MimicSource(StudySource):
         self._suffix = self._image_suffix()
 
     def __len__(self) -> int:
-        """Studies that the split table names, before any is set aside."""
+        """Number of studies in the split table, including those set aside later."""
         return len(self._index)
 
     def _folder(self, place: int) -> str:
@@ -91,7 +82,7 @@ class MimicSource(StudySource):
         return f"files/p{patient[:2]}/p{patient}/s{self._index.study[place]}"
 
     def _image_suffix(self) -> str:
-        """What the first image that is there ends in; all are taken to be of one kind."""
+        """The suffix of the first image found; all images are assumed to have it."""
         for place in range(min(len(self), 100)):
             image = f"{self._folder(place)}/{self._dicom(int(self._index.first[place]))}"
             for suffix in IMAGE_SUFFIXES:
@@ -106,7 +97,7 @@ class MimicSource(StudySource):
         first, end = int(self._index.first[place]), int(self._index.first[place + 1])
         views = self._index.view[first:end].tolist()
         frontal = [first + i for i, view in enumerate(views) if view == FRONTAL]
-        if not frontal and self.blank_view == "stand-in":
+        if not frontal:  # images without a ViewPosition stand in
             frontal = [first + i for i, view in enumerate(views) if view == BLANK]
         if not frontal:
             raise RecordError(

@@ -1,9 +1,9 @@
-"""The three tables of MIMIC-CXR-JPG as arrays, in the order of studies, and kept between runs.
+"""The three tables of MIMIC-CXR-JPG as arrays, ordered by study and cached between runs.
 
-Reading the tables of the whole data set takes seconds; what they say is kept in the user's cache
+Reading the tables of the whole data set takes seconds. The index is cached in the user's cache
 folder ($XDG_CACHE_HOME/cpo_fast, else ~/.cache/cpo_fast; folder 0700, file 0600, no pickle), keyed
-by path, size and time of each table. Reports and images are not part of it: they are looked at when
-a study is read.
+by path, size and modification time of each table. It contains no reports or images, which are read
+with each study.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from cpo_fast.types import FINDINGS, SPLITS, RejectedRecord
 FRONTAL_VIEWS = frozenset({"AP", "PA"})
 
 OTHER, FRONTAL, BLANK = range(3)
-"""What `MimicIndex.view` says of an image."""
+"""Values of `MimicIndex.view`."""
 
 NO_ROW, GOOD_ROW, BAD_ROW = range(3)
-"""What `MimicIndex.labelled` says of a study."""
+"""Values of `MimicIndex.labelled`."""
 
 NOT_MENTIONED = 2
-"""In `MimicIndex.labels`, beside 1, 0 and -1."""
+"""Value of `MimicIndex.labels` besides 1, 0 and -1."""
 
 MIN_CACHED_BYTES = 1_000_000
-"""Tables that are smaller together are read in no time, and leave nothing in the cache."""
+"""Smaller tables (total size) are fast to read and not cached."""
 
 _VERSION = 2
 _REMEDY = "download the table again from PhysioNet (MIMIC-CXR-JPG 2.x) and leave it unedited"
@@ -51,9 +51,9 @@ _VALUES = {"": NOT_MENTIONED, "1.0": 1, "1": 1, "0.0": 0, "0": 0, "-1.0": -1, "-
 
 @dataclass(frozen=True, slots=True)
 class MimicIndex:
-    """S studies in the order (patient, date, time, study), with their I images one after another.
+    """S studies in the order (patient, date, time, study), with their I images in the same order.
 
-    Images of study i are `first[i]` to `first[i + 1]`. `bad` are the rows that were set aside.
+    The images of study i are `first[i]` to `first[i + 1]`. `bad` lists the rows set aside.
     """
 
     study: np.ndarray  # [S] int32
@@ -79,8 +79,8 @@ _Bad = list[RejectedRecord]
 
 
 def _id(cell: str, pattern: re.Pattern[str]) -> str:
-    """The id that `cell` holds, however a spreadsheet has written it (`51234567.0`, `s51234567`,
-    `"51234567"`), or "": a cell that is no id may hold a patient's words, and is never repeated."""
+    """The id in `cell`, also in a spreadsheet's spelling (`51234567.0`, `s51234567`, `"51234567"`),
+    or "": any other cell can contain patient text and is never repeated."""
     if pattern.fullmatch(cell):
         return cell
     bare = _WRAPPED.sub("", cell.lower())
@@ -93,7 +93,7 @@ def _read_split(path: str, bad: _Bad) -> _Studies:
     columns = ("dicom_id", "study_id", "subject_id", "split")
     rows = tqdm(csv_rows(path, columns, _REMEDY), "split", disable=None, leave=False)
     for line, (*cells, split) in rows:
-        # Paths are made of these ids, so nothing but ids may pass.
+        # Paths are built from these ids, so anything else is refused.
         dicom, study, patient = map(_id, cells, (_DICOM, _STUDY, _SUBJECT))
 
         def note(reason: str, detail: str, line: int = line, study: str = study) -> None:
@@ -104,14 +104,14 @@ def _read_split(path: str, bad: _Bad) -> _Studies:
         elif split not in SPLITS:
             note("bad-split", f"split is none of {', '.join(SPLITS)}")
         elif dicom in seen:
-            note("duplicate-id", f"dicom_id {dicom} stands twice")
+            note("duplicate-id", f"dicom_id {dicom} is repeated")
         else:
             seen.add(dicom)
             known = studies.setdefault(study, (patient, split, []))
             if known[:2] == (patient, split):
                 known[2].append(dicom)
             else:
-                note("conflicting-row", "another subject_id or split above")
+                note("conflicting-row", "an earlier row has another subject_id or split")
     return studies
 
 
@@ -124,7 +124,7 @@ def _read_metadata(path: str, bad: _Bad) -> _Metadata:
         if not dicom:
             bad.append(RejectedRecord(path, line, "", "bad-id", "dicom_id is malformed"))
         elif dicom in known:
-            detail = "dicom_id stands twice"
+            detail = "dicom_id is repeated"
             bad.append(RejectedRecord(path, line, dicom, "duplicate-id", detail))
         else:
             seen = FRONTAL if view.upper() in FRONTAL_VIEWS else OTHER if view else BLANK
@@ -133,7 +133,7 @@ def _read_metadata(path: str, bad: _Bad) -> _Metadata:
 
 
 def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
-    """Values by FINDINGS; () for a row that holds something else."""
+    """Study id -> values in the order of FINDINGS; () for a row with any other value."""
     columns = ("study_id", *FINDINGS)
     rows = tqdm(csv_rows(path, columns, _REMEDY), "labels", disable=None, leave=False)
     labels: dict[str, tuple[int, ...]] = {}
@@ -143,7 +143,7 @@ def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
             bad.append(RejectedRecord(path, line, "", "bad-id", "study_id is malformed"))
             continue
         if study in labels:
-            detail = "study_id stands twice"
+            detail = "study_id is repeated"
             bad.append(RejectedRecord(path, line, study, "duplicate-id", detail))
             continue
         try:
@@ -156,7 +156,7 @@ def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
 
 
 def _seconds(time: str) -> float:
-    """HHMMSS.fff with its leading zeros missing, as a number that sorts; 0 for anything else."""
+    """HHMMSS.fff without leading zeros as a sortable number; 0 for anything else."""
     try:
         value = float(time)
     except ValueError:
@@ -165,19 +165,19 @@ def _seconds(time: str) -> float:
 
 
 def _check_matched(path: str, named: Collection[str], wanted: Iterable[str], bad: _Bad) -> None:
-    """Raises DataError where a table has rows and none names anything of the split table."""
+    """Raises DataError if a table has rows, but none for the ids of the split table."""
     wanted = list(wanted)
     lines = [record.line for record in bad if record.file == path and record.reason == "bad-id"]
     if wanted and (named or lines) and not any(one in named for one in wanted):
-        what = f"its ids are malformed from line {lines[0]} on" if lines else "it has other ids"
+        what = f"its ids are malformed from line {lines[0]} on" if lines else "its ids differ"
         raise DataError(
-            f"{path}: no row names a study of the split table ({what}); take all tables from one "
+            f"{path}: no row matches a study of the split table ({what}); take all tables from one "
             "release of MIMIC-CXR-JPG"
         )
 
 
 def build_index(split: str, metadata: str, labels: str) -> MimicIndex:
-    """Read the three tables. Raises DataError as `csv_rows`, and for a table whose rows match no
+    """Read the three tables. Raises DataError as `csv_rows`, and for a table that matches no
     study."""
     bad: _Bad = []
     images = _read_metadata(metadata, bad)
@@ -213,26 +213,24 @@ def build_index(split: str, metadata: str, labels: str) -> MimicIndex:
     )
 
 
-# --- kept between runs ---------------------------------------------------------------------------
+# --- cache ---------------------------------------------------------------------------------------
 
 
 def _key(paths: tuple[str, ...]) -> str:
-    """What must be the same for a kept index to be good: version, and each table's path, size and
-    time.
-    """
+    """Key of a valid cached index: version, and path, size and modification time of each table."""
     stats = [(str(Path(path).resolve()), Path(path).stat()) for path in paths]
     return json.dumps([_VERSION, *((path, s.st_size, s.st_mtime_ns) for path, s in stats)])
 
 
 def cache_file(split: str) -> Path:
-    """Where the index of the data set with this split table is kept."""
+    """The cache file for the data set with this split table."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     name = hashlib.sha256(str(Path(split).resolve()).encode()).hexdigest()[:24]
     return Path(root) / "cpo_fast" / f"mimic-cxr-{name}.npz"
 
 
-def _kept(file: Path, key: str) -> MimicIndex | None:
-    """The index in `file` if it was made of the same tables, and is whole."""
+def _load_cached(file: Path, key: str) -> MimicIndex | None:
+    """The index in `file` if its key matches and it is complete."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
@@ -252,8 +250,8 @@ def _kept(file: Path, key: str) -> MimicIndex | None:
     return index if whole else None
 
 
-def _keep(file: Path, key: str, index: MimicIndex) -> None:
-    """Write the index for the next run; a cache that cannot be written is done without."""
+def _store(file: Path, key: str, index: MimicIndex) -> None:
+    """Write the index for the next run; an unwritable cache is ignored."""
     arrays = {f.name: getattr(index, f.name) for f in fields(MimicIndex) if f.name != "bad"}
     bad = json.dumps([record.to_json() for record in index.bad])
     with contextlib.suppress(OSError):
@@ -263,8 +261,8 @@ def _keep(file: Path, key: str, index: MimicIndex) -> None:
 
 
 def load_index(split: str, metadata: str, labels: str) -> MimicIndex:
-    """The index of the three tables: the kept one if none of them has changed, else made anew and
-    kept. Raises DataError for a table that cannot be read.
+    """The index of the three tables, from the cache if they are unchanged, else built and cached.
+    Raises DataError for a table that cannot be read.
     """
     paths = (split, metadata, labels)
     try:
@@ -277,8 +275,8 @@ def load_index(split: str, metadata: str, labels: str) -> MimicIndex:
     if small:
         return build_index(*paths)
     file = cache_file(split)
-    index = _kept(file, key)
+    index = _load_cached(file, key)
     if index is None:
         index = build_index(*paths)
-        _keep(file, key, index)
+        _store(file, key, index)
     return index

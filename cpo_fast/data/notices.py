@@ -1,4 +1,4 @@
-"""What stands in a radiology report without describing the images: who was told, who signed."""
+"""Report sentences that do not describe the images: notifications and signatures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ _ABBREVIATED = (
 )  # fmt: skip
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z_(\d])")
 
-_TOLD = r"(?:notified|paged|informed|contacted|telephoned|phoned|e-?mailed|faxed|spoke|read back)"
-_PERHAPS_TOLD = (
+_NOTIFIED = (
+    r"(?:notified|paged|informed|contacted|telephoned|phoned|e-?mailed|faxed|spoke|read back)"
+)
+_MAYBE_NOTIFIED = (
     r"(?:discussed|discussion|communicated|communication|conveyed|relayed|reported|called|posted|"
     r"entered|texted|transmitted|acknowledged|submitted|sent|given|provided|flagged|alerted|"
     r"reviewed|made aware|call|message|placed|notification)"
 )
-_WHOM = (
+_RECIPIENT = (
     r"(?:with|to|by|via|at|into|in|on|over|from)\s+(?:(?:the|an?|his|her|patient'?s|covering|on.call)"
     r"\s+)*(?:drs?\b|doctor|___|team|clinical|clinicians?|referring|ordering|requesting|primary|"
     r"ed\b|er\b|emergency|icu\b|micu|sicu|ccu|nurs\w+|rn\b|np\b|physicians?|providers?|residents?|"
@@ -27,9 +29,9 @@ _WHOM = (
 _NOTICES = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        rf"\b{_TOLD}\b|\bd/w\b|\b(?:made|is|are|was|were) aware\b",
-        rf"\b{_PERHAPS_TOLD}\b.{{0,200}}?\b{_WHOM}",
-        rf"^\W*{_PERHAPS_TOLD}\b",
+        rf"\b{_NOTIFIED}\b|\bd/w\b|\b(?:made|is|are|was|were) aware\b",
+        rf"\b{_MAYBE_NOTIFIED}\b.{{0,200}}?\b{_RECIPIENT}",
+        rf"^\W*{_MAYBE_NOTIFIED}\b",
         r"\bwet read\b.{0,200}?\b(?:given|provided|placed|posted|performed|available|entered)\b",
         r"^\W*drs?\b.{0,200}?\b(?:called|told|acknowledged|discussed|communicated|agrees?|phone|telephone)\b",
         r"\b(?:(?:reviewed|interpreted|approved|agrees?) .{0,200}?\bradiologist|"
@@ -46,7 +48,7 @@ _NOTICES = tuple(
     )
 )
 
-# Names are de-identified as "___": a signature is titles, times and nothing else.
+# Names are de-identified as "___", so a signature contains only titles and times.
 _OF_A_SIGNATURE = re.compile(
     r"(?:\b(?:drs?|mrs?|ms|doctor|md|m\.d|do|d\.o|phd|ph\.d|np|rn|pa-?c|es|sgd|signed|electronically|"
     r"approved|dictated|transcribed|reviewed|by|at|on|and|attending|radiologists?|resident|fellow|"
@@ -58,7 +60,7 @@ _LETTER = re.compile(r"[a-z]")
 
 
 def sentences(text: str) -> Iterator[str]:
-    """`text` cut at the ends of its sentences; titles such as "Dr." end none."""
+    """Split `text` into sentences; abbreviations such as "Dr." do not end one."""
     start = 0
     for end in _SENTENCE_END.finditer(text):
         if not f" {text[max(start, end.start() - 5) : end.start()].lower()}".endswith(_ABBREVIATED):
@@ -69,7 +71,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def is_signature(text: str) -> bool:
-    """Whether `text` is made of titles, times and removed names alone: "DR. ___ (ES)"."""
+    """Whether `text` contains only titles, times and removed names: "DR. ___ (ES)"."""
     lower = text.lower()
     return _OF_A_SIGNATURE.fullmatch(lower) is not None and _LETTER.search(lower) is not None
 
@@ -80,5 +82,5 @@ def _is_notice(sentence: str) -> bool:
 
 
 def describes(text: str) -> bool:
-    """Whether any sentence is more than a signature or a note of who was told or has signed."""
-    return any(not (is_signature(said) or _is_notice(said)) for said in sentences(text))
+    """Whether any sentence is neither a signature nor a notification."""
+    return any(not (is_signature(part) or _is_notice(part)) for part in sentences(text))

@@ -1,10 +1,9 @@
 """Open-I (Indiana University chest X-rays): 3,955 reports as XML, labelled by MeSH indexers.
 
 The reports are read from the installed wheel of torchxrayvision, which is not imported, or from a
-.tgz or folder that the user names. Their licence (CC BY-NC-ND 4.0) forbids handing on anything
-derived from them. Images are a separate download: with `image_root` a study has its frontal PNG
-files, without it is text only. Open-I has one report per patient and no splits: ids are split
-80/10/10 by their hash.
+.tgz or folder. Their licence (CC BY-NC-ND 4.0) forbids redistribution of derived works. Images are
+a separate download: with `image_root` a study has its frontal PNG files, without it only text.
+Open-I has one report per patient and no splits: ids are split 80/10/10 by their hash.
 """
 
 from __future__ import annotations
@@ -39,17 +38,16 @@ MESH_TERMS: dict[str, tuple[str, ...]] = {
     "Pneumothorax": ("pneumothorax",),
     "Emphysema": ("emphysema", "pulmonary emphysema", "bullous emphysema"),
 }
-"""The nine findings that Open-I shares with the concept graph, by the first part of a major
-term."""
+"""The nine findings common to Open-I and the concept graph -> first parts of major terms."""
 
 _WHEEL = "torchxrayvision"
 _REPORTS = "torchxrayvision/data/NLMCXR_reports.tgz"
 _VIEWS = "torchxrayvision/data/nlmcxr_tsne_pa.csv.gz"
 
 
-def installed(file: str = _REPORTS) -> str:
-    """The path of `file` of the installed wheel. Raises DataError with the remedy when it is not
-    there."""
+def installed_file(file: str = _REPORTS) -> str:
+    """The path of `file` in the installed wheel. Raises DataError with the remedy if it is
+    missing."""
     try:
         path = Path(str(metadata.distribution(_WHEEL).locate_file(file)))
     except metadata.PackageNotFoundError:
@@ -65,7 +63,7 @@ def installed(file: str = _REPORTS) -> str:
 def parse_xml(data: bytes) -> Element:
     """The root element of a small XML document.
 
-    A document type is refused, and entities with it. Raises RecordError "xml-doctype",
+    A document type, and with it entities, is refused. Raises RecordError "xml-doctype",
     "xml-too-deep", "xml-too-large" or "xml-unreadable".
     """
     if len(data) > MAX_XML_BYTES:
@@ -86,7 +84,7 @@ def parse_xml(data: bytes) -> Element:
         builder.end(tag)
 
     def doctype(*_: object) -> None:
-        raise RecordError("xml-doctype", "a document type may define entities; remove it")
+        raise RecordError("xml-doctype", "a document type can define entities; remove it")
 
     parser = expat.ParserCreate()
     parser.StartElementHandler = start
@@ -104,38 +102,38 @@ def parse_xml(data: bytes) -> Element:
 
 
 def mesh_labels(terms: list[str]) -> dict[str, int | None]:
-    """Labels from major terms: the nine findings and "No Finding", each 1 or 0; {} when not
+    """Labels from major terms: the nine findings and "No Finding", each 1 or 0; {} if not
     indexed."""
     heads = {term.split("/")[0].strip().lower() for term in terms}
     if not heads or "no indexing" in heads:
         return {}
     labels: dict[str, int | None] = {
-        name: int(not heads.isdisjoint(words)) for name, words in MESH_TERMS.items()
+        name: int(not heads.isdisjoint(known)) for name, known in MESH_TERMS.items()
     }
     labels["No Finding"] = int("normal" in heads)
     return labels
 
 
 def split_of(study_id: str) -> str:
-    """train, validate or test, 80/10/10, by the SHA-256 of the id alone."""
+    """train, validate or test, 80/10/10, by the SHA-256 of the id."""
     tenth = int.from_bytes(hashlib.sha256(study_id.encode()).digest()[:8], "big") % 10
     return "test" if tenth == 9 else "validate" if tenth == 8 else "train"
 
 
-def _views() -> dict[str, str]:
-    """Image id -> "PA" or "L" by the wheel's table, which was made from the pixels and names one
-    or two images of most studies; {} when it is not installed.
+def _read_views() -> dict[str, str]:
+    """Image id -> "PA" or "L" from the wheel's table, which was derived from pixels and covers one
+    or two images of most studies; {} if it is not installed.
     """
     try:
-        path = installed(_VIEWS)
+        path = installed_file(_VIEWS)
     except DataError:
         return {}
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         return {row["imageid"]: row["tsne-view"] for row in csv.DictReader(file)}
 
 
-def _members(path: str) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the XML files of a .tgz in its order, or of a folder in order of names."""
+def _read_members(path: str) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the XML files of a .tgz in archive order, or of a folder sorted by name."""
     if Path(path).is_dir():
         for found in sorted(Path(path).rglob("*.xml")):
             try:
@@ -154,27 +152,27 @@ def _members(path: str) -> Iterator[tuple[str, bytes]]:
                     yield member.name, packed.read(MAX_XML_BYTES + 1)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: not a .tgz that can be read ({type(error).__name__}); fetch it again"
+            f"{path}: not a readable .tgz ({type(error).__name__}); fetch it again"
         ) from None
 
 
 class OpenISource(StudySource):
-    """Studies of Open-I; `path` is a .tgz, a folder of XML files or "" for the installed wheel's.
+    """Studies of Open-I; `path` is a .tgz, a folder of XML files, or "" for the installed wheel.
 
-    Text is taken as it stands ("XXXX" is the de-identification). Section rule "authors" takes
-    findings only. A report that was not indexed has empty labels.
+    Text is unchanged ("XXXX" is the de-identification). Section rule "authors" reads findings only.
+    A report that was not indexed has empty labels.
     """
 
     def __init__(
         self, path: str = "", *, sections: str = "careful", image_root: str | None = None
     ) -> None:
-        super().__init__("open-i", path or installed())
+        super().__init__("open-i", path or installed_file())
         self.sections = sections
         self.image_root = image_root
-        self._view = _views() if image_root is not None else {}
+        self._view = _read_views() if image_root is not None else {}
 
     def _frontal(self, names: list[str]) -> list[str]:
-        """Images known to be frontal, else those not known to be lateral, else all."""
+        """Images known to be frontal, else images not known to be lateral, else all."""
         frontal = [name for name in names if self._view.get(name) == "PA"]
         return frontal or [name for name in names if self._view.get(name) != "L"] or names
 
@@ -202,7 +200,7 @@ class OpenISource(StudySource):
 
     def _records(self) -> Iterator[Study]:
         seen: set[str] = set()
-        for name, data in _members(self.path):
+        for name, data in _read_members(self.path):
             self.read += 1
             study_id, file = PurePosixPath(name).stem, f"{self.path}:{name}"
             try:

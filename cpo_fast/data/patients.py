@@ -1,4 +1,4 @@
-"""Which patients a row of a preference file is about, as far as it says so."""
+"""The patients of a row of a preference file, if it identifies them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from cpo_fast.types import ImageRef
 
 _PATIENT_NAME = re.compile(r"(?:deid)?(?:patient|subject)(?:id|number|no)?|mrn")
-"""A field that names the patient, in lower case without `_`, `-`, `.` and spaces."""
+"""A field with a patient id, in lower case without `_`, `-`, `.` and spaces."""
 
 _ID = re.compile(r"[\w.\-]{1,64}", re.ASCII)
 _MIMIC = re.compile(r"p(1\d{7})")
@@ -19,7 +19,7 @@ _PATH = re.compile(r"(?:^|/)(?:p(1\d{7})|(patient\d+)|deid_png/([\w.\-]+))/", re
 
 
 def _id(value: Any) -> str | None:
-    """A patient's id as text: `10000032`, `10000032.0`, "10000032" and "p10000032" are one."""
+    """A patient id as text: `10000032`, `10000032.0`, "10000032" and "p10000032" are equal."""
     if isinstance(value, bool):
         return None
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
@@ -34,19 +34,19 @@ def _id(value: Any) -> str | None:
 
 
 def names_patient(field: str) -> bool:
-    """Whether a field is one for a patient's id: `patient_id`, `PatientID`, `subject-id`, `mrn`."""
+    """Whether a field name denotes a patient id: `patient_id`, `PatientID`, `subject-id`, `mrn`."""
     return _PATIENT_NAME.fullmatch(re.sub(r"[\s_.-]", "", field.lower())) is not None
 
 
 def is_patient(value: Any) -> bool:
-    """Whether a field that `names_patient` holds an id (or several) and not a description."""
+    """Whether the value of a field with `names_patient` is an id or a list of ids, not text."""
     values = value if isinstance(value, list) else [value]
     return all(_id(one) is not None for one in values)
 
 
 def patients_of(row: Mapping[str, Any], images: Sequence[ImageRef]) -> tuple[str, ...]:
-    """The ids of the row's patients, sorted: those of fields that `names_patient`, and those that
-    the paths of its images name. () where the row tells none.
+    """The sorted ids of the row's patients, from fields with `names_patient` and from image paths;
+    () without any.
     """
     found: set[str] = set()
     for value in (value for name, value in row.items() if names_patient(name)):

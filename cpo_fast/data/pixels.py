@@ -1,7 +1,7 @@
-"""Pixel values for Qwen2.5-VL's image tower, the very numbers of transformers' processor, faster.
+"""Pixel values for Qwen2.5-VL's vision tower, bit-equal to transformers' processor and faster.
 
-A grey radiograph is resized once instead of in three equal channels, and one table of 256 values
-per channel takes the place of rescaling and normalising each pixel.
+A grey radiograph is resized once instead of in three equal channels, and a lookup table of 256
+values per channel replaces rescaling and normalising each pixel.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
 """Qwen2.5-VL's bounds on the area of a resized image: 4 to 1,280 visual tokens."""
 
 FRAMES = 2
-"""An image counts as two equal frames of a film."""
+"""An image is encoded as a video of two equal frames."""
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images, by channel, as in Qwen2.5-VL's preprocessor_config.json."""
+"""Statistics of CLIP's training images per channel, as in Qwen2.5-VL's preprocessor_config.json."""
 
 _MAX_ASPECT = 200
 
 
-def resized(
+def resized_size(
     width: int, height: int, *, min_pixels: int, max_pixels: int, factor: int = PATCH * MERGE
 ) -> tuple[int, int]:
-    """(width, height) that the model sees of an image: multiples of `factor`, an area between the
-    bounds, the aspect kept as closely as that allows (smart_resize of Qwen2-VL).
+    """(width, height) of an image after resizing: multiples of `factor` with an area between the
+    bounds and nearly the same aspect ratio (smart_resize of Qwen2-VL).
 
-    Raises RecordError "image-too-thin" beyond an aspect of 200.
+    Raises RecordError "image-too-thin" for an aspect ratio over 200.
     """
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise RecordError("image-too-thin", f"{width} x {height} pixels")
@@ -56,13 +56,13 @@ def resized(
 
 
 def visual_tokens(width: int, height: int, *, min_pixels: int, max_pixels: int) -> int:
-    """How many tokens an image of so many pixels takes. Raises RecordError as `resized`."""
-    sides = resized(width, height, min_pixels=min_pixels, max_pixels=max_pixels)
+    """Visual tokens of an image of this size. Raises RecordError as `resized_size`."""
+    sides = resized_size(width, height, min_pixels=min_pixels, max_pixels=max_pixels)
     return sides[0] * sides[1] // (PATCH * MERGE) ** 2
 
 
 def _tables(mean: Sequence[float], std: Sequence[float], scale: float) -> np.ndarray:
-    """[3, 256] float32: what each 8-bit value becomes, in the processor's own steps and
+    """[3, 256] float32: 8-bit value -> normalised value, in the processor's steps and
     precisions."""
     values = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
     shift, spread = (np.array(part, dtype=np.float32)[:, None] for part in (mean, std))
@@ -81,13 +81,13 @@ def pixel_values(
     """Patches of a PIL image in mode L or RGB, and their grid.
 
     Returns ([h * w, 3 * FRAMES * PATCH * PATCH] float32, (1, h, w)), where h x w is the grid of
-    patches; those of a visual token follow one another. Raises RecordError as `resized`.
+    patches; the patches of a visual token are adjacent. Raises RecordError as `resized_size`.
     """
     from PIL.Image import Resampling
 
-    width, height = resized(*image.size, min_pixels=min_pixels, max_pixels=max_pixels)
-    shown = image.resize((width, height), Resampling.BICUBIC)
-    planes = np.asarray(shown).reshape(height, width, -1)  # 1 or 3 channels
+    width, height = resized_size(*image.size, min_pixels=min_pixels, max_pixels=max_pixels)
+    scaled = image.resize((width, height), Resampling.BICUBIC)
+    planes = np.asarray(scaled).reshape(height, width, -1)  # 1 or 3 channels
     rows, columns = height // PATCH, width // PATCH
     # [h / 2, w / 2, 2, 2, channels, PATCH, PATCH], the order of the model's patches
     patches = planes.reshape(
@@ -97,6 +97,6 @@ def pixel_values(
     tables = _tables(mean, std, scale)
     done = np.empty((rows * columns, 3, FRAMES, PATCH * PATCH), dtype=np.float32)
     for channel in range(3):
-        seen = patches[:, channel if patches.shape[1] == 3 else 0]
-        done[:, channel] = tables[channel][seen][:, None]
+        plane = patches[:, channel if patches.shape[1] == 3 else 0]
+        done[:, channel] = tables[channel][plane][:, None]
     return done.reshape(rows * columns, -1), (1, rows, columns)

@@ -1,4 +1,4 @@
-"""How many positions a model was made for."""
+"""The number of positions that a model supports."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def position_limit(config: Any) -> int | None:
-    """Tokens that a sequence may hold by a model's configuration, None where it names no bound.
+    """Maximum sequence length of a model's configuration; None if it has no limit.
 
-    `max_position_embeddings` of the text part, or what RoPE scaling (linear, dynamic, YaRN,
-    Llama 3: a `factor` on the original length) makes of it, whichever is more.
+    The larger of `max_position_embeddings` of the text part and its length after RoPE scaling
+    (linear, dynamic, YaRN, Llama 3: a `factor` on the original length).
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
@@ -27,8 +27,8 @@ def position_limit(config: Any) -> int | None:
 
 
 def model_positions(folder: str | Path) -> int | None:
-    """`position_limit` of the model in `folder`; None where its configuration can't be read, which
-    loading the model tells."""
+    """`position_limit` of the model in `folder`; None if its configuration cannot be read, which
+    loading the model reports."""
     from transformers import AutoConfig
 
     try:
@@ -41,7 +41,7 @@ def model_positions(folder: str | Path) -> int | None:
 
 
 def _parts(rope: Any) -> Iterator[Mapping[str, Any]]:
-    """The settings themselves, or, where layers differ, those of each kind of layer."""
+    """The settings, and the settings of each kind of layer if layers differ."""
     if isinstance(rope, Mapping):
         yield rope
         yield from (part for part in rope.values() if isinstance(part, Mapping))

@@ -1,4 +1,4 @@
-"""The last step of every format of preference rows: the parts of a row as one Preference."""
+"""The last step of every preference format: the parts of a row -> Preference."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cpo_fast.counting import counted
 from cpo_fast.data.patients import patients_of
 from cpo_fast.data.preference_values import (
     Message,
+    answer_text,
     image_refs,
+    message_text,
     refuse_other_media,
     same_answer,
-    text_in,
     text_of,
-    words,
 )
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Answer, ImageRef, Preference
@@ -23,7 +23,7 @@ from cpo_fast.types import Answer, ImageRef, Preference
 Row = Mapping[str, Any]
 
 _LABELS = ("label", "kto_tag")
-"""What trl and ms-swift, and LLaMA-Factory, call the mark of an answer without a pair."""
+"""The fields of trl and ms-swift, and of LLaMA-Factory, that mark an answer without a pair."""
 
 _OTHER_MARKS = (
     "accepted", "correct", "desirable", "good", "is_accepted", "is_correct", "is_desirable",
@@ -41,7 +41,7 @@ _SCORES = (
 
 
 def number(value: Any) -> float | None:
-    """What a field holds as a number, if it is one that fits a float."""
+    """The value of a field as a finite float, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -56,11 +56,10 @@ def row_images(row: Row, root: str) -> tuple[ImageRef, ...]:
 
 
 def refuse_marked(row: Row, paired: bool) -> None:
-    """RecordError where a row (or an entry of a list) says that its answer is not to be learned, or
-    marks it in a way that is not clear.
+    """RecordError if a row (or an entry of a list) marks its answer as bad or ambiguously.
 
-    An answer without a pair is learned from only if `label` or `kto_tag` is true or 1, where there
-    is one. Beside a pair a label of another type is taken for something else.
+    An answer without a pair is used only if its `label` or `kto_tag`, if any, is true or 1. Beside
+    a pair, a label of another type is assumed to have another meaning.
     """
     for name in (*_LABELS, *_OTHER_MARKS):
         if name not in row:
@@ -68,31 +67,29 @@ def refuse_marked(row: Row, paired: bool) -> None:
         mark = row[name]
         if (paired or name in _OTHER_MARKS) and mark is not False:
             continue
-        if mark == 0 and paired:  # 0 is false, too
+        if mark == 0 and paired:  # 0 also means false
             raise RecordError("unclear-label", f"{name} is false beside a chosen answer")
         if mark == 0:
-            raise RecordError("answer-marked-bad", f"{name} is false: the answer is not learned")
+            raise RecordError("answer-marked-bad", f"{name} is false: the answer is not used")
         if mark != 1:
-            raise RecordError(
-                "unclear-label", f"{name} should be true or false; rename what is no mark"
-            )
+            raise RecordError("unclear-label", f"{name} should be true or false, or rename it")
     for chosen, rejected in _SCORES:
         high, low = number(row.get(chosen)), number(row.get(rejected))
         if paired and high is not None and low is not None and high < low:
             raise RecordError("scores-contradict", f"{chosen} is below {rejected}")
 
 
-def _asks(prompt: Sequence[Message], images: Sequence[ImageRef]) -> bool:
-    return bool(images) or any(text_in(turn).strip() or len(turn) > 2 for turn in prompt)
+def _has_content(prompt: Sequence[Message], images: Sequence[ImageRef]) -> bool:
+    return bool(images) or any(message_text(turn).strip() or len(turn) > 2 for turn in prompt)
 
 
 def _texts(prompts: Sequence[Sequence[Message] | None], answers: Sequence[Answer]) -> Iterator[str]:
     for prompt in prompts:
-        yield from (text_in(message) for message in prompt or ())
-    yield from map(words, answers)
+        yield from (message_text(message) for message in prompt or ())
+    yield from map(answer_text, answers)
 
 
-def build(
+def build_preference(
     row: Row,
     id: str,
     prompt: tuple[Message, ...],
@@ -105,10 +102,10 @@ def build(
     template: Mapping[str, Any] | None = None,
     sighted: bool = False,
 ) -> Preference:
-    """The preference of a row's parts. Raises RecordError for parts that do not go together."""
+    """The preference of a row's parts. Raises RecordError for inconsistent parts."""
     refuse_marked(row, bool(rejected))
-    if not _asks(prompt, images):
-        raise RecordError("empty-prompt", "the prompt has neither text nor an image")
+    if not _has_content(prompt, images):
+        raise RecordError("empty-prompt", "the prompt has no text and no image")
     for text in _texts([prompt, rejected_prompt], [chosen, *rejected]):
         refuse_other_media(text)
     other_images = rejected_images is not None and rejected_images != images
@@ -144,4 +141,4 @@ def build(
 
 
 def no_rejected() -> RecordError:
-    return RecordError("no-rejected", "there is nothing to prefer the chosen answer to")
+    return RecordError("no-rejected", "there is no answer to compare with the chosen one")

@@ -1,4 +1,4 @@
-"""Rows about reports: CXR-CounterFact items, and the lines of our counterfactuals.jsonl."""
+"""Report rows: CXR-CounterFact items, and the lines of this project's counterfactuals.jsonl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from cpo_fast.data.labels import NO_FINDING, question, thought
-from cpo_fast.data.preference_build import Row, build
+from cpo_fast.data.preference_build import Row, build_preference
 from cpo_fast.data.preference_values import image_refs, list_of, object_of, text_of
 from cpo_fast.errors import RecordError
 from cpo_fast.types import ImageRef, Preference
@@ -15,14 +15,14 @@ _DICOM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{8}){4}")
 
 
 def _ccf_ids(row: Row) -> tuple[str | None, str | None]:
-    """(study, patient) out of `sid` and `pid`, by their leading digit."""
+    """(study, patient) from `sid` and `pid`, by their leading digit."""
     ids = [str(row.get(name) or "").lstrip("ps") for name in ("sid", "pid")]
     study = next((one for one in ids if re.fullmatch(r"5\d{7}", one)), None)
     return study, next((one for one in ids if re.fullmatch(r"1\d{7}", one)), None)
 
 
 def _ccf_image(row: Row) -> tuple[str, str]:
-    """(study id, path of the image below MIMIC-CXR's root)."""
+    """(study id, image path relative to MIMIC-CXR's root)."""
     study, patient = _ccf_ids(row)
     dicom = row["dicom_id"]
     named = isinstance(dicom, str) and _DICOM.fullmatch(dicom)
@@ -31,18 +31,17 @@ def _ccf_image(row: Row) -> tuple[str, str]:
     return f"s{study}", f"files/p{patient[:2]}/p{patient}/s{study}/{dicom}.jpg"
 
 
-def _told(value: Any, field: str) -> str:
+def _nonempty(value: Any, field: str) -> str:
     if not text_of(value, field).strip():
         raise RecordError("empty-response", f"{field} is empty")
     return str(value)
 
 
 def parse_ccf(row: Row, root: str, id: str) -> Preference:
-    """CXR-CounterFact: every counterfactual of the item is rejected, in its order.
+    """CXR-CounterFact: all counterfactuals of the item are rejected answers, in order.
 
-    `sid` and `pid` stand the wrong way round in some releases: a patient's id begins with 1, a
-    study's with 5. The image lies where MIMIC-CXR-JPG puts it, below `root`; an item without
-    `dicom_id` has none.
+    `sid` and `pid` are swapped in some releases: a patient id begins with 1, a study id with 5. The
+    image path is MIMIC-CXR-JPG's, below `root`; an item without `dicom_id` has no image.
     """
     images: tuple[ImageRef, ...] = ()
     if row.get("dicom_id"):
@@ -54,26 +53,26 @@ def parse_ccf(row: Row, root: str, id: str) -> Preference:
     if not report.strip() or not diagnose.strip():
         raise RecordError("empty-response", "report or diagnose is empty")
     rejected = [
-        thought(_told(text, "counterfact"), (text_of(name, "counterfact"),))
+        thought(_nonempty(text, "counterfact"), (text_of(name, "counterfact"),))
         for name, text in object_of(row.get("counterfact"), "counterfact").items()
     ]
     chosen = f"<think> {report} </think> {diagnose}"
-    told = {**row, "patient_id": _ccf_ids(row)[1] or row.get("pid")}
-    return build(told, id, question(len(images)), chosen, rejected, images)
+    known = {**row, "patient_id": _ccf_ids(row)[1] or row.get("pid")}
+    return build_preference(known, id, question(len(images)), chosen, rejected, images)
 
 
 def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
-    """A line of our counterfactuals.jsonl (`cpo_fast.types.Counterfactual`).
+    """A line of counterfactuals.jsonl (`cpo_fast.types.Counterfactual`).
 
     Thinking: the rewritten report and its target against the original. Perception: the same answer
-    with `rejected_images` in place of the images.
+    with `rejected_images` instead of the images.
     """
     checks = object_of(row.get("checks") or {}, "checks")
     if failed := sum(passed is not True for passed in checks.values()):
         raise RecordError("counterfactual-checks", f"{failed} of {len(checks)} checks failed")
     images = image_refs(row.get("images"), root)
     names = [text_of(name, "labels") for name in list_of(row.get("labels"), "labels")]
-    chosen = thought(_told(row.get("report"), "report"), names or (NO_FINDING,))
+    chosen = thought(_nonempty(row.get("report"), "report"), names or (NO_FINDING,))
     own = image_refs(row.get("rejected_images"), root, "rejected_images") or None
     if row.get("kind") == "perception":
         if own is None:
@@ -82,6 +81,8 @@ def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
     else:
         own = None
         target = text_of(row.get("target"), "target")
-        rejected = thought(_told(row.get("counterfactual"), "counterfactual"), (target,))
+        rejected = thought(_nonempty(row.get("counterfactual"), "counterfactual"), (target,))
     study = text_of(row.get("study_id"), "study_id")
-    return build({**row, "id": study}, id, question(len(images)), chosen, (rejected,), images, own)
+    return build_preference(
+        {**row, "id": study}, id, question(len(images)), chosen, (rejected,), images, own
+    )

@@ -1,7 +1,7 @@
-"""One row of a preference file -> Preference, for each format that its users already have.
+"""One row of a preference file -> Preference, for each supported format.
 
-A parser takes the row's fields, the folder that image paths are relative to, and the id that the
-row gets when it brings none. It raises RecordError as `preference_values` does.
+A parser takes the fields of the row, the root of image paths, and an id for rows without one. It
+raises RecordError as `preference_values`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from cpo_fast.data.preference_build import (
     Row,
-    build,
+    build_preference,
     no_rejected,
     number,
     refuse_marked,
@@ -21,19 +21,19 @@ from cpo_fast.data.preference_build import (
 from cpo_fast.data.preference_reports import parse_ccf, parse_counterfactual
 from cpo_fast.data.preference_values import (
     Message,
+    add_images,
+    add_system,
+    count_placeholders,
     image_refs,
     list_of,
-    message_of,
-    messages,
     object_of,
-    placeholders,
+    read_answer,
+    read_message,
+    read_messages,
     refuse_unlearned,
-    response,
-    tags_to_parts,
+    split_tags,
     template_options,
     text_of,
-    with_images,
-    with_system,
 )
 from cpo_fast.errors import RecordError
 from cpo_fast.types import IMAGE_TOKEN, Preference
@@ -43,37 +43,37 @@ _NECTAR_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def _shared_start(chosen: list[Any], rejected: list[Any]) -> int:
-    """How many messages, or characters, two answers have in common at their start; as in trl the
-    shorter one keeps its last."""
+    """Number of leading messages or characters common to two answers; as in trl, the last one of
+    the shorter answer is not counted."""
     last = min(len(chosen), len(rejected)) - 1
     return next((n for n in range(last) if chosen[n] != rejected[n]), max(last, 0))
 
 
-def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
-    """Prompt and answers out of two conversations, or texts, that share their start."""
+def _split_implicit(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
+    """Prompt and answers from two conversations, or texts, with a common start."""
     if chosen is not None and chosen == rejected:
         raise RecordError("chosen-equals-rejected", "the two conversations are the same")
     if isinstance(chosen, list) and isinstance(rejected, list):
         cut = _shared_start(chosen, rejected)
-        return messages(chosen[:cut], "chosen"), chosen[cut:], rejected[cut:]
+        return read_messages(chosen[:cut], "chosen"), chosen[cut:], rejected[cut:]
     chosen, rejected = text_of(chosen, "chosen"), text_of(rejected, "rejected")
     cut = _shared_start(list(chosen), list(rejected))
     if cut and chosen[cut] != rejected[cut] and chosen[cut - 1] == " ":
-        cut -= 1  # as trl does: the space belongs to the answers
-    return messages(chosen[:cut], "chosen") if cut else [], chosen[cut:], rejected[cut:]
+        cut -= 1  # as in trl, the space belongs to the answers
+    return read_messages(chosen[:cut], "chosen") if cut else [], chosen[cut:], rejected[cut:]
 
 
 def parse_trl(row: Row, root: str, id: str) -> Preference:
-    """trl, and our own rows, which may hold `rejected_responses` in place of `rejected`, and
-    `rejected_images` or `rejected_prompt` for what the rejected answers were given instead.
+    """trl, and this project's rows, which can have `rejected_responses` instead of `rejected`, and
+    `rejected_images` or `rejected_prompt` as other inputs of the rejected answers.
 
-    The prompt is implicit (what both answers share) when there is none or when it is text and the
-    answers are conversations. Images without a placeholder stand before what the first user says.
-    Where prompt and answers are all strings they are plain text, without a chat template; with
-    images they are so only if the prompt holds the model's own placeholder for each.
-    A row of trl's SFTTrainer has `completion` in place of the two answers, one of ours no
-    `rejected_responses` in its list: an answer to learn, without a pair. A `system` beside the
-    prompt stands in front of it, and then the row is a conversation.
+    Without a prompt, or with a text prompt beside conversations, the prompt is implicit: the common
+    start of both answers. Images without a placeholder precede the first user message. If prompt
+    and answers are all strings, they are plain text without a chat template; with images only if
+    the prompt contains the model's own placeholder for each.
+    A row of trl's SFTTrainer has `completion` instead of the two answers; a row of this project can
+    have an empty `rejected_responses`. Both are answers without a pair. A `system` beside the
+    prompt becomes its first message, and the row is then a conversation.
     `ref_chosen_logps` and `ref_rejected_logps` are not used: the reference is the run's own model.
     """
     alone = None
@@ -85,30 +85,30 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
     conversation = isinstance(chosen, list) and isinstance(given, str)
     rejected: list[Any]
     if several is not None:
-        prompt, rejected = messages(given, "prompt"), list_of(several, "rejected_responses")
+        prompt, rejected = read_messages(given, "prompt"), list_of(several, "rejected_responses")
     elif alone is not None:
-        prompt, rejected = messages(given, "prompt"), []
+        prompt, rejected = read_messages(given, "prompt"), []
     elif given is None or conversation:
-        prompt, chosen, other = _implicit(chosen, row.get("rejected"))
+        prompt, chosen, other = _split_implicit(chosen, row.get("rejected"))
         rejected = [other]
         if not conversation and isinstance(chosen, str) and row.get("system"):
-            raise RecordError("unread-field", "system has no place before text without a prompt")
+            raise RecordError("unread-field", "system cannot precede text without a prompt")
         if conversation:
-            prompt = prompt or messages(given, "prompt")
+            prompt = prompt or read_messages(given, "prompt")
     else:
-        prompt, rejected = messages(given, "prompt"), [row.get("rejected")]
+        prompt, rejected = read_messages(given, "prompt"), [row.get("rejected")]
     name = "rejected" if several is None else "rejected_responses"
-    answers = [response(one, name) for one in rejected]
+    answers = [read_answer(one, name) for one in rejected]
     said = prompt[0]["content"] if prompt and not isinstance(given, list) else None
-    asked, prompt = prompt, with_system(row, prompt)
+    asked, prompt = prompt, add_system(row, prompt)
     images = row_images(row, root)
     own = row.get("rejected_images")
     own_images = image_refs(own, root, "rejected_images") if own else None
     own_prompt = None
     if (other_prompt := row.get("rejected_prompt")) is not None:
-        turns = with_system(row, messages(other_prompt, "rejected_prompt"))
+        turns = add_system(row, read_messages(other_prompt, "rejected_prompt"))
         count = len(images if own_images is None else own_images)
-        own_prompt = with_images(turns, count, insert=not placeholders(turns))
+        own_prompt = add_images(turns, count, insert=not count_placeholders(turns))
     plain = (
         isinstance(said, str)
         and own_prompt is None
@@ -118,14 +118,14 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
     if plain and images:
         plain = IMAGE_TOKEN in str(said)
         if plain and str(said).count(IMAGE_TOKEN) != len(images):
-            raise RecordError("image-placeholder-mismatch", "the text has another number of images")
-    return build(
+            raise RecordError("image-placeholder-mismatch", "the text has too few or many")
+    return build_preference(
         row,
         id,
         tuple(prompt)
         if plain
-        else with_images(prompt, len(images), insert=not placeholders(prompt)),
-        response(chosen, "chosen"),
+        else add_images(prompt, len(images), insert=not count_placeholders(prompt)),
+        read_answer(chosen, "chosen"),
         answers,
         images,
         own_images,
@@ -139,14 +139,14 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
 def parse_swift(row: Row, root: str, id: str) -> Preference:
     """ms-swift: the last of `messages` is the chosen answer, `<image>` tags mark the images.
 
-    `rejected_messages` that begin otherwise, and a `rejected_response` of several messages, give
-    the rejected answer a prompt of its own: of each conversation the last answer is scored. A row
-    without any field for it has no rejected answer.
+    If `rejected_messages` start differently, or `rejected_response` is several messages, the
+    rejected answer has its own prompt: the last answer of each conversation is scored. A row
+    without these fields has no rejected answer.
     """
-    turns = messages(row.get("messages"), "messages")
+    turns = read_messages(row.get("messages"), "messages")
     if not turns or turns[-1]["role"] != "assistant":
         raise RecordError("not-one-answer", "messages should end with the assistant's answer")
-    chosen = response([turns[-1]], "messages")
+    chosen = read_answer([turns[-1]], "messages")
     refuse_unlearned(row["messages"][-1:], "messages")
     images = row_images(row, root)
     own = row.get("rejected_images")
@@ -155,23 +155,23 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
     if (given := row.get("rejected_response")) is not None:
         if isinstance(given, list):
             asked = max((n for n, t in enumerate(turns, 1) if t["role"] != "assistant"), default=0)
-            others = [*turns[:asked], *messages(given, "rejected_response")]
+            others = [*turns[:asked], *read_messages(given, "rejected_response")]
         else:
-            rejected = response(given, "rejected_response")
+            rejected = read_answer(given, "rejected_response")
     elif (given := row.get("rejected_messages")) is not None:
-        others = messages(given, "rejected_messages")
+        others = read_messages(given, "rejected_messages")
     elif own_images is None and any(name.startswith("rejected_") for name in row):
         raise no_rejected()
     if others is not None:
-        rejected = response(others[-1:], "rejected_messages")
+        rejected = read_answer(others[-1:], "rejected_messages")
         if others[:-1] != turns[:-1]:
             count = len(images if own_images is None else own_images)
-            others = tags_to_parts(with_system(row, others[:-1]))
-            own_prompt = with_images(others, count, insert=True)
-    return build(
+            others = split_tags(add_system(row, others[:-1]))
+            own_prompt = add_images(others, count, insert=True)
+    return build_preference(
         row,
         id,
-        with_images(tags_to_parts(with_system(row, turns[:-1])), len(images), insert=True),
+        add_images(split_tags(add_system(row, turns[:-1])), len(images), insert=True),
         chosen,
         (rejected,) if any(name.startswith("rejected_") for name in row) else (),
         images,
@@ -181,35 +181,35 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
 
 
 def parse_llama_factory(row: Row, root: str, id: str) -> Preference:
-    """LLaMA-Factory's sharegpt rows: `conversations` end with what a human says; with `kto_tag` in
-    place of `chosen` and `rejected`, with the answer that it marks."""
+    """LLaMA-Factory's sharegpt rows: `conversations` end with a human message; with `kto_tag`
+    instead of `chosen` and `rejected`, with the marked answer."""
     turns = [
-        message_of(turn, "conversations", "from", "value")
+        read_message(turn, "conversations", "from", "value")
         for turn in list_of(row.get("conversations"), "conversations")
     ]
-    answers = [message_of(row[name], name, "from", "value") for name in PAIR if name in row]
+    answers = [read_message(row[name], name, "from", "value") for name in PAIR if name in row]
     if "kto_tag" in row and not answers and turns and turns[-1]["role"] == "assistant":
         answers = [turns.pop()]
     elif len(answers) < len(PAIR):
         raise RecordError("missing-field", "there should be chosen and rejected")
     if not turns or turns[-1]["role"] != "user":
-        raise RecordError("not-one-answer", "conversations should end with what a human says")
-    turns = with_system(row, turns)
+        raise RecordError("not-one-answer", "conversations should end with a human message")
+    turns = add_system(row, turns)
     chosen, *rejected = (
-        response([answer], name) for answer, name in zip(answers, PAIR, strict=False)
+        read_answer([answer], name) for answer, name in zip(answers, PAIR, strict=False)
     )
     images = row_images(row, root)
-    prompt = with_images(tags_to_parts(turns), len(images), insert=False)
-    return build(row, id, prompt, chosen, rejected, images)
+    prompt = add_images(split_tags(turns), len(images), insert=False)
+    return build_preference(row, id, prompt, chosen, rejected, images)
 
 
 def parse_alpaca(row: Row, root: str, id: str) -> Preference:
-    """A question by name, asked through the chat template: Alpaca's `instruction` + `input` (one
-    text of two lines, as LLaMA-Factory and ms-swift join them), `question` (Orca), or `query`.
+    """A named question, rendered with the chat template: Alpaca's `instruction` + `input` (joined
+    by a line break, as in LLaMA-Factory and ms-swift), `question` (Orca), or `query`.
 
-    `system` and `history` (pairs of question and answer) stand in front. Answers are `chosen` and
-    `rejected`, `response` and `rejected_response`, or one answer alone: `response`, `output`.
-    Conversations as answers hold the question themselves: the row is one of trl.
+    `system` and `history` (pairs of question and answer) come first. Answers are `chosen` and
+    `rejected`, `response` and `rejected_response`, or a single answer: `response`, `output`.
+    Conversations as answers contain the question: such a row is read as trl's.
     """
     if isinstance(row.get("chosen"), list):
         return parse_trl(row, root, id)
@@ -236,19 +236,19 @@ def parse_alpaca(row: Row, root: str, id: str) -> Preference:
     if row.get(bad) is None and any(name in row for name in ("rejected", "rejected_response")):
         raise no_rejected()
     images = row_images(row, root)
-    prompt = tags_to_parts(with_system(row, turns))
-    return build(
+    prompt = split_tags(add_system(row, turns))
+    return build_preference(
         row,
         id,
-        with_images(prompt, len(images), insert=not placeholders(prompt)),
-        response(row.get(good), good),
-        () if row.get(bad) is None else (response(row[bad], bad),),
+        add_images(prompt, len(images), insert=not count_placeholders(prompt)),
+        read_answer(row.get(good), good),
+        () if row.get(bad) is None else (read_answer(row[bad], bad),),
         images,
     )
 
 
 def _nectar_prompt(text: str) -> list[Message]:
-    """Turns of a text marked "Human:" and "Assistant:"; one of the user where nothing is marked."""
+    """The turns of a text marked "Human:" and "Assistant:"; one user turn without marks."""
     _, *turns = _NECTAR_TURN.split(text)
     speakers = {"Human": "user", "Assistant": "assistant"}
     said: list[Message] = [
@@ -260,18 +260,18 @@ def _nectar_prompt(text: str) -> list[Message]:
 
 
 def parse_ranked(row: Row, root: str, id: str) -> Preference:
-    """Ranked answers, the lowest rank best: NeMo-RL's `completions` or Nectar's `answers`.
+    """Ranked answers, best = lowest rank: NeMo-RL's `completions` or Nectar's `answers`.
 
-    The best one is chosen, all that rank worse are rejected, in order; those that tie with it are
-    left out.
+    The best is chosen, all with a worse rank are rejected, in order; ties with the best are
+    dropped.
     """
     field, name = ("completions", "completion") if "completions" in row else ("answers", "answer")
     listed = []
     for entry in list_of(row.get(field), field):
         rank = number(object_of(entry, field).get("rank"))
         if rank is None or rank < 0:
-            raise RecordError("bad-rank", f"{field} has a rank that is not a number from 0 up")
-        listed.append((rank, response(entry.get(name), field), entry))
+            raise RecordError("bad-rank", f"{field} has a rank that is not a number >= 0")
+        listed.append((rank, read_answer(entry.get(name), field), entry))
     if not listed:
         raise RecordError("empty-response", f"{field} is empty")
     listed.sort(key=lambda pair: pair[0])
@@ -280,15 +280,15 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
     if listed[-1][0] == best:
         raise no_rejected()
     if "context" in row:
-        prompt = messages(row["context"], "context")
+        prompt = read_messages(row["context"], "context")
     else:
         prompt = _nectar_prompt(text_of(row.get("prompt"), "prompt"))
     images = row_images(row, root)
-    prompt = with_system(row, prompt)
-    return build(
+    prompt = add_system(row, prompt)
+    return build_preference(
         row,
         id,
-        with_images(prompt, len(images), insert=not placeholders(prompt)),
+        add_images(prompt, len(images), insert=not count_placeholders(prompt)),
         chosen,
         [text for rank, text, _ in listed if rank > best],
         images,
@@ -305,11 +305,11 @@ PARSERS: dict[str, Callable[[Row, str, str], Preference]] = {
     "preferences": parse_trl,
     "counterfactuals": parse_counterfactual,
 }
-"""Format name -> parser; "preferences" and "counterfactuals" are what this project writes."""
+"""Format name -> parser; "preferences" and "counterfactuals" are this project's formats."""
 
 
-def tell(row: Row) -> str | None:
-    """The format that the fields of `row` tell, or None."""
+def detect_format(row: Row) -> str | None:
+    """The format by the field names of `row`, or None."""
     names = row.keys()
     if {"counterfactual", "target", "report"} <= names:
         return "counterfactuals"

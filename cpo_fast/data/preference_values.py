@@ -1,7 +1,7 @@
-"""What the formats of preference files have in common: checked values, images, messages.
+"""Shared by all preference formats: checked values, images, messages.
 
-Each function takes a value from a file and the name of its field, and raises RecordError with a
-constant reason and that name, never with what the field says.
+Each function takes a value and the name of its field, and raises RecordError with a constant reason
+and that name, never with the value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DATA_URI = re.compile(r"data:image/[a-z+.\-]+;base64,")
 
 
 def text_of(value: Any, field: str) -> str:
-    """A string that can be written as UTF-8 (JSON may escape half a surrogate pair)."""
+    """A string that can be encoded as UTF-8 (JSON can contain a lone surrogate)."""
     if not isinstance(value, str):
         reason = "missing-field" if value is None else "wrong-type"
         raise RecordError(reason, f"{field} should be text")
@@ -49,7 +49,7 @@ def text_of(value: Any, field: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise RecordError("bad-unicode", f"{field} has half a surrogate pair") from None
+            raise RecordError("bad-unicode", f"{field} has a lone surrogate") from None
     return value
 
 
@@ -94,7 +94,7 @@ def image_ref(value: Any, root: str, field: str = "images") -> ImageRef:
 
 
 def image_refs(value: Any, root: str, field: str = "images") -> tuple[ImageRef, ...]:
-    """The images of a field that holds none, one or a list."""
+    """The images of a field with no image, one, or a list."""
     if value is None or value == "":
         return ()
     listed = value if isinstance(value, list) else [value]
@@ -120,7 +120,7 @@ def _part(part: Any, field: str) -> dict[str, Any]:
 
 
 def refuse_other_media(text: str) -> None:
-    """RecordError where a text has the place of a video or of a sound."""
+    """RecordError for a text with a placeholder of a video or a sound."""
     for tag in _MEDIA_TAGS:
         if tag in text:
             raise RecordError("unsupported-medium", f"{tag}: only images and text are read")
@@ -132,19 +132,19 @@ _NOT_OPTIONS = frozenset(
     | {"return_tensors", "return_assistant_tokens_mask", "truncation", "max_length"}
     | {"tokenizer_kwargs"}
 )
-"""Arguments of `apply_chat_template` that a file may not set."""
+"""Arguments of `apply_chat_template` that a file cannot set."""
 
 _EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""What a chat template may render of a message beside its role and content."""
+"""Fields of a message that a chat template can render besides role and content."""
 
 
-def message_of(
+def read_message(
     value: Any, field: str, role_key: str = "role", text_key: str = "content"
 ) -> Message:
     message = object_of(value, field)
     role = _ROLES.get(text_of(message.get(role_key), field))
     if role is None:
-        raise RecordError("unknown-role", f"{field} has a {role_key} that is not known")
+        raise RecordError("unknown-role", f"{field} has an unknown {role_key}")
     content = message.get(text_key)
     extras = {name: message[name] for name in _EXTRAS if message.get(name) is not None}
     if content is None and extras.get("tool_calls"):
@@ -153,39 +153,39 @@ def message_of(
         content = [_part(part, field) for part in content]
     else:
         content = text_of(content, field)
-    return {"role": role, "content": content, **filled(extras, field)}
+    return {"role": role, "content": content, **drop_nulls(extras, field)}
 
 
-def filled(value: Any, field: str) -> Any:
-    """What a file says in JSON, without the nulls with which Parquet fills records up."""
+def drop_nulls(value: Any, field: str) -> Any:
+    """A JSON value without the nulls that Parquet adds for missing fields."""
     if isinstance(value, dict):
-        return {key: filled(one, field) for key, one in value.items() if one is not None}
+        return {key: drop_nulls(one, field) for key, one in value.items() if one is not None}
     if isinstance(value, list):
-        return [filled(one, field) for one in value]
+        return [drop_nulls(one, field) for one in value]
     return text_of(value, field) if isinstance(value, str) else value
 
 
-def messages(value: Any, field: str) -> list[Message]:
-    """A conversation; plain text is what a user says."""
+def read_messages(value: Any, field: str) -> list[Message]:
+    """A conversation; plain text is a user message."""
     if isinstance(value, str):
         return [{"role": "user", "content": text_of(value, field)}]
     if not isinstance(value, list):
         reason = "missing-field" if value is None else "wrong-type"
         raise RecordError(reason, f"{field} should be text or a list of messages")
-    return [message_of(entry, field) for entry in value]
+    return [read_message(entry, field) for entry in value]
 
 
-def response(value: Any, field: str) -> Answer:
-    """An answer: text, a message of the assistant, or a list of messages.
+def read_answer(value: Any, field: str) -> Answer:
+    """An answer: text, an assistant message, or a list of messages.
 
-    One message without more than its text is that text; more messages stay what they are.
+    A single message with no other fields is returned as text, other messages as a tuple.
     """
     given = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     given = given if isinstance(given, list) else [given]
     if not all(isinstance(turn, dict) for turn in given):
         reason = "missing-field" if value is None else "wrong-type"
         raise RecordError(reason, f"{field} should be text, a message or a list of messages")
-    turns = [message_of(turn, field) for turn in given]
+    turns = [read_message(turn, field) for turn in given]
     refuse_unlearned(given, field)
     if not turns:
         raise RecordError("empty-response", f"{field} has no message")
@@ -193,39 +193,38 @@ def response(value: Any, field: str) -> Answer:
         raise RecordError("image-in-response", f"{field} holds an image")
     alone = len(turns) == 1
     if alone and turns[0]["role"] != "assistant":
-        raise RecordError("unknown-role", f"{field} is not said by the assistant")
-    if not any(text_in(turn).strip() or turn.get("tool_calls") for turn in turns):
+        raise RecordError("unknown-role", f"{field} is not an assistant message")
+    if not any(message_text(turn).strip() or turn.get("tool_calls") for turn in turns):
         raise RecordError("empty-response", f"{field} is empty")
     simple = alone and turns[0].keys() == {"role", "content"}
-    return text_in(turns[0]) if simple else tuple(turns)
+    return message_text(turns[0]) if simple else tuple(turns)
 
 
-def with_system(row: Mapping[str, Any], turns: Sequence[Message]) -> list[Message]:
-    """The conversation behind what the row's field `system` says, if anything."""
+def add_system(row: Mapping[str, Any], turns: Sequence[Message]) -> list[Message]:
+    """The conversation after the system message of the row's field `system`, if any."""
     said = row.get("system")
     if said is None or not text_of(said, "system").strip():
         return list(turns)
     if turns and turns[0]["role"] == "system":
-        if not says(turns[:1], said):
-            raise RecordError("unclear-question", "system is another than the first message's")
+        if not contains_text(turns[:1], said):
+            raise RecordError("unclear-question", "system differs from the first message")
         return list(turns)
     return [{"role": "system", "content": said}, *turns]
 
 
-def says(turns: Sequence[Message], text: str) -> bool:
-    """Whether a text stands in the messages, white space aside."""
-    return "".join(text.split()) in "".join("".join(map(text_in, turns)).split())
+def contains_text(turns: Sequence[Message], text: str) -> bool:
+    """Whether the messages contain a text, ignoring white space."""
+    return "".join(text.split()) in "".join("".join(map(message_text, turns)).split())
 
 
 def refuse_unlearned(turns: Sequence[Mapping[str, Any]], field: str) -> None:
-    """RecordError where a message of an answer says `loss: false` (ms-swift) or `weight: 0`
-    (OpenAI)."""
+    """RecordError for an answer with `loss: false` (ms-swift) or `weight: 0` (OpenAI)."""
     if any(turn.get("loss") is False or turn.get("weight") == 0 for turn in turns):
-        raise RecordError("answer-marked-bad", f"{field} has a message that is not to be learned")
+        raise RecordError("answer-marked-bad", f"{field} has a message marked as not to be learned")
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row of trl gives the chat template: its tools, and options by their names."""
+    """The arguments of the chat template in a row of trl: tools and named options."""
     given: dict[str, Any] = {}
     tools = row.get("tools")
     if isinstance(tools, str):
@@ -234,14 +233,14 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             raise RecordError("wrong-type", "tools is not JSON") from None
     if tools is not None:
-        given["tools"] = filled(list_of(tools, "tools"), "tools")
+        given["tools"] = drop_nulls(list_of(tools, "tools"), "tools")
     options = row.get("chat_template_kwargs")
     if options is not None:
-        options = filled(object_of(options, "chat_template_kwargs"), "chat_template_kwargs")
+        options = drop_nulls(object_of(options, "chat_template_kwargs"), "chat_template_kwargs")
         if taken := _NOT_OPTIONS & options.keys():
             raise RecordError(
                 "bad-template-option",
-                f"chat_template_kwargs may not set {', '.join(sorted(taken))}",
+                f"chat_template_kwargs cannot set {', '.join(sorted(taken))}",
             )
         given.update(options)
     return given
@@ -253,48 +252,49 @@ def parts_of(message: Message) -> list[Mapping[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def text_in(message: Message) -> str:
+def message_text(message: Message) -> str:
+    """The text of a message, without its image placeholders."""
     return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
 
 
-def words(answer: Answer) -> str:
-    """All that an answer says, as one text: to count, to compare, to train a tokenizer on."""
+def answer_text(answer: Answer) -> str:
+    """The whole answer as one text, to count, compare, or train a tokenizer."""
     if isinstance(answer, str):
         return answer
     return "\n".join(
-        text_in(turn) + "".join(json.dumps(turn[name]) for name in _EXTRAS if name in turn)
+        message_text(turn) + "".join(json.dumps(turn[name]) for name in _EXTRAS if name in turn)
         for turn in answer
     )
 
 
 def same_answer(one: Answer, other: Answer) -> bool:
-    """Whether two answers say the same, white space around them aside."""
+    """Whether two answers are equal, ignoring surrounding white space."""
     if isinstance(one, str) and isinstance(other, str):
         return one.strip() == other.strip()
     return one == other
 
 
-def placeholders(prompt: Sequence[Message]) -> int:
+def count_placeholders(prompt: Sequence[Message]) -> int:
     return sum(part["type"] == "image" for message in prompt for part in parts_of(message))
 
 
-def _before_first_user(prompt: list[Message], count: int) -> list[Message]:
-    """`count` image placeholders put in front of what the first user says."""
+def _insert_placeholders(prompt: list[Message], count: int) -> list[Message]:
+    """The prompt with `count` image placeholders at the start of its first user message."""
     for place, message in enumerate(prompt):
         if message["role"] == "user":
             first = {**message, "content": [dict(_IMAGE)] * count + [*parts_of(message)]}
             return [*prompt[:place], first, *prompt[place + 1 :]]
-    raise RecordError("no-user-message", "the images have no message of a user to stand in")
+    raise RecordError("no-user-message", "there is no user message to put the images in")
 
 
-def tags_to_parts(prompt: list[Message]) -> list[Message]:
-    """`<image>` tags inside text become placeholders, the text around them stays."""
+def split_tags(prompt: list[Message]) -> list[Message]:
+    """Replace `<image>` tags in text by placeholders and keep the text around them."""
     done = []
     for message in prompt:
-        said = message["content"]
-        if isinstance(said, str) and IMAGE_TAG in said:
+        content = message["content"]
+        if isinstance(content, str) and IMAGE_TAG in content:
             parts: list[dict[str, Any]] = []
-            for place, text in enumerate(said.split(IMAGE_TAG)):
+            for place, text in enumerate(content.split(IMAGE_TAG)):
                 parts += [dict(_IMAGE)] if place else []
                 parts += [{"type": "text", "text": text}] if text else []
             message = {**message, "content": parts}
@@ -302,17 +302,16 @@ def tags_to_parts(prompt: list[Message]) -> list[Message]:
     return done
 
 
-def with_images(prompt: list[Message], images: int, *, insert: bool) -> tuple[Message, ...]:
-    """The prompt with one placeholder per image; `insert` adds those that are lacking at its
-    start."""
+def add_images(prompt: list[Message], images: int, *, insert: bool) -> tuple[Message, ...]:
+    """The prompt with one placeholder per image; `insert` adds missing ones at its start."""
     if not prompt:
         raise RecordError("empty-prompt", "there is no message before the answer")
-    there = placeholders(prompt)
-    if there < images and insert:
-        prompt = _before_first_user(prompt, images - there)
-    elif there != images:
+    found = count_placeholders(prompt)
+    if found < images and insert:
+        prompt = _insert_placeholders(prompt, images - found)
+    elif found != images:
         raise RecordError(
             "image-placeholder-mismatch",
-            f"{counted(there, 'placeholder')}, {counted(images, 'image')}",
+            f"{counted(found, 'placeholder')}, {counted(images, 'image')}",
         )
     return tuple(prompt)

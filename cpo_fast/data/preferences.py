@@ -1,8 +1,7 @@
-"""Preference files of trl, ms-swift, LLaMA-Factory, ranked lists, CXR-CounterFact and our own.
+"""Preference files of trl, ms-swift, LLaMA-Factory, ranked lists, CXR-CounterFact and this project.
 
-The kind is told by the fields of the first good record and holds for the whole file. Rows that
-follow one another with the same images, prompt and chosen answer become one preference with several
-rejected answers.
+The format is detected from the first valid record and applies to the whole file. Adjacent rows with
+the same images, prompt and chosen answer become one preference with several rejected answers.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pathlib import Path
 from cpo_fast.counting import counted
 from cpo_fast.data.arrow_files import is_datasets_folder
 from cpo_fast.data.json_files import records
-from cpo_fast.data.preference_rows import PARSERS, tell
-from cpo_fast.data.preference_values import Message, words
+from cpo_fast.data.preference_rows import PARSERS, detect_format
+from cpo_fast.data.preference_values import Message, answer_text
 from cpo_fast.data.source import Source
 from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
@@ -27,7 +26,7 @@ from cpo_fast.types import Origin, Preference
 PREFERENCE_FORMATS = ("auto", *PARSERS)
 
 MAX_REJECTED = 64
-"""Rejected answers that adjacent rows may add up to before the next group begins."""
+"""Maximum number of rejected answers that adjacent rows are merged into."""
 
 _PEEK = 1000
 _FIELDS = (
@@ -39,8 +38,8 @@ _FIELDS = (
 
 
 def is_preference_file(dataset: str, dataset_format: str = "auto") -> bool:
-    """Whether `open_preferences` is to read `dataset`: forced by the format, any file but a .tgz,
-    or a folder of datasets.save_to_disk."""
+    """Whether `open_preferences` reads `dataset`: by the format, else any file but a .tgz, or a
+    folder of datasets.save_to_disk."""
     if dataset_format != "auto":
         return dataset_format in PARSERS
     file = Path(dataset).is_file() and not dataset.endswith((".tgz", ".tar.gz"))
@@ -52,7 +51,7 @@ def _adds_nothing(group: Preference, one: Preference) -> bool:
     return not own and all(answer in group.rejected for answer in one.rejected)
 
 
-def _joined(one: Preference, other: Preference) -> Preference:
+def _merge(one: Preference, other: Preference) -> Preference:
     own = one.rejected_prompts or other.rejected_prompts
     return replace(
         one,
@@ -70,11 +69,11 @@ def _prompts(one: Preference) -> tuple[tuple[Message, ...] | None, ...]:
 class PreferenceSource(Source[Preference]):
     """The preferences of one file, streamed; `kind` is its format.
 
-    `merged` counts the rows that joined the preference before them; `read` does not. `alone` counts
-    those without a rejected answer, which serve supervised fine-tuning only. `ref_logps`
-    counts the rows that bring log-probs of a reference, which are not used: ours are those of the
-    model that the run starts from. `unread` counts, by field, the rows with text that nobody reads,
-    `repeated_ids` those whose id stands for another question or answer before.
+    `merged` counts the rows merged into the preceding preference, which `read` does not. `alone`
+    counts preferences without a rejected answer, used for supervised fine-tuning only. `ref_logps`
+    counts rows with log-probs of a reference, which are not used: the reference is the run's
+    initial model. `unread` counts, by field, rows with text that is not read. `repeated_ids` counts
+    rows with the id of an earlier, different question or answer.
     """
 
     noun = "preference"
@@ -87,11 +86,11 @@ class PreferenceSource(Source[Preference]):
         self.merged = self.alone = self.ref_logps = self.repeated_ids = 0
         self.unread: Counter[str] = Counter()
         if dataset_format == "auto":
-            self.kind = self._told()
+            self.kind = self._detect_kind()
 
-    def _told(self) -> str:
+    def _detect_kind(self) -> str:
         for _, row in islice(records(self.path), _PEEK):
-            if not isinstance(row, RecordError) and (kind := tell(row)) is not None:
+            if not isinstance(row, RecordError) and (kind := detect_format(row)) is not None:
                 return kind
         raise DataError(
             f"{self.path}: unknown format: none of the first {_PEEK} records has the fields "
@@ -99,8 +98,8 @@ class PreferenceSource(Source[Preference]):
         )
 
     def _same_question(self, one: Preference, other: Preference) -> bool:
-        """Whether two rows are about the same answer. The ids of counterfactuals are those of
-        studies and must agree; the ids of rows differ from row to row."""
+        """Whether two rows have the same question and chosen answer. Counterfactuals have the id of
+        their study, which must agree; ids of other rows are distinct."""
         return (
             bool(one.rejected and other.rejected)
             and one.chosen == other.chosen
@@ -113,7 +112,7 @@ class PreferenceSource(Source[Preference]):
         )
 
     def remarks(self) -> list[str]:
-        said = [f"{counted(count, 'row')} with text in the field {name}, which nobody reads"
+        said = [f"{counted(count, 'row')} with text in the field {name}, which is not read"
                 for name, count in self.unread.most_common()]  # fmt: skip
         if self.repeated_ids:
             said.append(
@@ -122,10 +121,10 @@ class PreferenceSource(Source[Preference]):
             )
         return said
 
-    def _compare(self, one: Preference, met: dict[int, int]) -> None:
-        """Count an id of the file's own that was met with another question or answer."""
+    def _count_repeated_id(self, one: Preference, met: dict[int, int]) -> None:
+        """Count an id of the file that occurred with another question or answer."""
         images = [hash(ref) for ref in one.images]
-        seen = hash((json.dumps([one.prompt, words(one.chosen)]), *images))
+        seen = hash((json.dumps([one.prompt, answer_text(one.chosen)]), *images))
         self.repeated_ids += met.setdefault(hash(one.id), seen) != seen
 
     def _records(self) -> Iterator[Preference]:
@@ -145,12 +144,14 @@ class PreferenceSource(Source[Preference]):
                 one = replace(parse(row, self.root, id), origin=Origin(self.path, line))
                 self.unread.update(unread_fields(row, one, self.kind))
                 if one.id != id:
-                    self._compare(one, met)
+                    self._count_repeated_id(one, met)
                 if group is not None and self._same_question(group, one):
                     if _adds_nothing(group, one):
-                        raise RecordError("duplicate-record", "a record just before says the same")
+                        raise RecordError(
+                            "duplicate-record", "an adjacent record has the same content"
+                        )
                     if len(group.rejected) < MAX_REJECTED:
-                        group = _joined(group, one)
+                        group = _merge(group, one)
                         self.merged += 1
                         self.read -= 1
                         continue
@@ -171,10 +172,10 @@ def open_preferences(
     """The preferences of a .json, .jsonl (also .gz) or Parquet file, or a folder of `datasets`.
 
     `dataset_format` is one of `PREFERENCE_FORMATS`; image paths are relative to `image_root`, by
-    default the file's folder (or the folder itself), and may not leave it. Returns an iterable of
+    default the file's folder (or the folder itself), and cannot leave it. Returns an iterable of
     Preference with `kind`, `path`, `read`, `merged`, `alone`, `ref_logps` and `rejected`. Raises
-    UsageError for an unknown format name, DataError when the file cannot be read or its fields tell
-    no format.
+    UsageError for an unknown format name, DataError for an unreadable file or an
+    unknown format.
     """
     if dataset_format not in PREFERENCE_FORMATS:
         raise UsageError(
@@ -182,5 +183,7 @@ def open_preferences(
             f"not {dataset_format!r}"
         )
     if image_root is not None and not Path(image_root).is_dir():
-        raise DataError(f"{image_root}: --image_root is not a folder; give that of the images")
+        raise DataError(
+            f"{image_root}: --image_root is not a folder; give the folder of the images"
+        )
     return PreferenceSource(path, dataset_format=dataset_format, image_root=image_root)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its image preprocessing, from either of the files that may hold it."""
+"""The image preprocessing settings of a checkpoint, from either of their two files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cpo_fast.data.files import open_regular
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 LARGEST = 1_000_000
-"""Bytes of such a file that are read."""
+"""Bytes read of such a file."""
 
 
 def image_processor_settings(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """(file, settings) of the image processor in `folder`, or None where no file has any.
+    """(file, settings) of the image processor in `folder`, or None if no file has them.
 
     transformers 5 writes processor_config.json with the settings under "image_processor", earlier
-    versions preprocessor_config.json; with both, the former counts, as in transformers. Raises
-    OSError or ValueError for a file that cannot be read.
+    versions preprocessor_config.json; with both, the former is used, as in transformers. Raises
+    OSError or ValueError for an unreadable file.
     """
     whole = _read(Path(folder) / PROCESSOR)
     if whole is not None and isinstance(own := whole.get("image_processor"), dict):
@@ -39,7 +39,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def pixel_bounds(settings: dict[str, Any]) -> tuple[Any, Any]:
-    """(least, most) pixels of a resized image, in any of the spellings; None where not said."""
+    """(min, max) pixels of a resized image, in any spelling; None if not set."""
     size = settings.get("size")
     size = size if isinstance(size, dict) else {}
     return (

@@ -1,9 +1,9 @@
-"""Findings and impression out of the text of a radiology report.
+"""Findings and impression from the text of a radiology report.
 
-Two rules by name. "careful" (the default) knows how the reports of MIMIC-CXR are written: headers
-in capitals at the start of a line, often misspelt or replaced by the name of the view, addenda
-above a line of underscores, sections that are missing. "authors" is the simpler rule of the authors
-of CPO: the text from `FINDINGS:` to `IMPRESSION:`, set aside if it is empty.
+There are two rules. "careful" (default) handles the layout of MIMIC-CXR reports: headers in
+capitals at the start of a line, often misspelt or replaced by the name of the view, addenda above a
+line of underscores, missing sections. "authors" is the simpler rule of the CPO authors: the text
+from `FINDINGS:` to `IMPRESSION:`; a report where it is empty is set aside.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from cpo_fast.types import Report
 RULES = ("careful", "authors")
 
 MAX_REPORT_CHARS = 200_000
-"""Far above any report; keeps a mislabelled file from being parsed at length."""
+"""Far above any report; limits the time spent on a mislabelled file."""
 
-# Patterns of lines begin with the end of the line before, which is found faster than "^".
-# Capitals, then what headers are made of. Digits too ("CHEST, 2 VIEWS"); a colon inside a time of
-# day is not followed by white space. The length bound keeps a line of capitals from backtracking.
+# Line patterns start with the preceding line break, which is faster to find than "^".
+# A capital, then the characters of headers, digits included ("CHEST, 2 VIEWS"); a colon within a
+# time of day is not followed by white space. The length bound limits backtracking in a line of
+# capitals.
 _MAX_HEADER = 140
 _HEADER = re.compile(r"\n[ \t]{0,40}([A-Z][A-Z0-9 ()\[\]/,&'.\-]{1,90}?)[ \t]*:(?=\s|$)")
 _FOUND = r"(?:findings?|impressions?|conclusions?)"
@@ -36,15 +37,15 @@ _CONTEXT = (
     r"(?:prior|previous|clinical) (?:findings?|impressions?)|findings? (?:were )?(?:discussed|"
     r"communicated|reported|conveyed|called|relayed)(?: (?:with|to|by))?"
 )
-# In mixed case only these names are headers: any word may begin a line of a sentence.
+# In mixed case only these names are headers, since any word can start a line of a sentence.
 _TITLED = re.compile(rf"\n[ \t]{{0,40}}((?i:{_FOUND}|{_CONTEXT}))[ \t]*:(?=\D|$)")
-# Behind the end of a sentence, another header or several spaces; in capitals behind any word.
+# After the end of a sentence, another header or several spaces; in capitals after any word.
 _INLINE = re.compile(
     rf"(?:[ \t](?=[A-Z])(?:(?<=[.!?:;)_ \t].)|(?<=[a-z0-9,].)(?=[A-Z]{{2}}))|"
     rf"(?<=[.;)])(?=[A-Z]{{6}}))"
     rf"((?i:{_FOUND}|{_CONTEXT})|[A-Z]{{6,12}})[ \t]*:(?=\D|$)"
 )
-# A line of its own without a colon, of these words only: "FINDINGS", "Final Impression".
+# A separate line without a colon, of these words only: "FINDINGS", "Final Impression".
 _ALONE = re.compile(r"\n[ \t*]{0,40}([A-Z][A-Za-z()/& \t]{2,50})([.;*-]*)[ \t]*(?=\n|$)")
 _ALONE_WORDS = (
     "findings", "finding", "impression", "impressions", "conclusion", "conclusions", "comparison",
@@ -56,7 +57,7 @@ _TITLE_LINE = re.compile(r"^\s*(?:FINAL|PRELIMINARY|ADDENDUM)?\s*(?:REPORT|ADDEN
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _WORD = re.compile(r"\w")
 
-# Where another text begins: an addendum, the report itself, a preliminary one.
+# Start of another text: an addendum, the report, a preliminary report.
 _BLOCK = re.compile(
     r"\n[ \t*]{0,60}(?:_{10,}[ \t]*(?=\n|$)|"  # `___` alone is de-identified text
     r"(?=(?:(?:FINAL|PRELIMINARY)[ \t]+)?REPORT[ \t]*:?[ \t]*(?:\n|$)|"
@@ -74,14 +75,14 @@ _IMPRESSION_WORDS = ("impression", "impressions", "conclusion", "conclusions")
 _IMPRESSION_NAMES = frozenset(
     {"summary", "opinion", "interpretation", "final diagnosis", "assessment"}
 )
-# What the clinician or an earlier report said, or who was told.
-_TOLD = (
+# Text of the clinician or an earlier report, and notifications.
+_NOTIFIED = (
     r"\b(?:discussed|communicat\w*|notif\w*|convey\w*|relay\w*|reported|called|(?:tele)?phoned|paged|"
     r"e-?mailed|informed|acknowledged|reviewed|critical)\b"
 )
 _EARLIER = "(?:prior|previous|earlier|old|past|outside)"
 _NOT_OF_THIS_REPORT = re.compile(
-    rf"{_TOLD}|\b(?:clinical|physical|operative|surgical|laboratory|{_EARLIER}\b.*\b(?:finding|"
+    rf"{_NOTIFIED}|\b(?:clinical|physical|operative|surgical|laboratory|{_EARLIER}\b.*\b(?:finding|"
     rf"impression|conclusion|report)|(?:findings?|impressions?) (?:on|of|from) (?:the )?{_EARLIER})"
 )
 _VIEW_WORDS = re.compile(
@@ -96,7 +97,7 @@ _CONTEXT_WORDS = re.compile(
     r"signs|question|addendum|dose|contrast|attending|referring|physicians?|"
     r"radiologists?|signed|dictated|transcribed|attestation|critical|cc|approved)\b"
 )
-# Sentences that still belong to COMPARISON, TECHNIQUE or HISTORY when findings follow there.
+# Sentences that belong to COMPARISON, TECHNIQUE or HISTORY if findings follow in the same section.
 _A_STUDY = r"(?:compar|prior|previous|radiograph|film|stud(?:y|ies)|exam|view|available|dated)"
 _OWN = re.compile(
     rf"^\W*(?:none\b|no (?:prior|previous|comparison|relevant)\b.*{_A_STUDY}|(?:please|evaluate|"
@@ -110,33 +111,32 @@ _NAMES_A_STUDY = re.compile(rf"\b(?:none|cta?|mri?|{_A_STUDY})|___|\d{{4}}", re.
 
 @lru_cache(maxsize=4096)
 def _kind(header: str) -> str:
-    """findings, impression, view, wet, context (what was asked and done, who was told) or other."""
+    """findings, impression, view, wet, context (request, technique, notification) or other."""
     lower = " ".join(header.lower().split())
     words = re.findall(r"[a-z]+", lower)
     names = {
         "findings": any(get_close_matches(word, _FINDINGS_WORDS, 1, 0.86) for word in words),
-        # One or two slips of the pen in these long words still leave a ratio above 0.86;
-        # "compression" does not.
+        # One or two typos in these long words leave a ratio above 0.87; "compression" is below.
         "impression": any(get_close_matches(word, _IMPRESSION_WORDS, 1, 0.87) for word in words),
     }
     if any(names.values()) and _NOT_OF_THIS_REPORT.search(lower):
         return "context"
     for name, named in names.items():
         if named:
-            return name  # findings of "FINDINGS AND IMPRESSION": the description leads
+            return name  # "FINDINGS AND IMPRESSION" is findings
     if " ".join(words) in _IMPRESSION_NAMES:
         return "impression"
     if "wet" in words and "read" in words:
         return "wet"
-    if _CONTEXT_WORDS.search(lower) or re.search(_TOLD, lower) or lower in _VIEW_NAMES:
+    if _CONTEXT_WORDS.search(lower) or re.search(_NOTIFIED, lower) or lower in _VIEW_NAMES:
         return "context"
     if _VIEW_WORDS.search(lower):
         return "view"
     return "other"
 
 
-def _unwrap(text: str) -> str:
-    """One line with single spaces; "" when nothing but punctuation and `___` is in it."""
+def _join_lines(text: str) -> str:
+    """One line with single spaces; "" if it has only punctuation and `___`."""
     joined = " ".join(text.split())
     return joined if _WORD.search(joined.replace("_", "")) else ""
 
@@ -147,7 +147,7 @@ def _is_header_word(word: str) -> bool:
 
 
 def _stands_alone(match: re.Match[str], part: str) -> bool:
-    """Whether a line without a colon is a header, rather than the end of a wrapped sentence."""
+    """Whether a line without a colon is a header and not the end of a wrapped sentence."""
     if not all(map(_is_header_word, re.findall(r"[a-z]+", match[1].lower()))):
         return False
     if _kind(match[1]) not in ("findings", "impression", "context"):
@@ -166,14 +166,14 @@ def _line_before(match: re.Match[str], part: str) -> str:
 
 
 def _headers(part: str) -> dict[int, re.Match[str]]:
-    """Place -> match of every header of `part`; group 1 is its name."""
+    """Position -> match of every header of `part`; group 1 is its name."""
     lines = {match.start(1): match for match in _HEADER.finditer(part)}
     for match in _TITLED.finditer(part):
         if match[1][0].isupper() or not _line_before(match, part):
             lines[match.start(1)] = match
     found = {}
     for match in _INLINE.finditer(part):
-        # "Impression" of "Findings and Impression:" is none of its own
+        # "Impression" within "Findings and Impression:" is not a separate header
         near = range(match.start(1) - _MAX_HEADER, match.start(1))
         begun = [lines[place] for place in near if place in lines]
         within = any(match.start(1) < line.end() for line in begun)
@@ -184,10 +184,10 @@ def _headers(part: str) -> dict[int, re.Match[str]]:
 
 
 def _sections(part: str) -> list[tuple[str, str, str]]:
-    """(header, kind, text behind it as it stands) of `part`, in order; what comes before is left.
+    """(header, kind, text after it) of `part`, in order; text before the first header is dropped.
 
-    A header of no known kind ("LUNGS:", "HEART:") belongs to the text of the section it stands in,
-    and so does the name of a view within the findings.
+    A header of unknown kind ("LUNGS:", "HEART:") belongs to the text of its section, and so does
+    the name of a view within the findings.
     """
     part = "\n" + part
     found = _headers(part)
@@ -204,29 +204,29 @@ def _sections(part: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def _behind(body: str, *, by_sentences: bool) -> str:
-    """What follows the text of a header that stands inside the findings: the paragraphs behind its
-    first and, where asked for, the sentences behind those that are the header's own."""
+def _text_after(body: str, *, by_sentences: bool) -> str:
+    """The text after the own text of a header within the findings: the paragraphs after its first
+    and, with `by_sentences`, the sentences of the first after the header's own."""
     own, *rest = _PARAGRAPH.split(body.strip())
     if not by_sentences:
         return "\n\n".join(rest)
-    said = list(sentences(own))
-    # A header with an empty line below it may have no text of its own.
-    first = int(bool(said) and bool(_NAMES_A_STUDY.search(said[0]) or not _PARAGRAPH.match(body)))
-    others = dropwhile(_OWN.match, said[first:])
+    parts = list(sentences(own))
+    # A header followed by an empty line can be without own text.
+    first = int(bool(parts) and bool(_NAMES_A_STUDY.search(parts[0]) or not _PARAGRAPH.match(body)))
+    others = dropwhile(_OWN.match, parts[first:])
     return "\n\n".join([" ".join(others), *rest])
 
 
 def _body(text: str) -> str:
-    """The paragraphs of a section on one line, without signatures; "" if it only tells who was
-    told."""
-    paragraphs = [_unwrap(paragraph) for paragraph in _PARAGRAPH.split(text)]
+    """The paragraphs of a section on one line, without signatures; "" if it has only
+    notifications."""
+    paragraphs = [_join_lines(paragraph) for paragraph in _PARAGRAPH.split(text)]
     said = " ".join(part for part in paragraphs if part and not is_signature(part))
     return said if said and describes(said) else ""
 
 
 def _by_kind(part: str) -> dict[str, str]:
-    """Kind of section -> its text, of all sections of that kind."""
+    """Kind of section -> text of all sections of that kind."""
     found: dict[str, list[str]] = {}
     sections = _sections(part)
     last = {kind: place for place, (_, kind, _) in enumerate(sections)}
@@ -239,32 +239,32 @@ def _by_kind(part: str) -> dict[str, str]:
         name = header.lower()
         aside = _ASIDE.search(name) is not None
         plain = aside or _ASKED.search(name) is not None
-        if within == "findings":  # of this examination, unless another one follows
+        if within == "findings":  # of this examination, unless a second one follows
             more = last["findings"] > place
             back = aside or (not more and (plain or last.get("impression", 0) > place))
         else:
             back = within == "impression" and plain and not any(found[within])
         if back:
-            found[within].append(_body(_behind(text, by_sentences=plain)))
+            found[within].append(_body(_text_after(text, by_sentences=plain)))
     return {kind: " ".join(filter(None, parts)) for kind, parts in found.items()}
 
 
 def _last_paragraph(part: str) -> str:
-    """The last paragraph that describes: not a title, not behind a header of the request, no
-    signature and no note of who was told."""
+    """The last descriptive paragraph: no title, no text after a context header, no signature and no
+    notification."""
     for paragraph in reversed(_PARAGRAPH.split(part)):
         lines = [line for line in paragraph.split("\n") if not _TITLE_LINE.match(line)]
         kept = "\n".join(lines)
         _, kind, body = (_sections(kept) or [("", "other", kept)])[-1]
-        said = _unwrap(kept if kind == "other" else body)
+        said = _join_lines(kept if kind == "other" else body)
         if kind not in ("context", "wet") and said and describes(said):
             return said
     return ""
 
 
 def _blocks(text: str) -> list[str]:
-    """The texts of a file, the report first, then what is preliminary, then addenda; of each kind
-    the last leads, for what stands above a line of underscores has been replaced by what is below.
+    """The texts of a file: the report, then preliminary reports, then addenda; within each kind the
+    last comes first, since the text below a line of underscores replaces the text above it.
     """
     parts = [part for part in _BLOCK.split("\n" + text) if part.strip()][::-1]
 
@@ -278,8 +278,7 @@ def _careful(text: str) -> Report:
     stand_in = ""
     for part in _blocks(text):
         found = _by_kind(part)
-        # Two examinations dictated in one report repeat their sections; both describe this
-        # patient's images.
+        # Two examinations in one report repeat their sections; both describe this patient's images.
         findings = found.get("findings") or found.get("view", "")
         impression = found.get("impression", "")
         if findings or impression:
@@ -291,17 +290,17 @@ def _careful(text: str) -> Report:
 def _authors(text: str) -> Report:
     _, _, rest = text.partition("FINDINGS:")
     findings, closed, _ = rest.partition("IMPRESSION:")
-    return Report(findings=_unwrap(findings) if closed else "")
+    return Report(findings=_join_lines(findings) if closed else "")
 
 
 def parse_report(text: str, rule: str = "careful") -> Report:
-    """Findings and impression of `text`, line wrapping undone, `___` left as it stands.
+    """Findings and impression of `text`, with lines joined and `___` unchanged.
 
-    Careful rule: the sections by their headers; a section named after the view ("PORTABLE CHEST:")
-    is taken as the findings when there are none; if neither findings nor impression is present the
-    last paragraph stands in, as findings. Authors' rule: findings only.
+    Careful rule: the sections by their headers; without findings, a section named after the view
+    ("PORTABLE CHEST:") is used; without findings and impression, the last paragraph is the
+    findings. Authors' rule: findings only.
 
-    Raises RecordError "no-findings-or-impression" when nothing is left and "report-too-long" beyond
+    Raises RecordError "no-findings-or-impression" if both are empty and "report-too-long" beyond
     `MAX_REPORT_CHARS`; ValueError for an unknown rule.
     """
     if rule not in RULES:
@@ -316,10 +315,10 @@ def parse_report(text: str, rule: str = "careful") -> Report:
 
 
 def indication(text: str) -> str:
-    """Why the examination was asked for (INDICATION, HISTORY, REASON ...), or ""."""
+    """The reason for the examination (INDICATION, HISTORY, REASON ...), or ""."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")[:MAX_REPORT_CHARS]
     for part in _blocks(text):
         for header, _, body in _sections(part):
             if _ASKED.search(header.lower()):
-                return _unwrap(body)
+                return _join_lines(body)
     return ""

@@ -1,5 +1,4 @@
-"""What every reader of studies is: an iterable that counts what it read and keeps what it set
-aside."""
+"""Base of all readers: an iterable that counts the records read and lists those set aside."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ Record = TypeVar("Record")
 
 
 class Source(ABC, Generic[Record]):
-    """An iterable of records in file order; may be iterated again, always with the same outcome.
+    """An iterable of records in file order, repeatable with the same result.
 
-    `kind` names the format and `path` where it lies. While iterating, `read` counts records so far
+    `kind` is the format and `path` the location. While iterating, `read` counts the records so far
     and `rejected` lists those set aside: at the end `read == yielded + len(rejected)`. Raises
-    DataError at the end when there was no record at all.
+    DataError at the end if there was no record.
     """
 
     noun = "record"
@@ -36,22 +35,22 @@ class Source(ABC, Generic[Record]):
         yield from self._records()
         if self.read == 0:
             raise DataError(
-                f"{self.path}: holds no {self.noun}; point --dataset at data of kind {self.kind}"
+                f"{self.path}: has no {self.noun}; point --dataset at data of kind {self.kind}"
             )
 
     @abstractmethod
     def _records(self) -> Iterator[Record]:
-        """Yield records, counting each in `read` and calling `_reject` for those set aside."""
+        """Yield records, count each in `read`, and call `_reject` for those set aside."""
 
     def _reject(self, file: str, line: int | None, id: str, reason: str, detail: str = "") -> None:
         self.rejected.append(RejectedRecord(file, line, id, reason, detail))
 
     def remarks(self) -> list[str]:
-        """What a user should know of the records that are used, in sentences."""
+        """Notes for the user about the records in use, as sentences."""
         return []
 
     def reasons(self) -> dict[str, int]:
-        """{reason: number of records set aside for it}, most frequent first."""
+        """{reason: number of records set aside}, most frequent first."""
         return dict(Counter(record.reason for record in self.rejected).most_common())
 
 

@@ -1,8 +1,8 @@
-"""Fields of a row that its format does not read: nothing that belongs to the question is lost.
+"""Fields of a row that its format does not read: no part of a question is lost silently.
 
-A field that is part of the question, of the answers or a picture by its name sets the row aside;
-beside a prompt that is only what two texts share, so does any field with text. Other fields with
-text are counted by name. What already stands in the prompt or an answer is not lost.
+A row is set aside if an unread field, by its name, belongs to the question, the answers or the
+images; beside an implicit plain-text prompt, any unread field with text has this effect. Other
+fields with text are counted by name. Text that the prompt or an answer also contains is not lost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cpo_fast.data.patients import is_patient, names_patient
-from cpo_fast.data.preference_values import text_in, words
+from cpo_fast.data.preference_values import answer_text, message_text
 from cpo_fast.errors import RecordError
 from cpo_fast.types import Preference
 
@@ -41,7 +41,7 @@ _READ: Mapping[str, frozenset[str]] = {
         {"report", "counterfactual", "counterfactual_labels", "labels", "rejected_images"}
     ),
 }
-"""What each parser reads, beside `_EVERYWHERE`."""
+"""Fields read by each parser, besides `_EVERYWHERE`."""
 
 _QUESTION = frozenset(
     {"article", "background", "choices", "clinical_history", "comparison", "context", "contexts",
@@ -65,44 +65,44 @@ _ABOUT = frozenset(
      "language", "license", "model", "source", "split", "subset", "task", "timestamp", "type",
      "url", "version"}
 )  # fmt: skip
-"""Fields about the row."""
+"""Fields with metadata of the row."""
 
 _NAME = re.compile(r"[A-Za-z][\w\-]{0,39}", re.ASCII)
 
 
-def shown(name: str) -> str:
-    """A field's name for messages, if it looks like one: it might be anything."""
+def field_name(name: str) -> str:
+    """A field's name for messages, if it is well-formed: it can be any text."""
     return name if _NAME.fullmatch(name) else "a field"
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """What a field says: text, lists of it, messages and their parts, objects."""
+    """The texts in a field: text, lists, messages and their parts, objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for one in value:
             yield from _texts(one)
     elif isinstance(value, dict):
-        said = [value[name] for name in ("content", "text", "value") if name in value]
-        for one in said or value.values():
+        known = [value[name] for name in ("content", "text", "value") if name in value]
+        for one in known or value.values():
             yield from _texts(one)
 
 
-def _joined(text: str) -> str:
+def _without_space(text: str) -> str:
     return "".join(text.split())
 
 
 def unread_fields(row: Mapping[str, Any], one: Preference, kind: str) -> list[str]:
-    """The names of the fields whose text nobody reads, where the row can be used without it.
+    """The names of fields with text that is not read, in a row that is usable without them.
 
-    Raises RecordError("unread-field" or "unsupported-medium", with the field's name) where the row
-    would ask something else without that field.
+    Raises RecordError("unread-field" or "unsupported-medium", with the field's name) if the
+    question would change without that field.
     """
     known = _EVERYWHERE | _READ[kind]
     if isinstance(row.get("chosen"), list) and isinstance(row.get("prompt"), str):
-        known -= {"prompt"}  # trl takes what the conversations share
+        known -= {"prompt"}  # trl uses the common start of the conversations
     implicit = kind == "trl" and row.get("prompt") is None and one.plain
-    said = ""
+    content = ""
     found = []
     for name, value in row.items():
         if name in known or value is None or value in ("", [], {}):
@@ -114,19 +114,21 @@ def unread_fields(row: Mapping[str, Any], one: Preference, kind: str) -> list[st
         texts = [text for text in _texts(value) if text.strip()]
         if not texts or (names_patient(name) and is_patient(value)):
             continue
-        said = said or _joined(
-            " ".join([*map(text_in, one.prompt), *map(words, (one.chosen, *one.rejected))])
+        content = content or _without_space(
+            " ".join(
+                [*map(message_text, one.prompt), *map(answer_text, (one.chosen, *one.rejected))]
+            )
         )
-        if all(_joined(text) in said for text in texts):
+        if all(_without_space(text) in content for text in texts):
             continue
         sentence = any(len(text.split()) > 1 for text in texts)
         needed = (name in _QUESTION and name not in _READ[kind]) or name in _ANSWERS
         if needed or (implicit and sentence and name not in _ABOUT):
             raise RecordError(
                 "unread-field",
-                f"{shown(name)} has text that rows of {kind} do not have: write it into the "
+                f"{field_name(name)} has text that rows of {kind} do not have: write it into the "
                 "prompt, or remove it",
             )
         if (sentence and name not in _ABOUT) or name in _QUESTION:
-            found.append(shown(name))
+            found.append(field_name(name))
     return found

@@ -1,2 +1,2 @@
-"""The loss op inside other people's trainers. Each module loads its library, none is loaded by
-cpo_fast itself."""
+"""The loss op in third-party trainers. Each module imports its library; cpo_fast imports none of
+them."""

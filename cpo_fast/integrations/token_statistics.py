@@ -1,4 +1,4 @@
-"""What a trainer logs about every token beside its log-prob, in one pass without whole logits."""
+"""Per-token statistics for a trainer's log, in one pass without materialising the logits."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLUMNS = 4096
-"""Vocabulary entries at a time: the logits of a block stay in the cache."""
+"""Vocabulary entries per block; the logits of a block fit in the cache."""
 
 
 class TokenStatistics(NamedTuple):
-    """Of each row's next-token distribution; float32 (bool), without gradients."""
+    """Statistics of each row's next-token distribution; float32 (bool), without gradients."""
 
     entropy: Tensor  # [R]
     mean_logit: Tensor  # [R] over the vocabulary
-    is_top1: Tensor  # [R] the label is the likeliest token (the first of equals)
+    is_top1: Tensor  # [R] the label is the most likely token (the first of ties)
 
 
 @torch.no_grad()
@@ -31,8 +31,8 @@ def token_statistics(
 ) -> TokenStatistics:
     """`hidden` [R, D], `weight` [V, D], `labels` [R], `bias` [V]; logits as in `linear_logprobs`.
 
-    The maximum, the sum of exponentials and the sum of exponent times exponential are carried from
-    block to block, each scaled to the maximum so far.
+    Running over blocks: the maximum, the sum of exponentials, and the sum of logit times
+    exponential, both scaled by the maximum so far.
     """
     R, V = len(hidden), len(weight)
     peak = hidden.new_full((R,), -torch.inf, dtype=torch.float32)

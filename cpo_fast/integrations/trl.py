@@ -1,8 +1,8 @@
 """`CPODPOTrainer`: trl's DPOTrainer with log-probs and loss from cpo_fast.
 
-What it replaces are the two methods that score a batch, `_compute_loss` and
-`compute_ref_log_probs`. Data, collation, precomputed references, adapters, evaluation, logging and
-checkpoints are trl's, and so are the names of all metrics.
+It overrides the two methods that score a batch, `_compute_loss` and `compute_ref_log_probs`. Data,
+collation, precomputed references, adapters, evaluation, logging, checkpoints and metric names are
+trl's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cpo_fast.loss import CPOOutput, cpo_loss, linear_logprobs
 from cpo_fast.loss.losses import LOSS_TYPES
 
 TRL = (1, 16), (1, 17)
-"""The versions of trl whose seams these are: from the first on, before the second."""
+"""Supported versions of trl: at least the first, below the second."""
 
 LOSSES = {
     "sigmoid": ("sigmoid", False),
@@ -34,14 +34,14 @@ LOSSES = {
                      "apo_zero", "apo_down")
     },
 }  # fmt: skip
-"""trl's loss types that we know: (our name, whether log-ratios are averaged over tokens)."""
+"""trl's loss type -> (name in cpo_fast, whether log-ratios are averaged over tokens)."""
 
 SMOOTHED = ("robust", "exo_pair")
-"""The losses for which trl uses `label_smoothing`; it passes over it for the others."""
+"""The losses for which trl uses `label_smoothing`; for others it is ignored."""
 
 
 def check_version(version: str) -> None:
-    """ImportError when this version of trl is not one whose seams are known."""
+    """ImportError for an unsupported version of trl."""
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not TRL[0] <= found < TRL[1]:
         low, high = (".".join(map(str, bound)) for bound in TRL)
@@ -63,36 +63,36 @@ from trl.trainer.utils import use_adapter  # noqa: E402
 
 
 class CPODPOTrainer(DPOTrainer):
-    """trl's DPOTrainer that scores the response tokens only, with `cpo_fast.cpo_loss`.
+    """trl's DPOTrainer with `cpo_fast.cpo_loss`, which scores the response tokens only.
 
-    Takes what DPOTrainer takes, and two keywords more. `token_metrics` False leaves out the metrics
-    `entropy`, `mean_token_accuracy` and `logits/*`, which cost a product with the output head of
-    their own. `impl` names an implementation of the op (default: the best on the device).
+    Takes the arguments of DPOTrainer and two keywords. `token_metrics` False omits the metrics
+    `entropy`, `mean_token_accuracy` and `logits/*`, which need an additional product with the
+    output head. `impl` is an implementation of the op (default: the best on the device).
 
-    Raises ValueError for options of DPOConfig that cpo_fast does not compute: other loss types,
-    label smoothing with a loss for which trl disregards it, `ld_alpha`, f-divergences,
-    `use_weighting`, a router's auxiliary loss, and sharded models (FSDP, DeepSpeed ZeRO-3).
+    Raises ValueError for unsupported options of DPOConfig: other loss types, label smoothing with a
+    loss for which trl ignores it, `ld_alpha`, f-divergences, `use_weighting`, a router's auxiliary
+    loss, and sharded models (FSDP, DeepSpeed ZeRO-3).
     """
 
     def __init__(
         self, *args: Any, token_metrics: bool = True, impl: str | None = None, **kwargs: Any
     ) -> None:
         self.token_metrics, self.impl = token_metrics, impl
-        self._head_is_plain = False  # told on the first batch
+        self._head_is_plain = False  # checked on the first batch
         super().__init__(*args, **kwargs)
-        self._refuse_what_differs()
+        self._refuse_unsupported()
 
-    def _refuse_what_differs(self) -> None:
+    def _refuse_unsupported(self) -> None:
         advice = "use trl's own DPOTrainer for that"
         unknown = [name for name in self.loss_types if name not in LOSSES]
         if unknown:
             raise ValueError(
                 f"loss_type {', '.join(unknown)}: cpo_fast has {', '.join(LOSSES)}; {advice}"
             )
-        rough = [name for name in self.loss_types if name not in SMOOTHED]
-        if self.label_smoothing and rough:
+        ignoring = [name for name in self.loss_types if name not in SMOOTHED]
+        if self.label_smoothing and ignoring:
             raise ValueError(
-                f"label_smoothing {self.label_smoothing} with loss_type {', '.join(rough)}: trl "
+                f"label_smoothing {self.label_smoothing} with loss_type {', '.join(ignoring)}: trl "
                 f"uses it for {' and '.join(SMOOTHED)} only; set it to 0"
             )
         if "robust" in self.loss_types and not 0 <= self.label_smoothing < 0.5:
@@ -117,7 +117,7 @@ class CPODPOTrainer(DPOTrainer):
 
     # --- hidden states ---------------------------------------------------------------------------
 
-    def _whole(self, model: Any) -> Any:
+    def _unwrapped(self, model: Any) -> Any:
         """The transformers model inside accelerate's and peft's wrappers."""
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
@@ -125,13 +125,13 @@ class CPODPOTrainer(DPOTrainer):
     def _states(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, and the head's weight and bias.
 
-        The model is called through its wrappers, for the sake of DDP and autocast; a hook on the
-        trunk sees the states, and the head computes one position a row, for the check.
+        The model is called through its wrappers, for DDP and autocast; a hook on the trunk records
+        the states, and the head computes one position per row, for the check.
         """
-        whole = self._whole(model)
+        whole = self._unwrapped(model)
         if "logits_to_keep" not in inspect.signature(type(whole).forward).parameters:
             raise ValueError(
-                f"{type(whole).__name__}.forward has no logits_to_keep: it would make all logits; "
+                f"{type(whole).__name__}.forward has no logits_to_keep: it computes all logits; "
                 "use trl's own DPOTrainer"
             )
         given = {k: v for k, v in inputs.items() if k not in _NOT_THE_MODELS}
@@ -142,12 +142,12 @@ class CPODPOTrainer(DPOTrainer):
             self._check_head(seen[0][:, -1], logits[:, -1], head, _softcap(whole))
             self._head_is_plain = True
         wanted = inputs["completion_mask"][:, 1:].bool()
-        # Virtual tokens of prompt tuning come first: the last positions are those of the tokens.
+        # Virtual tokens of prompt tuning come first; the last positions belong to the tokens.
         states = seen[0][:, -inputs["input_ids"].shape[1] :][:, :-1]
         return states[wanted.to(states.device)], head.weight, head.bias
 
     def _check_head(self, states: Tensor, logits: Tensor, head: Any, softcap: float | None) -> None:
-        """ValueError where the model does more to its logits than a linear layer and a softcap."""
+        """ValueError if the logits are not a linear layer and a softcap of the hidden states."""
         with torch.no_grad(), self.accelerator.autocast():
             ours = F.linear(states, head.weight, head.bias).float()
         ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
@@ -155,13 +155,13 @@ class CPODPOTrainer(DPOTrainer):
         if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
             raise ValueError(
                 "the model's logits are not its output layer times its last hidden states (scaled "
-                "logits, perhaps): cpo_fast would score them wrongly; use trl's own DPOTrainer"
+                "logits, for example): cpo_fast would score them wrongly; use trl's own DPOTrainer"
             )
 
     def _reference_states(
         self, model: Any, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `_states`, without gradients, of `ref_model` or the model with its adapters off."""
+        """As `_states`, without gradients, of `ref_model` or of the model with its adapters off."""
         policy: Any = self.model
         with (
             torch.no_grad(),
@@ -178,13 +178,14 @@ class CPODPOTrainer(DPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return use_adapter(model, "ref" if "ref" in model.peft_config else None)
 
-    # --- what trl calls --------------------------------------------------------------------------
+    # --- called by trl
+    # -----------------------------------------------------------------------------
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Summed log-probs of the reference, chosen [B] and rejected [B], of a padded batch."""
         hidden, weight, bias = self._reference_states(model, inputs)
         labels, segments = _labels(inputs)
-        softcap = _softcap(self._whole(model))
+        softcap = _softcap(self._unwrapped(model))
         with torch.no_grad(), self.accelerator.autocast():
             tokens = linear_logprobs(
                 hidden, weight, labels, bias=bias, softcap=softcap, impl=self.impl
@@ -207,7 +208,7 @@ class CPODPOTrainer(DPOTrainer):
             if ref_weight is not weight:
                 reference |= {"ref_weight": ref_weight, "ref_bias": ref_bias}
         labels, segments = _labels(inputs)
-        softcap = _softcap(self._whole(model))
+        softcap = _softcap(self._unwrapped(model))
         sides = torch.arange(len(inputs["input_ids"]), device=labels.device)
         with self.accelerator.autocast():
             out = cpo_loss(
@@ -230,7 +231,7 @@ class CPODPOTrainer(DPOTrainer):
             with self.accelerator.autocast():
                 found = token_statistics(hidden, weight, labels, bias=bias, softcap=softcap)
             self._record_tokens(found, segments < len(sides) // 2)
-        if return_outputs:  # the logits that compute_metrics asks for
+        if return_outputs:  # the logits for compute_metrics
             given = {k: v for k, v in inputs.items() if k not in _NOT_THE_MODELS}
             with torch.no_grad():
                 return loss, model(**given, use_cache=False)
@@ -238,7 +239,7 @@ class CPODPOTrainer(DPOTrainer):
 
     def _loss(self, out: CPOOutput, lengths: Tensor) -> Tensor:
         """The weighted sum of the losses in `loss_type`, each a mean over the pairs."""
-        # Exact log-ratios (the rewards are rounded once) with the gradient of the log-probs.
+        # Log-ratios exact up to one rounding of the rewards, with the gradient of the log-probs.
         rewards = torch.cat((out.chosen_rewards, out.rejected_rewards))
         ratios = rewards / self.beta + (out.logps - out.logps.detach())
         loss = ratios.new_zeros(())
@@ -250,7 +251,8 @@ class CPODPOTrainer(DPOTrainer):
             loss = loss + share * losses.mean()
         return loss
 
-    # --- metrics, as trl averages them -----------------------------------------------------------
+    # --- metrics, averaged as in trl
+    # ---------------------------------------------------------------
 
     def _mode(self) -> str:
         assert self.model is not None
@@ -293,7 +295,7 @@ _NOT_THE_MODELS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
 def _labels(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The response tokens [R] of a padded batch, row after row, and the row of each [R]."""
+    """The response tokens [R] of a padded batch in row order, and the row [R] of each."""
     wanted = inputs["completion_mask"][:, 1:].bool()
     return inputs["input_ids"][:, 1:][wanted], wanted.nonzero()[:, 0]
 
@@ -304,7 +306,7 @@ def _softcap(model: Any) -> float | None:
 
 @contextlib.contextmanager
 def _last_states(trunk: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The last hidden states of every call of `trunk` in the block."""
+    """Record the last hidden states of every call of `trunk` in the block."""
     seen: list[Tensor] = []
     hook = trunk.register_forward_hook(lambda _, given, out: seen.append(out.last_hidden_state))
     try:

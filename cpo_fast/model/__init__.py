@@ -1,1 +1,1 @@
-"""Tokenizer, images, checkpoints, LoRA, and the forward over a pack. Import the module you need."""
+"""Tokenizer, images, checkpoints, LoRA, and the forward over a pack. Import single modules."""

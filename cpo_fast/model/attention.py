@@ -1,13 +1,14 @@
-"""Attention over a pack: every token sees its own prompt and its own branch, causally.
+"""Attention over a pack: every token attends causally to its own prompt and its own branch.
 
-Four ways to the same result. One dense mask over the whole row is the specification. The others
-do no work across branches: `gathered` by one SDPA call per prompt and branch, K and V gathered for
-it (the default on a CPU and in float32), `varlen` by one call of a variable-length flash attention
-(torch's or flash-attn's) for the whole pack, gathered likewise (the default on CUDA in half
-precision), `flex` by torch's flex_attention, which skips blocks that a mask leaves empty (CUDA).
-Those are an attention function of ours, registered through transformers' public AttentionInterface
-and handed its layout as a keyword of the forward; without a layout (as in `generate`) it is plain
-SDPA. The images of a vision tower and their windows have one too (`cpo_fast.model.windows`).
+Four equivalent implementations. `sdpa`, one dense mask over the whole row, is the specification.
+The others compute nothing across branches: `gathered` makes one SDPA call per prompt and branch
+with gathered K and V (the default on a CPU and in float32); `varlen` makes one variable-length
+flash attention call (torch's or flash-attn's) for the whole pack, with gathered K and V (the
+default on CUDA in half precision); `flex` uses torch's flex_attention, which skips empty blocks of
+the mask (CUDA).
+These three are one attention function, registered through transformers' public AttentionInterface,
+which receives its layout as a keyword of the forward; without a layout (as in `generate`) it is
+plain SDPA. Vision towers have their own function (`cpo_fast.model.windows`).
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from cpo_fast.errors import UsageError
 from cpo_fast.types import PackedBatch
 
 BRANCHES = "cpo_fast_branches"
-"""The name under which transformers finds `branch_attention`."""
+"""The name of `branch_attention` in transformers' registry."""
 
 HALF = (torch.bfloat16, torch.float16)
 
 SHORTEST_FLEX = 1024
-"""Rows of fewer tokens are filled up to this many for flex_attention."""
+"""Shorter rows are padded to this length for flex_attention."""
 
 FLEX_GRAPHS = 32
-"""Versions of flex_attention that may be compiled: up to 1,024 x 2^7 tokens take 8 lengths, each
-with and without gradients, and these where a first layer's queries need none.
+"""Maximum number of compiled versions of flex_attention: up to 1,024 x 2^7 tokens there are 8
+lengths, each with and without gradients, and with first-layer queries that need none.
 """
 
 
 def dense_mask(batch: PackedBatch) -> torch.Tensor:
-    """bool [1, 1, T, T], True where the row token may see the column token."""
+    """bool [1, 1, T, T], True where the row token attends to the column token."""
     study, branch = batch.study_index, batch.branch_index
     same_study = study[:, None] == study[None, :]
     same_branch = (branch[:, None] == branch[None, :]) | (branch[None, :] == 0)
@@ -63,7 +64,7 @@ def studies_of(batch: PackedBatch) -> list[tuple[int, list[int]]]:
 
 
 class Layout(Protocol):
-    """What `branch_attention` needs of a pack."""
+    """The attention layout of a pack, for `branch_attention`."""
 
     def attend(
         self,
@@ -77,7 +78,7 @@ class Layout(Protocol):
 
 
 class GatheredLayout:
-    """One SDPA call per prompt (causal) and per branch (all of its prompt, itself causally)."""
+    """One SDPA call per prompt (causal) and per branch (its whole prompt, and itself causally)."""
 
     def __init__(self, batch: PackedBatch) -> None:
         self.studies = studies_of(batch)
@@ -85,7 +86,7 @@ class GatheredLayout:
         self._masks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
 
     def _mask(self, prompt: int, length: int, like: torch.Tensor) -> torch.Tensor:
-        """Additive [length, prompt + length]; made once for all layers."""
+        """Additive mask [length, prompt + length], cached for all layers."""
         key = (prompt, length, like.dtype)
         if key not in self._masks:
             mask = like.new_full((length, prompt + length), float("-inf"))
@@ -106,7 +107,8 @@ class GatheredLayout:
             "dropout_p": dropout,
             "enable_gqa": query.shape[1] != key.shape[1],
         }
-        # One split per tensor: its backward is one concatenation; slices would each fill a row.
+        # One split per tensor: its backward is one concatenation, while slices would each fill a
+        # row.
         pieces = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
         out = []
         for prompt, branches in self.studies:
@@ -130,19 +132,18 @@ class GatheredLayout:
 
 class VarlenLayout:
     """Every prompt and branch is a sequence of one variable-length flash attention call: its
-    queries as they stand in the row, its keys the prompt and itself, causal from the lower right
-    corner.
+    queries in row order, its keys the prompt and itself, causal from the lower right corner.
 
     CUDA with bfloat16 or float16 only; checked on an H200 against float32. The layout is tested on
     the CPU with stand-ins for the kernels.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
-        index: list[torch.Tensor] = []  # keys of every sequence
+        index: list[torch.Tensor] = []  # key positions of every sequence
         queries: list[int] = []
         position = 0
         for prompt, branches in studies_of(batch):
-            seen = torch.arange(0)  # a prompt sees itself, a branch its prompt too
+            seen = torch.arange(0)  # a prompt attends to itself, a branch also to its prompt
             for length in (prompt, *branches):
                 own = torch.arange(position, position + length)
                 index.append(torch.cat((seen, own)))
@@ -187,23 +188,23 @@ class VarlenLayout:
 
 
 class RepeatedRows:
-    """Rows of a tensor by an index that names every row at least once.
+    """Rows of a tensor by an index that contains every row at least once.
 
-    The backward of torch's own indexing adds with atomics on CUDA, in an order that changes from
-    run to run. Here a row's gradients are added in the order of the index, in float32.
+    The backward of torch's indexing uses atomics on CUDA, in a nondeterministic order. Here the
+    gradients of a row are summed in index order, in float32.
     """
 
     def __init__(self, index: torch.Tensor, rows: int, device: torch.device) -> None:
         self.index = index.to(device)
-        # The k-th time that each row is named: its position, and which rows that holds for.
+        # For the k-th occurrence of rows: the rows that have one, and its positions in the index.
         order = index.argsort(stable=True)
         counts = index.bincount(minlength=rows)
         first = counts.cumsum(0) - counts
         self.first = order[first].to(device)
         self.again = []
         for k in range(1, int(counts.max())):
-            named = torch.nonzero(counts > k)[:, 0]
-            self.again.append((named.to(device), order[first[named] + k].to(device)))
+            repeated = torch.nonzero(counts > k)[:, 0]
+            self.again.append((repeated.to(device), order[first[repeated] + k].to(device)))
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         return _Repeat.apply(x, self)  # type: ignore[no-any-return]
@@ -220,19 +221,19 @@ class _Repeat(torch.autograd.Function):
         (grad,) = grads
         rows = ctx.rows
         total = grad.index_select(0, rows.first).float()
-        for named, positions in rows.again:  # no row twice, so that no two additions meet
-            total.index_add_(0, named, grad.index_select(0, positions).float())
+        for repeated, positions in rows.again:  # distinct rows, so that no additions collide
+            total.index_add_(0, repeated, grad.index_select(0, positions).float())
         return total.to(grad.dtype), None
 
 
 @cache
 def varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """Attention of sequences in one row: torch's own, else flash-attn's where that is installed,
-    else None. CUDA, half precision.
+    """Variable-length attention: torch's, else flash-attn's if installed, else None. CUDA, half
+    precision.
 
-    Called with q [T, H, d], k and v [keys, H_kv, d], the ends of every sequence's queries and keys
-    (int32, from 0 on), the longest of both, the scale, and whether it is causal, from the lower
-    right corner. Both kernels group heads.
+    Arguments: q [T, H, d], k and v [keys, H_kv, d], cumulative ends of the sequences' queries and
+    keys (int32, starting with 0), the maximum lengths of both, the scale, and whether it is causal,
+    from the lower right corner. Both kernels support grouped heads.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -241,7 +242,7 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
     else:
         parameters = inspect.signature(varlen_attn).parameters
         if "window_size" in parameters:
-            # torch 2.11 has no such keyword and leaves grouping to the kernel, as later ones do.
+            # torch 2.11 has no keyword for grouping and leaves it to the kernel.
             grouping: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
 
             def by_torch(*tensors: Any) -> Any:
@@ -262,18 +263,18 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
     return by_flash_attn
 
 
-def kernel_takes(head_size: int) -> bool:
-    """Whether the kernels of `varlen_kernel` have heads of this size."""
+def supports_head_size(head_size: int) -> bool:
+    """Whether the kernels of `varlen_kernel` support heads of this size."""
     return head_size % 8 == 0 and head_size <= 256
 
 
 class FlexLayout:
-    """torch's flex_attention with a block mask made of the study and branch of every token.
+    """torch's flex_attention with a block mask from the study and branch of every token.
 
-    CUDA. It is compiled for a length, so rows are filled up to a power of two from `SHORTEST_FLEX`
-    on: few lengths, few compilations. A filler sees itself alone, which costs next to nothing. On a
-    CPU flex_attention has no backward in public; forward (compiled, too) and backward (its own
-    dense form) are tested there. Checked on an H200 against float32.
+    CUDA. It is compiled per length, so rows are padded to a power of two, at least `SHORTEST_FLEX`,
+    to limit compilations. A padding token attends to itself only, at almost no cost. On a CPU
+    flex_attention has no public backward; forward (also compiled) and backward (its dense form) are
+    tested there. Checked on an H200 against float32.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
@@ -322,9 +323,9 @@ def _flex_attention(device_type: str) -> Any:
 
     if device_type == "cpu":
         return flex_attention
-    # With fullgraph, torch says so where it would otherwise silently run uncompiled.
+    # With fullgraph, torch raises instead of silently running uncompiled.
     compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    # torch's own limit of 8 would be reached by four lengths with and without gradients.
+    # Four lengths with and without gradients would reach torch's default limit of 8.
     return torch._dynamo.config.patch(recompile_limit=FLEX_GRAPHS)(compiled)
 
 
@@ -340,7 +341,7 @@ def branch_attention(
     branch_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it; [1, T, H, d] from [1, H, T, d]."""
+    """An attention function with transformers' signature: [1, H, T, d] -> [1, T, H, d]."""
     if branch_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -357,7 +358,7 @@ def _attend(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Left out of a compiled layer, which would be compiled anew for the layout of every pack."""
+    """Excluded from compiled layers, which would be recompiled for the layout of every pack."""
     return layout.attend(query, key, value, scale=scale, dropout=dropout)
 
 

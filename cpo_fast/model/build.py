@@ -1,6 +1,4 @@
-"""Models: tiny random ones, checkpoints in and out, LoRA; all of them transformers' and peft's own
-classes.
-"""
+"""Models of transformers and peft: tiny random ones, loading and saving checkpoints, LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 from cpo_fast.counting import counted
 from cpo_fast.data.lengths import has_tokenizer
 from cpo_fast.errors import UsageError, first_line
-from cpo_fast.model.adapters import check_targets, merge, put_on
+from cpo_fast.model.adapters import check_targets, load_adapter, merge
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.lineage import base_of_adapter, is_adapter
 from cpo_fast.model.supported import model_class, read_config
@@ -46,7 +44,7 @@ def tiny_model(
     vision_intermediate_size: int = 128,
     tie_word_embeddings: bool = False,
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A small Qwen2.5-VL, float32; its random weights depend on `seed` and the sizes alone.
+    """A small Qwen2.5-VL, float32; its random weights depend only on `seed` and the sizes.
 
     The vision tower's last block attends to the whole image, the others to windows of 112 x 112
     pixels.
@@ -61,7 +59,7 @@ def tiny_model(
         num_key_value_heads=num_key_value_heads,
         intermediate_size=intermediate_size,
     )
-    # Half of a head's dimensions, shared out over time, height and width as in the published sizes
+    # Half of a head's dimensions, split over time, height and width as in the published sizes
     # (2:3:3).
     half = hidden_size // num_attention_heads // 2
     side = half * 3 // 8
@@ -89,7 +87,7 @@ def tiny_model(
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=tie_word_embeddings,
     )
-    return _random(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+    return _init_random(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
 
 
 def tiny_text_model(
@@ -103,9 +101,7 @@ def tiny_text_model(
     intermediate_size: int = 384,
     tie_word_embeddings: bool = False,
 ) -> Qwen2ForCausalLM:
-    """A small text-only Qwen2, float32, with random weights that depend on `seed` and the sizes
-    alone.
-    """
+    """A small text-only Qwen2, float32; its random weights depend only on `seed` and the sizes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -119,7 +115,7 @@ def tiny_text_model(
         ),
         tie_word_embeddings=tie_word_embeddings,
     )
-    return _random(Qwen2ForCausalLM, config, tokenizer, seed)
+    return _init_random(Qwen2ForCausalLM, config, tokenizer, seed)
 
 
 def _text_config(tokenizer: PreTrainedTokenizerBase, **sizes: int) -> dict[str, Any]:
@@ -139,7 +135,7 @@ def _text_config(tokenizer: PreTrainedTokenizerBase, **sizes: int) -> dict[str, 
     }
 
 
-def _random(kind: Any, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
+def _init_random(kind: Any, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config)
@@ -154,23 +150,22 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     base_model: str | Path | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """A Qwen2.5-VL or text-only causal LM from a folder (or a hub name, if transformers may go
-    there).
+    """A Qwen2.5-VL or text-only causal LM from a folder (or a hub name, if transformers is online).
 
-    A folder with an adapter gives the peft model over its base, the adapter not trainable; a base
-    that is an adapter itself is merged first. `base_model` stands in for the base that the adapter
-    names. Weights come from safetensors only and no code from the checkpoint runs. `dtype` is a
-    torch dtype or "auto" (the checkpoint's). Dropout is off, in the configuration too: it would
-    make policy and reference differ before the first step (LoRA adds its own). Raises UsageError
-    when there is nothing of that kind.
+    A folder with an adapter returns the peft model over its base, the adapter not trainable; a base
+    that is itself an adapter is merged first. `base_model` overrides the adapter's base. Weights
+    are read from safetensors only, and no code from the checkpoint runs. `dtype` is a torch dtype
+    or "auto" (the checkpoint's). Dropout is disabled, also in the configuration: it would make
+    policy and reference differ before the first step (LoRA has its own). Raises UsageError if there
+    is no such model.
     """
     folder = Path(path)
     if is_adapter(folder):
         base: Any = load_model(base_of_adapter(folder, base_model), dtype=dtype)
-        return put_on(merge(base) if hasattr(base, "peft_config") else base, folder)
+        return load_adapter(merge(base) if hasattr(base, "peft_config") else base, folder)
     config = read_config(path)
     kind = model_class(config, path)
-    drop_nothing(config)
+    disable_dropout(config)
     try:
         model, found = kind.from_pretrained(
             str(path),
@@ -182,8 +177,8 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(
-            f"no model could be loaded from {path}: {first_line(error)}; a folder with "
-            "config.json and *.safetensors of a Qwen2.5-VL or text-only causal LM is needed"
+            f"no model could be loaded from {path}: {first_line(error)}; give a folder "
+            "with config.json and *.safetensors of a Qwen2.5-VL or text-only causal LM"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise UsageError(
@@ -197,25 +192,25 @@ def load_model(
     return model
 
 
-def drop_nothing(config: Any) -> None:
-    """Set every rate of dropout, layer drop and drop path to 0, in the parts of `config` too."""
+def disable_dropout(config: Any) -> None:
+    """Set all rates of dropout, layer drop and drop path to 0, also in nested configs."""
     from transformers import PreTrainedConfig
 
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            drop_nothing(value)
+            disable_dropout(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with or without a chat template (plain text needs none).
-    Raises UsageError where there is none.
+    Raises UsageError if there is none.
     """
     from transformers import AutoTokenizer
 
     folder = Path(path)
-    # transformers would make an empty tokenizer from a bare config.json.
+    # transformers would create an empty tokenizer from config.json alone.
     if folder.is_dir() and not has_tokenizer(folder):
         raise UsageError(f"no tokenizer in {path}; copy tokenizer.json beside the weights")
     try:
@@ -235,18 +230,18 @@ def save_model(
     images: ImageProcessor | None = None,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint that transformers (a whole model) or peft (an adapter) loads as it stands.
+    """Write a checkpoint that transformers (a whole model) or peft (an adapter) can load.
 
-    `weights` is the state dict where the model itself holds shards of it only. A whole model
-    remembers `folder` as its name, so that an adapter trained on it later says where its base lies.
-    The folder is made with mode 0700.
+    `weights` is the state dict if the model has only shards of it. A whole model gets `folder` as
+    its name, so that an adapter trained on it records the location of its base. A new folder has
+    mode 0700.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the vocabulary was resized.
+        # "auto" would query the hub about a resized vocabulary.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
         model.save_pretrained(str(folder), state_dict=weights)
@@ -258,14 +253,14 @@ def save_model(
 
 
 def freeze_vision(model: PreTrainedModel) -> None:
-    """No gradient for the vision tower, merger included; for full tuning with a frozen tower."""
+    """Freeze the vision tower, merger included, for full tuning of the rest."""
     for name, parameter in model.named_parameters():
         if VISION_TOWER in name.split("."):
             parameter.requires_grad_(False)
 
 
 def frozen_modules(model: PreTrainedModel, *, freeze_vit: bool) -> str | None:
-    """The pattern of the modules that LoRA leaves out, or None."""
+    """The pattern of the modules excluded from LoRA, or None."""
     has_tower = any(name.endswith(VISION_TOWER) for name, _ in model.named_modules())
     return rf"(.*\.)?{VISION_TOWER}\..*" if freeze_vit and has_tower else None
 
@@ -280,11 +275,12 @@ def add_lora(
     freeze_vit: bool = True,
     seed: int = 0,
 ) -> PeftModel:
-    """LoRA adapters (arXiv 2106.09685) through peft; the weights below them are frozen.
+    """LoRA adapters (arXiv 2106.09685) through peft; the base weights are frozen.
 
-    "all-linear" is every linear layer but the output head; with `freeze_vit` the vision tower's are
-    left out. `target_modules` is otherwise peft's: a list of name endings or a regular expression.
-    The random A matrices depend on `seed` alone, B is zero: the policy starts as its reference.
+    "all-linear" is every linear layer except the output head; with `freeze_vit` also without the
+    vision tower. Otherwise `target_modules` is as in peft: a list of name endings or a regular
+    expression. The random A matrices depend only on `seed`, B is zero: the initial policy equals
+    its reference.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -1,12 +1,12 @@
-"""Floating point operations that a pack asks for, and what share of a machine's peak they reach.
+"""Model FLOPs of a pack, and their share of a machine's peak.
 
-The convention ("model FLOPs", as in arXiv 2204.02311, appendix B): the matrix products that the
-mathematics needs, two operations per multiply-add, each once. Recomputation by gradient
-checkpointing is not counted, nor are elementwise work, the adapters' own small products, and the
-vision tower's attention. Attention counts the (query, key) pairs that see each other, not a full
-square. A weight takes 2 operations per token forward, 2 for the gradient of its input, and 2 more
-for its own gradient where it is trained: 4 N per token with LoRA, 6 N with full tuning, and 2 N
-more for a reference that is computed on-line.
+The convention ("model FLOPs", as in arXiv 2204.02311, appendix B): the matrix products of the
+mathematics, two operations per multiply-add, each counted once. Not counted: recomputation by
+gradient checkpointing, elementwise operations, the adapters' low-rank products, and the vision
+tower's attention. Attention counts visible (query, key) pairs, not a full square. A weight needs 2
+operations per token in the forward, 2 for the gradient of its input, and 2 more for its own
+gradient if it is trained: 4 N per token with LoRA, 6 N with full tuning, and 2 N more for a
+reference computed online.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.types import PackedBatch
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
-"""Dense bfloat16 FLOP/s of a GPU by a word of its name, from the makers' data sheets."""
+"""Dense bfloat16 FLOP/s by a word in the GPU's name, from the manufacturers' data sheets."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one training step's pass over a pack: forward, backward and reference together."""
+    """FLOPs of one training step on a pack: forward, backward and reference together."""
 
     vision: float
     trunk: float
@@ -41,7 +41,7 @@ class Flops:
 
 
 class FlopCounter:
-    """Counts the model FLOPs of packs; the model's weights are looked at once, when it is made."""
+    """Counts the model FLOPs of packs; the model's weights are counted once, at construction."""
 
     def __init__(self, model: PackedModel) -> None:
         config = model.trunk.config
@@ -57,11 +57,13 @@ class FlopCounter:
             frozen, trained = _linear_weights(model.vision)
             merger = getattr(model.vision, "merger", None)
             merged = sum(_linear_weights(merger)) if merger is not None else 0
-            self.per_patch = frozen + trained - merged * 3 / 4  # it runs once per four patches
+            self.per_patch = (
+                frozen + trained - merged * 3 / 4
+            )  # the merger runs once per four patches
             self.tower_trained = bool(trained)
 
     def __call__(self, batch: PackedBatch, *, reference: bool = True) -> Flops:
-        """Model FLOPs of `batch`; `reference` says that its forward is made, too (not cached)."""
+        """Model FLOPs of `batch`; `reference`: with an online reference forward."""
         once = 2.0 * (2 if reference else 1)  # forward passes
         tokens, rows = len(batch.input_ids), len(batch.score_rows)
         weights = self.frozen + self.trained
@@ -81,8 +83,8 @@ def mfu(flops: float, seconds: float, peak: float) -> float:
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that `device` could reach: a data sheet's for a known GPU in half precision, else
-    measured with a square matrix product of that dtype (four of 1024 x 1024, the best of them).
+    """Peak FLOP/s of `device`: from the data sheet for a known GPU in half precision, else measured
+    with a matrix product of that dtype (1024 x 1024, the best of four).
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -101,9 +103,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _linear_weights(module: nn.Module) -> tuple[int, int]:
-    """Numbers of frozen and of trained weights in the linear layers below, adapters left out.
+    """Numbers of frozen and trained weights in the linear layers of `module`, without adapters.
 
-    A weight under an adapter is frozen; its adapter trains.
+    A weight with an adapter is frozen.
     """
     frozen = trained = 0
     for name, layer in module.named_modules():
@@ -117,6 +119,6 @@ def _linear_weights(module: nn.Module) -> tuple[int, int]:
 
 
 def _visible(prompt: int, branches: list[int]) -> int:
-    """(query, key) pairs of a study in which the query sees the key."""
+    """Number of visible (query, key) pairs of a study."""
     own = sum(n * (n + 1) // 2 for n in (prompt, *branches))
     return own + prompt * sum(branches)

@@ -1,14 +1,14 @@
 """The elementwise parts of a model's layers in one pass each, on CUDA in half precision.
 
-On an H200 a quarter of the time of a 7B step goes into RMSNorm, SwiGLU and rotary embedding as
-transformers writes them out, and a twentieth into products of a vision tower whose 3,420 columns
-the vendor's fast kernels do not take (docs/gpu.md). Here RMSNorm is torch's fused one, SwiGLU and
-rotary embedding are Triton kernels, and a frozen tower's MLP computes with columns of zeros added.
-All compute in float32 and round once, where transformers rounds after every operation. Untested on
-a GPU: the kernels are run in Triton's interpreter and compiled for sm_90.
+On an H200, transformers' RMSNorm, SwiGLU and rotary embedding take a quarter of a 7B step, and
+products of a vision tower with 3,420 columns, unsupported by the vendor's fast kernels, a twentieth
+(docs/gpu.md). Here RMSNorm is torch's fused one, SwiGLU and rotary embedding are Triton kernels,
+and a frozen tower's MLP is padded with columns of zeros. All compute in float32 and round once;
+transformers rounds after every operation. Untested on a GPU: the kernels are run in Triton's
+interpreter and compiled for sm_90.
 
-What a layer computes is not guessed by its name: one is replaced whose forward gives, on a small
-input, to the last bit what the formula here gives in transformers' order of operations.
+Layers are not identified by name: a layer is replaced if its forward on a small input is bit-equal
+to the formula here in transformers' order of operations.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from cpo_fast.model.attention import HALF
 from cpo_fast.model.lora import is_plain
 
 ALIGNED = 8
-"""Elements in half precision that make 16 bytes, which fast loads need."""
+"""Half-precision elements in the 16 bytes of a vectorised load."""
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
-"""Of a gated MLP."""
+"""The linear layers of a gated MLP."""
 
 _replaced: dict[tuple[str, str], Any] = {}
-"""(module, name of a function in it): what stood there."""
+"""(module, function name) -> the original function."""
 
 
 def check_fused(device: str, dtype: torch.dtype, *, compile: bool) -> None:
-    """UsageError where a model of this device ("cpu", "cuda") and dtype has no fused layers, and
-    for compiled layers, in which torch.compile fuses what it finds."""
+    """UsageError if fused layers do not support this device ("cpu", "cuda") and dtype, or for
+    compiled layers, where torch.compile does the fusion."""
     if compile:
         raise UsageError("fused layers are not compiled: set either fused or compile")
     if device != "cuda" or dtype not in HALF:
@@ -51,12 +51,12 @@ def check_fused(device: str, dtype: torch.dtype, *, compile: bool) -> None:
 
 
 def use_fused_layers(base: nn.Module, vision: nn.Module | None) -> None:
-    """Make the layers of a transformers model on CUDA in half precision compute in fewer passes.
+    """Replace the forwards of a transformers model's layers by fused ones (CUDA, half precision).
 
-    Modules, parameters and their names stay; the class of a layer becomes a subclass with another
-    forward. The functions for rotary embedding are replaced in their module, for every model of the
-    process, by ones that leave to the former ones what is not on CUDA in half precision;
-    `restore_functions` puts those back.
+    Modules, parameters and their names are unchanged; the class of a layer becomes a subclass with
+    another forward. The functions for rotary embedding are replaced in their module, for all models
+    of the process, by functions that call the original for any other device or dtype;
+    `restore_functions` restores them.
     """
     tower = set() if vision is None else set(vision.modules())
     homes: set[str] = set()
@@ -80,7 +80,7 @@ def use_fused_layers(base: nn.Module, vision: nn.Module | None) -> None:
 
 
 def restore_functions() -> None:
-    """Puts back what `use_fused_layers` replaced in modules of transformers; layers stay."""
+    """Restore the functions of transformers replaced by `use_fused_layers`; layers stay fused."""
     for (home, name), original in _replaced.items():
         setattr(sys.modules[home], name, original)
     _replaced.clear()
@@ -95,7 +95,7 @@ def _use(layer: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 @torch.no_grad()
 def is_rms_norm(layer: Any) -> bool:
-    """Whether the layer computes weight * (x / rms(x)) in transformers' usual way."""
+    """Whether the layer computes weight * (x / rms(x)) with transformers' rounding."""
     weight, eps = getattr(layer, "weight", None), getattr(layer, "variance_epsilon", None)
     if list(dict(layer.named_parameters())) != ["weight"] or not isinstance(eps, float):
         return False
@@ -133,7 +133,7 @@ def is_gated_mlp(layer: Any) -> bool:
 
 
 def _ramp(like: Tensor) -> Tensor:
-    """[1, 2, D] of different values."""
+    """[1, 2, D] of distinct values."""
     size = like.numel()
     values = torch.linspace(-2.0, 3.0, 2 * size, device=like.device).sin() * 1.5
     return values.to(like.dtype).view(1, 2, size)
@@ -151,8 +151,8 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def add_columns(layer: Any) -> None:
-    """Lay the weights of a gated MLP out with columns of zeros, so that the inner size is a
-    multiple of ALIGNED. Those of the first two products become views of the new ones."""
+    """Pad the weights of a gated MLP with zeros, so that the inner size is a multiple of ALIGNED.
+    The weights of the first two products become views of the padded ones."""
     inner = layer.gate_proj.weight.shape[0]
     more = -inner % ALIGNED
     wide: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def _parts(layer: Any) -> list[Any]:
 
 
 def _identity(layer: Any) -> tuple[int, ...]:
-    """Changes where weights are moved, replaced or written to."""
+    """A value that changes when weights are moved, replaced or modified."""
     weights = [weight for part in _parts(layer) for weight in part.parameters()]
     return tuple(x for weight in weights for x in (weight.data_ptr(), weight._version))
 
@@ -198,7 +198,7 @@ def _replace(home: str, name: str, make: Callable[[Callable[..., Any]], Any]) ->
 
 
 def _is_rotation(name: str, function: Callable[..., Any]) -> bool:
-    """Whether the function turns halves of heads, as `rotate` does."""
+    """Whether the function rotates halves of heads as `rotate` does."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     try:
@@ -219,7 +219,7 @@ def _fused_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **kwargs: Any
     ) -> Any:
         one_row = q.ndim == 4 and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
-        if unsqueeze_dim != 1 or kwargs or not one_row or not _takes(q, k):
+        if unsqueeze_dim != 1 or kwargs or not one_row or not _supports(q, k):
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
         from cpo_fast.kernels.decoder_layer import rotate
 
@@ -231,7 +231,7 @@ def _fused_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fused_vision_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_rotary_pos_emb_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        if q.ndim != 3 or cos.shape != (q.shape[0], q.shape[2]) or not _takes(q, k):
+        if q.ndim != 3 or cos.shape != (q.shape[0], q.shape[2]) or not _supports(q, k):
             return original(q, k, cos, sin)
         from cpo_fast.kernels.decoder_layer import rotate
 
@@ -240,7 +240,7 @@ def _fused_vision_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb_vision
 
 
-def _takes(*tensors: Tensor) -> bool:
+def _supports(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return all(x.is_cuda and x.dtype in HALF for x in tensors)

@@ -1,11 +1,11 @@
-"""The output layer in the form that the loss op takes: one weight [V, D'] and its inputs [R, D'].
+"""The output layer in the form of the loss op: one weight [V, D'] and its inputs [R, D'].
 
-D' is the hidden size D, except under LoRA on the output layer. There its low-rank product becomes
-columns of one larger matrix product, so that the op needs to know nothing of adapters:
+D' is the hidden size D, except with LoRA on the output layer. Its low-rank product then becomes
+additional columns of the matrix product, so that the op is independent of adapters:
 
     W h + s B A dropout(h)  =  [W, B] [h, s A dropout(h)]
 
-Unlike W + s B A, this keeps LoRA's dropout, and rounds B by itself: added to half-precision weights
+Unlike W + s B A, this keeps LoRA's dropout and rounds B separately: added to half-precision weights
 it would be lost.
 """
 
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COLUMNS = 8
-"""D' - D is a multiple of this: the CUDA kernels take hidden sizes that are multiples of 8."""
+"""D' - D is a multiple of this, since the CUDA kernels need hidden sizes that are multiples of
+8."""
 
 
 class OutputHead:
-    """The output layer of `base`, with whatever peft has made of it.
+    """The output layer of `base`, with its peft adapters.
 
-    A plain layer, one of `modules_to_save`, trainable tokens and LoRA are read as peft computes
-    them. Raises UsageError for any other output layer.
+    Supports a plain layer, `modules_to_save`, trainable tokens and LoRA, with peft's results.
+    Raises UsageError for any other output layer.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -38,10 +39,10 @@ class OutputHead:
         self._lora()
 
     def weight(self, *, reference: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(weight [V, D'], bias [V] or None); with `reference` those without any adapter."""
+        """(weight [V, D'], bias [V] or None); with `reference` without adapters."""
         layer: Any = self.base.get_output_embeddings()
         if reference:
-            plain = original(layer)
+            plain = unwrap(layer)
             return plain.weight, plain.bias
         weight, bias = _active(layer)
         products = self._lora()
@@ -53,7 +54,7 @@ class OutputHead:
         return weight, bias
 
     def inputs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, D'] from hidden states [R, D], with the adapters on or off as they are now."""
+        """Hidden states [R, D] -> [R, D'], with the current state (on or off) of the adapters."""
         columns = []
         for down, _, dropout, scaling in self._lora():
             reduced = down(dropout(hidden.to(down.weight.dtype))) * scaling
@@ -65,7 +66,7 @@ class OutputHead:
         return torch.cat((hidden, *columns, filler), dim=1)
 
     def _lora(self) -> list[tuple[nn.Linear, nn.Linear, nn.Module, float]]:
-        """(A, B, dropout, scaling) of the active LoRA adapters of the layer, checked."""
+        """(A, B, dropout, scaling) of the layer's active LoRA adapters. Raises UsageError."""
         layer: Any = self.base.get_output_embeddings()
         _check(layer)
         if not _is_lora(layer) or layer.disable_adapters:
@@ -77,27 +78,27 @@ class OutputHead:
         ]
 
 
-def original(layer: Any) -> Any:
-    """The layer that peft has wrapped, or the layer itself."""
+def unwrap(layer: Any) -> Any:
+    """The layer wrapped by peft, or the layer itself."""
     for name in ("original_module", "base_layer"):
         layer = getattr(layer, name, layer)
     return layer
 
 
 def _active(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) as they act now, LoRA left out."""
+    """The active (weight, bias), without LoRA."""
     from peft.utils.other import ModulesToSaveWrapper
 
     if (tokens := _tokens(layer)) is not None and not tokens.disable_adapters:
-        return tokens.get_merged_weights(tokens.active_adapters), original(layer).bias
+        return tokens.get_merged_weights(tokens.active_adapters), unwrap(layer).bias
     if isinstance(layer, ModulesToSaveWrapper):
-        return layer.weight, layer.bias  # of the copy that is trained, unless adapters are off
-    plain = original(layer)
+        return layer.weight, layer.bias  # of the trained copy, unless adapters are off
+    plain = unwrap(layer)
     return plain.weight, plain.bias
 
 
 def _tokens(layer: Any) -> Any | None:
-    """The trainable tokens of a layer, which a tied output layer shares with the embeddings."""
+    """The trainable tokens of a layer; a tied output layer shares them with the embeddings."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     found = getattr(layer, "token_adapter", layer)
@@ -111,10 +112,10 @@ def _is_lora(layer: Any) -> bool:
 
 
 def _check(layer: Any) -> None:
-    """UsageError for an output layer that is more than W h + b and LoRA."""
+    """UsageError for an output layer other than W h + b, with or without LoRA."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    plain = original(layer)
+    plain = unwrap(layer)
     if not isinstance(plain, nn.Linear):
         raise UsageError(
             f"the output layer is a {type(plain).__name__}; only a plain linear layer is supported"
@@ -124,7 +125,7 @@ def _check(layer: Any) -> None:
     elif isinstance(layer, BaseTunerLayer) and _tokens(layer) is None:
         method = type(layer).__module__.split(".")[-2]
         raise UsageError(
-            f"an adapter of the kind {method} on the output layer (lm_head) is not supported: "
+            f"an adapter of type {method} on the output layer (lm_head) is not supported: "
             "leave lm_head out of its target modules, or use LoRA or modules_to_save"
         )
 
@@ -135,8 +136,8 @@ def _check_lora(layer: LoraLinear) -> None:
         "lora_bias": any(layer.lora_bias.values()),
         "a merged adapter (unmerge it)": layer.merged,
     }
-    for fault, there in faults.items():
-        if there:
+    for fault, present in faults.items():
+        if present:
             raise UsageError(
                 f"LoRA on the output layer (lm_head) with {fault} is not supported: leave lm_head "
                 "out of the target modules, or use plain LoRA there"

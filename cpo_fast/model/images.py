@@ -1,8 +1,8 @@
-"""Images as Qwen2.5-VL wants them: grid from the header, pixel values as transformers' processor
-makes them (bit for bit: a test holds the two together), in half its time.
+"""Image preprocessing of Qwen2.5-VL: the grid from the header, and pixel values bit-equal to
+transformers' processor (tested), in half its time.
 
-transformers' AutoProcessor and Qwen2_5_VLProcessor need torchvision, of which there is no working
-CPU build; its PIL-backed image processor does not, and gives the same preprocessor_config.json.
+transformers' AutoProcessor and Qwen2_5_VLProcessor need torchvision, which has no working CPU
+build; its PIL-backed image processor does not, and writes the same preprocessor_config.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cpo_fast.data.pixels import (
     MIN_PIXELS,
     PATCH,
     pixel_values,
-    resized,
+    resized_size,
 )
 from cpo_fast.data.processor_files import (
     PREPROCESSOR,
@@ -42,15 +42,14 @@ TYPES = tuple(
     for family in ("Qwen2VL", "Qwen2_5_VL")
     for variant in ("", "Fast", "Pil")
 )
-"""Image processors that compute what this one does."""
+"""Image processors with the same results."""
 
 BICUBIC = 3
 
 
 class ImageProcessor:
-    """The image side of a checkpoint. Resizes so that both sides are multiples of 28 pixels and the
-    area lies between `min_pixels` and `max_pixels`, the aspect ratio kept as closely as that
-    allows.
+    """The image preprocessing of a checkpoint. Both sides are resized to multiples of 28 pixels
+    with an area between `min_pixels` and `max_pixels` and nearly the same aspect ratio.
     """
 
     def __init__(self, processor: Qwen2VLImageProcessorPil) -> None:
@@ -58,8 +57,8 @@ class ImageProcessor:
         sizes = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
         if sizes != (PATCH, FRAMES, MERGE):
             raise UsageError(
-                f"the image processor cuts patches of {sizes[0]} pixels and {sizes[1]} frames and "
-                f"merges {sizes[2]} a side; only {PATCH}, {FRAMES} and {MERGE} (Qwen2.5-VL) "
+                f"the image processor has patches of {sizes[0]} pixels and {sizes[1]} frames and "
+                f"merges {sizes[2]} per side; only {PATCH}, {FRAMES} and {MERGE} (Qwen2.5-VL) "
                 "are supported"
             )
         if not processor.do_resize or int(processor.resample) != BICUBIC:
@@ -72,7 +71,7 @@ class ImageProcessor:
             raise UsageError(
                 f"min_pixels={low}, max_pixels={high}: give 0 < min_pixels <= max_pixels"
             )
-        # Turned off, a step is one that changes nothing: transformers' very numbers.
+        # A disabled step becomes the identity, with numbers equal to transformers'.
         self._scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
         normalize = processor.do_normalize
         self._mean = _channels("image_mean", processor.image_mean if normalize else 0.0)
@@ -84,9 +83,7 @@ class ImageProcessor:
     def create(
         cls, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
     ) -> ImageProcessor:
-        """Qwen2.5-VL's preprocessing with bounds in pixels (28 x 28 of them make a visual
-        token).
-        """
+        """Qwen2.5-VL's preprocessing with bounds in pixels (28 x 28 per visual token)."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
             Qwen2VLImageProcessorPil,
         )
@@ -98,11 +95,11 @@ class ImageProcessor:
     def load(
         cls, folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ImageProcessor:
-        """From a checkpoint's processor_config.json or preprocessor_config.json, its bounds
-        replaced where given.
+        """From a checkpoint's processor_config.json or preprocessor_config.json, with other bounds
+        if given.
 
-        Mean, standard deviation, rescaling and bounds are the file's. Raises UsageError where there
-        is none, or for what is not supported: another class, patch size, merging or resampling.
+        Mean, standard deviation, rescaling and bounds are read from the file. Raises UsageError for
+        a missing file, or an unsupported class, patch size, merging or resampling.
         """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
             Qwen2VLImageProcessorPil,
@@ -116,13 +113,13 @@ class ImageProcessor:
             ) from error
         if found is None:
             raise UsageError(
-                f"no {PREPROCESSOR} or {PROCESSOR} with an image processor in {folder}; copy the "
-                "one of the Qwen2.5-VL checkpoint there"
+                f"no {PREPROCESSOR} or {PROCESSOR} with an image processor in {folder}; copy "
+                "the file of the Qwen2.5-VL checkpoint"
             )
         file, settings = found
         kind = settings.get("image_processor_type", TYPES[0])
         if kind not in TYPES:
-            raise UsageError(f"{file}: a {kind} is not supported, only Qwen2.5-VL's processor is")
+            raise UsageError(f"{file}: a {kind} is not supported, only Qwen2.5-VL's")
         low, high = pixel_bounds(settings)
         size = {
             "shortest_edge": min_pixels or low or MIN_PIXELS,
@@ -139,10 +136,10 @@ class ImageProcessor:
     def find(
         cls, folder: str | Path, config: Any, *, beside: str | Path | None = None, **bounds: Any
     ) -> ImageProcessor | None:
-        """That of a model with this configuration; None for one that takes no images.
+        """The image processor of a model with this configuration; None for a text-only model.
 
-        It is looked for in `beside` (the folder of an adapter) and in `folder` (its base's).
-        Raises UsageError as `load`, and where the vision tower expects other patches.
+        Searched in `beside` (the folder of an adapter), then in `folder` (its base). Raises
+        UsageError as `load`, and if the vision tower expects other patches.
         """
         vision = getattr(config, "vision_config", None)
         if vision is None:
@@ -163,16 +160,16 @@ class ImageProcessor:
         return images
 
     def save(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, which also tells AutoProcessor its class."""
+        """Write preprocessor_config.json, with the class name for AutoProcessor."""
         (written,) = self.processor.save_pretrained(str(folder))
         config = json.loads(Path(written).read_text())
         config["processor_class"] = "Qwen2_5_VLProcessor"
         Path(written).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def grid(self, ref: ImageRef) -> Grid:
-        """(t, h, w) in patches, from the image's header; raises image_size's RecordErrors."""
+        """(t, h, w) in patches, from the image's header. Raises RecordError as `image_size`."""
         try:
-            width, height = resized(
+            width, height = resized_size(
                 *image_size(ref),
                 min_pixels=self.processor.size["shortest_edge"],
                 max_pixels=self.processor.size["longest_edge"],
@@ -184,8 +181,8 @@ class ImageProcessor:
         return 1, height // PATCH, width // PATCH
 
     def pixels(self, ref: ImageRef) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixel values [t * h * w, 1176] float32, grid [3] int64); raises load_image's
-        RecordErrors.
+        """(pixel values [t * h * w, 1176] float32, grid [3] int64). Raises RecordError as
+        `load_image`.
         """
         values, grid = pixel_values(
             load_shades(ref),

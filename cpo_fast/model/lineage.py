@@ -1,4 +1,4 @@
-"""Where an adapter lies and which model it was trained on, by its files; torch is not imported."""
+"""An adapter's files and its base model; torch is not imported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def is_adapter(folder: Path) -> bool:
 def base_of_adapter(folder: Path, base_model: str | Path | None = None) -> Path:
     """The folder of the model that the adapter in `folder` was trained on.
 
-    That is `base_model` where given, else what adapter_config.json names: an absolute path, one
-    relative to `folder` or to the working directory, or a model in the hub's local cache. Nothing
-    is downloaded. Raises UsageError when there is no such folder, or no adapter in safetensors.
+    `base_model` if given, else the path in adapter_config.json: absolute, relative to `folder` or
+    to the working directory, or a model in the hub's local cache. Nothing is downloaded. Raises
+    UsageError for a missing folder, or without an adapter in safetensors.
     """
     file = folder / CONFIG
     if not (folder / WEIGHTS).is_file():
@@ -31,36 +31,38 @@ def base_of_adapter(folder: Path, base_model: str | Path | None = None) -> Path:
         raise UsageError(f"{file} is not readable as JSON: {first_line(error)}") from error
     if base_model is not None:
         if not Path(base_model).is_dir():
-            raise UsageError(f"--base_model {base_model}: no such model folder")
+            raise UsageError(f"base_model {base_model}: no such model folder")
         return Path(base_model)
     if not named:
         raise UsageError(
             f"{file} names no base model; set base_model_name_or_path in it to the folder of the "
-            "model that the adapter was trained on"
+            "adapter's base model"
         )
     for found in (folder / named, Path(named), _cached(named)):
         if found is not None and found.is_dir():
             return found
     raise UsageError(
         f"the base model of the adapter {folder} is not there: {named}. Move it back, set "
-        f"base_model_name_or_path in {file} to where it is now, or give the folder with "
-        "--base_model (of cpo-fast export and evaluate)"
+        f"base_model_name_or_path in {file} to where it is now, or give the folder "
+        "as base_model (of cpo-fast export and evaluate)"
     )
 
 
 def lineage(folder: Path, base_model: str | Path | None = None) -> list[Path]:
-    """`folder`, and where it is an adapter its base, whose base in turn, down to a whole model."""
+    """`folder` and, for an adapter, the chain of its bases down to a whole model."""
     found = [folder]
     while is_adapter(found[-1]):
         below = base_of_adapter(found[-1], base_model if len(found) == 1 else None)
         if any(below.resolve() == earlier.resolve() for earlier in found):
-            raise UsageError(f"{found[-1] / CONFIG} names {below}, which is an adapter upon it")
+            raise UsageError(
+                f"{found[-1] / CONFIG} names {below}, which is an adapter on top of it"
+            )
         found.append(below)
     return found
 
 
 def _cached(name: str) -> Path | None:
-    """The hub's local copy of a model by its name, if there is one."""
+    """The hub's local copy of a model, or None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

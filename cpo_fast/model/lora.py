@@ -2,11 +2,11 @@
 
     y = x W^T + b + s (d(x) A^T) B^T        d: dropout, where it is in effect
 
-peft keeps A and B in float32, so below bfloat16 base weights it computes and adds the low-rank
-update as a float32 tensor of the size of y, and drops from a float32 copy of x. Here A and B are
-cast to the dtype of x, as autocast would cast them, dropout acts on x itself, and one skinny matrix
-product adds the update to y in place. From the same generator state the dropout masks are peft's
-where x has the dtype of A; for x in half precision they are others of the same distribution.
+peft stores A and B in float32. With bfloat16 base weights it computes and adds the low-rank update
+as a float32 tensor of the size of y, and applies dropout to a float32 copy of x. Here A and B are
+cast to the dtype of x, as by autocast, dropout acts on x itself, and one low-rank matrix product
+adds the update to y in place. For the same generator state the dropout masks equal peft's if x has
+the dtype of A; for x in half precision they differ, with the same distribution.
 
 LoRA: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
 """
@@ -26,10 +26,10 @@ from cpo_fast.model.attention import HALF
 
 
 def use_fused_lora(model: PeftModel) -> None:
-    """Make the LoRA layers of `model` compute as `lora_linear` where that gives what peft computes.
+    """Let the LoRA layers of `model` use `lora_linear` where it is equivalent to peft.
 
-    Modules, parameters and their names stay as they are; only the class of the layers changes, to
-    `FusedLinear`. The output layer is left out: `cpo_fast.model.head` computes it.
+    Modules, parameters and their names are unchanged; only the class of the layers becomes
+    `FusedLinear`. The output layer is excluded: `cpo_fast.model.head` computes it.
     """
     base: Any = model.get_base_model()
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -39,8 +39,8 @@ def use_fused_lora(model: PeftModel) -> None:
 
 
 class FusedLinear(Linear):
-    """peft's LoRA layer on a plain linear layer, with a fused forward where `fused_adapter` names
-    an adapter, and peft's own forward otherwise."""
+    """peft's LoRA layer on a plain linear layer, with a fused forward if `fused_adapter` returns an
+    adapter, else peft's forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else fused_adapter(self, x)
@@ -50,18 +50,18 @@ class FusedLinear(Linear):
         down: Any = self.lora_A[name]
         up: Any = self.lora_B[name]
         dropout = self.lora_dropout[name]
-        dropped = dropout(x) if _drops(dropout) else None
+        dropped = dropout(x) if _is_active(dropout) else None
         return lora_linear(
             x, base.weight, base.bias, down.weight, up.weight, self.scaling[name], dropped
         )
 
 
 def fused_adapter(layer: Linear, x: Tensor) -> str | None:
-    """The adapter of `layer` that `lora_linear` can compute for the input `x` as the layer is now.
+    """The adapter of `layer` that `lora_linear` can compute for `x` in the layer's current state.
 
     None if the adapters are off or merged, if not exactly one is active, if it has biases, a
     variant (DoRA and others) or a dropout that is not `nn.Dropout`, if the base layer is trained,
-    if autocast is on, or if dtypes, devices, hooks or tensor subclasses need peft's own forward.
+    if autocast is on, or if dtypes, devices, hooks or tensor subclasses need peft's forward.
     """
     if layer.disable_adapters or layer.merged:
         return None
@@ -101,11 +101,11 @@ def lora_linear(
 ) -> Tensor:
     """x W^T + b + s (d A^T) B^T, [..., out] in the dtype of x, differentiable once.
 
-    `x` [..., in], `weight` W [out, in] and `bias` b [out] have one floating dtype; W and b get no
-    gradient. d is `dropped`, x after dropout in the shape and dtype of x, or else x itself; x and
-    `dropped` get a gradient each. `down` A [r, in] and `up` B [out, r] may have another dtype: they
-    are cast to that of x, and their gradients, products in the dtype of x, are cast to theirs
-    before they are scaled. For the backward d, d A^T and the parameters are kept.
+    `x` [..., in], `weight` W [out, in] and `bias` b [out] have the same floating dtype; W and b get
+    no gradient. d is `dropped`, x after dropout with the shape and dtype of x, else x itself; both
+    x and `dropped` get a gradient. `down` A [r, in] and `up` B [out, r] can have another dtype:
+    they are cast to the dtype of x, and their gradients, products in the dtype of x, are cast back
+    before scaling. d, d A^T and the parameters are saved for the backward.
     """
     if dropped is not None:
         dropped = dropped.contiguous()
@@ -124,34 +124,34 @@ class _LoraLinear(torch.autograd.Function):
         up: Tensor,
         scaling: float,
     ) -> Tensor:
-        below = x if dropped is None else dropped
-        reduced = below.view(-1, x.shape[-1]) @ down.to(x.dtype).T  # [T, r]
+        inputs = x if dropped is None else dropped
+        reduced = inputs.view(-1, x.shape[-1]) @ down.to(x.dtype).T  # [T, r]
         y = linear(x, weight, bias)
-        # The scaling is a factor of the product inside, where sums are float32.
+        # The scaling is applied within the product, where sums are float32.
         y.view(-1, y.shape[-1]).addmm_(reduced, up.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(below, reduced, weight, down, up)
+        ctx.save_for_backward(inputs, reduced, weight, down, up)
         ctx.scaling, ctx.drops = scaling, dropped is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        below, reduced, weight, down, up = ctx.saved_tensors
+        inputs, reduced, weight, down, up = ctx.saved_tensors
         need_x, need_dropped, _, _, need_down, need_up, _ = ctx.needs_input_grad
         grad_x = grad_dropped = grad_down = grad_up = None
-        with torch.autocast(below.device.type, enabled=False):
+        with torch.autocast(inputs.device.type, enabled=False):
             grad = grad.reshape(-1, grad.shape[-1])  # [T, out]
             grad_reduced = grad @ up.to(grad.dtype)  # [T, r], without the scaling
             if need_dropped:
                 grad_dropped = grad_reduced @ (down * ctx.scaling).to(grad.dtype)
-                grad_dropped = grad_dropped.view(below.shape)
+                grad_dropped = grad_dropped.view(inputs.shape)
             if need_x:
                 grad_x = grad @ weight  # [T, in]
                 if not ctx.drops:
                     grad_x.addmm_(grad_reduced, down.to(grad.dtype), alpha=ctx.scaling)
-                grad_x = grad_x.view(below.shape)
+                grad_x = grad_x.view(inputs.shape)
             if need_down:
-                product = grad_reduced.T @ below.view(-1, below.shape[-1])
+                product = grad_reduced.T @ inputs.view(-1, inputs.shape[-1])
                 grad_down = product.to(down.dtype) * ctx.scaling
             if need_up:
                 grad_up = (grad.T @ reduced).to(up.dtype) * ctx.scaling
@@ -159,7 +159,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling `layer` does no more than F.linear with a dense weight."""
+    """Whether calling `layer` is just F.linear with a dense weight."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) in (Tensor, nn.Parameter)
@@ -171,6 +171,6 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _drops(dropout: nn.Module) -> bool:
-    """Whether the dropout is in effect."""
+def _is_active(dropout: nn.Module) -> bool:
+    """Whether the dropout is active."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0

@@ -1,8 +1,8 @@
-"""The forward over a pack: hidden states of the scored rows, logits never made.
+"""The forward over a pack: hidden states of the scored rows, without logits.
 
-Works on Qwen2.5-VL and on text-only causal LMs of transformers, as they are or wrapped by peft. The
-image features of a pack are computed once and scattered into the embeddings; with a frozen vision
-tower they serve policy and reference.
+Supports Qwen2.5-VL and text-only causal LMs of transformers, plain or wrapped by peft. The image
+features of a pack are computed once and scattered into the embeddings; policy and reference share
+the features of a frozen vision tower.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class PackedModel:
     `attention` is "gathered" (K/V per branch), "sdpa" (one dense T x T mask), "varlen" (K/V per
     branch in one flash attention call; CUDA, half precision), "flex" (flex_attention with a block
     mask; CUDA) or "auto": "varlen" where the model's device and dtype can use it, else "gathered".
-    All give the same numbers. Raises UsageError for an unknown one, for one that does not suit the
-    model's device, dtype, heads or attention dropout, and for a model or an adapter that packs do
-    not support (`cpo_fast.model.supported`), sliding-window layers among them. A vision tower
-    attends within images and windows by `cpo_fast.model.windows`.
-    `compile` compiles the decoder layers by torch.compile: once for all layers and row lengths,
-    with a break at attention over branches, whose layout changes from pack to pack. Gradient
-    checkpointing is to be enabled before.
-    `fused` gives the model fused layers (`cpo_fast.model.fused`): CUDA in half precision, without
-    `compile`, which fuses itself. They are off by default until they have run on a GPU.
+    All are equivalent. Raises UsageError for an unknown one, one that does not support the model's
+    device, dtype, heads or attention dropout, and for a model or an adapter that packs do not
+    support (`cpo_fast.model.supported`), such as sliding-window layers. A vision tower uses
+    `cpo_fast.model.windows`.
+    `compile` compiles the decoder layers with torch.compile: once for all layers and row lengths,
+    with a graph break at the attention, whose layout changes between packs. Enable gradient
+    checkpointing before.
+    `fused` uses fused layers (`cpo_fast.model.fused`): CUDA in half precision, not with `compile`.
+    They are off by default until they have run on a GPU.
     """
 
     def __init__(
@@ -88,19 +88,19 @@ class PackedModel:
         if compile:
             if not hasattr(self.trunk, "layers"):
                 raise UsageError(
-                    f"the layers of {type(base).__name__} are not where they could be compiled; "
-                    "leave --torch_compile out"
+                    f"the layers of {type(base).__name__} cannot be found to compile them; "
+                    "turn torch_compile off"
                 )
             for layer in self.trunk.layers:
                 _compile(layer)
         self._last: _Prepared | None = None
 
     def hidden(self, batch: PackedBatch, *, reference: bool = False) -> torch.Tensor:
-        """Hidden states [R, D'] of the batch's scored rows, after the final norm, as `head` takes
-        them: D' is the hidden size, and more under LoRA on the output layer.
+        """Hidden states [R, D'] of the batch's scored rows, after the final norm, for `head`: D' is
+        the hidden size, and larger with LoRA on the output layer.
 
-        With `reference` the adapters are off and nothing is recorded for a backward. `batch` is on
-        the model's device. Raises UsageError for `reference` on a model without adapters.
+        With `reference` the adapters are off and no gradients are recorded. `batch` is on the
+        model's device. Raises UsageError for `reference` on a model without adapters.
         """
         if not reference:
             return self.head_inputs(self._forward(batch))
@@ -119,7 +119,7 @@ class PackedModel:
         return self._head.weight(reference=reference)
 
     def head_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [N, D] of the trunk as `head` takes them, [N, D']."""
+        """Hidden states [N, D] of the trunk -> [N, D'], for `head`."""
         return self._head.inputs(hidden)
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -136,7 +136,7 @@ class PackedModel:
             positions = batch.position_ids[:, None]  # [3, 1, T]
         row = embeddings[None]
         if self._compiled:
-            # Of the kind that a layer returns, else the first layer would be compiled for itself.
+            # Like the output of a layer; otherwise the first layer would be compiled separately.
             row = row.clone().requires_grad_(torch.is_grad_enabled())
         out = self.trunk(
             inputs_embeds=row,
@@ -147,7 +147,7 @@ class PackedModel:
         return out.last_hidden_state[0].index_select(0, batch.score_rows)
 
     def _prepared(self, batch: PackedBatch) -> _Prepared:
-        """What policy and reference share; kept for the latest batch."""
+        """Inputs shared by policy and reference, cached for the latest batch."""
         if self._last is None or self._last.batch is not batch:
             self._last = _Prepared(batch, self._attention_inputs(batch))
         return self._last
@@ -158,7 +158,7 @@ class PackedModel:
         if self.attention == "sdpa":
             return {"attention_mask": dense_mask(batch)}
         layouts = {"gathered": GatheredLayout, "varlen": VarlenLayout, "flex": FlexLayout}
-        # A mask of four dimensions is passed on as it is, so that the library guesses at none.
+        # A four-dimensional mask is passed through, so that the library creates none.
         return {
             "attention_mask": batch.input_ids.new_zeros(1, 1, 1, 1),
             "branch_layout": layouts[self.attention](batch),
@@ -183,15 +183,15 @@ class PackedModel:
 
 
 def _compile(layer: Any) -> None:
-    """Compiles a decoder layer; under gradient checkpointing, what is computed once more."""
+    """Compile a decoder layer; with gradient checkpointing, its recomputed function."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     inside = "__call__" not in vars(GradientCheckpointingLayer)
     if not (inside and getattr(layer, "gradient_checkpointing", False)):
         layer.compile(dynamic=True)
         return
-    # In transformers 5.23 (not in 5.17) a layer's forward checkpoints itself: torch.compile, which
-    # finds a graph break in there (attention), would leave the layer uncompiled and not say so.
+    # In transformers 5.23 (not in 5.17) a layer's forward checkpoints itself. torch.compile finds a
+    # graph break in it (attention) and would silently leave the layer uncompiled.
     checkpoint = layer._gradient_checkpointing_func
 
     def checkpoint_compiled(call: partial[Any], *args: Any) -> Any:
@@ -215,7 +215,7 @@ class _Prepared:
 
 
 def attention_for(model: PreTrainedModel) -> str:
-    """What "auto" is for a model: "varlen" where it can run, else "gathered"."""
+    """Resolve "auto" for a model: "varlen" if it can run, else "gathered"."""
     if varlen_obstacle(model.config):
         return "gathered"
     try:
@@ -226,10 +226,10 @@ def attention_for(model: PreTrainedModel) -> str:
 
 
 def check_attention(attention: str, device: str, dtype: torch.dtype) -> None:
-    """UsageError for an unknown attention, or one that a model of this device ("cpu", "cuda") and
-    dtype cannot use."""
+    """UsageError for an unknown attention, or one without support for this device ("cpu", "cuda")
+    and dtype."""
     if attention not in ATTENTIONS:
-        raise UsageError(f"attention={attention!r} is not known: use {' or '.join(ATTENTIONS)}")
+        raise UsageError(f"attention={attention!r} is unknown: use {' or '.join(ATTENTIONS)}")
     if attention == "varlen":
         _check_varlen(device, dtype)
     if attention == "flex":

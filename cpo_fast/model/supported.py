@@ -1,8 +1,8 @@
-"""Which models and adapters can be run over packs; any other is refused by its class and a reason.
+"""Models and adapters supported over packs; others are refused with their class and a reason.
 
-The checks look at the structure of a model, so that they hold for classes that nobody has listed.
-`empty_model` makes a model without weights from a checkpoint's config.json: a wrong one is refused
-before any data is read.
+The checks inspect the structure of a model, so they apply to any class. `empty_model` creates a
+model without weights from a checkpoint's config.json, to refuse an unsupported one before data is
+read.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ARGUMENTS = ("inputs_embeds", "position_ids", "attention_mask")
-"""What a pack hands to the decoder."""
+"""Arguments passed to the decoder for a pack."""
 
 ENCODER_DECODER = "it is an encoder-decoder, and packs are for decoder-only models"
 
 PEFT_REASONS = {
-    "ADAPTION_PROMPT": "adds attention to a learned prompt, which a pack has no place for",
-    "XLORA": "looks at each sequence by itself first, and a pack holds many",
-    "POLY": "needs a task id for each sequence, and a pack holds many",
+    "ADAPTION_PROMPT": "adds attention to a learned prompt, which packs do not support",
+    "XLORA": "needs a separate pass over each sequence, and a pack has many",
+    "POLY": "needs a task id for each sequence, and a pack has many",
 }
 
 
 def read_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint; UsageError where transformers alone cannot make it."""
+    """The configuration of a checkpoint; UsageError if transformers alone cannot create it."""
     import transformers
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -49,7 +49,7 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         if kind not in CONFIG_MAPPING:
             if raw.get("auto_map"):
                 raise UsageError(
-                    f"{path}: a model of type {kind!r} brings code of its own (auto_map in "
+                    f"{path}: a model of type {kind!r} has its own code (auto_map in "
                     "config.json), and no code from a checkpoint is run; use a model whose class "
                     "is in transformers"
                 )
@@ -59,12 +59,12 @@ def read_config(path: str | Path) -> PreTrainedConfig:
             )
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # whatever a class's own validation raises
+    except Exception as error:  # a class's validation can raise anything
         raise UsageError(f"no model could be loaded from {path}: {first_line(error)}") from error
 
 
 def model_class(config: PreTrainedConfig, path: str | Path) -> Any:
-    """The auto class or class that loads the model; UsageError where it is no supported kind."""
+    """The class or auto class that loads the model; UsageError for an unsupported model."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoModelForCausalLM,
@@ -78,7 +78,7 @@ def model_class(config: PreTrainedConfig, path: str | Path) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         reason = ENCODER_DECODER
     elif any(hasattr(config, part) for part in ("vision_config", "audio_config")):
-        reason = "of the models that take images or sound, only Qwen2.5-VL is"
+        reason = "of the models with image or sound inputs, only Qwen2.5-VL is"
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = f"transformers has no causal language model for {config.model_type!r}"
     if reason:
@@ -93,9 +93,9 @@ def empty_model(path: str | Path) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return kind(config) if hasattr(kind, "config_class") else kind.from_config(config)
-    except Exception as error:  # whatever a class's own constructor raises
+    except Exception as error:  # a constructor can raise anything
         raise UsageError(
-            f"{path}: {config.model_type!r} cannot be made from config.json: {first_line(error)}"
+            f"{path}: {config.model_type!r} cannot be created from config.json: {first_line(error)}"
         ) from error
 
 
@@ -119,7 +119,7 @@ def check_model(model: Any, *, attention: str = "auto") -> None:
     if getattr(model, "_is_stateful", False):
         raise _refusal(
             name,
-            "its layers carry a state along the row, from one answer of a pack into the next",
+            "its layers carry a state along the row, from one answer of a pack to the next",
         )
     if "sliding_attention" in (getattr(trunk.config, "layer_types", None) or ()):
         raise UsageError(
@@ -129,50 +129,50 @@ def check_model(model: Any, *, attention: str = "auto") -> None:
     if model.get_output_embeddings() is None:
         raise _refusal(name, "it has no output layer")
     if attention == "varlen" and (why := varlen_obstacle(config)):
-        raise UsageError(f"--attn_implementation varlen {why}, or use gathered or sdpa")
+        raise UsageError(f"attn_implementation varlen {why}, or use gathered or sdpa")
     if attention != "sdpa" and not getattr(model, "_supports_attention_backend", False):
         raise UsageError(
-            f"{name} does not take an attention function from outside, which "
-            f"--attn_implementation {attention} is; use --attn_implementation sdpa"
+            f"{name} does not take an external attention function, which "
+            f"attn_implementation {attention} is; use sdpa"
         )
 
 
 def varlen_obstacle(config: PreTrainedConfig) -> str | None:
-    """What in a decoder's configuration flash attention does not support; None for nothing."""
-    from cpo_fast.model.attention import kernel_takes
+    """What flash attention does not support in a decoder's configuration, or None."""
+    from cpo_fast.model.attention import supports_head_size
 
     text: Any = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dropout = getattr(text, "attention_dropout", 0.0)
     if dropout:
         return f"has no dropout, and attention_dropout is {dropout:g} in config.json; set it to 0"
-    if not kernel_takes(head):
+    if not supports_head_size(head):
         return f"takes heads of a multiple of 8 up to 256, and the model's have {head} dimensions"
     return None
 
 
 def check_adapter(model: PeftModel) -> None:
-    """UsageError for active adapters that act outside the layers a pack runs through."""
+    """UsageError for active adapters that act outside the layers computed for a pack."""
     for name in model.active_adapters:
         config = model.peft_config[name]
         kind = str(config.peft_type).removeprefix("PeftType.")
         reason = PEFT_REASONS.get(kind)
         if config.is_prompt_learning:
-            reason = "adds learned tokens or keys before a sequence, and a pack holds many"
+            reason = "adds learned tokens or keys before a sequence, and a pack has many"
         elif getattr(config, "alora_invocation_tokens", None):
-            reason = "acts from a token of each sequence on (aLoRA), and a pack holds many"
+            reason = "acts from a token of each sequence on (aLoRA), and a pack has many"
         if reason:
-            raise UsageError(f"an adapter of the kind {kind} is not supported: it {reason}")
+            raise UsageError(f"an adapter of type {kind} is not supported: it {reason}")
 
 
 def check_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    """UsageError when the tokenizer gives ids that the embeddings of the model do not have."""
+    """UsageError if the tokenizer has ids beyond the model's embeddings."""
     known = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= known:
         raise UsageError(
-            f"{path}: the tokenizer's ids go up to {largest}, but the model knows {known} tokens; "
-            "put the tokenizer beside it that it was trained with"
+            f"{path}: the tokenizer's ids go up to {largest}, but the model has {known} tokens; "
+            "use the tokenizer it was trained with"
         )
 
 

@@ -1,8 +1,8 @@
-"""A byte-level BPE tokenizer in Qwen's form, trained on the corpus at hand.
+"""A byte-level BPE tokenizer in Qwen's format, trained on the run's corpus.
 
-The default run has no hub to download from, so it trains its own vocabulary; everything else
-(special tokens, split pattern, ChatML turns, image placeholders) is what Qwen2.5-VL uses, so that
-code which works on one works on the other.
+The default run works offline, so it trains its own vocabulary; everything else (special tokens,
+split pattern, ChatML turns, image placeholders) equals Qwen2.5-VL's, so that the same code supports
+both.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     IMAGE_TOKEN,
     "<|video_pad|>",
 )
-"""Qwen's special tokens that this project uses; they follow the trained vocabulary, as Qwen's
-do.
-"""
+"""Qwen's special tokens used here; as in Qwen, they follow the trained vocabulary."""
 
 # Qwen's: words with a leading space, single digits, punctuation runs, line breaks, other white
 # space.
@@ -50,7 +48,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 """ChatML: every turn is `<|im_start|>role\\n ... <|im_end|>\\n`; an image is one placeholder
-between marks.
+between vision start and end.
 """
 
 
@@ -59,8 +57,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on `texts`; the same texts give the same tokenizer.
 
-    `vocab_size` counts everything: the 256 bytes, the merges and the special tokens; fewer are made
-    when the corpus has fewer pairs that occur `min_frequency` times. Save it with
+    `vocab_size` includes the 256 bytes, the merges and the special tokens; it is smaller if the
+    corpus has fewer pairs that occur `min_frequency` times. Save it with
     `save_pretrained(folder)`; it loads with `AutoTokenizer.from_pretrained(folder)`. Raises
     UsageError for a vocabulary too small for the bytes.
     """
@@ -70,8 +68,8 @@ def train_tokenizer(
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
         raise UsageError(
-            f"vocab_size={vocab_size} is too small: the bytes and special tokens alone take "
-            f"{len(alphabet) + len(SPECIAL_TOKENS)}; give a larger one"
+            f"vocab_size={vocab_size} is too small: the bytes and special tokens alone are "
+            f"{len(alphabet) + len(SPECIAL_TOKENS)}; use a larger one"
         )
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()

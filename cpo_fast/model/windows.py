@@ -1,8 +1,8 @@
-"""Attention in a vision tower: every patch sees its own window, or its own image.
+"""Attention in a vision tower: every patch attends to its own window, or its own image.
 
-transformers splits a row of patches at the windows' ends and calls the attention function for each
-one: 25 times a layer for an image of 504 x 504 pixels. Here a layer is one call: variable-length
-flash attention on CUDA in half precision, else one SDPA call for all windows of a length.
+transformers splits a row of patches at the ends of the windows and calls the attention function for
+each: 25 times per layer for an image of 504 x 504 pixels. Here a layer makes one variable-length
+flash attention call on CUDA in half precision, else one SDPA call for all windows of a length.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cpo_fast.model.attention import HALF, kernel_takes, varlen_kernel
+from cpo_fast.model.attention import HALF, supports_head_size, varlen_kernel
 
 WINDOWS = "cpo_fast_flash_windows"
-"""The name of `window_attention`. To functions with "flash" in their name transformers hands the
-whole row and the windows' ends."""
+"""The name of `window_attention`. transformers passes the whole row and the ends of the windows to
+functions with "flash" in their name."""
 
 
 def use_windows(vision: nn.Module) -> None:
-    """Lets a vision tower of transformers attend by `window_attention`."""
+    """Use `window_attention` in a vision tower of transformers."""
     config: Any = vision.config
-    # Not through set_attn_implementation: it takes a name with "flash" for a package to import.
+    # Not with set_attn_implementation, which treats a name with "flash" as a package to import.
     config._attn_implementation = WINDOWS
 
 
 class Windows:
-    """Which rows of a tower's patches belong together, those of one length side by side."""
+    """The windows of a row of patches, grouped by length."""
 
     def __init__(self, ends: torch.Tensor) -> None:
         lengths = ends.diff().cpu()
         distinct, counts = lengths.unique(return_counts=True)
-        self.sizes = list(zip(counts.tolist(), distinct.tolist(), strict=True))  # windows, length
-        self.order: torch.Tensor | None = None  # rows by the length of their window
+        self.sizes = list(zip(counts.tolist(), distinct.tolist(), strict=True))  # (windows, length)
+        self.order: torch.Tensor | None = None  # rows sorted by the length of their window
         if len(self.sizes) > 1:
             order = lengths.repeat_interleave(lengths).argsort(stable=True)
             self.order = order.to(ends.device)
             self.back = order.argsort().to(ends.device)
 
     def attend(self, *rows: torch.Tensor, scale: float | None, dropout: float) -> torch.Tensor:
-        """[T, H, d] of query, key and value of that shape."""
+        """Query, key and value [T, H, d] -> [T, H, d]."""
         if self.order is not None:
             rows = tuple(x.index_select(0, self.order) for x in rows)
         pieces = [x.split([count * length for count, length in self.sizes]) for x in rows]
         out = []
         for (count, length), *qkv in zip(self.sizes, *pieces, strict=True):
             q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-            seen = scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
-            out.append(seen.transpose(1, 2).flatten(0, 1))  # of [windows, H, length, d]
+            part = scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
+            out.append(part.transpose(1, 2).flatten(0, 1))  # of [windows, H, length, d]
         joined = torch.cat(out)
         return joined if self.order is None else joined.index_select(0, self.back)
 
 
-_windows: Any = WeakTensorKeyDictionary()  # all layers of a forward share two tensors of ends
+_windows: Any = WeakTensorKeyDictionary()  # the layers of a forward share two tensors of ends
 
 
 def windows_of(ends: torch.Tensor) -> Windows:
@@ -80,13 +80,13 @@ def window_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it; [1, T, H, d] from [1, H, T, d]."""
+    """An attention function with transformers' signature: [1, H, T, d] -> [1, T, H, d]."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
-    kernel = varlen_kernel() if _takes_flash(q) and not dropout else None
+    kernel = varlen_kernel() if _supports_flash(q) and not dropout else None
     if kernel is None:
         windows = windows_of(cu_seq_lens_q)
         return windows.attend(q, k, v, scale=scaling, dropout=dropout)[None], None
@@ -95,8 +95,8 @@ def window_attention(
     return kernel(q, k, v, ends, ends, longest, longest, scaling, False)[None], None
 
 
-def _takes_flash(q: torch.Tensor) -> bool:
-    return q.is_cuda and q.dtype in HALF and kernel_takes(q.shape[-1])
+def _supports_flash(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype in HALF and supports_head_size(q.shape[-1])
 
 
 AttentionInterface.register(WINDOWS, window_attention)

@@ -1,6 +1,4 @@
-"""PreferenceGroup -> PackedBatch: tokenise, plan the optimiser steps of an epoch, lay out the
-packs.
-"""
+"""Preference -> PackedBatch: tokenise, plan the optimiser steps of an epoch, build the packs."""
 
 from cpo_fast.packing.collate import collate
 from cpo_fast.packing.encode import encode, encode_all, image_token_id

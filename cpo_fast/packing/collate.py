@@ -1,9 +1,8 @@
-"""A pack of groups -> PackedBatch: token row, branch layout, mRoPE positions, rows to score,
-pixels.
+"""A pack of groups -> PackedBatch: tokens, branch layout, mRoPE positions, scored rows, pixels.
 
-The layout [prompt | chosen | rejected_1 .. rejected_K] runs a prompt once for all of its responses.
-Every branch continues the positions where its prompt ends, so each reads as if it stood there
-alone.
+The layout [prompt | chosen | rejected_1 .. rejected_K] computes a prompt once for all of its
+responses. Every branch continues the positions from the end of its prompt, as in an unpacked
+sequence.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from cpo_fast.types import ImageRef, PackedBatch, Pixels, PreferenceGroup, Promp
 def prompt_positions(
     input_ids: torch.Tensor, grids: Sequence[torch.Tensor], image_token_id: int | None
 ) -> torch.Tensor:
-    """mRoPE positions [3, P] of a prompt [P]; rows are temporal, height, width.
+    """mRoPE positions [3, N] of a prompt [N]; rows are temporal, height, width.
 
-    Text advances all three by one per token; an image of t x h x w merged patches spreads over the
-    rows and advances them by max(h, w) (Qwen2-VL, arXiv 2409.12191, section 2.1). Raises
-    RecordError ("image-placeholder-mismatch") when the runs of placeholders do not match the grids.
+    A text token advances all three by one. An image of t x h x w merged patches has its coordinates
+    as offsets and advances them by max(h, w) (Qwen2-VL, arXiv 2409.12191, section 2.1). Raises
+    RecordError ("image-placeholder-mismatch") if the runs of placeholders do not match the grids.
     """
     if not grids:
         return torch.arange(len(input_ids)).expand(3, -1)
@@ -37,12 +36,12 @@ def prompt_positions(
     for grid in grids:
         t, h, w = (int(x) for x in grid)
         h, w = h // MERGE, w // MERGE
-        start = token + int(is_image[token:].to(torch.uint8).argmax())  # end of the text before it
+        start = token + int(is_image[token:].to(torch.uint8).argmax())  # end of the preceding text
         end = start + t * h * w
         if not bool(is_image[start:end].all()) or end > len(input_ids):
             raise RecordError(
                 "image-placeholder-mismatch",
-                f"an image takes {counted(t * h * w, 'token')}, the prompt differs",
+                f"an image needs {counted(t * h * w, 'token')}, the prompt has another number",
             )
         pieces.append(torch.arange(position, position + start - token).expand(3, -1))
         position += start - token
@@ -51,14 +50,16 @@ def prompt_positions(
         position += max(h, w)
         token = end
     if bool(is_image[token:].any()):
-        raise RecordError("image-placeholder-mismatch", "more placeholders than images need")
+        raise RecordError(
+            "image-placeholder-mismatch", "the prompt has more placeholders than the images need"
+        )
     pieces.append(torch.arange(position, position + len(input_ids) - token).expand(3, -1))
     return torch.cat(pieces, dim=1)
 
 
 @dataclass(slots=True)
 class _Row:
-    """The growing row of tokens; lists are joined once at the end."""
+    """The row of tokens under construction; lists are concatenated at the end."""
 
     image_token_id: int | None
     pixels: Pixels | None
@@ -87,10 +88,10 @@ class _Row:
         self.length += len(ids)
 
     def _image(self, ref: ImageRef) -> int:
-        """Index of an image, loaded when it is first met."""
+        """Index of an image, loaded on first use."""
         if ref not in self.image_index:
             if self.pixels is None:
-                raise UsageError("the data has images, but no pixels function was given to collate")
+                raise UsageError("the data has images, but collate has no pixels function")
             values, grid = self.pixels(ref)
             self.image_index[ref] = len(self.grids)
             self.pixel_values.append(values)
@@ -98,10 +99,10 @@ class _Row:
         return self.image_index[ref]
 
     def open_prompt(self, prompt: Prompt) -> None:
-        """Append a prompt with its images; branches that follow belong to it."""
-        shown = [self._image(ref) for ref in prompt.images]
-        self.image_order += shown
-        grids = [self.grids[image] for image in shown]
+        """Append a prompt with its images; the following branches belong to it."""
+        images = [self._image(ref) for ref in prompt.images]
+        self.image_order += images
+        grids = [self.grids[image] for image in images]
         ids = torch.tensor(prompt.input_ids)
         positions = prompt_positions(ids, grids, self.image_token_id)
         self.study += 1
@@ -111,10 +112,10 @@ class _Row:
         self.next_position = int(positions.max()) + 1
 
     def add_branch(self, response: Sequence[int], name: str) -> int:
-        """Append a response to the open prompt, score all of its tokens; returns its segment."""
+        """Append a response to the open prompt, with all tokens scored; returns its segment."""
         ids = torch.tensor(response)
         self.branch += 1
-        # Token i is predicted by the state before it: the prompt's last for the first one.
+        # Token i is predicted by the preceding state, the first one by the last of the prompt.
         before = torch.arange(self.length - 1, self.length + len(ids) - 1)
         before[0] = self.prompt_end - 1
         self.score_rows.append(before)
@@ -133,16 +134,16 @@ def collate(
     image_token_id: int | None = None,
     share_prompt: bool = True,
 ) -> PackedBatch:
-    """The tensors of one pack, on the CPU; a part without rejected gives its chosen alone (SFT).
+    """The tensors of one pack, on the CPU; a part without rejected responses has its chosen (SFT).
 
-    A rejected response with a prompt of its own (a perception pair) follows as a study of its own.
-    `pixels` and `image_token_id` are needed as soon as a prompt has an image; an image is loaded
-    and encoded once, however many prompts of the pack show it. Without `share_prompt` every
-    response gets its own copy of the prompt: the same numbers by more work, as an oracle.
-    Raises UsageError for an empty pack, RecordError when placeholders and images do not fit.
+    A rejected response with its own prompt (a perception pair) is laid out as a separate study.
+    `pixels` and `image_token_id` are required if a prompt has an image; an image is loaded and
+    encoded once per pack. Without `share_prompt` every response has its own copy of the prompt:
+    equal numbers with more work, as an oracle.
+    Raises UsageError for an empty pack, RecordError if placeholders and images do not match.
     """
     if not pack:
-        raise UsageError("an empty pack has nothing to collate; skip it")
+        raise UsageError("an empty pack cannot be collated; skip it")
     row = _Row(image_token_id, pixels)
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
@@ -155,7 +156,7 @@ def collate(
         row.open_prompt(group.prompt)
         chosen = row.add_branch(group.chosen, f"{group.id}/chosen")
         chosen_tokens = len(group.prompt.input_ids) + len(group.chosen)
-        # Branches of the open prompt come first, then the perception pairs with theirs.
+        # Branches of the open prompt come first, then perception pairs with their prompts.
         rejected = {}
         ref_logps += group.ref_logps[:1]
         for k in sorted(which, key=lambda k: own_prompts[k] is not None):

@@ -1,6 +1,6 @@
 """Preference (text) -> PreferenceGroup (token ids): image placeholders, over-long policy.
 
-The ids of the text are those of `cpo_fast.data.tokens`, which are trl's.
+The ids of the text are from `cpo_fast.data.tokens` and equal trl's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from cpo_fast.counting import counted
 from cpo_fast.data.pixels import MERGE
-from cpo_fast.data.preference_values import same_answer, words
-from cpo_fast.data.tokens import cannot_see, image_token_id, token_ids
+from cpo_fast.data.preference_values import answer_text, same_answer
+from cpo_fast.data.tokens import image_token_id, no_image_support, token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Grid = tuple[int, int, int]
-"""(t, h, w) of an image in patches; it takes t * h * w / MERGE**2 visual tokens."""
+"""(t, h, w) of an image in patches; it has t * h * w / MERGE**2 visual tokens."""
 
 OverLong = Literal["drop", "truncate_response", "error"]
 
@@ -36,10 +36,10 @@ def encode(
 ) -> PreferenceGroup:
     """Tokenise one preference.
 
-    `image_tokens(ref)` gives the grid of an image without decoding it. A prompt with any one of its
-    responses may take `max_length` tokens. What exceeds it is, by `over_long`: "drop" the record,
-    "truncate_response" (its end is cut, end-of-turn included; a prompt is never cut, so neither are
-    image tokens), or "error".
+    `image_tokens(ref)` returns the grid of an image without decoding it. A prompt with one of its
+    responses can have `max_length` tokens. `over_long` is the policy for longer ones: "drop" the
+    record, "truncate_response" (the end of the response, with its end-of-turn, is cut; prompts and
+    their image tokens are never cut), or "error".
 
     Raises RecordError("empty-response" | "chosen-equals-rejected" | "image-placeholder-mismatch" |
     "image-token-in-response" | "rejected-images-mismatch" | "model-cannot-see" | "over-long", and
@@ -51,9 +51,7 @@ def encode(
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What `encode_all` made: the groups, the records set aside, and how many groups were cut
-    short.
-    """
+    """Result of `encode_all`: groups, records set aside, and the number of truncated groups."""
 
     groups: list[PreferenceGroup]
     rejected: list[RejectedRecord]
@@ -73,9 +71,9 @@ def encode_all(
 ) -> Encoded:
     """Tokenise all preferences with a progress bar; a RecordError becomes a line of `rejected`.
 
-    `stage` is what the rejected records say, `file` what those name that have no origin. Raises
-    DataError with the reasons counted when nothing is left and something is `needed`; UsageError
-    where that is because all of them need a chat template and the tokenizer has none.
+    `stage` is written to the rejected records, `file` to those without an origin. If `needed`,
+    raises DataError with the reasons counted if no group is left; UsageError if all records need a
+    chat template or images that the model does not have.
     """
     from tqdm import tqdm
 
@@ -93,28 +91,28 @@ def encode_all(
         groups.append(group)
         truncated += cut
     if needed and not groups:
-        raise _nothing_left(rejected, f"{file or 'the data'}{f' for {stage}' if stage else ''}")
+        raise _no_groups_error(rejected, f"{file or 'the data'}{f' for {stage}' if stage else ''}")
     return Encoded(groups, rejected, truncated)
 
 
 _ADVICE = {
-    "over-long": "raise --max_length (up to the model's positions) or set --truncation "
+    "over-long": "raise max_length (up to the model's positions) or set truncation to "
     "truncate_response",
     "no-chat-template": "use a model whose tokenizer has a chat template, or plain strings",
     "model-cannot-see": "use a vision-language model, or leave the images out",
 }
 
 
-def _nothing_left(rejected: Sequence[RejectedRecord], what: str) -> DataError | UsageError:
+def _no_groups_error(rejected: Sequence[RejectedRecord], what: str) -> DataError | UsageError:
     reasons = Counter(record.reason for record in rejected)
     counted = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
     advice = [_ADVICE[reason] for reason in reasons if reason in _ADVICE]
-    said = "; ".join(
-        [f"no sample is left after tokenising {what} ({counted or 'it held none'})"]
+    message = "; ".join(
+        [f"no sample is left after tokenising {what} ({counted or 'it has none'})"]
         + (advice or ["see rejected_records.jsonl"])
     )
     wrong_model = reasons and reasons.keys() <= {"no-chat-template", "model-cannot-see"}
-    return UsageError(said) if wrong_model else DataError(said)
+    return UsageError(message) if wrong_model else DataError(message)
 
 
 def _encode(
@@ -124,10 +122,10 @@ def _encode(
     max_length: int,
     over_long: OverLong,
 ) -> tuple[PreferenceGroup, bool]:
-    """The group and whether a response was cut."""
+    """The group, and whether a response was truncated."""
     if over_long not in ("drop", "truncate_response", "error"):
         raise UsageError(
-            f"over_long={over_long!r} is not known: use drop, truncate_response or error"
+            f"over_long={over_long!r} is unknown: use drop, truncate_response or error"
         )
     replaced = preference.rejected_images or (None,) * len(preference.rejected)
     if len(replaced) != len(preference.rejected):
@@ -137,7 +135,7 @@ def _encode(
         )
     _check_responses(preference, replaced)
     if image_tokens is None and preference.all_images:
-        raise cannot_see()
+        raise no_image_support()
 
     ids = token_ids(preference, tokenizer)
     pad_id = image_token_id(tokenizer)
@@ -149,9 +147,9 @@ def _encode(
 
     def fit(answer: list[int], prompt: Prompt) -> tuple[int, ...]:
         if not answer:
-            raise RecordError("empty-response", "no token of an answer is left")
+            raise RecordError("empty-response", "an answer has no token")
         if pad_id in answer:
-            raise RecordError("image-token-in-response", "a response holds an image placeholder")
+            raise RecordError("image-token-in-response", "a response has an image placeholder")
         room = _room(len(answer), prompt, max_length, over_long, preference.id)
         cuts.append(room < len(answer))
         return tuple(answer[:room])
@@ -188,7 +186,7 @@ def _check_responses(
     preference: Preference, replaced: Sequence[tuple[ImageRef, ...] | None]
 ) -> None:
     for answer in (preference.chosen, *preference.rejected):
-        if not words(answer).strip():
+        if not answer_text(answer).strip():
             raise RecordError("empty-response", "chosen or rejected is empty")
     own_prompts = preference.rejected_prompts or (None,) * len(replaced)
     for answer, images, own in zip(preference.rejected, replaced, own_prompts, strict=True):
@@ -203,7 +201,7 @@ def _expand(
     pad_id: int | None,
     image_tokens: Callable[[ImageRef], Grid] | None,
 ) -> tuple[int, ...]:
-    """Repeat the placeholder of every image once per visual token."""
+    """Repeat the placeholder of each image once per visual token."""
     found = 0 if pad_id is None else ids.count(pad_id)
     if found != len(images):
         raise RecordError(
@@ -212,7 +210,7 @@ def _expand(
         )
     if not images:
         return tuple(ids)
-    assert image_tokens is not None  # else `_encode` has refused the preference
+    assert image_tokens is not None  # `_encode` refuses images otherwise
     counts = iter([t * h * w // MERGE**2 for t, h, w in map(image_tokens, images)])
     expanded: list[int] = []
     for token in ids:
@@ -221,14 +219,14 @@ def _expand(
 
 
 def _room(length: int, prompt: Prompt, max_length: int, over_long: OverLong, name: str) -> int:
-    """How many of a response's `length` tokens are kept."""
+    """How many of a response's `length` tokens are kept. Raises RecordError or DataError."""
     room = max_length - len(prompt.input_ids)
     if length <= room:
         return length
-    whole = f"prompt {len(prompt.input_ids)} + response {counted(length, 'token')}"
-    detail = f"{whole}, max_length {max_length}"
+    sizes = f"prompt {len(prompt.input_ids)} + response {counted(length, 'token')}"
+    detail = f"{sizes}, max_length {max_length}"
     if over_long == "error":
-        raise DataError(f"{name} is over-long: {detail}; raise --max_length or change --over_long")
+        raise DataError(f"{name} is over-long: {detail}; raise max_length, drop or truncate")
     if over_long == "drop" or room < 1:
         raise RecordError("over-long", detail)
     return room

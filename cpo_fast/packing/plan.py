@@ -1,9 +1,8 @@
-"""Which groups are computed together: groups -> optimiser steps -> packs, a pure function of the
-data.
+"""Groups -> optimiser steps -> packs, as a pure function of the data.
 
-An optimiser step is exactly `pairs_per_step` pairs (samples for SFT); the packs only say how they
-are computed. So the mathematics of a run does not depend on the packing length or the number of
-ranks.
+An optimiser step has exactly `pairs_per_step` pairs (samples for SFT); packs only determine how
+they are computed. The mathematics of a run is therefore independent of the packing length and the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from cpo_fast.errors import UsageError
 from cpo_fast.types import PreferenceGroup
 
 Part = tuple[int, tuple[int, ...]]
-"""(index of the group, indices of its rejected responses that are computed here; () for SFT)."""
+"""(index of the group, indices of its rejected responses in this part; () for SFT)."""
 
 Pack = tuple[Part, ...]
-"""What one forward computes; () is a pack without work, which only keeps ranks in step."""
+"""The parts of one forward; () is an empty pack, which only synchronises ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimiser step of one rank: iterate over it for its packs.
+    """The packs of one optimiser step on one rank.
 
-    `num_pairs` counts the pairs (SFT: samples) of the step over *all* ranks: what its loss is the
-    mean of.
+    `num_pairs` counts the pairs (SFT: samples) of the step over *all* ranks, the divisor of the
+    loss.
     """
 
     packs: tuple[Pack, ...]
@@ -42,9 +41,7 @@ class Step:
 
 
 def part_tokens(groups: Sequence[PreferenceGroup], part: Part) -> int:
-    """Tokens that a part takes in a pack: its prompt(s), chosen and rejected responses, each
-    once.
-    """
+    """Tokens of a part in a pack: its prompts, chosen and rejected responses, each once."""
     index, which = part
     group = groups[index]
     tokens = len(group.prompt.input_ids) + len(group.chosen)
@@ -68,13 +65,13 @@ def plan_epoch(
 ) -> list[Step]:
     """The optimiser steps of one epoch for one rank.
 
-    Groups are taken in an order that depends on (their number, seed, epoch) alone and fill steps of
-    exactly `pairs_per_step` pairs; the last step keeps what is left and may be smaller. A group is
-    split only where a step is full (its chosen is then computed in both steps) or where it alone
-    exceeds `packing_length`; a single pair that exceeds it gets a pack of its own. `expand_pairs`
-    shuffles and places every pair by itself, the sample order of trainers without groups. A step is
-    the window within which parts are packed: into as few packs as are found to fit, their sizes
-    levelled. All ranks get the same number of packs, some of them empty if there are fewer parts.
+    Groups are shuffled by (number of groups, seed, epoch) alone and fill steps of exactly
+    `pairs_per_step` pairs; the last step can be smaller. A group is split only where a step is full
+    (its chosen response is then computed in both steps) or where it alone exceeds `packing_length`;
+    a single pair that exceeds it has its own pack. `expand_pairs` shuffles single pairs, the sample
+    order of trainers without groups. Within a step, parts are placed in as few packs as the
+    heuristics find, with balanced sizes. All ranks have the same number of packs; some are empty if
+    there are fewer parts.
 
     Raises UsageError for sizes below 1 and for SFT samples mixed with preference groups.
     """
@@ -90,7 +87,7 @@ def plan_epoch(
     sft = [not group.rejected for group in groups]
     if any(sft) and not all(sft):
         raise UsageError(
-            "SFT samples (without rejected) and preference pairs cannot share an epoch"
+            "SFT samples (without rejected) and preference pairs cannot be in the same epoch"
         )
 
     units = _units(groups, expand_pairs)
@@ -107,10 +104,10 @@ def plan_epoch(
 def packing_efficiency(
     groups: Sequence[PreferenceGroup], steps: Sequence[Step], packing_length: int | None = None
 ) -> float:
-    """Tokens in the packs / (number of packs x packing_length), empty packs left out.
+    """Tokens in the packs / (number of packs x packing_length), without empty packs.
 
-    Packs are not padded, so what is missing to 1 costs nothing by itself. Without `packing_length`
-    it is each step's longest pack: what would be useful of packs padded to one another.
+    Packs are not padded, so a value below 1 costs nothing as such. Without `packing_length` the
+    divisor is each step's longest pack: the useful share of packs padded to equal length.
     """
     tokens = room = 0
     for step in steps:
@@ -121,7 +118,7 @@ def packing_efficiency(
 
 
 def _pairs(part: Part) -> int:
-    return len(part[1]) or 1  # an SFT sample counts as one
+    return len(part[1]) or 1  # an SFT sample counts as one pair
 
 
 def _units(groups: Sequence[PreferenceGroup], expand_pairs: bool) -> list[Part]:
@@ -152,7 +149,7 @@ def _fill_steps(units: Sequence[Part], pairs_per_step: int) -> Iterator[list[Par
 
 
 def _split(groups: Sequence[PreferenceGroup], part: Part, packing_length: int) -> Iterator[Part]:
-    """The part, or, if it exceeds the budget, pieces that do not (single pairs excepted)."""
+    """The part, split into pieces within the budget (single pairs excepted)."""
     index, which = part
     start = 0
     for end in range(1, len(which) + 1):
@@ -169,17 +166,17 @@ def _pack(
     packing_length: int,
     world_size: int,
 ) -> list[Pack]:
-    """The fewest packs (a multiple of `world_size`) that are found to fit, their sizes levelled.
+    """As few packs (a multiple of `world_size`) as the heuristics find, with balanced sizes.
 
-    Ordered so that every world_size-th pack makes an even load; a part that exceeds
-    `packing_length` is alone.
+    Ordered so that taking every world_size-th pack balances the ranks; a part over `packing_length`
+    has its own pack.
     """
     sized = sorted(((part_tokens(groups, part), part) for part in parts), key=lambda s: -s[0])
     first_fit = _first_fit(sized, packing_length)
     tokens = sum(size for size, _ in sized)
     count = max(1, min(-(-tokens // packing_length), len(sized)))
     count += -count % world_size
-    while (packs := _levelled(sized, packing_length, count)) is None:
+    while (packs := _balance(sized, packing_length, count)) is None:
         if len(first_fit) == count:
             packs = first_fit
             break
@@ -191,7 +188,7 @@ def _pack(
     return [tuple(pack) for i, row in enumerate(rows) for pack in (row[::-1] if i % 2 else row)]
 
 
-def _levelled(
+def _balance(
     sized: Sequence[tuple[int, Part]], packing_length: int, count: int
 ) -> list[list[Part]] | None:
     """Parts, largest first, each into the emptiest of `count` packs; None if one does not fit."""
@@ -207,7 +204,7 @@ def _levelled(
 
 
 def _first_fit(sized: Sequence[tuple[int, Part]], packing_length: int) -> list[list[Part]]:
-    """First-fit-decreasing: at times it needs a pack less than the levelled way."""
+    """First-fit-decreasing, which sometimes needs one pack less than `_balance`."""
     packs: list[list[Part]] = []
     rooms: list[int] = []
     for size, part in sized:

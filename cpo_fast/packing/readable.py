@@ -1,4 +1,4 @@
-"""The images of a pack, decoded; groups whose image fails are separated from the others."""
+"""Decode the images of a pack; groups with a failed image are separated from the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpo_fast.data.images import naming
+from cpo_fast.data.images import add_path
 from cpo_fast.data.pixels import MERGE
 from cpo_fast.errors import RecordError
 from cpo_fast.packing.plan import Pack
@@ -17,12 +17,12 @@ Decoded = dict[ImageRef, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Readable:
-    """The parts of a pack whose images decode, these images, and the groups that are left out."""
+class DecodedPack:
+    """The parts of a pack with decoded images, these images, and the omitted groups."""
 
     pack: Pack
     decoded: Decoded
-    failed: tuple[tuple[int, RecordError], ...]  # (index of the group, why)
+    failed: tuple[tuple[int, RecordError], ...]  # (index of the group, error)
 
 
 def readable(
@@ -30,9 +30,9 @@ def readable(
     pack: Pack,
     pixels: Pixels | None,
     image_token_id: int | None = None,
-) -> Readable:
+) -> DecodedPack:
     """Decode the images of `pack`, each once. An image fails with a RecordError of `pixels`, or
-    with "image-changed" where it does not take the tokens that the prompt has for it.
+    with "image-changed" if its number of tokens differs from the prompt's.
     """
     decoded: Decoded = {}
     usable, failed = [], []
@@ -43,7 +43,7 @@ def readable(
             usable.append((index, which))
         except RecordError as error:
             failed.append((index, error))
-    return Readable(tuple(usable), decoded, tuple(failed))
+    return DecodedPack(tuple(usable), decoded, tuple(failed))
 
 
 def decode(
@@ -63,10 +63,10 @@ def decode(
                 try:
                     decoded[image] = pixels(image)
                 except RecordError as error:
-                    raise naming(image, error) from None
+                    raise add_path(image, error) from None
         if prompt.images and image_token_id is not None:
             grids = [decoded[image][1] for image in prompt.images]
             tokens = sum(int(grid.prod()) // MERGE**2 for grid in grids)
             if prompt.input_ids.count(image_token_id) != tokens:
-                detail = "another size than when the prompt was made"
-                raise naming(prompt.images[0], RecordError("image-changed", detail))
+                detail = "the size has changed since the prompt was made"
+                raise add_path(prompt.images[0], RecordError("image-changed", detail))

@@ -20,8 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cpo_fast.counting import counted
-from cpo_fast.data.images import load_shades, naming
-from cpo_fast.data.pixels import resized
+from cpo_fast.data.images import add_path, load_shades
+from cpo_fast.data.pixels import resized_size
 from cpo_fast.errors import DataError, RecordError
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.context import RunContext
@@ -55,7 +55,7 @@ class _Decodings:
     def __getitem__(self, index: int) -> tuple[str, str] | None:
         ref = self.refs[index]
         try:
-            resized(*load_shades(ref).size, **self.bounds)
+            resized_size(*load_shades(ref).size, **self.bounds)
         except RecordError as error:
             return error.reason, error.detail
         return None
@@ -99,7 +99,7 @@ class ImageCheck:
 
     def find_error(self, refs: Iterable[ImageRef]) -> RecordError | None:
         """The error of the first of `refs` that fails; it names the image."""
-        return next((naming(ref, self.failed[ref]) for ref in refs if ref in self.failed), None)
+        return next((add_path(ref, self.failed[ref]) for ref in refs if ref in self.failed), None)
 
     def _failures(self, refs: Sequence[ImageRef]) -> list[tuple[str, str, str]]:
         """(name, reason, detail) of the images that fail, as JSON can hold it."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from cpo_fast.counting import counted
 from cpo_fast.data.positions import model_positions
-from cpo_fast.data.preference_values import text_in, words
+from cpo_fast.data.preference_values import answer_text, message_text
 from cpo_fast.data.tokens import control_tokens
 from cpo_fast.errors import DataError
 from cpo_fast.packing import encode_all
@@ -166,11 +166,11 @@ def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> l
     found: dict[str, set[str]] = {}
     for stage in (texts.sft, texts.cpo):
         for one in chain.from_iterable(stage.values()):
-            said = [words(answer) for answer in (one.chosen, *one.rejected)]
+            said = [answer_text(answer) for answer in (one.chosen, *one.rejected)]
             if one.plain:  # the text can be a rendered conversation with its own end token
                 said = [answer.rstrip().removesuffix(end) for answer in said]
             else:
-                said += map(text_in, one.prompt)
+                said += map(message_text, one.prompt)
             if held := {token for token in special if any(token in text for text in said)}:
                 line = f" (line {one.origin.line})" if one.origin and one.origin.line else ""
                 found.setdefault(one.id + line, set()).update(held)

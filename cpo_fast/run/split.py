@@ -17,7 +17,7 @@ from typing import Any
 from networkx.utils import UnionFind
 
 from cpo_fast.counting import counted
-from cpo_fast.data.preference_values import parts_of, words
+from cpo_fast.data.preference_values import answer_text, parts_of
 from cpo_fast.errors import UsageError
 from cpo_fast.types import ImageRef, Preference
 
@@ -71,7 +71,7 @@ def _keys(one: Preference) -> dict[str, list[bytes]]:
     """
     images = list(map(_image, one.images))
     messages = list(map(_said, one.prompt))
-    text = "".join(text for _, text in messages) + words(one.chosen)
+    text = "".join(text for _, text in messages) + answer_text(one.chosen)
     return {
         "patient": [_digest("patient", id) for id in one.patients],
         "image": [_digest("image", image) for image in images],

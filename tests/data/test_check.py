@@ -17,7 +17,7 @@ from cpo_fast.console import piped
 from cpo_fast.data import open_studies
 from cpo_fast.data.__main__ import main
 from cpo_fast.data.check import check, table
-from cpo_fast.data.openi import installed
+from cpo_fast.data.openi import installed_file
 from cpo_fast.errors import DataError
 from tests.data.samples import REPORT, SECRET, write_mimic
 
@@ -217,7 +217,7 @@ def test_another_broken_pipe_is_an_error() -> None:
 
 def test_open_i(tmp_path: Path) -> None:
     try:
-        installed()
+        installed_file()
     except DataError as error:
         pytest.skip(str(error))
     code, facts, rejected = run("open-i", tmp_path / "out")

@@ -86,10 +86,6 @@ def test_views(tmp_path: Path) -> None:
         "s50000002": ["00000006", "00000007"],  # blank views stand in for a frontal one
     }
     assert source.reasons() == {"no-frontal-image": 1}
-    strict = MimicSource(str(root), blank_view="drop")
-    assert list(counts(strict)) == ["s50000001"]
-    with pytest.raises(ValueError, match="stand-in"):
-        MimicSource(str(root), blank_view="perhaps")
 
 
 def test_images_elsewhere(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpo_fast.data import open_studies
-from cpo_fast.data.openi import installed, mesh_labels, parse_xml, split_of
+from cpo_fast.data.openi import installed_file, mesh_labels, parse_xml, split_of
 from cpo_fast.data.sections import parse_report
 from cpo_fast.errors import DataError, RecordError
 from tests.data.samples import SECRET
@@ -118,7 +118,7 @@ def test_reports_written_as_in_mimic_are_parsed_back(whole: Whole) -> None:
 
 def test_archive_and_folder_give_the_same(whole: Whole, tmp_path: Path) -> None:
     studies = whole.studies
-    with tarfile.open(installed()) as archive:
+    with tarfile.open(installed_file()) as archive:
         members = list(islice(archive, 1, 41))
         archive.extractall(tmp_path, members, filter="data")
     known = {study.study_id: study for study in studies}

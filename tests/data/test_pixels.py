@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cpo_fast.data.pixels import MEAN, STD, pixel_values, resized, visual_tokens
+from cpo_fast.data.pixels import MEAN, STD, pixel_values, resized_size, visual_tokens
 from cpo_fast.errors import RecordError
 
 theirs = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
@@ -21,9 +21,9 @@ def test_size_is_theirs(width: int, height: int, least: int, most: int) -> None:
         expected = theirs.smart_resize(height, width, factor=28, **bounds)
     except ValueError:
         with pytest.raises(RecordError, match="image-too-thin"):
-            resized(width, height, **bounds)
+            resized_size(width, height, **bounds)
         return
-    assert resized(width, height, **bounds) == expected[::-1]
+    assert resized_size(width, height, **bounds) == expected[::-1]
     assert visual_tokens(width, height, **bounds) == expected[0] * expected[1] // 784
 
 

@@ -17,7 +17,7 @@ from cpo_fast.data import is_preference_file, open_preferences
 from cpo_fast.data.images import load_image
 from cpo_fast.data.labels import DEFAULT_PROMPT
 from cpo_fast.data.preference_rows import PARSERS, tell
-from cpo_fast.data.preference_values import words
+from cpo_fast.data.preference_values import answer_text
 from cpo_fast.data.tokens import token_ids
 from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
@@ -472,7 +472,7 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
         unread_fields(row, found, kind)
     except RecordError:
         return
-    assert all(words(answer).strip() for answer in (found.chosen, *found.rejected))
+    assert all(answer_text(answer).strip() for answer in (found.chosen, *found.rejected))
     with contextlib.suppress(RecordError):  # messages that the template refuses
         ids = token_ids(found, TOKENIZER)
         assert len(ids.rejected) == len(found.rejected)

@@ -238,7 +238,7 @@ def test_the_base_of_an_adapter_is_found_or_named(tmp_path: Path, monkeypatch: A
         with pytest.raises(UsageError, match=f"is not there: {named}. .*adapter_config.json"):
             load_model(adapter)
         assert torch.equal(logits(load_model(adapter, base_model=moved)), want)
-    with pytest.raises(UsageError, match=r"--base_model .*nowhere: no such model folder"):
+    with pytest.raises(UsageError, match=r"base_model .*nowhere: no such model folder"):
         load_model(adapter, base_model=tmp_path / "nowhere")
 
 

@@ -259,7 +259,7 @@ def test_varlen_is_refused_at_once_where_its_kernel_lacks_the_heads_or_dropout(
     monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda *_: None)  # as on CUDA
     model = vision_language_model()
     setattr(model.config.text_config, setting, value)
-    with pytest.raises(UsageError, match=f"--attn_implementation varlen .*{why}"):
+    with pytest.raises(UsageError, match=f"attn_implementation varlen .*{why}"):
         PackedModel(model, attention="varlen")
     assert PackedModel(model, attention="sdpa").attention == "sdpa"
 
