@@ -102,7 +102,8 @@ WRONG_PATHS = {
     "evaluate --model adapter --base_model empty --dataset open-i --output_dir pairs.jsonl":
         "is not a folder",
     "data check --dataset pairs.jsonl --output_dir pairs.jsonl": "is not a folder",
-    "data check --dataset pairs.jsonl --output_dir new --tokenizer nowhere": "no tokenizer there",
+    "data check --dataset pairs.jsonl --output_dir new --tokenizer nowhere":
+        "no tokenizer in nowhere",
     "data export --dataset pairs.jsonl --output pairs.jsonl --format trl": "the data set itself",
     "data export --dataset pairs.jsonl --output empty --format trl": "empty cannot be written",
     "counterfactual --dataset open-i --output out.jsonl --generator local --model empty":

@@ -30,7 +30,7 @@ _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 _RULES = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _HEADER_BYTES = 1 << 16
 
-# Only these tags are read, so that pydicom's warnings contain no patient names or dates.
+# Only these tags are read, so that pydicom reports no patient names or dates.
 _TAGS = [
     "BitsAllocated", "BitsStored", "Columns", "HighBit", "ModalityLUTSequence", "NumberOfFrames",
     "PhotometricInterpretation", "PixelPaddingRangeLimit", "PixelPaddingValue",
@@ -48,7 +48,7 @@ def is_dicom(file: BinaryIO) -> bool:
 
 @contextmanager
 def _without_validation(name: str) -> Iterator[None]:
-    """Without pydicom's validation, whose warnings quote values that can identify a patient."""
+    """Without pydicom's validation, which quotes values that can identify a patient."""
     try:
         from pydicom import config
     except ImportError:

@@ -16,7 +16,7 @@ from cpo_fast.data.patients import patients_of
 from cpo_fast.data.pixels import MAX_PIXELS, MIN_PIXELS, visual_tokens
 from cpo_fast.data.processor_files import image_processor_settings, pixel_bounds
 from cpo_fast.data.tokens import no_image_support, token_ids
-from cpo_fast.errors import RecordError, UsageError
+from cpo_fast.errors import RecordError, UsageError, first_line
 from cpo_fast.types import ImageRef, Preference, Study
 
 if TYPE_CHECKING:
@@ -59,22 +59,23 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder, without download or remote code. Raises UsageError."""
-    if not has_tokenizer(Path(folder)):
-        raise UsageError(
-            f"--model_name_or_path {folder}: no tokenizer there; give the folder of a model or of "
-            "its tokenizer"
-        )
+def load_tokenizer(path: str | Path, *, local: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with or without a chat template (plain text needs none).
+
+    `path` is a folder or, unless `local`, a hub name. No remote code runs. Raises UsageError.
+    """
     from transformers import AutoTokenizer
 
+    remedy = "give the folder of a model or of its tokenizer"
+    # transformers would create an empty tokenizer from config.json alone.
+    if (local or Path(path).is_dir()) and not has_tokenizer(Path(path)):
+        raise UsageError(f"no tokenizer in {path}; {remedy}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=local, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--model_name_or_path {folder}: no loadable tokenizer there "
-            f"({type(error).__name__}); give the folder of a model or of its tokenizer"
-        ) from None
+        raise UsageError(f"no tokenizer in {path}: {first_line(error)}; {remedy}") from error
 
 
 def as_preference(record: Study | Preference, max_images: int) -> Preference:
@@ -116,7 +117,7 @@ class Lengths:
     ) -> Lengths:
         """Tokenizer and image bounds of a model's folder. Raises UsageError."""
         low, high = _pixel_bounds(folder)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, local=True)
         return cls(tokenizer, max_length, max_images, low, high, _takes_images(folder))
 
     def _images(self, images: tuple[ImageRef, ...]) -> int:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cpo_fast.counting import counted
-from cpo_fast.data.lengths import has_tokenizer
 from cpo_fast.errors import UsageError, first_line
 from cpo_fast.model.adapters import check_targets, load_adapter, merge
 from cpo_fast.model.images import ImageProcessor
@@ -201,25 +200,6 @@ def disable_dropout(config: Any) -> None:
             disable_dropout(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with or without a chat template (plain text needs none).
-    Raises UsageError if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(path)
-    # transformers would create an empty tokenizer from config.json alone.
-    if folder.is_dir() and not has_tokenizer(folder):
-        raise UsageError(f"no tokenizer in {path}; copy tokenizer.json beside the weights")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"no tokenizer in {path}: {first_line(error)}; copy its files beside the weights"
-        ) from error
-    return tokenizer
 
 
 def save_model(

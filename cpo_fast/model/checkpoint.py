@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cpo_fast.data.lengths import has_tokenizer
-from cpo_fast.model.build import load_model, load_tokenizer, save_model
+from cpo_fast.data.lengths import has_tokenizer, load_tokenizer
+from cpo_fast.model.build import load_model, save_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.lineage import lineage
 from cpo_fast.model.supported import read_config

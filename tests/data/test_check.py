@@ -300,7 +300,7 @@ def test_a_tokenizer_that_is_none(
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(mimic, tmp_path / "out", "--tokenizer", str(tmp_path))[0] == 2
-    assert "no tokenizer there" in capsys.readouterr().err
+    assert "no tokenizer in" in capsys.readouterr().err
 
 
 def test_a_sample_looks_at_some_images(mimic: Path, tmp_path: Path) -> None:

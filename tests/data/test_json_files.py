@@ -166,7 +166,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (written(tmp_path, f"id,text\n1,{SECRET}", "x.csv"), "neither JSON"),
         (written(tmp_path, "[{}]".encode("utf-16"), "wide.json"), "neither JSON"),
         (written(tmp_path, gzip.compress(b'{"a": 1}\n' * 999)[:40], "cut.jsonl.gz"), "damaged"),
-        (written(tmp_path, b"PAR1" + SECRET.encode(), "x.parquet"), "not Parquet"),
+        (written(tmp_path, b"PAR1" + SECRET.encode(), "x.parquet"), "not a readable Parquet"),
     ):
         with pytest.raises(DataError, match=match) as caught:
             outcome(path)

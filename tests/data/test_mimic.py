@@ -226,7 +226,9 @@ def test_an_id_that_is_none_is_set_aside_with_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metadata", "chexpert"])
-@pytest.mark.parametrize(("other", "why"), [("5.12E+07", "from line 2 on"), (None, "other ids")])
+@pytest.mark.parametrize(
+    ("other", "why"), [("5.12E+07", "from line 2 on"), (None, "its ids differ")]
+)
 def test_a_table_that_matches_no_study(
     tmp_path: Path, name: str, other: str | None, why: str
 ) -> None:
@@ -235,7 +237,7 @@ def test_a_table_that_matches_no_study(
     def change(row: list[str]) -> list[str]:
         return [other or cell.replace("000000", "999999") for cell in row]
 
-    with pytest.raises(DataError, match=rf"{name}\.csv\.gz: no row names a study.*{why}"):
+    with pytest.raises(DataError, match=rf"{name}\.csv\.gz: no row matches a study.*{why}"):
         open_studies(str(rewritten(root, name, change)))
 
 
@@ -296,7 +298,7 @@ def test_a_table_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_no_study_at_all(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no study"):
+    with pytest.raises(DataError, match="has no study"):
         list(open_studies(str(write_mimic(tmp_path, []))))
 
 
@@ -309,7 +311,7 @@ def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown format") as caught:
         open_studies(str(tmp_path))
     assert SECRET not in str(caught.value)
-    with pytest.raises(DataError, match="studies come from"):
+    with pytest.raises(DataError, match="not a data set of studies"):
         open_studies(str(tmp_path / "notes.txt"))
     with pytest.raises(DataError, match=r"no mimic-cxr-2\.0\.0-"):
         open_studies(str(tmp_path), dataset_format="mimic-cxr")

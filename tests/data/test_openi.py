@@ -220,7 +220,7 @@ def test_archives(tmp_path: Path) -> None:
     source = open_studies(good)
     assert [study.study_id for study in source] == ["CXR9"]
     assert (source.read, source.reasons()) == (2, {"xml-unreadable": 1})
-    with pytest.raises(DataError, match="holds no study"):
+    with pytest.raises(DataError, match="has no study"):
         list(open_studies(archive(tmp_path / "none.tgz")))
     half = Path(good).read_bytes()
     (tmp_path / "half.tgz").write_bytes(half[: len(half) // 2])

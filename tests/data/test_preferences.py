@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cpo_fast.data import is_preference_file, open_preferences
 from cpo_fast.data.images import load_image
 from cpo_fast.data.labels import DEFAULT_PROMPT
-from cpo_fast.data.preference_rows import PARSERS, tell
+from cpo_fast.data.preference_rows import PARSERS, detect_format
 from cpo_fast.data.preference_values import answer_text
 from cpo_fast.data.tokens import token_ids
 from cpo_fast.data.unread_fields import unread_fields
@@ -466,7 +466,7 @@ VALUES = st.recursive(
     st.sampled_from(sorted(PARSERS)),
 )
 def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
-    assert tell(row) in (None, *PARSERS)
+    assert detect_format(row) in (None, *PARSERS)
     try:
         found = PARSERS[kind](row, "/root", "id")
         unread_fields(row, found, kind)
@@ -659,7 +659,7 @@ def test_other_fields_are_counted(tmp_path: Path) -> None:
     source = open_preferences(str(path))
     list(source)
     assert source.unread == {"rationale": 1, "a field": 1}
-    assert "1 row with text in the field rationale, which nobody reads" in source.remarks()
+    assert "1 row with text in the field rationale, which is not read" in source.remarks()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cpo_fast.data.labels import LABEL_NAMES
+from cpo_fast.data.lengths import load_tokenizer
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.evaluate import load, main, write_results
 from cpo_fast.evaluate_options import parse_arguments, resolve_model
@@ -18,7 +19,7 @@ from cpo_fast.evaluation.run import evaluate
 from cpo_fast.evaluation.suites import Options, generate_answers, score_zero_shot
 from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
 from cpo_fast.loss import processor
-from cpo_fast.model.build import add_lora, load_model, load_tokenizer, save_model
+from cpo_fast.model.build import add_lora, load_model, save_model
 from cpo_fast.phantom import write_phantom
 from cpo_fast.testing.samples import images, tokenizer, vision_language_model
 from cpo_fast.types import Counterfactual, ImageRef, Report, Study

@@ -80,7 +80,7 @@ def test_a_model_with_fused_layers_computes_the_same(monkeypatch: pytest.MonkeyP
     batch = attention.pack(torch.device("cpu"))
     truth = attention.outcome(model, batch)
     monkeypatch.setattr(fused, "check_fused", lambda *a, **options: None)
-    monkeypatch.setattr(fused, "_takes", lambda *tensors: True)
+    monkeypatch.setattr(fused, "_supports", lambda *tensors: True)
     made: list[Any] = []
     use = fused.use_fused_layers
 

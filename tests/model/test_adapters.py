@@ -178,7 +178,7 @@ def test_adapters_that_a_pack_cannot_run_are_refused_by_name(make: Any, message:
         (["q_proj", "vproj"], "vproj matches no module; did you mean v_proj?"),
         (["q_proj", "experts"], "experts matches no module; choose from .*down_proj"),
         (["q_proj", "qkv"], "qkv is in the vision tower only, which is frozen"),
-        ([], "names no module"),
+        ([], "is empty"),
     ],
 )
 def test_a_target_that_matches_nothing_is_named(targets: list[str], message: str) -> None:

@@ -11,13 +11,12 @@ import sys
 import pytest
 import torch
 
-from cpo_fast.data.lengths import Lengths
+from cpo_fast.data.lengths import Lengths, load_tokenizer
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.model.adapters import merge
 from cpo_fast.model.build import (
     add_lora,
     load_model,
-    load_tokenizer,
     save_model,
     tiny_model,
 )

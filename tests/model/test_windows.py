@@ -87,7 +87,7 @@ def test_flash_attention_is_given_the_windows(grid, monkeypatch):
     want = computed(vision, grid)
     use_windows(vision)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torchs_first_varlen)
-    monkeypatch.setattr(windows, "_takes_flash", lambda q: True)
+    monkeypatch.setattr(windows, "_supports_flash", lambda q: True)
     varlen_kernel.cache_clear()
     try:
         got = computed(vision, grid)
