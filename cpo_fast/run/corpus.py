@@ -30,7 +30,7 @@ from cpo_fast.counterfactual.perception import (
 )
 from cpo_fast.counting import counted
 from cpo_fast.data import is_preference_file, open_preferences, open_studies
-from cpo_fast.data.preference_values import words
+from cpo_fast.data.preference_values import answer_text
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.folders import write_jsonl
 from cpo_fast.run.arguments import SOURCES, TrainArguments
@@ -134,7 +134,7 @@ class Texts:
     def training_answers(self) -> list[str]:
         """All answers of the training split as text."""
         return [
-            words(answer)
+            answer_text(answer)
             for one in (*self.sft["train"], *self.cpo["train"])
             for answer in (one.chosen, *one.rejected)
         ]
