@@ -1,4 +1,4 @@
-"""The doctor names what is broken, and is never broken by it."""
+"""The doctor reports broken parts without failing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranges that all commands share, and every command's refusal of what lies outside."""
+"""Shared ranges of flags, and every command's refusal of values outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package promises about itself: light imports, its commands, its layout."""
+"""Light imports, commands and layout of the package."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_lower_layers_name_no_command_line_flag(folder: str) -> None:
 
 
 OPTIONAL = {"wandb", "trackio", "mlflow", "pycocoevalcap"}
-"""Packages that are looked for and used only where a user has installed them."""
+"""Packages used only if the user has installed them."""
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Only one process at a time writes into a run's folder or an output file."""
+"""Only one process at a time writes to a run's folder or an output file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def held(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_the_second_is_told_who_the_first_is_and_gets_the_lock_after_it(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     with held("folder", run) as first:
-        for _ in range(2):  # the refused one does not take the lock away
+        for _ in range(2):  # a refused process does not release the lock
             with pytest.raises(UsageError) as refused, lock_folder(run):
                 pass
         when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
@@ -67,7 +67,7 @@ def test_the_second_is_told_who_the_first_is_and_gets_the_lock_after_it(tmp_path
         )
         assert re.fullmatch(message, str(refused.value))
         assert (run / LOCK).stat().st_mode & 0o777 == 0o600
-    assert not run.exists()  # made by the lock, and still empty
+    assert not run.exists()  # created by the lock and empty
     with lock_folder(run):
         (run / "kept").touch()
     assert [path.name for path in run.iterdir()] == ["kept"]
@@ -85,7 +85,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_child_process_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """As a worker of the data feed that outlives a killed run by some seconds."""
+    """Like a data worker that outlives a killed run by some seconds."""
     fork = f"""
 import os, sys, time
 from cpo_fast.locks import lock_folder
@@ -123,7 +123,7 @@ def test_one_process_takes_a_lock_once(tmp_path: Path) -> None:
 
 
 def test_of_many_that_come_and_go_one_holds_the_lock_at_a_time(tmp_path: Path) -> None:
-    """Each deletes the file at its end, which another may have opened by then."""
+    """Each deletes the file at its end, when another can already have opened it."""
     code = f"""
 import os
 from cpo_fast.errors import UsageError
@@ -170,7 +170,7 @@ def test_without_locks_in_the_file_system_the_process_id_decides(
     monkeypatch.setattr(fcntl, "lockf", none)
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
-    for dead in (ended.pid, os.getpid()):  # an id that was given again
+    for dead in (ended.pid, os.getpid()):  # a reused id
         leave(tmp_path, pid=dead)
         with lock_folder(tmp_path):
             pass

@@ -1,4 +1,4 @@
-"""sdist and wheel build in isolation, and the wheel works in an environment of its own.
+"""sdist and wheel build in isolation, and the wheel works in a separate environment.
 
 Built where every compiler fails and nvcc is not found: the wheel has to work without them. (`make
 setup` builds with them; all other tests run on that.) The environment is new and empty but for the
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.complete]
 BUILT = ("*.so", "__pycache__", "_build", ".git", ".venv", "runs", "build", "dist", "*.egg-info",
          "gpu-kit*", ".*_cache", ".hypothesis", ".benchmarks")  # fmt: skip
 TOOLS = ("setuptools", "pybind11")
-"""What pyproject.toml asks for in an isolated build."""
+"""The build requirements in pyproject.toml."""
 
 
 def checked(
@@ -44,12 +44,12 @@ def checked(
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist of these sources and the wheel that is built from that sdist."""
+    """A folder with the sdist of these sources and the wheel built from it."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*BUILT, "shared"))
-    # An isolated build takes its tools from an index. They are fetched here, so that without a
-    # network this is a skip with its reason, and the build itself reaches for nothing.
+    # An isolated build gets its tools from an index. They are downloaded here, so that the test is
+    # skipped without a network and the build itself downloads nothing.
     tools = folder / "tools"
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-c",
              str(ROOT / "constraints.txt"), "-d", str(tools), *TOOLS]  # fmt: skip
@@ -77,7 +77,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The interpreter of a new environment, in which the wheel is installed."""
+    """The interpreter of a new environment with the wheel installed."""
     place = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(place, with_pip=False)
     interpreter = place / "bin" / "python"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-MAX_PIXELS = 64_000_000
+MAX_DECODED_PIXELS = 64_000_000
 """Larger images are refused before decoding; a large radiograph has 16 million pixels."""
 
 MAX_FILE_BYTES = 256_000_000
@@ -179,7 +179,7 @@ def _stretch(values: np.ndarray) -> Image.Image:
     return Image.fromarray(((values.astype(np.float32) - low) * scale + 0.5).astype(np.uint8))
 
 
-def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(ref: ImageRef, *, max_pixels: int = MAX_DECODED_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels of the image that `load_image` returns, read from the header only.
 
     Raises RecordError as `load_image`, except for errors found by decoding only (truncated data).
@@ -192,13 +192,13 @@ def image_size(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int
             return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def load_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(ref: ImageRef, *, max_pixels: int = MAX_DECODED_PIXELS) -> Image.Image:
     """`ref` as a PIL image in mode RGB, 8 bits, upright. Raises RecordError as `load_shades`."""
     image = load_shades(ref, max_pixels=max_pixels)
     return image.convert("RGB") if image.mode != "RGB" else image
 
 
-def load_shades(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_shades(ref: ImageRef, *, max_pixels: int = MAX_DECODED_PIXELS) -> Image.Image:
     """`ref` as a PIL image, 8 bits, upright, in mode L if the file is grey, else RGB.
 
     Raises RecordError: "image-missing", "image-empty", "image-unreadable" (not an image, truncated,

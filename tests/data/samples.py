@@ -1,4 +1,4 @@
-"""Self-written data sets for the tests of cpo_fast.data; nothing in here comes from a patient."""
+"""Synthetic data sets for the tests of cpo_fast.data, without patient data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from cpo_fast.types import FINDINGS
 
 SECRET = "Zebra-striped granuloma of the seventh left rib"
-"""Wording of a report that no message, log or rejected record may repeat."""
+"""Report text that no message, log or rejected record can contain."""
 
 REPORT = """                                 FINAL REPORT
  INDICATION:  ___-year-old man with cough.
@@ -77,7 +77,7 @@ def write_mimic(
         if given is not None:
             values = [given.get(name, "") for name in columns]  # type: ignore[attr-defined]
             labels.append((patient, study, *values))
-    # The order of the columns is not that of PhysioNet: they are read by name.
+    # The columns have another order than PhysioNet's, since they are read by name.
     write_csv(
         root / "mimic-cxr-2.0.0-split.csv.gz",
         ("dicom_id", "study_id", "subject_id", "split"),

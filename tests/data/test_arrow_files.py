@@ -1,4 +1,4 @@
-"""Parquet files and folders of datasets.save_to_disk: rows, bounds, and what is no such thing."""
+"""Parquet files and folders of datasets.save_to_disk: rows, bounds, and invalid files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def outcome(path: Path) -> list[Any]:
 
 
 def arrow_folder(folder: Path, rows: list[dict[str, Any]], **state: Any) -> Path:
-    """What `datasets` writes, written without it."""
+    """A folder in the layout of `datasets`, written without it."""
     folder.mkdir(parents=True)
     table = pyarrow.Table.from_pylist(rows)
     with pyarrow.ipc.new_stream(str(folder / "data-0.arrow"), table.schema) as stream:

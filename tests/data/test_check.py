@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.data check`: what it writes, prints and exits with."""
+"""`python -m cpo_fast.data check`: files, output and exit status."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mimic(tmp_path: Path) -> Path:
 def test_results_of_others_are_not_replaced(
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Refused before the data set is read; what an earlier check wrote is replaced, privately."""
+    """Refused before the data set is read; results of an earlier check are replaced, mode 0600."""
     out = tmp_path / "out"
     assert run(mimic, out)[0] == 0
     (out / "summary.json").chmod(0o644)
@@ -192,7 +192,7 @@ def test_preference_files_with_what_a_user_should_know(
 
 
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
-    """`check | head`: no message, the status of a command that SIGPIPE ended, results written."""
+    """`check | head`: no message, the status of SIGPIPE, results written."""
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "Q", "chosen": "x", "rejected": "y"}]))
     command = [sys.executable, "-m", "cpo_fast.data", "check", "--dataset", str(path),
@@ -275,7 +275,7 @@ def test_token_lengths_of_preferences(model: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_a_model_cannot_take(mimic: Path, model: Path, tmp_path: Path) -> None:
-    """A tokenizer without a chat template, and a model without eyes, set rows aside."""
+    """A tokenizer without a chat template, and a text-only model, set rows aside."""
     from cpo_fast.testing.samples import tokenizer
 
     rows = [

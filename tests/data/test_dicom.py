@@ -1,4 +1,4 @@
-"""DICOM through pydicom: windows, inversion, colour, sizes, and files that are damaged."""
+"""DICOM through pydicom: windows, inversion, colour, sizes, and damaged files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip i
 
 
 def dicom(values: np.ndarray, syntax: str = "1.2.840.10008.1.2.1", **tags: Any) -> ImageRef:
-    """A DICOM file in memory; `tags` replace or (None) leave out what a plain radiograph has."""
+    """A DICOM file in memory; `tags` replace or (None) remove tags of a plain radiograph."""
     from pydicom.dataset import Dataset, FileMetaDataset
 
     bits = values.dtype.itemsize * 8
@@ -148,7 +148,7 @@ def test_padding_is_black_and_outside_the_range(
     padding = {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
     got = grey(dicom(padded, **tags, **padding))
     assert (got[:, :2] == 0).all()
-    # The rest as if the padding had not been there.
+    # The other pixels are as without padding.
     assert (got[:, 2:] == grey(dicom(np.ascontiguousarray(values[:, 2:]), **tags))).all()
 
 
@@ -339,7 +339,7 @@ def test_a_failed_decoding_says_what_the_decoder_said(caplog: pytest.LogCaptureF
     with pytest.raises(RecordError, match="number of bytes of pixel data is less") as caught:
         load_image(cut)
     assert caught.value.reason == "image-unreadable"
-    # A value that stands where it does not belong may be a patient's, and is not repeated.
+    # A misplaced value can identify a patient, and is not repeated.
     for tag in ("WindowCenter", "RescaleSlope", "VOILUTFunction"):
         tags = {"WindowWidth": "9", "RescaleIntercept": "0", tag: "1234567890123456"}
         raw = dicom(TWELVE, **tags).data or b""

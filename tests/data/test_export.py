@@ -1,4 +1,4 @@
-"""Exports: every format comes back as what it can hold, and says what it cannot."""
+"""Exports: each format is read back unchanged, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGE = {"type": "image"}
 
 
 class Given(Source[Preference]):
-    """Preferences in hand as a source."""
+    """A source of given preferences."""
 
     noun = "preference"
 
@@ -53,7 +53,7 @@ def there_and_back(
 
 
 def alike(one: Preference) -> Preference:
-    """Without what no other format has: an id, a weight; texts as lists of parts."""
+    """Without fields of the jsonl format only (id, weight), and with texts as lists of parts."""
     prompt = tuple(
         {**m, "content": [{"type": "text", "text": m["content"]}]}
         if isinstance(m["content"], str) and not one.plain

@@ -1,4 +1,4 @@
-"""Images: formats and depths, orientation, and every way in which a file can be bad."""
+"""Images: formats and depths, orientation, and every kind of bad file."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_damaged_files_of_sixteen_bits(colour: int, channels: int) -> None:
 
 
 def png_header(width: int, height: int, depth: int = 8) -> bytes:
-    """A PNG that promises a size and holds next to nothing."""
+    """A PNG with a large declared size and almost no data."""
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
     body = zlib.compress(b"\0" * 100)
     return (

@@ -1,4 +1,4 @@
-"""Records out of JSON, JSON Lines and Parquet: within bounds, and bad ones by reason."""
+"""Records from JSON, JSON Lines and Parquet: bounds, and reasons of bad ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OBJECTS = st.lists(st.dictionaries(st.text(), VALUES, max_size=3), min_size=1, m
 
 
 def outcome(path: Path) -> list[Any]:
-    """Objects, and reasons where a record is none."""
+    """Objects, and the reasons of invalid records."""
     return [row.reason if isinstance(row, RecordError) else row for _, row in records(str(path))]
 
 
@@ -44,7 +44,7 @@ def written(tmp_path: Path, data: bytes | str, name: str = "x.json") -> Path:
 
 
 def in_pieces(text: str, size: int) -> list[Any]:
-    """The items of an array that is read `size` bytes at a time, however many are asked for."""
+    """The items of an array read `size` bytes at a time, whatever size is requested."""
     stream = io.BytesIO(text.encode())
     return [row for _, row in json_files._array_items(lambda _: stream.read(size), "x")]
 
@@ -187,7 +187,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     st.integers(5, 60),
 )
 def test_items_of_any_kind_beyond_the_bound(items: list, chunk: int, bound: int) -> None:
-    """Whatever is skipped, the items around it are read as they are."""
+    """Items around a skipped one are read unchanged."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(json_files, "MAX_RECORD_BYTES", bound)
         patch.setattr(json_files, "_CHUNK", chunk)

@@ -46,7 +46,7 @@ def test_a_study_as_it_lies_on_disk(tmp_path: Path) -> None:
     assert (study.split, study.date) == ("validate", "21801231")
     assert study.report.text == "FINDINGS: The lungs are clear.\n\nIMPRESSION: No acute process."
     assert study.indication == "___-year-old man with cough."
-    (image,) = study.images  # the lateral view is left out
+    (image,) = study.images  # without the lateral view
     assert image.path == f"files/p10/p10000032/s50414267/{dicom(1)}.jpg"
     assert image_size(image) == (8, 6)
 
@@ -83,7 +83,7 @@ def test_views(tmp_path: Path) -> None:
     source = MimicSource(str(root))
     assert counts(source) == {
         "s50000001": ["00000002", "00000004"],
-        "s50000002": ["00000006", "00000007"],  # blank views stand in for a frontal one
+        "s50000002": ["00000006", "00000007"],  # blank views replace a frontal one
     }
     assert source.reasons() == {"no-frontal-image": 1}
 

@@ -1,4 +1,4 @@
-"""The index of MIMIC-CXR between runs: kept, private, made anew when a table changes."""
+"""The cached index of MIMIC-CXR: private, and rebuilt when a table changes."""
 
 from __future__ import annotations
 

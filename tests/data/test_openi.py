@@ -1,4 +1,4 @@
-"""Open-I: all reports of the installed wheel, and XML that the tests write themselves."""
+"""Open-I: all reports of the installed wheel, and XML written by the tests."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_reports_written_as_in_mimic_are_parsed_back(whole: Whole) -> None:
         parts += [section(name, body) for name, body in named if body]
         if parse_report(" " * 33 + "FINAL REPORT\n" + "\n\n".join(parts) + "\n") != report:
             changed.append(study.study_id)
-    # One report repeats a header inside its impression, and wrapping puts that on a new line.
+    # One report repeats a header within its impression, and wrapping moves it to a new line.
     assert len(changed) <= 1
 
 
@@ -139,7 +139,7 @@ def test_major_terms() -> None:
     assert labels["Pneumonia"] == labels["No Finding"] == 0
     assert {name for name, value in mesh_labels(["normal"]).items() if value} == {"No Finding"}
     assert mesh_labels(["No Indexing"]) == mesh_labels([]) == {}
-    # What the terms locate is no finding: "Lung/hyperdistention" or "Density/pneumothorax".
+    # Locations are not findings: "Lung/hyperdistention" or "Density/pneumothorax".
     assert not any(mesh_labels(["Lung/hyperdistention", "Catheters/pneumonia"]).values())
 
 

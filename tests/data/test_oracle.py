@@ -1,4 +1,4 @@
-"""Rows that trl's DPOTrainer takes give the ids that it makes of them: its own code judges."""
+"""Token ids equal those of trl's DPOTrainer for the same rows; its own code is the oracle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEMPLATE = """
 {%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""Renders tools, options and calls, and a turn otherwise once another follows it."""
+"""Renders tools, options and calls, and a turn differently once another follows."""
 
 
 TEXT_ROWS: dict[str, dict[str, Any]] = {
@@ -122,7 +122,7 @@ def test_text(tmp_path: Path, name: str) -> None:
     prompt, chosen, rejected = ours(tmp_path, row, tokenizer())
     assert (prompt, chosen, rejected) == theirs(row, tokenizer())
     if name == "strings-that-merge":
-        assert prompt != tokenizer()(row["prompt"])["input_ids"]  # else the case shows nothing
+        assert prompt != tokenizer()(row["prompt"])["input_ids"]  # otherwise the case is trivial
 
 
 @pytest.mark.slow

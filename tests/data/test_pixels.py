@@ -1,4 +1,4 @@
-"""Pixel values against transformers' own processor: the same numbers, bit for bit."""
+"""Pixel values are bit-equal to those of transformers' processor."""
 
 from __future__ import annotations
 

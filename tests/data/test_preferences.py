@@ -1,4 +1,4 @@
-"""Preference files: each format to the same nouns, told apart by fields, bad rows by reason."""
+"""Preference files: formats detected by fields, bad rows set aside with reasons."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_strings_are_plain_text_and_messages_are_not(tmp_path: Path) -> None:
     for row in (strings, ours, implicit):
         assert read(tmp_path, row)[0][0].plain
     mixed = {"prompt": [USER], "chosen": "x", "rejected": "y"}
-    pictured = {**strings, "images": ["a"]}  # no place for the image in the text
+    pictured = {**strings, "images": ["a"]}  # no placeholder in the text
     for row in (mixed, {**strings, "chosen": [USER, said("x")], "rejected": [USER, said("y")]}):
         assert not read(tmp_path, row)[0][0].plain
     assert read(tmp_path, pictured)[0][0].prompt[0]["content"] == [IMAGE, text("Q?")]
@@ -314,7 +314,7 @@ def test_our_preference_rows(tmp_path: Path) -> None:
     assert (found.id, found.rejected, found.weight) == ("s1", ("y", "z"), 2.0)
 
 
-# --- rows together -------------------------------------------------------------------------------
+# --- merged rows ---------------------------------------------------------------------------------
 
 
 def test_adjacent_rows_with_one_question_are_grouped(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
     except RecordError:
         return
     assert all(answer_text(answer).strip() for answer in (found.chosen, *found.rejected))
-    with contextlib.suppress(RecordError):  # messages that the template refuses
+    with contextlib.suppress(RecordError):  # refused messages
         ids = token_ids(found, TOKENIZER)
         assert len(ids.rejected) == len(found.rejected)
     if found.plain:

@@ -1,5 +1,5 @@
-"""No wording of a report reaches a screen, a log, a message or a rejected record, however data is
-broken; only the files that are asked for hold it."""
+"""Broken data never puts report text on a screen or in a log, message or rejected record; only the
+requested files contain it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import cpo_fast.data
 from cpo_fast.data.__main__ import main
 from tests.data.samples import SECRET, dicom, image_bytes, write_csv, write_mimic
 
-WORDS = SECRET.split()[0]  # one word of it would be too much already
+WORDS = SECRET.split()[0]  # a single word is too much
 
 
 def said(text: str, role: str = "assistant") -> dict[str, str]:
@@ -43,7 +43,7 @@ GOOD = [
 
 
 def bent(row: dict[str, Any]) -> list[bytes]:
-    """The row, and what becomes of it when each field is missing, of another type, or cut."""
+    """The row, and variants with each field missing, of another type, or truncated."""
     whole = json.dumps(row).encode()
     rows = [whole, whole[:-9], whole.replace(b'"', b"'"), whole.replace(b"Zebra", b"Zebra\xff")]
     for name in row:
@@ -68,7 +68,7 @@ def mimic(root: Path) -> Path:
 
 
 def table(root: Path) -> Path:
-    """A split table with report text where it does not belong."""
+    """A split table with report text in the wrong cells."""
     mimic(root)
     rows = [(SECRET, SECRET, SECRET, SECRET), (dicom(1), 50000001, 10000032, SECRET)]
     header = ("dicom_id", "study_id", "subject_id", "split")
@@ -111,7 +111,7 @@ DATA: dict[str, Callable[[Path], Path]] = {
 
 
 def outputs(dataset: Path, out: Path, *forced: str) -> str:
-    """What both commands leave behind, the exported file apart."""
+    """The output files of both commands, except the exported file."""
     data = ["--dataset", str(dataset), *forced]
     main(["check", *data, "--output_dir", str(out)])
     for form in ("jsonl", "ccf", "trl", "swift"):
@@ -129,7 +129,7 @@ def silent(
     def check(left: str) -> None:
         printed = capsys.readouterr()
         seen = printed.out + printed.err + caplog.text + left
-        assert "set aside" in seen or "error: " in seen  # it did run
+        assert "set aside" in seen or "error: " in seen  # it ran
         assert WORDS not in seen
 
     return check
@@ -156,7 +156,7 @@ def test_preference_files(
     left = outputs(path, tmp_path / "out")
     if not array:  # a cut row ends an array
         assert '"reason"' in left
-    # An image path is an identifier, and the only field that may be named.
+    # An image path is an identifier, and the only field value that a detail can contain.
     silent(re.sub(r'"detail": "' + re.escape(SECRET) + '[^"]*', "", left))
 
 

@@ -1,4 +1,4 @@
-"""What the counterfactual stage writes is read back as the preferences it makes in memory."""
+"""Files of the counterfactual stage are read back as its preferences in memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def study_and_counterfactuals(image: bool, root: str) -> tuple[Study, list[Count
 
 
 def in_parts(one: Preference) -> Preference:
-    """The same with every content as a list of parts, and no id: trl has one for each row."""
+    """With every content as a list of parts, and without id, since trl has one per row."""
     prompt: list[dict[str, Any]] = []
     for message in one.prompt:
         said = message["content"]

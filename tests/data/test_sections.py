@@ -1,4 +1,4 @@
-"""Report sections: one self-written text for each way in which hospitals write them."""
+"""Report sections: one synthetic text per layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = [
     json.loads(line)
     for line in (Path(__file__).with_name("sections.jsonl")).read_text().splitlines()
 ]
-"""Self-written reports and their right sections; `either`: under either name."""
+"""Synthetic reports and their sections; `either`: under either name."""
 
 LINE = " " + "_" * 78
 TITLE = " " * 33 + "FINAL REPORT\n"
@@ -247,7 +247,7 @@ def test_any_text_gives_clean_sections_or_a_reason(text: str) -> None:
 
 
 def test_long_runs_of_capitals_take_linear_time() -> None:
-    # Each of these made a naive header pattern backtrack; the test would not end.
+    # Each of these makes a naive header pattern backtrack, so that the test does not end.
     runs = ("A" * 190_000, "A " * 95_000, ("A, " * 40 + "\n") * 1500, "\n " * 90_000,
             "called " * 28_000, "FINDINGS\n" * 20_000, "FINDINGS: x\nCOMPARISON: y\n" * 7_000,
             "FINDINGS: COMPARISON: " + "None. " * 30_000, "Dr. " * 48_000,

@@ -1,4 +1,4 @@
-"""CPODPOTrainer against trl's DPOTrainer: the same curve, metrics and weights after 20 steps."""
+"""CPODPOTrainer equals trl's DPOTrainer: loss curve, metrics and weights after 20 steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def made(
     held_out: bool = False,
     **options: Any,
 ) -> Any:
-    """A trainer of this kind on the small model, the same for both kinds."""
+    """A trainer of the given class on the small model, with equal settings."""
     torch.manual_seed(3)
     if held_out:
         kind = partial(kind, eval_dataset=Dataset.from_list(rows(TEXT[:2])))

@@ -1,4 +1,4 @@
-"""Adapters on the output layer, other kinds of adapter, targets and merging: what peft computes."""
+"""Adapters on the output layer, other adapter types, targets and merging, compared with peft."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lora(model: Any, *targets: str, **options: Any) -> Any:
 
 
 def stirred(model: Any) -> Any:
-    """Every trained weight moved away from where it began."""
+    """Every trained weight changed from its initial value."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -201,7 +201,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_merging_into_tied_weights_keeps_what_the_adapter_computed(
     name: str, tmp_path: Path
 ) -> None:
-    """peft adds an output layer's adapter to the embeddings, too, where both are one tensor."""
+    """peft also adds an output layer's adapter to the embeddings if both are one tensor."""
     model = stirred(HEADS[name]())
     want = logits(model)
     save_model(merge(model), tmp_path, tokenizer=tokenizer())

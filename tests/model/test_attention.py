@@ -1,4 +1,4 @@
-"""Every attention implementation says what separate, unpacked forwards of the same model say."""
+"""Every attention implementation equals separate, unpacked forwards of the same model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ from cpo_fast.testing.samples import mixed, preference, vision_language_model
 
 
 def attend_each_sequence(q, k, v, query_ends, key_ends, longest_q, longest_k, *, scale, causal):
-    """What both variable-length kernels compute, in plain torch; they run on CUDA only, and group
-    heads."""
+    """Both variable-length kernels in plain torch, with grouped heads; they run on CUDA only."""
     assert query_ends.dtype == key_ends.dtype == torch.int32
     assert query_ends[-1] == len(q) and key_ends[-1] == len(k) == len(v)
     assert longest_q == query_ends.diff().max() and longest_k == key_ends.diff().max()
@@ -56,12 +55,12 @@ def attend_each_sequence(q, k, v, query_ends, key_ends, longest_q, longest_k, *,
 def torchs_varlen(*tensors, scale=None, window_size=(-1, -1), enable_gqa=False):
     """With the signature of torch.nn.attention.varlen.varlen_attn."""
     q, k = tensors[:2]
-    assert enable_gqa or q.shape[1] == k.shape[1]  # as torch itself wants it
+    assert enable_gqa or q.shape[1] == k.shape[1]  # as torch requires
     return torchs_first_varlen(*tensors, scale=scale, window_size=window_size)
 
 
 def torchs_first_varlen(*tensors, scale=None, window_size=(-1, -1)):
-    """That of torch 2.11, where the kernel groups heads unasked."""
+    """With the signature of torch 2.11, where the kernel groups heads without a keyword."""
     assert window_size in ((-1, 0), (-1, -1))
     return attend_each_sequence(*tensors, scale=scale, causal=window_size == (-1, 0))
 
@@ -81,13 +80,13 @@ def cuda_attention_on_cpu(request, monkeypatch):
     name = request.node.name
     if "flex" in name:
         monkeypatch.setattr("cpo_fast.model.packed._check_flex", lambda *_: None)
-        # Its dense form has a backward on the CPU, too, but this check refuses it.
+        # Its dense form also has a backward on the CPU, but this check refuses it.
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     if "varlen" in name or "flash-attn" in name:
         from_torch = torchs_first_varlen if "first" in name else torchs_varlen
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", from_torch)
         if "flash-attn" in name:
-            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # not there
+            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # missing
         module = types.ModuleType("flash_attn")
         module.flash_attn_varlen_func = flash_attns_varlen
         monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -100,7 +99,7 @@ WAYS = ["gathered", "sdpa", "varlen", "first-varlen", "flash-attn", "flex"]
 
 
 def packed_model(model, attention) -> PackedModel:
-    """By the name that a test gives an implementation."""
+    """By the test's name of an implementation."""
     varlen = attention in ("flash-attn", "first-varlen")
     return PackedModel(model, attention="varlen" if varlen else attention)
 
@@ -227,7 +226,7 @@ def test_before_training_policy_is_reference(attention):
 
 
 def test_no_kernel_of_that_kind_is_said_at_once(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as where it is not there
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as if missing
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     varlen_kernel.cache_clear()
     with pytest.raises(UsageError, match="flash-attn"):
@@ -240,10 +239,10 @@ def test_auto_is_the_flash_kernel_where_it_can_run_else_gathered(monkeypatch):
     assert PackedModel(model).attention == "gathered"  # a CPU
     monkeypatch.setattr("cpo_fast.model.packed._check_varlen", lambda *_: None)
     assert PackedModel(model).attention == "varlen"
-    model.config.text_config.attention_dropout = 0.1  # which the kernel has not
+    model.config.text_config.attention_dropout = 0.1  # unsupported by the kernel
     assert PackedModel(model).attention == "gathered"
     model.config.text_config.attention_dropout = 0.0
-    model.config.text_config.head_dim = 512  # more than the kernel takes
+    model.config.text_config.head_dim = 512  # more than the kernel supports
     assert PackedModel(model).attention == "gathered"
 
 

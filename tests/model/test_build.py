@@ -81,7 +81,7 @@ def test_grid_from_the_header_is_the_grid_of_the_pixels(size):
 def test_image_processor_round_trip(tmp_path):
     ImageProcessor.create(min_pixels=28 * 28 * 2, max_pixels=28 * 28 * 9).save(tmp_path)
     config = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert config["image_processor_type"] == "Qwen2VLImageProcessor"  # what AutoProcessor looks for
+    assert config["image_processor_type"] == "Qwen2VLImageProcessor"  # for AutoProcessor
     assert config["processor_class"] == "Qwen2_5_VLProcessor"
     loaded = ImageProcessor.load(tmp_path)
     assert loaded.grid(image(500, 500)) == (1, 6, 6)
@@ -113,7 +113,7 @@ OWN = {
 )
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
 def test_the_checkpoints_own_preprocessing_is_transformers(tmp_path, file, changed):
-    """Bit for bit, from either file, also when it was saved again."""
+    """Bit-equal, from either file, also after saving again."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -166,7 +166,7 @@ def test_preprocessing_that_is_not_supported_is_refused(tmp_path, changed, messa
 
 
 def test_who_takes_images_is_said_by_the_configuration(tmp_path):
-    """transformers 5 writes processor_config.json alone; a tower without either file is refused."""
+    """transformers 5 writes only processor_config.json; a tower without either file is refused."""
     model = vision_language_model()
     assert ImageProcessor.find(tmp_path, text_model().config) is None
     with pytest.raises(UsageError, match=r"no preprocessor_config.json or processor_config.json"):
@@ -207,7 +207,7 @@ def logits(model):
 
 @pytest.mark.parametrize("build", [vision_language_model, text_model])
 def test_checkpoints_round_trip(build, tmp_path):
-    """Whole model, adapter and merged model, by our loader and by the libraries' own."""
+    """Whole model, adapter and merged model, by our loader and by the libraries' loaders."""
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Counted FLOPs against torch's own counter over the operations that really ran."""
+"""Counted FLOPs against torch's counter over the executed operations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counted(run) -> float:
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_linear_layers_and_head(lora):
-    """Without attention, which the counter takes for full squares."""
+    """Without attention, which the counter counts as full squares."""
     model = text_model()
     model.train()
     if lora:
@@ -84,7 +84,7 @@ def test_the_tower_runs_once_when_frozen():
     once = FlopCounter(frozen)(batch).vision
     assert once == FlopCounter(frozen)(batch, reference=False).vision > 0
     want = counted(lambda: frozen._image_features(batch))
-    assert once == pytest.approx(want, rel=0.15)  # the tower's attention is left out
+    assert once == pytest.approx(want, rel=0.15)  # without the tower's attention
     trained = PackedModel(vision_language_model())
     assert FlopCounter(trained)(batch, reference=False).vision == pytest.approx(3 * once)
 

@@ -1,4 +1,4 @@
-"""Which layers are fused, and what stays; tests/kernels/test_triton_layers.py has the kernels."""
+"""Which layers are fused; the kernels are tested in tests/kernels/test_triton_layers.py."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_hook_is_not_passed_over() -> None:
 def test_only_whole_heads_turned_by_halves_are_replaced() -> None:
     qwen, glm = (m.apply_rotary_pos_emb for m in (modeling_qwen2_5_vl, modeling_glm4))
     assert fused._is_rotation("apply_rotary_pos_emb", qwen)
-    assert not fused._is_rotation("apply_rotary_pos_emb", glm)  # turns neighbours
+    assert not fused._is_rotation("apply_rotary_pos_emb", glm)  # rotates neighbours
     vision = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision
     assert fused._is_rotation("apply_rotary_pos_emb_vision", vision)
 
@@ -117,7 +117,7 @@ def test_a_towers_mlp_computes_with_columns_of_zeros(monkeypatch: pytest.MonkeyP
     assert torch.allclose(tower(x), expected, atol=1e-6) and sizes == [24]
     assert tower.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in tower.state_dict().items())
-    # Weights that are written to later are the ones that count.
+    # Weights modified later are used.
     tower.load_state_dict({k: 2 * v for k, v in state.items()})
     assert torch.allclose(tower(x), Qwen2_5_VLMLP.forward(tower[0], x)) and sizes == [24, 21]
 

@@ -1,4 +1,4 @@
-"""The fused LoRA layer computes what peft computes, in the dtype of the base model."""
+"""The fused LoRA layer equals peft's, in the dtype of the base model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODELS = {"qwen2": (text_model, TEXTS[:2]), "qwen2.5-vl": (vision_language_model
 
 
 def small(dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: Any) -> Any:
-    """One linear layer under LoRA as peft computes it, with a B that is not zero."""
+    """One linear layer with peft's LoRA and nonzero B."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDE, OUT, bias=bias)).to(dtype)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["0"], **options}
@@ -58,7 +58,7 @@ def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
 
 
 def results(model: Any, x: torch.Tensor, call: Any = None) -> dict[str, torch.Tensor]:
-    """y, and from a fixed gradient of it those of x and of the trained weights."""
+    """y, and the gradients of x and the trained weights for a fixed gradient of y."""
     x = x.clone().requires_grad_()
     y = (call or model)(x)
     generator = torch.Generator().manual_seed(2)
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_function(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(fused(*leaves), want, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(fused, leaves)
     assert torch.autograd.gradcheck(lambda *rest: fused(x.detach(), *rest), leaves[1:])
-    for i, leaf in enumerate(leaves):  # one of them alone
+    for i, leaf in enumerate(leaves):  # a single one
         rest = [other.detach() for other in leaves]
         assert torch.autograd.gradcheck(lambda t, i=i, r=rest: fused(*r[:i], t, *r[i + 1 :]), leaf)
 
@@ -114,7 +114,7 @@ def test_gradients_with_dropout_are_those_of_the_function(shape: tuple[int, ...]
     want = linear(x, weight, bias) + 1.7 * linear(linear(dropped, down), up)
     torch.testing.assert_close(fused(*leaves), want, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(fused, leaves)
-    for i, leaf in enumerate(leaves):  # one of them alone
+    for i, leaf in enumerate(leaves):  # a single one
         rest = [other.detach() for other in leaves]
         assert torch.autograd.gradcheck(lambda t, i=i, r=rest: fused(*r[:i], t, *r[i + 1 :]), leaf)
 
@@ -136,7 +136,7 @@ def test_an_input_that_is_not_contiguous() -> None:
 def test_dropout_in_full_precision_drops_what_peft_drops(dtype: torch.dtype) -> None:
     model = small(dtype, lora_dropout=0.4).train()
     first, second = model(inputs(dtype)), model(inputs(dtype))
-    assert not torch.equal(first, second)  # it is in effect
+    assert not torch.equal(first, second)  # it is active
     assert_pefts(model, inputs(dtype), fused=True, rtol=1e-5 if dtype == torch.float32 else 1e-13)
     assert_pefts(model, inputs(dtype).transpose(0, 1), fused=True, rtol=1e-5)
 
@@ -327,7 +327,7 @@ def test_autocast_and_other_dtypes_are_left_to_peft() -> None:
     assert got.dtype == torch.bfloat16
     layer_of(model).lora_A.bfloat16()  # less precise than x: peft casts x to it
     assert lora.fused_adapter(layer_of(model), x) is None
-    # A backward inside autocast computes as one outside.
+    # A backward within autocast equals one outside.
     model = small()
     use_fused_lora(model)
     want = results(model, x)

@@ -1,4 +1,4 @@
-"""The forward over a pack says what separate, unpacked forwards of the same model say."""
+"""The forward over a pack equals separate, unpacked forwards of the same model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_frozen_tower_runs_once_and_a_trainable_one_per_model():
 
 
 def test_steps_of_many_packs_equal_one_pack():
-    """A step cut into small packs, groups split, gives the same summed gradient."""
+    """A step split into small packs, with split groups, has the same summed gradient."""
     model, groups = adapted(vision_language_model()), groups_of(mixed())
     packed = PackedModel(model)
     total = sum(len(g.rejected) for g in groups)
@@ -85,14 +85,14 @@ def test_prompts_shared_and_copied_agree():
 
 
 def saved_bytes(model, compute) -> int:
-    """What `compute` keeps for its backward, weights left out."""
+    """Bytes saved by `compute` for its backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -101,7 +101,7 @@ def saved_bytes(model, compute) -> int:
 
 
 def test_memory_grows_with_the_row_not_with_prompts_times_responses():
-    """But for the prompt's K and V, which every branch copies; their share is about 7B's here."""
+    """Except the prompt's K and V, copied by every branch; their share is about 7B's here."""
     sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 1}
     model = add_lora(tiny_model(tokenizer(), intermediate_size=640, **sizes))
     packed = PackedModel(model)
@@ -208,7 +208,7 @@ def test_generation_still_works():
     want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     PackedModel(model)
     assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), want)
-    assert "cpo_fast" not in model.config.to_json_string()  # a checkpoint does not know of it
+    assert "cpo_fast" not in model.config.to_json_string()  # not written to a checkpoint
 
 
 def test_bad_models_and_batches():
@@ -229,7 +229,7 @@ def test_bad_models_and_batches():
 
 @pytest.mark.skipif(not RADIOGRAPHS.is_dir(), reason="the radiographs are not at hand")
 def test_real_radiographs():
-    """640 pixels wide, of different heights; their texts are made up."""
+    """640 pixels wide, of different heights; with synthetic texts."""
     from cpo_fast.model.images import ImageProcessor
 
     processor = ImageProcessor.create(max_pixels=280 * 280)

@@ -1,4 +1,4 @@
-"""With Qwen's own vocabulary, rebuilt from a wheel, `encode` makes the real processor's ids."""
+"""With Qwen's vocabulary, rebuilt from a wheel, `encode` gives the ids of the real processor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ranks_file() -> Path | None:
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens of lower rank that BPE joins last to make this one."""
+    """The two tokens of lower rank in the last BPE merge of this one."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = (ranks.get(a + b, len(ranks)) for a, b in pairwise(parts))
@@ -80,7 +80,7 @@ def qwen():
 
 @pytest.mark.slow
 def test_ids_are_those_of_the_real_processor(qwen):
-    """The row that trl's documentation shows for Qwen2.5-VL, with four visual tokens."""
+    """The example row in trl's documentation for Qwen2.5-VL, with four visual tokens."""
     assert image_token_id(qwen) == 151655
     system = {"role": "system", "content": "You are a helpful assistant."}
     text = {"type": "text", "text": "What is this?"}

@@ -1,4 +1,4 @@
-"""Models that packs cannot run are refused by class and reason, before any data is read."""
+"""Unsupported models are refused with class and reason, before data is read."""
 
 from __future__ import annotations
 

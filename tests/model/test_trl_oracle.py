@@ -1,4 +1,4 @@
-"""One step of ours against trl's DPOTrainer on the same pairs: loss and adapter gradients."""
+"""One step against trl's DPOTrainer on the same pairs: loss and adapter gradients."""
 
 from __future__ import annotations
 

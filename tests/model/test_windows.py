@@ -1,4 +1,4 @@
-"""A vision tower whose windows are computed together says what it says window by window."""
+"""A vision tower with all windows computed together equals one computed window by window."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_features_and_gradients_are_those_of_transformers(grid):
 
 
 def test_windows_matter():
-    """Else the test above would pass with any windows."""
+    """Otherwise the test above would pass with any windows."""
     vision, grid = tower(), GRIDS["one image of ragged windows"]
     use_windows(vision)
     want = computed(vision, grid)[0]
@@ -82,7 +82,7 @@ def test_a_layer_is_one_call_per_length_of_window(monkeypatch):
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_flash_attention_is_given_the_windows(grid, monkeypatch):
-    """The kernel itself runs on CUDA only: here is what it computes, in plain torch."""
+    """The kernel in plain torch; the kernel itself runs on CUDA only."""
     vision = tower(torch.float64)
     want = computed(vision, grid)
     use_windows(vision)

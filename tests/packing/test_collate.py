@@ -1,5 +1,4 @@
-"""The layout of a pack: what each tensor says, against a plain reading of PackedBatch's
-definition."""
+"""The tensors of a pack against a literal reading of PackedBatch's definition."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def packed(samples, pack=None, **options):
 
 
 def test_every_segment_can_be_read_back():
-    """From the row, study and branch alone: each segment's prompt, response and scored rows."""
+    """From row, study and branch alone: prompt, response and scored rows of each segment."""
     groups, batch = packed(mixed())
     by_id = {group.id: group for group in groups}
     assert len(batch.segment_names) == batch.num_segments == 15

@@ -1,4 +1,4 @@
-"""Tokenising preferences: the ids that trl makes, image placeholders, what is set aside and why."""
+"""Tokenising preferences: ids equal to trl's, image placeholders, records set aside."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_template_that_rewrites_the_prompt_sets_the_row_aside():
 
 
 def bare():
-    """The same tokenizer, as a base model has it: without a chat template."""
+    """The same tokenizer without a chat template, as of a base model."""
     from copy import copy
 
     made = copy(tokenizer())
@@ -102,7 +102,7 @@ def test_plain_text_needs_no_chat_template():
 
 
 def test_images_need_a_model_that_sees():
-    """The reason names the model, also where the tokenizer knows the image token (Qwen2.5)."""
+    """The reason is the model, even if the tokenizer has the image token (Qwen2.5)."""
     blind = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), chat_template=tokenizer().chat_template
     )
@@ -131,7 +131,7 @@ def test_images_need_a_model_that_sees():
     ],
 )
 def test_no_row_ends_the_run(prompt, chosen, why):
-    """One row is encoded or set aside; what encodes can be packed."""
+    """A row is encoded or set aside; an encoded one can be packed."""
     row = Preference(
         "a", ({"role": "user", "content": prompt},), chosen, (" was large",), plain=True
     )
@@ -230,7 +230,7 @@ def test_encode_all_counts():
 
 
 def test_a_rejected_answer_with_a_prompt_of_its_own():
-    """The ids of its pair are those of a preference that has nothing else."""
+    """The ids of its pair equal those of a preference with this pair only."""
     whole = preference("a", 2, image(100, 80))
     own = (
         {"role": "user", "content": [{"type": "text", "text": "The lungs?"}, {"type": "image"}]},

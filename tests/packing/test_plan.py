@@ -1,5 +1,4 @@
-"""The epoch plan: complete, exact in pairs, within budget, the same on every call, level across
-ranks."""
+"""The epoch plan: complete, exact in pairs, within budget, deterministic, balanced across ranks."""
 
 from __future__ import annotations
 
