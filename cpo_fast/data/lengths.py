@@ -64,12 +64,12 @@ def load_tokenizer(path: str | Path, *, local: bool = False) -> PreTrainedTokeni
 
     `path` is a folder or, unless `local`, a hub name. No remote code runs. Raises UsageError.
     """
-    from transformers import AutoTokenizer
-
     remedy = "give the folder of a model or of its tokenizer"
     # transformers would create an empty tokenizer from config.json alone.
     if (local or Path(path).is_dir()) and not has_tokenizer(Path(path)):
         raise UsageError(f"no tokenizer in {path}; {remedy}")
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=local, trust_remote_code=False

@@ -162,7 +162,7 @@ def prompts(kind: Any) -> Any:
     [
         (lambda: lora(text_model(), "lm_head", use_dora=True), "use_dora"),
         (lambda: lora(text_model(), "lm_head", lora_bias=True), "lora_bias"),
-        (lambda: ia3(text_model()), "kind ia3 on the output layer"),
+        (lambda: ia3(text_model()), "type ia3 on the output layer"),
         (lambda: prompts(peft.PromptTuningConfig), "PROMPT_TUNING is not supported"),
         (lambda: prompts(peft.PrefixTuningConfig), "PREFIX_TUNING is not supported"),
     ],
@@ -177,7 +177,7 @@ def test_adapters_that_a_pack_cannot_run_are_refused_by_name(make: Any, message:
     [
         (["q_proj", "vproj"], "vproj matches no module; did you mean v_proj?"),
         (["q_proj", "experts"], "experts matches no module; choose from .*down_proj"),
-        (["q_proj", "qkv"], "qkv is in the vision tower only, which is frozen"),
+        (["q_proj", "qkv"], "qkv is only in the vision tower, which is frozen"),
         ([], "is empty"),
     ],
 )

@@ -151,7 +151,7 @@ def test_processor_config_counts_before_preprocessor_config(tmp_path):
         ({"resample": 2}, r"resample 2; only true and 3 \(bicubic\)"),
         ({"do_resize": False}, "do_resize False"),
         ({"patch_size": 16}, "patches of 16 pixels"),
-        ({"merge_size": 4}, "merges 4 a side"),
+        ({"merge_size": 4}, "merges 4 per side"),
         ({"image_std": [0.5, 0.5]}, "image_std .0.5, 0.5. .*three numbers"),
         ({"image_std": 0.0}, "image_std or rescale_factor"),
         ({"size": {"shortest_edge": 100, "longest_edge": 50}}, "min_pixels=100, max_pixels=50"),

@@ -42,7 +42,7 @@ REFUSED = {
     "T5Config": "T5.* is not supported: it is an encoder-decoder",
     "BartConfig": "BartConfig is not supported: it is an encoder-decoder",
     "ViTConfig": "ViTConfig is not supported: transformers has no causal language model for 'vit'",
-    "LlavaConfig": "LlavaConfig is not supported: of the models that take images",
+    "LlavaConfig": "LlavaConfig is not supported: of the models with image",
     "JambaConfig": "JambaForCausalLM is not supported: its layers carry a state",
     "StableLmConfig": "StableLmForCausalLM does not take .*attn_implementation .*use sdpa",
 }
@@ -68,7 +68,7 @@ def test_a_class_that_packs_cannot_run_is_named(name: str, tmp_path: Path) -> No
 def test_code_from_a_checkpoint_and_unknown_types_are_named(tmp_path: Path) -> None:
     own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
     cases = {
-        "'own' brings code of its own": {"model_type": "own", **own},
+        "'own' has its own code": {"model_type": "own", **own},
         "'own' of config.json is not known to transformers 5": {"model_type": "own"},
         "None of config.json is not known": {},
     }
@@ -117,7 +117,7 @@ def test_training_refuses_targets_and_small_vocabularies_early(
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 395}))
     assert main(flags) == 2
     last = len(tokenizer()) - 1
-    assert f"ids go up to {last}, but the model knows 395 tokens" in capsys.readouterr().err
+    assert f"ids go up to {last}, but the model has 395 tokens" in capsys.readouterr().err
 
 
 def test_a_vocabulary_as_large_as_the_embeddings_is_enough() -> None:
@@ -147,7 +147,7 @@ def test_sdpa_is_right_where_gathered_is_refused(name: str) -> None:
 
 
 def test_layers_that_cannot_be_compiled_are_named() -> None:
-    with pytest.raises(UsageError, match=r"layers of OPTForCausalLM .*--torch_compile"):
+    with pytest.raises(UsageError, match=r"layers of OPTForCausalLM .*torch_compile"):
         PackedModel(opt(), compile=True)
 
 
