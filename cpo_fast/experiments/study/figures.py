@@ -11,9 +11,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.experiments.study.arms import ANSWERS, ARMS, CPO, MORE, PLUS, RANDOM, SFT, SFT_ANSWERS
 from cpo_fast.experiments.study.measure import PAPER_FINDINGS
-from cpo_fast.report.tables import Cell, Row, Table, interval, number, percent
+from cpo_fast.report.tables import (
+    Cell,
+    Row,
+    Table,
+    interval,
+    number,
+    percent,
+    points,
+    significant,
+    table_markdown,
+)
 
 Figures = Mapping[str, float | None]
 Figure = dict[str, Any]
@@ -94,9 +105,7 @@ def tables(outcome: Mapping[str, Any]) -> list[Table]:
     """Tables 2 and 5 of the paper with ours beside them, drift, F1 and differences."""
     arms = outcome["arms"]
     seeds = len(outcome["seeds"])
-    note = (
-        f"Means over {seeds} seed{'s' * (seeds > 1)} with 95 % intervals (Student's t over seeds)."
-    )
+    note = f"Means over {counted(seeds, 'seed')} with 95 % intervals (Student's t over seeds)."
     return [
         _table_2(arms, note),
         _table_5(arms),
@@ -117,7 +126,7 @@ def _table_2(arms: Mapping[str, Any], note: str) -> Table:
         keys = [*(f"accuracy/{name}" for name in PAPER_FINDINGS.values()), "accuracy/mean5"]
         rows.append(Row(NAMES[arm], tuple(_cell(figures, key) for key in keys), "phantom"))
         if arm in PAPER_TABLE_2:
-            cells = tuple(Cell(f"{value:.1f}\u00a0%") for value in PAPER_TABLE_2[arm])
+            cells = tuple(Cell(percent(value / 100)) for value in PAPER_TABLE_2[arm])
             rows.append(Row(NAMES[arm], cells, "the paper, other data and scale"))
     return Table(
         "Accuracy per finding, as the paper's table 2",
@@ -133,7 +142,7 @@ def _table_5(arms: Mapping[str, Any]) -> Table:
     def row(arm: str, thought: str, cpo: str) -> Row:
         own = [_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
         drift = _cell(arms[arm], "swap/synonym", number)
-        paper = Cell(f"{PAPER_TABLE_5[arm]:.1f}\u00a0%")
+        paper = Cell(percent(PAPER_TABLE_5[arm] / 100))
         return Row(NAMES[arm], (Cell(thought), Cell(cpo), *own, drift, paper))
 
     rows = (
@@ -194,15 +203,11 @@ DIFFERENCE_COLUMNS = {
 }
 
 
-def _points(value: Any) -> str:
-    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
-
-
 def _differences(pairs: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             " − ".join(NAMES[part] for part in pair.split(" - ")),
-            tuple(_cell(figures, key, _points) for key in DIFFERENCE_COLUMNS),
+            tuple(_cell(figures, key, points) for key in DIFFERENCE_COLUMNS),
         )
         for pair, figures in pairs.items()
     ]
@@ -232,12 +237,9 @@ def verdict(outcome: Mapping[str, Any]) -> str:
             figure = outcome["differences"][f"{CPO} - {other}"][key]
             if figure["value"] is None:
                 continue
-            bounds = figure["interval"]
-            sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
-            how = f"{100 * figure['value']:+.1f}".replace("-", "−")
-            known = interval(figure, _points) or "one seed"
-            word = "a difference" if sure else "no difference shown"
-            parts.append(f"{how} against {NAMES[other]} ({known}: {word})")
+            known = interval(figure, points) or "one seed"
+            word = "a difference" if significant(figure) else "no difference shown"
+            parts.append(f"{points(figure['value'])} against {NAMES[other]} ({known}: {word})")
         sentences.append(f"{label}: CPO {' and '.join(parts)}." if parts else "")
     return " ".join(sentence for sentence in sentences if sentence) + " In hundredths."
 
@@ -248,11 +250,6 @@ def as_markdown(outcome: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in outcome["settings"].items())
     lines += [f"Seeds {', '.join(map(str, outcome['seeds']))}; {settings}.", ""]
     for table in tables(outcome):
-        lines += [f"## {table.caption}", "", "| " + " | ".join(table.columns) + " |"]
-        lines.append("|" + "---|" * len(table.columns))
-        for row in table.rows:
-            head = f"{row.head} ({row.note})" if row.note else row.head
-            cells = [f"{c.text} ({c.note})" if c.note else c.text for c in row.cells]
-            lines.append("| " + " | ".join([head, *cells]) + " |")
-        lines += ["", table.note, ""] if table.note else [""]
+        for part in (f"## {table.caption}", *table_markdown(table)):
+            lines += [part, ""]
     return "\n".join(lines)

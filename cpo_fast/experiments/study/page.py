@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.counting import counted
 from cpo_fast.experiments.study.arms import ARMS, MORE
 from cpo_fast.experiments.study.figures import tables, verdict
 from cpo_fast.experiments.study.measure import PAPER_FINDINGS
@@ -34,7 +35,7 @@ def write_study_page(path: Path, outcome: Mapping[str, Any]) -> Path:
         "lead": verdict(outcome),
         "meta": [
             "phantom data (drawn and written, not medicine)",
-            f"{len(outcome['seeds'])} seeds",
+            counted(len(outcome["seeds"]), "seed"),
             *(f"{name} {value}" for name, value in outcome["settings"].items()),
         ],
         "sections": [("figures", "Figures"), ("tables", "Tables")],
