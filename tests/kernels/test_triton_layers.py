@@ -68,6 +68,7 @@ def test_rotate(rows: int, heads: int, size: int, dtype: torch.dtype) -> None:
     assert error(found, truth) < FLOATS[dtype]
 
 
+@pytest.mark.complete
 @pytest.mark.skipif(not INTERPRETING, reason="bench.gpu.attention checks the model on a GPU")
 def test_a_model_with_fused_layers_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5-VL with LoRA on both parts, as if it were on CUDA."""
