@@ -1,27 +1,32 @@
-"""Lean row kernel: the work of row_kernel.py in a third of its instructions per logit.
+"""Row kernel: log-prob of the label and, in place, its gradient with respect to the logits.
 
-The same contract as row_kernel.py, which it beats on an H200 at every head measured. One program
-reads one row of a chunk of logits [C, V] twice: for the sum of exponentials without the label, then
-to overwrite every logit z_j with (onehot_j - p_j) d z_j / d raw_j. What is different:
+One program reads one row of a chunk of logits [C, V] twice: for the sum of exponentials without the
+label, then to overwrite every logit z_j with
+
+    (onehot_j - p_j) * d z_j / d raw_j
+
+in the logits' own dtype, ready for the product with W. Rows that only need the log-prob (reference
+rows, evaluation) are read once and not written. The instruction count per logit is low because:
 
 - exp(z / temperature - m) is exp2(z c - k) with c = log2(e) / temperature and k = m c: one fused
-  multiply-add and one exponential. The log-prob is formed from the same rounded k, so that its
-  rounding cancels. The scale 1 / (sum of all) carries the sign and the temperature's derivative.
-- The label's logit is read first and replaced by -inf in memory. Its term is then 0 in both passes
-  without a comparison per logit. Rows that must not change get it back; the others get the label's
-  gradient. A soft cap maps -inf to a finite number: such heads compare, as row_kernel.py does.
-- The main loop has no mask. The ragged end of a row is a second, masked loop of half the width.
+  multiply-add and one exponential. The log-prob uses the same rounded k, so its rounding error
+  cancels. The scale 1 / (sum of all) includes the sign and the derivative of the temperature.
+- The label's logit is read first and replaced by -inf in memory, so its term is 0 in both passes
+  without a comparison per logit. The label's column then receives its gradient, or its logit back
+  in rows that must not change. A soft cap maps -inf to a finite number: such heads compare the
+  column index with the label instead.
+- The main loop has no mask. A second, masked loop of half the width covers the end of a row.
 - Two vectors per thread share one running maximum.
-- The second pass runs backwards, so that it meets first what the first pass read last. One row per
+- The second pass runs backwards, so it first meets what the first pass read last. One row per
   multiprocessor is in flight: 40 MB of bf16 logits at V = 152,064 and 132 multiprocessors, which
-  the L2 of an H100 (50 MB) holds.
+  fits the L2 of an H100 (50 MB).
 
-Beyond |z c| = 2^30 (7e8 at temperature 1) the rounding of k would be more than exp2 bears. Logits
-below count as masked out, whatever number masks them; a row whose largest logit lies beyond on
-either side gives NaN, unless only its label is left.
+Limits: beyond |z c| = 2^30 (7e8 at temperature 1) the rounding error of k is too large for exp2.
+Logits below -2^30 / c count as masked out, whatever their value. A row whose largest logit is
+beyond either limit gives NaN, unless only its label is left.
 
-Run on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and compiled ahead of time for
-sm_90 in the tests.
+Tested on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and by ahead-of-time
+compilation for sm_90.
 """
 
 # mypy: allow-untyped-defs
@@ -36,14 +41,16 @@ import triton
 import triton.language as tl
 
 from cpo_fast.kernels.numerics import capped, launching_on, logp_from_odds
-from cpo_fast.kernels.row_kernel import check_alignment
+
+ALIGNMENT = 16
+"""Columns. Triton derives aligned 16-byte accesses from arguments that are divisible by 16."""
 
 _FAR = tl.constexpr(2.0**30)
 
 
 @triton.jit
 def _shift(k):
-    """What is subtracted before exp2: 0 where all that was seen is masked out."""
+    """The offset subtracted before exp2: 0 if every logit so far is masked out."""
     return tl.where(k < -_FAR, 0.0, k)
 
 
@@ -55,7 +62,7 @@ def _load_logits(
     """Logits z [BR, BK] in float32 before the temperature, -inf for the label and beyond the
     vocabulary, and d z / d raw."""
     if MASKED:
-        # The mask ends at the padded width: a multiple of 16 there keeps the loads 16 bytes wide.
+        # The mask ends at the padded width, a multiple of 16, to keep the loads 16 bytes wide.
         raw = tl.load(row_ptr + cols, mask=cols < V_mem, other=0.0).to(tl.float32)
     else:
         raw = tl.load(row_ptr + cols).to(tl.float32)
@@ -79,7 +86,7 @@ def _add_terms(b_sum, z, c, offset):
 
 @triton.jit
 def _raise_offset(b_k, b_sum, highest, c):
-    """The running k = max(z) c, what is subtracted for it, and the sum under the new offset."""
+    """The running maximum k = max(z) c, its offset, and the sum rescaled to that offset."""
     k = tl.maximum(b_k, highest * c)
     offset = _shift(k)
     return k, offset, b_sum * tl.exp2(b_k - offset)
@@ -87,7 +94,7 @@ def _raise_offset(b_k, b_sum, highest, c):
 
 @triton.jit
 def _gradient(z, slope, c, k, scale, HAS_SOFTCAP: tl.constexpr):
-    """-p d z / d raw: of all columns but the label's, whose z is -inf."""
+    """-p d z / d raw for all columns except the label's, where z is -inf and the result is 0."""
     grad = tl.exp2(tl.fma(z, c, -k)) * scale
     if HAS_SOFTCAP:
         grad *= slope
@@ -110,7 +117,7 @@ def _store_gradient(
         tl.store(row_ptr + cols, grad.to(row_ptr.dtype.element_ty))
 
 
-# One binary whatever grad_rows is: policy and reference rows get bitwise the same log-probs.
+# One binary for all grad_rows: policy and reference rows get bitwise equal log-probs.
 @triton.jit(do_not_specialize=["grad_rows"])
 def lean_rows_kernel(
     logits_ptr,  # [C, V_mem], rows below grad_rows are overwritten
@@ -127,9 +134,9 @@ def lean_rows_kernel(
     ignore_index,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BR: tl.constexpr,  # vectors of a step
-    BK: tl.constexpr,  # columns of a vector
-    VECTORS: tl.constexpr,  # per thread and step of the main loop: 1 or 2
+    BR: tl.constexpr,  # vectors per tile
+    BK: tl.constexpr,  # columns per vector
+    VECTORS: tl.constexpr,  # tiles per step of the main loop: 1 or 2
 ):
     i_row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + i_row * row_stride
@@ -148,7 +155,7 @@ def lean_rows_kernel(
                 zero = tl.zeros([BR, BK], dtype=logits_ptr.dtype.element_ty)
                 tl.store(row_ptr + cols, zero, mask=cols < V_mem)
     else:
-        # A label outside the vocabulary reads and writes nothing and gives NaN.
+        # A label outside the vocabulary reads and writes no logit; its log-prob is NaN.
         valid = (label >= 0) & (label < V)
         raw_label = tl.load(row_ptr + label, mask=valid, other=float("nan"))
         z_label = raw_label.to(tl.float32)
@@ -198,7 +205,7 @@ def lean_rows_kernel(
 
         if i_row < grad_rows:
             total = s + tl.exp2(relative)
-            scale = tl.where(total == 0.0, 0.0, -inv_temperature / total)  # 0: the label alone
+            scale = tl.where(total == 0.0, 0.0, -inv_temperature / total)  # 0: label only
             for start in range(tail, V_mem, WIDTH):
                 _store_gradient(
                     row_ptr, bias_ptr, start + tile, V, V_mem, i_label, softcap, c, k, scale,
@@ -234,13 +241,13 @@ def lean_rows_kernel(
                 tl.store(row_ptr + label, raw_label, mask=valid)
 
 
-_REGISTERS = 65_536  # of a multiprocessor
+_REGISTERS = 65_536  # per multiprocessor
 _forced: tuple[int, int] | None = None
 
 
 @contextlib.contextmanager
 def forced_tile(BR: int, num_warps: int) -> Iterator[None]:
-    """Take this tile whatever `lean_tile` says: for benchmarks of tiles."""
+    """Override `lean_tile` inside the block; for benchmarks and tests."""
     global _forced
     before, _forced = _forced, (BR, num_warps)
     try:
@@ -252,9 +259,9 @@ def forced_tile(BR: int, num_warps: int) -> Iterator[None]:
 def lean_tile(columns: int, itemsize: int, *, softcap: bool) -> tuple[int, int, int, int]:
     """(BR, BK, VECTORS, num_warps) for rows of `columns` logits of `itemsize` bytes.
 
-    A vector is one 16-byte load, and a thread reads two of them per step: 32 warps with 32 bytes
-    each keep 32 KB in flight per multiprocessor, about what 4.3 TB/s at 1 us of latency asks for. A
-    soft cap needs too many registers for two: there it is one vector per step.
+    A vector is one 16-byte load, and a thread reads two per step: 32 warps of 32 threads with 32
+    bytes each keep 32 KB in flight per multiprocessor, about what 4.3 TB/s at 1 us of latency
+    needs. With a soft cap two vectors need too many registers; a thread reads one per step.
     """
     BK = 16 // itemsize
     lanes = max(64, triton.next_power_of_2(triton.cdiv(columns, BK)))
@@ -266,9 +273,19 @@ def lean_tile(columns: int, itemsize: int, *, softcap: bool) -> tuple[int, int, 
 
 
 def most_registers(num_warps: int) -> int:
-    """Registers a thread may have. Told so, ptxas no longer aims at 32, which would let two
-    programs of 32 warps onto a multiprocessor: 80 MB of rows in flight, more than the L2."""
+    """Register limit per thread. Without it, ptxas targets 32 registers, so that two programs of 32
+    warps share a multiprocessor: 80 MB of rows in flight, more than the L2 holds."""
     return min(255, _REGISTERS // (32 * num_warps))
+
+
+def check_alignment(logits: torch.Tensor) -> None:
+    """Raise ValueError unless 16-byte accesses to all rows are aligned."""
+    V_mem = logits.shape[1]
+    if V_mem % ALIGNMENT or logits.stride(0) % ALIGNMENT or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits must have a width and row stride that are multiples of {ALIGNMENT} and "
+            f"contiguous columns, got shape {tuple(logits.shape)}, strides {logits.stride()}"
+        )
 
 
 def row_logps_(
@@ -285,7 +302,10 @@ def row_logps_(
 ) -> torch.Tensor:
     """Log-probs [C] float32 of `labels`; rows below `grad_rows` become d logp / d raw logits.
 
-    Everything as in row_kernel.row_logps_: dtypes, padding, ignored rows, errors.
+    `logits` holds h W^T without bias, in bf16, fp16 or fp32. Columns from `vocab_size` on are
+    padding of any value; they become zero in the rows written. A row whose label is `ignore_index`
+    gives 0 and a zero gradient. Raises ValueError for unaligned rows, and for CPU tensors outside
+    Triton's interpreter.
     """
     C, V_mem = logits.shape
     check_alignment(logits)

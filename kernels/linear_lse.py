@@ -1,20 +1,20 @@
 """Fused linear head and log-sum-exp: log-probs of the labels without writing any logits.
 
-A tiled product H W^T keeps its logits in fp32 accumulators; the epilogue of each tile leaves, per
-row, the maximum of the tile's logits and the sum of their exponentials (the label's own left out)
-as two numbers, and the label's logit where it lies in the tile. A second, tiny kernel combines the
-tiles of a row. With T rows and n = ceil(V / BV) tiles the partial results take 8 T n bytes: 39 MB
-at T = 8192, V = 152,064, where the logits would be 2.5 GB.
+A tiled product H W^T keeps its logits in fp32 accumulators. The epilogue of each tile writes, per
+row, the maximum of the tile's logits and the sum of their exponentials (without the label's), and
+the label's logit if the tile contains it. A second, small kernel combines the tiles of a row. With
+T rows and n = ceil(V / BV) tiles the partial results take 8 T n bytes: 39 MB at T = 8192,
+V = 152,064, where the logits would be 2.5 GB.
 
-A tile's arithmetic and the order in which tiles are combined depend on V, dtype and options only,
-never on T or on how tiles fall on multiprocessors, so that a token's log-prob is bitwise the same
-whatever else is in the batch. Logits are never rounded to the inputs' dtype.
+The arithmetic of a tile and the order in which tiles are combined depend on V, dtype and options
+only, not on T or on the assignment of tiles to multiprocessors, so a token's log-prob is bitwise
+independent of the rest of the batch. Logits are never rounded to the inputs' dtype.
 
-`impl="triton"` does not use it: on an H200 it takes 1.29 times the bare product's time at 7B, where
-the vendor GEMM and a row pass take 1.09 (docs/gpu.md). It holds no logits.
+`impl="triton"` does not use it: on an H200 it takes 1.29 times as long as the product alone at 7B;
+the vendor GEMM and a row pass take 1.09 times as long (docs/gpu.md). It stores no logits.
 
-Run on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and compiled ahead of time for
-sm_90 in the tests.
+Tested on an H200 in bfloat16 (docs/gpu.md), in Triton's interpreter, and by ahead-of-time
+compilation for sm_90.
 """
 
 # mypy: allow-untyped-defs
@@ -34,7 +34,7 @@ from cpo_fast.kernels.numerics import (
 )
 
 
-# T does not specialise the binary, so that the compiler's choices do not depend on it either.
+# T does not specialise the binary, so that the compiler's choices are independent of it.
 @triton.jit(do_not_specialize=["T"])
 def linear_lse_kernel(
     hidden_ptr,  # [T, D]
@@ -54,7 +54,7 @@ def linear_lse_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EVEN_D: tl.constexpr,  # D is a multiple of BD
-    PRECISION: tl.constexpr,  # of the product of fp32 inputs
+    PRECISION: tl.constexpr,  # of products of fp32 inputs
     BT: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -62,7 +62,7 @@ def linear_lse_kernel(
 ):
     n_t = tl.cdiv(T, BT)
     n_v = tl.cdiv(V, BV)
-    # Rows fastest within groups of GROUP row blocks: their H (15 MB at D = 3584) stays in L2 while
+    # Row blocks vary fastest within groups of GROUP: their H (15 MB at D = 3584) stays in L2, and
     # each tile of W is read from memory once per group.
     i_tile = tl.program_id(0)
     i_group = i_tile // (GROUP * n_v)
@@ -72,7 +72,7 @@ def linear_lse_kernel(
 
     rows = i_t * BT + tl.arange(0, BT)
     cols = i_v * BV + tl.arange(0, BV)
-    # Beyond the edges the last row is read again, which keeps masks out of the main loop.
+    # Beyond the edges the last row is read again; the main loop then needs no row masks.
     h_rows = tl.minimum(rows, T - 1).to(tl.int64)
     w_rows = tl.minimum(cols, V - 1).to(tl.int64)
     dims = tl.arange(0, BD)
@@ -149,7 +149,7 @@ def combine_kernel(
 
 
 class Tile(NamedTuple):
-    """How a program of `linear_lse_kernel` is shaped."""
+    """Tile shape and launch parameters of `linear_lse_kernel`."""
 
     BT: int
     BV: int
@@ -161,11 +161,11 @@ class Tile(NamedTuple):
 def linear_tile(dtype: torch.dtype, *, plain: bool, large: bool) -> Tile:
     """The tile for inputs of `dtype`, the same for every T, so that log-probs do not depend on T.
 
-    16-bit: two warp groups, each with 64 x 256 of the tile in accumulators, 128 registers a thread:
-    one program per SM, whose 4 stages of 48 KB fill 192 of the 227 KB of shared memory of a `large`
-    device. With a bias or a soft cap (not `plain`) the epilogue would spill, so the tile is half as
-    wide, and its 3 stages of 32 KB fit the 99 KB of the smallest devices since Ampere, too. fp32
-    runs on the FMA units, for which 64 x 64 is plenty.
+    16-bit: two warp groups, each with 64 x 256 of the tile in accumulators, 128 registers per
+    thread: one program per SM, whose 4 stages of 48 KB take 192 of the 227 KB of shared memory of a
+    `large` device. With a bias or a soft cap (not `plain`) the epilogue would spill, so the tile is
+    half as wide; its 3 stages of 32 KB also fit the 99 KB of the smallest devices since Ampere.
+    fp32 runs on the FMA units, for which 64 x 64 is enough.
     """
     if dtype == torch.float32:
         return Tile(BT=64, BV=64, BD=32, num_warps=4, num_stages=3)
@@ -175,12 +175,12 @@ def linear_tile(dtype: torch.dtype, *, plain: bool, large: bool) -> Tile:
 
 
 def is_large(device: torch.device) -> bool:
-    """Whether a block may have 227 KB of shared memory: compute capability 9.0 and 10.x."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    """Whether a block can use 227 KB of shared memory: compute capability 9.x and 10.x."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 GROUP = 16
-"""Row blocks that pass over W together."""
+"""Row blocks that share a pass over W."""
 COMBINE_TILE = (32, 32)
 """(BN, BT): 32 rows read 128 contiguous bytes; 256 programs at T = 8192."""
 
@@ -206,13 +206,13 @@ def linear_lse_logps(
     if T == 0:
         return logps
     plain = bias is None and softcap is None
-    tile = linear_tile(hidden.dtype, plain=plain, large=is_large(hidden.device))
-    n_v = triton.cdiv(V, tile.BV)
-    maxima, sums = (
-        torch.empty(n_v, T, dtype=torch.float32, device=hidden.device) for _ in range(2)
-    )
-    label_logit = torch.empty(T, dtype=torch.float32, device=hidden.device)
     with launching_on(hidden):
+        tile = linear_tile(hidden.dtype, plain=plain, large=is_large(hidden.device))
+        n_v = triton.cdiv(V, tile.BV)
+        maxima, sums = (
+            torch.empty(n_v, T, dtype=torch.float32, device=hidden.device) for _ in range(2)
+        )
+        label_logit = torch.empty(T, dtype=torch.float32, device=hidden.device)
         linear_lse_kernel[(triton.cdiv(T, tile.BT) * n_v,)](
             hidden,
             weight,

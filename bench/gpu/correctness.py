@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from bench.gpu.inputs import workspace
 from bench.gpu.units import NotHere, Setting, Unit
 from bench.gpu.variants import obstacle, using, variants
 from cpo_fast.loss import linear_logprobs
+from cpo_fast.loss.operators import Plan
 from cpo_fast.testing.error_rule import assert_all_as_good
 from cpo_fast.testing.loss_problems import IGNORED, KINDS, LossProblem
 
@@ -170,14 +172,14 @@ def operators(variant: str, device: str, quick: bool) -> dict[str, Any]:
     data = LossProblem("random", 20, 50, 16, dtype, device)
     hidden, weight = data.leaves()
     labels = data.labels.clamp(min=-1)
-    ops, fused = torch.ops.cpo_fast, variant == "cuda fused"
+    ops, path = torch.ops.cpo_fast, variant.partition(" ")[2]
+    plan = Plan(None, 1.0, -1, True, True, True, 2**20, path, 1)
+    arguments = (hidden, weight, labels, None, data.tensors[0])
     if family == "cuda":
-        arguments = (hidden, weight, labels, None, data.tensors[0], 0.0, 1.0, fused)
-        torch.library.opcheck(ops.cuda_logps, (*arguments, True, True, True, 2**20))
+        torch.library.opcheck(ops.cuda_logps, (*arguments, *astuple(plan)))
         sums = ops.cuda_segment_sums
     else:
-        arguments = (hidden, weight, labels, None, data.tensors[0], None, 1.0, -1)
-        torch.library.opcheck(ops.triton_logps, (*arguments, True, True, True, 2**20))
+        torch.library.opcheck(ops.triton_logps, (*arguments, *astuple(plan)))
         sums = ops.triton_segment_sums
     logps = torch.randn(20, device=device, requires_grad=True)
     torch.library.opcheck(sums, (logps, data.segments, data.labels, 4, IGNORED))

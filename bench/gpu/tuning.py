@@ -133,7 +133,7 @@ def variant_for(tuning: Tuning, sound: list[str], setting: Setting) -> str | Non
     if tuning.variant in sound:
         return tuning.variant
     if tuning.room_mib:
-        others = (*("cuda rows", "triton masked"), *(("cpu",) if setting.device == "cpu" else ()))
+        others = ("cuda rows", *(("cpu",) if setting.device == "cpu" else ()))
         return next((name for name in others if name in sound), None)
     return None
 

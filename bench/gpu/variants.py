@@ -1,4 +1,4 @@
-"""The variants that are checked and timed: "triton" has one per row kernel, "cuda" one per path.
+"""The variants that are checked and timed: "cuda" has one per path.
 
 Importing this module does not load torch: the parent process needs only the names.
 """
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-IMPLEMENTATIONS = ("triton lean", "cuda rows", "cuda fused", "triton masked", "cpu", "reference")
+IMPLEMENTATIONS = ("triton lean", "cuda rows", "cuda fused", "cpu", "reference")
 """In order of priority."""
 LSE = "triton lse"
 """The fused Triton log-sum-exp alone: log-probs without gradients, not a full implementation."""
 OURS = (*IMPLEMENTATIONS, LSE)
+REPORTED = (*OURS, "triton masked")
+"""With the Triton row kernel that lean replaced, which earlier results still list."""
 CHECKED = {
     "cuda": tuple(name for name in OURS if name != "cpu"),
     "cpu": ("cpu", "reference"),
 }
 """Variants of the smoke check, by device."""
 PARTS = {
-    "triton": {"lean": "triton lean", "masked": "triton masked"},
+    "triton": {"lean": "triton lean"},
     "cuda": {"rows": "cuda rows", "fused": "cuda fused"},
 }
 
@@ -55,20 +57,15 @@ def why_not(variant: str, device: str) -> str | None:
 
 @contextlib.contextmanager
 def using(variant: str) -> Iterator[str]:
-    """The `impl` of a variant; its path or row kernel is forced within the block."""
+    """The `impl` of a variant; its path is forced within the block."""
     impl, _, part = variant.partition(" ")
-    if not part:
-        yield impl
-    elif impl == "triton":
-        from cpo_fast.loss import triton
-
-        with triton.forced_rows(part):
-            yield impl
-    else:
+    if impl == "cuda":
         from cpo_fast.loss import cuda
 
         with cuda.forced_path(part):
             yield impl
+    else:
+        yield impl
 
 
 def obstacle(

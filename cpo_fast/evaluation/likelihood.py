@@ -50,6 +50,7 @@ def score_answers(
 
     from cpo_fast.evaluation.generate import evaluating
     from cpo_fast.loss import linear_logprobs
+    from cpo_fast.loss.segments import segment_sums
     from cpo_fast.packing import collate
     from cpo_fast.packing.readable import readable
 
@@ -82,8 +83,7 @@ def score_answers(
             batch = batch.to(weight.device)
             hidden = model.hidden(batch)
             logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=impl)
-            sums = torch.zeros(batch.num_segments, device=logps.device, dtype=logps.dtype)
-            sums.index_add_(0, batch.segment_ids, logps)
+            sums = segment_sums(logps, batch.segment_ids, batch.num_segments)
             # Segments are in the order of the pack's groups, candidate 0 (chosen) first in each.
             read = [index for index, _ in found.pack]
             scores[read] = sums.view(len(read), width).float().cpu()

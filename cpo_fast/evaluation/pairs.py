@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from cpo_fast.evaluation.preference import summarize_both_models, summarize_likelihood
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.options import LOSS_TYPES
 from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.packing import plan_epoch
 from cpo_fast.training.feed import StepFeed, load_steps

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from cpo_fast.integrations.token_statistics import TokenStatistics, token_statistics
 from cpo_fast.loss import CPOOutput, cpo_loss, linear_logprobs
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.losses import FORMULAS
+from cpo_fast.loss.options import LOSS_TYPES
+from cpo_fast.loss.segments import segment_sums
 
 TRL = (1, 16), (1, 17)
 """Supported versions of trl: at least the first, below the second."""
@@ -190,8 +192,7 @@ class CPODPOTrainer(DPOTrainer):
             tokens = linear_logprobs(
                 hidden, weight, labels, bias=bias, softcap=softcap, impl=self.impl
             )
-        rows = len(inputs["input_ids"])
-        sums = tokens.new_zeros(rows, dtype=torch.float64).index_add(0, segments, tokens.double())
+        sums = segment_sums(tokens, segments, len(inputs["input_ids"]))
         chosen, rejected = sums.float().chunk(2)
         return chosen, rejected
 
@@ -247,7 +248,7 @@ class CPODPOTrainer(DPOTrainer):
             own, averages = LOSSES[name]
             compared = ratios / lengths.clamp(min=1) if averages else ratios
             chosen, rejected = compared.chunk(2)
-            losses = LOSS_TYPES[own].function(chosen, rejected, self.beta, self.label_smoothing)
+            losses = FORMULAS[own](chosen, rejected, self.beta, self.label_smoothing)
             loss = loss + share * losses.mean()
         return loss
 

@@ -1,8 +1,7 @@
-"""What the loss op's arguments must be; errors name the argument and what it should have been.
+"""Validation of the loss op's arguments. Errors name the argument and what it must be.
 
-Nothing here computes. Checks that look at values are made for CPU tensors, and for CUDA tensors
-only when CPO_FAST_CHECKS=1, because there they wait for the device. They are left out while
-torch.compile traces.
+Values are checked on CPU tensors, and on CUDA tensors only with CPO_FAST_CHECKS=1, because the
+check waits for the device. While torch.compile traces, values are not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss import advice
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.options import LOSS_TYPES, LossOptions
 
 MaybeTensor = TypeVar("MaybeTensor", bound=Any)
 
@@ -38,8 +37,8 @@ def tensor(
     like: str = "",
     shape_hint: str | None = None,
 ) -> Tensor:
-    """`value` as a tensor of this shape (a str stands for any size), dtype (that of the argument
-    `like`) and device."""
+    """`value`, checked to be a tensor of this shape (a str stands for any size), of one of these
+    dtypes and on this device; `like` names the argument that sets the dtype."""
     if not isinstance(value, Tensor):
         got = f"got {type(value).__name__}{advice.on_type(name, value)}"
         raise TypeError(f"{name} must be a torch.Tensor, {got}")
@@ -66,10 +65,10 @@ def tensor(
 
 
 def gathered(name: str, value: MaybeTensor, trained: bool = True) -> MaybeTensor:
-    """A DTensor's whole value, by a collective; anything else as it is.
+    """The full tensor of a DTensor, by a collective; other values unchanged.
 
-    Refused where a gradient would flow back (`trained`): ranks that see different tokens must add
-    theirs up, ranks that see the same must not, and the tensor does not tell which it is.
+    Raises ValueError where a gradient would flow back (`trained`): ranks with different tokens must
+    sum their gradients, ranks with the same tokens must not, and a DTensor does not say which.
     """
     if not hasattr(value, "device_mesh"):
         return value
@@ -92,8 +91,8 @@ def head(
     vocabulary: int | str = "V",
     device: torch.device | None = None,
 ) -> None:
-    """hidden [T, D], weight [V, D] and bias [V] of one dtype (any of them under autocast) and
-    device; `names` are those that the caller passed them by."""
+    """hidden [T, D], weight [V, D] and bias [V] on one device and of one dtype (any dtypes under
+    autocast); `names` are the caller's argument names."""
     h = tensor(names[0], hidden, (rows, "D"), FLOATS, device)
     dtypes = _beside(h)
     if isinstance(weight, Tensor) and weight.dim() == 2:
@@ -120,7 +119,7 @@ def reference_head(
     ref_weight: object | None,
     ref_bias: object | None,
 ) -> None:
-    """ref_hidden with its own head, or with that of the policy, whose arguments are checked."""
+    """ref_hidden with its own head or the policy's; the policy's arguments are already checked."""
     T, D = hidden.shape
     shared = ref_weight is None
     narrow = FLOATS if hidden.dtype == torch.float64 else FLOATS[:3]
@@ -147,7 +146,7 @@ def reference_head(
 
 
 def _beside(hidden: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes that a head may have: that of hidden, under autocast any that it casts."""
+    """Dtypes allowed for a head: the dtype of hidden, or under autocast any that autocast casts."""
     mixed = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
     return FLOATS[:3] if mixed else (hidden.dtype,)
 
@@ -155,7 +154,7 @@ def _beside(hidden: Tensor) -> tuple[torch.dtype, ...]:
 def frozen_reference(
     weight: Tensor, bias: Tensor | None, ref_weight: object | None, ref_bias: object | None
 ) -> None:
-    """Warn of a trained head that scores the reference, too, without having been asked to."""
+    """Warn where a trained head also scores the reference and was not passed for it."""
     if torch.compiler.is_compiling():
         return
     parts = (("weight", weight, ref_weight), ("bias", bias, ref_bias))
@@ -178,7 +177,7 @@ def indices(name: str, value: object, shape: tuple[int | str, ...], device: torc
 def index_range(
     name: str, value: Tensor, low: int, high: int, also: int | None = None, hint: str = ""
 ) -> None:
-    """Every entry in low..high-1, or equal to `also`."""
+    """Every entry is in low..high-1 or equal to `also`."""
     if not looks_at_values(value):
         return
     bad = (value < low) | (value >= high)
@@ -199,7 +198,7 @@ def label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 def token_values(
     labels: Tensor, segment_ids: Tensor, vocabulary: int, segments: int, ignore_index: int
 ) -> None:
-    """labels and segment_ids in range; a warning where they leave no token to score."""
+    """labels and segment_ids are in range; warns where they leave no token to score."""
     label_range(labels, vocabulary, ignore_index)
     index_range("segment_ids", segment_ids, 0, segments, also=-1)
     if not (looks_at_values(labels) and looks_at_values(segment_ids)) or not labels.numel():
@@ -218,7 +217,7 @@ def pair_values(
     segments: int,
     hint: str = "without num_segments the segments end at segment_ids.max()",
 ) -> None:
-    """Two different segments in each row."""
+    """Each row names two different segments."""
     index_range("pairs", pairs, 0, segments, hint=hint)
     if not looks_at_values(pairs):
         return
@@ -233,7 +232,7 @@ def pair_values(
 
 
 def sums_of_logps(ref_logps: Tensor) -> None:
-    """Finite; a warning where they cannot be log-probs."""
+    """ref_logps are finite; warns where positive values show that they are not log-probs."""
     if not looks_at_values(ref_logps):
         return
     if not ref_logps.isfinite().all():
@@ -273,22 +272,13 @@ def integer(name: str, value: object, at_least: int | None = None) -> None:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")
 
 
-def scoring_options(softcap: object, temperature: object, ignore_index: object) -> None:
-    if softcap is not None:
-        number("softcap", softcap, above=0)
-    number("temperature", temperature, above=0)
-    integer("ignore_index", ignore_index)
-
-
-def loss_options(
-    loss_type: object,
-    beta: object,
-    label_smoothing: float,
-    average_log_prob: object,
-    simpo_gamma: float,
-    rpo_alpha: object,
-) -> None:
-    """Options in range, and only those that `loss_type` uses."""
+def options(given: LossOptions) -> None:
+    """Options have the right type and range, and `loss_type` uses those that are not default."""
+    if given.softcap is not None:
+        number("softcap", given.softcap, above=0)
+    number("temperature", given.temperature, above=0)
+    integer("ignore_index", given.ignore_index)
+    loss_type, smoothing = given.loss_type, given.label_smoothing
     if not isinstance(loss_type, str):
         raise TypeError(
             f"loss_type must be a str, got {type(loss_type).__name__}: for a sum of losses call "
@@ -300,32 +290,32 @@ def loss_options(
             f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}{hint}"
         )
     kind = LOSS_TYPES[loss_type]
-    number("beta", beta, above=0)
-    number("rpo_alpha", rpo_alpha, at_least=0)
-    number("simpo_gamma", simpo_gamma)
-    number("label_smoothing", label_smoothing)
+    number("beta", given.beta, above=0)
+    number("rpo_alpha", given.rpo_alpha, at_least=0)
+    number("simpo_gamma", given.simpo_gamma)
+    number("label_smoothing", smoothing)
     if kind.smoothing is None:
-        if label_smoothing != 0:
+        if smoothing != 0:
             raise ValueError(f"label_smoothing must be 0: loss_type {loss_type!r} does not use it")
-    elif not kind.smoothing[0] <= label_smoothing < kind.smoothing[1]:
-        low = "> 0" if kind.smoothing[0] > 0 else ">= 0"
+    elif not kind.smoothing[0] <= smoothing < kind.smoothing[1]:
+        low = "> 0" if kind.needs_smoothing else ">= 0"
         raise ValueError(
             f"label_smoothing must be {low} and < {kind.smoothing[1]:g} "
-            f"for loss_type {loss_type!r}, got {label_smoothing}"
+            f"for loss_type {loss_type!r}, got {smoothing}"
         )
-    if not isinstance(average_log_prob, bool):
-        raise TypeError(f"average_log_prob must be a bool, got {type(average_log_prob).__name__}")
-    if average_log_prob and kind.averages:
-        raise ValueError(f"average_log_prob must be False: {loss_type!r} averages by itself")
-    if simpo_gamma != 0.5 and loss_type != "simpo":
+    average = given.average_log_prob
+    if not isinstance(average, bool):
+        raise TypeError(f"average_log_prob must be a bool, got {type(average).__name__}")
+    if average and kind.averages:
+        raise ValueError(f"average_log_prob must be False: {loss_type!r} always averages")
+    if given.simpo_gamma != 0.5 and loss_type != "simpo":
         raise ValueError(f"simpo_gamma must be left at 0.5: {loss_type!r} does not use it")
 
 
 def references(
     loss_type: str, ref_hidden: object, ref_logps: object, ref_weight: object, ref_bias: object
 ) -> None:
-    """Exactly one source of reference log-probs where the loss compares with a reference, else
-    none."""
+    """Exactly one source of reference log-probs for a loss with a reference, else none."""
     given = [
         name
         for name, value in (("ref_hidden", ref_hidden), ("ref_logps", ref_logps))

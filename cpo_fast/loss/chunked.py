@@ -1,4 +1,4 @@
-"""How the CUDA implementations cut T x V logits into chunks of rows, and multiply in fp32 sums."""
+"""For the GPU implementations: row chunks of the [T, V] logits, products with float32 sums."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_PAD = 64  # columns: rows of logits begin on a 128-byte line, whatever V
+_PAD = 64  # columns: each row of logits starts on a 128-byte line, for every V
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of the vendor library's GEMM, for counting waves
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, from an address that is a multiple of 16 bytes."""
+    """The tensor, contiguous and at an address that is a multiple of 16 bytes; a copy if needed."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -24,8 +24,8 @@ def padded(V: int) -> int:
 
 
 def logits_buffer(like: Tensor, rows: int, V: int) -> Tensor:
-    """[rows, padded V]. The padding is 0: a GEMM that reads a vector past V (oneDNN was seen to)
-    and multiplies it by 0 must not meet a NaN there."""
+    """[rows, padded V]. The padding is 0: a GEMM can read a vector past V (oneDNN does) and
+    multiply it by 0, which must not give NaN."""
     buffer = like.new_empty(rows, padded(V))
     buffer[:, V:].zero_()
     return buffer
@@ -34,12 +34,13 @@ def logits_buffer(like: Tensor, rows: int, V: int) -> Tensor:
 def chunk_rows(
     T: int, V: int, D: int, itemsize: int, multiprocessors: int, room: int, step: int = _TILE_ROWS
 ) -> int:
-    """Rows per chunk: of multiples of `step` whose logits fit `room` bytes, the least wasteful.
+    """Rows per chunk: the multiple of `step` that wastes the least time among those whose logits
+    fit `room` bytes.
 
-    A GEMM runs in waves of one tile per multiprocessor, and its last wave is as long as a full one:
-    with 128 x 256 tiles, D = 3584 and 132 multiprocessors the product with W fills 85 % of the
-    machine in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D terms
-    per element, one of the second V.
+    A GEMM runs in waves of one tile per multiprocessor, and its last wave takes as long as a full
+    one: with 128 x 256 tiles, D = 3584 and 132 multiprocessors, the product with W fills 85 % of
+    the tile slots in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D
+    terms per element, a wave of the second V.
     """
     most = max(1, room // (padded(V) * itemsize))
     if most >= T or most < step:
@@ -59,39 +60,42 @@ def chunk_rows(
     return min(range(step, most + 1, step), key=lambda rows: (total(rows), -rows))
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def chunks(
     hidden: Tensor, weight: Tensor, room: int, step: int = _TILE_ROWS
 ) -> list[tuple[int, int]]:
-    """(start, stop) of the chunks of hidden's rows [T, D], whatever gradients are wanted."""
+    """(start, stop) of the chunks of the rows of `hidden` [T, D]; independent of the gradients
+    wanted."""
     (T, D), V = hidden.shape, weight.shape[0]
     if T == 0:
         return []
-    multiprocessors = 132  # CPU tensors, in tests, are planned for as on an H100
-    if hidden.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-    rows = chunk_rows(T, V, D, hidden.element_size(), multiprocessors, room, step)
+    itemsize = hidden.element_size()
+    rows = chunk_rows(T, V, D, itemsize, multiprocessors(hidden.device), room, step)
     return [(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
-def keeps_slopes(hidden: Tensor, weight: Tensor, room: int, want_weight: bool) -> bool:
-    """Whether d logp / d logits of all rows is kept for the head's gradient.
+def slope_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """Extra memory for storing d logp / d logits of all rows for the head's gradient.
 
-    Kept, the backward needs no logits a second time: one GEMM less. Where it does not fit `room`,
-    chunks would be computed again and dW summed in float32; without that sum there is room for
-    4 V D bytes more, and keeping takes less memory than not keeping.
+    With them, the backward pass does not compute the logits again: one GEMM less. Without them it
+    sums dW over chunks in float32; the 4 V D bytes of that sum count as available here.
     """
     needed = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
-    return needed <= room + (4 * weight.numel() if want_weight else 0)
+    return needed - (4 * weight.numel() if weight.requires_grad else 0)
 
 
 @contextlib.contextmanager
 def fp32_sums() -> Iterator[None]:
-    """Keep cuBLAS from adding the parts of a split sum in 16 bits, which its default allows."""
+    """Forbid cuBLAS to add the parts of a split sum in 16 bits, which its default allows."""
     settings = torch.backends.cuda.matmul
     before = {}
     for name in (f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")):
         before[name] = getattr(settings, name)
-        if hasattr(settings, f"{name}_split_k"):  # set together with it, where there is one
+        if hasattr(settings, f"{name}_split_k"):  # newer torch: always set with it
             before[name] = (before[name], getattr(settings, f"{name}_split_k"))
         setattr(settings, name, False)
     try:
@@ -102,10 +106,8 @@ def fp32_sums() -> Iterator[None]:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated and added in total's float32."""
+    """total += left @ right, accumulated and added in float32, the dtype of `total`."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
-    elif total.is_cuda:
+    else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # no such overload on the CPU, where only tests come
-        torch.addmm(total, left.float(), right.float(), out=total)

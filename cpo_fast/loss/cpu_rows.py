@@ -1,4 +1,4 @@
-"""The kernels of csrc/cpu on tensors, and the memory that they work in."""
+"""Calls of the csrc/cpu kernels on tensors, and their workspace."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from cpo_fast import _cpu  # type: ignore[attr-defined]
-from cpo_fast._cpu import fused_available  # an ImportError where _cpu is of an older version
+from cpo_fast._cpu import fused_available  # ImportError with an outdated _cpu
+from cpo_fast.loss.operators import Plan
 
 _LOWEST = torch.finfo(torch.float32).min
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # rows.h
-_TILE_ROW = 32  # bfloat16 numbers of a cache line
-ENGINES = ("amx", "avx512_bf16")  # of the fused kernel, the fastest first
+_TILE_ROW = 32  # bfloat16 numbers per cache line
+ENGINES = ("amx", "avx512_bf16")  # of the fused kernel, fastest first
 
 
 def _fastest_engine() -> str:
@@ -23,17 +24,15 @@ def _fastest_engine() -> str:
 
 
 default_engine = _fastest_engine()
-_isa, _engine = "", default_engine  # "": the widest that the processor has; none
+_isa, _engine = "", default_engine  # isa "": the widest available; engine "": not fused
 
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Use this engine of the fused kernel ("amx", "avx512_bf16"), or never the fused kernel, and
-    these row kernels ("portable", "avx2", "avx512").
+    """Inside the block, use this engine of the fused kernel ("amx", "avx512_bf16"), or these row
+    kernels ("portable", "avx2", "avx512") and no fused kernel; for tests and benchmarks.
 
-    For tests and benchmarks.
-
-    Raises ValueError for one that the processor does not have.
+    Raises ValueError for one that the processor lacks.
     """
     global _isa, _engine
     before = _isa, _engine
@@ -50,24 +49,25 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 def slots() -> int:
-    """Parts of the vocabulary that the fused kernel sums by themselves, at least one a thread."""
+    """Parts of the vocabulary that the fused kernel sums separately: at least one per thread."""
     return max(torch.get_num_threads(), 8)
 
 
 def _two_workspaces() -> tuple[int, int]:
-    """Bytes that the fused kernel works in at D = 32 and at D = 1056; they grow evenly with D."""
+    """Workspace bytes of the fused kernel at D = 32 and D = 1056; they grow linearly with D."""
     threads = torch.get_num_threads()
     few, many = (_cpu.fused_workspace(D, slots(), True, True, True, threads) for D in (32, 1056))
     return few, many
 
 
-# torch.compile cannot trace them; a compiled call keeps the number of threads it was made with.
+# torch.compile cannot trace these; a compiled call keeps the thread count of its compilation.
 slots._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _two_workspaces._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fused_engine(dtype: torch.dtype, D: int, room: int) -> str:
-    """The engine of the fused kernel for such hidden states; "": none, or too little workspace."""
+    """The engine of the fused kernel for such hidden states; "": none, or the workspace is too
+    small."""
     if dtype != torch.bfloat16 or not _engine:
         return ""
     few, many = _two_workspaces()
@@ -75,13 +75,13 @@ def fused_engine(dtype: torch.dtype, D: int, room: int) -> str:
 
 
 class _Workspace(threading.local):
-    """Memory that the next call uses again: fresh pages cost as much as a GEMM."""
+    """Memory reused between calls: fresh pages cost as much as a GEMM."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, *sizes: int, dtype: torch.dtype) -> list[Tensor]:
-        """Flat tensors of these sizes; what an earlier call got is overwritten."""
+        """Flat tensors of these sizes, in the memory that earlier calls got."""
         bytes_ = [-(-size * dtype.itemsize // 64) * 64 for size in sizes]
         if sum(bytes_) > self.memory.numel():
             self.memory = torch.empty(sum(bytes_), dtype=torch.uint8)
@@ -93,23 +93,22 @@ workspace = _Workspace()
 
 
 class Rows:
-    """The scored rows of one call, and how the head makes logits of dot products."""
+    """The scored rows of one call, and how logits follow from dot products with the head."""
 
     def __init__(
         self,
         labels: Tensor,  # [T]
-        ignore_index: int,
         bias: Tensor | None,  # [V]
-        softcap: float,  # 0: none
-        scale: float,
+        plan: Plan,
     ) -> None:
-        self.index = (labels != ignore_index).nonzero().squeeze(1)  # [n] into T
+        self.index = (labels != plan.ignore_index).nonzero().squeeze(1)  # [n] into T
         self.n = self.index.numel()
         self.T = labels.numel()
         self.labels = labels[self.index]  # [n]
         self.bias = None if bias is None else bias.float().contiguous()
-        self.transform = (0 if self.bias is None else self.bias.data_ptr(), softcap, scale)
-        self.scale = scale
+        self.scale = 1 / plan.temperature
+        address = 0 if self.bias is None else self.bias.data_ptr()
+        self.transform = (address, plan.softcap or 0.0, self.scale)  # soft cap 0: none
         self.how = (torch.get_num_threads(), _isa)
 
     def scored(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,15 +117,15 @@ class Rows:
         return chosen.to(dtype).contiguous()
 
     def new_state(self) -> Tensor:
-        """k, sum, label, slope, raised of rows.h, [5, n]."""
+        """The initial state [5, n]: k, sum, label, slope, raised (csrc/cpu/rows.h)."""
         state = torch.zeros(5, self.n, dtype=torch.float64)
         state[0] = _LOWEST
         state[3] = 1
         return state
 
     def softmax_block(self, z: Tensor, first: int, start: int, state: Tensor, write: bool) -> None:
-        """Fold the logits z of rows start.. and entries first.. into the state; E over z if
-        `write`."""
+        """Fold the logits z of rows start.. and entries first.. into the state; with `write`,
+        overwrite z with its exponentials E."""
         _cpu.softmax_block(
             z.data_ptr(),
             _TYPES[z.dtype],
@@ -155,7 +154,7 @@ class Rows:
         )
 
     def accumulate(self, sums: Tensor, part: Tensor, start: int, state: Tensor) -> None:
-        """sums [T, D] = raised * sums + part [rows, D], for rows start.. of the scored ones."""
+        """sums [T, D] = raised * sums + part [rows, D], for scored rows start.. ."""
         _cpu.accumulate(
             sums.data_ptr(),
             self.index[start:].data_ptr(),
@@ -173,8 +172,8 @@ class Rows:
         )
 
     def finish(self, state: Tensor, grad: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs [T] and stats [3, T] from the final state; grad [T, D] from E W to g in
-        place."""
+        """Log-probs [T] and stats [3, T] from the final state; converts grad [T, D] from E W to g
+        in place."""
         logps, stats = torch.zeros(self.T), torch.zeros(3, self.T, dtype=torch.float64)
         _cpu.finish(
             state.data_ptr(),
@@ -203,8 +202,9 @@ class Rows:
         kept: Tensor | None,  # [V, n] bfloat16
         offsets: Tensor,  # [slots, n] float64
     ) -> tuple[Tensor, Tensor]:
-        """Final states of policy and reference by the fused kernel; E W in the scored rows of grad,
-        and E in `kept`, under `offsets`, with minus the sum of the others at the labels."""
+        """Final states of policy and reference by the fused kernel. Writes E W to the scored rows
+        of `grad`, and E to `kept`, under `offsets`, with minus the sum of the others at the
+        labels."""
         state, ref_state = self.new_state(), self.new_state()
         (V, D), slots = weight.shape, len(offsets)
         wanted = ref is not None, grad is not None, kept is not None
@@ -233,10 +233,10 @@ class Rows:
         return state, ref_state
 
     def pack(self, hidden: Tensor) -> Tensor:
-        """hidden [n, D] bfloat16 as `residual_transposed` wants it."""
+        """hidden [n, D] bfloat16 in the layout that `residual_transposed` needs."""
         n, D = hidden.shape
         packed = hidden.new_empty(_cpu.fused_packed_size(n, D) + _TILE_ROW)
-        packed = packed[-packed.data_ptr() // 2 % _TILE_ROW :]  # from a cache line on
+        packed = packed[-packed.data_ptr() // 2 % _TILE_ROW :]  # aligned to a cache line
         _cpu.fused_pack(hidden.data_ptr(), n, D, packed.data_ptr(), self.how[0])
         return packed
 
@@ -249,7 +249,7 @@ class Rows:
         stats: Tensor,  # [3, n]: log-sum-exp, 1 - p_y, slope
         out: Tensor,  # [cols, n] bfloat16
     ) -> None:
-        """out = p - onehot of the entries first.., from float32 logits, by the fused kernel."""
+        """out = p - onehot of entries first.., from float32 logits, by the fused kernel."""
         cols, D = block.shape
         padded = block.new_empty((self.how[0] * 32 + 1) * (D + 63))
         _cpu.fused_residual(

@@ -1,24 +1,23 @@
 """The CUDA C++ implementation: the kernels of csrc/cuda around vendor GEMMs, on two paths.
 
-Both make, chunk by chunk of rows, a buffer B [C, V] and one factor per row such that
+For each chunk of rows, both paths compute a buffer B [C, V] and one factor per row with
 d logp_t / d z_t = factor_t * B_t, and g = B W by a vendor GEMM. g is stored without the factors
-([T, D], as small as hidden), so that the backward with a frozen head is one scale per row.
+([T, D], the size of hidden), so the backward pass with a frozen head only scales its rows.
 
     rows    vendor GEMM H W^T, then the row kernel: log-probs, and (onehot - p) in place; factor 1.
             Any V, D, bias, soft cap; compute capability 8.x (rows read twice) and 9.0 (once).
     fused   the WGMMA kernel: log-probs from fp32 accumulators, B = exp(z - k) stored in its
-            epilogue, with k the reference model's LSE of the same token where there is one, else 0
+            epilogue. k is the reference model's LSE of the same token, or 0 without a reference
             (the kernel repairs rows whose LSE is too far from k). bfloat16 on compute capability
             9.0, D a multiple of 8, no bias, no soft cap. Without gradients it writes no logits.
 
-Policy and reference take the same path in the same chunks, with gradients or without, so that equal
-hidden states give bitwise equal log-probs. A head that is trained costs one more GEMM where B of
-all rows may be kept (chunked.keeps_slopes); else B is computed again in the backward and dW is
-summed in fp32.
+Policy and reference take the same path in the same chunks, with or without gradients, so that equal
+hidden states give bitwise equal log-probs. A trained head costs one more GEMM where B of all rows
+may be kept (chunked.slope_bytes); else the backward pass recomputes B and sums dW in fp32.
 
-Both ran on an H200 in bfloat16, within the rules on errors (docs/gpu.md); other dtypes and compute
-capability 8.x are untested on a GPU. In the tests the kernels' source runs in an emulator, and the
-Python of this file against stand-ins for them.
+Both paths ran on an H200 in bfloat16, within the error rules (docs/gpu.md); other dtypes and
+compute capability 8.x are untested on a GPU. The tests run the kernels' source in an emulator, and
+the Python of this file against stand-ins for the kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,23 +35,24 @@ from cpo_fast.loss.chunked import (
     aligned,
     chunks,
     fp32_sums,
-    keeps_slopes,
     logits_buffer,
     padded,
+    slope_bytes,
 )
 from cpo_fast.loss.cuda_launch import Head, scale_rows, sum_segments
-from cpo_fast.loss.operators import operator
-from cpo_fast.loss.segments import spread
+from cpo_fast.loss.operators import Plan, token_operator
+from cpo_fast.loss.options import LossOptions
+from cpo_fast.loss.segments import sums_and_counts_operator
 from cpo_fast.loss.workspace import limit
 
-_STEP, _FUSED_STEP = 128, 256  # rows of a vendor GEMM's tile; of a cluster of the WGMMA kernel
+_STEPS = {"rows": 128, "fused": 256}  # rows of a vendor GEMM's tile; of a WGMMA kernel's cluster
 
 
 class Measured(NamedTuple):
-    """The faster path for a head, where this implementation beat all others."""
+    """The faster path for a head for which this implementation was the fastest of all."""
 
     path: str  # "rows" or "fused"
-    origin: str  # device, versions of torch and CUDA, commit; the report that holds the figures
+    origin: str  # device, versions of torch and Triton, commit
 
 
 _H200 = "NVIDIA H200, torch 2.11.0, triton 3.6.0, commit 13d5edb4ee31"
@@ -62,15 +62,20 @@ MEASURED: dict[tuple[int, int], Measured] = {
     (152064, 3584): Measured("fused", _H200),
 }
 """By (V, D); bench/results/ has the figures. `make gpu-check` prints the entries that its figures
-justify. Without an entry `impl=None` does not come here and `impl="cuda"` takes `rows`."""
+justify. For other heads `impl=None` prefers Triton, and `impl="cuda"` takes `rows`."""
 
 _forced: str | None = None
 
 
 @contextlib.contextmanager
 def forced_path(path: str) -> Iterator[None]:
-    """Take "rows" or "fused" whatever was measured: for tests and benchmarks."""
+    """Take "rows" or "fused" inside the block; for tests and benchmarks.
+
+    Raises ValueError for another name.
+    """
     global _forced
+    if path not in _STEPS:
+        raise ValueError(f"path must be 'rows' or 'fused', got {path!r}")
     before, _forced = _forced, path
     try:
         yield
@@ -79,11 +84,12 @@ def forced_path(path: str) -> Iterator[None]:
 
 
 def wins(V: int, D: int) -> bool:
-    return any(head == (V, D) for head in MEASURED)  # torch.compile hashes no symbols
+    """Whether this implementation was the fastest for heads [V, D]."""
+    return any(head == (V, D) for head in MEASURED)  # torch.compile cannot hash symbols
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Built, and a device that its machine code runs on: compute capability 8.x or 9.0."""
+    """None where cpo_fast._cuda is built and the device has compute capability 8.x or 9.0."""
     if device.type != "cuda":
         return "for CUDA tensors only"
     if importlib.util.find_spec("cpo_fast._cuda") is None:
@@ -105,47 +111,36 @@ def token_logps(
     labels: Tensor,  # [T] int64
     bias: Tensor | None,  # [V]
     ref_hidden: Tensor | None,  # [T, D]
-    *,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    path: str | None = None,  # "rows" or "fused"; None: by the table of what was measured
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """See the package docstring. Raises ValueError where `path="fused"` cannot take the inputs."""
-    obstacle = _fused_obstacle(hidden, bias, softcap)
-    path = path or _forced
-    if path is None:
-        V, D = weight.shape
-        best = MEASURED[V, D].path if wins(V, D) else "rows"
-        path = best if obstacle is None else "rows"
-    elif path not in ("rows", "fused"):
-        raise ValueError(f"path must be 'rows' or 'fused', got {path!r}")
-    elif path == "fused" and obstacle is not None:
+    """See the package docstring. Raises ValueError where a forced fused path cannot take the
+    inputs."""
+    obstacle = _fused_obstacle(hidden, bias, options.softcap)
+    V, D = weight.shape
+    if _forced == "fused" and obstacle is not None:
         raise ValueError(f"path 'fused' needs {obstacle}; use 'rows'")
-    tracking = torch.is_grad_enabled()
-    want_hidden = tracking and hidden.requires_grad
-    want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    room = limit(hidden.device)
-    want_weight = tracking and weight.requires_grad
-    logps, ref_logps, *_ = torch.ops.cpo_fast.cuda_logps(
+    path = _forced or (MEASURED[V, D].path if wins(V, D) else "rows")
+    logps, ref_logps, *_ = _operator(
         hidden,
         weight,
-        labels.masked_fill(labels == ignore_index, -1),
+        labels.masked_fill(labels == options.ignore_index, -1),
         bias,
         ref_hidden,
-        softcap or 0.0,
-        temperature,
-        path == "fused",
-        want_hidden,
-        want_head,
-        want_head and keeps_slopes(hidden, weight, room, want_weight),
-        room,
+        Plan.of(
+            options,
+            hidden,
+            weight,
+            bias,
+            room=limit(hidden.device),
+            keep_bytes=slope_bytes(hidden, weight),
+            kernel="rows" if obstacle else path,
+        ),
     )
     return logps, None if ref_hidden is None else ref_logps
 
 
 def _fused_obstacle(hidden: Tensor, bias: Tensor | None, softcap: float | None) -> str | None:
-    """What keeps the fused path from these inputs, as a requirement."""
+    """What the inputs lack for the fused path; None: nothing."""
     if hidden.dtype != torch.bfloat16:
         return "bfloat16"
     if hidden.shape[1] % 8:
@@ -156,72 +151,72 @@ def _fused_obstacle(hidden: Tensor, bias: Tensor | None, softcap: float | None) 
 
 
 def _has_wgmma(device: torch.device) -> bool:
-    # CPU tensors come here in tests only, with stand-ins for the kernels.
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-# torch.compile would put the question into its graph, where no tensor comes of it.
+# torch.compile would trace the call into its graph, which accepts only calls that return tensors.
 _has_wgmma._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def segment_sums(
-    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """See segments.py; one CTA per segment sums in a fixed order."""
-    return torch.ops.cpo_fast.cuda_segment_sums(
-        logps.contiguous(), segment_ids.contiguous(), labels.contiguous(), segments, ignore_index
+def _outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps [T], ref_logps [T], product B W [T, D], factors [T], lse [T], B [T, padded V],
+    uninitialised."""
+    T, D = hidden.shape
+
+    def floats(rows: int) -> Tensor:
+        return hidden.new_empty(rows, dtype=torch.float32)
+
+    return (
+        floats(T),
+        floats(0 if ref_hidden is None else T),
+        hidden.new_empty(T if plan.want_hidden else 0, D),
+        floats(T),
+        floats(T),
+        hidden.new_empty(T if plan.keep else 0, padded(weight.shape[0])),
     )
 
 
-# --- operators ------------------------------------------------------------------------------------
-
-
-@operator("cuda_logps")
 def _logps(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     ref_hidden: Tensor | None,
-    softcap: float,
-    temperature: float,
-    fused: bool,
-    want_hidden: bool,
-    want_head: bool,
-    keep: bool,
-    room: int,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps [T], ref_logps [T], product B W [T, D], factors [T], lse [T], B [T, padded V].
-
-    What is not wanted has 0 rows. `labels` are -1 where ignored. `room` bounds, in bytes, the
-    logits held at once; one row is held in any case.
-    """
-    (T, D), V = hidden.shape, weight.shape[0]
+    """See `_outputs`; `labels` are -1 where ignored. At least one row is in memory, whatever the
+    room."""
+    T, V = hidden.shape[0], weight.shape[0]
+    outputs = _outputs(hidden, weight, labels, bias, ref_hidden, plan)
+    logps, ref_logps, product, factors, lse, kept = outputs
     hidden, labels = aligned(hidden), labels.contiguous()
-    head = Head(weight, bias, softcap, temperature, fused)
-    logps = hidden.new_empty(T, dtype=torch.float32)
-    lse = hidden.new_empty(T, dtype=torch.float32)
-    ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
+    head = Head(weight, bias, plan)
     offsets = hidden.new_zeros(T, dtype=torch.float32)
-    factors = hidden.new_ones(T, dtype=torch.float32)
-    product = hidden.new_empty(T if want_hidden else 0, D)
-    kept = logits_buffer(hidden, T if keep else 0, V)
+    factors.fill_(1)
+    kept[:, V:].zero_()
     if ref_hidden is not None:
         ref_hidden = aligned(ref_hidden)
 
-    if fused and ref_hidden is not None:
+    if head.fused and ref_hidden is not None:
         head.lse_only(ref_hidden, labels, ref_logps, offsets)
-    if fused and not want_hidden and not keep:
+    if head.fused and not plan.want_hidden and not plan.keep:
         head.lse_only(hidden, labels, logps, lse)
-        return logps, ref_logps, product, factors, lse, kept
+        return outputs
 
-    bounds = chunks(hidden, weight, room, _FUSED_STEP if fused else _STEP)
-    buffers = kept if keep else logits_buffer(hidden, bounds[0][1] if bounds else 0, V)
+    bounds = chunks(hidden, weight, plan.room, _STEPS[plan.kernel])
+    buffers = kept if plan.keep else logits_buffer(hidden, bounds[0][1] if bounds else 0, V)
     with fp32_sums():
         for start, stop in bounds:
             part = slice(start, stop)
-            buffer = buffers[part] if keep else buffers[: stop - start]
-            if fused:
+            buffer = buffers[part] if plan.keep else buffers[: stop - start]
+            if head.fused:
                 head.fused_chunk(
                     hidden[part],
                     labels[part],
@@ -235,79 +230,15 @@ def _logps(
                 if ref_hidden is not None:
                     ref = ref_hidden[part]
                     head.rows_chunk(ref, labels[part], buffer, False, ref_logps[part], lse[part])
-                want = want_hidden or keep
+                want = plan.want_hidden or plan.keep
                 head.rows_chunk(hidden[part], labels[part], buffer, want, logps[part], lse[part])
-            if want_hidden:
+            if plan.want_hidden:
                 torch.mm(buffer[:, :V], head.weight, out=product[part])
-    return logps, ref_logps, product, factors, lse, kept
+    return outputs
 
 
-@_logps.register_fake
-def _logps_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    softcap: float,
-    temperature: float,
-    fused: bool,
-    want_hidden: bool,
-    want_head: bool,
-    keep: bool,
-    room: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, D = hidden.shape
-    per_token = [hidden.new_empty(T, dtype=torch.float32) for _ in range(3)]
-    return (
-        per_token[0],
-        hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
-        hidden.new_empty(T if want_hidden else 0, D),
-        per_token[1],
-        per_token[2],
-        hidden.new_empty(T if keep else 0, padded(weight.shape[0])),
-    )
-
-
-@operator("cuda_segment_sums")
-def _segment_sums(
-    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    return sum_segments(logps, segment_ids, labels, segments, ignore_index)
-
-
-@_segment_sums.register_fake
-def _segment_sums_fake(
-    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    sums, counts = (logps.new_empty(segments, dtype=torch.float64) for _ in range(2))
-    return sums, counts
-
-
-def _sums_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[1])
-
-
-def _sums_backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return spread(grad_sums, *ctx.saved_tensors), None, None, None, None
-
-
-_segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
-
-
-@operator("cuda_row_scale", differentiable=False)
-def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
-    return scale_rows(rows, coefficients)
-
-
-@_row_scale.register_fake
-def _row_scale_fake(rows: Tensor, coefficients: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape)
-
-
-@operator("cuda_head_grad", differentiable=False)
-def _head_grad(
+def _head_grads(
+    coefficients: Tensor,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -315,90 +246,54 @@ def _head_grad(
     factors: Tensor,
     lse: Tensor,
     kept: Tensor,
-    coefficients: Tensor,
-    softcap: float,
-    temperature: float,
-    fused: bool,
-    room: int,
+    want_weight: bool,
+    want_bias: bool,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d weight [V, D] and d bias [V] (0 elements without a bias), in weight's dtype."""
+    """d loss / d weight [V, D] and d loss / d bias [V], in weight's dtype; 0 rows where not
+    wanted."""
     V, D = weight.shape
     hidden, labels = aligned(hidden), labels.contiguous()
-    head = Head(weight, bias, softcap, temperature, fused)
+    head = Head(weight, bias, plan)
     keeps = kept.shape[0] > 0
-    step = _FUSED_STEP if fused else _STEP
-    bounds = [(0, hidden.shape[0])] if keeps else chunks(hidden, weight, room, step)
-    single = len(bounds) == 1  # one product is the whole sum: rounded once, as it is stored
-    total = hidden.new_zeros((0 if single else V, D), dtype=torch.float32)
-    total_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)
-    grad_weight = torch.empty_like(head.weight)
+    bounds = [(0, hidden.shape[0])]
+    if not keeps:
+        bounds = chunks(hidden, weight, plan.room, _STEPS[plan.kernel])
+    single = len(bounds) == 1  # a single product is the whole sum and is rounded once
+    rows = V if want_weight else 0
+    total = hidden.new_zeros((0 if single else rows, D), dtype=torch.float32)
+    total_bias = hidden.new_zeros((V if want_bias else 0, 1), dtype=torch.float32)
+    grad_weight = weight.new_empty(rows, D)
     buffers = kept
     if bounds and not keeps:
         buffers = logits_buffer(hidden, bounds[0][1], V)
-        factors = factors.clone()  # the fused kernel writes them for its offsets
+        factors = factors.clone()  # the fused kernel overwrites them to match its offsets
     unused = lse.new_empty(2, lse.shape[0])
     with fp32_sums():
         for start, stop in bounds:
             part = slice(start, stop)
             buffer, outputs = buffers[: stop - start], (unused[0, part], unused[1, part])
-            if not keeps and fused:
-                # Under the LSE as offset: the one that never needs repair.
+            if not keeps and head.fused:
+                # The LSE is the offset that never needs repair.
                 head.fused_chunk(
                     hidden[part], labels[part], buffer, lse[part], factors[part], *outputs
                 )
             elif not keeps:
                 head.rows_chunk(hidden[part], labels[part], buffer, True, *outputs)
             shares = coefficients[part] * factors[part]
-            scaled = scale_rows(hidden[part], shares)
-            if single:
-                torch.mm(buffer[:, :V].t(), scaled, out=grad_weight)
-            else:
-                add_product(total, buffer[:, :V].t(), scaled)
-            if bias is not None:
+            if want_weight:
+                scaled = scale_rows(hidden[part], shares)
+                if single:
+                    torch.mm(buffer[:, :V].t(), scaled, out=grad_weight)
+                else:
+                    add_product(total, buffer[:, :V].t(), scaled)
+            if want_bias:
                 add_product(total_bias, buffer[:, :V].t(), shares.to(hidden.dtype)[:, None])
     if not single:
         grad_weight.copy_(total)
     return grad_weight, total_bias.view(-1).to(weight.dtype)
 
 
-@_head_grad.register_fake
-def _head_grad_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    factors: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    coefficients: Tensor,
-    softcap: float,
-    temperature: float,
-    fused: bool,
-    room: int,
-) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else weight.shape[0])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, _, softcap, temperature, fused, _, want_head, _, room = inputs
-    _, ref_logps, product, factors, lse, kept = output
-    ctx.mark_non_differentiable(ref_logps, product, factors, lse, kept)
-    ctx.want_head = want_head
-    ctx.options = (softcap, temperature, fused, room)
-    head = (hidden, weight, labels, bias, factors, lse, kept) if want_head else ()
-    ctx.save_for_backward(product, factors, *head)
-
-
-def _backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    product, factors, *head = ctx.saved_tensors
-    grad_hidden = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_hidden = torch.ops.cpo_fast.cuda_row_scale(product, grad_logps * factors)
-    if ctx.want_head:
-        grad_weight, grad_bias = torch.ops.cpo_fast.cuda_head_grad(*head, grad_logps, *ctx.options)
-        if head[3] is None:
-            grad_bias = None
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
-
-
-_logps.register_autograd(_backward, setup_context=_save)
+_operator = token_operator("cuda", _logps, _outputs, _head_grads, scale_rows, has_factors=True)
+sums_and_counts = sums_and_counts_operator("cuda_segment_sums", sum_segments)
+"""See segments.py; one CTA per segment sums in a fixed order."""

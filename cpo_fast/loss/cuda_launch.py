@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda on tensors: addresses, strides, device and stream of every launch."""
+"""Launches of the csrc/cuda kernels on tensors: addresses, strides, device and stream."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss.chunked import aligned
+from cpo_fast.loss.operators import Plan
 
-_FUSED_ROWS = 1 << 15  # per call without gradients: bounds the partial sums (78 MB at V = 152064)
+_FUSED_ROWS = 1 << 15  # per launch without gradients; bounds the partial sums (78 MB at V = 152064)
 
 
 def kernels() -> Any:
@@ -18,7 +19,7 @@ def kernels() -> Any:
 
 
 def site(tensor: Tensor) -> dict[str, Any]:
-    """Where a kernel on `tensor` runs: its dtype's name, device and current stream."""
+    """Device index and current stream for a kernel on `tensor`. ValueError for a CPU tensor."""
     if not tensor.is_cuda:
         raise ValueError(f"the CUDA kernels take CUDA tensors, got one on {tensor.device}")
     index = tensor.device.index
@@ -30,21 +31,20 @@ def _name(tensor: Tensor) -> str:
 
 
 class Head:
-    """A head and its options, for the launches of one call."""
+    """The output layer and the options of one call, for its launches."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, softcap: float, temperature: float, fused: bool
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, plan: Plan) -> None:
         self.weight = aligned(weight)
         self.bias = None if bias is None else aligned(bias.float())
-        self.softcap, self.temperature, self.fused = softcap, temperature, fused
+        self.softcap, self.temperature = plan.softcap or 0.0, plan.temperature
+        self.fused = plan.kernel == "fused"
 
     def rows_chunk(
         self,
         hidden: Tensor,  # [C, D]
         labels: Tensor,  # [C]
         buffer: Tensor,  # [C, padded V] out
-        want: bool,  # d logp / d z in the buffer
+        want: bool,  # overwrite the logits in the buffer with d logp / d z
         logps: Tensor,  # [C] out
         lse: Tensor,  # [C] out
     ) -> None:
@@ -70,9 +70,9 @@ class Head:
         self,
         hidden: Tensor,  # [C, D]
         labels: Tensor,  # [C]
-        buffer: Tensor | None,  # [C, padded V] out, E; None: log-probs only
+        buffer: Tensor | None,  # [C, padded V] out, B = exp(z - offset); None: log-probs only
         offsets: Tensor,  # [C]
-        factors: Tensor,  # [C] out, with E
+        factors: Tensor,  # [C] out, unless the buffer is None
         logps: Tensor,  # [C] out
         lse: Tensor,  # [C] out
     ) -> None:
@@ -101,14 +101,15 @@ class Head:
         )
 
     def lse_only(self, hidden: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> None:
-        """The fused path without gradients, on all rows [T, D]."""
+        """Log-probs of all rows [T, D] on the fused path, without gradients."""
         for start in range(0, hidden.shape[0], _FUSED_ROWS):
             part = slice(start, start + _FUSED_ROWS)
             self.fused_chunk(hidden[part], labels[part], None, lse, lse, logps[part], lse[part])
 
 
 def scale_rows(rows: Tensor, coefficients: Tensor) -> Tensor:
-    """rows [T, D] times coefficients [T] float32, in rows' dtype; 0 x anything is 0."""
+    """rows [T, D] times coefficients [T] float32, in the dtype of `rows`. A coefficient 0 gives 0,
+    also for rows that are not finite."""
     if rows.shape[1] % 8:
         product = (rows * coefficients[:, None]).to(rows.dtype)
         return product.masked_fill(coefficients[:, None] == 0, 0)
@@ -129,7 +130,7 @@ def scale_rows(rows: Tensor, coefficients: Tensor) -> Tensor:
 def sum_segments(
     logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counts [segments] in float64 of the log-probs [T] that have a label."""
+    """Sums and counts [segments] float64 of the log-probs [T] of scored tokens."""
     sums = logps.new_empty(segments, dtype=torch.float64)
     counts = logps.new_empty(segments, dtype=torch.int64)
     kernels().segment_sums(

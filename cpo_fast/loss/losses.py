@@ -1,24 +1,26 @@
-"""Preference losses, each once, on vectors over pairs.
+"""The formulas of the preference losses, on vectors over pairs.
 
-`chosen` and `rejected` are what a loss compares, [P]: log-ratios log pi - log pi_ref of the two
-sides, summed over tokens (averaged for ipo and with average_log_prob); for simpo and orpo, which
-know no reference, the average log-prob per token. `beta` scales them. All give one loss per pair,
-[P].
+`chosen` and `rejected` [P] are the values that a loss compares: the log-ratios log pi - log pi_ref
+of the two sides, summed over tokens (averaged for ipo and with average_log_prob); for simpo and
+orpo, which have no reference, the average log-prob per token. `beta` scales them. Every formula
+returns one loss per pair, [P].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpo_fast.loss.options import LOSS_TYPES, LossOptions
+
 
 def sigmoid(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
-    """DPO, arXiv:2305.18290 eq. 7; smoothed as in cDPO: labels flipped with that probability."""
+    """DPO, arXiv:2305.18290 eq. 7; smoothed as in cDPO: `smoothing` is the probability of a flipped
+    label."""
     margin = beta * (chosen - rejected)
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
@@ -34,8 +36,8 @@ def ipo(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tens
 
 
 def robust(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
-    """Robust DPO, arXiv:2403.00409 eq. 9: unbiased when labels are flipped with that
-    probability."""
+    """Robust DPO, arXiv:2403.00409 eq. 9: unbiased when labels are flipped with probability
+    `smoothing`."""
     margin = beta * (chosen - rejected)
     clean, flipped = F.logsigmoid(margin), F.logsigmoid(-margin)
     return (smoothing * flipped - (1 - smoothing) * clean) / (1 - 2 * smoothing)
@@ -51,7 +53,7 @@ def exo_pair(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) ->
 
 
 def nca_pair(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
-    """NCA, arXiv:2402.05369, two answers."""
+    """NCA, arXiv:2402.05369, for two answers."""
     up, down = F.logsigmoid(beta * chosen), F.logsigmoid(-beta * chosen)
     return -up - 0.5 * down - 0.5 * F.logsigmoid(-beta * rejected)
 
@@ -82,7 +84,8 @@ def orpo(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Ten
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    # An average log-prob of 0 (a certain or an empty side) has infinite odds: keep them finite.
+    # An average log-prob of 0 (a certain or an empty side) has infinite odds; the clamp keeps them
+    # finite.
     logp = logp.clamp(max=-1e-7)
     return logp - torch.log(-torch.expm1(logp))
 
@@ -90,47 +93,37 @@ def _log_odds(logp: Tensor) -> Tensor:
 def plackett_luce(
     chosen: Tensor, rejected: Tensor, beta: float, group: Tensor, num_groups: int, counted: Tensor
 ) -> Tensor:
-    """-log of the chosen's share among itself and its K rejected (arXiv:2305.18290 eq. 20, top-1).
+    """-log of the chosen answer's share among itself and its K rejected answers (arXiv:2305.18290
+    eq. 20, top-1).
 
-    `group` [P] names the chosen answer of a pair, `counted` [P] bool leaves a pair out. Each pair
-    gets its group's value; with K = 1 this is `sigmoid`.
+    `group` [P] is the segment of a pair's chosen answer; pairs where `counted` [P] is False are
+    left out. Each pair gets the value of its group; with K = 1 this is `sigmoid`.
     """
     margin = (beta * (rejected - chosen)).masked_fill(~counted, -torch.inf)  # [P]
     zeros = margin.new_zeros(num_groups)
-    peak = zeros.scatter_reduce(
-        0, group, margin.detach(), "amax"
-    )  # [groups] >= 0: the chosen's own
+    # [groups] >= 0, the chosen answer's own margin
+    peak = zeros.scatter_reduce(0, group, margin.detach(), "amax")
     total = torch.exp(-peak).index_add(0, group, torch.exp(margin - peak[group]))
     return (peak + torch.log(total))[group]
 
 
-@dataclass(frozen=True, slots=True)
-class LossType:
-    """A loss and the options that it takes."""
-
-    function: Callable[..., Tensor]
-    reference: bool = True  # compares with a reference model
-    averages: bool = False  # divides by token counts by itself
-    smoothing: tuple[float, float] | None = None  # label_smoothing lies in [low, high)
-
-
-LOSS_TYPES: dict[str, LossType] = {
-    "sigmoid": LossType(sigmoid, smoothing=(0.0, 1.0)),
-    "hinge": LossType(hinge),
-    "ipo": LossType(ipo, averages=True),
-    "robust": LossType(robust, smoothing=(0.0, 0.5)),
-    "exo_pair": LossType(exo_pair, smoothing=(math.ulp(0.0), 1.0)),
-    "nca_pair": LossType(nca_pair),
-    "bco_pair": LossType(bco_pair),
-    "sppo_hard": LossType(sppo_hard),
-    "apo_zero": LossType(apo_zero),
-    "apo_down": LossType(apo_down),
-    "simpo": LossType(sigmoid, reference=False, averages=True, smoothing=(0.0, 1.0)),
-    "orpo": LossType(orpo, reference=False, averages=True),
-    "plackett_luce": LossType(plackett_luce),
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "robust": robust,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "simpo": sigmoid,
+    "orpo": orpo,
+    "plackett_luce": plackett_luce,
 }
-"""simpo (arXiv:2405.14734 eq. 6) is `sigmoid` on averages whose margin the caller lowers by gamma
-/ beta."""
+"""By loss type. simpo (arXiv:2405.14734 eq. 6) is `sigmoid` on averages whose margin `pair_losses`
+lowers by gamma / beta."""
 
 
 def pair_losses(
@@ -139,20 +132,15 @@ def pair_losses(
     counts: Tensor,  # [S] scored tokens
     pairs: Tensor,  # [P, 2]
     pair_weights: Tensor | None,  # [P]
-    *,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    average_log_prob: bool,
-    simpo_gamma: float,
-    rpo_alpha: float,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the losses [P] of pairs, from sums over segments, all float64."""
+    loss_type, beta = options.loss_type, options.beta
     kind = LOSS_TYPES[loss_type]
     chosen, rejected = pairs.unbind(1)
     lengths = counts.clamp(min=1)
     ratios = logps - ref
-    if average_log_prob or kind.averages:
+    if options.average_log_prob or kind.averages:
         ratios = ratios / lengths
     counted = counts[pairs].sum(1) > 0  # [P]
     weights = counted.double()
@@ -166,14 +154,14 @@ def pair_losses(
     else:
         won = ratios[chosen]
         if loss_type == "simpo":
-            won = won - simpo_gamma / beta
-        losses = kind.function(won, ratios[rejected], beta, label_smoothing)
+            won = won - options.simpo_gamma / beta
+        losses = FORMULAS[loss_type](won, ratios[rejected], beta, options.label_smoothing)
         if loss_type == "orpo":
-            # The peers' mean over the chosen tokens of the batch, written as a mean over pairs.
+            # The NLL per chosen token of the batch, written as a mean over pairs.
             mean_length = (weights * counts[chosen]).sum() / weights.sum().clamp(min=1)
             losses = losses - logps[chosen] / mean_length.clamp(min=1)
-    if rpo_alpha:
-        losses = losses + rpo_alpha * nll[chosen]
+    if options.rpo_alpha:
+        losses = losses + options.rpo_alpha * nll[chosen]
 
     if pair_weights is not None:
         weights = weights * pair_weights.double()

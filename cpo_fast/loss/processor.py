@@ -1,4 +1,4 @@
-"""What this processor's matrix products are good at."""
+"""Hardware support of this processor for bfloat16."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 
 def fast_bfloat16() -> bool:
-    """Has PyTorch a bfloat16 product here worth using? Without AVX512 its own loops serve, which
-    take 35 times as long as a product in float32 (docs/performance.md)."""
-    known: bool = torch.backends.mkldnn.is_available()
-    return known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether bf16 GEMM is hardware-accelerated. Without AVX512, PyTorch uses its own loops, which
+    take 35 times as long as a float32 GEMM (docs/performance.md)."""
+    available: bool = torch.backends.mkldnn.is_available()
+    return available and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def warn_of_slow_bfloat16() -> None:
-    """A line on stderr where a model in bfloat16 would be slow for want of a GPU or AVX512."""
+    """Warn on stderr where a bfloat16 model would be slow: no GPU and no AVX512."""
     if not torch.cuda.is_available() and not fast_bfloat16():
         print(
-            "warning: --bf16 on a processor without AVX512: products take many times as long as in "
-            "float32; leave it out here",
+            "warning: bf16 on a processor without AVX512: matrix products take many times as long "
+            "as in float32; use float32 here",
             file=sys.stderr,
         )

@@ -1,6 +1,6 @@
-"""The specification: log-probs of a linear head in eager PyTorch, any device, any float dtype.
+"""The specification: log-probs of a linear head in eager PyTorch, for any device and float dtype.
 
-Every other implementation must agree with this one to rounding. It writes all T x V logits.
+Every other implementation agrees with it up to rounding. It stores all T x V logits.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cpo_fast.loss.options import LossOptions
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -24,19 +26,17 @@ def token_logps(
     labels: Tensor,  # [T] int64
     bias: Tensor | None,  # [V]
     ref_hidden: Tensor | None,  # [T, D]
-    *,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(z)[label] per token, z = softcap * tanh((h W^T + b) / softcap) / temperature."""
+    softcap, temperature = options.softcap, float(options.temperature)
 
     def logps(h: Tensor) -> Tensor:
         logits = F.linear(h, weight, bias)  # [T, V], in the inputs' precision
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        scored = labels != ignore_index
+        scored = labels != options.ignore_index
         index = labels.where(scored, 0).unsqueeze(1)
         picked = (logits / temperature).log_softmax(-1).gather(1, index).squeeze(1)
         return picked.where(scored, 0)

@@ -1,34 +1,25 @@
-"""The Triton implementation: vendor GEMMs around the row kernel of kernels/.
+"""The Triton implementation: vendor GEMMs around the row kernel of kernels/lean_rows.py.
 
-Per chunk of rows: logits = H W^T into a workspace; the row kernel turns them into log-probs and, in
-place, into (onehot - p); a second GEMM with W gives g = d logp / d hidden, unscaled. g is stored
-([T, D], as small as hidden), so that the backward with a frozen head scales rows and multiplies
-nothing: two GEMMs in all, whatever loss follows. With a trainable head the backward forms
+Per chunk of rows: logits = H W^T into a buffer; the row kernel computes log-probs and overwrites
+the logits with (onehot - p); a second GEMM with W gives g = d logp / d hidden, unscaled. g is
+stored ([T, D], the size of hidden), so the backward pass with a frozen head only scales its rows:
+two GEMMs in total for every loss. With a trained head the backward pass forms
 dW = (onehot - p)^T (coefficient x hidden), from the forward's (onehot - p) where all of it may be
-kept (three GEMMs; chunked.keeps_slopes), else from recomputed chunks, summed in fp32 (four).
+kept (three GEMMs; chunked.slope_bytes), else from recomputed chunks, summed in fp32 (four).
 
-The reference rows go through GEMMs of the same shapes and the same kernel, so that equal hidden
-states give bitwise equal log-probs. They are not joined to the policy's rows in one GEMM, whose
-tiles a vendor library may sum differently. A call without gradients takes the same path, since its
-log-probs may serve as the cached reference of a later call that has them: on an H200 the vendor
-GEMM and a row pass also run at 92 % of the bare product's rate, the fused log-sum-exp of
+Reference rows take GEMMs of the same shapes and the same kernel, so that equal hidden states give
+bitwise equal log-probs. They do not share a GEMM with the policy's rows, because a vendor library
+may sum the tiles of one GEMM differently. A call without gradients takes the same path, since its
+log-probs may be cached as the reference of a later call with gradients: on an H200 the vendor GEMM
+and a row pass also run at 92 % of the rate of the product alone, the fused log-sum-exp of
 kernels/linear_lse.py at 78 % (docs/gpu.md).
 
-There are two row kernels, "lean" and "masked" (kernels/lean_rows.py, kernels/row_kernel.py). Lean
-is the default: it needs a third of the instructions and is faster on an H200.
-
-Run on an H200 in bfloat16 (docs/gpu.md). TRITON_INTERPRET=1 runs all of it on CPU tensors, for
-tests.
+Tested on an H200 in bfloat16 (docs/gpu.md), and on CPU tensors in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,50 +29,26 @@ from cpo_fast.loss.chunked import (
     aligned,
     chunks,
     fp32_sums,
-    keeps_slopes,
     logits_buffer,
     padded,
+    slope_bytes,
 )
-from cpo_fast.loss.operators import operator
-from cpo_fast.loss.segments import spread
+from cpo_fast.loss.operators import Plan, token_operator
+from cpo_fast.loss.options import LossOptions
+from cpo_fast.loss.segments import sums_and_counts_operator
 from cpo_fast.loss.workspace import limit
-
-ROW_KERNELS = {"lean": "cpo_fast.kernels.lean_rows", "masked": "cpo_fast.kernels.row_kernel"}
-_rows = "lean"
-
-
-@contextlib.contextmanager
-def forced_rows(name: str) -> Iterator[None]:
-    """Take the row kernel "lean" or "masked" inside the block: for tests and benchmarks.
-
-    Raises ValueError for another name.
-    """
-    global _rows
-    if name not in ROW_KERNELS:
-        raise ValueError(f"the row kernel must be one of {', '.join(ROW_KERNELS)}, got {name!r}")
-    before, _rows = _rows, name
-    try:
-        yield
-    finally:
-        _rows = before
-
-
-def row_kernel() -> Callable[..., Tensor]:
-    """`row_logps_` of the row kernel in use."""
-    return importlib.import_module(ROW_KERNELS[_rows]).row_logps_
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Triton installed, and a GPU of compute capability 8.0 or later, or the interpreter."""
+    """None with Triton installed and a GPU of compute capability 8.0 or later."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "on CPU tensors only for tests, with TRITON_INTERPRET=1"
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
+        return "for CUDA tensors only"
+    if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor}; 8.0 is the least"
+    return None if major >= 8 else f"compute capability {major}.{minor}; at least 8.0 is needed"
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -94,191 +61,120 @@ def token_logps(
     labels: Tensor,  # [T] int64
     bias: Tensor | None,  # [V]
     ref_hidden: Tensor | None,  # [T, D]
-    *,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """See the package docstring."""
-    tracking = torch.is_grad_enabled()
-    want_hidden = tracking and hidden.requires_grad
-    want_head = tracking and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    room = limit(hidden.device)
-    want_weight = tracking and weight.requires_grad
-    logps, ref_logps, _, _ = torch.ops.cpo_fast.triton_logps(
+    room, keep_bytes = limit(hidden.device), slope_bytes(hidden, weight)
+    logps, ref_logps, *_ = _operator(
         hidden.contiguous(),
         weight,
         labels.contiguous(),
         None if bias is None else bias.contiguous(),
         None if ref_hidden is None else ref_hidden.contiguous(),
-        softcap,
-        temperature,
-        ignore_index,
-        want_hidden,
-        want_head,
-        want_head and keeps_slopes(hidden, weight, room, want_weight),
-        room,
+        Plan.of(options, hidden, weight, bias, room=room, keep_bytes=keep_bytes),
     )
     return logps, None if ref_hidden is None else ref_logps
 
 
-@operator("triton_logps")
+def _row_logps_(
+    buffer: Tensor,  # [C, padded V]
+    labels: Tensor,  # [C]
+    V: int,
+    bias: Tensor | None,
+    plan: Plan,
+    *,
+    want: bool,
+    out: Tensor | None = None,  # [C]
+) -> None:
+    """Log-probs of a chunk of logits into `out`; with `want`, d logp / d logits into the buffer."""
+    from cpo_fast.kernels.lean_rows import row_logps_
+
+    row_logps_(
+        buffer,
+        labels,
+        V,
+        grad_rows=buffer.shape[0] if want else 0,
+        bias=bias,
+        softcap=plan.softcap,
+        temperature=plan.temperature,
+        ignore_index=plan.ignore_index,
+        out=out,
+    )
+
+
+def _outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps [T], ref_logps [T], unscaled [T, D], slopes [T, padded V], uninitialised."""
+    T, D = hidden.shape
+    return (
+        hidden.new_empty(T, dtype=torch.float32),
+        hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
+        hidden.new_empty(T if plan.want_hidden else 0, D),
+        hidden.new_empty(T if plan.keep else 0, padded(weight.shape[0])),
+    )
+
+
 def _logps(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     ref_hidden: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    want_hidden: bool,
-    want_head: bool,
-    keep_slopes: bool,
-    room: int,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps [T], ref_logps [T], unscaled [T, D], slopes [T, padded V]; 0 rows where not wanted.
-
-    slopes are d logp / d raw logits of all rows, if they are to be kept. `room` bounds, in bytes,
-    the logits of a chunk; one row is held in any case.
-    """
-    row_logps_ = row_kernel()
-    options: dict[str, Any] = {
-        "bias": bias,
-        "softcap": softcap,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-    }
-    (T, D), V = hidden.shape, weight.shape[0]
-    # A vendor library chooses its kernel by alignment too: policy and reference must agree.
+    """See `_outputs`; slopes are d logp / d raw logits. At least one row is in memory, whatever the
+    room."""
+    V = weight.shape[0]
+    logps, ref_logps, unscaled, slopes = _outputs(hidden, weight, labels, bias, ref_hidden, plan)
+    # The vendor library also selects its kernel by alignment: policy and reference must agree.
     hidden = aligned(hidden)
     ref_hidden = None if ref_hidden is None else aligned(ref_hidden)
-    logps = hidden.new_empty(T, dtype=torch.float32)
-    ref_logps = hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32)
-    unscaled = hidden.new_empty(T if want_hidden else 0, D)
-    slopes = logits_buffer(hidden, T if keep_slopes else 0, V)
-
-    bounds = chunks(hidden, weight, room)
+    slopes[:, V:].zero_()
+    bounds = chunks(hidden, weight, plan.room)
     logits = slopes
-    if bounds and not keep_slopes:
+    if bounds and not plan.keep:
         logits = logits_buffer(hidden, bounds[0][1], V)
+    want = plan.want_hidden or plan.keep
     with fp32_sums():
         for start, stop in bounds:
             part = slice(start, stop)
-            buffer = logits[part] if keep_slopes else logits[: stop - start]
+            buffer = logits[part] if plan.keep else logits[: stop - start]
             if ref_hidden is not None:
                 torch.mm(ref_hidden[part], weight.t(), out=buffer[:, :V])
-                row_logps_(buffer, labels[part], V, grad_rows=0, out=ref_logps[part], **options)
+                _row_logps_(buffer, labels[part], V, bias, plan, want=False, out=ref_logps[part])
             torch.mm(hidden[part], weight.t(), out=buffer[:, :V])
-            grad_rows = stop - start if want_hidden or keep_slopes else 0
-            row_logps_(buffer, labels[part], V, grad_rows=grad_rows, out=logps[part], **options)
-            if want_hidden:
+            _row_logps_(buffer, labels[part], V, bias, plan, want=want, out=logps[part])
+            if plan.want_hidden:
                 torch.mm(buffer[:, :V], weight, out=unscaled[part])
     return logps, ref_logps, unscaled, slopes
 
 
-@_logps.register_fake
-def _logps_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    want_hidden: bool,
-    want_head: bool,
-    keep_slopes: bool,
-    room: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T, D = hidden.shape
-    return (
-        hidden.new_empty(T, dtype=torch.float32),
-        hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
-        hidden.new_empty(T if want_hidden else 0, D),
-        hidden.new_empty(T if keep_slopes else 0, padded(weight.shape[0])),
-    )
-
-
-def segment_sums(
-    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """See segments.py; one program per segment sums in a fixed order."""
-    return torch.ops.cpo_fast.triton_segment_sums(
-        logps.contiguous(), segment_ids.contiguous(), labels.contiguous(), segments, ignore_index
-    )
-
-
-@operator("triton_segment_sums")
-def _segment_sums(
-    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    from cpo_fast.kernels.pair_reduction import segment_sums
-
-    sums, counts = segment_sums(logps, labels, segment_ids, segments, ignore_index=ignore_index)
-    return sums, counts.double()
-
-
-@_segment_sums.register_fake
-def _segment_sums_fake(
-    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    sums, counts = (logps.new_empty(segments, dtype=torch.float64) for _ in range(2))
-    return sums, counts
-
-
-def _sums_save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(inputs[1])
-
-
-def _sums_backward(ctx, grad_sums, _):  # type: ignore[no-untyped-def]
-    return spread(grad_sums, *ctx.saved_tensors), None, None, None, None
-
-
-_segment_sums.register_autograd(_sums_backward, setup_context=_sums_save)
-
-
-@operator("triton_row_scale", differentiable=False)
-def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
-    """rows [T, D] times coefficients [T] float32."""
-    from cpo_fast.kernels.pair_reduction import row_scale
-
-    return row_scale(rows, coefficients)
-
-
-@_row_scale.register_fake
-def _row_scale_fake(rows: Tensor, coefficients: Tensor) -> Tensor:
-    return torch.empty_like(rows)
-
-
-@operator("triton_head_grad", differentiable=False)
-def _head_grad(
+def _head_grads(
+    coefficients: Tensor,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     slopes: Tensor,
-    coefficients: Tensor,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    room: int,
     want_weight: bool,
+    want_bias: bool,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d weight [V, D] (0 rows if not wanted) and d bias [V] (empty without a bias)."""
-    from cpo_fast.kernels.pair_reduction import row_scale
-
-    row_logps_ = row_kernel()
+    """d loss / d weight [V, D] and d loss / d bias [V]; 0 rows where not wanted."""
     V, D = weight.shape
     hidden = aligned(hidden)
-    scaled = row_scale(hidden, coefficients)  # [T, D]
+    scaled = _row_scale(hidden, coefficients)  # [T, D]
     shares = coefficients.to(hidden.dtype)[:, None]  # [T, 1]
-    grad_bias = hidden.new_zeros((0 if bias is None else V, 1), dtype=torch.float32)
+    grad_bias = hidden.new_zeros((V if want_bias else 0, 1), dtype=torch.float32)
     with fp32_sums():
         if slopes.shape[0]:
-            if bias is not None:
+            if want_bias:
                 add_product(grad_bias, slopes[:, :V].t(), shares)
             grad_weight = weight.new_empty(V if want_weight else 0, D)
             if want_weight:
@@ -286,71 +182,33 @@ def _head_grad(
             return grad_weight, grad_bias.view(-1).to(weight.dtype)
 
         total = hidden.new_zeros((V if want_weight else 0, D), dtype=torch.float32)
-        bounds = chunks(hidden, weight, room)
+        bounds = chunks(hidden, weight, plan.room)
         logits = logits_buffer(hidden, bounds[0][1] if bounds else 0, V)
         for start, stop in bounds:
-            buffer = logits[: stop - start]
-            part = slice(start, stop)
+            buffer, part = logits[: stop - start], slice(start, stop)
             torch.mm(hidden[part], weight.t(), out=buffer[:, :V])
-            row_logps_(
-                buffer,
-                labels[part],
-                V,
-                grad_rows=stop - start,
-                bias=bias,
-                softcap=softcap,
-                temperature=temperature,
-                ignore_index=ignore_index,
-            )
+            _row_logps_(buffer, labels[part], V, bias, plan, want=True)
             if want_weight:
                 add_product(total, buffer[:, :V].t(), scaled[part])
-            if bias is not None:
+            if want_bias:
                 add_product(grad_bias, buffer[:, :V].t(), shares[part])
     return total.to(weight.dtype), grad_bias.view(-1).to(weight.dtype)
 
 
-@_head_grad.register_fake
-def _head_grad_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    slopes: Tensor,
-    coefficients: Tensor,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    room: int,
-    want_weight: bool,
+def _row_scale(rows: Tensor, coefficients: Tensor) -> Tensor:
+    from cpo_fast.kernels.reduction import row_scale
+
+    return row_scale(rows, coefficients)
+
+
+def _sums_and_counts(
+    logps: Tensor, segment_ids: Tensor, labels: Tensor, segments: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    V, D = weight.shape
-    return weight.new_empty(V if want_weight else 0, D), weight.new_empty(0 if bias is None else V)
+    from cpo_fast.kernels.reduction import segment_sums
+
+    sums, counts = segment_sums(logps, labels, segment_ids, segments, ignore_index=ignore_index)
+    return sums, counts.double()
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, labels, bias, _, *options, _, want_head, _, room = inputs
-    _, ref_logps, unscaled, slopes = output
-    ctx.mark_non_differentiable(ref_logps, unscaled, slopes)
-    ctx.options = (*options, room)
-    ctx.want_head = want_head
-    head = (hidden, weight, labels, bias, slopes) if want_head else ()
-    ctx.save_for_backward(unscaled, *head)
-
-
-def _backward(ctx, grad_logps, *_):  # type: ignore[no-untyped-def]
-    unscaled, *head = ctx.saved_tensors
-    coefficients = grad_logps.contiguous()
-    grad_hidden = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_hidden = torch.ops.cpo_fast.triton_row_scale(unscaled, coefficients)
-    if ctx.want_head:
-        want_weight, want_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        d_weight, d_bias = torch.ops.cpo_fast.triton_head_grad(
-            *head, coefficients, *ctx.options, want_weight
-        )
-        grad_weight = d_weight if want_weight else None
-        grad_bias = d_bias if want_bias else None
-    return grad_hidden, grad_weight, None, grad_bias, *[None] * 8
-
-
-_logps.register_autograd(_backward, setup_context=_save)
+_operator = token_operator("triton", _logps, _outputs, _head_grads, _row_scale)
+sums_and_counts = sums_and_counts_operator("triton_segment_sums", _sums_and_counts)

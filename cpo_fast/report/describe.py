@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpo_fast.loss.options import LOSS_TYPES
 from cpo_fast.report.read import Run, counts
 
 REPORT_KINDS = frozenset({"phantom", "mimic-cxr", "open-i", "ccf", "counterfactuals"})
 """Kinds of data whose answers cpo_fast writes: a report in `<think>`, then the diagnosis."""
-
-WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
-"""As LOSS_TYPES of the loss op, which this module does not import because that imports PyTorch."""
 
 CHOSEN = "the chosen to the rejected answers of the data"
 
@@ -79,7 +77,7 @@ def describe_preference(run: Run) -> str:
 def describe_reference(run: Run) -> str:
     """The reference model of CPO, and the initial values of loss and rewards."""
     loss = run.config.get("loss_type", "sigmoid")
-    if loss in WITHOUT_REFERENCE:
+    if loss in LOSS_TYPES and not LOSS_TYPES[loss].reference:
         return f"The loss {loss} has no reference model."
     stages = str(run.config.get("stages") or "").split(",")
     sft = "sft" in stages or run.part("stages", "sft") or run.config.get("sft_checkpoint")

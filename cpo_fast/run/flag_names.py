@@ -6,7 +6,7 @@ table with the code that uses the names.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 DATASET_FORMATS = (
     "auto", "mimic-cxr", "open-i", "trl", "ms-swift", "llama-factory", "alpaca", "ranked", "ccf",
@@ -27,31 +27,6 @@ METRICS = (
     "nll_loss",
 )
 """What a row of CPO holds, of all pairs or, with `/<source>` behind the name, of a source's."""
-
-
-class Loss(NamedTuple):
-    """Whether a loss type takes `--label_smoothing`, needs it, and has a reference model."""
-
-    smoothing: bool = False
-    needs_smoothing: bool = False
-    reference: bool = True
-
-
-LOSSES = {
-    "sigmoid": Loss(smoothing=True),
-    "hinge": Loss(),
-    "ipo": Loss(),
-    "robust": Loss(smoothing=True),
-    "exo_pair": Loss(smoothing=True, needs_smoothing=True),
-    "nca_pair": Loss(),
-    "bco_pair": Loss(),
-    "sppo_hard": Loss(),
-    "apo_zero": Loss(),
-    "apo_down": Loss(),
-    "simpo": Loss(smoothing=True, reference=False),
-    "orpo": Loss(reference=False),
-    "plackett_luce": Loss(),
-}
 
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "linear": (),

@@ -23,11 +23,11 @@ from cpo_fast.flags import (
     Text,
     whole,
 )
+from cpo_fast.loss.options import LOSS_TYPES
 from cpo_fast.run.flag_names import (
     DATASET_FORMATS,
     LABEL_POLICIES,
     LOSS_IMPLS,
-    LOSSES,
     METRICS,
     SCHEDULES,
     SECTION_RULES,
@@ -96,7 +96,7 @@ RANGES: dict[str, Allowed] = {
     "torch_compile": SWITCH,
     # --- loss
     "beta": Number(above=0),
-    "loss_type": Choice(tuple(LOSSES)),
+    "loss_type": Choice(tuple(LOSS_TYPES)),
     "label_smoothing": Number(low=0, below=0.5),
     "thinking_weight": Number(low=0),
     "perception_weight": Number(low=0),

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from cpo_fast.errors import UsageError
 from cpo_fast.folders import TRAINING, check_free
 from cpo_fast.locks import check_folder
-from cpo_fast.run.flag_names import LOSSES, option_fault
+from cpo_fast.loss.options import LOSS_TYPES
+from cpo_fast.run.flag_names import option_fault
 from cpo_fast.run.flag_ranges import SOURCES
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def check_rules(args: TrainArguments) -> None:
 
 
 def _check_loss(args: TrainArguments) -> None:
-    loss = LOSSES[args.loss_type]
+    loss = LOSS_TYPES[args.loss_type]
     smoothing = f"--label_smoothing {args.label_smoothing:g}"
     if args.label_smoothing and not loss.smoothing:
         raise UsageError(f"{smoothing}: must be 0: --loss_type {args.loss_type} does not use it")

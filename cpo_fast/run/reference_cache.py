@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from cpo_fast.errors import RecordError, UsageError
 from cpo_fast.loss import linear_logprobs
+from cpo_fast.loss.segments import segment_sums
 from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, plan_epoch
@@ -180,8 +181,7 @@ class ReferenceCache:
         weight, bias = self.model.head(reference=self.adapters_off)
         hidden = self.model.hidden(batch, reference=self.adapters_off)
         logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=self.impl)
-        sums = logps.new_zeros(batch.num_segments, dtype=torch.float64)
-        return sums.index_add_(0, batch.segment_ids, logps.double()).float().cpu()
+        return segment_sums(logps, batch.segment_ids, batch.num_segments).float().cpu()
 
 
 def _names(index: int, group: PreferenceGroup) -> list[str]:

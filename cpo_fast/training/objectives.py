@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from cpo_fast.loss import CPOOutput, cpo_loss, linear_logprobs
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.options import LOSS_TYPES
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.types import PackedBatch
 

@@ -27,7 +27,7 @@ from bench.gpu.variants import LSE, using
 pytestmark = pytest.mark.complete
 
 GPU = Setting("cuda", False, "")
-MINE = ["triton lean", "cuda rows", "cuda fused", "triton masked", "reference"]
+MINE = ["triton lean", "cuda rows", "cuda fused", "reference"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_the_full_check_times_the_headline_first_and_peers_last(card: None) -> N
     found = keys(loss.units(GPU))
     assert len(found) == len(set(found))
     headline = "7B T=8192, frozen head, reference on-line: "
-    assert found[:4] == [headline + name for name in MINE[:4]]
+    assert found[:3] == [headline + name for name in MINE[:3]]
     for T in loss.TOKENS:
         for model in loss.HEADS:
             here = [key for key in found if key.startswith(f"{model} T={T}, ")]
@@ -62,13 +62,13 @@ def test_the_full_check_times_the_headline_first_and_peers_last(card: None) -> N
 
 def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -> None:
     found = loss.headline_units(GPU)
-    assert [unit.phase for unit in found] == ["loss"] * 4 + ["profile"] * 4 + ["loss"] * 5
-    assert [unit.variant for unit in found[-5:]] == [*MINE[:4], LSE]
-    assert {unit.variant for unit in found[4:8]} == {"profiler"}, "it may hang without them"
+    assert [unit.phase for unit in found] == ["loss"] * 3 + ["profile"] * 3 + ["loss"] * 4
+    assert [unit.variant for unit in found[-4:]] == [*MINE[:3], LSE]
+    assert {unit.variant for unit in found[3:6]} == {"profiler"}, "it may hang without them"
     heads = keys(loss.heads_units(GPU))
     assert heads[0] == "7B T=8192, trained head, reference on-line: triton lean"
     assert [key.partition(",")[0] for key in heads] == [
-        *["7B T=8192"] * 4, *["3B T=8192"] * 4, *["0.5B T=8192"] * 4,
+        *["7B T=8192"] * 3, *["3B T=8192"] * 3, *["0.5B T=8192"] * 3,
     ]  # fmt: skip
     names = [key.rpartition(": ")[2] for key in keys(loss.peers_units(GPU))]
     peers = ["trl chunked", "Liger fused DPO", "cut-cross-entropy"]
@@ -77,13 +77,13 @@ def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -
 
 def test_red_and_hung_variants_are_not_timed_and_the_fastest_comes_first(card: None) -> None:
     setting = Setting(
-        "cuda", False, "", red=("cuda rows", LSE), hung=("cuda fused",), best=("triton masked",)
+        "cuda", False, "", red=("triton lean", LSE), hung=("cuda fused",), best=("cuda fused",)
     )
-    assert loss.sound(setting) == ["triton masked", "triton lean", "cuda fused"]
+    assert loss.sound(setting) == ["cuda fused", "cuda rows"]
     found = loss.headline_units(setting)
-    assert not any(unit.variant in ("cuda rows", LSE) for unit in found)
+    assert not any(unit.variant in ("triton lean", LSE) for unit in found)
     profiles = keys([unit for unit in found if unit.phase == "profile"])
-    assert [key.rpartition(": ")[2] for key in profiles] == ["triton masked", "triton lean"]
+    assert [key.rpartition(": ")[2] for key in profiles] == ["cuda rows"]
     assert not any(setting.runs(unit) for unit in found if unit.variant == "cuda fused")
 
 
@@ -174,20 +174,18 @@ def test_log_probs_alone_take_the_public_function(monkeypatch: pytest.MonkeyPatc
         return torch.zeros(1)
 
     monkeypatch.setattr(loss, "linear_logprobs", linear_logprobs)
-    for provider in ("triton lean", "triton masked", "cpu"):
+    for provider in ("triton lean", "cpu"):
         called.clear()
         figures = loss.lse_only(provider, "tiny", (8, 16, 50), "cpu", 3)
         assert set(called) == {provider.partition(" ")[0]}
         assert figures["provider"] == provider and figures["case"] == loss.LSE_ONLY
 
 
-def test_a_row_kernel_of_triton_is_forced() -> None:
-    from cpo_fast.loss import cuda, triton
+def test_a_path_of_cuda_is_forced() -> None:
+    from cpo_fast.loss import cuda
 
-    with using("triton masked") as impl:
-        assert impl == "triton" and triton.row_kernel().__module__.endswith("row_kernel")
-    with using("triton lean"):
-        assert triton.row_kernel().__module__.endswith("lean_rows")
+    with using("triton lean") as impl:
+        assert impl == "triton"
     with using("cuda fused") as impl:
         assert impl == "cuda" and cuda._forced == "fused"
 
@@ -221,12 +219,12 @@ def test_settings_are_fixed_beforehand_and_each_says_what_is_expected(card: None
 
     assert set(tuning.BUILDS) <= set(VARIANTS)
     found = tuning.units(GPU)
-    assert [unit.phase for unit in found[:4]] == ["loss"] * 4, "as it is, first"
-    assert {unit.phase for unit in found[4:]} == {"tuning"}
-    assert len(found) + len(tuning.build_units(GPU)) == 4 + len(tuning.TUNINGS)
+    assert [unit.phase for unit in found[:3]] == ["loss"] * 3, "as it is, first"
+    assert {unit.phase for unit in found[3:]} == {"tuning"}
+    assert len(found) + len(tuning.build_units(GPU)) == 3 + len(tuning.TUNINGS)
     # A room is tried on another variant where its own is red; a tile and a build are not.
     red = Setting("cuda", False, "", red=("triton lean", "cuda fused"))
-    providers = {unit.key.rpartition(": ")[2] for unit in tuning.units(red)[2:]}
+    providers = {unit.key.rpartition(": ")[2] for unit in tuning.units(red)[1:]}
     assert providers == {"cuda rows"} and tuning.build_units(red) == []
 
 

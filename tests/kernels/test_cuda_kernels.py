@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cpo_fast.loss import cuda
+from cpo_fast.loss.options import LossOptions
 from tests.kernels.cuda_places import (
     HOPPER,
     NAN,
@@ -331,8 +332,8 @@ def test_large_shapes_on_a_gpu(path: str, T: int, V: int, D: int) -> None:
     labels = torch.randint(V, (T,), device=place.device, generator=generator)
     labels[::9] = -100
     hidden.requires_grad_()
-    options = {"softcap": None, "temperature": 1.0, "ignore_index": -100, "path": path}
-    logps, ref_logps = cuda.token_logps(hidden, weight, labels, None, ref, **options)
+    with cuda.forced_path(path):
+        logps, ref_logps = cuda.token_logps(hidden, weight, labels, None, ref, LossOptions())
     upstream = torch.randn(T, device=place.device, generator=generator)
     logps.backward(upstream)
     assert hidden.grad is not None and ref_logps is not None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from contextlib import nullcontext
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from bench.gpu.correctness import RULES
 from cpo_fast.loss import chunked, cpo_loss, cuda, cuda_launch, linear_logprobs, reference
-from cpo_fast.loss.segments import segment_sums as plain_segment_sums
+from cpo_fast.loss.operators import Plan
+from cpo_fast.loss.options import LossOptions
+from cpo_fast.loss.segments import sums_and_counts
 from cpo_fast.testing.error_rule import assert_as_good
+from tests.kernels.triton_cases import add_product_on_cpu
 
 
 def at(address: int, shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> Tensor:
@@ -114,6 +119,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     standin = StandIn()
     monkeypatch.setattr(cuda_launch, "kernels", lambda: standin)
     monkeypatch.setattr(cuda_launch, "site", lambda tensor: {"device": 0, "stream": 0})
+    monkeypatch.setattr(chunked, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "add_product", add_product_on_cpu)
+    monkeypatch.setattr(cuda, "_has_wgmma", lambda device: True)
     return standin
 
 
@@ -135,14 +143,15 @@ def inputs(T: int, V: int, D: int, dtype: torch.dtype, bias: bool) -> dict[str, 
     }
 
 
-def run(module: Any, case: dict[str, Any], head: bool, **options: Any) -> dict[str, Tensor]:
+def run(
+    module: Any, case: dict[str, Any], head: bool, path: str | None = None, **options: Any
+) -> dict[str, Tensor]:
     hidden = case["hidden"].clone().requires_grad_()
     weight = case["weight"].clone().requires_grad_(head)
     bias = None if case["bias"] is None else case["bias"].clone().requires_grad_(head)
-    settings = {"softcap": None, "temperature": 1.0, "ignore_index": -100, **options}
-    logps, ref_logps = module.token_logps(
-        hidden, weight, case["labels"], bias, case["ref_hidden"], **settings
-    )
+    arguments = (hidden, weight, case["labels"], bias, case["ref_hidden"], LossOptions(**options))
+    with cuda.forced_path(path) if path else nullcontext():
+        logps, ref_logps = module.token_logps(*arguments)
     assert not ref_logps.requires_grad
     logps.backward(case["upstream"].to(logps.dtype))
     found = {"logps": logps.detach(), "ref_logps": ref_logps, "hidden": hidden.grad}
@@ -235,8 +244,8 @@ def test_an_ignore_index_that_is_a_label(kernels: StandIn) -> None:
 def test_no_gradient_work_unless_asked(kernels: StandIn) -> None:
     case = inputs(20, 50, 16, torch.bfloat16, bias=False)
     arguments = [case[k] for k in ("hidden", "weight", "labels", "bias", "ref_hidden")]
-    options = {"softcap": None, "temperature": 1.0, "ignore_index": -100}
-    cuda.token_logps(*arguments, path="fused", **options)
+    with cuda.forced_path("fused"):
+        cuda.token_logps(*arguments, LossOptions())
     assert kernels.calls == ["linear_lse", "linear_lse"]
 
 
@@ -269,13 +278,13 @@ def test_segment_sums(kernels: StandIn) -> None:
     labels = torch.arange(40).where(segments >= 0, -100)
     labels[5] = -100
     scored = logps * (labels != -100)
-    found = cuda.segment_sums(scored, segments, labels, 8, -100)
-    want = plain_segment_sums(scored, segments, labels, 8, -100)
+    found = cuda.sums_and_counts(scored, segments, labels, 8, -100)
+    want = sums_and_counts(scored, segments, labels, 8, -100)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     upstream = torch.arange(8, dtype=torch.float64)
     (got,) = torch.autograd.grad(found[0], logps, upstream, retain_graph=True)
     assert torch.equal(got, torch.autograd.grad(want[0], logps, upstream)[0])
-    assert cuda.segment_sums(logps, segments.clamp(max=-1), labels, 0, -100)[0].shape == (0,)
+    assert cuda.sums_and_counts(logps, segments.clamp(max=-1), labels, 0, -100)[0].shape == (0,)
     arguments = (logps, segments, labels, 8, -100)
     torch.library.opcheck(torch.ops.cpo_fast.cuda_segment_sums, arguments)
 
@@ -333,23 +342,25 @@ def test_operators_pass_opcheck(kernels: StandIn, fused: bool) -> None:
     case = inputs(20, 50, 16, torch.bfloat16, bias=not fused)
     hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
     labels, bias, ref = case["labels"].clamp(min=-1), case["bias"], case["ref_hidden"]
-    arguments = (hidden, weight, labels, bias, ref, 0.0, 1.0, fused, True, True, True, 2**20)
+    path = "fused" if fused else "rows"
+    plan = Plan(None, 1.0, -1, True, True, True, 2**20, path, 1)
+    arguments = (hidden, weight, labels, bias, ref, *astuple(plan))
     torch.library.opcheck(torch.ops.cpo_fast.cuda_logps, arguments)
 
 
 def test_the_fused_path_is_refused_with_its_reason() -> None:
     case = inputs(20, 50, 12, torch.bfloat16, bias=True)
     arguments = [case[k] for k in ("hidden", "weight", "labels", "bias", "ref_hidden")]
-    options = {"softcap": None, "temperature": 1.0, "ignore_index": -100}
-    with pytest.raises(ValueError, match="multiple of 8"):
-        cuda.token_logps(*arguments, path="fused", **options)
-    arguments[0], arguments[1] = arguments[0][:, :8], arguments[1][:, :8]
-    with pytest.raises(ValueError, match="without bias"):
-        cuda.token_logps(*arguments, path="fused", **options)
-    with pytest.raises(ValueError, match="bfloat16"):
-        cuda.token_logps(arguments[0].half(), *arguments[1:], path="fused", **options)
-    with pytest.raises(ValueError, match="path must be"):
-        cuda.token_logps(*arguments, path="tensor", **options)
+    with cuda.forced_path("fused"):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            cuda.token_logps(*arguments, LossOptions())
+        arguments[0], arguments[1] = arguments[0][:, :8], arguments[1][:, :8]
+        with pytest.raises(ValueError, match="without bias"):
+            cuda.token_logps(*arguments, LossOptions())
+        with pytest.raises(ValueError, match="bfloat16"):
+            cuda.token_logps(arguments[0].half(), *arguments[1:], LossOptions())
+    with pytest.raises(ValueError, match="path must be"), cuda.forced_path("tensor"):
+        pass
 
 
 def test_cpu_tensors_never_reach_a_kernel() -> None:

@@ -80,14 +80,14 @@ def test_the_folder_is_no_regular_package() -> None:
 @pytest.mark.parametrize("place", ["root", "tests", "elsewhere"])
 def test_kernels_import_from_any_folder(place: str, tmp_path: Path) -> None:
     folder = {"root": ROOT, "tests": ROOT / "tests", "elsewhere": tmp_path}[place]
-    code = "import cpo_fast.kernels.row_kernel as module; print(module.__file__)"
+    code = "import cpo_fast.kernels.lean_rows as module; print(module.__file__)"
     found = Path(python(code, folder, ROOT)).resolve()
-    assert found == ROOT / "kernels" / "row_kernel.py"
+    assert found == ROOT / "kernels" / "lean_rows.py"
 
 
-@pytest.mark.parametrize("place", ["root", "tests"])
+@pytest.mark.parametrize("place", ["root", "docs"])
 def test_an_installed_kernels_package_wins(place: str, site: Path) -> None:
-    folder = {"root": ROOT, "tests": ROOT / "tests"}[place]
+    folder = {"root": ROOT, "docs": ROOT / "docs"}[place]
     found = python("import kernels; print(kernels.__file__)", folder, site)
     assert Path(found) == site / "kernels" / "__init__.py"
     # Even where the repository root stands before site-packages.
@@ -97,10 +97,10 @@ def test_an_installed_kernels_package_wins(place: str, site: Path) -> None:
 
 @needs_triton
 def test_both_packages_in_one_process(site: Path) -> None:
-    code = "import kernels, cpo_fast.kernels.row_kernel as o; print(kernels.__file__, o.__file__)"
+    code = "import kernels, cpo_fast.kernels.lean_rows as o; print(kernels.__file__, o.__file__)"
     theirs, ours = python(code, ROOT, site).split()
     assert Path(theirs) == site / "kernels" / "__init__.py"
-    assert Path(ours).resolve() == ROOT / "kernels" / "row_kernel.py"
+    assert Path(ours).resolve() == ROOT / "kernels" / "lean_rows.py"
 
 
 @pytest.mark.complete

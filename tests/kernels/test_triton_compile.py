@@ -24,8 +24,7 @@ from cpo_fast.kernels import (  # noqa: E402
     decoder_layer,
     lean_rows,
     linear_lse,
-    pair_reduction,
-    row_kernel,
+    reduction,
 )
 from tests.kernels.triton_binary import DTYPES, SHARED_LIMIT, Binary, compiled, loops  # noqa: E402
 
@@ -42,7 +41,7 @@ def test_sizes_differ_only_by_divisibility() -> None:
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     labels = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        row_kernel.row_logps_(torch.zeros(2, 16), labels, 16, grad_rows=0)
+        lean_rows.row_logps_(torch.zeros(2, 16), labels, 16, grad_rows=0)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         linear_lse.linear_lse_logps(torch.zeros(2, 16), torch.zeros(3, 16), labels)
 
@@ -72,22 +71,6 @@ def assert_rows_are_sound(binary: Binary, num_warps: int) -> None:
     assert len(re.findall(wide.format("ld"), binary.ptx)) >= 2
     assert len(re.findall(wide.format("st"), binary.ptx)) >= 1
     assert "mul.lo.s64" in binary.ptx or "mad.lo.s64" in binary.ptx  # row offsets of 64 bits
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
-@pytest.mark.parametrize("V", [152_064, 50_257])
-def test_masked_row_kernel(dtype: str, plain: bool, V: int, tmp_path: Path) -> None:
-    width = -(-V // 64) * 64
-    BR, BK, num_warps = row_kernel.row_tile(width, DTYPES[dtype].itemsize, plain=plain)
-    binary = compiled(
-        row_kernel.row_kernel,
-        row_arguments(dtype, V),
-        {"HAS_BIAS": not plain, "HAS_SOFTCAP": not plain, "BR": BR, "BK": BK},
-        tmp_path,
-        num_warps=num_warps,
-    )
-    assert_rows_are_sound(binary, num_warps)
 
 
 def lean_binary(
@@ -132,7 +115,7 @@ def test_lean_row_kernel(dtype: str, bias: bool, softcap: bool, V: int, tmp_path
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_lean_row_kernel_takes_few_instructions(dtype: str, tmp_path: Path) -> None:
     """Machine instructions per 16 logits: 110 for a reference row, which is read only, 200 for both
-    passes of a policy row. The masked kernel takes 285 and 319 (bf16, triton 3.9)."""
+    passes of a policy row."""
     binary, logits, _ = lean_binary(dtype, 152_064, tmp_path)
     assert logits == 16
     # The main loops read 16 logits in two accesses; the loops over the ragged end read 8 in one.
@@ -242,18 +225,11 @@ def test_combine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [48, 7, 1])
-def test_pair_reduction(n: int, tmp_path: Path) -> None:
-    block = {"BLOCK": pair_reduction.BLOCK}
-    common: dict[str, str | int] = {
-        "logps_ptr": "*fp64",
-        "ref_logps_ptr": "*fp64",
-        "pairs_ptr": "*i64",
-        "slopes_ptr": "*fp32",
-        "P": n,
-    }
+def test_reductions(n: int, tmp_path: Path) -> None:
+    block = {"BLOCK": reduction.BLOCK}
     for kernel, arguments in (
         (
-            pair_reduction.segment_sums_kernel,
+            reduction.segment_sums_kernel,
             {
                 "logps_ptr": "*fp32",
                 "segment_ids_ptr": "*i64",
@@ -265,18 +241,7 @@ def test_pair_reduction(n: int, tmp_path: Path) -> None:
             },
         ),
         (
-            pair_reduction.sigmoid_pairs_kernel,
-            common
-            | {
-                "losses_ptr": "*fp32",
-                "rewards_ptr": "*fp32",
-                "beta": "fp32",
-                "label_smoothing": "fp32",
-            },
-        ),
-        (pair_reduction.segment_coefficients_kernel, common | {"coefficients_ptr": "*fp32"}),
-        (
-            pair_reduction.row_scale_kernel,
+            reduction.row_scale_kernel,
             {
                 "rows_ptr": "*bf16",
                 "coefficients_ptr": "*fp32",

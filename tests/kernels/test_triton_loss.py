@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ from tests.kernels.triton_cases import (
     OPTIONS,
     head_of,
     skip_unless_runnable,
+    standing_in_for_a_gpu,
 )
 
 skip_unless_runnable()
 
 from cpo_fast.loss import cpo_loss, linear_logprobs  # noqa: E402
 from cpo_fast.loss import triton as implementation  # noqa: E402
+from cpo_fast.loss.operators import Plan  # noqa: E402
+from cpo_fast.loss.options import LossOptions  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning",  # numpy on log(0)
@@ -34,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def on_the_device() -> Iterator[None]:
-    with torch.device(DEVICE):
+    with torch.device(DEVICE), standing_in_for_a_gpu():
         yield
 
 
@@ -227,14 +231,10 @@ def test_gemms_are_counted(
     h.requires_grad_(hidden_grad)
     w.requires_grad_(weight_grad)
     if hidden_grad:
-        logps, _ = implementation.token_logps(
-            h, w, labels, bias, h.detach(), softcap=None, temperature=1.0, ignore_index=IGNORED
-        )
+        logps, _ = implementation.token_logps(h, w, labels, bias, h.detach(), LossOptions())
     else:  # alone, as when a reference is cached; then policy and reference together
         for ref in (None, h):
-            logps, _ = implementation.token_logps(
-                h, w, labels, bias, ref, softcap=None, temperature=1.0, ignore_index=IGNORED
-            )
+            logps, _ = implementation.token_logps(h, w, labels, bias, ref, LossOptions())
     assert len(calls) == forward
     if hidden_grad:
         calls.clear()
@@ -256,55 +256,33 @@ def test_a_misaligned_reference_takes_the_policys_gemm(grad: bool, monkeypatch: 
     monkeypatch.setattr(torch, "mm", watched)
     for policy, ref in ((h, shifted), (shifted, h)):
         policy = policy.detach().requires_grad_(grad)
-        logps, ref_logps = implementation.token_logps(
-            policy, w, labels, None, ref, softcap=None, temperature=1.0, ignore_index=IGNORED
-        )
+        logps, ref_logps = implementation.token_logps(policy, w, labels, None, ref, LossOptions())
         assert torch.equal(logps.detach(), ref_logps)
     assert places and not any(places)
-
-
-def test_both_row_kernels_serve_the_loss_and_no_other_name_does() -> None:
-    h, w, labels, segments, pairs = batch(23, 151, 48, torch.float16)
-    h.requires_grad_()
-    found = []
-    for name in implementation.ROW_KERNELS:
-        with implementation.forced_rows(name):
-            out = cpo_loss(
-                h, w, labels, segments, pairs, ref_hidden=h.detach().roll(1, 0), impl="triton"
-            )
-        found.append((out.logps.detach(), *torch.autograd.grad(out.loss, [h])))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="lean, masked"), implementation.forced_rows("fast"):
-        pass
 
 
 def test_opcheck() -> None:
     h, w, labels = head_of(5, 20, 8, torch.float32)
     bias = torch.randn(20)
-    options = (None, 1.0, IGNORED)
     for ref, hidden_grad, head_grad in (
         (None, True, False),
         (h, True, True),
         (h, False, False),
     ):
+        plan = Plan(None, 1.0, IGNORED, hidden_grad, head_grad, head_grad, 1 << 20, "", 1)
         args = (
             h.clone().requires_grad_(hidden_grad),
             w.clone().requires_grad_(head_grad),
             labels,
             bias.clone().requires_grad_(head_grad),
             ref,
-            *options,
-            hidden_grad,
-            head_grad,
-            head_grad,
-            1 << 20,
+            *astuple(plan),
         )
         torch.library.opcheck(torch.ops.cpo_fast.triton_logps.default, args)
     torch.library.opcheck(torch.ops.cpo_fast.triton_row_scale.default, (h, torch.randn(5)))
     torch.library.opcheck(
-        torch.ops.cpo_fast.triton_head_grad.default,
-        (h, w, labels, bias, h.new_empty(0, 64), torch.randn(5), *options, 1 << 20, True),
+        torch.ops.cpo_fast.triton_head_grads.default,
+        (torch.randn(5), h, w, labels, bias, h.new_empty(0, 64), True, True, *astuple(plan)),
     )
 
 

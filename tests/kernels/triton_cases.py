@@ -8,6 +8,8 @@ test_triton_interpreter.py runs them in a process with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +35,28 @@ def skip_unless_runnable() -> None:
     pytest.importorskip("triton")
     if DEVICE == "cpu" and not INTERPRETING:
         pytest.skip("no GPU; test_triton_interpreter.py runs this", allow_module_level=True)
+
+
+def add_product_on_cpu(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """chunked.add_product, whose product with another output dtype PyTorch has on CUDA only."""
+    torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
+
+
+@contextmanager
+def standing_in_for_a_gpu() -> Iterator[None]:
+    """In the interpreter: run `impl="triton"` on CPU tensors, planned as on an H100."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from cpo_fast.kernels import linear_lse
+    from cpo_fast.loss import chunked, triton
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "obstacle", lambda device: None)
+        patch.setattr(triton, "add_product", add_product_on_cpu)
+        patch.setattr(chunked, "multiprocessors", lambda device: 132)
+        patch.setattr(linear_lse, "is_large", lambda device: True)
+        yield
 
 
 def head_of(T: int, V: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cpo_fast.loss import available_impls, cpo_loss, linear_logprobs
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.options import LOSS_TYPES
 from cpo_fast.testing.error_rule import assert_all_as_good, norm_of_error
 from cpo_fast.testing.loss_problems import LossProblem
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from cpo_fast.loss import CPOLoss, api, available_impls, cpo_loss, linear_logprobs
+from cpo_fast.loss import CPOLoss, available_impls, cpo_loss, implementations, linear_logprobs
 
 V, D, T = 11, 6, 8
 
@@ -261,7 +261,9 @@ else:
 
 def test_preference_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, an implementation that has not been measured there is not chosen by itself."""
-    everything = {name: SimpleNamespace(obstacle=lambda device: None) for name in api._IMPLS}
-    monkeypatch.setattr(api, "_modules", everything)
+    everything = {
+        name: SimpleNamespace(obstacle=lambda device: None) for name in implementations._IMPLS
+    }
+    monkeypatch.setattr(implementations, "_modules", everything)
     names = available_impls("cuda")
     assert names.index("cuda") < names.index("triton")

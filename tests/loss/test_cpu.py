@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ if "cpu" not in available_impls("cpu"):
 
 from cpo_fast import _cpu
 from cpo_fast.loss import cpu, cpu_rows
+from cpo_fast.loss.operators import Plan
 
 T, D, V = 48, 16, 500
 
@@ -145,7 +147,7 @@ def test_bfloat16_in_blocks_of_either_dtype(
     room=st.integers(1 << 20, 1 << 30),
 )
 def test_blocks_fit_the_workspace(n: int, V: int, D: int, converts: bool, room: int) -> None:
-    chunk, width = cpu._plan(n, V, D, torch.float32, converts, room)
+    chunk, width = cpu._block_sizes(n, V, D, torch.float32, converts, room)
     size = 4 * (chunk * (width + D) + converts * width * D)
     assert 1 <= chunk <= n
     assert 1 <= width <= V
@@ -245,14 +247,14 @@ def test_opcheck(dtype: torch.dtype, head: bool) -> None:
     bias = torch.randn(V).to(dtype).requires_grad_(head)
     args = (hidden.requires_grad_(), weight.requires_grad_(head), labels, bias, hidden.detach())
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    options = (5.0, 1.0, -100, True, head, "", 1, 2**20)
+    plan = astuple(Plan(5.0, 1.0, -100, True, head, head, 2**20, "", 1))
     op = torch.ops.cpo_fast.cpu_logps.default
-    torch.library.opcheck(op, args + options, test_utils=tests)
-    stats, residual = op(*(x.detach() for x in args), *options)[3:]
+    torch.library.opcheck(op, args + plan, test_utils=tests)
+    stats, residual = op(*(x.detach() for x in args), *plan)[3:]
     coef, leaves = torch.randn(T), tuple(x.detach() for x in args[:4])
     torch.library.opcheck(
         torch.ops.cpo_fast.cpu_head_grads.default,
-        (coef, *leaves, stats, residual, 5.0, 1.0, -100, True, head, "", 1, 2**20),
+        (coef, *leaves, stats, residual, True, head, *plan),
         test_utils=tests,
     )
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ if "cpu" not in available_impls("cpu"):
 
 from cpo_fast import _cpu
 from cpo_fast.loss import cpu, cpu_rows
+from cpo_fast.loss.operators import Plan
+from cpo_fast.loss.options import LossOptions
 
 ROOT = Path(__file__).parents[2]
 ENGINES = [engine for engine in cpu_rows.ENGINES if _cpu.fused_available(engine)]
@@ -83,8 +86,7 @@ OPTIONS = [
 @pytest.mark.parametrize("scale", [0.05, 0.5, 3.0])
 def test_logps_of_both_sides_are_those_of_float64(scale: float) -> None:
     hidden, other, weight, _, labels, _ = tensors(*SIZES[0], scale)
-    options = {"softcap": None, "temperature": 0.8, "ignore_index": -100}
-    got = cpu.token_logps(hidden, weight, labels, None, other, **options)
+    got = cpu.token_logps(hidden, weight, labels, None, other, LossOptions(temperature=0.8))
     for h, logps in zip((hidden, other), got, strict=True):
         want = linear_logprobs(h.double(), weight.double(), labels, temperature=0.8)
         assert (logps <= 0).all()
@@ -242,14 +244,14 @@ def test_opcheck(engine: str) -> None:
     hidden, other, weight, bias, labels, coef = tensors(48, 16, 500, 1.0)
     args = (hidden.requires_grad_(), weight.requires_grad_(), labels, bias.requires_grad_(), other)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    options = (5.0, 1.0, -100, True, True, engine, 8, 2**20)
+    plan = astuple(Plan(5.0, 1.0, -100, True, True, True, 2**20, engine, 8))
     op = torch.ops.cpo_fast.cpu_logps.default
-    torch.library.opcheck(op, args + options, test_utils=tests)
-    stats, residual = op(*(x.detach() for x in args), *options)[3:]
+    torch.library.opcheck(op, args + plan, test_utils=tests)
+    stats, residual = op(*(x.detach() for x in args), *plan)[3:]
     leaves = tuple(x.detach() for x in args[:4])
     torch.library.opcheck(
         torch.ops.cpo_fast.cpu_head_grads.default,
-        (coef, *leaves, stats, residual, 5.0, 1.0, -100, True, True, engine, 8, 2**20),
+        (coef, *leaves, stats, residual, True, True, *plan),
         test_utils=tests,
     )
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpo_fast.loss import CPOLoss, cpo_loss
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.options import LOSS_TYPES
 
 V, D, B, L = 37, 12, 4, 9
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.05}

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cpo_fast.loss.losses import LOSS_TYPES
 from cpo_fast.report import write_report
-from cpo_fast.report.describe import WITHOUT_REFERENCE, describe_reference, shared_stage_title
+from cpo_fast.report.describe import describe_reference, shared_stage_title
 from cpo_fast.report.model_card import card_of_export, hub_name, write_cards
 from cpo_fast.report.read import Run
 from cpo_fast.run.arguments import parse_arguments
@@ -224,10 +223,6 @@ def test_a_stage_of_several_runs_has_the_title_that_fits_them_all(run: Path) -> 
     of_reports, other = (Run(run, summary={"data": {"kind": kind}}) for kind in ("ccf", "trl"))
     assert shared_stage_title([of_reports, other], "cpo") == "Preference optimisation"
     assert shared_stage_title([of_reports] * 2, "cpo") == "Counterfactual preference optimisation"
-
-
-def test_losses_without_a_reference_are_those_of_the_loss_op() -> None:
-    assert {name for name, kind in LOSS_TYPES.items() if not kind.reference} == WITHOUT_REFERENCE
 
 
 def test_the_reference_is_named_as_it_was(run: Path) -> None:

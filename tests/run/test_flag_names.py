@@ -16,9 +16,10 @@ from cpo_fast.data import DATASET_FORMATS
 from cpo_fast.data.labels import UNCERTAIN_POLICIES
 from cpo_fast.data.sections import RULES
 from cpo_fast.errors import UsageError
+from cpo_fast.loss import checks
 from cpo_fast.loss.api import impl_obstacles
-from cpo_fast.loss.checks import loss_options
-from cpo_fast.loss.losses import LOSS_TYPES
+from cpo_fast.loss.losses import FORMULAS
+from cpo_fast.loss.options import LOSS_TYPES, LossOptions
 from cpo_fast.packing.encode import OverLong
 from cpo_fast.run import flag_names
 from cpo_fast.run.arguments import TrainArguments
@@ -65,11 +66,9 @@ def test_a_schedule_that_is_accepted_can_be_built(name: str) -> None:
 
 
 def test_the_rules_of_losses_are_those_of_the_loss_op() -> None:
-    assert list(flag_names.LOSSES) == list(LOSS_TYPES)
     for name, smoothing, beta, alpha in product(LOSS_TYPES, (0.0, 0.3), (0.1, 0.0), (0.0, -1.0)):
-        assert flag_names.LOSSES[name].reference == LOSS_TYPES[name].reference
         try:
-            loss_options(name, beta, smoothing, False, 0.5, alpha)
+            checks.options(LossOptions(beta, name, smoothing, rpo_alpha=alpha))
             usable = True
         except ValueError:
             usable = False
@@ -84,7 +83,7 @@ def test_the_rules_of_losses_are_those_of_the_loss_op() -> None:
 def test_no_range_allows_what_every_loss_refuses() -> None:
     for value in (0.5, 0.9):  # at 0.5 the preferences cancel, above it the rejected are preferred
         assert "below 0.5" in str(range_of("label_smoothing").fault(value))
-    assert torch.isfinite(LOSS_TYPES["robust"].function(*torch.ones(2, 1), 0.1, 0.49)).all()
+    assert torch.isfinite(FORMULAS["robust"](*torch.ones(2, 1), 0.1, 0.49)).all()
 
 
 @pytest.mark.parametrize(("ratio", "first"), [(0.0, 0.1), (0.3, 0.0)])

@@ -44,7 +44,7 @@ def test_paper(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert 1e-7 < rates["sft"][-1] < rates["sft"][-2] and rates["cpo"][0] == 2e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["preset"], config["bf16"], config["expand_pairs"]) == ("paper", False, True)
-    assert "warning: --bf16" not in capsys.readouterr().err
+    assert "warning: bf16" not in capsys.readouterr().err
 
 
 def test_lowmem(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -53,7 +53,7 @@ def test_lowmem(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     cpo = [row for row in rows if row["stage"] == "cpo"]
     assert cpo[0]["loss"] == pytest.approx(0.693147, abs=5e-3)  # in bf16, of a cached reference
     assert list((tmp_path / "out").glob("reference*"))
-    warning = "warning: --bf16 on a processor without AVX512"
+    warning = "warning: bf16 on a processor without AVX512"
     assert warning in capsys.readouterr().err
     monkeypatch.setattr(processor, "fast_bfloat16", lambda: True)
     processor.warn_of_slow_bfloat16()
