@@ -1,4 +1,4 @@
-// Python bindings: addresses and sizes in, nothing computed. cpo_fast/loss/cpu.py owns all memory.
+// Python bindings: take addresses and sizes, compute nothing. cpo_fast/loss/cpu_rows.py owns all memory.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -29,7 +29,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The state's five rows of `stride` doubles, from entry `start` on.
+// The state's five rows of `stride` doubles, from entry `start`.
 State state_at(uintptr_t address, int64_t stride, int64_t start) {
   double* p = at<double>(address) + start;
   return {p, p + stride, p + 2 * stride, p + 3 * stride, p + 4 * stride};

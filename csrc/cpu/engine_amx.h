@@ -3,7 +3,7 @@
 
 #include "exponentials.h"
 
-// GCC 12 lets loads and stores pass its tile intrinsics.
+// GCC 12 reorders loads and stores across its tile intrinsics.
 #define FENCE() __asm__ volatile("" ::: "memory")
 
 namespace cpo {
@@ -16,11 +16,11 @@ struct Amx {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    __asm__ volatile("" ::"r"(&config) : "memory");  // GCC 12 thinks that 8 bytes of it are read
+    __asm__ volatile("" ::"r"(&config) : "memory");  // GCC 12 assumes that only 8 bytes of it are read
     _tile_loadconfig(&config);
   }
 
-  FUSED_TARGET static void end() { _tile_release(); }  // oneDNN wants them so
+  FUSED_TARGET static void end() { _tile_release(); }  // oneDNN expects released tiles
 
   // z [32 entries][32 tokens] = W H^T.
   FUSED_TARGET static void product(const uint16_t* w, int64_t stride, const uint16_t* h, int64_t D,
@@ -49,8 +49,8 @@ struct Amx {
     FENCE();
   }
 
-  // z [32 entries][32 tokens] = W H^T, and, between the tile products, the exponentials of the tile before:
-  // the vector units work while the tile unit does.
+  // z [32 entries][32 tokens] = W H^T, and, between the tile products, the exponentials of the previous tile:
+  // vector units and tile unit work in parallel.
   template <Use USE>
   FUSED_TARGET static void product_and_exponentials(const uint16_t* w, int64_t stride, const uint16_t* h, int64_t D,
                               float* z, const Pending& before, Job& job, const char*& ahead) {
@@ -86,7 +86,7 @@ struct Amx {
     if (busy) side.finish();
   }
 
-  // G^T += W^T E over the groups of a block; `fresh`: nothing is in G yet.
+  // G^T += W^T E over the groups of a block; `fresh`: G is empty.
   FUSED_TARGET static void gradient(const Job& job, const uint16_t* wt, const uint16_t* e, int64_t groups, bool fresh,
                                  float* g) {
     int64_t columns = job.padded / 16;

@@ -1,8 +1,8 @@
 // The tile products of the fused kernel by vdpbf16ps (AVX512-BF16). See tiles.h for the layouts.
 //
-// A step takes a pair of bfloat16 numbers of 8 rows of the left operand, each broadcast, and the same pair
-// of 32 columns of the right one: 16 vdpbf16ps on 10 loads, none of which waits for another. That is at
-// the limit of the multipliers, which leaves to the loop what the vendor's GEMM spends on its own packing.
+// A step loads a pair of bfloat16 numbers of 8 rows of the left operand, each broadcast, and the same pair
+// of 32 columns of the right one: 16 independent vdpbf16ps on 10 loads. This saturates the multipliers;
+// compared with the vendor's GEMM, the time of packing is saved.
 #pragma once
 
 #include "exponentials.h"
@@ -14,8 +14,8 @@ struct Avx512Bf16 {
   FUSED_TARGET static void end() {}
 
   // out [8][32] = a [8][32 * steps] b. Of a, rows are `stride` and blocks of 32 columns `step` apart; b is
-  // two halves of 16 columns. A function of its own that only stores at its end: with more around the loop
-  // GCC 12 keeps one of the sums in memory, which halves the speed.
+  // two halves of 16 columns. A separate function that stores only at its end: with more code around the
+  // loop GCC 12 keeps one of the sums in memory, which halves the speed.
   FUSED_TARGET __attribute__((noinline)) static void rows8(const uint16_t* a, int64_t stride,
                                                            int64_t step, const uint16_t* b0,
                                                            const uint16_t* b1, int64_t steps,
@@ -53,7 +53,7 @@ struct Avx512Bf16 {
       rows8(w + r * stride, stride, 32, h, h + steps * kTile, steps, z + 32 * r);
   }
 
-  // The same, and the exponentials of the tile before.
+  // The same, and the exponentials of the previous tile.
   template <Use USE>
   FUSED_TARGET static void product_and_exponentials(const uint16_t* w, int64_t stride,
                                                     const uint16_t* h, int64_t D, float* z,
@@ -64,7 +64,7 @@ struct Avx512Bf16 {
     if (before.side) Exponentials<USE>(before, job).finish();
   }
 
-  // G^T += W^T E over the groups of a block; `fresh`: nothing is in G yet.
+  // G^T += W^T E over the groups of a block; `fresh`: G is empty.
   FUSED_TARGET static void gradient(const Job& job, const uint16_t* wt, const uint16_t* e,
                                     int64_t groups, bool fresh, float* g) {
     int64_t columns = job.padded / 16;

@@ -1,4 +1,4 @@
-// From logits to exponentials, tile by tile: what both engines of the fused kernel do between products.
+// Exponentials of logits, tile by tile: the work of both engines of the fused kernel between products.
 #pragma once
 
 #include <cmath>
@@ -8,22 +8,22 @@
 
 namespace cpo {
 
-constexpr int64_t kTokens = 256;   // of a chunk: two of hidden states and one of G stay in L2
-constexpr int64_t kEntries = 320;  // of a vocabulary block; no power of two, which cache sets dislike
+constexpr int64_t kTokens = 256;   // per chunk: two chunks of hidden states and one of G stay in L2
+constexpr int64_t kEntries = 320;  // per vocabulary block; a power of two would cause conflicts in cache sets
 constexpr int64_t kGroups = kEntries / 32;
 constexpr float kRaiseBits = 48;  // exponents beyond this raise the offset
 
 struct Sums {            // of one slot, or of one side of a slot
   float k[kTokens];      // offset, in bits: E = 2^(z * log2e * scale - k)
   double sum[kTokens];   // of E over the slot's finished blocks
-  float block[kTokens];  // of E over the block at hand
+  float block[kTokens];  // of E over the current block
 };
 
-struct Side {  // policy or reference, as the tile loop sees it
+struct Side {  // policy or reference, for the tile loop
   const uint16_t* h;            // packed hidden states
   Sums* sums;
-  double *labels, *slopes;      // [chunk] the label's logit, and the soft-cap's slope there
-  uint16_t* e;                  // [kTokens / 16][kGroups] tiles; nullptr: E is not kept
+  double *labels, *slopes;      // [chunk] the label's logit, and the soft cap's slope there
+  uint16_t* e;                  // [kTokens / 16][kGroups] tiles; nullptr: E is not stored
 };
 
 struct Job {  // a chunk of tokens against all entries
@@ -35,12 +35,12 @@ struct Job {  // a chunk of tokens against all entries
   float* g;  // [slots][D / 16][padded / 16] tiles
 };
 
-struct Pending {  // a finished tile whose exponentials are still to be done
+struct Pending {  // a finished tile without its exponentials
   const Side* side = nullptr;
-  float* z;  // [32 entries][32 tokens], and as many slopes behind them
+  float* z;  // [32 entries][32 tokens], followed by as many slopes
   int64_t token, entry, group;  // first token, first entry of the vocabulary, row group in the block
   int64_t first;                // of the slot's entries
-  float* g;                     // the slot's G, nullptr while nothing is in it
+  float* g;                     // the slot's G, nullptr while it is empty
 };
 
 inline float widened(uint16_t half) {
@@ -64,7 +64,7 @@ inline void scale_kept(const Fold& fold, int64_t first, int64_t last, int64_t to
   }
 }
 
-// Raise the offset of one token: all that was summed under the old one shrinks.
+// Raise the offset of one token and rescale its sums.
 __attribute__((noinline)) inline void raise_offset(const Pending& tile, int64_t token, float k,
                                             const Job& job) {
   const Side& side = *tile.side;
@@ -87,8 +87,7 @@ __attribute__((noinline)) inline void raise_offset(const Pending& tile, int64_t 
     tile.g[(d / 16 * (job.padded / 16) + token / 16) * 256 + d % 16 * 16 + token % 16] *= factor;
 }
 
-// Before a tile's exponentials, for 16 of its tokens: rows beyond V and the label's own logit are taken
-// out.
+// Before a tile's exponentials, for 16 of its tokens: mask rows beyond V and the label's own logit.
 FUSED_TARGET inline void mask(const Pending& tile, int64_t half, Job& job) {
   float* z = tile.z + 16 * half;  // [32] rows, stride 32
   int64_t token = tile.token + 16 * half, V = job.fold->V;
@@ -103,15 +102,15 @@ FUSED_TARGET inline void mask(const Pending& tile, int64_t half, Job& job) {
     tile.side->labels[token + lane] = double(*at) * job.fold->how.scale;
     if (job.fold->how.softcap > 0) {
       double t = double(*at) / job.fold->how.softcap;
-      bool stored = tile.side->e;  // the slopes, behind z: more digits than 1 - t^2 has
+      bool stored = tile.side->e;  // the slopes, after z: more accurate than 1 - t^2
       tile.side->slopes[token + lane] = stored ? at[1024] : 1 - t * t;
     }
     *at = kNever;
   }
 }
 
-// After a tile's exponentials: raise the offsets of the tokens that are too far above theirs. The
-// exponentials must be done again then.
+// After a tile's exponentials: raise the offsets of tokens that exceed theirs by too much. The
+// exponentials must then be recomputed.
 FUSED_TARGET inline void raise_offsets(const Pending& tile, int64_t half, uint32_t above, Job& job) {
   for (uint32_t rest = above; rest; rest &= rest - 1) {
     int lane = __builtin_ctz(rest);
@@ -121,9 +120,9 @@ FUSED_TARGET inline void raise_offsets(const Pending& tile, int64_t half, uint32
   }
 }
 
-enum class Use { sum, keep, keep_capped };  // only summed; kept; kept times the soft-cap's slope
+enum class Use { sum, keep, keep_capped };  // summed only; stored; stored times the soft cap's slope
 
-// Exponentials of a pair of rows for 16 tokens: summed, and kept as bfloat16 pairs where E is wanted.
+// Exponentials of a pair of rows for 16 tokens: summed, and stored as bfloat16 pairs where E is wanted.
 template <Use USE>
 FUSED_TARGET inline void exponentials(const Pending& tile, int64_t half, int64_t pair, __m512 slope,
                                     __m512 k, __m512& sum, __m512& top) {
@@ -147,13 +146,13 @@ FUSED_TARGET inline void exponentials(const Pending& tile, int64_t half, int64_t
   }
 }
 
-// What is left to do of a tile's exponentials, in small steps.
+// The remaining work on a tile's exponentials, in small steps.
 template <Use USE>
 struct Exponentials {
   const Pending& tile;
   Job& job;
   __m512 slope, k[2], sum[2], top[2];
-  int64_t pair = -1;  // the next pair of rows; -1: nothing done yet
+  int64_t pair = -1;  // the next pair of rows; -1: not started
 
   FUSED_TARGET Exponentials(const Pending& tile, Job& job) : tile(tile), job(job) {
     slope = _mm512_set1_ps(kLog2e * job.fold->how.scale);
@@ -206,7 +205,7 @@ inline Use use_of(const Pending& tile, const Job& job) {
   return job.fold->how.softcap > 0 ? Use::keep_capped : Use::keep;
 }
 
-// The exponentials of a tile that no other tile's product follows.
+// The exponentials of the last tile, which no other tile's product follows.
 FUSED_TARGET inline void drain(const Pending& tile, Job& job) {
   switch (use_of(tile, job)) {
     case Use::sum: return Exponentials<Use::sum>(tile, job).finish();

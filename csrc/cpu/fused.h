@@ -1,12 +1,12 @@
-// Fused bfloat16 kernels: the logits never reach memory, and are float32 sums.
+// Fused bfloat16 kernels: the logits never reach memory and are float32 sums.
 //
-// For a vocabulary block and a chunk of tokens, Z^T = W H^T is made in 32 x 32 tiles with float32
+// For a vocabulary block and a chunk of tokens, Z^T = W H^T is computed in 32 x 32 tiles with float32
 // accumulators; each tile is turned into E = 2^(z - k), summed, and kept as bfloat16 in a buffer that stays
 // in the L2 cache, from which G^T += W^T E follows at once. W is read once per chunk for policy and
 // reference together. The vocabulary is cut into slots of fixed size with sums of their own, which threads
-// take one after the other and which are merged in order: the result depends neither on the number of
-// threads nor on who was first. For a trained head E can be stored, transposed, as it is made; else
-// fused_residual computes p - onehot again, block by block. A vendor GEMM makes dW of either.
+// process one after another and which are merged in order: the result is independent of the number of
+// threads and of their timing. For a trained head E can be stored, transposed, as it is computed; else
+// fused_residual recomputes p - onehot, block by block. A vendor GEMM computes dW from either.
 //
 // Two engines multiply the tiles: AMX (engine_amx.h), and vdpbf16ps of AVX512-BF16 (engine_avx512.h).
 #pragma once
@@ -28,7 +28,7 @@ struct Fold {
   int64_t n, D, V;
   Transform how;
   State state;      // of the policy: k, sum, label, slope are written, [n]
-  State ref_state;  // of the reference, where there is one
+  State ref_state;  // of the reference, if given
   float* grad;      // [*, D]: the sum E W of row index[r], for `finish`; nullptr: not wanted
   uint16_t* kept;   // [V, n] E, with minus the sum of the others at the label; nullptr: not wanted
   double* offsets;  // [slots, n] k of a slot's rows of `kept`
@@ -37,10 +37,10 @@ struct Fold {
 };
 
 struct Residual {          // p - onehot of a vocabulary block for all tokens, from fp32 logits
-  const uint16_t* packed;  // [n, D] hidden states as fused_pack leaves them
+  const uint16_t* packed;  // [n, D] hidden states, packed by fused_pack
   const uint16_t* weight;  // [cols, D] rows first .. of W
   const int64_t* labels;   // [n]
-  const double *lse, *others, *slope;  // [n] log-sum-exp, 1 - p of the label, its soft-cap's slope
+  const double *lse, *others, *slope;  // [n] log-sum-exp, 1 - p of the label, the soft cap's slope there
   int64_t first, n, D, cols;
   Transform how;
   uint16_t* out;     // [cols, n] bfloat16
@@ -48,14 +48,14 @@ struct Residual {          // p - onehot of a vocabulary block for all tokens, f
   int threads;
 };
 
-bool fused_available(Engine engine);  // has the processor it, and this process leave to use it?
+bool fused_available(Engine engine);  // whether processor and operating system support it
 
-// Bytes; slots can be any number >= 1, of which those beyond V stay empty.
+// Bytes; slots can be any number >= 1, slots beyond V stay empty.
 int64_t fused_workspace(int64_t D, int slots, bool ref, bool grad, bool kept, int threads);
 void fused_fold(Engine engine, const Fold& fold);
 int64_t fused_slot(int64_t V, int slots, int slot);  // its first entry
 
-// A trained head's second pass: the right operand once, then block after block of the residual.
+// Second pass for a trained head: pack the right operand once, then compute the residual block by block.
 int64_t fused_packed_size(int64_t n, int64_t D);
 void fused_pack(const uint16_t* hidden, int64_t n, int64_t D, uint16_t* packed, int threads);
 void fused_residual(Engine engine, const Residual& residual);

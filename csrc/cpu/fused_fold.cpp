@@ -17,7 +17,7 @@ struct Slot {
   Sums side[2];  // policy, reference
 };
 
-struct Scratch {  // of one thread
+struct Scratch {  // per thread
   uint16_t* e;    // [kTokens / 16][kGroups] tiles
   uint16_t* wt;   // [D / 16][kGroups] tiles
   uint16_t* w;    // [32][D] padded rows, where W cannot be read in place
@@ -49,7 +49,7 @@ FUSED_TARGET void pack_transposed(const uint16_t* w, int64_t stride, int64_t D, 
 // The groups of E of a block whose first entry is `start` -> rows of `kept`.
 FUSED_TARGET void store_kept(const Job& job, const uint16_t* e, int64_t start, int64_t groups) {
   const Fold& fold = *job.fold;
-  __m512i even, odd;  // words of the even and the odd entries of two tiles
+  __m512i even, odd;  // words of the even and odd entries of two tiles
   alignas(64) uint16_t at[32];
   for (int i = 0; i < 32; i++) at[i] = uint16_t(2 * i);
   even = _mm512_load_si512(at);
@@ -124,7 +124,7 @@ FUSED_TARGET void fold_slot(Job& job, int64_t first, int64_t last, Slot& slot, f
 
 // --- merging ----------------------------------------------------------------------------------------
 
-// The slots' sums under one offset per token; factors[slot][token] is what their G is worth under it.
+// Rescale the slots' sums to one offset per token; factors[slot][token] rescales their G.
 void merge_sums(const Job& job, const Slot* slots, int side, const State& state, float* factors) {
   int64_t start = job.start;
   int count = job.fold->slots;
@@ -144,7 +144,7 @@ void merge_sums(const Job& job, const Slot* slots, int side, const State& state,
   }
 }
 
-// What is stored of E, finished: the offsets of its slots, and the label's entry.
+// Finish the stored E: the offsets of its slots, and the label's entry.
 void finish_kept(const Job& job, const Slot* slots, int64_t t) {
   const Fold& fold = *job.fold;
   int64_t token = job.start + t, label = job.labels[t];
@@ -154,7 +154,7 @@ void finish_kept(const Job& job, const Slot* slots, int64_t t) {
     int64_t first = first_entry(fold.V, fold.slots, s), last = first_entry(fold.V, fold.slots, s + 1);
     double k = slots[s].side[0].k[t];
     if (first <= label && label < last) {
-      if (top - k > kRaiseBits) {  // the sum of the others would not fit under this slot's offset
+      if (top - k > kRaiseBits) {  // the sum of the others would overflow under this slot's offset
         scale_kept(fold, first, last, token, float(std::exp2(k - top)));
         k = top;
       }
@@ -165,7 +165,7 @@ void finish_kept(const Job& job, const Slot* slots, int64_t t) {
   }
 }
 
-// grad rows of 16 tokens = sum over slots of factor * G, turned back from tiles.
+// grad rows of 16 tokens = sum over slots of factor * G, converted from tiles to rows.
 void merge_gradient(const Job& job, int64_t group, const float* factors) {
   const Fold& fold = *job.fold;
   int64_t columns = job.padded / 16, size = job.D / 16 * columns * 256, start = job.start;
@@ -185,7 +185,7 @@ void merge_gradient(const Job& job, int64_t group, const float* factors) {
   }
 }
 
-struct Arena {  // hands out parts of the workspace, or only counts them
+struct Arena {  // allocates parts of the workspace, or only counts bytes
   char* base;
   int64_t used = 0;
   template <typename T>
@@ -312,7 +312,7 @@ bool fused_available(Engine engine) {
   if (choose("avx512") == nullptr) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512-BF16
   if (engine == Engine::avx512_bf16) return true;
-#ifdef CPO_FAST_EMULATED_TILES  // of a test
+#ifdef CPO_FAST_EMULATED_TILES  // set by a test
   return true;
 #endif
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;

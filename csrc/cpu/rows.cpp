@@ -1,4 +1,4 @@
-// Choice of the ISA, and the part of the row kernels that is a few numbers per row.
+// Choice of the ISA, and the work of the row kernels on a few numbers per row.
 #include "rows.h"
 
 #include <cmath>
@@ -41,11 +41,11 @@ void finish(const State& state, float scale, const int64_t* labels, const int64_
             const void* weight, Type type, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < rows; r++) {
-    // With d the label's lead, total = sum + e^d: each branch is exact where the other overflows.
+    // With d = label's logit - offset, total = sum + e^d: each branch is exact where the other overflows.
     double d = state.label[r] - state.k[r], sum = state.sum[r], other, per_e;
     int64_t at = index[r];
     if (d > 0) {
-      double small = std::exp(-d);  // of the label itself, so that nothing overflows
+      double small = std::exp(-d);  // relative to the label, to avoid overflow
       logps[at] = float(-std::log1p(sum * small));
       lse[at] = state.label[r] + std::log1p(sum * small);
       other = sum * small / (1 + sum * small);

@@ -1,13 +1,13 @@
 // Row kernels between the two matrix products of the loss op: interface, one implementation per ISA.
 //
-// The vocabulary is worked off in blocks. For each block a GEMM (done by the caller) gives the logits
+// The vocabulary is processed in blocks. For each block a GEMM (done by the caller) gives the logits
 // z [rows, cols]; `softmax_block` folds them into running per-row state and, when a gradient is wanted,
-// overwrites them with E = exp(z - k) (times the soft-cap's derivative); a second GEMM gives E W, which
-// `accumulate` adds up in float32; `finish` turns state and sum into log-probs and the unscaled gradient
+// overwrites them with E = exp(z - k) (times the soft cap's derivative); a second GEMM gives E W, which
+// `accumulate` adds up in float32; `finish` computes log-probs from state and sum and the unscaled gradient
 //     g = d logp / d h = (1 - p_y) W[y] - sum over the others p_j W[j].
 // The label is left out of the exponentials, so a log-prob can never be positive and 1 - p_y is exact.
 // k is an offset per row that is raised only when a block exceeds it by more than kRaise: E stays in the
-// range of bfloat16 and float32 in between, and sums need rescaling once or twice in all.
+// range of bfloat16 and float32, and sums are rescaled only once or twice in total.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };  // f16: weight rows only
 
 constexpr float kRaise = 32.0f;
 
-struct Transform {  // logits as the head defines them: (softcap * tanh((z + bias) / softcap)) * scale
+struct Transform {  // logits of the head: (softcap * tanh((z + bias) / softcap)) * scale
   const float* bias;  // [V] or nullptr
   float softcap;      // 0: none
   float scale;        // 1 / temperature
@@ -29,8 +29,8 @@ struct State {
   double* k;       // offset of the exponentials
   double* sum;     // sum over the other entries of exp(z - k)
   double* label;   // the label's logit
-  double* slope;   // the soft-cap's derivative at the label
-  double* raised;  // exp(old k - new k) of the last block: what earlier sums must be multiplied by
+  double* slope;   // the soft cap's derivative at the label
+  double* raised;  // exp(old k - new k) of the last block: the factor for earlier sums
 };
 
 struct Block {  // logits of vocabulary entries first .. first + cols - 1
@@ -63,7 +63,7 @@ struct Isa {
 
 extern const Isa kPortable, kAvx2, kAvx512;
 
-// The widest ISA that this processor has, or the named one; nullptr for a name it does not have.
+// The widest ISA of this processor, or the named one; nullptr if the processor lacks it.
 const Isa* choose(const char* name);
 
 // Log-probs and gradients from the final state; outputs at index[r]. `grad` [*, width] float32 holds the

@@ -1,4 +1,4 @@
-// Row kernels for AVX2 with FMA; called only after a look at the processor.
+// Row kernels for AVX2 with FMA; called only where the processor supports it.
 #include <omp.h>
 #include <xmmintrin.h>
 

@@ -1,4 +1,4 @@
-// Row kernels for AVX-512; called only after a look at the processor.
+// Row kernels for AVX-512; called only where the processor supports it.
 #include <immintrin.h>
 #include <omp.h>
 

@@ -1,6 +1,6 @@
 // The row kernels, written once with GCC vector extensions. Each rows_<isa>.cpp sets its compiler target,
 // WIDTH (floats per vector) and NAME, then includes this. Everything is in an unnamed namespace and no
-// library template is used, so that the linker cannot merge code of one target into another.
+// library template is used, so that the linker cannot merge code of different targets.
 
 #include <omp.h>
 #include <xmmintrin.h>
@@ -20,8 +20,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 
 constexpr float kInf = __builtin_inff();
-// exp(x) below this is written as 0: it is worth nothing beside a sum >= exp(-kRaise), and products with
-// weights stay clear of denormals, which slow a GEMM fifty-fold.
+// exp(x) below this is written as 0: it is negligible relative to a sum >= exp(-kRaise), and this avoids
+// denormal products with weights, which slow a GEMM fifty-fold.
 constexpr float kNothing = -60.0f;
 
 // Denormals are flushed inside a parallel region and the thread's mode restored at its end.
@@ -47,12 +47,12 @@ inline Floats load(const uint16_t* p) {  // bfloat16 is the upper half of a floa
   return (Floats)(__builtin_convertvector(h, Words) << 16);
 }
 
-// Round to nearest even. A NaN that came from bfloat16 logits has zeros below and stays one.
+// Round to nearest even. A NaN from bfloat16 logits has zero low bits and stays NaN.
 inline void store(uint16_t* p, Floats v) {
   Words bits = (Words)v;
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 #if WIDTH == 16
-  Halves h = (Halves)_mm512_cvtepi32_epi16((__m512i)bits);  // which GCC 12 does not find by itself
+  Halves h = (Halves)_mm512_cvtepi32_epi16((__m512i)bits);  // GCC 12 does not generate this instruction itself
 #else
   Halves h = __builtin_convertvector(bits, Halves);
 #endif
@@ -78,7 +78,7 @@ struct Exponential {
   Floats scale, part;
 };
 
-// part = r + r^2 q(r), with q fitted (least greatest relative error of part, 1.4e-8).
+// part = r + r^2 q(r), with a minimax q (relative error of part 1.4e-8).
 inline Exponential exponential(Floats x) {  // for -87 <= x <= 88; relative error below 1e-7
   Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves n in the low bits
   Floats n = shifted - 12582912.0f;
@@ -97,8 +97,8 @@ inline Floats exp_vector(Floats x) {  // 0 below kNothing; NaN stays NaN
   return x < kNothing ? Floats{} : e.scale + e.scale * e.part;
 }
 
-// With e = exp(-2 |x|): |tanh(x)| = (1 - e) / (1 + e), which keeps its digits near 0, or 1 - 2 e / (1 + e),
-// which keeps them near 1. Its derivative 4 e / (1 + e)^2 keeps them everywhere; 1 - tanh^2 does not.
+// With e = exp(-2 |x|): |tanh(x)| = (1 - e) / (1 + e), accurate near 0, or 1 - 2 e / (1 + e), accurate
+// near 1. The derivative 4 e / (1 + e)^2 is accurate everywhere; 1 - tanh^2 is not.
 inline Floats tanh_vector(Floats x, Floats* derivative) {
   Floats size = x < 0.0f ? -x : x;
   size = size > 20.0f ? splat(20.0f) : size;
@@ -128,7 +128,7 @@ inline double lanes_sum(Floats v) {
   return s;
 }
 
-// One vector, at the ragged end through a padded copy; `fill` stands where there is no column.
+// One vector; at the end of a row from a padded copy with `fill` beyond the last column.
 template <typename T>
 inline Floats load_part(const T* p, int64_t n, float fill) {
   if (n >= WIDTH) return load(p);
@@ -143,8 +143,8 @@ inline void store_part(T* p, Floats v, int64_t n) {
   for (int i = 0; i < n; i++) store1(p + i, v[i]);
 }
 
-// Logits of one vector of columns as the head defines them, the ragged end filled with -inf; PLAIN
-// where nothing is to be done to them.
+// The head's logits of one vector of columns, -inf beyond the last column; PLAIN: no bias, soft cap or
+// scale.
 template <bool PLAIN, typename T>
 inline Floats logits(const T* z, int64_t column, const Block& block, const Transform& how,
                      Floats* slope) {
@@ -166,7 +166,7 @@ template <bool PLAIN, typename T>
 void softmax_row(T* z, int64_t row, const Block& block, const Transform& how, const State& state,
                  bool write) {
   int64_t label = block.labels[row] - block.first;
-  if (label >= 0 && label < block.cols) {  // keep the label's logit, and take it out of the others
+  if (label >= 0 && label < block.cols) {  // save the label's logit and mask it
     Floats raw = splat(load1(z + label)), slope = splat(1.0f);
     float bias[WIDTH] = {};
     if (how.bias) bias[0] = how.bias[block.labels[row]];
@@ -174,7 +174,7 @@ void softmax_row(T* z, int64_t row, const Block& block, const Transform& how, co
     state.slope[row] = slope[0];
     store1(z + label, -kInf);
   }
-  // A soft-cap would bring the label's -inf back to -softcap: it is masked again at every use.
+  // A soft cap maps the label's -inf to -softcap: it is masked again at every use.
   bool capped = !PLAIN && how.softcap > 0;
   auto others = [&](int64_t c, Floats* slope) {
     Floats v = logits<PLAIN>(z, c, block, how, slope);

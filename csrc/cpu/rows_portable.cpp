@@ -1,4 +1,4 @@
-// Row kernels for any x86-64 (or, by the compiler's own lowering, any) processor.
+// Row kernels for any x86-64 processor, or any other by the compiler's lowering.
 #define WIDTH 4
 #define NAME "portable"
 #define ISA kPortable

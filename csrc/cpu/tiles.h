@@ -1,4 +1,4 @@
-// What the fused kernels share: layouts, packing, vector functions.
+// Shared by the fused kernels: layouts, packing, vector functions.
 //
 // A tile is 1 KiB. "Packed" operands are arrays of whole tiles, of full cache lines:
 //   h   [token / 16][d / 32] tiles of [16 d-pairs][16 tokens][2]     right operand of Z^T = W H^T
@@ -14,20 +14,20 @@
 
 #include "rows.h"
 
-// AMX among them, so that one code serves both engines; no compiler uses it unasked.
+// Includes AMX, so that one source serves both engines; compilers use AMX only through intrinsics.
 #define FUSED_TARGET \
   __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 #define FUSED_INLINE FUSED_TARGET inline __attribute__((always_inline))
 
 namespace cpo {
 
-constexpr int64_t kTile = 512;  // bfloat16 numbers of a tile
+constexpr int64_t kTile = 512;  // bfloat16 numbers per tile
 constexpr float kLog2e = 1.44269504f;
-constexpr float kNever = -1e30f;  // a logit that counts for nothing
+constexpr float kNever = -1e30f;  // a masked logit
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// [n, D] -> right operand; what lies beyond n or D is zero. One group of 16 tokens.
+// [n, D] -> right operand; zero beyond n and D. One group of 16 tokens.
 inline void pack_hidden(const uint16_t* hidden, int64_t n, int64_t D, int64_t padded_D, int64_t group,
                  uint16_t* h) {
   uint16_t* tile = h + group * (padded_D / 32) * kTile;
@@ -63,7 +63,7 @@ FUSED_TARGET inline void transpose16(__m512i r[16]) {
   }
 }
 
-// 2^x, 0 far below; relative error 2e-7.
+// 2^x, 0 on underflow; relative error 2e-7.
 FUSED_TARGET inline __m512 exp2_vector(__m512 x) {
   __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 f = _mm512_sub_ps(x, n);
@@ -77,7 +77,7 @@ FUSED_TARGET inline __m512 exp2_vector(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// tanh(x), with an absolute error of 2e-7, and its derivative, which keeps its digits where tanh is near 1.
+// tanh(x), with an absolute error of 2e-7, and its derivative, accurate also where tanh is near 1.
 FUSED_TARGET inline __m512 tanh_vector(__m512 x, __m512* derivative) {
   x = _mm512_min_ps(_mm512_set1_ps(20), _mm512_max_ps(_mm512_set1_ps(-20), x));  // NaN passes
   __m512 e = exp2_vector(_mm512_mul_ps(x, _mm512_set1_ps(2 * kLog2e)));
@@ -90,7 +90,7 @@ FUSED_TARGET inline __m512 tanh_vector(__m512 x, __m512* derivative) {
 }
 
 // z [32 entries][32 tokens], of which `rows` are entries first .. of the vocabulary, becomes the head's
-// logits without `how.scale`; slopes, of the same shape: the soft-cap's derivative, where asked for.
+// logits without `how.scale`; slopes, of the same shape: the soft cap's derivative, if requested.
 FUSED_TARGET inline void transform_tile(const Transform& how, int64_t first, int64_t rows, float* z,
                                         float* slopes) {
   __m512 cap = _mm512_set1_ps(how.softcap), part = _mm512_set1_ps(1 / how.softcap);
@@ -98,7 +98,7 @@ FUSED_TARGET inline void transform_tile(const Transform& how, int64_t first, int
   for (int64_t i = 0; i < 64 && i < 2 * rows; i++) {
     __m512 x = _mm512_load_ps(z + 16 * i);
     if (how.bias) x = _mm512_add_ps(x, _mm512_set1_ps(how.bias[first + i / 2]));
-    x = _mm512_max_ps(lowest, x);  // a bias may be -Inf; NaN passes
+    x = _mm512_max_ps(lowest, x);  // a bias can be -Inf; NaN passes
     if (how.softcap > 0) {
       x = _mm512_mul_ps(tanh_vector(_mm512_mul_ps(x, part), slopes ? &slope : nullptr), cap);
       if (slopes) _mm512_store_ps(slopes + 16 * i, slope);
