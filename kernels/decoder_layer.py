@@ -3,10 +3,10 @@
     swiglu    silu(gate) * up (Shazeer 2020, arXiv:2002.05202)
     rotate    x cos + rotate_half(x) sin for every head of a row (Su et al. 2021, arXiv:2104.09864)
 
-Written out in torch they take three and five launches, and as many passes over memory. Here the
-arithmetic is float32 and rounds once. Both have a backward, which is differentiable no further.
+In eager torch they take three and five launches, and as many passes over memory. Here the
+arithmetic is float32 and rounds once. Both have a first derivative only.
 
-Untested on a GPU: run in Triton's interpreter and compiled ahead of time for sm_90.
+Untested on a GPU; tested in Triton's interpreter and by ahead-of-time compilation for sm_90.
 """
 
 # mypy: allow-untyped-defs
@@ -51,7 +51,7 @@ def swiglu_backward_kernel(
 
 @triton.jit
 def rotate_kernel(
-    x_ptr,  # [T, H, d], whose d is contiguous
+    x_ptr,  # [T, H, d], contiguous in d
     cos_ptr,  # [T, d], contiguous
     sin_ptr,  # [T, d], contiguous
     out_ptr,  # [T, H, d], contiguous
@@ -59,8 +59,8 @@ def rotate_kernel(
     head_stride,
     H,
     HALF: tl.constexpr,  # d / 2
-    HEADS: tl.constexpr,  # a power of two, H at least
-    WIDTH: tl.constexpr,  # a power of two, d / 2 at least
+    HEADS: tl.constexpr,  # a power of two >= H
+    WIDTH: tl.constexpr,  # a power of two >= d / 2
     BACKWARD: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
@@ -87,14 +87,15 @@ def rotate_kernel(
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in their shape and dtype (any floating one); both get gradients."""
+    """silu(gate) * up, in the inputs' shape and floating dtype; differentiable in both."""
     return _SwiGlu.apply(gate, up)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[T, H, d] of x [T, H, d], any floating dtype, d even: the halves of every head turned by the
-    row's angles, whose `cos` and `sin` are [T, d] and get no gradients. What returns is
-    contiguous."""
+    """Rotate the halves of every head of x [T, H, d] by the row's angles; contiguous [T, H, d].
+
+    Any floating dtype, d even. `cos` and `sin` are [T, d] and get no gradients.
+    """
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
 
 
@@ -127,15 +128,15 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, backward=False)
+        return _apply_rotation(x, cos, sin, backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, backward=True), None, None
+        return _apply_rotation(grad, *ctx.saved_tensors, backward=True), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
+def _apply_rotation(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     rows, heads, size = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()

@@ -1,14 +1,13 @@
-"""Arithmetic shared by the Triton kernels: stable log-probs without positive values.
+"""Arithmetic shared by the Triton kernels: stable log-probs that are never positive.
 
-With the label y left out of the sum, S = sum over j != y of exp(z_j - m) and m their maximum,
+With S = sum over j != y of exp(z_j - m) without the label y, and m the maximum of these z_j,
 
     logp = -log1p(exp(a)),    a = m + log(S) - z_y,
 
-cannot be positive however the logits were rounded, and is exact where the label takes nearly all
-of the mass (1 - p_y = sigmoid(a) is then far below the rounding of p_y).
+is never positive, for any rounding of the logits, and is exact where the label has nearly all of
+the mass (1 - p_y = sigmoid(a) is then far below the rounding error of p_y).
 
-Only `tl` primitives are used: libdevice functions do not exist in Triton's interpreter, where the
-tests run.
+Uses `tl` primitives only: Triton's interpreter, where the tests run, has no libdevice functions.
 """
 
 # mypy: allow-untyped-defs
@@ -24,7 +23,8 @@ import triton.language as tl
 
 @contextlib.contextmanager
 def launching_on(tensor: torch.Tensor) -> Iterator[None]:
-    """Make the tensor's device current, where Triton launches whatever its arguments' device is.
+    """Make the tensor's device current: Triton launches on the current device, not on that of its
+    arguments.
 
     Raises ValueError for a CPU tensor unless Triton's interpreter is on (TRITON_INTERPRET=1).
     """
@@ -39,14 +39,14 @@ def launching_on(tensor: torch.Tensor) -> Iterator[None]:
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1: the rounding of 1 + x is divided out again."""
+    """log(1 + x) for 0 <= x <= 1; divides out the rounding error of 1 + x."""
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
 @triton.jit
 def softplus(a):
-    """log(1 + exp(a)) without overflow; +-inf and NaN come out as they should."""
+    """log(1 + exp(a)) without overflow; correct for +-inf and NaN."""
     positive = tl.where(a > 0, a, 0.0)
     return positive + log1p(tl.exp(-tl.abs(a)))
 
@@ -60,10 +60,10 @@ def sigmoid(a):
 
 @triton.jit
 def tanh_and_slope(x):
-    """tanh(x) and its derivative, each to a few ulp."""
+    """tanh(x) and its derivative, accurate to a few ulp."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-    # Near zero 1 - e has lost its digits: the Taylor series, good to 1e-8 relative below 0.25.
+    # Near zero 1 - e cancels; the Taylor series has a relative error of 1e-8 below 0.25.
     q = x * x
     series = 1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835))))
     slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
@@ -72,7 +72,7 @@ def tanh_and_slope(x):
 
 @triton.jit
 def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The soft cap of z where there is one, and d capped / d z (1.0 without a cap)."""
+    """z, soft-capped if HAS_SOFTCAP, and d capped / d z (1.0 without a cap)."""
     slope = 1.0
     if HAS_SOFTCAP:
         t, slope = tanh_and_slope(z / softcap)
@@ -88,24 +88,24 @@ def final_logits(
     inv_temperature,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Bias, soft cap and temperature; and d z / d raw, of the shape of z or a scalar."""
+    """z after bias, soft cap and temperature, and d z / d raw, in the shape of z or a scalar."""
     z, slope = capped(z + bias, softcap, HAS_SOFTCAP)
     return z * inv_temperature, slope * inv_temperature
 
 
 @triton.jit
 def shift(m):
-    """What to subtract before exp: the maximum, or 0 where nothing finite was seen (-inf)."""
+    """The offset subtracted before exp: the maximum m, or 0 if m is -inf."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def logp_from_odds(a, label_logit):
-    """Log-prob of the label from `a`, the log of the others' sum over the label's term.
+    """Log-prob of the label from `a` = log(sum of the other terms / the label's term).
 
     Returns (logp, probability of not being the label).
     """
-    a = tl.where(label_logit == float("inf"), float("nan"), a)  # overflow is shown, not hidden
+    a = tl.where(label_logit == float("inf"), float("nan"), a)  # overflow gives NaN
     return -softplus(a), sigmoid(a)
 
 
@@ -116,5 +116,5 @@ def logp_from_parts(m, s, label_logit):
     Returns (logp, probability of not being the label).
     """
     a = (m - label_logit) + tl.log(s)
-    a = tl.where((s == 0.0) & (label_logit > float("-inf")), float("-inf"), a)  # nobody else
+    a = tl.where((s == 0.0) & (label_logit > float("-inf")), float("-inf"), a)  # no other term
     return logp_from_odds(a, label_logit)

@@ -1,6 +1,6 @@
-"""What a caller most likely meant by an argument that checks.py refuses: the end of its message.
+"""Hints for arguments that checks.py refuses: what the caller most likely meant.
 
-Every function gives "" or ": " and what to do. None looks at the values of a tensor.
+Every function returns "" or ": " and what to do. None reads the values of a tensor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cpo_fast.flags import near
 
-# Names of losses that other libraries and papers use.
+# Loss names of other libraries and papers.
 _OTHER_NAMES = {
     "dpo": "'sigmoid' is the DPO loss",
     "cpo": "'sigmoid' is the loss of counterfactual preference optimisation",
@@ -24,7 +24,7 @@ _OTHER_NAMES = {
     "sft": "use linear_logprobs: the loss is -linear_logprobs(...).mean()",
 }
 
-# The argument that holds one entry for each token, and what fails when it does not.
+# Arguments with one entry per token, and the likely cause of another length.
 _PER_TOKEN = {
     "labels": "hidden[t] predicts labels[t], so drop the last state and the first label of each "
     "sequence, or use cpo_fast.from_padded",
@@ -34,7 +34,7 @@ _PER_TOKEN = {
 
 
 def on_type(name: str, value: object) -> str:
-    """For a value that is no tensor."""
+    """For a value that is not a tensor."""
     if isinstance(value, nn.Module):
         if hasattr(value, "lm_head"):
             return f": pass model.lm_head.{'bias' if 'bias' in name else 'weight'}"
@@ -94,8 +94,8 @@ def on_number(name: str, value: object) -> str:
 
 
 def on_head(hidden: Tensor, weight: Tensor, names: tuple[str, str]) -> str | None:
-    """The whole message where hidden's last size is the first of weight: logits, or a transposed
-    weight. None elsewhere."""
+    """The whole message where hidden's last size is weight's first, as with logits or a transposed
+    weight; else None."""
     if hidden.shape[1] == weight.shape[1] or hidden.shape[1] != weight.shape[0]:
         return None
     states, head = names

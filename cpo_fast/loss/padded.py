@@ -1,4 +1,4 @@
-"""From the padded batch of a transformers model to the arguments of `cpo_loss`."""
+"""The arguments of `cpo_loss` from the padded batch of a transformers model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PaddedInputs(TypedDict):
 
     hidden: Tensor  # [T, D]
     labels: Tensor  # [T]
-    segment_ids: Tensor  # [T] the row of the batch
+    segment_ids: Tensor  # [T] row of the batch
     pairs: Tensor  # [P, 2]
     ref_hidden: Tensor | None  # [T, D]
     num_segments: int  # B
@@ -33,23 +33,23 @@ def from_padded(
     """The arguments of `cpo_loss` for a padded batch: `cpo_loss(weight=..., **from_padded(...))`.
 
     - `hidden` [B, L, D]: the last hidden states of all positions, after the final norm
-      (`model.model(...).last_hidden_state`, or `hidden_states[-1]` of an output). Not shifted.
+      (`model.model(...).last_hidden_state`, or `hidden_states[-1]` of the output). Not shifted.
     - `labels` [B, L] int64: the token ids at the same positions, `ignore_index` for prompt and
       padding. Not shifted: position l is predicted by the state at l - 1, as in transformers, so
-      the label at position 0 is never scored. Padding may be on either side.
+      the label at position 0 is never scored. Padding can be on either side.
     - `ref_hidden` [B, L, Dr]: the states of the reference model, or None.
     - `pairs` [P, 2] int64: rows (chosen, rejected) of the batch. Default: the first half of the
-      batch is chosen and the second half rejected, in the same order, as trl's collator does it.
-    - `drop_ignored`: leave out the tokens that are not scored. Their number is a value, so this
-      waits once for a GPU. It pays there when prompts and padding are many: the Triton and CUDA
-      implementations compute every token that they are given. The native CPU implementation
-      leaves ignored tokens out by itself.
+      batch is chosen and the second half rejected, in the same order, as in trl's collator.
+    - `drop_ignored`: remove the tokens that are not scored. Their number depends on values, so this
+      waits once for a GPU. It pays off with many prompt and padding tokens: the Triton and CUDA
+      implementations compute every token. The native CPU implementation always skips ignored
+      tokens.
 
     Returns a dict: `hidden` and `ref_hidden` [T, D] (views unless `drop_ignored`), `labels` and
-    `segment_ids` [T], `pairs`, `num_segments` B. T is B L. A non-default `ignore_index` goes to
-    `cpo_loss`, too.
+    `segment_ids` [T], `pairs`, `num_segments` B. T is B L. Pass a non-default
+    `ignore_index` to `cpo_loss`, too.
 
-    Raises TypeError or ValueError that names the argument and says what to pass.
+    Raises TypeError or ValueError, which name the argument and say what to pass.
     """
     whole = "from_padded shifts: pass the states and the labels of all positions of the batch"
     checks.tensor("hidden", hidden, ("B", "L", "D"), checks.FLOATS, shape_hint=whole)
