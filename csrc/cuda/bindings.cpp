@@ -1,6 +1,6 @@
-// cpo_fast._cuda: the launchers of csrc/cuda for Python, by addresses. Knows nothing of torch and
-// computes nothing; cpo_fast/loss/cuda.py checks shapes and types. Importing it does not touch the
-// CUDA driver.
+// cpo_fast._cuda: the launchers of csrc/cuda for Python, by addresses. Independent of torch, computes
+// nothing; the caller, cpo_fast/loss/cuda_launch.py, ensures shapes and types. Importing it does not
+// touch the CUDA driver.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

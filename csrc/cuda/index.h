@@ -23,7 +23,7 @@ CPO_HD constexpr int64_t offset_2d(int64_t row, int64_t stride, int64_t column) 
 constexpr int kVec = 8;               // 16-bit values in a vector
 constexpr int kRowThreads = 1024;     // one vector per thread and piece
 constexpr int kPieceVecs = kRowThreads;
-constexpr int kMaxPieces = 14;        // 14 x 16 KiB of the 227 KiB that a CTA may have
+constexpr int kMaxPieces = 14;        // 14 x 16 KiB of the 227 KiB available to a CTA
 
 CPO_HD constexpr int row_vecs(int vocab) { return static_cast<int>(ceil_div(vocab, kVec)); }
 
@@ -83,7 +83,7 @@ constexpr int kBytesH = kTileM * kTileK * 2;
 constexpr int kBytesW = kTileN * kTileK * 2;
 constexpr int kStageBytes = kBytesH + kBytesW;
 
-// What one would tune on a device can be set by -DCPO_BAND=... and so on.
+// Tuning parameters, set by -DCPO_BAND=... and so on.
 #ifndef CPO_BAND
 #define CPO_BAND 8
 #endif

@@ -1,4 +1,4 @@
-// What the launchers share on the host side.
+// Host code shared by the launchers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-// Makes `device` current for a launch and puts back what was: the caller's code may rely on it.
+// Makes `device` current for a launch, then restores the caller's current device.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

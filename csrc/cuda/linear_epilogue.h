@@ -21,7 +21,7 @@ struct Job {
   int* redo;            // [row_pairs] 1: some row's offset is out of reach; null without E
 };
 
-// What a launch of linear_kernel makes.
+// The outputs of a launch of linear_kernel.
 enum class Make {
   kSums,      // log-probs only
   kSumsAndE,  // and E under the given offsets; clears the redo flags
@@ -134,7 +134,7 @@ __device__ __forceinline__ void epilogue(float (&acc)[kAccumulators], Rows& rows
         acc[i] = exp2_fast(fmaf(acc[i], c, -top));
         sums[i % 2] += acc[i];
       }
-      // fmaf by name: with and without E the same bits, not as the compiler likes to contract
+      // Explicit fmaf: equal bits with and without E, whatever the compiler contracts.
       rows.part[h] = {top, fmaf(rows.part[h].sum, exp2_fast(rows.part[h].top - top),
                                 sums[0] + sums[1])};
       if constexpr (kMake == Make::kSumsAndE) {

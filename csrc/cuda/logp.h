@@ -30,11 +30,11 @@ struct Scaling {
   float c;
   float natural;
   float inverse;  // 1 / temperature
-  float lowest;   // the top of a sum that counts nothing; finite, so that top - top is 0
+  float lowest;   // the top of an empty sum; finite, so that top - top is 0
   float highest;  // from here on sums may overflow
 };
 
-// The rounding of a product beyond 2^30, which every term has in it, is too much for exp2.
+// Beyond 2^30 the rounding error of the product z c is too large for exp2.
 CPO_HD Scaling scaling(float temperature) {
   return {kLog2e / temperature, kLn2, 1.0f / temperature, -1073741824.0f, 1073741824.0f};
 }
@@ -87,8 +87,8 @@ CPO_HD RowResult finish_row(Partial part, float label_logit, bool has_label, Sca
   const float over = fmaf(label_logit, 0.5f * scaling.c, -0.5f * part.top) * (2.0f * scaling.natural);
   // d = log(S_others / e_y); -inf where the label is the only column that counts
   float d = logf(part.sum) - over;
-  // Overflow is shown, not hidden: an infinite label, sums beyond their range, or nothing counted
-  // and a label that is as low.
+  // NaN on overflow: an infinite label, sums beyond their range, or nothing counted and a
+  // label equally low.
   const bool uncounted = part.sum == 0.0f && label_logit * scaling.c <= scaling.lowest;
   if (label_logit == INFINITY || part.top >= scaling.highest || uncounted) d = NAN;
   const float rest = log1pf(expf(-fabsf(d)));

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// One CTA per segment looks at all tokens. That is S x T reads of ids, which stay in L2: less than
+// One CTA per segment reads all tokens. That is S x T reads of ids, which stay in L2: less than
 // a launch costs for tens of segments, and no order of tokens has to be assumed.
 __global__ void __launch_bounds__(kThreads) segment_sums(const SegmentArgs args) {
   __shared__ double sums[kThreads];

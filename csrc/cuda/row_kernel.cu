@@ -184,7 +184,7 @@ __global__ void CPO_CLUSTER_OF(kCluster) __launch_bounds__(kRowThreads, 1)
   cluster_sync();  // the barriers are initialised for all, and the peer CTA runs
   if (thread == 0 && row < args.rows) load(share_of(row), 0);
 
-  // Read a row ahead: the label decides the way through the row from its first piece on.
+  // Read a row ahead: the label decides the path through the row from its first piece.
   int64_t next_label = row < args.rows ? args.labels[row] : -1;
   int exchange = 0;  // between the two CTAs: one per row, more for a row that is scanned again
   // Barrier `piece` completes one phase per row, so its parity is the number of the row's turn,

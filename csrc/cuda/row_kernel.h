@@ -2,8 +2,8 @@
 //
 // Replaces log_softmax + gather and their backward around a vendor GEMM. Each row is read once by a
 // cluster of two CTAs that keeps it in shared memory (compute capability 9.0), or twice by one CTA.
-// Any finite logits will do; rows whose size exp2 cannot take are scanned again (logp.h). NaN and
-// +inf make a row NaN; -inf counts nothing.
+// Finite logits of any size; rows out of range for exp2 are scanned again (logp.h). NaN and +inf
+// make a row NaN; -inf counts as masked out.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What a thread of the row kernel does with its vectors: logits, sums of exponentials, gradients.
+// Per-thread work of the row kernel on its vectors: logits, sums of exponentials, gradients.
 #pragma once
 
 #include "logp.h"
@@ -14,7 +14,7 @@ __device__ __forceinline__ float soft_cap(float x, float cap, float inverse, flo
   const float e = expf(-2.0f * fabsf(x));
   const float r = __fdividef(1.0f, 1.0f + e);
   *slope = 4.0f * e * r * r;
-  // Near zero 1 - e has lost its digits: the Taylor series, good to 1e-8 relative below 0.25.
+  // Near zero 1 - e cancels; the Taylor series has a relative error of 1e-8 below 0.25.
   const float q = x * x;
   const float series =
       fmaf(q, fmaf(q, fmaf(q, fmaf(q, 62.0f / 2835, -17.0f / 315), 2.0f / 15), -1.0f / 3), 1.0f);
@@ -66,14 +66,14 @@ struct Head {
   }
 };
 
-// What a thread carries through the first pass over its vectors of a row.
+// State of a thread in the first pass over its vectors of a row.
 template <typename T, bool kTransform>
 struct Scan {
   const Head<T, kTransform>& head;
   float c;       // Scaling::c
   Partial part;  // at first empty
 
-  // No maximum is awaited and nothing branches: each call scales the sum so far, mostly by 1.
+  // Branch-free, without waiting for the maximum: each call rescales the sum, mostly by 1.
   template <int kCount>
   __device__ __forceinline__ void add(float (&z)[kCount], float highest) {
     const float top = fmaxf(part.top, highest * c);
@@ -107,8 +107,7 @@ struct Scan {
     add(z, highest);
   }
 
-  // Any vector. The label stays out of the sum: its logit and the slope there go to where they are
-  // asked for, by the thread that meets it.
+  // Any vector. The sum excludes the label; the thread that holds it stores its logit and slope.
   __device__ __forceinline__ void add_masked(const uint4& vector, int column, int label,
                                              float* label_logit, float* label_slope) {
     float z[kVec], slope[kVec], copy[kVec];
@@ -142,7 +141,7 @@ __device__ __forceinline__ uint4 gradient(const Head<T, kTransform>& head, const
   return pack8<T>(z);
 }
 
-// A number of rounds that is known where the code is compiled.
+// A compile-time number of rounds.
 template <int kCount>
 struct Count {
   static constexpr int value = kCount;
@@ -150,7 +149,7 @@ struct Count {
 
 // The rounds of a share: batch(round, Count<n>) for n whole rounds without the label, and
 // masked(round) for the label's round and those that are not whole. All threads of a CTA take the
-// same way, so that neither the label nor the end of the row costs anything per vector.
+// same path, so that neither the label nor the end of the row costs anything per vector.
 template <int kBatch, typename Batch, typename Masked>
 __device__ __forceinline__ void for_rounds(const RowRounds& rounds, int label_round,
                                            const Batch& batch, const Masked& masked) {
