@@ -177,7 +177,7 @@ def normal(place: Place, *shape: int, seed: int = 0) -> Tensor:
 
 
 def labels_for(place: Place, T: int, V: int) -> Tensor:
-    """Random ones, some ignored, and the corners."""
+    """Random labels, some ignored, and corner cases."""
     labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(T + V))
     labels[3::5] = -1
     labels[0] = V - 1

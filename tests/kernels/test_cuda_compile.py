@@ -1,4 +1,4 @@
-"""What can be known of the CUDA kernels without a GPU, from nvcc's report and the machine code."""
+"""Checks of the CUDA kernels without a GPU, from nvcc's report and the machine code."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def row_loops(sass: str) -> list[Loop]:
     ]
     found = []
     for start, stop in inner:
-        # What only the thread that refills the pieces runs: other warps jump over it.
+        # Run by the thread that refills the pieces only; other warps jump over it.
         skipped: set[int] = set()
         for i, target in jumps:
             if start <= i < target <= stop and code[i].startswith("@"):
@@ -192,7 +192,7 @@ def test_linear_kernel_uses_the_tensor_cores_and_the_copy_engine(
 def test_register_pool_covers_what_the_warpgroups_ask_for(
     hopper: tuple[list[Kernel], str],
 ) -> None:
-    """setmaxnreg.inc waits for ever where the pool, registers at launch, is too small."""
+    """setmaxnreg.inc waits forever if the register pool at launch is too small."""
     source = (CSRC / "linear_lse.cu").read_text()
     asked = {
         name: int(re.search(rf"constexpr int k{name}Registers = (\d+);", source)[1])  # type: ignore[index]
@@ -214,7 +214,7 @@ def test_row_kernel_copies_in_bulk_and_sends_to_its_peer(hopper: tuple[list[Kern
         assert "LDG.E.128" in kernel.sass and "STG.E.128" in kernel.sass
 
 
-# A little above what nvcc 13.0 makes: 81.5 and 78.5 in row_portable, 97 and 92 in row_cluster. With
+# Slightly above nvcc 13.0: 81.5 and 78.5 in row_portable, 97 and 92 in row_cluster. With
 # three times as many these kernels waited for instructions instead of memory.
 INSTRUCTIONS = {"row_portable": (90, 90), "row_cluster": (106, 98)}
 

@@ -1,7 +1,7 @@
 """The CUDA kernels against float64: on a GPU where there is one, and always in the emulator.
 
-The emulator runs the source of csrc/cuda with everything asynchronous as late as it may be; it
-knows neither the hardware's timing nor undocumented behaviour, so a pass there is not a pass on a
+The emulator runs the source of csrc/cuda and completes every asynchronous operation as late as
+allowed. It models neither timing nor undocumented behaviour, so a pass there is not a pass on a
 GPU. `pytest -m gpu tests/kernels/test_cuda_kernels.py` runs these and larger shapes on a device.
 """
 
@@ -206,7 +206,7 @@ def test_exp_needs_three_launches_and_the_last_one_mostly_nothing(place: Place) 
 
 @pytest.mark.parametrize("place", [HOPPER], indirect=True)
 def test_a_fresh_thread_gets_a_context(place: Place) -> None:
-    """Tensor maps cannot be encoded without one: autograd's threads have none to begin with."""
+    """Encoding tensor maps needs a context; autograd's threads start without one."""
     hidden, weight = normal(place, 4, 8).bfloat16(), normal(place, 9, 8, seed=1).bfloat16()
     labels = labels_for(place, 4, 9)
     with ThreadPoolExecutor(1) as pool:
@@ -216,7 +216,7 @@ def test_a_fresh_thread_gets_a_context(place: Place) -> None:
 
 @pytest.mark.complete
 def test_variants_for_tuning_give_the_same(tmp_path: Path) -> None:
-    """All constants at once, each at its farthest from the default."""
+    """All constants together, each at its value farthest from the default."""
     include = toolkit_include()
     if shutil.which("g++") is None or include is None:
         pytest.skip("the emulator needs g++ and CUDA's headers (a toolkit's or triton's)")

@@ -1,4 +1,4 @@
-"""The Python around the CUDA kernels, on the CPU against stand-ins that take the same addresses.
+"""The Python code around the CUDA kernels, on the CPU with stand-ins for the kernels.
 
 What is tested is chunking, strides, saved factors, gradients and operators; the kernels themselves
 are checked by test_cuda_compile.py, test_cuda_index.py and test_cuda_kernels.py.
@@ -379,11 +379,11 @@ def test_chunk_plan(V: int, D: int) -> None:
         assert rows == T or rows % 128 == 0
         assert (pairs := chunked.chunk_rows(T, V, D, 2, 132, 2**30, 256)) == T or pairs % 256 == 0
     assert chunked.chunk_rows(8192, 152064, 3584, 2, 132, 1) == 1
-    # Counted another way: of all chunk sizes that fit, none keeps the machine busy for longer.
+    # An independent count: no other chunk size that fits gives a higher utilisation.
     T, room = 8192, 2**30
 
     def busy(rows: int) -> float:
-        """The share of tile slots that hold work, both products and all chunks together."""
+        """The utilised share of tile slots, over both products and all chunks."""
         work = slots = 0
         for size in [rows] * (T // rows) + [T % rows] * (T % rows > 0):
             for width, terms in ((V, D), (D, V)):

@@ -163,7 +163,7 @@ def test_row_kernel_does_not_hide_nan_or_infinity(place: Place, V: int) -> None:
 
 
 def shifted_truth(z: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As row_truth, for rows whose differences float64 could not hold beside their size."""
+    """As row_truth, for rows whose differences float64 cannot represent at their size."""
     top = z.double().amax(1, keepdim=True)
     logps, lse, gradient = row_truth(z.double() - top, labels, None, 0.0, temperature)
     return logps, lse + top.squeeze(1) / temperature, gradient
@@ -175,7 +175,8 @@ def shifted_truth(z: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor
 def test_row_kernel_on_logits_that_float32_can_hardly_scale(
     place: Place, V: int, temperature: float
 ) -> None:
-    """Products with log2(e) overflow, or round by more than exp2 takes. Rows between stay right."""
+    """Products with log2(e) overflow or have rounding errors too large for exp2; other rows stay
+    correct."""
     C, lowest = 18, torch.finfo(torch.bfloat16).min
     logits = normal(place, C, V)
     logits[1:4] = -3e38
@@ -229,7 +230,7 @@ def test_row_kernel_takes_a_vocabulary_masked_by_a_bias(place: Place) -> None:
 
 @everywhere
 def test_row_kernel_keeps_the_slope_where_the_soft_cap_is_reached(place: Place) -> None:
-    """1 - tanh^2 has no digit left where |x| > 9 caps; the gradient keeps all of its own."""
+    """1 - tanh^2 cancels completely for |x| > 9 caps; the gradient stays accurate."""
     C, V, cap = 3, 1003, 5.0
     logits = torch.linspace(-30, 30, C * V, device=place.device).mul(cap / 2).view(C, V).bfloat16()
     logits[0, :2] = torch.tensor([1e-3, -2e-2], device=place.device)  # near zero, by the series

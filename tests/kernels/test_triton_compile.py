@@ -1,10 +1,10 @@
 """The Triton kernels compiled ahead of time for sm_90: no GPU needed.
 
-What is compiled is what the launchers would ask for: tiles from the kernels' own tables, arguments
-specialised as Triton's JIT specialises them. D and V reach the kernels as run-time arguments, so
-that of D in (896, 2048, 3584) and V in (151936, 152064, 32000, 50257) only divisibility by 16
-matters (all of these but V = 50257 are, and D is always a multiple of the 64-wide step); rows of
-logits are padded to a multiple of 64 whatever V is. T is not specialised at all.
+The tests compile what the launchers request: tiles from the kernels' own tables, arguments
+specialised as by Triton's JIT. D and V are run-time arguments, so for D in (896, 2048, 3584) and V
+in (151936, 152064, 32000, 50257) only divisibility by 16 matters: all except V = 50257 are
+multiples of 16, and D is always a multiple of the 64-wide step. Rows of logits are padded to a
+multiple of 64 for every V. T is not specialised.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_lean_row_kernel_takes_few_instructions(dtype: str, tmp_path: Path) -> N
     (write,) = (loop for loop in main if loop.count("STG") == 2)
     assert read.count("MUFU.EX2") == 17 and write.count("MUFU.EX2") == 16
     assert len(read) <= 110 and len(read) + len(write) <= 200
-    # No select stands in the loops but the one that shields an offset of -inf.
+    # The only select in the loops guards against an offset of -inf.
     assert read.count("FSEL") <= 1 and write.count("FSEL") == 0
 
 

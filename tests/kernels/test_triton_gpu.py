@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton implementation: real sizes, memory, no waiting."""
+"""GPU tests of the Triton implementation: real sizes, memory, no synchronisation."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_row_kernel_options(
     torch.manual_seed(1)
     V = 301
     raw = (torch.randn(3, V) * 8).to(dtype)
-    raw[0, :5] = torch.tensor([0.0, 1e-3, -0.4, 2.0, 40.0]).to(dtype)  # both roads of tanh
+    raw[0, :5] = torch.tensor([0.0, 1e-3, -0.4, 2.0, 40.0]).to(dtype)  # both branches of tanh
     options = dict(OPTIONS[name])
     if options.pop("bias", False):
         options["bias"] = torch.randn(V).to(dtype)

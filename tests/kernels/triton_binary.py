@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for a device that is not there, and their machine code."""
+"""Triton kernels compiled ahead of time, without the device, and their machine code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loop(list[str]):
 
 
 def tool(name: str, *arguments: str | Path) -> str:
-    """What a tool of Triton's own CUDA toolkit prints."""
+    """The output of a tool of Triton's CUDA toolkit."""
     path = next(Path(triton.__file__).parent.glob(f"backends/nvidia/bin/{name}"))
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 

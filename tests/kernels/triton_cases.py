@@ -1,4 +1,4 @@
-"""What the Triton tests share: where they run, heads to test.
+"""Shared by the Triton tests: device, test heads, stand-ins for a GPU.
 
 The tests of kernels run on a GPU where there is one, else in Triton's interpreter. That must be
 chosen before triton is imported, so that without a GPU an ordinary run skips their modules, and
@@ -38,7 +38,7 @@ def skip_unless_runnable() -> None:
 
 
 def add_product_on_cpu(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """chunked.add_product, whose product with another output dtype PyTorch has on CUDA only."""
+    """chunked.add_product for CPU tensors: PyTorch has `out_dtype` on CUDA only."""
     torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
 
 
@@ -60,7 +60,7 @@ def standing_in_for_a_gpu() -> Iterator[None]:
 
 
 def head_of(T: int, V: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, D], weight [V, D], labels [T] of which some are ignored."""
+    """hidden [T, D], weight [V, D], labels [T] (some ignored)."""
     torch.manual_seed(T + V + D)
     labels = torch.randint(0, V, (T,))
     labels[T // 2 + 1 :: 3] = IGNORED

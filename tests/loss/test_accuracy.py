@@ -122,7 +122,7 @@ def test_any_shape_and_option(
 @pytest.mark.parametrize("variant", IMPLS[1:])
 @pytest.mark.parametrize("kind", ["random", "peaked", "negative"])
 def test_a_soft_cap_errs_as_eager_does_on_average(variant: str, kind: str) -> None:
-    """One small problem says little: either may be lucky. Over many, ours is no worse."""
+    """On one small problem either can be lucky; over many, ours is no worse."""
     ours, theirs = 0.0, 0.0
     for seed in range(40):
         data = problem(kind, 12, 4, 40, torch.float32, seed=seed)
@@ -138,7 +138,7 @@ def test_a_soft_cap_errs_as_eager_does_on_average(variant: str, kind: str) -> No
 
 @pytest.mark.parametrize("variant", IMPLS[1:])
 def test_the_slope_of_a_saturated_soft_cap(variant: str) -> None:
-    """1 - tanh^2 has no digits left where tanh is nearly 1; eager's gradient errs by 5e-4 here."""
+    """1 - tanh^2 cancels where tanh is nearly 1; eager's gradient has an error of 5e-4 here."""
     data = problem("negative", 9, 3, 21, torch.float32)
     data.tensors[0] *= 20
     exact = data.score_eagerly(torch.float64, softcap=10.0)
@@ -229,7 +229,7 @@ def test_no_logp_is_positive_and_no_gradient_lost_when_saturated(variant: str) -
     with using(variant) as impl:
         logps = linear_logprobs(leaf, weight, labels, impl=impl)
     assert (logps <= 0).all()
-    if variant != "reference":  # whose log_softmax rounds 1 - p to 0
+    if variant != "reference":  # its log_softmax rounds 1 - p to 0
         assert (logps < 0).all()
         (grad,) = torch.autograd.grad(logps.sum(), leaf)
         assert (grad.abs().amax(1) > 0).all()

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument and what it should be, before any work is done."""
+"""Invalid input: errors name the argument and the requirement, before any work is done."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ else:
 
 
 def test_preference_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, an implementation that has not been measured there is not chosen by itself."""
+    """On a GPU, `impl=None` prefers Triton to the CUDA kernels."""
     everything = {
         name: SimpleNamespace(obstacle=lambda device: None) for name in implementations._IMPLS
     }

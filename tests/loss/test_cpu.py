@@ -1,5 +1,4 @@
-"""The native CPU implementation as a piece of machinery: work, memory, modes, autograd,
-torch.compile."""
+"""The native CPU implementation: number of products, memory, modes, autograd, torch.compile."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
 
 
 def gemms(head: bool, grad: bool, reference: bool) -> float:
-    """Matrix products of T x V x D that forward and backward make."""
+    """The number of T x V x D matrix products in forward and backward."""
     hidden, weight, labels, segments, pairs = tensors()
     source = {"ref_hidden": hidden + 0.1} if reference else {"ref_logps": torch.zeros(4)}
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
@@ -295,7 +294,7 @@ def test_compiled_for_any_size() -> None:
 
 
 def test_threads_and_floating_point_mode() -> None:
-    """Any thread count gives the same numbers, and denormals are left as they were."""
+    """Results do not depend on the thread count; the denormal mode is restored."""
     hidden, weight, labels, *_ = tensors(torch.bfloat16)
     before = torch.get_num_threads()
     results = []
@@ -342,7 +341,7 @@ def test_long_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.complete
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_more_than_2_31_logits(dtype: torch.dtype) -> None:
-    """The last tokens, whose logits lie beyond what 32 bits count."""
+    """The last tokens, whose logits have offsets beyond 32 bits."""
     tokens, vocabulary = 20_000, 107_400
     g = torch.Generator().manual_seed(8)
     hidden = torch.randn(tokens, 2, generator=g).to(dtype).requires_grad_()

@@ -1,5 +1,5 @@
-"""The fused kernel of csrc/cpu, by every engine that runs here; AMX, where the processor has none,
-in an emulator of its tile instructions."""
+"""The fused kernel of csrc/cpu with every engine that runs here; without AMX, in an emulator of its
+tile instructions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def tensors(n: int, D: int, V: int, scale: float, seed: int = 5) -> tuple[Tensor, ...]:
-    """hidden, another hidden, weight, bias, labels of which some are ignored, coefficients."""
+    """hidden, another hidden, weight, bias, labels (some ignored), coefficients."""
     g = torch.Generator().manual_seed(seed)
     hidden, other = (torch.randn(n, D, generator=g).bfloat16() for _ in range(2))
     weight = (scale * torch.randn(V, D, generator=g)).bfloat16()
@@ -115,8 +115,7 @@ def test_trained_head(
 
 @pytest.mark.parametrize("softcap", [None, 1000.0])
 def test_offset_is_raised_as_logits_grow(softcap: float | None) -> None:
-    """Each block of the vocabulary towers over those before it: all that was summed and kept is
-    rescaled many times."""
+    """Each vocabulary block exceeds all earlier ones: sums and stored E are rescaled many times."""
     g = torch.Generator().manual_seed(6)
     weight = torch.randn(6000, 64, generator=g) * 0.1
     weight[:, 0] = torch.linspace(0, 60, 6000)
@@ -134,8 +133,8 @@ def test_offset_is_raised_as_logits_grow(softcap: float | None) -> None:
 
 
 def test_label_far_below_the_rest() -> None:
-    """In its own part of the vocabulary all is 200 nats below: no offset of that part can hold the
-    sum of the others, which is what dW needs at the label."""
+    """The label is 200 nats above its part of the vocabulary: no offset of that part can represent
+    the sum of the others, which dW needs at the label."""
     hidden, _, weight, _, _, coef = tensors(40, 32, 6000, 0.1)
     hidden[:, 0] = 1
     weight[:, 0] = torch.where(torch.arange(6000) < 3000, -100, 100).bfloat16()
@@ -182,7 +181,7 @@ def test_matrix_products(
     count: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Products of T x V x D: the vendor's by the profiler, the kernel's by what it is asked for."""
+    """Products of T x V x D: the vendor's from the profiler, the kernel's from its arguments."""
     n, D, V = 64, 16, 400
     done = []
 

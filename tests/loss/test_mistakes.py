@@ -1,4 +1,4 @@
-"""The table of common mistakes in docs/op.md: what is passed, and what the op says."""
+"""The table of common mistakes in docs/op.md: arguments, and the resulting messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model() -> nn.Module:
     return module
 
 
-# What the row of the table passes, in place of arguments that are good.
+# By row of the table: the arguments that replace valid ones.
 MISTAKES: dict[str, dict[str, Any]] = {
     "logits as `hidden`": {"hidden": torch.randn(T, V)},
     "logits as `ref_hidden`": {"ref_hidden": torch.randn(T, V)},
@@ -93,7 +93,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 def table() -> dict[str, tuple[str, list[str]]]:
-    """Per row of the page: the kind of answer, and the pieces of its message in backticks."""
+    """Per row of the table: the kind of answer, and the quoted parts of its message."""
     text = (ROOT / "docs" / "op.md").read_text(encoding="utf-8")
     (rows,) = re.findall(r"\| passed \| answer \| message \|\n\|[-|]+\n((?:\|.*\n)+)", text)
     cells = [line.strip("| \n").split(" | ") for line in rows.splitlines()]
@@ -125,7 +125,7 @@ def test_the_op_says_what_the_page_promises(name: str) -> None:
 
 
 def quiet(arguments: dict[str, Any]) -> torch.Tensor:
-    """The loss, where nothing is warned of."""
+    """The loss; fails on a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return cpo_loss(**arguments).loss

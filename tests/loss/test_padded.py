@@ -34,7 +34,7 @@ def batch(left: bool, seed: int = 0) -> dict[str, Tensor]:
 
 
 def models() -> tuple[Any, Any]:
-    """The policy has moved away from the reference, its head too."""
+    """A policy that differs from the reference, also in its head."""
     policy, reference = text_model(), text_model().requires_grad_(False)
     g = torch.Generator().manual_seed(1)
     for parameter in policy.parameters():
@@ -43,7 +43,7 @@ def models() -> tuple[Any, Any]:
 
 
 def plain(policy: Any, reference: Any, parts: dict[str, Tensor], pairs: Tensor) -> Tensor:
-    """The DPO loss at beta 0.1 by whole logits, each answer summed by itself."""
+    """The DPO loss at beta 0.1 from full logits, each answer summed separately."""
     inputs = {name: parts[name] for name in ("input_ids", "attention_mask")}
     margins = []
     logps = [m(**inputs).logits.double().log_softmax(-1) for m in (policy, reference)]

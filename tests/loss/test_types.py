@@ -190,7 +190,7 @@ def test_equals_liger_fused_dpo(loss_type: str, average: bool) -> None:
 
 @pytest.mark.parametrize("loss_type", list(LOSS_TYPES))
 def test_finite_differences(loss_type: str) -> None:
-    """Every differentiable output, of every loss, in every input that can have a gradient."""
+    """All differentiable outputs of every loss, for all inputs that can have a gradient."""
     g = torch.Generator().manual_seed(4)
     hidden = torch.randn(10, 5, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 5, generator=g, dtype=torch.float64, requires_grad=True)
@@ -258,7 +258,7 @@ def test_empty_pairs_are_left_out(loss_type: str) -> None:
     b.labels[2] = -100  # one side only: the pair stays
     some = ours(b, loss_type, **options)
     kept = [0, 2, 3]
-    if loss_type != "orpo":  # whose NLL is a mean over tokens
+    if loss_type != "orpo":  # its NLL is a mean over tokens
         torch.testing.assert_close(some.loss, some.losses[kept].mean())
     (grad,) = torch.autograd.grad(some.loss, b.hidden)
     assert grad.isfinite().all()

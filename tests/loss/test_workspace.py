@@ -1,4 +1,4 @@
-"""The room for logits that CUDA takes by default, by counting waves tile by tile."""
+"""The default CUDA workspace for logits, by counting waves tile by tile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D
 
 
 def waves(rows: int, columns: int, multiprocessors: int = 132) -> int:
-    """Waves of a GEMM of 128 x 256 tiles, by handing out its tiles one after another."""
+    """Waves of a GEMM of 128 x 256 tiles, assigned one after another."""
     done, busy = 0, 0
     for _ in range(0, rows, 128):
         for _ in range(0, columns, 256):
