@@ -19,6 +19,7 @@ class LossType:
 
     @property
     def needs_smoothing(self) -> bool:
+        """Whether label_smoothing must be above 0."""
         return self.smoothing is not None and self.smoothing[0] > 0
 
 
@@ -37,6 +38,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "orpo": LossType(reference=False, averages=True),
     "plackett_luce": LossType(),
 }
+"""By name; `cpo_fast.loss.losses` has the formula and source of each."""
 
 
 @dataclass(frozen=True)
