@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [*os.environ]:
     launched = name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if launched or (name.startswith("CPO_FAST_") and name != "CPO_FAST_LONG_TESTS"):
         del os.environ[name]
+
+# A busy machine draws and tests examples slowly; that is no failure.
+settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any pace")
 
 LONGEST = (
     "tests/kernels/test_triton_interpreter.py",

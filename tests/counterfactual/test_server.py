@@ -66,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             owner.headers.append(dict(self.headers))
             owner.active += 1
             owner.busiest = max(owner.busiest, owner.active)
+            if owner.active > 1:
+                owner.two_open.set()
             fault = owner.plan.pop(0) if owner.plan else owner.rest
             owner.served[fault] += 1
         try:
@@ -91,6 +93,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_good(self, body: bytes, _: str) -> None:
         time.sleep(0.002)
         self.say(good_answer(json.loads(body)["messages"][0]["content"]))
+
+    def do_together(self, body: bytes, _: str) -> None:
+        """Answers once two requests have been open."""
+        server: Any = self.server
+        assert server.two_open.wait(60)
+        self.do_good(body, "")
 
     def do_status(self, _: bytes, code: str) -> None:
         self.reply(b"SECRET of the server", int(code), Retry_After="0")
@@ -151,6 +159,7 @@ class Host(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.served: Counter[str] = Counter()
         self.active = self.busiest = 0
+        self.two_open = threading.Event()
 
     @property
     def url(self) -> str:
@@ -174,8 +183,9 @@ def dataset(tmp_path: Path) -> Path:
     return write_open_i(tmp_path / "reports", REPORTS)
 
 
-def run(dataset: Path, output: Path, url: str, *more: str) -> int:
-    flags = ["--generator", "server", "--server_url", url, "--model", "m", "--timeout_s", "1"]
+def run(dataset: Path, output: Path, url: str, *more: str, timeout_s: int = 60) -> int:
+    flags = ["--generator", "server", "--server_url", url, "--model", "m"]
+    flags += ["--timeout_s", str(timeout_s)]
     return main(["--dataset", str(dataset), "--output", str(output), *flags, *more])
 
 
@@ -212,7 +222,7 @@ def test_every_fault_is_survived_and_counted(
 ) -> None:
     host.plan = FAULTS * 2
     output = tmp_path / "cf.jsonl"
-    assert run(dataset, output, host.url, "--max_retries", "40") == 0
+    assert run(dataset, output, host.url, "--max_retries", "40", timeout_s=1) == 0
     printed = capsys.readouterr()
     found = rows(output)
     # no record is lost or duplicated
@@ -311,6 +321,7 @@ def test_a_killed_run_goes_on_and_shards_share_the_work(
 
 
 def test_requests_are_bounded_in_number_and_rate(host: Host, dataset: Path, tmp_path: Path) -> None:
+    host.rest = "together"
     run(dataset, tmp_path / "a.jsonl", host.url, "--concurrency", "3")
     assert 1 < host.busiest <= 3
     start = time.monotonic()

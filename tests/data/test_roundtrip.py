@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cpo_fast.counterfactual import DEFAULT_PROMPT, build_preference
+from cpo_fast.counterfactual import build_preference
 from cpo_fast.counterfactual.formats import FORMATS, format_rows
-from cpo_fast.data import labels, open_preferences
+from cpo_fast.data import open_preferences
 from cpo_fast.types import Counterfactual, ImageRef, Preference, Report, Study
 from tests.data.samples import dicom
 
@@ -67,7 +67,3 @@ def test_every_format_comes_back(tmp_path: Path, form: str, image: bool) -> None
     assert found.patients == (study.patient_id.removeprefix("p"),)
     if form in ("jsonl", "ccf"):
         assert found.id == study.study_id
-
-
-def test_one_prompt_for_both_stages() -> None:
-    assert labels.DEFAULT_PROMPT == DEFAULT_PROMPT

@@ -60,7 +60,7 @@ def test_workers_change_nothing(feed):
 def test_images_are_decoded_ahead_in_other_processes(feed):
     steps = load_steps(feed, num_workers=1)
     next(steps)  # one step is computed meanwhile
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(feed.pixels.lines()) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     lines = feed.pixels.lines()

@@ -93,10 +93,23 @@ def outcome_rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]
 
 
-def start(data: Path, folder: Path) -> subprocess.Popen[bytes]:
+KILLED_AT_RENAME = """
+import os, pathlib, signal, sys
+from cpo_fast.train import main
+place, rename = sys.argv.pop(1), pathlib.Path.rename
+def killed(path, target):
+    if str(path).endswith(place):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, target)
+pathlib.Path.rename = killed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(data: Path, folder: Path, *program: str) -> subprocess.Popen[bytes]:
     arguments = command(data, folder, "--resume_from_checkpoint", "auto")
     return subprocess.Popen(
-        [sys.executable, "-m", "cpo_fast.train", *arguments],
+        [sys.executable, *(program or ("-m", "cpo_fast.train")), *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -109,7 +122,7 @@ def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool], sign
             process.send_signal(sign)
             break
         time.sleep(0.002)
-    return process.wait(timeout=120)
+    return process.wait(timeout=600)
 
 
 def rows(folder: Path) -> int:
@@ -137,16 +150,14 @@ def sometime(folder: Path, chance: random.Random) -> Callable[[], bool]:
 def test_killed_again_and_again_it_ends_with_the_same_weights(
     data: Path, straight: Path, tmp_path: Path
 ) -> None:
-    """In SFT, inside a checkpoint write, in CPO; in the long mode at random moments after that."""
+    """At the end of checkpoint writes; in the long mode at random moments after that."""
     folder = tmp_path / "killed"
-    chosen: list[Callable[[], bool]] = [
-        lambda: (folder / "sft" / "checkpoint-4").is_dir(),
-        lambda: any((folder / "cpo").glob(".partial-*")),
-        lambda: (folder / "cpo" / "checkpoint-6").is_dir(),
-    ]
-    for moment in chosen:
-        assert kill_when(start(data, folder), moment, signal.SIGKILL) == -signal.SIGKILL
-    killed, runs, chance = len(chosen), 1, random.Random(7)
+    places = ("sft/.partial-6", "cpo/.partial-2", "cpo/.partial-8")
+    for place in places:
+        process = start(data, folder, "-c", KILLED_AT_RENAME, place)
+        assert process.wait(timeout=600) == -signal.SIGKILL
+        assert (folder / place).is_dir()
+    killed, runs, chance = len(places), 1, random.Random(7)
     while killed < KILLS:
         status = kill_when(start(data, folder), sometime(folder, chance), signal.SIGKILL)
         if status == 0:  # it was faster: that run is judged, and another one begins
