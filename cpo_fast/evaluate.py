@@ -1,4 +1,4 @@
-"""`cpo-fast evaluate`: a model on a data set; writes figures and a page."""
+"""`cpo-fast evaluate`: evaluate a model on a data set; writes figures and a page."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def run(args: EvaluateArguments) -> Path:
 
 
 def evaluate_studies(args: EvaluateArguments) -> Path:
-    """A split of a data set with reports."""
+    """Evaluate on a split of a data set with reports."""
     from cpo_fast.evaluation.cohort import read_cohort
     from cpo_fast.evaluation.run import evaluate
-    from cpo_fast.evaluation.summary import evaluation_examples, write_examples
+    from cpo_fast.evaluation.summary import choose_examples, write_examples
 
-    name, checkpoint, model = load(args)
+    name, checkpoint, model = open_model(args)
     cohort = read_cohort(
         checkpoint,
         args.dataset,
@@ -63,24 +63,24 @@ def evaluate_studies(args: EvaluateArguments) -> Path:
         max_samples=args.max_samples,
         max_length=args.max_length,
     )
-    result = evaluate({name: lambda: model}, checkpoint, cohort, options_of(args))
-    examples = evaluation_examples(
+    result = evaluate({name: lambda: model}, checkpoint, cohort, make_options(args))
+    examples = choose_examples(
         cohort.studies, result.answers, count=args.num_examples, uncertain=args.uncertain_labels
     )
     write_examples(args.output_dir, examples, result.drift_examples)
     page = write_results(args, cohort, result.figures)
-    if result.failure is not None:  # what could be computed is written
+    if result.failure is not None:  # the other results are written
         raise result.failure
     return page
 
 
 def evaluate_file(args: EvaluateArguments) -> Path:
-    """A preference file, or a CSV of images."""
+    """Evaluate on a preference file or a CSV of images."""
     from cpo_fast.evaluation.evaluate_csv import CsvSource, evaluate_csv
     from cpo_fast.evaluation.preference_files import evaluate_preference_file
 
-    name, checkpoint, model = load(args)
-    options = options_of(args)
+    name, checkpoint, model = open_model(args)
+    options = make_options(args)
     if args.kind is PAIRS:
         figures, cohort = evaluate_preference_file(
             name,
@@ -107,7 +107,7 @@ def evaluate_file(args: EvaluateArguments) -> Path:
     return write_results(args, cohort, figures)
 
 
-def options_of(args: EvaluateArguments) -> Options:
+def make_options(args: EvaluateArguments) -> Options:
     from cpo_fast.evaluation.suites import Options
 
     return Options(
@@ -123,7 +123,7 @@ def options_of(args: EvaluateArguments) -> Options:
 
 
 def check_paths(args: EvaluateArguments) -> None:
-    """UsageError for a path that cannot be what its flag says, before torch is imported."""
+    """Raise UsageError for wrong paths, before torch is imported."""
     from cpo_fast.data import study_kind
     from cpo_fast.run.find_checkpoint import check_named
 
@@ -170,8 +170,8 @@ def write_results(args: EvaluateArguments, cohort: Cohort, figures: dict[str, An
     return write_report(args.output_dir)
 
 
-def load(args: EvaluateArguments) -> tuple[str, Checkpoint, Any]:
-    """(name, checkpoint, model) of `args.model`, in float32 unless bf16 is asked for."""
+def open_model(args: EvaluateArguments) -> tuple[str, Checkpoint, Any]:
+    """(name, checkpoint, model) of `args.model`, in float32, or bfloat16 if `args.bf16`."""
     import torch
 
     from cpo_fast.loss.processor import warn_of_slow_bfloat16

@@ -29,8 +29,7 @@ file gives how often the chosen answer is preferred."""
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """The flags of `cpo-fast evaluate`. `kind` is PAIRS, IMAGES or STUDIES; `beta` is None where it
-    is not given."""
+    """The flags of `cpo-fast evaluate`; `kind`: PAIRS, IMAGES or STUDIES; `beta` None: unset."""
 
     kind: str
     model: str
@@ -56,10 +55,10 @@ class EvaluateArguments:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> EvaluateArguments:
-    """Read the flags. UsageError names a flag that is given but has no effect on this data set."""
+    """Read the flags. Raises UsageError for a flag without effect on this data set."""
     values = vars(_parser().parse_args(argv))
     given = vars(_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
-    dataset, kind = values["dataset"], kind_of(values["dataset"], values["dataset_format"])
+    dataset, kind = values["dataset"], find_kind(values["dataset"], values["dataset_format"])
     for name in UNUSED[kind]:
         if name in given:
             raise UsageError(
@@ -90,7 +89,7 @@ def _read_suites(named: str | None, given: Mapping[str, Any]) -> tuple[str, ...]
 
 
 def _parser(**settings: Any) -> Parser:
-    """With `argument_default` the result holds only the flags that are given."""
+    """With `argument_default` the result holds only the flags that are set."""
     parser = Parser(prog=program("evaluate"), description=DESCRIPTION, **settings)
     suppressed = "argument_default" in settings
 
@@ -100,7 +99,7 @@ def _parser(**settings: Any) -> Parser:
         parser.add_argument(flag, **options)
 
     add("--model", required=True, help="folder of a model, an adapter or a training stage")
-    add("--base_model", help="folder of an adapter's base (default: what the adapter names)")
+    add("--base_model", help="folder of an adapter's base (default: named by the adapter)")
     add("--dataset", required=True, help="MIMIC-CXR folder, open-i, a CSV, or a preference file")
     add("--output_dir", required=True, type=Path, help="folder of the results (mode 0700)")
     add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
@@ -108,14 +107,14 @@ def _parser(**settings: Any) -> Parser:
         help="for studies: which ones")  # fmt: skip
     add("--dataset_format", default="auto", choices=DATASET_FORMATS, metavar="NAME",
         help=f"format (auto: detected automatically): {', '.join(DATASET_FORMATS)}")  # fmt: skip
-    add("--image_root", help="folder of the images where the data set does not hold them")
+    add("--image_root", help="folder of the images if not in the data set")
     add("--uncertain_labels", default="negative", choices=("negative", "positive"),
         help="how uncertain labels count")  # fmt: skip
     add("--max_samples", type=POSITIVE, help="limit of studies, images or records")
     add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")
     add("--max_pixels", type=POSITIVE, help="largest image area (default: the model's own)")
     add("--beta", type=Number(above=0),
-        help="for an adapter and pairs: scale of the rewards (default: that of the run that "
+        help="for an adapter and pairs: scale of the rewards (default: from the run that "
         f"trained it, else {DEFAULT_BETA:g})")  # fmt: skip
     add("--max_new_tokens", type=POSITIVE, default=256, help="longest generated answer")
     add("--batch_size", type=POSITIVE, default=32, help="studies per generation batch")
@@ -127,7 +126,7 @@ def _parser(**settings: Any) -> Parser:
     return parser
 
 
-def kind_of(dataset: str, dataset_format: str) -> str:
+def find_kind(dataset: str, dataset_format: str) -> str:
     """PAIRS, IMAGES or STUDIES."""
     if is_csv(dataset):
         return IMAGES
@@ -135,7 +134,7 @@ def kind_of(dataset: str, dataset_format: str) -> str:
 
 
 def is_csv(dataset: str) -> bool:
-    """Whether it holds images and labels; a CSV is no preference file."""
+    """Whether the data set is a CSV of images and labels."""
     return dataset.endswith((".csv", ".csv.gz"))
 
 
@@ -147,10 +146,10 @@ def _is_temporal(dataset: str) -> bool:
 
 
 def resolve_model(args: EvaluateArguments) -> EvaluateArguments:
-    """The flags with the folder that `--model` means and, for an adapter and pairs, the beta given
-    or else that of the run that trained the adapter.
+    """Resolve `--model` to a folder and, for an adapter on pairs, an unset `--beta` to the beta of
+    the run that trained the adapter.
 
-    Raises UsageError for flags of adapters that are given for a whole model.
+    Raises UsageError for adapter flags with a whole model.
     """
     from cpo_fast.model.lineage import is_adapter
     from cpo_fast.run.find_checkpoint import find_checkpoint
@@ -172,7 +171,7 @@ def resolve_model(args: EvaluateArguments) -> EvaluateArguments:
 
 
 def _read_beta_of_run(checkpoint: Path) -> float:
-    """The beta of the run whose stage holds the checkpoint; the default if there is none."""
+    """The beta of the checkpoint's run; the default without a run."""
     run = checkpoint.resolve().parents[1]
     found = read_object(run / "config.json") if contents_of(run) == TRAINING else {}
     known = Number(above=0).fault(found.get("beta")) is None

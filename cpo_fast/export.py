@@ -1,7 +1,7 @@
 """Merge an adapter into its base.
 
-The folder then holds one model with its tokenizer and image processor, as transformers, vLLM and
-others load it, without peft.
+The result is one model with tokenizer and image processor, which transformers, vLLM and others load
+without peft.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cpo_fast.locks import check_folder, lock_file
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 written, 1 it could not be, 2 wrong usage."""
+    """Exit status: 0 written, 1 not written, 2 wrong usage."""
     parser = Parser(prog=program("export"), description=__doc__)
     parser.add_argument(
         "--merge", required=True, type=Path, metavar="CHECKPOINT",
         help="folder of an adapter or of a training stage",
     )  # fmt: skip
     parser.add_argument(
-        "--base_model", type=Path, help="folder of its base (default: the one named by the adapter)"
+        "--base_model", type=Path, help="folder of its base (default: named by the adapter)"
     )
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of the merged model")
     parser.add_argument(
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 def export_merged(
     checkpoint: Path, output_dir: Path, *, dtype: str = "auto", base_model: Path | None = None
 ) -> None:
-    """Write the base model of an adapter with the adapter added into its weights.
+    """Write the base model of an adapter with the adapter added to its weights.
 
-    The sum is made in float32 and rounded once, to `dtype` ("auto": that of the base model's
-    files). The folder (mode 0700) is written beside its place and renamed: it is whole or not
-    there. Raises UsageError when `checkpoint` is no adapter or was damaged, or when `output_dir`
-    holds something. Where the adapter lies in the folder of a finished run, README.md is a model
-    card with the run's data, settings and evaluation.
+    The sum is computed in float32 and rounded once, to `dtype` ("auto": the dtype of the base
+    model's files). The folder (mode 0700) is written under another name and renamed: it is complete
+    or absent. For an adapter in the folder of a finished run, README.md is a model card with data,
+    settings and evaluation of the run. Raises UsageError when `checkpoint` is not an adapter or is
+    damaged, or when `output_dir` is not empty.
     """
     import torch
 
@@ -69,7 +69,9 @@ def export_merged(
     check_paths(checkpoint, output_dir, base_model)
     checkpoint = find_checkpoint(checkpoint, "--merge", adapter=True)
     if not is_adapter(checkpoint):
-        raise UsageError(f"--merge {checkpoint}: it was trained without LoRA: nothing to merge")
+        raise UsageError(
+            f"--merge {checkpoint}: trained without LoRA, so there is nothing to merge"
+        )
     model = Checkpoint.open(checkpoint, base_model=base_model)
     if dtype == "auto":
         written = read_config(lineage(checkpoint, base_model)[-1]).dtype or torch.float32
@@ -90,7 +92,7 @@ def export_merged(
 
 
 def check_paths(checkpoint: Path, output_dir: Path, base_model: Path | None) -> None:
-    """UsageError for folders that cannot be what their flags say; torch is not imported."""
+    """Raise UsageError for wrong folders; torch is not imported."""
     from cpo_fast.run.find_checkpoint import check_named
 
     check_named(checkpoint, "--merge", adapter=True, base_model=base_model)

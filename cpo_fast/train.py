@@ -1,4 +1,4 @@
-"""`cpo-fast train`: the full pipeline, from files to a report, in one readable pass.
+"""`cpo-fast train`: the full pipeline from files to a report.
 
 Without arguments it runs the embedded default: phantom data, a tiny random Qwen2.5-VL, SFT, CPO,
 evaluation and report in runs/phantom. Flags change the settings, not the pipeline.
@@ -21,7 +21,7 @@ from cpo_fast.errors import CpoFastError, DataError, UsageError
 from cpo_fast.locks import lock_folder
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.flag_rules import TINY, check_machine
-from cpo_fast.run.report_to import tracker_names, trackers
+from cpo_fast.run.report_to import open_trackers, parse_trackers
 from cpo_fast.run.settings import FLAGS, read_settings
 from cpo_fast.training.interrupt import EXIT_STATUS, Interrupted, StopRequest
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch is imported after the flags are checked
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 1 data or numbers stop the run, 2 wrong usage, 3 saved early."""
+    """Exit status: 0 finished, 1 bad data or non-finite steps, 2 wrong usage, 3 saved early."""
     who = f"rank {rank}: " if (rank := int(os.environ.get("RANK", "0"))) else ""
     name = f"{who}{program('train')}"
     try:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return failed(name, error)
     if not who:
-        print(*settings.lines(), sep="\n", flush=True)
+        print(*settings.describe(), sep="\n", flush=True)
     try:
         run(settings.args)
     except Interrupted as stopped:
@@ -57,8 +57,8 @@ def run(args: TrainArguments) -> dict[str, Any]:
 
     With several processes (torchrun) all of them train; rank 0 prepares, evaluates and reports.
     """
-    reported = tracker_names(args.report_to)
-    check_machine(args)  # wrong paths are refused before anything heavy is imported
+    tracker_names = parse_trackers(args.report_to)
+    check_machine(args)  # rejects wrong paths before heavy imports
 
     from transformers.utils import logging
 
@@ -70,10 +70,10 @@ def run(args: TrainArguments) -> dict[str, Any]:
     if args.dry_run:  # SIGTERM must raise, so that the temporary folder is deleted
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as locks:
-        return run_stages(args, reported, locks)
+        return run_stages(args, tracker_names, locks)
 
 
-def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> dict[str, Any]:
+def run_stages(args: TrainArguments, tracker_names: list[str], locks: ExitStack) -> dict[str, Any]:
     """The stages of one run. Rank 0 locks the folder (in `locks`) unless it is a dry run.
 
     Raises UsageError when another process writes into the folder.
@@ -84,19 +84,19 @@ def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> d
     from cpo_fast.run.dry_run import dry_run
     from cpo_fast.run.evaluation import evaluate_run
     from cpo_fast.run.stages import train_cpo, train_sft
-    from cpo_fast.training.distributed import World, joined
+    from cpo_fast.training.distributed import World, join_processes
 
-    with joined(args.ddp_timeout) as world:
+    with join_processes(args.ddp_timeout) as world:
         if not args.dry_run:
             world.on_main(lambda: locks.enter_context(lock_folder(args.output_dir)))
-        run, corpus, texts, samples = prepare(args, world)
+        run, corpus, texts, samples = prepare_run(args, world)
         folder, stages = run.folder, run.folder.summary["stages"]
         with ExitStack() as stack:
             run.stop = stack.enter_context(StopRequest(args.max_minutes))
             if args.dry_run:
                 return dry_run(run, samples)
             if folder.is_writer:
-                folder.metrics.also = stack.enter_context(trackers(reported, folder.path))
+                folder.metrics.also = stack.enter_context(open_trackers(tracker_names, folder.path))
             if "sft" in args.stage_names:
                 stages["sft"] = train_sft(run, samples)
             if "cpo" in args.stage_names:
@@ -121,14 +121,14 @@ def run_stages(args: TrainArguments, reported: list[str], locks: ExitStack) -> d
     return folder.summary
 
 
-def prepare(args: TrainArguments, world: World) -> tuple[RunContext, Corpus, Texts, Samples]:
-    """Everything that training needs, made by rank 0 and read from its files by the others."""
+def prepare_run(args: TrainArguments, world: World) -> tuple[RunContext, Corpus, Texts, Samples]:
+    """Context, corpus, texts and samples; rank 0 creates the files that the other ranks read."""
     from cpo_fast.run.corpus import build_texts
     from cpo_fast.run.image_check import ImageCheck, reject_samples, reject_studies
     from cpo_fast.run.samples import check_samples, tokenise
     from cpo_fast.run.start import open_start
 
-    run, corpus = world.main_first(lambda: read(args, world))
+    run, corpus = world.main_first(lambda: read_data(args, world))
     stages = run.folder.summary["stages"]
     images = ImageCheck(run)
     reject_studies(run, corpus, images)
@@ -148,7 +148,7 @@ def prepare(args: TrainArguments, world: World) -> tuple[RunContext, Corpus, Tex
     return run, corpus, texts, world.main_first(encode)
 
 
-def read(args: TrainArguments, world: World) -> tuple[RunContext, Corpus]:
+def read_data(args: TrainArguments, world: World) -> tuple[RunContext, Corpus]:
     """Open the run's folder and read its data set."""
     from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.phantom import write_phantom
@@ -159,7 +159,7 @@ def read(args: TrainArguments, world: World) -> tuple[RunContext, Corpus]:
     if args.bf16 and world.is_main:
         warn_of_slow_bfloat16()
     if args.sft_checkpoint and args.model_name_or_path != TINY and world.is_main:
-        print("note: --sft_checkpoint is where CPO starts; --model_name_or_path is not used")
+        print("note: CPO starts from --sft_checkpoint; --model_name_or_path is not used")
     check_start(args)
     run = RunContext(args, world)
     if args.dataset == "phantom":

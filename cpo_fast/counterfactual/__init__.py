@@ -4,17 +4,11 @@ from cpo_fast.counterfactual.generate import counterfactuals, place_images, stud
 from cpo_fast.counterfactual.preferences import build_preference, build_sft_preference
 from cpo_fast.data.labels import DEFAULT_PROMPT
 
-placed, preference, sft_preference = place_images, build_preference, build_sft_preference
-"""Former names of the three functions."""
-
 __all__ = [
     "DEFAULT_PROMPT",
     "build_preference",
     "build_sft_preference",
     "counterfactuals",
     "place_images",
-    "placed",
-    "preference",
-    "sft_preference",
     "study_labels",
 ]

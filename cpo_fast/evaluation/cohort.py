@@ -1,4 +1,4 @@
-"""The studies of an evaluation, with prompts and true names."""
+"""The studies of an evaluation with prompts and true findings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Cohort:
-    """N studies with prompts and true names, and the records that were set aside.
+    """N studies with prompts and true findings, and the rejected records.
 
-    `truth[i]` are the names of study i, `training_truth` those of the training split, from which
-    the majority guess is learned. A preference file has no studies; `scored` counts its records.
+    `truth[i]`: names of the findings of study i; `training_truth`: names per study of the training
+    split, for the majority guess. A preference file has no studies; `scored` counts its records.
     """
 
     studies: list[Study] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Cohort:
     rejected: list[RejectedRecord] = field(default_factory=list)
     left_out: int = 0  # records of other splits, or beyond max_samples
     scored: int | None = None
-    stage: str = ""  # of the records that `drop` rejects; "" for a record rejected as a whole
+    stage: str = ""  # of the records rejected by `drop`; "" for records rejected as a whole
 
     @property
     def used(self) -> int:
@@ -47,9 +47,9 @@ class Cohort:
         self.truth.append(names)
 
     def drop(self, failed: Mapping[int, RecordError]) -> list[int]:
-        """Set aside the studies with these indices; returns the indices that are kept.
+        """Reject the studies with these indices; returns the indices that are kept.
 
-        Raises DataError when none is kept.
+        Raises DataError if none is kept.
         """
         self.rejected += [self.reject(index, error, self.stage) for index, error in failed.items()]
         if failed and len(failed) == len(self.studies):
@@ -65,7 +65,7 @@ class Cohort:
         return kept
 
     def reject(self, index: int, error: RecordError, stage: str = "") -> RejectedRecord:
-        """The rejected record of a study that fails in `stage`."""
+        """The `RejectedRecord` of a study that fails in `stage`."""
         study = self.studies[index]
         return RejectedRecord.of(study.study_id, study.origin, error, stage=stage)
 
@@ -81,7 +81,7 @@ def read_cohort(
     max_samples: int | None = None,
     max_length: int = 4096,
 ) -> Cohort:
-    """The first `max_samples` studies of a split, tokenised as in training. Raises DataError when
+    """The first `max_samples` studies of a split, tokenised as in training. Raises DataError if
     none is usable.
     """
     source = open_studies(dataset, dataset_format=dataset_format, image_root=image_root)

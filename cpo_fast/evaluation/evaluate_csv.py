@@ -1,7 +1,7 @@
-"""A model on a CSV and a folder of images: data sets without reports.
+"""Evaluate a model on a CSV and a folder of images: data sets without reports.
 
-ChestXray14, CheXpert and PadChest give the zero-shot AUC per finding; MS-CXR-T gives both protocols
-of its top-1 accuracy.
+ChestXray14, CheXpert and PadChest give the zero-shot AUC per finding; MS-CXR-T gives top-1 accuracy
+under both protocols.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ QUESTION = (
     "The first radiograph is the earlier one, the second the later one of the same patient. Is "
     "{finding} improving, stable or worsening?"
 )
-"""Protocol A of MS-CXR-T asks this about both images; the answers are ANSWER for each class."""
+"""Question of protocol A of MS-CXR-T about both images; the candidates are ANSWER per class."""
 ANSWER = "The {finding} is {progression}."
 
 
 @dataclass(frozen=True)
 class CsvSource:
-    """Where the images and labels are, and how many are used; `max_length` is in tokens."""
+    """Paths of images and labels, and limits; `max_length` is in tokens."""
 
     file: Path
     image_root: Path
@@ -42,8 +42,8 @@ class CsvSource:
     max_length: int = 4096
     split: str = "test"
 
-    def path_of(self, dicom_id: str) -> ImageRef:
-        """The image of a dicom id that is a path, with or without the suffix of its file."""
+    def find_image(self, dicom_id: str) -> ImageRef:
+        """The image of a dicom id, which is a path with or without suffix."""
         name = dicom_id if Path(dicom_id).suffix else f"{dicom_id}.jpg"
         return ImageRef(name, str(self.image_root))
 
@@ -51,8 +51,8 @@ class CsvSource:
 def evaluate_csv(
     name: str, model: Any, checkpoint: Checkpoint, source: CsvSource, options: Options
 ) -> tuple[dict[str, Any], Cohort]:
-    """(`evaluation` of summary.json, what was read). Raises UsageError for a text-only model,
-    DataError for a file that cannot be used.
+    """(`evaluation` of summary.json, the cohort). Raises UsageError for a text-only model and
+    DataError for an unusable file.
     """
     if checkpoint.images is None:
         raise UsageError(f"{checkpoint.path} is a text-only model: {source.file} has images only")
@@ -90,9 +90,9 @@ def _evaluate_temporal(
     cases, unusable = ms_cxr_t.read_ms_cxr_t(source.file)
     cohort = Cohort(read=len(cases) + len(unusable), rejected=unusable)
     cohort.left_out = len(cases[source.max_samples :]) if source.max_samples else 0
-    asked: list[tuple[ms_cxr_t.TemporalCase, list[Prompt]]] = []
+    questions: list[tuple[ms_cxr_t.TemporalCase, list[Prompt]]] = []
     for case in cases[: source.max_samples]:
-        images = (source.path_of(case.previous_dicom_id), source.path_of(case.dicom_id))
+        images = (source.find_image(case.previous_dicom_id), source.find_image(case.dicom_id))
         study = Study(case.study_id, case.subject_id, Report(), images[1:], split=source.split)
         prompt = _encode_question(checkpoint, source, cohort, study)
         if prompt is None:
@@ -107,14 +107,14 @@ def _evaluate_temporal(
             prompts.append(one)
         if len(prompts) == len(case.progression):
             cohort.add(study, prompt, tuple(case.progression))
-            asked.append((case, prompts))
+            questions.append((case, prompts))
     _check_not_empty(source, cohort)
-    likeliest, failed = _score_progressions(model, checkpoint, asked, options)
+    likeliest, failed = _score_progressions(model, checkpoint, questions, options)
     kept = cohort.drop(failed)
     answers, failed = generate_answers(name, model, checkpoint, cohort, options)
     kept = [kept[i] for i in cohort.drop(failed)]
     parsed = [parse_answer(text) or None for i, text in enumerate(answers) if i not in failed]
-    only = [asked[i][0] for i in kept]
+    only = [questions[i][0] for i in kept]
     progression = [likeliest[i] for i in kept]
     figures = {
         "A": ms_cxr_t.progression_accuracy(only, progression, seed=options.seed),
@@ -133,19 +133,19 @@ def _evaluate_temporal(
 def _score_progressions(
     model: Any,
     checkpoint: Checkpoint,
-    asked: Sequence[tuple[ms_cxr_t.TemporalCase, Sequence[Prompt]]],
+    questions: Sequence[tuple[ms_cxr_t.TemporalCase, Sequence[Prompt]]],
     options: Options,
 ) -> tuple[list[dict[str, str]], dict[int, RecordError]]:
     """(The likeliest class of every labelled finding of every case, errors by index of the cases
-    whose images could not be read).
+    whose images failed).
     """
-    prompts = [prompt for _, of_case in asked for prompt in of_case]
-    case_of = [index for index, (_, of_case) in enumerate(asked) for _ in of_case]
+    prompts = [prompt for _, of_case in questions for prompt in of_case]
+    case_of = [index for index, (_, of_case) in enumerate(questions) for _ in of_case]
     candidates = [
         [tuple(checkpoint.tokenizer(ANSWER.format(finding=finding.lower(), progression=one),
                                     add_special_tokens=False)["input_ids"])
          for one in ms_cxr_t.CLASSES]
-        for case, _ in asked
+        for case, _ in questions
         for finding in case.progression
     ]  # fmt: skip
     unread: dict[int, RecordError] = {}
@@ -160,7 +160,8 @@ def _score_progressions(
     )
     best = iter(scores.argmax(dim=1).tolist())
     likeliest = [
-        {finding: ms_cxr_t.CLASSES[next(best)] for finding in case.progression} for case, _ in asked
+        {finding: ms_cxr_t.CLASSES[next(best)] for finding in case.progression}
+        for case, _ in questions
     ]
     return likeliest, {case_of[prompt]: error for prompt, error in unread.items()}
 
@@ -168,7 +169,7 @@ def _score_progressions(
 def _generate(
     name: str, model: Any, checkpoint: Checkpoint, cohort: Cohort, options: Options
 ) -> list[str]:
-    """Answers to the studies whose image can be read; the others leave the cohort."""
+    """Answers to the studies whose image can be read; the others are dropped from the cohort."""
     answers, failed = generate_answers(name, model, checkpoint, cohort, options)
     return [answers[i] for i in cohort.drop(failed)]
 
@@ -180,7 +181,7 @@ def _encode_question(
     study: Study,
     question: str | None = None,
 ) -> Prompt | None:
-    """The tokenised question about the study's images; None if that fails, which is listed."""
+    """The tokenised question about the study's images; None, with a rejected record, on failure."""
     messages = ask(len(study.images), question) if question else ask(len(study.images))
     about = Preference(study.study_id, messages, "?", images=study.images)
     try:

@@ -1,4 +1,4 @@
-"""Preference pairs scored by a model, and by the reference below it if there is one."""
+"""Score preference pairs with a model and, if it has one, its reference model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def compare_pairs(
     packing_length: int,
     seed: int,
 ) -> tuple[dict[str, dict[str, Any]], list[RejectedRecord]]:
-    """({name: figures of its preferences}, groups left out because an image failed).
+    """({name: preference figures}, rejected groups whose image failed).
 
-    `names` are those of the model and of its reference; an objective without a reference gives the
-    model's own log-probs only. No figures if no group is left.
+    `names`: of the model and of its reference; an objective without a reference gives the figures
+    of the model's log-probs only. The figures are empty if no group is left.
     """
     scored, failed = score_pairs(objective, checkpoint, groups, packing_length=packing_length)
     if not scored:
@@ -52,11 +52,11 @@ def score_pairs(
     *,
     packing_length: int,
 ) -> tuple[dict[str, Any], list[RejectedRecord]]:
-    """(columns of P pairs for `summarize_preference`, groups left out because an image failed).
+    """(columns of P pairs for `summarize_preference`, rejected groups whose image failed).
 
-    The columns are "policy_"/"reference_" x "chosen"/"rejected", log-probs summed over an answer
-    (zeros for a loss without a reference), "sources", and "groups", the ids of the pairs' groups;
-    there are none if no pair is left.
+    Columns: "policy_"/"reference_" x "chosen"/"rejected", log-probs summed over an answer (zeros
+    for a loss without a reference), "sources", and "groups", the group id of each pair. There are
+    no columns if no pair is left.
     """
     steps = plan_epoch(
         groups, pairs_per_step=64, packing_length=packing_length, seed=0, epoch=0, shuffle=False

@@ -1,6 +1,6 @@
-"""A model on a preference file: how often it prefers the chosen answers.
+"""Evaluate a model on a preference file: how often it prefers the chosen answers.
 
-Measured by its own log-probs and, for an adapter, by rewards against the model below it, whose own
+Measured by the model's log-probs and, for an adapter, by rewards relative to its base model, whose
 log-probs are listed as "reference".
 """
 
@@ -34,13 +34,13 @@ def evaluate_preference_file(
     max_length: int = 4096,
 ) -> tuple[dict[str, Any], Cohort]:
     """(`evaluation` of summary.json, counts of records) for the first `max_samples` rows with a
-    rejected answer. Raises DataError when no pair is left.
+    rejected answer. Raises DataError if no pair is left.
     """
     source = open_preferences(file, dataset_format=dataset_format, image_root=image_root)
     records = list(source)
     used = [one for one in records if one.rejected][:max_samples]
     if not used:
-        raise DataError(f"{file}: no record has a rejected answer to compare with")
+        raise DataError(f"{file}: no record has a rejected answer")
     encoded = encode_all(
         used,
         checkpoint.tokenizer,
@@ -50,8 +50,9 @@ def evaluate_preference_file(
         stage="evaluate",
     )
     packed = PackedModel(model.eval())
-    # A whole model has no model below it: simpo needs no reference.
-    objective = CPOObjective(packed, loss_type="sigmoid" if model_has_adapter(model) else "simpo")
+    has_adapter = hasattr(model, "peft_config")
+    # A whole model has no base to compare with: simpo needs no reference.
+    objective = CPOObjective(packed, loss_type="sigmoid" if has_adapter else "simpo")
     figures, failed = compare_pairs(
         objective,
         checkpoint,
@@ -70,7 +71,3 @@ def evaluate_preference_file(
     cohort.scored = len(encoded.groups) - len(failed)
     cohort.left_out = len(records) - len(used)
     return {"preference": figures}, cohort
-
-
-def model_has_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config")

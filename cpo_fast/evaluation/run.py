@@ -1,4 +1,4 @@
-"""The evaluation of models on a cohort: from loaded models to figures, answers and examples."""
+"""Evaluate models on a cohort; returns figures, answers and examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from cpo_fast.errors import DataError
 from cpo_fast.evaluation.cohort import Cohort
 from cpo_fast.evaluation.suites import Options, generate_answers, probe_drift, score_zero_shot
-from cpo_fast.evaluation.summary import evaluation_summary
+from cpo_fast.evaluation.summary import build_summary
 from cpo_fast.model.checkpoint import Checkpoint
 
 Load = Callable[[], Any]
@@ -25,7 +25,7 @@ class Evaluation:
     """Results of `evaluate`.
 
     `figures` is the `evaluation` part of summary.json and holds no patient text; `answers[name][i]`
-    belongs to study i of the cohort as it is afterwards. `failure` is the error of a suite that
+    belongs to study i of the cohort after the evaluation. `failure` is the error of a suite that
     could not be computed; the other suites are complete.
     """
 
@@ -44,9 +44,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate models that share the tokenizer and image processor of `checkpoint`.
 
-    `models`: name -> loader, in the order in which they were trained; one is in memory at a time.
-    `pairs`: name -> comparison of held-out pairs by that model. A study whose image fails is set
-    aside for all models (`cohort` changes). Raises DataError when no study is left.
+    `models`: name -> loader, in training order; one model is in memory at a time. `pairs`: name ->
+    comparison of held-out pairs by that model. A study whose image fails is rejected for all models
+    (`cohort` changes). Raises DataError if no study is left.
     """
     pairs = pairs or {}
     result = Evaluation({})
@@ -60,8 +60,8 @@ def evaluate(
             texts, failed = generate_answers(name, model, checkpoint, cohort, options)
             result.answers[name] = texts
             kept = cohort.drop(failed)
-            for of, each in result.answers.items():
-                result.answers[of] = [each[i] for i in kept]
+            for other, given in result.answers.items():
+                result.answers[other] = [given[i] for i in kept]
             texts = result.answers[name]
             if "zero_shot" in options.suites:
                 suites["zero_shot"][name] = score_zero_shot(
@@ -93,8 +93,8 @@ def summarize(
     options: Options,
     preference: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The figures of the generated answers, without those of suites that were not asked for."""
-    figures = evaluation_summary(
+    """The figures of the generated answers for the suites in `options`."""
+    figures = build_summary(
         truth=cohort.truth,
         training_truth=cohort.training_truth,
         answers=answers,

@@ -1,4 +1,4 @@
-"""What is asked of one model about a cohort: answers, zero-shot scores, the drift probe."""
+"""The suites of one model on a cohort: generated answers, zero-shot scores, drift probe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from cpo_fast.model.packed import PackedModel
 
 @dataclass(frozen=True)
 class Options:
-    """What is computed, and how. `suites` holds any of "classification", "report", "zero_shot" and
+    """Settings of an evaluation. `suites` has any of "classification", "report", "zero_shot" and
     "drift"; sizes are in tokens and studies.
     """
 
@@ -54,7 +54,7 @@ class Options:
 def generate_answers(
     name: str, model: Any, checkpoint: Checkpoint, cohort: Cohort, options: Options
 ) -> tuple[list[str], dict[int, RecordError]]:
-    """(The model's answers to all prompts, errors by index of the studies that failed)."""
+    """(The model's answers to all prompts, errors by index of the failed studies)."""
     failed: dict[int, RecordError] = {}
     answers = diagnose(
         model,
@@ -81,7 +81,7 @@ def score_zero_shot(
     """AUC per finding from the likelihood of its sentence after the model's own thought; intervals
     by bootstrap over patients.
 
-    A study whose image fails is set aside for this suite. Raises DataError when all fail.
+    A study whose image fails is rejected for this suite. Raises DataError if all fail.
     """
     prompts = [
         after_thought(prompt, checkpoint.tokenizer, thought_of(answer))
@@ -122,7 +122,7 @@ def probe_drift(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The drift probe and swaps on the model's own thoughts: (figures, examples for the page).
 
-    Answers without a thought are counted and left out. Raises DataError when none has a thought.
+    Answers without a thought are counted and left out. Raises DataError if none has a thought.
     """
     packed, graph = PackedModel(model), load_graph()
     drifts, effects = [], []
@@ -133,11 +133,11 @@ def probe_drift(
     if without == len(studies):
         raise DataError(
             f"suite drift: none of {counted(without, 'answer')} of {name} has a thought "
-            "(<think> ... </think>); leave drift out, or give a model that was trained on thoughts"
+            "(<think> ... </think>); leave drift out, or use a model trained on thoughts"
         )
     if without:
         answered = counted(len(studies), "answer")
-        print(f"drift: {without} of {answered} left out, without a thought")
+        print(f"drift: {without} of {answered} left out: no thought")
     image = checkpoint.image_token_id
     for index, (study, prompt, thought) in enumerate(
         tqdm(studies, desc="drift", unit="study", disable=None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -19,12 +17,13 @@ from cpo_fast.evaluation.classification import (
     majority_guess,
 )
 from cpo_fast.evaluation.text import text_metrics, thought_of
+from cpo_fast.folders import write_json
 from cpo_fast.types import Counterfactual, Study
 
 MAJORITY = "majority"
 
 
-def evaluation_summary(
+def build_summary(
     *,
     truth: Sequence[Sequence[str]],
     training_truth: Sequence[Sequence[str]],
@@ -81,7 +80,7 @@ def evaluation_summary(
     return summary
 
 
-def evaluation_examples(
+def choose_examples(
     studies: Sequence[Study],
     answers: Mapping[str, Sequence[str]],
     counterfactuals: Sequence[Counterfactual] = (),
@@ -139,13 +138,8 @@ def write_examples(
 ) -> Path:
     """Write run_dir/evaluation.json, {"examples": [...], "drift": [...]}, mode 0600.
 
-    `drift` are the probed studies to be shown (`evaluation.drift.drift_example`).
+    `drift`: probed studies for the page (`evaluation.drift.drift_example`).
     """
-    path = Path(run_dir) / "evaluation.json"
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        parts = {"examples": list(map(dict, examples)), "drift": list(map(dict, drift))}
-        json.dump(parts, file, indent=1)
-        file.write("\n")
+    path = run_dir / "evaluation.json"
+    write_json(path, {"examples": list(examples), "drift": list(drift)})
     return path

@@ -37,8 +37,8 @@ from cpo_fast.report.tables import (
     seconds,
     table_markdown,
 )
+from cpo_fast.training.stage_settings import TRAINING_STAGES
 
-STAGES = ("sft", "cpo")
 PAPERS = {
     "cpo": "[arXiv 2505.13081](https://arxiv.org/abs/2505.13081)",
     "perception": "[arXiv 2604.15705](https://arxiv.org/abs/2604.15705)",
@@ -62,7 +62,7 @@ def write_cards(run_dir: Path) -> list[Path]:
     into the folder of the merged SFT model. Returns the files."""
     run = read_run(run_dir)
     written = []
-    for stage in STAGES:
+    for stage in TRAINING_STAGES:
         named = run.part("stages", stage).get("checkpoint")
         checkpoint = run_dir / stage / Path(named).name if isinstance(named, str) else None
         for folder in (checkpoint, run_dir / stage / "merged"):
@@ -77,7 +77,7 @@ def card_of_export(checkpoint: Path, folder: Path) -> Path | None:
     None if `checkpoint` is not in the folder of a finished run (run/stage/checkpoint-N).
     """
     stage, run_dir = checkpoint.resolve().parent.name, checkpoint.resolve().parents[1]
-    if stage not in STAGES or not (run_dir / "summary.json").is_file():
+    if stage not in TRAINING_STAGES or not (run_dir / "summary.json").is_file():
         return None
     return write_card(folder, read_run(run_dir), stage, merged=checkpoint.resolve().name)
 

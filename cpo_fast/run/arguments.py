@@ -2,7 +2,7 @@
 
 Fields with the prefix `sft_` belong to the SFT stage; the others to CPO or to both. The defaults
 are the paper's hyper-parameters (arXiv 2505.13081, its table of settings and its script);
-phantom.yaml beside this file has those of the phantom with a tiny random model (`settings.py`).
+phantom.yaml beside this file has the settings for the phantom with a tiny random model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cpo_fast.errors import UsageError
 from cpo_fast.flags import Number, Switch, near, split
 from cpo_fast.run.config_file import read_entries
 from cpo_fast.run.flag_ranges import SOURCES as SOURCES
-from cpo_fast.run.flag_ranges import STAGES, range_of
+from cpo_fast.run.flag_ranges import STAGES, find_range
 from cpo_fast.run.flag_rules import check_rules
-from cpo_fast.training.stage_settings import StageSettings
+from cpo_fast.training.stage_settings import TRAINING_STAGES, StageSettings
 
 EMBEDDED = Path(__file__).with_name("phantom.yaml")
 
@@ -159,7 +159,7 @@ class TrainArguments:
     packing_length: int = _flag(
         4096,
         "tokens of one forward pass, filled with samples of up to --max_length; a longer sample "
-        "is a pass of its own",
+        "has a separate pass",
     )
     expand_pairs: bool = _flag(
         False, "make each pair its own sample, in the paper's order (prompts are not shared)"
@@ -189,20 +189,20 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, allowed = getattr(self, f.name), range_of(f.name)
-            if fault := fault_of(f.name, value):
+            value, allowed = getattr(self, f.name), find_range(f.name)
+            if fault := find_fault(f.name, value):
                 raise UsageError(f"--{f.name} {value}: {fault}")
             if isinstance(allowed, Number) and not allowed.whole and value is not None:
                 setattr(self, f.name, float(value))
         check_rules(self)
 
     def source_weights(self, default: tuple[str, ...]) -> dict[str, float]:
-        """The sources to learn from, `default` where the flag is not given, and their weights.
+        """The counterfactual sources of the run, else `default`, with their weights.
 
-        One whose weight is 0 is no source: its pairs are neither made nor counted.
+        A source with weight 0 is left out: its pairs are neither generated nor counted.
         """
-        asked = split(self.counterfactual_sources or "") or default
-        weights = {name: getattr(self, f"{name}_weight") for name in SOURCES if name in asked}
+        named = split(self.counterfactual_sources or "") or default
+        weights = {name: getattr(self, f"{name}_weight") for name in SOURCES if name in named}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     @property
@@ -211,8 +211,8 @@ class TrainArguments:
 
     @property
     def trained_stages(self) -> tuple[str, ...]:
-        """Of "sft" and "cpo" those that run."""
-        return tuple(stage for stage in ("sft", "cpo") if stage in self.stage_names)
+        """The training stages of this run."""
+        return tuple(stage for stage in TRAINING_STAGES if stage in self.stage_names)
 
     def adapts(self, stage: str) -> tuple[bool, bool]:
         """(trains LoRA adapters, freezes the vision tower) of "sft" or "cpo"."""
@@ -227,7 +227,7 @@ class TrainArguments:
         return self.max_length
 
     def stage_settings(self, stage: str) -> StageSettings:
-        """How "sft" or "cpo" trains."""
+        """The settings of "sft" or "cpo"."""
         prefix = "sft_" if stage == "sft" else ""
         own = {name: getattr(self, prefix + name) for name in OWN_OF_SFT}
         if own["lr_scheduler_type"] is None:
@@ -253,7 +253,7 @@ OWN_OF_SFT = (
     "warmup_ratio",
     "metric_for_best_model",
 )
-"""Stage settings that SFT has flags of its own for, with the prefix `sft_`."""
+"""Stage settings with a separate flag for SFT, which has the prefix `sft_`."""
 
 SECTIONS = {
     "most used": "dataset",
@@ -269,38 +269,33 @@ SECTIONS = {
 """Sections of the help by their first flag; each ends before the next."""
 
 
-def parse_arguments(argv: list[str] | None = None) -> TrainArguments:
-    """The settings of a run from its command line, see `settings.read_settings`."""
-    from cpo_fast.run.settings import read_settings
-
-    return read_settings(argv).args
-
-
-def fault_of(name: str, value: Any) -> str | None:
-    """None where the flag may have this value, else what is allowed."""
+def find_fault(name: str, value: Any) -> str | None:
+    """The allowed values, if the flag cannot have this value; else None."""
     optional = TrainArguments.__dataclass_fields__[name].default is None
-    return None if value is None and optional else range_of(name).fault(value)
+    return None if value is None and optional else find_range(name).fault(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The flags that a YAML file sets; UsageError for a file that cannot be read, a wrong form, an
-    unknown flag or a value that the flag may not have, with file, line and key.
+    """The flags that a YAML file sets.
+
+    Raises UsageError with file, line and key when the file cannot be read or has a wrong form, an
+    unknown flag or a value that is not allowed.
     """
-    return {key: _checked(place, key, value) for place, key, value in read_entries(path)}
+    return {key: _parse_value(place, key, value) for place, key, value in read_entries(path)}
 
 
-def _checked(place: str, name: str, value: Any) -> Any:
-    """A value as the flag takes it: YAML has "1e-4" for text, and 1 for a whole number."""
+def _parse_value(place: str, name: str, value: Any) -> Any:
+    """The value as the type of the flag, checked: YAML reads 1e-4 as text."""
     flags = TrainArguments.__dataclass_fields__
     if name not in flags:
         meant = near(name, flags)
         hint = f"did you mean {meant}?" if meant else "see cpo-fast train --help"
         raise UsageError(f"{place}: {name} is not a flag; {hint}")
-    allowed = range_of(name)
+    allowed = find_range(name)
     read = allowed.read(value) if isinstance(value, str) else value
-    if fault := fault_of(name, read):
+    if fault := find_fault(name, read):
         shown = "null" if value is None else value if isinstance(value, str) else str(value).lower()
         if not isinstance(allowed, Number | Switch) and not isinstance(value, str):
-            fault += "; YAML does not read it as text without quotes"
+            fault += "; quote it to make it text in YAML"
         raise UsageError(f"{place}: {name} {shown}: {fault}")
     return read

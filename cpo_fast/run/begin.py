@@ -1,7 +1,7 @@
-"""What a stage began with, and whether a resumed run still has it.
+"""The inputs that a stage began with, compared when it is resumed.
 
-trainer_state.json of every checkpoint holds it under "begun_with": digests of the samples in order,
-of the starting model, the tokenizer and the image processor, and the flags.
+trainer_state.json of every checkpoint holds them under "begun_with": the flags, and digests of the
+samples in order, the starting model, the tokenizer and the image processor.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cpo_fast.run.digests import (
     digest_models,
     group_bytes,
     image_bytes,
-    images_of,
     json_bytes,
+    list_images,
 )
 from cpo_fast.run.same_flags import check_flags
 from cpo_fast.training.checkpoint import BEGUN_WITH, read_state
@@ -43,9 +43,9 @@ def check_beginning(
     resume: Path | None,
     world: World,
 ) -> dict[str, Any]:
-    """What the stage begins with, as its checkpoints store it; computed and compared by rank 0.
+    """The inputs of the stage, as its checkpoints store them; computed and compared by rank 0.
 
-    `model`: the folders of the starting model. `flags`: those of config.json. Raises UsageError
+    `model`: the folders of the starting model. `flags`: as in config.json. Raises UsageError
     when the stage of checkpoint `resume` began with something else, unless the flags allow changed
     data: then the differences are printed and stored under "changes".
     """
@@ -66,7 +66,7 @@ def check_beginning(
         if then is None:
             print(
                 f"{stage}: {resume} was written by an earlier version: data, starting model and "
-                "tokenizer cannot be compared with those of its start"
+                "tokenizer cannot be compared with its start"
             )
             return now
         check_flags(resume, then["flags"], flags)
@@ -114,7 +114,7 @@ def digest_data(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     Images count by path and size; up to `MANY_IMAGES` of them, evenly spread, also by their first
     bytes (opening 200,000 radiographs would delay the start too long).
     """
-    shown = images_of(groups)
+    shown = list_images(groups)
     stride = -(-len(shown) // MANY_IMAGES) or 1
     images = {
         image: image_bytes(image, IMAGE_HEAD if index % stride == 0 else 0)

@@ -21,13 +21,13 @@ class Entry(NamedTuple):
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The entries of a file in their order, `-` in a key read as `_`.
+    """The entries of a file in file order, with `-` in keys replaced by `_`.
 
-    UsageError, with the line where there is one, for a file that is missing or is no mapping of
-    flags to single values, and for a key that occurs twice.
+    Raises UsageError, with the line if known, when the file is missing, is not a mapping of flags
+    to single values, or has a key twice.
     """
     found: dict[str, Entry] = {}
-    for entry in _entries(path):
+    for entry in _parse(path):
         if first := found.get(entry.key):
             line = first.place.rpartition(" ")[2]
             raise UsageError(f"{entry.place}: {entry.key} is set twice, first in line {line}")
@@ -35,11 +35,11 @@ def read_entries(path: Path) -> list[Entry]:
     return list(found.values())
 
 
-def _entries(path: Path) -> Iterator[Entry]:
+def _parse(path: Path) -> Iterator[Entry]:
     import yaml
 
     name = f"--config {path}"
-    text = _text(path)
+    text = _read_text(path)
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
@@ -74,7 +74,7 @@ def _entries(path: Path) -> Iterator[Entry]:
         raise UsageError(f"{name}: not YAML: {str(error).splitlines()[0]}") from None
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

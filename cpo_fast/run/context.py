@@ -27,7 +27,7 @@ class RunContext:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What the first stage starts from; set once it is known."""
+        """The model that the first stage starts from; set when it is opened."""
         assert self._checkpoint is not None, "the starting checkpoint is not open yet"
         return self._checkpoint
 

@@ -35,7 +35,7 @@ from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.folders import write_jsonl
 from cpo_fast.run.arguments import SOURCES, TrainArguments
 from cpo_fast.run.context import RunContext
-from cpo_fast.run.split import first_questions, sizes, split_by_question
+from cpo_fast.run.split import describe_sizes, split_by_question, take_questions
 from cpo_fast.types import (
     SPLITS,
     ConceptGraph,
@@ -51,7 +51,7 @@ from cpo_fast.types import (
 
 @dataclass
 class Corpus:
-    """What was read: studies by split, or the preferences of a file without studies.
+    """The records read: studies by split, or the preferences of a file without studies.
 
     `read` counts records, `rejected` those that the reader rejected.
     """
@@ -102,13 +102,13 @@ def read_corpus(run: RunContext) -> Corpus:
         print(f"data: {count} set aside: {reason}")
     for line in source.remarks():
         print(f"data: {line}")
-    if alone := sum(not one.rejected for one in corpus.preferences):
-        print(f"data: {counted(alone, 'record')} without a rejected answer, for SFT only")
+    if unpaired := sum(not one.rejected for one in corpus.preferences):
+        print(f"data: {counted(unpaired, 'record')} without a rejected answer, for SFT only")
     records: list[Preference | Study] = [*corpus.preferences]
     records += chain.from_iterable(corpus.studies.values())
     reports = not corpus.preferences or corpus.kind in ("ccf", "counterfactuals")
     if reports and records and not any(one.images for one in records):
-        print("data: no record has an image: the model learns reports from their text alone")
+        print("data: no record has an image: the model learns reports from text only")
     folder.stop_if_too_bad(len(source.rejected), source.read, args.max_bad_fraction)
     return corpus
 
@@ -226,7 +226,7 @@ def obtain_counterfactuals(run: RunContext, corpus: Corpus) -> Texts:
     args, folder = run.args, run.folder
     path = folder.path / "counterfactuals.jsonl"
     sources = args.source_weights(("thinking",))
-    graph = load_graph(args.concept_graph)  # a bad file is refused before any work
+    graph = load_graph(args.concept_graph)  # rejects a bad file before any work
     if "graph" in args.stage_names and folder.is_writer:
         shutil.copyfile(args.concept_graph or DEFAULT_GRAPH, folder.path / "concept_graph.json")
     makes = "counterfactual" in args.stage_names and folder.prepares_inputs
@@ -327,7 +327,7 @@ def split_preferences(
     """Train and held-out texts of a file without splits (`split_by_question`); prints their sizes.
     At most `most` records are trained on. A record without a rejected answer serves SFT only."""
     split = split_by_question(preferences, share, seed)
-    train = split.train if most is None else first_questions(split.train, most)
+    train = split.train if most is None else take_questions(split.train, most)
     texts = Texts({s: [] for s in SPLITS}, {s: [] for s in SPLITS})
     for name, part in (("train", train), ("validate", split.held_out)):
         for one in part:
@@ -339,9 +339,9 @@ def split_preferences(
     if left_out := len(split.train) - len(train):
         records = counted(left_out, "training record")
         print(f"data: {records} left out by --max_train_samples {most}")
-    print(f"data: to train on: {sizes(train)}")
+    print(f"data: to train on: {describe_sizes(train)}")
     if share > 0:
-        print(f"data: held out (--eval_fraction {share:g}): {sizes(split.held_out)}")
+        print(f"data: held out (--eval_fraction {share:g}): {describe_sizes(split.held_out)}")
         if split.note:
             print(f"data: {split.note}")
         if texts.cpo["train"] and not texts.cpo["validate"]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from cpo_fast.training.checkpoint import digest_file
 from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cpo_fast.model.packed import PackedModel
 
 IMAGE_HEAD = 65536  # bytes of an image file that are hashed, besides its size
-# Parts of a configuration that do not change what the model computes.
+# Configuration keys that do not change what the model computes.
 INCIDENTAL = {
     *("transformers_version", "use_cache", "dtype", "torch_dtype", "architectures"),
     *("base_model_name_or_path", "peft_version"),  # of an adapter
@@ -30,10 +31,11 @@ INCIDENTAL = {
 
 
 def digest(pieces: Iterable[Buffer]) -> str:
-    digest = hashlib.sha256()
+    """SHA-256 of the concatenated pieces."""
+    total = hashlib.sha256()
     for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+        total.update(piece)
+    return total.hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
@@ -41,12 +43,12 @@ def json_bytes(value: Any) -> bytes:
 
 
 def data_bytes(groups: Sequence[PreferenceGroup]) -> Iterator[bytes]:
-    images = {image: image_bytes(image) for image in images_of(groups)}
+    images = {image: image_bytes(image) for image in list_images(groups)}
     for group in groups:
         yield from group_bytes(group, images)
 
 
-def images_of(groups: Sequence[PreferenceGroup]) -> list[ImageRef]:
+def list_images(groups: Sequence[PreferenceGroup]) -> list[ImageRef]:
     """Every image once, in the order of the groups."""
     prompts = (prompt for group in groups for prompt in group.prompts)
     return list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
@@ -91,7 +93,7 @@ def image_bytes(image: ImageRef, head_bytes: int = IMAGE_HEAD) -> bytes:
 def model_bytes(model: PackedModel, adapters_off: bool) -> Iterator[Buffer]:
     """Configuration and weights, under their names without peft."""
     whole: Any = model.model
-    yield json_bytes(essential(whole.config.to_dict()))
+    yield json_bytes(drop_incidental(whole.config.to_dict()))
     named = [(n, p) for n, p in whole.named_parameters() if not (adapters_off and "lora_" in n)]
     for name, parameter in tqdm(named, desc="hash weights", unit="tensor", disable=None):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -100,10 +102,10 @@ def model_bytes(model: PackedModel, adapters_off: bool) -> Iterator[Buffer]:
         yield memoryview(flat.view(torch.uint8).numpy())
 
 
-def essential(config: Any) -> Any:
+def drop_incidental(config: Any) -> Any:
     if isinstance(config, dict):
         return {
-            name: essential(value)
+            name: drop_incidental(value)
             for name, value in config.items()
             if not str(name).startswith("_") and name not in INCIDENTAL
         }
@@ -123,11 +125,5 @@ def digest_models(folders: Sequence[Path]) -> str:
         for name in ("config.json", "adapter_config.json"):
             path = folder / name
             if path.is_file():
-                found.append([name, essential(json.loads(path.read_text(encoding="utf-8")))])
+                found.append([name, drop_incidental(json.loads(path.read_text(encoding="utf-8")))])
     return digest([json_bytes(found)])
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

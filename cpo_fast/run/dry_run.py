@@ -19,7 +19,7 @@ from cpo_fast.packing.plan import Pack, part_tokens
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.samples import Samples
 from cpo_fast.run.stages import build_cpo_models, build_cpo_objective, build_sft
-from cpo_fast.training.bar import duration
+from cpo_fast.training.bar import format_duration
 from cpo_fast.training.clock import Clock, peak_memory
 from cpo_fast.training.feed import StepFeed
 from cpo_fast.training.interrupt import Interrupted
@@ -30,7 +30,7 @@ from cpo_fast.training.state import StageState
 from cpo_fast.training.step import Stepper
 from cpo_fast.types import PreferenceGroup
 
-ENOUGH_SECONDS = 3.0  # no further pack is timed after that
+ENOUGH_SECONDS = 3.0  # timing stops after this time
 
 
 def dry_run(run: RunContext, samples: Samples) -> dict[str, Any]:
@@ -51,7 +51,8 @@ def dry_run(run: RunContext, samples: Samples) -> dict[str, Any]:
 def _try_stage(run: RunContext, stage: str, groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     args, world, settings = run.args, run.world, run.args.stage_settings(stage)
     steps, per_epoch = plan_stage(settings, groups, world)
-    physical, packs = world.sum([sum(map(partial(_tokens, groups), steps)), _count(steps)])
+    own_tokens = sum(map(partial(_count_tokens, groups), steps))
+    physical, packs = world.sum([own_tokens, _count_packs(steps)])
     samples = sum(step.num_pairs for step in steps)
     plan: dict[str, Any] = {
         "steps": len(steps),
@@ -74,7 +75,7 @@ def _try_stage(run: RunContext, stage: str, groups: Sequence[PreferenceGroup]) -
     )  # fmt: skip
     packed.model.train()
     tried = _choose_packs(groups, [pack for step in steps for pack in step if pack])
-    longest = max(world.gather(max(map(partial(_pack_tokens, groups), tried))))
+    longest = max(world.gather(max(map(partial(_count_pack_tokens, groups), tried))))
     if world.is_main:
         print(
             f"{stage}: timing a few packs, the longest has {counted(longest, 'token')}",
@@ -87,26 +88,25 @@ def _try_stage(run: RunContext, stage: str, groups: Sequence[PreferenceGroup]) -
     tokens = timed = 0
     for index, pack in enumerate(tried):
         begun, updated = time.perf_counter(), clock.seconds("optimiser")
-        stepper(index + 1, feed[index], partial(feed.halved, index))
-        if stepper.stopping(together=True):
+        stepper(index + 1, feed[index], partial(feed.halve, index))
+        if stepper.should_stop(together=True):
             raise Interrupted("the dry run was stopped; there is nothing to resume")
         if index:  # the first one warms up
             update = clock.seconds("optimiser") - updated
             updates += update
             seconds += time.perf_counter() - begun - update
-            tokens += _pack_tokens(groups, pack)
+            tokens += _count_pack_tokens(groups, pack)
             timed += 1
             if world.any(seconds + updates > ENOUGH_SECONDS):
                 break
-    all_tokens = sum(map(partial(_tokens, groups), steps))
-    expected = seconds / max(tokens, 1) * all_tokens + updates / timed * len(steps)
+    expected = seconds / max(tokens, 1) * own_tokens + updates / timed * len(steps)
     plan |= {"timed_packs": timed, "timed_tokens": tokens, "longest_pack": longest}
     plan |= {
         "seconds": max(world.gather(expected)),
         "memory": {
-            "weights": sum(map(_bytes, packed.model.parameters())),
-            "gradients": sum(map(_bytes, state.names)),
-            "optimizer": sum(map(_bytes, state.optimizer_tensors().values())),
+            "weights": sum(map(_count_bytes, packed.model.parameters())),
+            "gradients": sum(map(_count_bytes, state.names)),
+            "optimizer": sum(map(_count_bytes, state.optimizer_tensors().values())),
             "peak": max(world.gather(peak_memory())),
         },
     }
@@ -125,7 +125,7 @@ def _build_stage(
 
 
 def _format_plan(packing_length: int, stage: str, plan: dict[str, Any]) -> list[str]:
-    memory = {name: _size(value) for name, value in plan["memory"].items()}
+    memory = {name: _format_size(value) for name, value in plan["memory"].items()}
     what = "sample" if stage == "sft" else "pair"
     where = "GPU" if torch.cuda.is_available() else "process"
     fill = plan["physical_tokens"] / max(plan["packs"], 1) / packing_length
@@ -138,13 +138,13 @@ def _format_plan(packing_length: int, stage: str, plan: dict[str, Any]) -> list[
         f"{stage}: memory per {where}: weights {memory['weights']}, gradients "
         f"{memory['gradients']}, AdamW {memory['optimizer']}; peak with the longest pack "
         f"{memory['peak']}",
-        f"{stage}: about {duration(plan['seconds'])}: an estimate of the training steps from "
-        f"{counted(plan['timed_packs'], 'timed pack')} of "
-        f"{counted(plan['timed_tokens'], 'token')} in all; evaluation and checkpoints come on top",
+        f"{stage}: about {format_duration(plan['seconds'])}, estimated for the training steps from "
+        f"{counted(plan['timed_packs'], 'timed pack')} with "
+        f"{counted(plan['timed_tokens'], 'token')}; evaluation and checkpoints take extra time",
     ]
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     """Bytes in the largest binary unit that fits."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
@@ -152,30 +152,30 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def _tokens(groups: Sequence[PreferenceGroup], step: Step) -> int:
-    return sum(_pack_tokens(groups, pack) for pack in step)
+def _count_tokens(groups: Sequence[PreferenceGroup], step: Step) -> int:
+    return sum(_count_pack_tokens(groups, pack) for pack in step)
 
 
-def _count(steps: Sequence[Step]) -> int:
+def _count_packs(steps: Sequence[Step]) -> int:
     return sum(bool(pack) for step in steps for pack in step)
 
 
 def _choose_packs(groups: Sequence[PreferenceGroup], packs: Sequence[Pack]) -> list[Pack]:
-    """The shortest sample alone, which warms up and creates the optimiser state; the longest pack,
-    which has the peak memory; then typical packs, the median first."""
+    """The packs to time: the shortest sample, as a warm-up that creates the optimiser state; the
+    longest pack, which has the peak memory; then typical packs, the median first."""
     if not packs:
         return [()] * 6  # a rank without work takes as many steps as the others
     shortest = min((part for pack in packs for part in pack), key=partial(part_tokens, groups))
-    ranked = sorted(packs, key=partial(_pack_tokens, groups))
+    ranked = sorted(packs, key=partial(_count_pack_tokens, groups))
     last = len(ranked) - 1
     return [(shortest,), *(ranked[round(share * last)] for share in (1.0, 0.5, 0.75, 0.25, 0.9))]
 
 
-def _pack_tokens(groups: Sequence[PreferenceGroup], pack: Pack) -> int:
+def _count_pack_tokens(groups: Sequence[PreferenceGroup], pack: Pack) -> int:
     return sum(part_tokens(groups, part) for part in pack)
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def _count_bytes(tensor: torch.Tensor) -> int:
     """Bytes of this process's part."""
     own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own.numel() * own.element_size()

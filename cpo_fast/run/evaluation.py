@@ -13,7 +13,7 @@ from cpo_fast.evaluation.cohort import Cohort
 from cpo_fast.evaluation.pairs import compare_pairs
 from cpo_fast.evaluation.run import evaluate
 from cpo_fast.evaluation.suites import Options
-from cpo_fast.evaluation.summary import evaluation_examples, write_examples
+from cpo_fast.evaluation.summary import choose_examples, write_examples
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Corpus, Texts
@@ -58,7 +58,7 @@ def evaluate_run(run: RunContext, corpus: Corpus, texts: Texts, samples: Samples
         run.folder.leave_out("evaluation", cohort.rejected)
     if not cohort.studies:
         return result.figures or {"preference": {}}
-    examples = evaluation_examples(
+    examples = choose_examples(
         cohort.studies,
         result.answers,
         [one for one in texts.counterfactuals if one.kind == "thinking"],

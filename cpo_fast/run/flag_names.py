@@ -1,4 +1,4 @@
-"""The names that flags take, kept where no library is needed to read them.
+"""The names that flags accept, as tables that need no library.
 
 Parsing flags imports neither torch nor transformers. tests/run/test_flag_names.py compares every
 table with the code that uses the names.
@@ -26,7 +26,7 @@ METRICS = (
     "logps/rejected",
     "nll_loss",
 )
-"""What a row of CPO holds, of all pairs or, with `/<source>` behind the name, of a source's."""
+"""Metrics of a CPO row over all pairs; with the suffix `/<source>`, over the pairs of a source."""
 
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -54,8 +54,8 @@ NEEDED_OPTIONS = {
 """Schedules that need exactly one of these options."""
 
 
-def option_fault(schedule: str, options: dict[str, Any]) -> str | None:
-    """What is wrong with the names of a schedule's options; None where they can be tried."""
+def find_option_fault(schedule: str, options: dict[str, Any]) -> str | None:
+    """The fault in the option names of a schedule; None if the names are valid."""
     names = SCHEDULES[schedule]
     if unknown := [name for name in options if name not in names]:
         takes = f"takes {', '.join(names)}" if names else "takes no options"

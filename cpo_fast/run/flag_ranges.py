@@ -1,9 +1,8 @@
-"""The allowed values of every flag of `cpo-fast train`: one table, for the command line and for
-the YAML files of `--config`.
+"""The allowed values of every flag of `cpo-fast train`, on the command line and in YAML files.
 
-A flag with the prefix `sft_` has the range of the flag without it unless it has a line of its own.
-A flag whose default is None may also be left out. flag_rules.py has what depends on several flags
-or on the machine.
+A flag with the prefix `sft_` has the range of the flag without the prefix unless the table lists
+it. A flag whose default is None can be left out. flag_rules.py has the rules over several flags and
+the checks of the machine.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ STEPS = whole(1, also=-1)
 
 RANGES: dict[str, Allowed] = {
     # --- the run
-    "output_dir": Text("made if it is not there"),
+    "output_dir": Text("created if missing"),
     "overwrite_output_dir": SWITCH,
     "stages": Choices(STAGES, ordered=True),
     "seed": SEED,
     "preset": Choice(PRESETS),
     # --- data
-    "dataset": Text("a path or a name, see check_machine"),
+    "dataset": Text("a path or a name; check_machine checks it"),
     "dataset_format": Choice(DATASET_FORMATS),
-    "image_root": Text("a path, see check_machine"),
+    "image_root": Text("a path; check_machine checks it"),
     "sections": Choice(SECTION_RULES),
     "uncertain_labels": Choice(LABEL_POLICIES),
     "max_images": POSITIVE,
@@ -74,21 +73,21 @@ RANGES: dict[str, Allowed] = {
     "min_pixels": POSITIVE,
     "dataloader_num_workers": COUNT,
     # --- counterfactuals
-    "concept_graph": Text("a path, see check_machine"),
-    "counterfactuals": Text("a path, see check_machine"),
+    "concept_graph": Text("a path; check_machine checks it"),
+    "counterfactuals": Text("a path; check_machine checks it"),
     "counterfactual_sources": Choices(SOURCES),
     "num_targets": POSITIVE,
     "rejected_answer": Choice(("target", "all")),
     "print_example": SWITCH,
     # --- model
-    "model_name_or_path": Text("a path, see check_machine"),
-    "sft_checkpoint": Text("a path, see check_machine"),
+    "model_name_or_path": Text("a path; check_machine checks it"),
+    "sft_checkpoint": Text("a path; check_machine checks it"),
     "attn_implementation": Choice(ATTENTIONS),
     "use_peft": SWITCH,
     "lora_r": POSITIVE,
     "lora_alpha": POSITIVE,
     "lora_dropout": Number(low=0, below=1),
-    "lora_target_modules": Text("names of modules of the model, known when it is loaded"),
+    "lora_target_modules": Text("names of modules; checked when the model is loaded"),
     "freeze_vit": SWITCH,
     "fsdp": SWITCH,
     "bf16": SWITCH,
@@ -115,18 +114,18 @@ RANGES: dict[str, Allowed] = {
     "max_steps": STEPS,
     "learning_rate": Number(above=0),
     "lr_scheduler_type": Choice(tuple(SCHEDULES)),
-    "lr_scheduler_kwargs": Text("the schedule is built from them, see flag_rules.py"),
+    "lr_scheduler_kwargs": Text("JSON; flag_rules.py builds the schedule from it"),
     "warmup_ratio": SHARE,
     "weight_decay": Number(low=0),
     "adam_beta1": Number(low=0, below=1),
     "adam_beta2": Number(low=0, below=1),
     "max_grad_norm": Number(low=0),
-    # --- keeping track
+    # --- logging, checkpoints, evaluation
     "logging_steps": POSITIVE,
     "eval_steps": COUNT,
     "report_to": Choices(("none", *TRACKERS)),
     "dry_run": SWITCH,
-    "resume_from_checkpoint": Text("'auto' or a path, see check_machine"),
+    "resume_from_checkpoint": Text("'auto' or a path; check_machine checks it"),
     "allow_changed_data": SWITCH,
     "ddp_timeout": whole(1, 10**9),
     "max_minutes": Number(above=0),
@@ -142,6 +141,6 @@ RANGES: dict[str, Allowed] = {
 }
 
 
-def range_of(name: str) -> Allowed:
-    """The line of the table that holds for a flag."""
+def find_range(name: str) -> Allowed:
+    """The allowed values of a flag."""
     return RANGES.get(name) or RANGES[name.removeprefix("sft_")]

@@ -1,6 +1,6 @@
-"""Rules over several flags of a run, and what they need of this machine.
+"""Rules over several flags of a run, and checks of the files and devices that they name.
 
-Both are checked before the first file is read. flag_ranges.py has the range of each single flag.
+Both run before the first file is read. flag_ranges.py has the range of each flag.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from cpo_fast.errors import UsageError
 from cpo_fast.folders import TRAINING, check_free
 from cpo_fast.locks import check_folder
 from cpo_fast.loss.options import LOSS_TYPES
-from cpo_fast.run.flag_names import option_fault
+from cpo_fast.run.flag_names import find_option_fault
 from cpo_fast.run.flag_ranges import SOURCES
+from cpo_fast.training.stage_settings import TRAINING_STAGES
 
 if TYPE_CHECKING:
     from cpo_fast.run.arguments import TrainArguments
 
-TINY = "tiny"  # the name of the random model that a run makes for itself
-MANY_STEPS = 1000  # a schedule is tried over so many where the number of steps is not known yet
+TINY = "tiny"  # name of the random model that a run creates
+MANY_STEPS = 1000  # steps for trying a schedule while the number of steps is unknown
 
 
 def check_rules(args: TrainArguments) -> None:
-    """UsageError where flags contradict each other."""
+    """Raise UsageError if flags contradict each other."""
     if args.sft_checkpoint is not None and "sft" in args.stage_names:
         raise UsageError("--sft_checkpoint replaces SFT: leave sft out of --stages")
     if args.min_pixels > args.max_pixels:
@@ -41,12 +42,12 @@ def check_rules(args: TrainArguments) -> None:
     if args.fsdp and args.use_peft and args.sft_use_peft:
         raise UsageError("--fsdp shards full tuning; set --use_peft or --sft_use_peft false")
     if args.torch_compile and args.fsdp:
-        raise UsageError("--torch_compile and --fsdp have not been made to work together")
+        raise UsageError("--torch_compile and --fsdp cannot be combined yet")
     _check_loss(args)
     for prefix in ("", "sft_"):
         _check_json(f"{prefix}lr_scheduler_kwargs", getattr(args, f"{prefix}lr_scheduler_kwargs"))
     if args.sft_lr_scheduler_kwargs and not args.sft_lr_scheduler_type:
-        raise UsageError("--sft_lr_scheduler_kwargs are those of --sft_lr_scheduler_type")
+        raise UsageError("--sft_lr_scheduler_kwargs needs --sft_lr_scheduler_type")
     _check_schedule(args, "cpo")
     _check_schedule(args, "sft")
 
@@ -76,22 +77,22 @@ def _check_json(name: str, text: str | None) -> None:
 def _check_schedule(args: TrainArguments, stage: str) -> None:
     settings = args.stage_settings(stage)
     name, options = settings.lr_scheduler_type, settings.lr_scheduler_kwargs or {}
-    if fault := option_fault(name, options):
-        raise UsageError(f"{_schedule_flags(args, stage)}: {fault}")
+    if fault := find_option_fault(name, options):
+        raise UsageError(f"{_format_schedule_flags(args, stage)}: {fault}")
 
 
 def _try_schedules(args: TrainArguments) -> None:
-    """UsageError for options whose values a schedule cannot use."""
+    """Raise UsageError for option values that a schedule cannot use."""
     from cpo_fast.training.schedule import find_schedule_fault
 
-    for stage in ("sft", "cpo"):
+    for stage in TRAINING_STAGES:
         settings = args.stage_settings(stage)
         steps = settings.max_steps if settings.max_steps > 0 else MANY_STEPS
         if fault := find_schedule_fault(settings, steps):
-            raise UsageError(f"{_schedule_flags(args, stage)}: {fault}")
+            raise UsageError(f"{_format_schedule_flags(args, stage)}: {fault}")
 
 
-def _schedule_flags(args: TrainArguments, stage: str) -> str:
+def _format_schedule_flags(args: TrainArguments, stage: str) -> str:
     """The flags that set the schedule of a stage, with their values."""
     prefix = "sft_" if stage == "sft" and args.sft_lr_scheduler_type else ""
     kwargs = getattr(args, f"{prefix}lr_scheduler_kwargs")
@@ -100,7 +101,7 @@ def _schedule_flags(args: TrainArguments, stage: str) -> str:
 
 
 def check_machine(args: TrainArguments) -> None:
-    """UsageError where this machine lacks what a flag names: a file or a device.
+    """Raise UsageError if a file or device that a flag names is missing.
 
     Paths are checked first, without heavy imports.
     """
@@ -124,17 +125,17 @@ def _check_paths(args: TrainArguments) -> None:
     name = "model_name_or_path" if args.sft_checkpoint is None else "sft_checkpoint"
     if getattr(args, name) != TINY:
         check_named(getattr(args, name), f"--{name}")
-    if args.fsdp and _processes() == 1:
+    if args.fsdp and _count_processes() == 1:
         raise UsageError("--fsdp shards over several processes; start them with torchrun")
 
 
-def _processes() -> int:
-    """How many processes torchrun started for this run."""
+def _count_processes() -> int:
+    """The number of processes that torchrun started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_output(args: TrainArguments) -> None:
-    """The folder of the run can be written, and holds no checkpoints of another run."""
+    """Check that the run's folder is writable and holds no checkpoints of another run."""
     from cpo_fast.run.find_checkpoint import check_unused
 
     if args.dry_run:
@@ -164,8 +165,8 @@ def _check_data(args: TrainArguments) -> None:
     made = Path(args.output_dir) / "counterfactuals.jsonl"
     if not preferences and not made.is_file():
         raise UsageError(
-            f"--stages {args.stages}: CPO needs counterfactuals, and {made} is not there; add "
-            "counterfactual to --stages, or give --counterfactuals"
+            f"--stages {args.stages}: CPO needs counterfactuals, and {made} does not exist; add "
+            "counterfactual to --stages, or set --counterfactuals"
         )
 
 
@@ -176,20 +177,21 @@ def _check_resume(args: TrainArguments) -> None:
         return
     if args.resume_from_checkpoint != "auto":
         _check_resumed(args, args.resume_from_checkpoint)
-    check_folder_flags(Path(args.output_dir), {"world_size": _processes(), **asdict(args)})
+    check_folder_flags(Path(args.output_dir), {"world_size": _count_processes(), **asdict(args)})
 
 
 def _check_resumed(args: TrainArguments, given: str) -> None:
-    from cpo_fast.training.checkpoint import checkpoints
+    from cpo_fast.training.checkpoint import list_checkpoints
 
     run = Path(args.output_dir)
-    found = {one.resolve(): one for stage in ("sft", "cpo") for one in checkpoints(run / stage)}
+    paths = (path for stage in TRAINING_STAGES for path in list_checkpoints(run / stage))
+    found = {path.resolve(): path for path in paths}
     path = found.get(Path(given).resolve())
     if path is None:
         newest = list(found.values())[-1:]
-        there = f"the newest there is {newest[0]}" if newest else f"{run} has none"
+        hint = f"its newest is {newest[0]}" if newest else "it has none"
         raise UsageError(
-            f"--resume_from_checkpoint {given}: no checkpoint of --output_dir {run} ({there}); "
+            f"--resume_from_checkpoint {given}: not a checkpoint of --output_dir {run} ({hint}); "
             "give auto, or the folder of a checkpoint"
         )
     if path.parent.name not in args.stage_names:
@@ -207,7 +209,7 @@ def _check_device(args: TrainArguments) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.bf16 and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UsageError("--bf16 true: this GPU has no bfloat16; leave it out")
+        raise UsageError("--bf16 true: this GPU does not support bfloat16")
     name, dtype = args.attn_implementation, torch.bfloat16 if args.bf16 else torch.float32
     try:
         check_attention(name, device, dtype)

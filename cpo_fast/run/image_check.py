@@ -39,7 +39,7 @@ PER_PROCESS = 32
 REMEDIES = ("no-decoder", "image-needs-pydicom")
 """Reasons that concern the installation, not the image."""
 
-WORDS = {"train": "training", "validate": "held-out", "test": "test"}
+SPLIT_NAMES = {"train": "training", "validate": "held-out", "test": "test"}
 
 
 class _Decodings:
@@ -93,16 +93,18 @@ class ImageCheck:
         if not new:
             return
         self.looked.update(new)
-        found = self.folder.world.on_main(lambda: self._failures(new))
+        found = self.folder.world.on_main(lambda: self._find_failures(new))
         names = {name: RecordError(reason, detail) for name, reason, detail in found}
-        self.failed |= {ref: names[_name(ref)] for ref in new if names and _name(ref) in names}
+        self.failed |= {
+            ref: names[_image_key(ref)] for ref in new if names and _image_key(ref) in names
+        }
 
     def find_error(self, refs: Iterable[ImageRef]) -> RecordError | None:
         """The error of the first of `refs` that fails; it names the image."""
         return next((add_path(ref, self.failed[ref]) for ref in refs if ref in self.failed), None)
 
-    def _failures(self, refs: Sequence[ImageRef]) -> list[tuple[str, str, str]]:
-        """(name, reason, detail) of the images that fail, as JSON can hold it."""
+    def _find_failures(self, refs: Sequence[ImageRef]) -> list[tuple[str, str, str]]:
+        """(image key, reason, detail) of the images that fail, as JSON values."""
         kept = self.folder.path / "checked_images.txt"
         known = set(kept.read_text(encoding="utf-8").splitlines()) if kept.is_file() else set()
         keys = {ref: key for ref in refs if (key := digest_image(ref)) not in known}
@@ -110,9 +112,9 @@ class ImageCheck:
         found = []
         nowhere = contextlib.nullcontext(io.StringIO())
         with kept.open("a", encoding="utf-8") if self.folder.is_writer else nowhere as file:
-            for ref, outcome in zip(keys, self._outcomes(list(keys)), strict=True):
+            for ref, outcome in zip(keys, self._decode_all(list(keys)), strict=True):
                 if outcome is not None:
-                    found.append((_name(ref), *outcome))
+                    found.append((_image_key(ref), *outcome))
                 elif keys[ref] is not None:
                     file.write(f"{keys[ref]}\n")
         seconds = time.perf_counter() - begun
@@ -125,7 +127,7 @@ class ImageCheck:
         )
         return found
 
-    def _outcomes(self, refs: Sequence[ImageRef]) -> Iterator[tuple[str, str] | None]:
+    def _decode_all(self, refs: Sequence[ImageRef]) -> Iterator[tuple[str, str] | None]:
         # Nothing else runs meanwhile: use every core, unless no worker processes are wanted.
         cores = (os.cpu_count() or 1) if self.args.dataloader_num_workers else 0
         workers = min(cores, len(refs) // PER_PROCESS)
@@ -134,7 +136,7 @@ class ImageCheck:
         return iter(tqdm(outcomes, desc="images", unit="image", total=len(refs), disable=None))
 
 
-def _name(ref: ImageRef) -> str:
+def _image_key(ref: ImageRef) -> str:
     """A key of the image, unique in the run and equal on every rank."""
     if ref.data is not None:
         return hashlib.sha256(ref.data).hexdigest()
@@ -142,9 +144,9 @@ def _name(ref: ImageRef) -> str:
 
 
 def digest_image(ref: ImageRef) -> str | None:
-    """A digest that changes with the image; None if there is no file."""
+    """A digest that changes with the image; None if the file is missing."""
     if ref.data is not None:
-        return _name(ref)[:32]
+        return _image_key(ref)[:32]
     path = Path(ref.root, ref.path).absolute()
     try:
         stat = path.stat()
@@ -156,7 +158,7 @@ def digest_image(ref: ImageRef) -> str | None:
 # --- records whose image fails -------------------------------------------------------------------
 
 
-def used_splits(args: TrainArguments) -> list[str]:
+def find_used_splits(args: TrainArguments) -> list[str]:
     """The splits whose images the stages of this run use."""
     trains = bool(args.trained_stages)
     evaluates = "evaluate" in args.stage_names
@@ -171,7 +173,7 @@ def reject_studies(run: RunContext, corpus: Corpus, check: ImageCheck) -> None:
     is left empty.
     """
     args = run.args
-    splits = used_splits(args)
+    splits = find_used_splits(args)
     limits = dict.fromkeys(splits, args.max_eval_samples) | {"train": None}
     images = {
         split: [study.images for study in corpus.studies[split][: limits[split]]]
@@ -191,7 +193,7 @@ def reject_studies(run: RunContext, corpus: Corpus, check: ImageCheck) -> None:
 
 
 def reject_samples(run: RunContext, corpus: Corpus, texts: Texts, check: ImageCheck) -> None:
-    """The same for images that `reject_studies` did not see: those of preference files and of
+    """Reject records for the images that `reject_studies` does not check: of preference files and
     counterfactuals.
 
     A row is rejected if any of its images fails. A perception counterfactual whose image fails is
@@ -201,7 +203,7 @@ def reject_samples(run: RunContext, corpus: Corpus, texts: Texts, check: ImageCh
     args, folder = run.args, run.folder
     for split in ("validate", "test"):
         _keep_first(folder, texts, split, args.max_eval_samples)
-    splits = used_splits(args)
+    splits = find_used_splits(args)
     samples = {split: [*texts.sft[split], *texts.cpo[split]] for split in splits}
     check.decode(image for split in splits for one in samples[split] for image in one.all_images)
     images: dict[str, list[tuple[ImageRef, ...]]] = {}
@@ -210,7 +212,7 @@ def reject_samples(run: RunContext, corpus: Corpus, texts: Texts, check: ImageCh
         shown: dict[Key, set[ImageRef]] = {}
         for one in samples[split]:
             own = one.all_images if corpus.preferences else one.images
-            shown.setdefault(key(one), set()).update(own)
+            shown.setdefault(record_key(one), set()).update(own)
         images[split] = [tuple(refs) for refs in shown.values()]
         failed = {at: error for at, refs in shown.items() if (error := check.find_error(refs))}
         bad[split] = [
@@ -218,7 +220,7 @@ def reject_samples(run: RunContext, corpus: Corpus, texts: Texts, check: ImageCh
             for (id, origin), error in failed.items()
         ]
         for stage in (texts.sft, texts.cpo):
-            stage[split] = [one for one in stage[split] if key(one) not in failed]
+            stage[split] = [one for one in stage[split] if record_key(one) not in failed]
     _reject_records(run, corpus, check, bad, images)
     _leave_out_answers(folder, texts, splits, check)
 
@@ -226,17 +228,17 @@ def reject_samples(run: RunContext, corpus: Corpus, texts: Texts, check: ImageCh
 Key = tuple[str, Origin | None]
 
 
-def key(one: Preference) -> Key:
+def record_key(one: Preference) -> Key:
     """Equal for all samples of one record."""
     return one.id, one.origin
 
 
 def _keep_first(folder: RunFolder, texts: Texts, split: str, limit: int | None) -> None:
     """Keep the first `limit` samples of each stage; count records without samples as left out."""
-    before = {key(one) for one in texts.sft[split]}
+    before = {record_key(one) for one in texts.sft[split]}
     for stage in (texts.sft, texts.cpo):
         stage[split] = stage[split][:limit]
-    kept = {key(one) for stage in (texts.sft, texts.cpo) for one in stage[split]}
+    kept = {record_key(one) for stage in (texts.sft, texts.cpo) for one in stage[split]}
     if left_out := len(before - kept):
         folder.left_out += left_out
         records = counted(left_out, "record")
@@ -264,7 +266,7 @@ def _leave_out_answers(
         texts.cpo[split] = kept
     folder.reject(unreadable)
     if unreadable:
-        print(f"counterfactuals: {len(unreadable)} left out, an image does not decode")
+        print(f"counterfactuals: {len(unreadable)} left out: an image does not decode")
         folder.summary["data"].get("counterfactuals", {})["unreadable"] = len(unreadable)
 
 
@@ -275,7 +277,7 @@ def _reject_records(
     bad: dict[str, list[RejectedRecord]],
     images: dict[str, list[tuple[ImageRef, ...]]],
 ) -> None:
-    """Reject the `bad` records of every split; `images` are those of all records of the split."""
+    """Reject the `bad` records of every split; `images`: of all records of the split."""
     args, folder = run.args, run.folder
     found = [record for records in bad.values() for record in records]
 
@@ -301,7 +303,7 @@ def _reject_records(
         for split, records in bad.items():
             if records and len(records) == len(images[split]):
                 raise DataError(
-                    f"no {WORDS[split]} sample could be read: an image fails in each of "
+                    f"no {SPLIT_NAMES[split]} sample could be read: an image fails in each of "
                     f"{counted(len(records), 'sample')}, the first: {records[0].reason}, "
                     f"{records[0].detail}"
                 )
@@ -315,8 +317,8 @@ def _reject_records(
 
 def _find_remedy(check: ImageCheck) -> str:
     """The decoder's advice on what to install, each once."""
-    said = {
+    advice = {
         error.detail if error.reason == "no-decoder" else error.reason: error.detail
         for error in check.failed.values()
     }
-    return f"{'; '.join(said.values())} ({counted(len(check.failed), 'image')})"
+    return f"{'; '.join(advice.values())} ({counted(len(check.failed), 'image')})"

@@ -4,7 +4,7 @@
 of the groups: chosen, rejected_1 .. rejected_K. Its metadata is the key: digests of data, reference
 model, tokenizer and the settings that change a value.
 A file with another key is not used. It is computed in parts, each complete or absent, so that a
-killed run continues where it was.
+killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ReferenceCache:
         """
         if not groups:
             return []
-        key = cache_key(self.model, groups, self.checkpoint, adapters_off=self.adapters_off)
+        key = build_cache_key(self.model, groups, self.checkpoint, adapters_off=self.adapters_off)
         values = self._read(self.path, key)
         if values is None:
             values = self._compute(groups, key)
@@ -92,12 +92,12 @@ class ReferenceCache:
 
     def _reject_cached(self, group: PreferenceGroup) -> RejectedRecord:
         """The record of a group without values in the file of an earlier run."""
-        detail = f"its image failed when {self.path.name} was made; delete that to make it anew"
+        detail = f"its image failed when {self.path.name} was made; delete it to recompute"
         error = RecordError("no-reference-logps", detail)
         return RejectedRecord.of(group.id, group.origin, error, stage="cpo")
 
     def _read(self, path: Path, key: dict[str, str]) -> torch.Tensor | None:
-        """The values of a file with this key; None if there is no such file."""
+        """The values of a file with this key; None if the file is missing."""
         if not path.is_file():
             return None
         try:
@@ -112,7 +112,7 @@ class ReferenceCache:
                 return None
             raise UsageError(
                 f"{path} was computed with other {' and '.join(differing)} than this run has: "
-                "delete it to compute it anew, pass --overwrite_output_dir true, or choose "
+                "delete it to compute it again, pass --overwrite_output_dir true, or choose "
                 "another --output_dir"
             )
         return values
@@ -133,7 +133,7 @@ class ReferenceCache:
         ends: dict[int, int] = {}  # last step of a part -> the part
         for first in firsts:
             if first not in done:
-                steps += self._steps(groups, first)
+                steps += self._plan_part(groups, first)
                 ends[len(steps)] = first
         checkpoint = self.checkpoint
         feed = StepFeed(numbered, steps, checkpoint.pixels, checkpoint.image_token_id, "cpo")
@@ -151,7 +151,7 @@ class ReferenceCache:
             if number in ends:
                 first = ends[number]
                 part = range(first, min(first + PART, len(groups)))
-                names = [name for index in part for name in _names(index, groups[index])]
+                names = [name for index in part for name in _list_segments(index, groups[index])]
                 done[first] = torch.tensor([found.get(name, float("nan")) for name in names])
                 _write(files[first], done[first], key)
                 found.clear()
@@ -162,7 +162,7 @@ class ReferenceCache:
                 )
         return torch.cat([done[first] for first in firsts])
 
-    def _steps(self, groups: Sequence[PreferenceGroup], first: int) -> list[Step]:
+    def _plan_part(self, groups: Sequence[PreferenceGroup], first: int) -> list[Step]:
         """The packs of the part that starts at group `first`, one step per pack."""
         part = groups[first : first + PART]
         (step,) = plan_epoch(
@@ -184,7 +184,7 @@ class ReferenceCache:
         return segment_sums(logps, batch.segment_ids, batch.num_segments).float().cpu()
 
 
-def _names(index: int, group: PreferenceGroup) -> list[str]:
+def _list_segments(index: int, group: PreferenceGroup) -> list[str]:
     rejected = range(1, len(group.rejected) + 1)
     return [f"{index}/chosen", *(f"{index}/rejected_{k}" for k in rejected)]
 
@@ -201,14 +201,14 @@ def _write(path: Path, values: torch.Tensor, key: dict[str, str]) -> None:
 # --- the key -------------------------------------------------------------------------------------
 
 
-def cache_key(
+def build_cache_key(
     model: PackedModel,
     groups: Sequence[PreferenceGroup],
     checkpoint: Checkpoint,
     *,
     adapters_off: bool,
 ) -> dict[str, str]:
-    """SHA-256 digests under "data", "model", "tokenizer" and "settings".
+    """SHA-256 digests of "data", "model", "tokenizer" and "settings".
 
     An image counts by its path, its size and its first bytes (reading 200,000 radiographs whole
     takes longer than starting a run should), together with the image processor's settings.

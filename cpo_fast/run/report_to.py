@@ -1,9 +1,10 @@
-"""`--report_to`: the numbers of metrics.jsonl to TensorBoard, Weights & Biases, trackio or MLflow.
+"""`--report_to`: sends the numbers of metrics.jsonl to TensorBoard, Weights & Biases, trackio or
+MLflow.
 
-Numbers alone are sent, under `<stage>/<metric>`: no configuration, path, id, console output or
-other text, for reports are patient data. TensorBoard and, unless its own environment variables name
-a server, MLflow write into the output folder; trackio and wandb keep to what their own environment
-variables say (wandb goes to its server by default: naming it here is asking for that).
+Only numbers are sent, under `<stage>/<metric>`: no configuration, path, id, console output or other
+text, because reports are patient data. TensorBoard and MLflow write into the output folder, MLflow
+unless its environment variables name a server. trackio and wandb follow their environment
+variables; wandb sends to its server by default.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.errors import UsageError
+from cpo_fast.errors import UsageError, first_line
+from cpo_fast.training.stage_settings import TRAINING_STAGES
 
 PROJECT = "cpo_fast"
 Log = Callable[[str, int, dict[str, float]], None]  # stage, step, values
@@ -41,7 +43,7 @@ def _tensorboard(folder: Path) -> tuple[Log, Close]:
 def _wandb(folder: Path) -> tuple[Log, Close]:
     import wandb
 
-    quiet: Any = {  # nothing of the command line, the code or the machine
+    quiet: Any = {  # send nothing about command line, code or machine
         "console": "off",
         "disable_git": True,
         "disable_code": True,
@@ -54,7 +56,7 @@ def _wandb(folder: Path) -> tuple[Log, Close]:
         dir=str(folder),
         settings=wandb.Settings(**quiet),
     )
-    for stage in ("sft", "cpo"):  # both stages count from 1
+    for stage in TRAINING_STAGES:  # both stages count from 1
         run.define_metric(f"{stage}/step")
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
@@ -102,14 +104,14 @@ TRACKERS: Mapping[str, Callable[[Path], tuple[Log, Close]]] = {
 }
 
 
-def tracker_names(report_to: str) -> list[str]:
-    """The names in `--report_to`; UsageError for one that is unknown or not installed."""
+def parse_trackers(report_to: str) -> list[str]:
+    """The names in `--report_to`. Raises UsageError for an unknown or uninstalled one."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     for name in names:
         if name not in TRACKERS:
             raise UsageError(f"--report_to {name}: choose from none, {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"--report_to {name}: it is not installed (pip install {name})")
+            raise UsageError(f"--report_to {name}: not installed (pip install {name})")
     return names
 
 
@@ -121,18 +123,20 @@ class _Tracker:
 
 
 @contextmanager
-def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """What sends a row of metrics.jsonl to all of them.
+def open_trackers(
+    names: Sequence[str], folder: Path
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Open trackers; yields a function that sends a row of metrics.jsonl to all of them.
 
-    A tracker that fails while the run goes on is named on stderr, once, and left out from there:
-    metrics.jsonl has everything.
+    A tracker that fails during the run is reported on stderr once and then left out; metrics.jsonl
+    is complete.
     """
     opened: list[_Tracker] = []
 
-    def safely(one: _Tracker, work: Callable[[], None]) -> None:
+    def call_safely(one: _Tracker, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # whatever a server and its client make of a bad day
+        except Exception as error:  # trackers raise various exceptions
             opened.remove(one)
             kind = type(error).__name__
             print(f"warning: {one.name} failed ({kind}) and is left out", file=sys.stderr)
@@ -144,7 +148,7 @@ def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Mapping[s
             if isinstance(value, int | float) and name != "step"
         }
         for one in tuple(opened):
-            safely(one, lambda one=one: one.log(row["stage"], row["step"], values))  # type: ignore[misc]
+            call_safely(one, lambda one=one: one.log(row["stage"], row["step"], values))  # type: ignore[misc]
 
     try:
         for name in names:
@@ -152,11 +156,10 @@ def trackers(names: Sequence[str], folder: Path) -> Iterator[Callable[[Mapping[s
                 opened.append(_Tracker(name, *TRACKERS[name](folder)))
             except Exception as error:
                 kind = type(error).__name__
-                reason = str(error).strip().splitlines() or [""]
                 raise UsageError(
-                    f"--report_to {name} cannot be started: {kind}: {reason[0]}"
+                    f"--report_to {name} cannot be started: {kind}: {first_line(error)}"
                 ) from error
         yield send
     finally:
         for one in tuple(opened):
-            safely(one, one.close)
+            call_safely(one, one.close)

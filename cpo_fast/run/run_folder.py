@@ -1,4 +1,4 @@
-"""The folder of one run: its files, its summary, and what an earlier run left there."""
+"""The folder of one run: its files, its summary, and results of earlier runs in it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.counting import counted
-from cpo_fast.errors import DataError, UsageError
-from cpo_fast.folders import TRAINING, check_free
+from cpo_fast.errors import DataError
+from cpo_fast.folders import TRAINING, check_free, make_private, write_json, write_jsonl
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.find_checkpoint import check_unused
 from cpo_fast.run.same_flags import check_folder_flags
 from cpo_fast.training.distributed import World
 from cpo_fast.training.metrics import MetricsLog
+from cpo_fast.training.stage_settings import TRAINING_STAGES
 from cpo_fast.types import RejectedRecord
 
 
@@ -28,8 +29,8 @@ class RunFolder:
     """`output_dir` of a run. Opening it writes config.json and removes the results of the stages
     that will be trained, and the evaluation.
 
-    Only rank 0 of `world` writes; the other ranks read its files. A dry run writes nothing: its
-    phantom and tiny model are made in a temporary folder that is deleted with the process.
+    Only rank 0 of `world` writes; the other ranks read its files. A dry run writes nothing: it
+    creates phantom and tiny model in a temporary folder that is deleted when the process ends.
     Raises UsageError when a stage to be trained has checkpoints, unless `overwrite_output_dir`
     allows deleting them.
     """
@@ -40,7 +41,7 @@ class RunFolder:
         self.path = Path(args.output_dir)
         self.flags = {"world_size": self.world.size, **asdict(args)}
         self.rejected: list[RejectedRecord] = []
-        self.left_out = 0  # records that --max_train_samples and --max_eval_samples leave out
+        self.left_out = 0  # records left out by --max_train_samples and --max_eval_samples
         self.summary: dict[str, Any] = {"stages": {}}
         trained: tuple[str, ...] = ()
         if args.resume_from_checkpoint is None:
@@ -52,15 +53,15 @@ class RunFolder:
             return
         check_free(self.path, TRAINING)
         self._make_room(trained, args.overwrite_output_dir)
-        self._write_json("config.json", self.flags)
+        write_json(self.path / "config.json", self.flags)
         self.metrics = MetricsLog(self.path / "metrics.jsonl", fresh=trained)
-        (self.path / "rejected_records.jsonl").write_text("")
-        if trained != ("sft", "cpo") and (self.path / "summary.json").is_file():
+        write_jsonl(self.path / "rejected_records.jsonl", [])
+        if trained != TRAINING_STAGES and (self.path / "summary.json").is_file():
             self.summary |= json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         self.summary["stages"] = {
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
-        if args.trained_stages:  # figures of models that are trained again
+        if args.trained_stages:  # figures of models that are retrained
             self.summary.pop("evaluation", None)
             self.summary["stages"].pop("evaluate", None)
             (self.path / "evaluation.json").unlink(missing_ok=True)
@@ -69,7 +70,7 @@ class RunFolder:
     def where_rejected(self) -> str:
         """Where rejected records are listed."""
         if self.dry:
-            return "a dry run writes nothing: cpo-fast data check lists them"
+            return "a dry run writes nothing; cpo-fast data check lists them"
         return f"see {self.path / 'rejected_records.jsonl'}"
 
     @property
@@ -78,12 +79,12 @@ class RunFolder:
 
     @property
     def prepares_inputs(self) -> bool:
-        """Whether this process makes phantom, tiny model and counterfactuals, or reads rank 0's."""
+        """Whether this process creates phantom, tiny model and counterfactuals or reads them."""
         return self.world.is_main or self.dry
 
     @cached_property
     def scratch_dir(self) -> Path:
-        """Folder for data and models that the run makes for itself."""
+        """Folder for data and models that the run creates."""
         if not self.dry:
             return self.path
         memory = Path("/dev/shm")
@@ -98,11 +99,7 @@ class RunFolder:
             folder = self.path / stage
             if folder.exists():
                 shutil.rmtree(folder)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.path.chmod(0o700)
-        except OSError as error:
-            raise UsageError(f"--output_dir {self.path} cannot be written: {error}") from error
+        make_private(self.path)
 
     def reject(self, records: Iterable[RejectedRecord]) -> None:
         """Append to rejected_records.jsonl; `finish` counts the records for summary.json."""
@@ -123,7 +120,7 @@ class RunFolder:
                   f"{records[0].id} ({records[0].reason}: {records[0].detail})")  # fmt: skip
 
     def stop_if_too_bad(self, bad: int, read: int, limit: float) -> None:
-        """DataError when more than the share `limit` of the records that were read is rejected."""
+        """Raise DataError if more than the share `limit` of the records read is rejected."""
         if read and bad / read > limit:
             raise DataError(
                 f"{bad} of {counted(read, 'record')} set aside, more than --max_bad_fraction "
@@ -133,8 +130,8 @@ class RunFolder:
     def add_data(self, **facts: Any) -> None:
         """Add facts to the `data` part of summary.json.
 
-        Of records, `read` = `used` + `rejected` + `left_out`; the last two are counted here.
-        `samples_set_aside` counts the samples that single stages left out.
+        For records, `read` = `used` + `rejected` + `left_out`; the last two are counted here.
+        `samples_set_aside` counts the samples that a single stage left out.
         """
         data = self.summary.setdefault("data", {})
         data |= facts
@@ -155,9 +152,4 @@ class RunFolder:
             return
         self.add_data()
         self.summary["versions"] = dict(versions)
-        self._write_json("summary.json", self.summary)
-
-    def _write_json(self, name: str, value: Any) -> None:
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self.path / name)
+        write_json(self.path / "summary.json", self.summary)

@@ -1,4 +1,4 @@
-"""Whether a run that is resumed has the flags of the run that was begun; torch is not imported."""
+"""Compare the flags of a resumed run with those of its start; torch is not imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA_FLAGS = (
     "model_name_or_path",
     "sft_checkpoint",
 )
-"""Flags that name data or a model: with --allow_changed_data they may change as what they name."""
+"""Flags that name data or a model; they can change with --allow_changed_data."""
 MAY_CHANGE = (
     *BATCH,
     *(f"sft_{name}" for name in BATCH),
@@ -43,21 +43,21 @@ MAY_CHANGE = (
     "num_examples",
     "print_example",
 )
-"""Flags that do not change what a resumed run computes (of the batch only the product counts)."""
+"""Flags that do not change what a resumed run computes (for batches, only the product counts)."""
 
 
 def check_folder_flags(folder: Path, now: Mapping[str, Any]) -> None:
-    """`check_flags` against config.json of a run's folder, where there is one."""
+    """`check_flags` against config.json of a run's folder, if it exists."""
     path = folder / "config.json"
     if path.is_file():
         check_flags(path, json.loads(path.read_text(encoding="utf-8")), now)
 
 
 def check_flags(place: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """UsageError naming the flags of a resumed run that are not those of the run that was begun.
+    """Raise UsageError naming the flags of a resumed run that differ from those of its start.
 
-    Both have the values of config.json; a flag that the earlier version did not have counts with
-    its default.
+    Both mappings have the form of config.json. A flag that an earlier version lacks has its
+    default.
     """
     from cpo_fast.run.arguments import TrainArguments
 
@@ -70,7 +70,7 @@ def check_flags(place: Path, earlier: Mapping[str, Any], now: Mapping[str, Any])
     ]
     advice = "resume with the same flags, or start again in another --output_dir"
     if changed and set(changed) <= set(DATA_FLAGS):
-        advice += ", or go on with other data by --allow_changed_data true"
+        advice += ", or continue with other data by --allow_changed_data true"
     for prefix in ("sft_", ""):
         before, after = (
             math.prod(flags.get(prefix + name, 0) for name in BATCH) * flags.get("world_size", 1)

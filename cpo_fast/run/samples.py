@@ -1,4 +1,4 @@
-"""From the texts of each stage to token ids; what cannot be encoded is rejected."""
+"""From the texts of each stage to token ids; texts that cannot be encoded are rejected."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts
 from cpo_fast.run.flag_ranges import SOURCES
+from cpo_fast.training.stage_settings import TRAINING_STAGES
 from cpo_fast.types import Origin, PreferenceGroup, RejectedRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN_IDS = 10
+MAX_SHOWN_IDS = 10
 
 
 @dataclass
@@ -44,11 +45,11 @@ def tokenise(run: RunContext, texts: Texts) -> Samples:
     """
     args, folder, base = run.args, run.folder, run.checkpoint
     samples = Samples({}, {})
-    for line in control_token_remarks(texts, base.tokenizer):
+    for line in find_control_tokens(texts, base.tokenizer):
         print(f"data: {line}")
     limit = model_positions(base.path)
     rejected: list[RejectedRecord] = []
-    for stage in ("sft", "cpo"):
+    for stage in TRAINING_STAGES:
         max_length = args.max_length_of(stage)
         if limit is not None and max_length > limit:
             if stage in args.stage_names:
@@ -83,17 +84,17 @@ def tokenise(run: RunContext, texts: Texts) -> Samples:
                 )
     merged = merge_whole_records(rejected, texts)
     folder.reject(merged)
-    for (of, reason), count in Counter((r.stage or "data", r.reason) for r in merged).items():
-        print(f"{of}: {count} set aside: {reason} (rejected_records.jsonl)")
+    for (stage, reason), count in Counter((r.stage or "data", r.reason) for r in merged).items():
+        print(f"{stage}: {count} set aside: {reason} (rejected_records.jsonl)")
     records = sum(map(len, texts.sft.values()))
     folder.add_data(used=records - sum(not record.stage for record in merged))
-    print_sides(run, samples)
+    count_sides(run, samples)
     bad = {(record.id, record.file, record.line) for record in rejected}
     folder.stop_if_too_bad(len(bad), records, args.max_bad_fraction)
     return samples
 
 
-def print_sides(run: RunContext, samples: Samples) -> None:
+def count_sides(run: RunContext, samples: Samples) -> None:
     """Print and store how many records each stage of the run trains on and holds out, including
     stages that an earlier call trained in this folder.
     """
@@ -110,8 +111,8 @@ def print_sides(run: RunContext, samples: Samples) -> None:
 
 
 def check_samples(args: TrainArguments, samples: Samples) -> None:
-    """DataError, before the first stage trains, where a stage has no sample to train on or none to
-    find its best model with.
+    """Raise DataError, before the first stage trains, if a stage has no sample to train on or none
+    for finding its best model.
     """
     for stage, splits in (("sft", samples.sft), ("cpo", samples.cpo)):
         if stage not in args.stage_names:
@@ -121,14 +122,14 @@ def check_samples(args: TrainArguments, samples: Samples) -> None:
         metric = args.stage_settings(stage).metric_for_best_model
         if (metric or args.load_best_model_at_end) and not splits["validate"]:
             raise DataError(
-                f"{stage}: no sample is held out to find the best model with (--eval_fraction)"
+                f"{stage}: no sample is held out for finding the best model (--eval_fraction)"
             )
         source = (metric or "").rpartition("/")[2]
         held = {name for group in splits["train"] for name in group.sources}
         if source in SOURCES and not (source in held and len(held) > 1):
             raise DataError(
                 f"--metric_for_best_model {metric}: all pairs are of {', '.join(sorted(held))}, so "
-                "there are no figures by source; name the metric without it"
+                "there are no metrics per source; name the metric without the source"
             )
 
 
@@ -146,7 +147,7 @@ def merge_whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> lis
     pairs = {key(one.id, one.origin) for split in texts.cpo.values() for one in split}
     failed = {
         stage: {(r.id, Origin(r.file, r.line)) for r in rejected if r.stage == stage}
-        for stage in ("sft", "cpo")
+        for stage in TRAINING_STAGES
     }
     lost = {one for one in failed["sft"] if one in failed["cpo"] or one not in pairs}
     listed = []
@@ -158,7 +159,7 @@ def merge_whole_records(rejected: Sequence[RejectedRecord], texts: Texts) -> lis
     return listed
 
 
-def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def find_control_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A warning about records whose text holds special tokens of the tokenizer, such as an
     end-of-turn token inside an answer; it names ids, lines and tokens, not the text."""
     special = {*control_tokens(tokenizer)} - {"<think>", "</think>"}
@@ -166,18 +167,18 @@ def control_token_remarks(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> l
     found: dict[str, set[str]] = {}
     for stage in (texts.sft, texts.cpo):
         for one in chain.from_iterable(stage.values()):
-            said = [answer_text(answer) for answer in (one.chosen, *one.rejected)]
+            found_texts = [answer_text(answer) for answer in (one.chosen, *one.rejected)]
             if one.plain:  # the text can be a rendered conversation with its own end token
-                said = [answer.rstrip().removesuffix(end) for answer in said]
+                found_texts = [answer.rstrip().removesuffix(end) for answer in found_texts]
             else:
-                said += map(message_text, one.prompt)
-            if held := {token for token in special if any(token in text for text in said)}:
+                found_texts += map(message_text, one.prompt)
+            if held := {token for token in special if any(token in text for text in found_texts)}:
                 line = f" (line {one.origin.line})" if one.origin and one.origin.line else ""
                 found.setdefault(one.id + line, set()).update(held)
     if not found:
         return []
     tokens = ", ".join(sorted(set().union(*found.values())))
-    ids = ", ".join(list(found)[:SHOWN_IDS]) + (", ..." if len(found) > SHOWN_IDS else "")
+    ids = ", ".join(list(found)[:MAX_SHOWN_IDS]) + (", ..." if len(found) > MAX_SHOWN_IDS else "")
     return [
         f"records with control tokens of the model in their text: {len(found)} ({tokens}). They "
         f"are encoded as such: remove them if they are not meant. Records: {ids}"

@@ -1,4 +1,4 @@
-"""Where the settings of a run come from: base, preset, `--config` file, command line."""
+"""The settings of a run from their sources: base, preset, `--config` file, command line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cpo_fast.run.arguments import (
     EMBEDDED,
     SECTIONS,
     TrainArguments,
-    fault_of,
-    range_of,
+    find_fault,
+    find_range,
     read_config,
 )
 
@@ -28,16 +28,16 @@ Trains, evaluates and reports: data -> counterfactuals -> SFT -> CPO -> evaluati
 
 Flags override the --config file, and the file overrides the --preset. Flags that begin with sft_
 belong to SFT, the others to CPO or both; --lora-r is --lora_r. The defaults below are the paper's;
-without --dataset and --model_name_or_path, those of phantom.yaml (tiny model, phantom data) apply.
+without --dataset and --model_name_or_path, phantom.yaml (tiny model, phantom data) applies.
 """
 FLAGS = {f.name: f for f in fields(TrainArguments)}
 SHARED = ("max_length", "lr_scheduler_type", "lr_scheduler_kwargs")
-"""These hold for SFT too, where its own flag is not given."""
+"""Flags that also apply to SFT if its own flag is not set."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The values that one place sets, by flag; a later layer overrides an earlier one."""
+    """The values of one source by flag; a later layer overrides an earlier one."""
 
     name: str
     values: dict[str, Any]
@@ -45,31 +45,31 @@ class Layer:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run; `base`: which defaults apply, and why; `layers`: what is set where."""
+    """The settings of a run; `base`: which defaults apply and why; `layers`: values by source."""
 
     args: TrainArguments
     base: str
     layers: tuple[Layer, ...]
 
-    def lines(self) -> list[str]:
-        """For the screen: the base, then each layer's effective values that are no defaults."""
+    def describe(self) -> list[str]:
+        """Lines for the screen: the base, then the effective non-default values of each layer."""
         origin = {name: layer for layer in self.layers for name in layer.values}
         texts = [f"base settings: {self.base}"]
         for layer in self.layers:
             shown = [
-                _difference(name, getattr(self.args, name), brief=layer.name == EMBEDDED.name)
+                _format_setting(name, getattr(self.args, name), brief=layer.name == EMBEDDED.name)
                 for name in layer.values
                 if name != "preset"
                 and origin[name] is layer
                 and getattr(self.args, name) != FLAGS[name].default
             ]
             texts += [f"  {layer.name}: {', '.join(shown)}"] if shown else []
-        if idle := self._idle():
-            texts.append(f"  not used by --stages {self.args.stages}: {', '.join(idle)}")
-        return [line for text in texts for line in _wrapped(text)]
+        if unused := self._find_unused():
+            texts.append(f"  not used by --stages {self.args.stages}: {', '.join(unused)}")
+        return [line for text in texts for line in _wrap(text)]
 
-    def _idle(self) -> list[str]:
-        """Flags of the command line for a stage that does not run, which another flag is for."""
+    def _find_unused(self) -> list[str]:
+        """Flags of the command line that apply only to stages that do not run."""
         running = self.args.stage_names
         found = []
         for name in self.layers[-1].values:
@@ -84,21 +84,22 @@ class Settings:
 def read_settings(argv: Sequence[str] | None = None) -> Settings:
     """Read `[--config run.yaml] [--preset name] [--flag value ...]`.
 
-    An unknown flag ends the program with one line and status 2; UsageError names every other fault.
+    An unknown flag ends the program with a one-line error and status 2; other faults raise
+    UsageError.
     """
     given = vars(make_parser().parse_args(argv))
     config = given.pop("config", None)
     for name, value in given.items():
-        if fault := fault_of(name, value):
+        if fault := find_fault(name, value):
             raise UsageError(f"--{name} {value}: {fault}")
     return merge_settings(given, None if config is None else Path(config))
 
 
 def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Settings:
-    """The values in `given` over those of the file `config`, of the preset and of the base.
+    """Combine `given`, the file `config`, the preset and the base, highest priority first.
 
     The base is phantom.yaml unless `given` or the file sets `dataset` or `model_name_or_path`.
-    Raises UsageError for a value or file that is wrong.
+    Raises UsageError for a wrong value or file.
     """
     given = dict(given)
     in_file = read_config(config) if config is not None else {}
@@ -113,11 +114,11 @@ def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Sett
     else:
         of_base = read_config(EMBEDDED)
         base = (
-            f"those of {EMBEDDED.name}, not the paper's (defaults of --help), because neither "
+            f"{EMBEDDED.name}, not the paper's (defaults of --help), because neither "
             f"--{' nor --'.join(CHOOSES_BASE)} is set"
         )
         if "output_dir" in in_file | given:
-            del of_base["overwrite_output_dir"]  # meant for the embedded default's own folder
+            del of_base["overwrite_output_dir"]  # only for the embedded default's folder
     layers = (
         Layer(EMBEDDED.name, of_base),
         Layer(f"--preset {preset}", read_config(PRESET_FOLDER / f"{preset}.yaml")),
@@ -134,7 +135,7 @@ def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Sett
 
 
 def make_parser() -> Parser:
-    """The parser of all flags, whose result holds only those that are given."""
+    """The parser of all flags; its result holds only the flags that are set."""
     parser = Parser(
         prog=program("train"),
         usage="%(prog)s [--config FILE] [--preset NAME] [--flag value ...]",
@@ -148,8 +149,8 @@ def make_parser() -> Parser:
             group = parser.add_argument_group(titles[name])
         if name == "preset":
             group.add_argument("--config", metavar="FILE", help="YAML file of `flag: value` lines")
-        allowed, metavar = range_of(name), flag.metadata["metavar"]
-        text = _help(flag.metadata["help"], allowed, flag.default, listed=metavar == "NAME")
+        allowed, metavar = find_range(name), flag.metadata["metavar"]
+        text = _format_help(flag.metadata["help"], allowed, flag.default, listed=metavar == "NAME")
         if isinstance(allowed, Switch):
             group.add_argument(
                 f"--{name}", type=allowed.read, nargs="?", const=True, metavar="true|false",
@@ -168,25 +169,27 @@ def make_parser() -> Parser:
     return parser
 
 
-def _help(text: str, allowed: Allowed, default: Any, *, listed: bool) -> str:
+def _format_help(text: str, allowed: Allowed, default: Any, *, listed: bool) -> str:
     if listed and isinstance(allowed, Choice):
         text += f": {', '.join(allowed.listed())}"
     if default is not None and default is not False:
-        text += f" (default: {_plain(default)})"
+        text += f" (default: {_format_value(default)})"
     return text.replace("%", "%%")
 
 
-def _difference(name: str, value: Any, *, brief: bool) -> str:
+def _format_setting(name: str, value: Any, *, brief: bool) -> str:
     default = FLAGS[name].default
     shown = not brief and default is not None and not isinstance(default, bool | str)
-    return f"{name}={_plain(value)}" + (f" (default {_plain(default)})" if shown else "")
+    return f"{name}={_format_value(value)}" + (
+        f" (default {_format_value(default)})" if shown else ""
+    )
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrap(text: str) -> list[str]:
     return textwrap.wrap(
         text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,7 +1,7 @@
-"""Which preferences of a file are held out: by what is asked and about whom, never by row.
+"""Split the preferences of a file into training and held-out sides by question and patient.
 
-Rows that ask the same, that are about the same patient, or that show the same image lie on one
-side (connected components). The choice depends on the rows and the seed only, not on their order.
+Rows with the same question, patient or image are kept on one side (connected components). The
+choice depends on the rows and the seed, not on the order of the rows.
 """
 
 from __future__ import annotations
@@ -23,19 +23,16 @@ from cpo_fast.types import ImageRef, Preference
 
 _LEVELS = (
     ("patient image question answer", ""),
-    ("patient question answer", "the rows are all joined by shared images: an image may be on both "
-     "sides"),
-    ("question answer", "the rows are all joined by shared patients or images: a patient may be on "
-     "both sides"),
-    ("patient answer", "all rows ask the same question: what is held out are answers to it"),
+    ("patient question answer", "shared images join all rows: an image can be on both sides"),
+    ("question answer", "shared patients or images join all rows: a patient can be on both sides"),
+    ("patient answer", "all rows ask the same question: answers to it are held out"),
 )  # fmt: skip
-"""What keeps rows together, and what is said where this is not the first choice. The next one is
-taken only where the one before joins all rows."""
+"""(Keys that join rows, note to print). A level is used only if the one before joins all rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The two sides, each in file order; `note` says in words what could not be kept apart."""
+    """The two sides, each in file order; `note`: what could not be separated, as text."""
 
     train: list[Preference]
     held_out: list[Preference]
@@ -46,31 +43,33 @@ def _digest(kind: str, value: Any) -> bytes:
     return hashlib.blake2b(json.dumps([kind, value]).encode(), digest_size=16).digest()
 
 
-def _image(ref: ImageRef) -> str:
-    """What tells one image from another: its path, or its bytes."""
+def _image_key(ref: ImageRef) -> str:
+    """Identity of an image: its path, or a digest of its bytes."""
     if ref.data is not None:
         return hashlib.sha256(ref.data).hexdigest()
     return posixpath.normpath(ref.path)
 
 
-def _said(message: Mapping[str, Any]) -> list[str]:
+def _normalise(message: Mapping[str, Any]) -> list[str]:
     texts = (part["text"] if part["type"] == "text" else "\0" for part in parts_of(message))
     return [str(message["role"]), " ".join("".join(texts).split())]
 
 
 def question_key(one: Preference) -> bytes:
-    """Equal for preferences that ask the same: prompt (white space aside) and images."""
-    return _digest("question", [list(map(_said, one.prompt)), list(map(_image, one.images))])
+    """Equal for preferences with the same prompt (ignoring white space) and images."""
+    return _digest(
+        "question", [list(map(_normalise, one.prompt)), list(map(_image_key, one.images))]
+    )
 
 
-def _keys(one: Preference) -> dict[str, list[bytes]]:
-    """What may join a preference with others, by name.
+def _find_keys(one: Preference) -> dict[str, list[bytes]]:
+    """The keys by which a preference can be joined with others, by kind.
 
-    "answer" is prompt and chosen answer as one text: where the prompt is what the answers share, it
-    varies from row to row, and this does not.
+    "answer" is prompt and chosen answer as one text. It does not vary between rows whose prompt is
+    the shared beginning of their answers, while the prompt does.
     """
-    images = list(map(_image, one.images))
-    messages = list(map(_said, one.prompt))
+    images = list(map(_image_key, one.images))
+    messages = list(map(_normalise, one.prompt))
     text = "".join(text for _, text in messages) + answer_text(one.chosen)
     return {
         "patient": [_digest("patient", id) for id in one.patients],
@@ -80,8 +79,8 @@ def _keys(one: Preference) -> dict[str, list[bytes]]:
     }
 
 
-def _components(rows: Iterable[Sequence[bytes]]) -> list[list[int]]:
-    """Row numbers, together where rows share a key, directly or through others."""
+def _find_components(rows: Iterable[Sequence[bytes]]) -> list[list[int]]:
+    """Lists of row numbers whose rows share a key, directly or through other rows."""
     joined, first = UnionFind(), []
     for keys in rows:
         joined.union(*keys)
@@ -92,9 +91,9 @@ def _components(rows: Iterable[Sequence[bytes]]) -> list[list[int]]:
     return list(found.values())
 
 
-def _chosen(parts: list[list[int]], rank: Mapping[int, bytes], share: float) -> Iterator[int]:
-    """The rows of as many whole parts as make up `share` of all rows: of two parts or more at least
-    one, and, below a share of 1, not all."""
+def _choose_rows(parts: list[list[int]], rank: Mapping[int, bytes], share: float) -> Iterator[int]:
+    """The rows of whole parts that make up at most `share` of all rows. With two or more parts at
+    least one is chosen and, for a share below 1, not all."""
     target = round(share * sum(map(len, parts)))
     ranked = sorted(parts, key=lambda part: min(rank[number] for number in part))
     taken: list[list[int]] = []
@@ -109,24 +108,26 @@ def _chosen(parts: list[list[int]], rank: Mapping[int, bytes], share: float) -> 
         yield from part
 
 
-def _told_apart(keys: Sequence[Mapping[str, list[bytes]]]) -> tuple[list[list[int]], str]:
-    """The rows in parts that may lie on different sides, and what to say of it."""
+def _separate(keys: Sequence[Mapping[str, list[bytes]]]) -> tuple[list[list[int]], str]:
+    """Parts of the rows that can be put on different sides, and the note of their level."""
     for names, note in _LEVELS:
-        parts = _components([key for name in names.split() for key in row[name]] for row in keys)
+        parts = _find_components(
+            [key for name in names.split() for key in row[name]] for row in keys
+        )
         if len(parts) > 1:
             return parts, note
     return parts, "all rows ask the same and have the same answer: nothing is held out"
 
 
 def split_by_question(preferences: Sequence[Preference], share: float, seed: int) -> Split:
-    """Hold out about `share` of the preferences, of pairs and of answers alone each.
+    """Hold out about `share` of the preferences, separately of pairs and of answers without pairs.
 
-    Nothing is held out where the rows do not differ in question, patient, image or answer.
+    Nothing is held out if the rows do not differ in question, patient, image or answer.
     """
     if share <= 0 or not preferences:
         return Split(list(preferences), [])
-    keys = [_keys(one) for one in preferences]
-    parts, note = _told_apart(keys)
+    keys = [_find_keys(one) for one in preferences]
+    parts, note = _separate(keys)
     if len(parts) == 1:
         return Split(list(preferences), [], note)
     rank = {
@@ -136,7 +137,7 @@ def split_by_question(preferences: Sequence[Preference], share: float, seed: int
     held: set[int] = set()
     for paired in (True, False):
         stratum = [p for p in parts if any(preferences[n].rejected for n in p) is paired]
-        held.update(_chosen(stratum, rank, share))
+        held.update(_choose_rows(stratum, rank, share))
     return Split(
         [one for number, one in enumerate(preferences) if number not in held],
         [one for number, one in enumerate(preferences) if number in held],
@@ -144,9 +145,9 @@ def split_by_question(preferences: Sequence[Preference], share: float, seed: int
     )
 
 
-def first_questions(preferences: Sequence[Preference], most: int) -> list[Preference]:
-    """At most `most` preferences: whole questions, in the order in which they first appear, those
-    with more preferences than are left passed over. Raises UsageError where none fits."""
+def take_questions(preferences: Sequence[Preference], most: int) -> list[Preference]:
+    """At most `most` preferences: whole questions in the order of their first row, skipping those
+    that do not fit any more. Raises UsageError if none fits."""
     keys = [question_key(one) for one in preferences]
     sizes = Counter(keys)
     kept: set[bytes] = set()
@@ -163,7 +164,7 @@ def first_questions(preferences: Sequence[Preference], most: int) -> list[Prefer
     return [one for one, key in zip(preferences, keys, strict=True) if key in kept]
 
 
-def sizes(preferences: Sequence[Preference]) -> str:
+def describe_sizes(preferences: Sequence[Preference]) -> str:
     """`12 questions of 3 patients in 14 records`."""
     questions = len({question_key(one) for one in preferences})
     patients = len({id for one in preferences for id in one.patients})

@@ -1,8 +1,8 @@
-"""SFT and CPO of a run: models, objectives, and the results that the next stage reads."""
+"""SFT and CPO of a run: models, objectives, and results for the next stage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cpo_fast.run.find_checkpoint import MERGED
 from cpo_fast.run.reference_cache import ReferenceCache
 from cpo_fast.run.samples import Samples
 from cpo_fast.run.start import lora_targets
-from cpo_fast.training.checkpoint import result_checkpoint, resume_point
+from cpo_fast.training.checkpoint import find_result_checkpoint, find_resume_checkpoint
 from cpo_fast.training.loop import StageData, StageOutput, StageResult, Trainer
 from cpo_fast.training.objectives import CPOObjective, SFTObjective
 from cpo_fast.training.sharding import name_weights_in_files, shard
@@ -194,13 +194,14 @@ def find_sft_result(run: RunContext) -> Path:
 
 
 def find_stage_result(run: RunContext, stage_dir: Path) -> Path | None:
-    """`result_checkpoint` under the run's flags; only rank 0 reads its files."""
+    """`find_result_checkpoint` under the run's flags; only rank 0 reads its files."""
+    best = run.args.load_best_model_at_end
+    return _find_on_main(run, lambda: find_result_checkpoint(stage_dir, best=best))
 
-    def find() -> str | None:
-        found = result_checkpoint(stage_dir, best=run.args.load_best_model_at_end)
-        return str(found) if found else None
 
-    found = run.world.on_main(find)
+def _find_on_main(run: RunContext, find: Callable[[], Path | None]) -> Path | None:
+    """The path that `find` returns on rank 0, on all ranks."""
+    found = run.world.on_main(lambda: str(find() or ""))
     return Path(found) if found else None
 
 
@@ -217,15 +218,10 @@ def find_cpo_origin(run: RunContext) -> list[Path]:
 def find_resume_point(run: RunContext, stage: str) -> Path | None:
     """The checkpoint to resume a stage from, as rank 0 sees it."""
     named, stage_dir = run.args.resume_from_checkpoint, run.folder.path / stage
-
-    def find() -> str | None:
-        found = resume_point(stage_dir, named)
-        return str(found) if found else None
-
-    found = run.world.on_main(find)
+    found = _find_on_main(run, lambda: find_resume_checkpoint(stage_dir, named))
     if found is None and named is not None and run.folder.is_writer:
-        print(f"{stage}: no checkpoint to resume from in {stage_dir}: the stage starts anew")
-    return Path(found) if found else None
+        print(f"{stage}: no checkpoint in {stage_dir}: starts from the beginning")
+    return found
 
 
 def _check_beginning(

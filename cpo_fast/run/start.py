@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cpo_fast.errors import UsageError
+from cpo_fast.folders import write_json
 from cpo_fast.model.adapters import check_targets, merge
 from cpo_fast.model.build import frozen_modules, save_model, tiny_model, tiny_text_model
 from cpo_fast.model.checkpoint import Checkpoint
@@ -20,9 +21,9 @@ from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts
-from cpo_fast.run.digests import digest_file
 from cpo_fast.run.find_checkpoint import find_checkpoint
 from cpo_fast.run.flag_rules import TINY
+from cpo_fast.training.checkpoint import digest_file
 
 START = "start"
 """Folder of a starting model that was merged from an adapter and its base."""
@@ -120,7 +121,7 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: torch.dtype) -> Path:
     whole: Any = merge(checkpoint.load(dtype=torch.float32, device=torch.device("cpu")))
     try:
         checkpoint.save(whole.to(dtype), partial)
-        (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / ORIGIN, origin)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
@@ -129,7 +130,7 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: torch.dtype) -> Path:
 
 
 def _origin(adapter: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What the merged model depends on: digests of the adapter, size and time of its base."""
+    """The inputs of the merged model: digests of the adapter, size and time of its base."""
     _, *below = lineage(adapter)
     digests = {name: digest_file(adapter / name) for name in (CONFIG, WEIGHTS)}
     files = [file for folder in below for file in sorted(folder.glob("*.safetensors"))]

@@ -1,1 +1,1 @@
-"""Training: arguments, feed of packed batches, objectives, the loop, checkpoints, metrics."""
+"""Training: settings, feed of packed batches, objectives, loop, checkpoints, metrics."""

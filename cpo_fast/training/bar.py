@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, now and then a plain line anywhere else."""
+"""Progress of a stage: a bar on a terminal, else a plain line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 from tqdm import tqdm
 
 EVERY_SECONDS = 30.0
-LEFT_OUT = 2  # first steps of this process that say nothing about the next ones
+WARM_UP_STEPS = 2  # first steps of a process, not used to estimate the time left
 
 
 class StageBar:
-    """Steps of one stage on stderr; rank 0 alone has one. Evaluations and saving count as time:
-    what is left of the stage holds its share of them."""
+    """Progress of one stage on stderr, shown by rank 0 only. The time left includes evaluations and
+    checkpoints at their rate so far."""
 
     def __init__(self, stage: str, total: int, done: int, *, shows: bool) -> None:
         self.stage = stage
@@ -24,40 +24,40 @@ class StageBar:
         self._bar = tqdm(total=total, initial=done, desc=stage, unit="step", smoothing=0.0,
                          disable=None if shows else True)  # fmt: skip
         self._lines = shows and self._bar.disable
-        self._begun = self._said = time.monotonic()
-        self._warm = done + LEFT_OUT
+        self._start = self._printed = time.monotonic()
+        self._warm_step = done + WARM_UP_STEPS
 
     def update(self, loss: float | None = None) -> None:
-        """One step is done; `loss` is that of the newest row."""
+        """Count a finished step; `loss`: of the newest row, if there is a new one."""
         self.done += 1
         if loss is not None:
             self.loss = loss
             self._bar.set_postfix(loss=f"{loss:.4f}")
         self._bar.update()
         now = time.monotonic()
-        if self.done == self._warm:
-            self._begun = now
-        if self._lines and (now - self._said >= EVERY_SECONDS or self.done == self.total):
-            self._said = now
-            print(self._line(now), file=sys.stderr, flush=True)
+        if self.done == self._warm_step:
+            self._start = now
+        if self._lines and (now - self._printed >= EVERY_SECONDS or self.done == self.total):
+            self._printed = now
+            print(self._format_line(now), file=sys.stderr, flush=True)
 
-    def _line(self, now: float) -> str:
-        words = [f"{self.stage}: step {self.done} of {self.total}"]
+    def _format_line(self, now: float) -> str:
+        parts = [f"{self.stage}: step {self.done} of {self.total}"]
         if self.loss is not None:
-            words.append(f"loss {self.loss:.4f}")
-        if self.done > self._warm:
-            pace = (now - self._begun) / (self.done - self._warm)
-            words.append(f"{pace:.3g} s/step")
+            parts.append(f"loss {self.loss:.4f}")
+        if self.done > self._warm_step:
+            seconds_per_step = (now - self._start) / (self.done - self._warm_step)
+            parts.append(f"{seconds_per_step:.3g} s/step")
             if self.done < self.total:
-                words.append(f"{duration(pace * (self.total - self.done))} left")
-        return ", ".join(words)
+                parts.append(f"{format_duration(seconds_per_step * (self.total - self.done))} left")
+        return ", ".join(parts)
 
     def close(self) -> None:
         self._bar.close()
 
 
-def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds, as one reads them."""
+def format_duration(seconds: float) -> str:
+    """`2 h 03 min`, `1 min 01 s` or `59 s`."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

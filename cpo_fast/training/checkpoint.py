@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.errors import CpoFastError, UsageError, first_line
 
 if TYPE_CHECKING:
     from cpo_fast.training.distributed import World
@@ -27,46 +27,46 @@ MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 CARD = "README.md"
 BEGUN_WITH = "begun_with"
-"""Key of trainer_state.json: digests of what the stage was started with."""
+"""Key of trainer_state.json: digests of the inputs of the stage."""
 
 RESUME = "continue with resume_from_checkpoint auto"
 """The advice after an early stop."""
 
 
-def checkpoints(stage_dir: Path) -> list[Path]:
+def list_checkpoints(stage_dir: Path) -> list[Path]:
     """The checkpoints of a stage, oldest first."""
     found = [(int(m[1]), p) for p in stage_dir.glob("checkpoint-*") if (m := _number(p.name))]
     return [path for _, path in sorted(found)]
 
 
-def latest_checkpoint(stage_dir: Path) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are named on stderr and skipped."""
-    for path in reversed(checkpoints(stage_dir)):
-        if (damage := damage_of(path)) is None:
+def find_latest_checkpoint(stage_dir: Path) -> Path | None:
+    """The newest undamaged checkpoint; warns of damaged ones and skips them."""
+    for path in reversed(list_checkpoints(stage_dir)):
+        if (damage := find_damage(path)) is None:
             return path
         print(f"warning: {path} is damaged ({damage}); trying the previous one", file=sys.stderr)
     return None
 
 
-def result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
+def find_result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
     """The result of a stage: its newest undamaged checkpoint or, with `best`, its best one.
 
     None without any undamaged checkpoint.
     """
-    newest = latest_checkpoint(stage_dir)
+    newest = find_latest_checkpoint(stage_dir)
     if newest is None or not best:
         return newest
     state = read_state(newest)
     named = stage_dir / f"checkpoint-{state.get('best_global_step')}"
-    return named if damage_of(named) is None else newest
+    return named if find_damage(named) is None else newest
 
 
-def damage_of(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What differs from a checkpoint's manifest; None if every file is as written."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
-            if _digest(path / name) != digest:
+            if digest_file(path / name) != digest:
                 return f"{name} has changed"
     except FileNotFoundError as error:
         return f"it has no {os.path.relpath(error.filename, path)}"
@@ -77,15 +77,15 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def resume_point(stage_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+def find_resume_checkpoint(stage_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """The checkpoint to resume a stage from: none, its newest undamaged one ("auto"), or the named
     one."""
     if resume_from_checkpoint is None:
         return None
     named = Path(resume_from_checkpoint)
     if resume_from_checkpoint == "auto" or named.resolve().parent != stage_dir.resolve():
-        return latest_checkpoint(stage_dir)
-    if (damage := damage_of(named)) is not None:
+        return find_latest_checkpoint(stage_dir)
+    if (damage := find_damage(named)) is not None:
         raise UsageError(f"resume_from_checkpoint {named}: {damage}; try auto")
     return named
 
@@ -133,7 +133,7 @@ def write_checkpoint(
             f"Free space (save_total_limit) or repair the file system, then {RESUME}"
         ) from error
     if save_total_limit and world.is_main:
-        found = checkpoints(stage_dir)
+        found = list_checkpoints(stage_dir)
         for old in found[: found.index(target) + 1][:-save_total_limit]:
             if old != keep:
                 shutil.rmtree(old)
@@ -145,8 +145,8 @@ def _seal(partial: Path, trainer_state: dict[str, Any]) -> None:
     state = json.dumps(trainer_state, indent=2, allow_nan=False) + "\n"
     (partial / STATE).write_text(state, encoding="utf-8")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    names = [path for path in files if path.name != CARD]  # which can be rewritten
-    manifest = {str(path.relative_to(partial)): _digest(path) for path in names}
+    names = [path for path in files if path.name != CARD]  # the card can be rewritten
+    manifest = {str(path.relative_to(partial)): digest_file(path) for path in names}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     folders = sorted({path.parent for path in files})
     for path in (*files, partial / MANIFEST, *folders, partial):
@@ -159,17 +159,18 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the error, on whichever rank it happened."""
+    """The first line of the error, of the rank that raised it."""
     if failures := getattr(error, "failures", None):  # a CheckpointException of several ranks
         return _cause(next(iter(failures.values()))[0])
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _number(name: str) -> re.Match[str] | None:
     return re.fullmatch(r"checkpoint-(\d+)", name)
 
 
-def _digest(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""Throughput, MFU, memory and time shares of a stage, start-up and warm-up steps left out."""
+"""Throughput, MFU, memory and time shares of a stage, without start-up and warm-up steps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WARM_UP_STEPS = 2  # first-touch memory, lazy initialisation, the loader's first
 class Clock:
     """Counts samples and tokens against the wall time of training steps, not evaluation or saving.
 
-    Physical tokens are those computed; logical tokens are what the same pairs would take unshared.
-    Rates are those of all processes of `world` together, unless they say otherwise. `flops` gives
-    the model FLOPs of a batch (model/flops.py), `peak` the FLOP/s that one device could reach;
-    without them there is no MFU.
+    Physical tokens are computed; logical tokens are what the same pairs need without shared
+    prompts. Rates are totals over all processes of `world`, except where their name says per GPU.
+    `flops(batch)`: model FLOPs (model/flops.py); `peak`: peak FLOP/s of one device. Without them
+    there is no MFU.
     """
 
     def __init__(
@@ -42,33 +42,33 @@ class Clock:
         self._stage = _Count()
         self._row_phases: dict[str, float] = defaultdict(float)
         self._phases: dict[str, float] = defaultdict(float)
-        self._apart: dict[str, list[float]] = defaultdict(list)
+        self._excluded: dict[str, list[float]] = defaultdict(list)
         self._mark = time.perf_counter()
 
     @contextmanager
-    def apart(self, name: str) -> Iterator[None]:
-        """Evaluation or a checkpoint: timed by itself, nobody's throughput."""
+    def exclude(self, name: str) -> Iterator[None]:
+        """Time an evaluation or checkpoint separately; it does not count in the throughput."""
         begun = time.perf_counter()
         yield
         now = time.perf_counter()
-        self._apart[name].append(now - begun)
+        self._excluded[name].append(now - begun)
         self._mark += now - begun
 
-    def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield `items`, counting the time that each one was waited for as the phase "data"."""
+    def time_waiting(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield `items`; the time spent waiting for each counts as the phase "data"."""
         iterator = iter(items)
         nothing: Any = object()
         while True:
             begun = time.perf_counter()
             item = next(iterator, nothing)
-            if item is nothing:  # the end of the workers belongs to no step
+            if item is nothing:  # waiting for the workers to end belongs to no step
                 return
             self._add("data", time.perf_counter() - begun)
             yield item
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Host time of a phase; on CUDA the work that was queued may end in a later phase."""
+        """Host time of a phase; on CUDA, queued work can end in a later phase."""
         begun = time.perf_counter()
         yield
         self._add(name, time.perf_counter() - begun)
@@ -79,7 +79,7 @@ class Clock:
             self._phases[name] += seconds
 
     def seconds(self, phase: str) -> float:
-        """Of a phase since the last row."""
+        """Seconds of a phase since the last row."""
         return self._row_phases[phase]
 
     def count_step(self, batches: Iterable[PackedBatch]) -> None:
@@ -99,7 +99,7 @@ class Clock:
         self.num_tokens += count.physical
 
     def row(self) -> dict[str, float]:
-        """Timing fields since the last row, `time/...` as shares; memory is the run's peak."""
+        """Timing fields since the last row, `time/...` as shares; memory: peak of the run."""
         total = self._row.seconds
         shares = {name: seconds / total for name, seconds in sorted(self._row_phases.items())}
         shares["other"] = max(0.0, 1.0 - sum(shares.values()))
@@ -112,20 +112,20 @@ class Clock:
         return rates | {f"time/{name}": round(share, 4) for name, share in shares.items()}
 
     def stage(self) -> dict[str, float | dict[str, float]]:
-        """Throughput of the whole stage, the share of each phase in its steps, and the mean
-        seconds of an evaluation and of a checkpoint."""
-        apart: dict[str, float | dict[str, float]] = {
+        """Throughput of the stage, time share of each phase, and mean seconds per evaluation and
+        per checkpoint."""
+        excluded: dict[str, float | dict[str, float]] = {
             f"seconds_per_{name}": round(sum(each) / len(each), 3)
-            for name, each in self._apart.items()
+            for name, each in self._excluded.items()
         }
         if not (total := self._stage.seconds):
-            return apart
+            return excluded
         shares = {name: round(value / total, 4) for name, value in sorted(self._phases.items())}
-        return {**self._stage.rates(self.world, self.peak), **apart, "time": shares}
+        return {**self._stage.rates(self.world, self.peak), **excluded, "time": shares}
 
 
 def peak_memory() -> int:
-    """Bytes: the most that PyTorch held on this process's GPU, else the process's in RAM."""
+    """Peak bytes that PyTorch allocated on this process's GPU; without a GPU, peak RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,8 @@
-"""Several processes of one run, as torchrun starts them: who I am, and what all must agree on.
+"""The processes of a run as torchrun starts them: rank, collectives, shared decisions.
 
-Every process runs the same program over its own packs. Numbers and decisions (weights, stop
-requests, metrics) travel over gloo as CPU tensors, gradients over NCCL where there is CUDA. With
-one process every function here is the identity and nothing is initialised.
+Every process runs the same program on its own packs. Numbers and decisions (weights, stop requests,
+metrics) are exchanged over gloo as CPU tensors, gradients over NCCL on CUDA. With one process every
+function is the identity and nothing is initialised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cpo_fast.errors import CpoFastError, UsageError
+from cpo_fast.errors import CpoFastError, UsageError, first_line
 
 Result = TypeVar("Result")
 
@@ -43,12 +43,12 @@ class World:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        with self._contact():
+        with self._translate_errors():
             dist.all_reduce(tensor)
         return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on at least one rank: the same answer everywhere."""
+        """Whether `flag` is true on at least one rank; the result is equal on all ranks."""
         return self.sum([float(flag)])[0] > 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -57,7 +57,7 @@ class World:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._contact():
+        with self._translate_errors():
             dist.all_gather(sizes, torch.tensor([content.numel()]))
             longest = max(int(size) for size in sizes)
             padded = torch.zeros(longest, dtype=torch.uint8)
@@ -70,9 +70,9 @@ class World:
         ]
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Rank 0 does `work` and all get its result, a JSON value; they wait for it meanwhile.
+        """Run `work` on rank 0 and return its result, a JSON value, on all ranks.
 
-        When it fails there, all ranks stop: the others with a CpoFastError that says so.
+        If it fails, rank 0 raises its error and the other ranks raise CpoFastError.
         """
         if self.size == 1:
             return work()
@@ -87,11 +87,11 @@ class World:
         if failure is not None:
             raise failure
         if "result" not in done:
-            raise CpoFastError("rank 0 stopped; its own message says why")
+            raise CpoFastError("rank 0 stopped; see its error message")
         return done["result"]
 
     def main_first(self, work: Callable[[], Result]) -> Result:
-        """Rank 0 does `work` and the others wait, then they do it, too, over the files it left."""
+        """Run `work` on rank 0, then on the other ranks, which can use the files it wrote."""
         done: list[Result] = []
 
         def first() -> None:
@@ -101,10 +101,9 @@ class World:
         return done[0] if done else work()
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Gradients summed over all ranks, in one all-reduce per dtype.
+        """Sum the gradients over all ranks in place, with one all-reduce per dtype.
 
-        A parameter without a gradient on every rank stays without one (AdamW then leaves it alone,
-        as in one process).
+        A parameter without a gradient on any rank keeps None: AdamW skips it, as in one process.
         """
         if self.size == 1:
             return
@@ -118,30 +117,29 @@ class World:
             kinds.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in kinds.values():
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            with self._contact():
+            with self._translate_errors():
                 dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     @contextmanager
-    def _contact(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # gloo's and NCCL's errors are RuntimeErrors
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CpoFastError(
-                "lost contact with the other processes of the run: one of them died, or was "
-                f"silent for more than ddp_timeout seconds; its own message says why ({reason})"
+                "lost contact with the other processes of the run: one of them died or did not "
+                f"answer for ddp_timeout seconds; see its error message ({first_line(error)})"
             ) from error
 
 
 @contextmanager
-def joined(timeout_seconds: float) -> Iterator[World]:
-    """The World that torchrun's environment describes; one process without it.
+def join_processes(timeout_seconds: float) -> Iterator[World]:
+    """Join the processes that torchrun started; without torchrun, a world of one process.
 
-    Ranks other than 0 print nothing but errors. Raises UsageError when the processes do not meet
-    within the timeout or the environment is incomplete.
+    Ranks other than 0 print errors only. Raises UsageError when the processes do not connect within
+    the timeout or the environment is incomplete.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
@@ -154,23 +152,23 @@ def joined(timeout_seconds: float) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet: {error}; "
-            "start the run with torchrun"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not connect: "
+            f"{error}; start the run with torchrun"
         ) from error
     world = World(dist.get_rank(), dist.get_world_size())
     if not world.is_main:
-        _be_quiet()
+        _silence()
     yield world
-    dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
+    dist.destroy_process_group()  # not after an error: it can wait for a dead process
 
 
 class _NoTerminal(io.TextIOWrapper):
-    """stderr for errors alone: progress bars draw on terminals only."""
+    """stderr without progress bars, which are drawn on terminals only."""
 
     def isatty(self) -> bool:
         return False
 
 
-def _be_quiet() -> None:
+def _silence() -> None:
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = _NoTerminal(sys.stderr.buffer, encoding="utf-8", line_buffering=True)

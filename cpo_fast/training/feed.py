@@ -17,16 +17,17 @@ from cpo_fast.errors import CpoFastError
 from cpo_fast.packing import Step, collate
 from cpo_fast.packing.plan import Pack
 from cpo_fast.packing.readable import readable
+from cpo_fast.training.checkpoint import RESUME
 from cpo_fast.types import PackedBatch, Pixels, PreferenceGroup, RejectedRecord
 
-DEATHS = 3  # worker processes that may die in a stage
+MAX_DEATHS = 3  # worker processes that can die in a stage before the run stops
 
 
 Item = TypeVar("Item", covariant=True)
 
 
 class Items(Protocol[Item]):
-    """Items that worker processes prepare by number, such as a StepFeed."""
+    """Items that worker processes prepare by index, such as a StepFeed."""
 
     def __len__(self) -> int: ...
 
@@ -67,15 +68,15 @@ class StepFeed(Dataset):
         return len(self.steps)
 
     def __getitem__(self, index: int) -> StepBatch:
-        return self._collated(self.steps[index])
+        return self._collate(self.steps[index])
 
-    def halved(self, index: int) -> StepBatch:
+    def halve(self, index: int) -> StepBatch:
         """The same step with every pack of several groups split in two."""
-        return self._collated(
+        return self._collate(
             half for pack in self.steps[index] for half in (pack[0::2], pack[1::2])
         )
 
-    def _collated(self, packs: Iterable[Pack]) -> StepBatch:
+    def _collate(self, packs: Iterable[Pack]) -> StepBatch:
         batches, rejected = [], []
         for pack in packs:
             found = readable(self.groups, pack, self.pixels, self.image_token_id)
@@ -93,15 +94,15 @@ class StepFeed(Dataset):
         return StepBatch(tuple(batches), tuple(rejected))
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # both can reach the whole process group
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
-def _end_workers() -> None:
-    """Kill the workers when an error ends the run: Python would end them by SIGTERM, which they
-    ignore, and wait forever."""
+def _kill_workers() -> None:
+    """Kill the workers when an error ends the run: they ignore Python's SIGTERM, and Python would
+    wait for them forever."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -111,29 +112,29 @@ def load_steps(feed: Items[Item], *, num_workers: int, start: int = 0) -> Iterat
     """Yield the items (steps) of `feed` from `start` on, in order for any number of workers.
 
     Workers that die (killed, out of memory) are replaced and their items made again, since an item
-    is a pure function of its number. Raises CpoFastError after more than `DEATHS` deaths.
+    is a pure function of its index. Raises CpoFastError after more than `MAX_DEATHS` deaths.
     """
     deaths = 0
     while start < len(feed):
         try:
-            for batch in _loader(feed, num_workers, start):
+            for batch in _start_loader(feed, num_workers, start):
                 yield batch
                 start += 1
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             deaths += 1
-            if deaths > DEATHS:
+            if deaths > MAX_DEATHS:
                 raise CpoFastError(
                     f"worker processes of the data feed died {deaths} times (out of memory? "
-                    "Lower dataloader_num_workers); continue with resume_from_checkpoint auto"
+                    f"Lower dataloader_num_workers); {RESUME}"
                 ) from error
             print(
                 "warning: a worker process of the data feed died and was replaced", file=sys.stderr
             )
 
 
-def _loader(feed: Items[Item], num_workers: int, start: int) -> Iterator[Item]:
+def _start_loader(feed: Items[Item], num_workers: int, start: int) -> Iterator[Item]:
     before = signal.getsignal(signal.SIGCHLD)
     loader = iter(
         DataLoader(
@@ -143,8 +144,8 @@ def _loader(feed: Items[Item], num_workers: int, start: int) -> Iterator[Item]:
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # otherwise every iterator draws from the global one
-            worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else every iterator draws from the global one
+            worker_init_fn=_ignore_signals,
         )
     )
     # torch's handler would raise in the middle of a step; the next batch raises anyway.

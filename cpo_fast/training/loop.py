@@ -30,10 +30,10 @@ from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World
 from cpo_fast.training.feed import StepFeed, load_steps
 from cpo_fast.training.interrupt import Interrupted, StopRequest
-from cpo_fast.training.metrics import MetricsLog, Sums, finite
+from cpo_fast.training.metrics import MetricsLog, Sums, replace_nonfinite
 from cpo_fast.training.objectives import Objective
 from cpo_fast.training.plan import plan_one_epoch, plan_stage
-from cpo_fast.training.sharding import is_sharded, unaliased, write_model, write_shards
+from cpo_fast.training.sharding import collect_weights, is_sharded, write_model, write_shards
 from cpo_fast.training.stage_settings import StageSettings
 from cpo_fast.training.state import OPTIMIZER, StageState
 from cpo_fast.training.step import Stepper
@@ -80,8 +80,8 @@ class StageResult:
 class Trainer:
     """One stage on one device per process of `world`, started anew or from checkpoint `resume`.
 
-    Raises DataError when there is nothing to train on, or no held-out sample to find the best
-    model with.
+    Raises DataError when there is nothing to train on, or no held-out sample for finding the best
+    model.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
         if self.metric is None and settings.load_best_model_at_end:
             self.metric = "loss"
         if self.metric is not None and not data.held_out:
-            raise DataError(f"{self.stage}: no sample is held out to find the best model with")
+            raise DataError(f"{self.stage}: no sample is held out for finding the best model")
         self.clock = make_clock(model, objective, self.device, self.world, bf16=settings.bf16)
         self.sharded = is_sharded(list(model.model.parameters()))
         self.state = StageState(
@@ -161,7 +161,7 @@ class Trainer:
         settings, state, clock = self.settings, self.state, self.clock
         progress = state.progress
         if progress.step >= len(self.steps) and self.saved is not None and self.world.is_main:
-            print(f"{self.stage}: nothing is left to train: {self.saved} is the last of "
+            print(f"{self.stage}: nothing left to train: {self.saved} is the last of "
                   f"{progress.step} steps")  # fmt: skip
         self.output.log.rewind(self.stage, progress.step)
         self.begun = time.perf_counter() - progress.seconds
@@ -172,22 +172,24 @@ class Trainer:
         bar = StageBar(self.stage, len(self.steps), progress.step, shows=self.world.is_main)
         self.model.model.train()
         try:
-            if progress.owes_evaluation:  # a stop request cut it short
+            if progress.owes_evaluation:  # interrupted by a stop request
                 self._after_step()
-            for number, batch in enumerate(clock.waiting(loader), start=progress.step + 1):
-                outcome = self.stepper(number, batch, partial(feed.halved, number - 1))
+            for number, batch in enumerate(clock.time_waiting(loader), start=progress.step + 1):
+                outcome = self.stepper(number, batch, partial(feed.halve, number - 1))
                 if not outcome.finished:
-                    self._leave()
-                self._set_aside(batch.rejected)
+                    self._interrupt()
+                self._record_rejected(batch.rejected)
                 empty = empty + 1 if outcome.empty else 0
                 if empty >= min(settings.max_nonfinite_steps, len(self.steps)):
-                    self._nothing_read(f"no training sample of {counted(empty, 'step')} in a row")
+                    self._stop_unreadable(
+                        f"no training sample of {counted(empty, 'step')} in a row"
+                    )
                 progress.step = number
                 progress.nonfinite_in_a_row = self.stepper.nonfinite_in_a_row
                 state.oom_retries += outcome.oom_retries
                 if outcome.sums is not None:
                     state.sums.add(outcome.sums)
-                    progress.watch.see(outcome.loss, outcome.grad_norm)
+                    progress.watch.update(outcome.loss, outcome.grad_norm)
                 learning_rate = float(state.scheduler.get_last_lr()[0])
                 state.scheduler.step()
                 clock.count_step(batch.batches)
@@ -200,7 +202,7 @@ class Trainer:
             bar.close()
         assert self.saved is not None
         best = settings.load_best_model_at_end
-        checkpoint = self._checkpoint(progress.best["step"]) if best else self.saved
+        checkpoint = self._checkpoint_path(progress.best["step"]) if best else self.saved
         set_aside = [
             RejectedRecord(**record)
             for of_rank in self.world.gather(state.rejected)
@@ -228,9 +230,9 @@ class Trainer:
     def _log_row(self, grad_norm: float, learning_rate: float) -> float:
         """Write the row of this step; returns its loss."""
         state = self.state
-        taken = Sums.together(self.world.gather(state.sums.take()))
+        taken = Sums.merge(self.world.gather(state.sums.take()))
         row = {
-            **(self.objective.row(taken) if taken else {"loss": math.nan}),
+            **(self.objective.average(taken) if taken else {"loss": math.nan}),
             "grad_norm": grad_norm,
             **state.progress.watch.row(),
             "learning_rate": learning_rate,
@@ -248,18 +250,18 @@ class Trainer:
         last = self._is_last()
         better = False
         if self.data.held_out and (last or _is_due(self.settings.eval_steps, progress.step)):
-            with self.clock.apart("evaluation"):
+            with self.clock.exclude("evaluation"):
                 evaluated = self.evaluate()
             progress.owes_evaluation = evaluated is None
             if evaluated is not None:
                 better = self._is_best(evaluated)
                 self.output.log.write({**self._position(), **evaluated})
                 progress.final |= evaluated
-        stopping = self.stepper.stopping(together=True)
+        stopping = self.stepper.should_stop(together=True)
         if last or stopping or better or _is_due(self.settings.save_steps, progress.step):
             self._save()
         if stopping and (not last or progress.owes_evaluation):
-            self._leave()
+            self._interrupt()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:
@@ -276,28 +278,28 @@ class Trainer:
         failed: set[Any] = set()
         self.model.model.eval()
         for step in load_steps(feed, num_workers=0):
-            cut_short = self.stepper.stopping(together=self.sharded)
+            cut_short = self.stepper.should_stop(together=self.sharded)
             if cut_short:
                 break
-            self._set_aside(step.rejected)
+            self._record_rejected(step.rejected)
             failed.update((record.id, record.line) for record in step.rejected)
             for batch, counts in self.stepper.level(step.batches):
-                values = self.objective.summed(batch.to(self.device))[1]
+                values = self.objective.sum_losses(batch.to(self.device))[1]
                 if counts:
                     sums.add(values)
         self.model.model.train()
         if self.world.any(cut_short):
             return None
-        taken = Sums.together(self.world.gather(sums.take()))
+        taken = Sums.merge(self.world.gather(sums.take()))
         if not taken:
             self.state.progress.owes_evaluation = True
-            self._nothing_read("no held-out sample")
-        row = self.objective.row(taken)
+            self._stop_unreadable("no held-out sample")
+        row = self.objective.average(taken)
         if left_out := round(self.world.sum([len(failed)])[0]):
             row["left_out"] = left_out
         return {f"eval_{name}": value for name, value in row.items()}
 
-    def _set_aside(self, records: Sequence[RejectedRecord]) -> None:
+    def _record_rejected(self, records: Sequence[RejectedRecord]) -> None:
         """List samples whose image could not be read, once per stage."""
         if not records:
             return
@@ -307,7 +309,7 @@ class Trainer:
                 listed.add((record.file, record.line, record.id))
                 self.state.rejected.append(record.to_json())
 
-    def _nothing_read(self, what: str) -> NoReturn:
+    def _stop_unreadable(self, what: str) -> NoReturn:
         """Save the steps so far, then raise DataError."""
         self._save_once()
         last = next((f" ({r['reason']}: {r['detail']})" for r in self.state.rejected[-1:]), "")
@@ -333,19 +335,19 @@ class Trainer:
         progress.best = {"metric": name, "value": value, "step": progress.step}
         return True
 
-    def _checkpoint(self, step: int) -> Path:
+    def _checkpoint_path(self, step: int) -> Path:
         return self.output.folder / f"checkpoint-{step}"
 
     def _save(self) -> None:
         progress = self.state.progress
         progress.seconds = time.perf_counter() - self.begun
         progress.throughput |= self.clock.stage()
-        with self.clock.apart("checkpoint"):
+        with self.clock.exclude("checkpoint"):
             content = {
                 "global_step": progress.step,
                 "max_steps": len(self.steps),
                 "epoch": self._position()["epoch"],
-                "log_history": self.output.log.of_stage(self.stage),
+                "log_history": self.output.log.rows_of_stage(self.stage),
                 BEGUN_WITH: self.output.begun_with,
                 **self.state.to_json(),
             }
@@ -353,22 +355,22 @@ class Trainer:
             if best:
                 content["best_metric"] = best["value"]
                 content["best_global_step"] = best["step"]
-                content["best_model_checkpoint"] = str(self._checkpoint(best["step"]))
+                content["best_model_checkpoint"] = str(self._checkpoint_path(best["step"]))
             self.saved = write_checkpoint(
                 self.output.folder,
                 progress.step,
                 self._write_tensors,
-                finite(content),
+                replace_nonfinite(content),
                 world=self.world,
                 save_total_limit=self.settings.save_total_limit,
-                keep=self._checkpoint(best["step"]) if best else None,
+                keep=self._checkpoint_path(best["step"]) if best else None,
             )
 
     def _write_tensors(self, folder: Path) -> None:
         """Write the model and AdamW's state; every rank must call it."""
         if self.sharded:
             names = self.world.on_main(lambda: self.output.save_model(folder, True))
-            weights = unaliased(self.model.model)
+            weights = collect_weights(self.model.model)
             write_model({names[name]: value for name, value in weights.items()}, folder, self.world)
             write_shards(self.state.optimizer_tensors(), folder / OPTIMIZER)
             return
@@ -387,10 +389,10 @@ class Trainer:
     def _save_once(self) -> None:
         """Save the steps so far unless they are saved."""
         step = self.state.progress.step
-        if step and (self.saved is None or self.saved.name != self._checkpoint(step).name):
+        if step and (self.saved is None or self.saved.name != self._checkpoint_path(step).name):
             self._save()
 
-    def _leave(self) -> NoReturn:
+    def _interrupt(self) -> NoReturn:
         """Save the steps so far, then raise Interrupted."""
         self._save_once()
         step = self.state.progress.step

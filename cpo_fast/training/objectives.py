@@ -1,8 +1,8 @@
-"""The SFT and the CPO objective of a packed batch, as sums that a step divides once.
+"""The SFT and CPO objectives of a packed batch, as sums that a step divides once.
 
-Both score hidden states with the loss op and never make logits. An optimiser step can have any
-number of packs: `weigh` gives the weight of a pack, and the loop divides by the step's total, so
-packing does not change the mathematics.
+Both score hidden states with the loss op, without logits. An optimiser step can have any number of
+packs: `weigh` gives the weight of a pack and the loop divides by the total of the step, so packing
+does not change the result.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ Values = dict[str, torch.Tensor | float]
 
 
 class Objective(Protocol):
-    """`weigh` and `summed` of a packed batch; `row` turns the sums of an interval into metrics."""
+    """Weight and summed losses of a packed batch; `average` computes metrics from the sums of an
+    interval."""
 
     def weigh(self, batch: PackedBatch) -> float: ...
 
-    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]: ...
+    def sum_losses(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]: ...
 
-    def row(self, sums: dict[str, float]) -> dict[str, float]: ...
+    def average(self, sums: dict[str, float]) -> dict[str, float]: ...
 
     def computes_reference(self, batch: PackedBatch) -> bool: ...
 
 
 @dataclass
 class SFTObjective:
-    """Negative log-likelihood of the responses: the mean over all response tokens of a step."""
+    """Negative log-likelihood, averaged over all response tokens of a step."""
 
     model: PackedModel
     impl: str | None = None
@@ -43,14 +44,14 @@ class SFTObjective:
     def weigh(self, batch: PackedBatch) -> float:
         return float(batch.labels.numel())
 
-    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
+    def sum_losses(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
         weight, bias = self.model.head()
         hidden = self.model.hidden(batch)
         logps = linear_logprobs(hidden, weight, batch.labels, bias=bias, impl=self.impl)
         loss = -logps.sum()
         return loss, {"loss": loss, "weight": self.weigh(batch), "samples": batch.num_segments}
 
-    def row(self, sums: dict[str, float]) -> dict[str, float]:
+    def average(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["weight"]}
 
     def computes_reference(self, batch: PackedBatch) -> bool:
@@ -61,13 +62,13 @@ class SFTObjective:
 class CPOObjective:
     """The preference loss over the pairs of a step (arXiv 2505.13081, its CPO objective).
 
-    A batch with `ref_logps` needs no reference model. Otherwise `reference` is the frozen copy of
-    full tuning; None means the model with its adapters off.
+    A batch with `ref_logps` needs no reference model. Otherwise the reference is `reference`, the
+    frozen copy of full tuning, or, if None, the model with its adapters off.
 
     `source_weights` weigh the pairs of each source (CPO++, arXiv 2604.15705): the loss of a step is
     sum(w loss) over its pairs, divided by sum(w) if `normalize`, else by the number of pairs. With
-    several sources a row also has every metric of each (`loss/thinking`) and its number of pairs
-    (`pairs/thinking`).
+    several sources a row also has every metric per source (`loss/thinking`) and the number of its
+    pairs (`pairs/thinking`).
     """
 
     model: PackedModel
@@ -87,15 +88,15 @@ class CPOObjective:
         return batch.ref_logps is None and LOSS_TYPES[self.loss_type].reference
 
     def _weights(self, batch: PackedBatch) -> torch.Tensor:
-        """Each pair's own weight, without its source's; plackett_luce counts a group once, however
-        many pairs it has."""
+        """[P] weight of each pair without the weight of its source; plackett_luce counts a group
+        once, whatever its number of pairs."""
         if self.loss_type != "plackett_luce":
             return batch.pair_weights
         chosen = batch.pairs[:, 0]
         return batch.pair_weights / torch.bincount(chosen, minlength=batch.num_segments)[chosen]
 
     def _factors(self, batch: PackedBatch) -> torch.Tensor:
-        """The weight of each pair's source."""
+        """[P] weight of each pair's source."""
         factors = [self.source_weights.get(name, 1.0) for name in batch.pair_sources]
         return batch.pair_weights.new_tensor(factors)
 
@@ -104,7 +105,7 @@ class CPOObjective:
         return weights * self._factors(batch) if self.normalize else weights
 
     def score(self, batch: PackedBatch) -> CPOOutput:
-        """The loss op on the batch; its `loss` is that of this pack alone."""
+        """Apply the loss op; its `loss` covers this pack only."""
         weight, bias = self.model.head()
         hidden = self.model.hidden(batch)
         reference: dict[str, Any] = {}
@@ -136,7 +137,7 @@ class CPOObjective:
             **reference,
         )
 
-    def summed(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
+    def sum_losses(self, batch: PackedBatch) -> tuple[torch.Tensor, Values]:
         out = self.score(batch)
         weights = self._weights(batch)
         loss = (out.losses * weights * self._factors(batch)).sum()
@@ -167,7 +168,7 @@ class CPOObjective:
                 }
         return loss, values
 
-    def row(self, sums: dict[str, float]) -> dict[str, float]:
+    def average(self, sums: dict[str, float]) -> dict[str, float]:
         row = _means({name: value for name, value in sums.items() if ":" not in name})
         for source in self.source_weights if len(self.source_weights) > 1 else ():
             start = f"{source}:"

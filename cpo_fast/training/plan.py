@@ -41,7 +41,7 @@ def plan_one_epoch(
     epoch: int = 0,
     shuffle: bool = True,
 ) -> list[Step]:
-    """This rank's steps of one epoch; without `packing` every group is a pack of its own."""
+    """This rank's steps of one epoch; without `packing` every group has its own pack."""
     steps = plan_epoch(
         groups,
         pairs_per_step=pairs_per_step,

@@ -27,7 +27,7 @@ def make_schedule(
 
 
 def find_schedule_fault(settings: StageSettings, num_steps: int) -> str | None:
-    """What is wrong with a schedule, found by building it on an optimiser of one parameter.
+    """The fault of a schedule, found by building it on an optimiser of one parameter.
 
     Its learning rates are checked at up to 100 steps spread over `num_steps`.
     """

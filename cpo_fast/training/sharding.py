@@ -49,7 +49,7 @@ def is_sharded(parameters: Sequence[torch.nn.Parameter]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
-def unaliased(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def collect_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with shards unchanged and each tied weight once."""
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     aliases = every - {name for name, _ in model.named_parameters()}
@@ -104,7 +104,7 @@ def name_weights_in_files(
     `write` saves a state dict as transformers does and returns the file; here it gets numbers as
     weights, and the file is deleted.
     """
-    numbers = {name: torch.tensor([i]) for i, name in enumerate(unaliased(model))}
+    numbers = {name: torch.tensor([i]) for i, name in enumerate(collect_weights(model))}
     file = write(numbers)
     names = {int(value): name for name, value in load_file(file).items()}
     file.unlink()
@@ -145,7 +145,7 @@ def sum_and_clip(parameters: Sequence[torch.nn.Parameter], limit: float, world: 
     return norm
 
 
-def filler(like_group: PreferenceGroup) -> PackedBatch:
+def make_filler(like_group: PreferenceGroup) -> PackedBatch:
     """A minimal batch for a rank without a pack, which must call the sharded layers too."""
     rejected: tuple[tuple[int, ...], ...] = ((0,),) if like_group.rejected else ()
     logps = (0.0,) * (1 + len(rejected)) if like_group.ref_logps else ()

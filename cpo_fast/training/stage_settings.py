@@ -1,15 +1,18 @@
-"""The settings of one training stage, under plain names whatever the flags are called."""
+"""The settings of one training stage, independent of the names of flags."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+TRAINING_STAGES = ("sft", "cpo")
+"""The stages that train, in their order."""
+
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage trains. The names are those of transformers' TrainingArguments where it has
-    them; lengths are in tokens.
+    """Settings of one stage, named as in transformers' TrainingArguments if it has them; lengths
+    are in tokens.
     """
 
     stage: str  # "sft" or "cpo"

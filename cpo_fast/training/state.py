@@ -74,7 +74,7 @@ class StageState:
             "scheduler": _drop_functions(self.scheduler.state_dict()),
             "ranks": self.world.gather(
                 {
-                    "sums": self.sums.peek(),
+                    "sums": self.sums.read(),
                     "rejected": self.rejected,
                     "num_tokens": self.clock.num_tokens,
                     "oom_retries": self.oom_retries,

@@ -22,7 +22,7 @@ from cpo_fast.training.distributed import World
 from cpo_fast.training.feed import StepBatch
 from cpo_fast.training.metrics import MetricsLog, Sums
 from cpo_fast.training.objectives import Objective
-from cpo_fast.training.sharding import filler, is_sharded, sum_and_clip
+from cpo_fast.training.sharding import is_sharded, make_filler, sum_and_clip
 from cpo_fast.training.state import restore_generators, save_generators
 from cpo_fast.types import PackedBatch, PreferenceGroup
 
@@ -73,19 +73,19 @@ class Stepper:
         levelled = [(batch, True) for batch in batches]
         if self.sharded:
             most = max(self.world.gather(len(levelled)))
-            levelled += [(filler(self.like), False)] * (most - len(levelled))
+            levelled += [(make_filler(self.like), False)] * (most - len(levelled))
         return levelled
 
-    def stopping(self, *, together: bool) -> bool:
+    def should_stop(self, *, together: bool) -> bool:
         """Whether a stop was requested: on any rank if `together`, else on this rank."""
         pending = self.stop is not None and self.stop.pending()
         return self.world.any(pending) if together else pending
 
-    def __call__(self, number: int, step: StepBatch, halved: Callable[[], StepBatch]) -> Outcome:
+    def __call__(self, number: int, step: StepBatch, halve: Callable[[], StepBatch]) -> Outcome:
         """Step `number`: the summed losses of its packs, divided by the weight of the whole step.
 
-        Out of memory, it is computed once more on `halved()`. Raises CpoFastError when that does
-        not fit either, or when `max_nonfinite_steps` steps in a row were not finite.
+        Out of memory, the step is computed once more on `halve()`. Raises CpoFastError when that
+        does not fit either, or when `max_nonfinite_steps` steps in a row were not finite.
         """
         total = self.world.sum([sum(self.objective.weigh(batch) for batch in step.batches)])[0]
         if not total:  # every image of the step failed; the step still counts
@@ -97,10 +97,10 @@ class Stepper:
         except torch.OutOfMemoryError as error:
             own, full = None, str(error)  # retry outside: `error` keeps the activations alive
         if full is not None:
-            own = self._again_in_halves(halved, full, total)
+            own = self._retry_in_halves(halve, full, total)
             retries = 1
         with self.clock.phase("backward"):
-            sums = own.peek() if own is not None else {}  # waits for the device
+            sums = own.read() if own is not None else {}  # waits for the device
         with self.clock.phase("wait"):  # for the other ranks
             summed, cut_short = self.world.sum([sums.get("loss", 0.0), float(own is None)])
         if cut_short:
@@ -116,7 +116,7 @@ class Stepper:
                 self.optimizer.step()
                 self.nonfinite_in_a_row = 0
             else:
-                self._set_aside(number, step, grad_norm, loss)
+                self._log_nonfinite(number, step, grad_norm, loss)
             self.optimizer.zero_grad(set_to_none=True)
         return Outcome(grad_norm, loss, sums if good else None, retries)
 
@@ -127,18 +127,18 @@ class Stepper:
         own = Sums()
         batches = self.level(step.batches)
         for index, (batch, counts) in enumerate(batches):
-            if index and self.stopping(together=self.sharded):
+            if index and self.should_stop(together=self.sharded):
                 return None
             with self.clock.phase("forward"):
-                loss, values = self.objective.summed(batch.to(self.device))
+                loss, values = self.objective.sum_losses(batch.to(self.device))
             if counts:
                 own.add(values)
             with self.clock.phase("backward"):
                 (loss / total if counts else loss * 0.0).backward()
         return own
 
-    def _again_in_halves(
-        self, halved: Callable[[], StepBatch], reason: str, total: float
+    def _retry_in_halves(
+        self, halve: Callable[[], StepBatch], reason: str, total: float
     ) -> Sums | None:
         """The whole step again in packs of half the size; partial gradients are dropped first."""
         advice = (
@@ -151,11 +151,11 @@ class Stepper:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            return self._backward(halved(), total)
+            return self._backward(halve(), total)
         except torch.OutOfMemoryError as error:
             raise CpoFastError(f"{advice} (packs of half the size did not fit either)") from error
 
-    def _set_aside(self, number: int, step: StepBatch, grad_norm: float, loss: float) -> None:
+    def _log_nonfinite(self, number: int, step: StepBatch, grad_norm: float, loss: float) -> None:
         """Log the samples of a step that is not finite; raise if it keeps happening."""
         own = sorted({n.rsplit("/", 1)[0] for b in step.batches for n in b.segment_names})
         names = sorted({name for of_rank in self.world.gather(own) for name in of_rank})
@@ -174,6 +174,6 @@ class Stepper:
             raise CpoFastError(
                 f"{self.stage} step {number}: loss {loss}, gradient norm {grad_norm}; not finite "
                 f"for {counted(self.nonfinite_in_a_row, 'step')} in a row. The weights are "
-                f"unchanged.{weights} {path} names the samples. Check them or lower the "
+                f"unchanged.{weights} {path} lists the samples. Check them or lower the "
                 "learning rate"
             )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MEMORY = 50  # steps in the running mean and variance
-ENOUGH = 20  # steps before a spike can be detected
-FAR = 6.0  # standard deviations
+WINDOW = 50  # steps in the running mean and variance
+MIN_STEPS = 20  # steps before a spike can be detected
+THRESHOLD = 6.0  # standard deviations
 
 
 @dataclass
@@ -21,19 +21,19 @@ class Watch:
     loss_max: float | None = None
     grad_norm_max: float | None = None
 
-    def see(self, loss: float, grad_norm: float) -> None:
+    def update(self, loss: float, grad_norm: float) -> None:
         """Count a finite step; a spike is more than six standard deviations above the mean.
 
         A spike moves the mean at most to its threshold, so a second spike is still detected.
         """
         self.loss_max = max(loss, self.loss_max if self.loss_max is not None else loss)
         self.grad_norm_max = max(grad_norm, self.grad_norm_max or 0.0)
-        limit = self.mean + FAR * math.sqrt(self.variance) + 1e-3 * abs(self.mean)
-        if self.steps >= ENOUGH and loss > limit:
+        limit = self.mean + THRESHOLD * math.sqrt(self.variance) + 1e-3 * abs(self.mean)
+        if self.steps >= MIN_STEPS and loss > limit:
             self.loss_spikes += 1
             loss = limit
         self.steps += 1
-        share = max(1 / self.steps, 1 / MEMORY)
+        share = max(1 / self.steps, 1 / WINDOW)
         off = loss - self.mean
         self.mean += share * off
         self.variance = (1 - share) * (self.variance + share * off * off)

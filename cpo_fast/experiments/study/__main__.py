@@ -1,7 +1,7 @@
 """Compare SFT, DPO with random negatives, CPO without the thought, and CPO on the phantom, with
 several seeds; writes study.json, study.md and study.html to --output_dir.
 
-Finished models and figures are not computed again: the same command continues a stopped study.
+Finished models and figures are reused: the same command continues a stopped study.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cpo_fast.run.settings import merge_settings
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What is compared, how large, and where; the flags without `--quick`."""
+    """The flags of the study, without `--quick`."""
 
     output_dir: Path
     sft_from: Path | None
@@ -42,7 +42,7 @@ class StudySettings:
 
 
 SHARED = ("num_studies", "sft_epochs", "test_samples", "reports")
-"""Settings that decide an SFT model's figures."""
+"""Settings on which the figures of an SFT model depend."""
 
 QUICK = {"seeds": 2, "num_studies": 1600, "sft_epochs": 3.0, "test_samples": 100, "reports": 24}
 
@@ -50,7 +50,7 @@ QUICK = {"seeds": 2, "num_studies": 1600, "sft_epochs": 3.0, "test_samples": 100
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 for data that cannot be used, 2 for wrong usage."""
     try:
-        print(f"study: {study(parse_arguments(argv))}")
+        print(f"study: {run_study(parse_arguments(argv))}")
     except CpoFastError as error:
         return failed(program("study"), error)
     return 0
@@ -92,39 +92,39 @@ def parse_arguments(argv: Sequence[str] | None = None) -> StudySettings:
     return StudySettings(**flags)
 
 
-def study(args: StudySettings) -> Path:
-    """Run what is missing, then write study.json, study.md and study.html; returns the last."""
-    train_arguments(args, args.first_seed, args.output_dir, "sft,cpo")  # refuses wrong values
+def run_study(args: StudySettings) -> Path:
+    """Run missing parts, write study.json, study.md and study.html; returns the last."""
+    make_train_arguments(args, args.first_seed, args.output_dir, "sft,cpo")  # rejects wrong values
     with lock_folder(args.output_dir):
         make_private(args.output_dir)
         return run_seeds(args)
 
 
 def run_seeds(args: StudySettings) -> Path:
-    """What `study` does, in a folder that this process alone writes."""
-    keep_settings(args)
-    from cpo_fast.experiments.study.figures import as_markdown, results
+    """`run_study` in a locked folder."""
+    store_settings(args)
+    from cpo_fast.experiments.study.figures import build_results, format_markdown
     from cpo_fast.experiments.study.page import write_study_page
 
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    outcome = results({seed: run_seed(args, seed) for seed in seeds}, settings(args))
+    outcome = build_results({seed: run_seed(args, seed) for seed in seeds}, list_settings(args))
     write_json(args.output_dir / "study.json", outcome)
-    write_private(args.output_dir / "study.md", as_markdown(outcome))
+    write_private(args.output_dir / "study.md", format_markdown(outcome))
     return write_study_page(args.output_dir / "study.html", outcome)
 
 
-def settings(args: StudySettings) -> dict[str, Any]:
-    """What decides a seed's figures."""
+def list_settings(args: StudySettings) -> dict[str, Any]:
+    """Settings on which the figures of a seed depend."""
     names = ("num_studies", "sft_epochs", "steps", "learning_rate", "beta", "test_samples",
              "reports")  # fmt: skip
     return {name: getattr(args, name) for name in names}
 
 
-def keep_settings(args: StudySettings) -> None:
-    """UsageError when the folder holds results of other settings than these, or the one of
-    --sft_from models or data of others.
+def store_settings(args: StudySettings) -> None:
+    """Store the settings. Raises UsageError if the folder has results of other settings, or the
+    folder of --sft_from has models or data of other settings.
     """
-    own = settings(args)
+    own = list_settings(args)
     shared = {name: own[name] for name in SHARED}
     for folder, wanted in ((args.sft_from, shared), (args.output_dir, own)):
         path = folder / "settings.json" if folder else None
@@ -154,7 +154,7 @@ def run_seed(args: StudySettings, seed: int) -> dict[str, dict[str, Any]]:
         SFT_ANSWERS,
         write_plus,
     )
-    from cpo_fast.experiments.study.measure import Scale, majority, measure
+    from cpo_fast.experiments.study.measure import Scale, measure, measure_majority
 
     folder = args.output_dir / f"seed-{seed}"
     base = (args.sft_from or args.output_dir) / f"seed-{seed}"
@@ -171,19 +171,19 @@ def run_seed(args: StudySettings, seed: int) -> dict[str, dict[str, Any]]:
     for arm, file in files.items():
         models[arm] = train_stage("cpo", args, seed, folder / arm, dataset=str(file), **flags)
     scale = Scale(args.test_samples, args.reports, max_new_tokens=160, max_pixels=12544)
-    arms: dict[str, dict[str, Any]] = {"majority": majority(data, args.test_samples)}
+    arms: dict[str, dict[str, Any]] = {"majority": measure_majority(data, args.test_samples)}
     for arm in (*ARMS, *([PLUS] if args.cpo_plus else [])):
         done = (base if arm in (SFT, SFT_ANSWERS) else folder) / arm / "measured.json"
         if not done.is_file():
             print(f"study: seed {seed}, measuring {arm}", flush=True)
             make_private(done.parent)
-            write_json(done, measure(models[arm], data, scale, asked=QUESTIONS[arm]))
+            write_json(done, measure(models[arm], data, scale, prompt=QUESTIONS[arm]))
         arms[arm] = json.loads(done.read_text(encoding="utf-8"))
     return arms
 
 
 def make_corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[str, Path]]:
-    """A seed's phantom and {arm: what it learns from}, unless an earlier call made them."""
+    """(The phantom of a seed, {arm: its training file}); existing files are reused."""
     from tqdm import tqdm
 
     from cpo_fast.concepts import load_graph
@@ -192,9 +192,9 @@ def make_corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[s
     from cpo_fast.experiments.study.arms import write_arms
     from cpo_fast.phantom import write_phantom
 
-    data, listed = folder / "data", folder / "files.json"  # written when all is there
+    data, listed = folder / "data", folder / "files.json"  # written last
     if not listed.is_file():
-        with lock_folder(folder):  # which may be of the study that --sft_from names
+        with lock_folder(folder):  # it can belong to the study of --sft_from
             make_private(folder)
             write_phantom(data, num_studies=num_studies, seed=seed)
             studies = [study for study in open_studies(str(data)) if study.split == "train"]
@@ -206,22 +206,22 @@ def make_corpus(folder: Path, num_studies: int, seed: int) -> tuple[Path, dict[s
 
 
 def train_stage(stage: str, args: StudySettings, seed: int, folder: Path, **more: Any) -> Path:
-    """The checkpoint of a stage that is trained in `folder`, unless an earlier call did."""
+    """Train a stage in `folder`, unless an earlier call did; returns its checkpoint."""
     from cpo_fast import train
 
-    path = folder / "summary.json"  # written when a run is finished
+    path = folder / "summary.json"  # written at the end of a run
     if path.is_file():
         summary = json.loads(path.read_text(encoding="utf-8"))
     else:
         print(f"study: seed {seed}, training {folder.name}", flush=True)
-        summary = train.run(train_arguments(args, seed, folder, stage, **more))
+        summary = train.run(make_train_arguments(args, seed, folder, stage, **more))
     return Path(summary["stages"][stage]["checkpoint"])
 
 
-def train_arguments(
+def make_train_arguments(
     args: StudySettings, seed: int, folder: Path, stages: str, **more: Any
 ) -> TrainArguments:
-    """The flags of one training run: the embedded default at the study's scale."""
+    """The settings of one training run: the embedded default at the scale of the study."""
     given = {
         "output_dir": str(folder),
         "stages": stages,

@@ -1,8 +1,8 @@
-"""From the figures of every seed and arm to means with intervals, laid out as the paper's tables.
+"""Means over seeds with intervals, in the layout of the paper's tables.
 
-An interval is the 95 % interval of the mean over seeds (Student's t); a seed draws its own phantom,
-model and order, so that it covers all of them. Differences are paired by seed. The paper's figures
-(arXiv 2505.13081, tables 2 and 5) stand beside ours: other data, another scale, another protocol.
+An interval is the 95 % interval of the mean over seeds (Student's t). Every seed draws phantom,
+model and order, so the interval covers all three. Differences are paired by seed. The paper's
+figures (arXiv 2505.13081, tables 2 and 5) are shown beside ours; data, scale and protocol differ.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OTHER = "the paper: 7B model, MIMIC-CXR, MS-CXR-T; other data, another scale and
 NAMES = {"majority": "Majority guess"} | ARMS | MORE
 
 
-def results(
+def build_results(
     seeds: Mapping[int, Mapping[str, Figures]], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """study.json: {"settings", "seeds", "arms" {arm: {figure: mean}}, "differences", "paper"}.
@@ -57,9 +57,11 @@ def results(
     return {
         "settings": dict(settings),
         "seeds": list(seeds),
-        "arms": {arm: means(figures, shares=True) for arm, figures in by_arm.items()},
+        "arms": {arm: average_figures(figures, shares=True) for arm, figures in by_arm.items()},
         "differences": {
-            f"{a} - {b}": means([_minus(x, y) for x, y in zip(by_arm[a], by_arm[b], strict=True)])
+            f"{a} - {b}": average_figures(
+                [_subtract(x, y) for x, y in zip(by_arm[a], by_arm[b], strict=True)]
+            )
             for a, b in pairs
         },
         "paper": {"table 2": PAPER_TABLE_2, "table 5": PAPER_TABLE_5, "note": OTHER},
@@ -67,18 +69,20 @@ def results(
     }
 
 
-def means(seeds: Sequence[Figures], *, shares: bool = False) -> dict[str, Figure]:
-    """Mean over seeds of every figure, leaving out where it is undefined.
+def average_figures(seeds: Sequence[Figures], *, shares: bool = False) -> dict[str, Figure]:
+    """Mean over seeds of every figure, without seeds where it is undefined.
 
-    `shares`: the figures lie in 0..1 (but for counts), and so do their intervals.
+    `shares`: the figures (except counts) and their intervals are limited to 0..1.
     """
     return {
-        key: mean([one.get(key) for one in seeds], shares=shares and not key.endswith("/studies"))
+        key: average(
+            [one.get(key) for one in seeds], shares=shares and not key.endswith("/studies")
+        )
         for key in seeds[0]
     }
 
 
-def mean(values: Sequence[float | None], *, shares: bool = False) -> Figure:
+def average(values: Sequence[float | None], *, shares: bool = False) -> Figure:
     from scipy.stats import t
 
     known = [value for value in values if value is not None]
@@ -95,36 +99,36 @@ def mean(values: Sequence[float | None], *, shares: bool = False) -> Figure:
     return {"value": middle, "interval": bounds, "seeds": len(known)}
 
 
-def _minus(one: Figures, other: Figures) -> dict[str, float | None]:
+def _subtract(one: Figures, other: Figures) -> dict[str, float | None]:
     return {
         key: None if (a := one[key]) is None or (b := other[key]) is None else a - b for key in one
     }
 
 
-def tables(outcome: Mapping[str, Any]) -> list[Table]:
-    """Tables 2 and 5 of the paper with ours beside them, drift, F1 and differences."""
+def build_tables(outcome: Mapping[str, Any]) -> list[Table]:
+    """The paper's tables 2 and 5 with our figures, drift, F1 and differences."""
     arms = outcome["arms"]
     seeds = len(outcome["seeds"])
     note = f"Means over {counted(seeds, 'seed')} with 95 % intervals (Student's t over seeds)."
     return [
-        _table_2(arms, note),
-        _table_5(arms),
-        _drift(arms, note),
-        _differences(outcome["differences"]),
-        _per_finding(arms, "f1", "F1 per finding"),
+        _build_table_2(arms, note),
+        _build_table_5(arms),
+        _build_drift(arms, note),
+        _build_differences(outcome["differences"]),
+        _build_per_finding(arms, "f1", "F1 per finding"),
     ]
 
 
-def _cell(figures: Mapping[str, Any], key: str, show: Any = percent) -> Cell:
+def _format_cell(figures: Mapping[str, Any], key: str, show: Any = percent) -> Cell:
     figure = figures.get(key, {})
     return Cell(show(figure.get("value")), interval(figure, show))
 
 
-def _table_2(arms: Mapping[str, Any], note: str) -> Table:
+def _build_table_2(arms: Mapping[str, Any], note: str) -> Table:
     rows = []
     for arm, figures in arms.items():
         keys = [*(f"accuracy/{name}" for name in PAPER_FINDINGS.values()), "accuracy/mean5"]
-        rows.append(Row(NAMES[arm], tuple(_cell(figures, key) for key in keys), "phantom"))
+        rows.append(Row(NAMES[arm], tuple(_format_cell(figures, key) for key in keys), "phantom"))
         if arm in PAPER_TABLE_2:
             cells = tuple(Cell(percent(value / 100)) for value in PAPER_TABLE_2[arm])
             rows.append(Row(NAMES[arm], cells, "the paper, other data and scale"))
@@ -138,10 +142,10 @@ def _table_2(arms: Mapping[str, Any], note: str) -> Table:
     )
 
 
-def _table_5(arms: Mapping[str, Any]) -> Table:
+def _build_table_5(arms: Mapping[str, Any]) -> Table:
     def row(arm: str, thought: str, cpo: str) -> Row:
-        own = [_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
-        drift = _cell(arms[arm], "swap/synonym", number)
+        own = [_format_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
+        drift = _format_cell(arms[arm], "swap/synonym", number)
         paper = Cell(percent(PAPER_TABLE_5[arm] / 100))
         return Row(NAMES[arm], (Cell(thought), Cell(cpo), *own, drift, paper))
 
@@ -177,9 +181,9 @@ DRIFT_ROWS = (
 )
 
 
-def _drift(arms: Mapping[str, Any], note: str) -> Table:
+def _build_drift(arms: Mapping[str, Any], note: str) -> Table:
     rows = tuple(
-        Row(label, tuple(_cell(figures, key, show) for figures in arms.values()))
+        Row(label, tuple(_format_cell(figures, key, show) for figures in arms.values()))
         for key, label, show in DRIFT_ROWS
     )
     return Table(
@@ -203,11 +207,11 @@ DIFFERENCE_COLUMNS = {
 }
 
 
-def _differences(pairs: Mapping[str, Any]) -> Table:
+def _build_differences(pairs: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             " − ".join(NAMES[part] for part in pair.split(" - ")),
-            tuple(_cell(figures, key, points) for key in DIFFERENCE_COLUMNS),
+            tuple(_format_cell(figures, key, points) for key in DIFFERENCE_COLUMNS),
         )
         for pair, figures in pairs.items()
     ]
@@ -215,18 +219,18 @@ def _differences(pairs: Mapping[str, Any]) -> Table:
     return Table("Differences", ("", *DIFFERENCE_COLUMNS.values()), tuple(rows), note)
 
 
-def _per_finding(arms: Mapping[str, Any], metric: str, caption: str) -> Table:
+def _build_per_finding(arms: Mapping[str, Any], metric: str, caption: str) -> Table:
     names = [key.removeprefix(f"{metric}/") for key in arms[SFT] if key.startswith(f"{metric}/")]
     rows = [
         Row("Mean of the five" if name == "mean5" else name.capitalize() if name == "mean" else
-            name, tuple(_cell(figures, f"{metric}/{name}") for figures in arms.values()))
+            name, tuple(_format_cell(figures, f"{metric}/{name}") for figures in arms.values()))
         for name in names
     ]  # fmt: skip
     return Table(caption, ("", *(NAMES[arm] for arm in arms)), tuple(rows))
 
 
-def verdict(outcome: Mapping[str, Any]) -> str:
-    """What came out, whichever way it came out, in a sentence or two."""
+def summarise(outcome: Mapping[str, Any]) -> str:
+    """The main results in one or two sentences, whether or not they support the claim."""
     sentences = []
     for key, label in (
         ("accuracy/mean5", "Accuracy, mean of the five findings"),
@@ -244,12 +248,12 @@ def verdict(outcome: Mapping[str, Any]) -> str:
     return " ".join(sentence for sentence in sentences if sentence) + " In hundredths."
 
 
-def as_markdown(outcome: Mapping[str, Any]) -> str:
-    """study.md: the same tables as on the page."""
-    lines = ["# The study on the phantom", "", verdict(outcome), ""]
+def format_markdown(outcome: Mapping[str, Any]) -> str:
+    """The content of study.md: the tables of the page."""
+    lines = ["# The study on the phantom", "", summarise(outcome), ""]
     settings = ", ".join(f"{name} {value}" for name, value in outcome["settings"].items())
     lines += [f"Seeds {', '.join(map(str, outcome['seeds']))}; {settings}.", ""]
-    for table in tables(outcome):
+    for table in build_tables(outcome):
         for part in (f"## {table.caption}", *table_markdown(table)):
             lines += [part, ""]
     return "\n".join(lines)

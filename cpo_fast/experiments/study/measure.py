@@ -1,4 +1,4 @@
-"""One model asked everything that the study reports; figures only, no text of any study."""
+"""All figures of one model in the study; figures only, no text of any study."""
 
 from __future__ import annotations
 
@@ -27,66 +27,66 @@ PAPER_FINDINGS = {
     "Pnx": "Pneumothorax",
     "Ede": "Edema",
 }
-"""The five findings of MS-CXR-T as the paper's tables abbreviate them."""
+"""The five findings of MS-CXR-T by their abbreviations in the paper's tables."""
 
 DRIFTING = tuple(dict.fromkeys(name for drift in DRIFTS for name in drift.findings))
-"""Findings whose wording changes over the phantom's years."""
+"""Findings whose wording changes over the years of the phantom."""
 
 Answers = Sequence[tuple[str, ...] | None]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much every model is asked."""
+    """The size of the evaluation of each model."""
 
     max_samples: int  # test studies
-    drift_samples: int  # of them, whose reports are probed by swaps
+    drift_samples: int  # of these, studies whose reports are probed by swaps
     max_new_tokens: int
     max_pixels: int
 
 
 def measure(
-    model: Path, data: Path, scale: Scale, *, asked: str = DEFAULT_PROMPT
+    model: Path, data: Path, scale: Scale, *, prompt: str = DEFAULT_PROMPT
 ) -> dict[str, float | None]:
-    """The figures of one model on the test split of the phantom in `data`, asked so.
+    """The figures of one model on the test split of the phantom in `data`, for one prompt.
 
-    "accuracy/F", "f1/F" per finding F and "/mean5" (the paper's five), "/mean" (all that occur);
-    "exact", "unparsable" (shares); "drifted/accuracy" (all findings) and "drifted/pairs" (those
-    that drift) on the studies whose reports use a drifting word, "drifted/studies"; "swap/K" and
-    "flip/K", mean total variation and share of changed likeliest finding under swaps of kind K in
-    the radiologist's report, whatever the model was asked. None where undefined.
+    "accuracy/F", "f1/F" per finding F, "/mean5" (the paper's five) and "/mean" (all that occur);
+    "exact", "unparsable" (shares); "drifted/accuracy" (all findings), "drifted/pairs" (the drifting
+    findings) and "drifted/studies" for the studies whose reports use a drifting word; "swap/K" and
+    "flip/K", mean total variation and share of changed likeliest findings under swaps of kind K in
+    the radiologist's report after the default prompt. None where undefined.
     """
     checkpoint = Checkpoint.open(model, max_pixels=scale.max_pixels)
     loaded = checkpoint.load(dtype=torch.float32)
     cohort = read_cohort(checkpoint, str(data), max_samples=scale.max_samples)
-    reports = cohort.prompts  # the usual question, whatever the model is asked
+    reports = cohort.prompts  # the default prompt, for the swaps
     cohort.prompts = [
-        checkpoint.encode_prompt(build_sft_preference(study, prompt=asked), max_length=4096)
+        checkpoint.encode_prompt(build_sft_preference(study, prompt=prompt), max_length=4096)
         for study in cohort.studies
     ]
     options = Options(suites=(), max_new_tokens=scale.max_new_tokens, batch_size=160)
     result = evaluate({"model": lambda: loaded}, checkpoint, cohort, options)
-    # The models are compared on the same studies, and the phantom is the study's own.
+    # All models must be compared on the same studies, so none can be dropped.
     if cohort.rejected:
         first = cohort.rejected[0]
         raise DataError(
             f"{counted(len(cohort.rejected), 'study', 'studies')} of the phantom in {data} cannot "
             "be read, the first: "
-            f"{first.id} ({first.reason}: {first.detail}); delete {data.parent} to make it anew"
+            f"{first.id} ({first.reason}: {first.detail}); delete {data.parent} to create it again"
         )
     parsed = [parse_answer(text) or None for text in result.answers["model"]]
-    drifted = drifted_studies(data)
+    drifted = find_drifted_studies(data)
     where = [i for i, s in enumerate(cohort.studies) if s.study_id.lstrip("s") in drifted]
     cohort.prompts = reports  # none was dropped
-    return answer_figures(cohort.truth, parsed, where) | swap_figures(
+    return measure_answers(cohort.truth, parsed, where) | measure_swaps(
         loaded, checkpoint, cohort, scale.drift_samples
     )
 
 
-def answer_figures(
+def measure_answers(
     truth: Sequence[Sequence[str]], parsed: Answers, drifted: Sequence[int]
 ) -> dict[str, float | None]:
-    """Accuracy and F1 of N answers; `drifted` are the numbers of the studies with such a word."""
+    """Accuracy and F1 of N answers; `drifted`: indices of the studies with a drifting word."""
     from cpo_fast.evaluation.classification import classification
 
     found = classification(truth, parsed, bootstrap=1)
@@ -111,12 +111,12 @@ def answer_figures(
     return figures
 
 
-def swap_figures(
+def measure_swaps(
     model: Any, checkpoint: Checkpoint, cohort: Cohort, count: int
 ) -> dict[str, float | None]:
-    """Effects of swaps in the reports of the first `count` studies: the same text for all models.
+    """Effects of swaps in the reports of the first `count` studies, the same for all models.
 
-    "swap/drifting" are the synonyms whose lean changes over the phantom's years.
+    "swap/drifting": synonyms whose association changes over the years of the phantom.
     """
     from tqdm import tqdm
 
@@ -153,18 +153,20 @@ def swap_figures(
 DRIFTING_WORDS = [set(drift.words) for drift in DRIFTS]
 
 
-def drifted_studies(data: Path) -> set[str]:
+def find_drifted_studies(data: Path) -> set[str]:
     """Ids of the studies whose reports use a drifting word, from the phantom's truth."""
     path = data / "phantom_truth.jsonl"
     try:
         rows: list[dict[str, Any]] = [json.loads(line) for line in path.open(encoding="utf-8")]
         return {str(row["study_id"]) for row in rows if row["drift"]}
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not the truth of a phantom ({type(error).__name__})") from None
+        raise DataError(
+            f"{path}: not the truth file of a phantom ({type(error).__name__})"
+        ) from None
 
 
-def majority(data: Path, max_samples: int) -> dict[str, float | None]:
-    """The same figures for the guess that needs no model: what most training studies have."""
+def measure_majority(data: Path, max_samples: int) -> dict[str, float | None]:
+    """The figures of the majority guess, the most frequent diagnosis of the training split."""
     from cpo_fast.counterfactual import study_labels
     from cpo_fast.data import open_studies
     from cpo_fast.data.labels import diagnosis
@@ -181,7 +183,7 @@ def majority(data: Path, max_samples: int) -> dict[str, float | None]:
             test.append(names)
             ids.append(study.study_id.lstrip("s"))
     if not train or not test:
-        raise DataError(f"{data} has no training or no test study: make the phantom larger")
-    drifted = drifted_studies(data)
+        raise DataError(f"{data} has no training or no test study: enlarge the phantom")
+    drifted = find_drifted_studies(data)
     where = [i for i, one in enumerate(ids) if one in drifted]
-    return answer_figures(test, [majority_guess(train)] * len(test), where)
+    return measure_answers(test, [majority_guess(train)] * len(test), where)

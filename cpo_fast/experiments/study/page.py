@@ -1,4 +1,4 @@
-"""study.html: the tables of a study and where each arm stands per finding, in one file."""
+"""study.html: the tables and the figures per finding of a study, in one file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from cpo_fast.counting import counted
 from cpo_fast.experiments.study.arms import ARMS, MORE
-from cpo_fast.experiments.study.figures import tables, verdict
+from cpo_fast.experiments.study.figures import build_tables, summarise
 from cpo_fast.experiments.study.measure import PAPER_FINDINGS
 from cpo_fast.folders import write_private
 from cpo_fast.report.figures import intervals
@@ -16,7 +16,7 @@ from cpo_fast.report.page import pictures, render
 
 
 def write_study_page(path: Path, outcome: Mapping[str, Any]) -> Path:
-    """Write `path` (0600) and its figures beside it from what study.json holds."""
+    """Write `path` (0600) and its figures beside it from the content of study.json."""
     rows = [*PAPER_FINDINGS.values(), "Mean of the five"]
     keys = [*PAPER_FINDINGS.values(), "mean5"]
     arms = {arm: name for arm, name in (ARMS | MORE).items() if arm in outcome["arms"]}
@@ -32,7 +32,7 @@ def write_study_page(path: Path, outcome: Mapping[str, Any]) -> Path:
     ]
     context = {
         "title": "Counterfactuals against random negatives",
-        "lead": verdict(outcome),
+        "lead": summarise(outcome),
         "meta": [
             "phantom data (drawn and written, not medicine)",
             counted(len(outcome["seeds"]), "seed"),
@@ -40,7 +40,7 @@ def write_study_page(path: Path, outcome: Mapping[str, Any]) -> Path:
         ],
         "sections": [("figures", "Figures"), ("tables", "Tables")],
         "pictures": pictures(panels, path.parent / "figures"),
-        "tables": tables(outcome),
+        "tables": build_tables(outcome),
     }
     write_private(path, render("study.html", context).encode())
     return path
