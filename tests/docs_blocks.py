@@ -114,7 +114,7 @@ def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
     errors = io.StringIO()
     try:
         if name == "train":
-            from cpo_fast.run.arguments import parse_arguments
+            from cpo_fast.testing.runs import parse_arguments
 
             with contextlib.redirect_stderr(errors):
                 parse_arguments(argv)

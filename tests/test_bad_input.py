@@ -1,4 +1,4 @@
-"""What a user gets for data that cannot be trained on: a message with the file and the remedy."""
+"""Unusable data gives a message with the file and the remedy."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fails(
     folder: Path, dataset: Path | str, capsys: pytest.CaptureFixture[str], *flags: str
 ) -> str:
-    """stderr of a run that must end without a traceback and not with status 0."""
+    """stderr of a run that must fail without a traceback."""
     status = main(["--dataset", str(dataset), "--output_dir", str(folder / "out"), *flags])
     error = capsys.readouterr().err
     assert status in (1, 2) and error.startswith("cpo-fast train: error: "), error
     return error
 
 
-def test_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     error = fails(tmp_path, tmp_path / "empty", capsys)
     assert "empty" in error and "folder is empty" in error
 
 
-def test_a_csv_without_the_expected_columns(
+def test_csv_without_the_expected_columns(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -46,7 +46,7 @@ def test_a_csv_without_the_expected_columns(
     assert path.name in error and "split" in error
 
 
-def test_a_data_set_without_studies(
+def test_data_set_without_studies(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -57,7 +57,7 @@ def test_a_data_set_without_studies(
     assert str(data) in fails(tmp_path, data, capsys)
 
 
-def test_a_report_with_no_findings_is_listed(
+def test_report_without_findings_is_listed(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -72,14 +72,14 @@ def test_a_report_with_no_findings_is_listed(
     assert Path(record["file"]).name == report.name
 
 
-def test_a_model_folder_that_is_not_there(
+def test_missing_model_folder(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = fails(tmp_path, phantom, capsys, "--model_name_or_path", str(tmp_path / "no-model"))
     assert "no-model" in error and "--model_name_or_path" in error
 
 
-def test_an_output_folder_that_cannot_be_written(
+def test_unwritable_output_folder(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").write_text("a file stands here")

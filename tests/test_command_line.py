@@ -1,4 +1,4 @@
-"""Wrong usage of every command: one line, status 2, and no heavy import; help in short."""
+"""Wrong usage of every command: one line, status 2, no heavy import; short help."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REFUSED = [
 
 
 def refusals(cases: list[list[str]], folder: Path) -> list[tuple[list[str], int, list[str], str]]:
-    """(words, status, heavy modules that are loaded by then, stderr) of every command line."""
+    """(words, status, loaded heavy modules, stderr) of every command line."""
     code = f"""
 import contextlib, io, json, sys
 from cpo_fast.cli import main
@@ -61,7 +61,7 @@ print(json.dumps(found))
     return found
 
 
-def test_nothing_heavy_is_imported_to_refuse_a_flag(tmp_path: Path) -> None:
+def test_flag_errors_import_nothing_heavy(tmp_path: Path) -> None:
     for words, status, modules, _ in refusals(REFUSED, tmp_path):
         fine = words[-1] in ("--help", "--version")
         assert (status, modules) == (0 if fine else 2, []), words
@@ -69,7 +69,7 @@ def test_nothing_heavy_is_imported_to_refuse_a_flag(tmp_path: Path) -> None:
 
 WRONG_PATHS = {
     "train --output_dir old --stages sft": "holds checkpoints of an earlier run",
-    "train --output_dir old --resume_from_checkpoint nowhere": "nowhere: no checkpoint of",
+    "train --output_dir old --resume_from_checkpoint nowhere": "nowhere: not a checkpoint of",
     "train --output_dir new --resume_from_checkpoint nowhere": "new has none",
     "train --output_dir old --resume_from_checkpoint auto --seed 7": "other values of seed",
     "train --output_dir pairs.jsonl": "pairs.jsonl is not a folder",
@@ -86,7 +86,7 @@ WRONG_PATHS = {
     "train --output_dir new --counterfactuals empty": "no such file",
     "export --merge nowhere --output_dir new": "--merge nowhere: no such model folder",
     "export --merge empty --output_dir new": "--merge empty: no config.json",
-    "export --merge old/sft --output_dir new": "no checkpoint there is a whole adapter",
+    "export --merge old/sft --output_dir new": "it has no complete adapter checkpoint",
     "export --merge adapter --output_dir new": "not there: gone",
     "export --merge adapter --base_model nowhere --output_dir new": "base_model nowhere: no such",
     "export --merge adapter --base_model empty --output_dir old": "old is not empty",
@@ -114,7 +114,7 @@ WRONG_PATHS = {
 }  # fmt: skip
 
 
-def test_wrong_paths_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_wrong_paths_are_rejected_before_torch_is_imported(tmp_path: Path) -> None:
     row = {"prompt": "Q", "chosen": "x", "rejected": "y"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "old/sft/checkpoint-3").mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_wrong_paths_are_refused_before_torch_is_imported(tmp_path: Path) -> Non
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command prints with status 2."""
+    """The error line of a command that ends with status 2."""
     try:
         status: object = main(words)
     except SystemExit as stopped:
@@ -199,7 +199,7 @@ def test_wrong_usage_is_one_line(words: str, line: str, capsys: pytest.CaptureFi
         ("export --merge /nowhere --output_dir {here}/out", "cpo-fast export"),
     ],
 )
-def test_errors_after_parsing_have_the_form_of_wrong_usage(
+def test_later_errors_have_the_same_form(
     words: str, program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words.format(here=tmp_path).split()) == 2
@@ -212,7 +212,7 @@ def test_errors_after_parsing_have_the_form_of_wrong_usage(
      (["cpo_fast.cli", "train"], "cpo-fast train"),
      (["cpo_fast.data", "check"], "python -m cpo_fast.data check")],
 )  # fmt: skip
-def test_messages_name_the_program_as_it_was_called(called: list[str], name: str) -> None:
+def test_messages_name_the_program_as_called(called: list[str], name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *called, "--hlep"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -221,7 +221,7 @@ def test_messages_name_the_program_as_it_was_called(called: list[str], name: str
     assert done.stderr == f"{name}: error: --hlep is not a flag; did you mean --help?\n"
 
 
-def test_the_help_of_train_is_in_sections_and_short() -> None:
+def test_train_help_is_short_and_in_sections() -> None:
     text = make_parser().format_help()
     assert text.startswith("usage: cpo-fast train [--config FILE] [--preset NAME] [--flag value")
     assert text.index("\n\n") < 100  # the usage is one line
@@ -236,13 +236,13 @@ def test_the_help_of_train_is_in_sections_and_short() -> None:
     assert "\n  --no_" not in text
     entries = text.split("\n  --")
     assert all(entry.count("(default") <= 1 for entry in entries)
-    text = " ".join(text.split())  # however wide it is here
+    text = " ".join(text.split())  # independent of the terminal width
     assert "--no_use_peft trains all weights" in text
     assert "longer ones: see --truncation" in text and "filled with samples of up to --max" in text
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("data", "concepts")])
-def test_every_flag_of_every_command_has_a_help_and_no_doubled_default(
+def test_every_flag_has_help_and_shows_its_default_once(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -255,7 +255,7 @@ def test_every_flag_of_every_command_has_a_help_and_no_doubled_default(
         assert entry.count("(default") <= 1, entry
 
 
-def test_spellings_that_are_accepted() -> None:
+def test_accepted_spellings() -> None:
     parser = Parser(prog="x")
     parser.add_argument("--some_flag", type=Number())
     parser.add_argument("--count", type=COUNT)

@@ -64,7 +64,7 @@ def page_parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_commands_of_a_page_that_trains_are_accepted(
+def test_commands_of_training_pages_are_accepted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The flags of its commands go through their parsers; `make test` runs the page."""
@@ -105,7 +105,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             check_data(block, tmp_path)
 
 
-def test_no_block_escapes() -> None:
+def test_every_block_is_tested() -> None:
     """Every block has a known language; what is only parsed has a reason and is counted."""
     counts: Counter[str] = Counter()
     parsed: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def test_no_block_escapes() -> None:
     assert dict(parsed) == PARSED_ONLY
 
 
-def test_the_map_of_the_readme_is_the_tree() -> None:
+def test_readme_map_equals_the_tree() -> None:
     """Every package and top-level module of cpo_fast is in the map or in the line of helpers."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The map")[1]
     _, listing, rest = section.split("```")[:3]
@@ -147,7 +147,7 @@ def test_the_map_of_the_readme_is_the_tree() -> None:
     assert {path for path in mapped if path.startswith("cpo_fast/")} <= tree
 
 
-def test_the_ledger_names_commits_commands_and_records() -> None:
+def test_ledger_names_commits_commands_and_records() -> None:
     """One row for each speed-up: newest first, with its commit and a command that exists."""
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     section = page.split("## Ledger of speed-ups")[1].split("\n## ")[0]

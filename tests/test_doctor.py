@@ -28,7 +28,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("broken", [TORCH, OTHERS], ids=",".join)
-def test_a_broken_package_is_a_line(tmp_path: Path, broken: dict[str, tuple[str, str]]) -> None:
+def test_broken_package_gives_a_line(tmp_path: Path, broken: dict[str, tuple[str, str]]) -> None:
     for package, (code, _) in broken.items():
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(code)
@@ -57,13 +57,13 @@ def test_missing_and_too_old_packages() -> None:
     assert state == "outside" and line.endswith("asked for: >=1000")
 
 
-def test_an_implementation_that_is_wrong_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_implementation_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "deviation", lambda device, name: float("nan"))
     lines = list(doctor.implementations())
     assert any(fault == "reference on cpu is wrong" for _, fault in lines)
 
 
-def test_a_look_that_fails_ends_in_a_line(
+def test_failing_check_gives_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def look() -> doctor.Lines:

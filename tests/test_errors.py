@@ -37,13 +37,13 @@ def all_errors() -> set[type[CpoFastError]]:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What is on stderr: one message, no traceback."""
+    """stderr: one message, no traceback."""
     error = capsys.readouterr().err.strip()
     assert error.startswith("cpo-fast train: error: ") and "Traceback" not in error, error
     return error
 
 
-def test_every_class_ends_in_one_line_and_its_status(
+def test_error_classes_print_one_line_and_set_the_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in all_errors():
@@ -60,13 +60,13 @@ def test_every_class_ends_in_one_line_and_its_status(
         assert error == f"{prefix}{raised}"
 
 
-def test_usage_names_the_flag_and_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_name_flag_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--stages", "sft,cop"]) == 2
     error = one_line(capsys)
     assert "--stages sft,cop" in error and "graph,counterfactual,sft,cpo,evaluate" in error
 
 
-def test_data_names_the_place_and_what_was_looked_for(
+def test_data_errors_name_place_and_expectation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "out")]
@@ -76,7 +76,7 @@ def test_data_names_the_place_and_what_was_looked_for(
     assert str(tmp_path / "nothing") in one_line(capsys)
 
 
-def test_record_has_a_reason_to_count_and_no_text(tmp_path: Path) -> None:
+def test_record_errors_have_a_reason_and_no_text(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_text("PATIENT NAME, which is no image")
     with pytest.raises(RecordError) as caught:
         load_image(ImageRef("image.png", str(tmp_path)))
@@ -85,14 +85,14 @@ def test_record_has_a_reason_to_count_and_no_text(tmp_path: Path) -> None:
     assert str(RecordError("no-rejected")) == "no-rejected"
 
 
-def test_a_sentence_that_reads_both_ways_is_named_without_its_text() -> None:
+def test_ambiguous_sentence_is_reported_without_text() -> None:
     report = Report("No right pneumothorax, left effusion.", "")
     with pytest.raises(AmbiguousError) as caught:
         rewrite(load_graph(), report, "Pneumothorax", "s1", 42, 0)
     assert caught.value.reason == AMBIGUOUS and "effusion" not in str(caught.value)
 
 
-def test_a_writer_that_gives_up_is_not_asked_again() -> None:
+def test_failing_writer_is_not_called_again() -> None:
     class Mute(GraphWriter):
         asked = 0
 
@@ -106,7 +106,7 @@ def test_a_writer_that_gives_up_is_not_asked_again() -> None:
     assert [record.checks for record in records] == [{"prompt-too-long": False}] * 2
 
 
-def test_interrupted_is_a_status_of_its_own(
+def test_interrupted_has_its_own_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real signals are in tests/training/test_resume.py."""

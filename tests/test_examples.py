@@ -34,7 +34,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, and files of pairs and prompts."""
+    """A model folder and files of pairs and prompts."""
     place = tmp_path_factory.mktemp("examples")
     save_model(text_model(), place / "model", tokenizer=tokenizer())
     pairs = "".join(json.dumps(row) + "\n" for row in PAIRS)
@@ -63,7 +63,7 @@ def loaded(folder: Path) -> Any:
 
 
 def summed(model: Any, prompt: str, answer: str, bos: list[int]) -> torch.Tensor:
-    """The log-prob of an answer from the model's own logits."""
+    """The log-prob of an answer from the logits of the model."""
     head = bos + tokenizer()(prompt)["input_ids"]
     tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
     logps = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
@@ -97,7 +97,7 @@ def trained(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
     return losses, model
 
 
-def test_the_plain_loop(folder: Path, unpatched: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_plain_loop(folder: Path, unpatched: Any, capsys: Any, monkeypatch: Any) -> None:
     assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 45
     arguments = (folder / "model", folder / "pairs.jsonl")
     losses = ran(capsys, monkeypatch, "plain_loop.py", *arguments)
@@ -124,7 +124,7 @@ def framing(folder: Path) -> tuple[Path, list[int]]:
     return place, [made.bos_token_id]
 
 
-def test_the_plain_loop_puts_no_bos_into_answers(
+def test_plain_loop_puts_no_bos_into_answers(
     framing: Any, folder: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     place, bos = framing
@@ -148,7 +148,7 @@ def test_fsdp2_puts_no_bos_into_answers(framing: Any, folder: Path, framed: bool
         assert labels[row][len(head) :][: len(tail)].tolist() == tail
 
 
-def test_grpo_weighs_the_answers_own_tokens(framing: Any) -> None:
+def test_grpo_weighs_answer_tokens_only(framing: Any) -> None:
     grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))
     said = tokenizer()(" effusion")["input_ids"]
     rollout = SimpleNamespace(
@@ -157,7 +157,7 @@ def test_grpo_weighs_the_answers_own_tokens(framing: Any) -> None:
         texts=["a </think> effusion"],
     )
     weights = grpo["token_weights"](rollout, AutoTokenizer.from_pretrained(framing[0]), 2.0)
-    assert weights.tolist() == [1.0] * 4 + [2.0] * (len(said) + 1)  # and its end of text
+    assert weights.tolist() == [1.0] * 4 + [2.0] * (len(said) + 1)  # with the end-of-text token
 
 
 def refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str:
@@ -170,16 +170,14 @@ def refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_an_example_without_arguments_says_what_it_needs(
-    name: str, capsys: Any, monkeypatch: Any
-) -> None:
+def test_examples_without_arguments_print_usage(name: str, capsys: Any, monkeypatch: Any) -> None:
     line = refused(capsys, monkeypatch, name)
     assert line.startswith(
         (f"usage: python examples/{name} MODEL", f"{name}: error: the following")
     )
 
 
-def test_examples_say_what_is_wrong_with_their_arguments(
+def test_examples_report_wrong_arguments(
     folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     model, pairs = folder / "model", folder / "pairs.jsonl"
@@ -211,7 +209,7 @@ def test_fsdp2_in_two_processes(folder: Path, unpatched: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_trl_with_the_drop_in(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_trl_example(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """It runs and learns; tests/integrations/test_trl.py tests that it equals trl."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     ran(capsys, monkeypatch, "trl_dpo.py", folder / "model", folder / "pairs.jsonl", tmp_path)
@@ -228,9 +226,7 @@ def test_grpo_runs(folder: Path, capsys: Any, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_grpos_loss_and_gradient_are_those_of_whole_logits(
-    folder: Path, temperature: float
-) -> None:
+def test_grpo_loss_and_gradient_equal_full_logits(folder: Path, temperature: float) -> None:
     grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))
     model, reference = loaded(folder / "model"), loaded(folder / "model")
     torch.manual_seed(0)
@@ -255,7 +251,7 @@ def test_grpos_loss_and_gradient_are_those_of_whole_logits(
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    # The same, one answer at a time, from logits over prompt and answer without padding.
+    # The expected values, one answer at a time, from logits over prompt and answer without padding.
     total, at = torch.zeros(()), 0
     for row in range(6):
         start = int(rollout.mask[row].argmax())

@@ -36,7 +36,7 @@ EVALUATE = ["evaluate", "--model", "/nowhere/m", "--dataset", "open-i", *OUT]
                    "--seed -1, --split final, --dataset_format nonsense"),
     ],
 )  # fmt: skip
-def test_a_value_outside_is_refused_with_status_2_by_every_command(
+def test_commands_reject_out_of_range_values_with_status_2(
     command: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flag, value in (case.split() for case in wrong.split(", ")):
@@ -48,7 +48,7 @@ def test_a_value_outside_is_refused_with_status_2_by_every_command(
         assert "must be a" in error or "choose from" in error
 
 
-def test_a_number_says_its_bounds() -> None:
+def test_number_describes_its_bounds() -> None:
     for allowed, words in (
         (POSITIVE, "a whole number of at least 1"),
         (COUNT, "a whole number of at least 0"),
@@ -62,7 +62,7 @@ def test_a_number_says_its_bounds() -> None:
         assert str(allowed) == words
 
 
-def test_numbers_are_read_as_what_they_are() -> None:
+def test_numbers_keep_their_type() -> None:
     assert POSITIVE("3") == 3 and isinstance(POSITIVE("3"), int)
     assert SHARE("1") == 1.0 and isinstance(SHARE("1"), float)
     assert whole(1, also=-1)("-1") == -1
@@ -70,7 +70,7 @@ def test_numbers_are_read_as_what_they_are() -> None:
         with pytest.raises(argparse.ArgumentTypeError):
             POSITIVE(text)
     with pytest.raises(argparse.ArgumentTypeError):
-        whole(0)("1" * 5000)  # more digits than Python reads
+        whole(0)("1" * 5000)  # more digits than Python parses
 
 
 def test_lists_of_names() -> None:

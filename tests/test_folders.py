@@ -1,4 +1,4 @@
-"""Private files replace what was there whole, or not at all."""
+"""Private files replace existing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from cpo_fast.folders import replace_private, write_private
 
 
-def test_a_private_file_replaces_another_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_private_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("public")
     path.chmod(0o644)
@@ -22,7 +22,7 @@ def test_a_private_file_replaces_another_only_when_it_is_whole(tmp_path: Path) -
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_two_writers_of_one_path_do_not_mix(tmp_path: Path) -> None:
+def test_concurrent_writers_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "cache.bin"
     with replace_private(path, binary=True) as slow:
         slow.write(b"slow, ")

@@ -24,24 +24,24 @@ STAGES = ("data", "concepts", "counterfactual", "packing", "model", "loss", "tra
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has after `statement`."""
+    """Top-level modules that a new interpreter has loaded after `statement`."""
     code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in json.loads(done.stdout)}
 
 
-def test_importing_the_package_loads_not_even_torch() -> None:
+def test_importing_the_package_does_not_load_torch() -> None:
     assert not loaded_by("import cpo_fast") & {"torch", "transformers", "triton", "peft"}
 
 
-def test_the_loss_op_needs_neither_transformers_nor_peft() -> None:
+def test_loss_op_loads_neither_transformers_nor_peft() -> None:
     modules = loaded_by("from cpo_fast import cpo_loss, linear_logprobs")
     assert "torch" in modules
     assert not modules & {"transformers", "peft", "triton", "networkx", "matplotlib", "sklearn"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_imports_earlier_stages_only(stage: str) -> None:
+def test_stages_import_earlier_stages_only(stage: str) -> None:
     shared = {"types", "errors", "flags", "version", "console", "locks", "command_line"}
     shared |= {"folders", "counting"}
     allowed = {*shared, *STAGES[: STAGES.index(stage) + 1]}
@@ -61,7 +61,7 @@ def test_a_stage_imports_earlier_stages_only(stage: str) -> None:
         assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 
 
-def test_the_training_loop_knows_no_run() -> None:
+def test_training_does_not_import_run() -> None:
     for path in (ROOT / "cpo_fast" / "training").rglob("*.py"):
         assert "cpo_fast.run" not in path.read_text(encoding="utf-8"), path.name
 
@@ -109,7 +109,7 @@ def test_every_third_party_import_is_declared() -> None:
             assert owners & known, f"{path.relative_to(ROOT)} imports {name}: declare it"
 
 
-def test_a_number_and_its_noun_agree() -> None:
+def test_number_and_noun_agree() -> None:
     assert counted(1, "step") == "1 step" and counted(0, "step") == "0 steps"
     assert counted(1, "study", "studies") == "1 study"
     assert counted(2000, "study", "studies", show=lambda n: f"{n:,}") == "2,000 studies"
@@ -124,7 +124,7 @@ def test_make_help_lists_the_promised_targets() -> None:
         assert f"make {target} " in done.stdout
 
 
-def test_benchmarks_are_counted_and_timed_by_what_they_took_here(tmp_path: Path) -> None:
+def test_benchmarks_are_listed_with_earlier_times(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
     (tmp_path / "test_slow.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
 

@@ -54,7 +54,7 @@ def held(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-def test_the_second_is_told_who_the_first_is_and_gets_the_lock_after_it(tmp_path: Path) -> None:
+def test_second_process_names_the_holder_and_locks_after_it(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     with held("folder", run) as first:
         for _ in range(2):  # a refused process does not release the lock
@@ -73,7 +73,7 @@ def test_the_second_is_told_who_the_first_is_and_gets_the_lock_after_it(tmp_path
     assert [path.name for path in run.iterdir()] == ["kept"]
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_process_holds_no_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with held("folder", tmp_path) as first:
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -84,7 +84,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_child_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_child_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     """Like a data worker that outlives a killed run by some seconds."""
     fork = f"""
 import os, sys, time
@@ -108,7 +108,7 @@ with lock_folder({str(tmp_path)!r}):
         process.stdout.close()
 
 
-def test_one_process_takes_a_lock_once(tmp_path: Path) -> None:
+def test_process_takes_a_lock_once(tmp_path: Path) -> None:
     with lock_folder(tmp_path):
         (tmp_path / "link").symlink_to(tmp_path)
         with (
@@ -122,7 +122,7 @@ def test_one_process_takes_a_lock_once(tmp_path: Path) -> None:
         pass
 
 
-def test_of_many_that_come_and_go_one_holds_the_lock_at_a_time(tmp_path: Path) -> None:
+def test_one_of_many_processes_holds_the_lock_at_a_time(tmp_path: Path) -> None:
     """Each deletes the file at its end, when another can already have opened it."""
     code = f"""
 import os
@@ -148,7 +148,7 @@ def leave(folder: Path, **holder: Any) -> None:
     (folder / LOCK).write_text(json.dumps(named))
 
 
-def test_a_lock_that_another_host_left_is_taken_with_a_note(
+def test_stale_lock_of_another_host_is_taken_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave(tmp_path, pid=77, host="node7")
@@ -156,12 +156,12 @@ def test_a_lock_that_another_host_left_is_taken_with_a_note(
         pass
     (note,) = capsys.readouterr().err.splitlines()
     assert "process 77 on host node7, started 2026-01-01 00:00:00+00:00" in note
-    (tmp_path / LOCK).write_text('{"pid": 3')  # cut short
+    (tmp_path / LOCK).write_text('{"pid": 3')  # truncated
     with lock_folder(tmp_path):
         pass
 
 
-def test_without_locks_in_the_file_system_the_process_id_decides(
+def test_process_id_decides_without_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*_: Any) -> None:
@@ -182,7 +182,7 @@ def test_without_locks_in_the_file_system_the_process_id_decides(
             pass
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for lock in (lock_folder, lock_file):
         with pytest.raises(UsageError, match=r"file/x.* cannot be written"), lock(
@@ -216,7 +216,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_that_writes_is_refused(
+def test_every_writing_command_respects_the_lock(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, main, flags = COMMANDS[name]
@@ -236,7 +236,7 @@ def test_every_command_that_writes_is_refused(
     assert "Traceback" not in error and not target.exists()
 
 
-def test_a_run_is_locked_while_it_prepares_and_a_dry_run_never(
+def test_run_locks_its_folder_and_dry_run_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, locked = tmp_path / "run", []
@@ -245,7 +245,7 @@ def test_a_run_is_locked_while_it_prepares_and_a_dry_run_never(
         locked.append((run / LOCK).exists())
         raise DataError("no data")
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "prepare_run", prepare)
     assert train.main(["--output_dir", str(run)]) == 1
     assert locked == [True] and not run.exists()
     assert train.main(["--output_dir", str(run), "--dry_run"]) == 1
@@ -254,7 +254,7 @@ def test_a_run_is_locked_while_it_prepares_and_a_dry_run_never(
     assert locked == [True, False, True]
 
 
-def test_other_threads_do_not_lose_the_lock_of_theirs(tmp_path: Path) -> None:
+def test_threads_keep_their_locks(tmp_path: Path) -> None:
     refused: list[str] = []
 
     def second() -> None:
@@ -277,7 +277,7 @@ def test_other_threads_do_not_lose_the_lock_of_theirs(tmp_path: Path) -> None:
 @pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
-def test_several_processes_of_a_run_are_refused_together(tmp_path: Path) -> None:
+def test_all_ranks_of_a_locked_run_stop(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"{i}?", "chosen": f"Clear {i}", "rejected": "Ill"} for i in range(30)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))

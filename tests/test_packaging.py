@@ -101,7 +101,7 @@ def run(python: str, folder: Path, *words: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_the_sdist_is_the_whole_source(built: Path) -> None:
+def test_sdist_has_the_whole_source(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
@@ -114,14 +114,14 @@ def test_the_sdist_is_the_whole_source(built: Path) -> None:
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= held
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
+def test_wheel_has_only_the_package(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         info = next(name.split("/")[0] for name in names if name.endswith("/METADATA"))
         metadata = archive.read(f"{info}/METADATA").decode()
     assert {name.split("/")[0] for name in names} == {"cpo_fast", info}
-    assert not any(name.endswith(".so") for name in names)  # nothing could be compiled
+    assert not any(name.endswith(".so") for name in names)  # nothing was compiled
     for path in (ROOT / "cpo_fast").rglob("*"):
         if path.is_file() and path.suffix not in (".so", ".pyc"):
             assert str(path.relative_to(ROOT)) in names
@@ -131,7 +131,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert metadata.count("\nRequires-Dist: ") >= len(declared["dependencies"])
 
 
-def test_one_version_in_one_place() -> None:
+def test_version_is_defined_once() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" in declared["project"]["dynamic"]
     found = [
@@ -142,7 +142,7 @@ def test_one_version_in_one_place() -> None:
     assert found == ["cpo_fast/version.py"]
 
 
-def test_without_a_compiler_it_runs_on_the_reference_and_says_so_once(
+def test_without_compiler_the_reference_is_used_with_one_warning(
     python: str, tmp_path: Path
 ) -> None:
     code = (
@@ -159,7 +159,7 @@ def test_without_a_compiler_it_runs_on_the_reference_and_says_so_once(
     assert done.stderr.count("RuntimeWarning") == 1
 
 
-def test_the_console_command(python: str, tmp_path: Path) -> None:
+def test_console_command(python: str, tmp_path: Path) -> None:
     command = str(Path(python).with_name("cpo-fast"))
     assert run(command, tmp_path, "--version").stdout.strip() == __version__
     listed = run(command, tmp_path, "--help")
@@ -170,24 +170,22 @@ def test_the_console_command(python: str, tmp_path: Path) -> None:
     assert drawn.returncode == 0 and (tmp_path / "d" / "files").is_dir(), drawn.stderr
 
 
-def test_the_doctor_says_what_is_missing(python: str, tmp_path: Path) -> None:
+def test_doctor_lists_missing_parts(python: str, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "cpo_fast.doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "missing  cpo_fast._cpu, not built: a C++ compiler is needed" in done.stdout
     assert "no       cpu on cpu: cannot be imported" in done.stdout
 
 
-def test_the_loss_of_the_readme_as_pasted(python: str, tmp_path: Path) -> None:
+def test_readme_loss_example_runs(python: str, tmp_path: Path) -> None:
     (block,) = (b for b in blocks(ROOT / "README.md") if "import cpo_loss" in b.text)
     done = run(python, tmp_path, "-c", block.text)
     assert done.returncode == 0 and done.stdout.strip() == "0.6931", done.stderr
 
 
-def test_the_embedded_default_is_found_in_the_installed_package(
-    python: str, tmp_path: Path
-) -> None:
+def test_installed_package_has_the_embedded_default(python: str, tmp_path: Path) -> None:
     code = (
-        "from cpo_fast.run.arguments import parse_arguments\nprint(parse_arguments([]).output_dir)"
+        "from cpo_fast.run.settings import read_settings\nprint(read_settings([]).args.output_dir)"
     )
     assert run(python, tmp_path, "-c", code).stdout.strip() == "runs/phantom"
 
@@ -204,7 +202,7 @@ def step(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torc
 """
 
 
-def test_a_users_program_is_type_checked(python: str, tmp_path: Path) -> None:
+def test_user_program_is_type_checked(python: str, tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="the dev extra is not installed")
     (tmp_path / "right.py").write_text(PROGRAM)
     wrong = PROGRAM.replace("beta=0.1", "beta='0.1'").replace("labels).sum()", "labels).total()")

@@ -12,12 +12,12 @@ import torch
 from cpo_fast.data.labels import LABEL_NAMES
 from cpo_fast.data.lengths import load_tokenizer
 from cpo_fast.errors import DataError, UsageError
-from cpo_fast.evaluate import load, main, write_results
+from cpo_fast.evaluate import main, open_model, write_results
 from cpo_fast.evaluate_options import parse_arguments, resolve_model
 from cpo_fast.evaluation.cohort import read_cohort
 from cpo_fast.evaluation.run import evaluate
 from cpo_fast.evaluation.suites import Options, generate_answers, score_zero_shot
-from cpo_fast.evaluation.summary import evaluation_examples, evaluation_summary, write_examples
+from cpo_fast.evaluation.summary import build_summary, choose_examples, write_examples
 from cpo_fast.loss import processor
 from cpo_fast.model.build import add_lora, load_model, save_model
 from cpo_fast.phantom import write_phantom
@@ -65,7 +65,7 @@ def test_drift_needs_thoughts_and_counts_answers_without(data, model, tmp_path, 
     assert "text" in written and "drift" not in written  # the other suites are not lost
     thinks(1)
     assert main(arguments) == 0
-    assert "drift: 1 of 2 answers left out, without a thought" in capsys.readouterr().out
+    assert "drift: 1 of 2 answers left out: no thought" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]["drift"]
     assert (found["random"]["studies"], found["random"]["without_thought"]) == (1, 1)
 
@@ -111,7 +111,7 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
     flags = ["--model", model, "--dataset", copy, "--output_dir", tmp_path / "out",
              "--max_samples", "4", "--max_new_tokens", "2"]  # fmt: skip
     args = parse_arguments([str(flag) for flag in flags])
-    _, checkpoint, loaded = load(args)
+    _, checkpoint, loaded = open_model(args)
     cohort = read_cohort(checkpoint, args.dataset, max_samples=4)
     options = Options(suites=(), max_new_tokens=2)
     assert cohort.read == len(cohort.studies) + len(cohort.rejected) + cohort.left_out
@@ -141,7 +141,7 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
 def test_slow_bfloat16_is_warned_of(model, monkeypatch, capsys, bf16):
     monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
     flags = ["--model", str(model), "--dataset", "d", "--output_dir", "o", "--max_pixels", "50000"]
-    load(parse_arguments([*flags, *(["--bf16"] if bf16 else [])]))
+    open_model(parse_arguments([*flags, *(["--bf16"] if bf16 else [])]))
     assert ("warning: bf16" in capsys.readouterr().err) is bf16
 
 
@@ -331,7 +331,7 @@ def study(number: int, *names: str, image: ImageRef | None = None) -> Study:
 def test_summary_compares_models_in_their_order():
     truth = [("Edema",), ("Pneumonia",)] * 10
     right = [f"<think> a </think> The disease of this patient is {n[0]}." for n in truth]
-    summary = evaluation_summary(
+    summary = build_summary(
         truth=truth,
         training_truth=[("Edema",)] * 3,
         answers={"untrained": ["?"] * 20, "sft": right},
@@ -356,7 +356,7 @@ def test_examples_are_varied_and_have_counterfactuals_first(tmp_path):
     changed = [Counterfactual(f"{n}/Pneumothorax", str(n), "1", (), "r", (), "Pneumothorax",
                               f"changed {n}", ()) for n in (2, 3, 4)]  # fmt: skip
     answers = {"sft": ["one", "two", "three", "four"]}
-    examples = evaluation_examples(studies, answers, changed, count=4)
+    examples = choose_examples(studies, answers, changed, count=4)
     assert [e["study_id"] for e in examples] == ["2", "4", "3", "1"]
     assert examples[0]["image"] == str((tmp_path / "a/b.png").resolve())
     assert examples[1]["image"] is None, "an image in memory has no path"

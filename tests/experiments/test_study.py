@@ -1,4 +1,4 @@
-"""A miniature of the study: what every arm learns from, and the tables of made-up figures."""
+"""A small study: training data of every arm, and tables of invented figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpo_fast.data import open_studies
 from cpo_fast.data.labels import DEFAULT_PROMPT, parse_answer
 from cpo_fast.data.preferences import open_preferences
 from cpo_fast.errors import DataError
-from cpo_fast.experiments.study.__main__ import main, parse_arguments, settings
+from cpo_fast.experiments.study.__main__ import list_settings, main, parse_arguments
 from cpo_fast.experiments.study.arms import (
     ANSWERS,
     ARMS,
@@ -24,10 +24,11 @@ from cpo_fast.experiments.study.arms import (
     write_arms,
     write_plus,
 )
-from cpo_fast.experiments.study.figures import as_markdown, mean, results, verdict
-from cpo_fast.experiments.study.measure import answer_figures, drifted_studies
+from cpo_fast.experiments.study.figures import average, build_results, format_markdown, summarise
+from cpo_fast.experiments.study.measure import find_drifted_studies, measure_answers
 from cpo_fast.experiments.study.page import write_study_page
 from cpo_fast.phantom import write_phantom
+from cpo_fast.testing.runs import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def phantom(tmp_path_factory):
     return write_phantom(tmp_path_factory.mktemp("study") / "data", num_studies=40, seed=3)
 
 
-def test_every_arm_has_the_same_studies_and_as_many_pairs(phantom, tmp_path):
+def test_arms_have_the_same_studies_and_numbers_of_pairs(phantom, tmp_path):
     studies = list(open_studies(str(phantom)))
     cfs = list(counterfactuals(studies, load_graph(), num_targets=2, seed=3))
     files = write_arms(tmp_path, studies, [one for one in cfs if one.passed], seed=3)
@@ -70,39 +71,39 @@ def test_every_arm_has_the_same_studies_and_as_many_pairs(phantom, tmp_path):
         write_arms(tmp_path, studies, [], seed=3)
 
 
-def test_the_phantom_tells_which_reports_drift(phantom, tmp_path):
-    drifted = drifted_studies(phantom)
+def test_phantom_truth_lists_drifted_reports(phantom, tmp_path):
+    drifted = find_drifted_studies(phantom)
     rows = [json.loads(line) for line in (phantom / "phantom_truth.jsonl").open()]
     assert drifted == {row["study_id"] for row in rows if row["drift"]} != set()
-    with pytest.raises(DataError, match="not the truth of a phantom"):
-        drifted_studies(tmp_path)
+    with pytest.raises(DataError, match="not the truth file of a phantom"):
+        find_drifted_studies(tmp_path)
 
 
-def test_figures_of_answers_worked_out_by_hand():
+def test_answer_figures_equal_hand_computation():
     truth = [("Edema",), ("Pneumonia",), ("No Finding",), ("Edema", "Pneumonia")]
     parsed = [("Edema",), ("Edema",), None, ("Edema", "Pneumonia")]
-    found = answer_figures(truth, parsed, [1, 3])
+    found = measure_answers(truth, parsed, [1, 3])
     assert found["accuracy/Edema"] == 0.5, "an answer that is not parsed is wrong"
     assert found["f1/Edema"] == pytest.approx(2 * 2 / (2 * 2 + 1))
     assert found["unparsable"] == 0.25 and found["exact"] == 0.5
     assert found["drifted/studies"] == 2
     assert found["drifted/pairs"] == pytest.approx((1 + 0.5 + 0.5) / 3), "one of six is Edema's"
-    assert answer_figures(truth, parsed, [])["drifted/accuracy"] is None
+    assert measure_answers(truth, parsed, [])["drifted/accuracy"] is None
 
 
 def test_intervals_are_student_t_over_seeds():
-    assert mean([0.5])["interval"] is None
-    found = mean([0.4, 0.5, 0.6, None])
+    assert average([0.5])["interval"] is None
+    found = average([0.4, 0.5, 0.6, None])
     assert found["value"] == pytest.approx(0.5) and found["seeds"] == 3
     half = 4.302653 * 0.1 / 3**0.5  # the 97.5 % quantile at 2 degrees of freedom
     assert found["interval"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
-    assert mean([0.9, 1.0], shares=True)["interval"][1] == 1.0
-    assert mean([None])["value"] is None
+    assert average([0.9, 1.0], shares=True)["interval"][1] == 1.0
+    assert average([None])["value"] is None
 
 
 def outcome(gain: float) -> dict:
     truth = [("Edema",), ("Pneumonia",)] * 5
-    plain = answer_figures(truth, [("Edema",)] * 10, [0, 1])
+    plain = measure_answers(truth, [("Edema",)] * 10, [0, 1])
     swaps = {f"{w}/{k}": 0.1 for w in ("swap", "flip")
              for k in ("synonym", "drifting", "side", "negation", "hallmark")}  # fmt: skip
     seeds = {}
@@ -110,15 +111,15 @@ def outcome(gain: float) -> dict:
         seeds[seed] = dict.fromkeys(("majority", *ARMS), plain | swaps)
         better = {"accuracy/mean5": plain["accuracy/mean5"] + gain + seed / 1000}
         seeds[seed][CPO] = seeds[seed][CPO] | better
-    return results(seeds, {"steps": 2})
+    return build_results(seeds, {"steps": 2})
 
 
-def test_tables_name_the_paper_and_say_what_came_out(tmp_path):
+def test_tables_name_the_paper_and_the_result(tmp_path):
     found = outcome(0.1)
-    text = as_markdown(found)
+    text = format_markdown(found)
     assert "| CPO (the paper, other data and scale) | 77.7" in text and "81.8" in text
     assert "+10.2 against SFT (+10.0 to +10.4: a difference)" in text.replace("\u00a0", " ")
-    assert "no difference shown" in verdict(outcome(-0.002))
+    assert "no difference shown" in summarise(outcome(-0.002))
     json.dumps(found, allow_nan=False)
     page = write_study_page(tmp_path / "study.html", found)
     assert "other data" in page.read_text() and page.stat().st_mode & 0o777 == 0o600
@@ -126,10 +127,10 @@ def test_tables_name_the_paper_and_say_what_came_out(tmp_path):
     assert set(found["differences"]) >= {f"{CPO} - {SFT}", f"{CPO} - {RANDOM}"}
 
 
-def test_quick_is_smaller_and_flags_win_over_it():
+def test_quick_is_smaller_and_flags_override_it():
     full, quick = parse_arguments([]), parse_arguments(["--quick", "--seeds", "1"])
     assert full.seeds >= 5 and quick.seeds == 1
-    assert settings(quick)["num_studies"] < settings(full)["num_studies"]
+    assert list_settings(quick)["num_studies"] < list_settings(full)["num_studies"]
 
 
 def test_wrong_usage_is_named(tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_wrong_usage_is_named(tmp_path, capsys):
 
 @pytest.mark.complete
 @pytest.mark.slow
-def test_a_miniature_from_end_to_end_and_again(tmp_path):
+def test_small_study_end_to_end_and_continued(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--seeds", "1", "--num_studies", "60", "--steps", "1",
              "--sft_epochs", "0.2", "--test_samples", "3", "--reports", "1"]  # fmt: skip
     assert main(flags) == 0
@@ -159,13 +160,15 @@ def test_a_miniature_from_end_to_end_and_again(tmp_path):
                  for arm in (RANDOM, ANSWERS, CPO)]  # fmt: skip
     assert {one["stages"]["cpo"]["steps"] for one in summaries} == {1}
     before = (tmp_path / "seed-42" / CPO / "summary.json").stat().st_mtime_ns
-    assert main([*flags, "--cpo_plus"]) == 0  # the arm is added to what is there
+    assert main([*flags, "--cpo_plus"]) == 0  # the arm is added to the study
     assert (tmp_path / "seed-42" / CPO / "summary.json").stat().st_mtime_ns == before
     more = json.loads((tmp_path / "study.json").read_text())
     assert list(more["arms"]) == ["majority", *ARMS, PLUS]
     assert f"{PLUS} - {CPO}" in more["differences"]
-    rows = (tmp_path / "seed-42" / PLUS / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(rows[0]).keys() >= {"pairs/perception", "pairs/thinking"}
+    assert read_rows(tmp_path / "seed-42" / PLUS)[0].keys() >= {
+        "pairs/perception",
+        "pairs/thinking",
+    }
     flags[1] = str(tmp_path / "faster")
     assert main([*flags, "--learning_rate", "1e-3", "--sft_from", str(tmp_path)]) == 0
     second = json.loads((tmp_path / "faster" / "study.json").read_text())

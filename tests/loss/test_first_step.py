@@ -32,9 +32,11 @@ def test_loss_is_log_2_and_rewards_are_0(impl: str, dtype: torch.dtype) -> None:
     ]
     batch = collate(groups, tuple((i, (0, 1)) for i in range(3)))
     objective = CPOObjective(PackedModel(model), impl=impl)
-    loss, values = objective.summed(batch)
+    loss, values = objective.sum_losses(batch)
     assert float(loss.detach()) / 6 == pytest.approx(math.log(2), abs=5e-5)
-    row = objective.row({name: float(torch.as_tensor(v).detach()) for name, v in values.items()})
+    row = objective.average(
+        {name: float(torch.as_tensor(v).detach()) for name, v in values.items()}
+    )
     assert set(row) == set(METRICS), "what --metric_for_best_model takes"
     assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margins"] == 0
     loss.backward()

@@ -17,7 +17,7 @@ from typing import Any
 
 from cpo_fast.data.labels import answer, thought
 from cpo_fast.evaluation.preference import summarize_likelihood, summarize_preference
-from cpo_fast.evaluation.summary import evaluation_summary, write_examples
+from cpo_fast.evaluation.summary import build_summary, write_examples
 
 HOSTILE = '</p><script>alert("x")</script><img src="https://example.org/a.png" onerror=boom()>&amp;'
 NAMES = ("Pleural Effusion", "Atelectasis", "Cardiomegaly", "Edema", "Pneumothorax", "Pneumonia")
@@ -154,7 +154,7 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
     cpo["time"] = {"policy forward": 22.0, "reference": 18.5, "backward": 38.0, "data": 3.1}
     return {
         "stages": {"sft": sft, "cpo": cpo, "evaluate": {"seconds": 18.0}},
-        "evaluation": evaluation_summary(
+        "evaluation": build_summary(
             truth=truth,
             training_truth=[draw() for _ in range(300)],
             answers={"untrained": ["?"] * 200, "sft": said(0.7), "cpo": said(0.85)},

@@ -15,7 +15,7 @@ from cpo_fast.report import write_report
 from cpo_fast.report.describe import describe_reference, shared_stage_title
 from cpo_fast.report.model_card import card_of_export, hub_name, write_cards
 from cpo_fast.report.read import Run
-from cpo_fast.run.arguments import parse_arguments
+from cpo_fast.testing.runs import parse_arguments
 from tests.report.samples import REPORT, write_run
 
 

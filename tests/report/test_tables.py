@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cpo_fast.evaluation.summary import evaluation_summary
+from cpo_fast.evaluation.summary import build_summary
 from cpo_fast.report.evaluation_tables import clear_best, evaluation_tables
 from cpo_fast.report.headline import cards, headline
 from cpo_fast.report.read import Run
@@ -30,7 +30,7 @@ def evaluation(*, cpo_wrong: int, sft_wrong: int, unparsed: int = 0, studies: in
     right = [said(NAMES[i % 2]) for i in range(studies)]
     cpo = other[:cpo_wrong] + right[cpo_wrong:]
     cpo[studies // 2 : studies // 2 + unparsed] = ["<think> a"] * unparsed
-    return evaluation_summary(
+    return build_summary(
         truth=truth,
         training_truth=[("Edema",)] * 3,
         answers={

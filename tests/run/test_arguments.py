@@ -15,35 +15,36 @@ import torch
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.flags import Number, Text
 from cpo_fast.packing.encode import OverLong
-from cpo_fast.run.arguments import TrainArguments, fault_of, parse_arguments
-from cpo_fast.run.flag_ranges import RANGES, range_of
+from cpo_fast.run.arguments import TrainArguments, find_fault
+from cpo_fast.run.flag_ranges import RANGES, find_range
 from cpo_fast.run.flag_rules import check_machine
 from cpo_fast.run.samples import Samples, check_samples
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.train import main
 from cpo_fast.types import PreferenceGroup, Prompt
 
 
-def test_no_arguments_mean_the_embedded_default() -> None:
+def test_no_arguments_use_the_embedded_default() -> None:
     args = parse_arguments([])
     assert (args.dataset, args.model_name_or_path) == ("phantom", "tiny")
     assert args.output_dir == "runs/phantom"
     assert not args.sft_use_peft and args.use_peft
 
 
-def test_a_flag_changes_the_embedded_default_and_keeps_the_rest() -> None:
+def test_flag_overrides_one_value_of_the_embedded_default() -> None:
     args = parse_arguments(["--seed", "7"])
     assert args.seed == 7
     assert args.output_dir == "runs/phantom"
 
 
-def test_a_model_or_data_set_of_ones_own_starts_from_the_papers_settings() -> None:
+def test_own_model_or_data_set_uses_the_paper_settings() -> None:
     args = parse_arguments(["--dataset", "/data/mimic"])
     assert (args.learning_rate, args.sft_learning_rate) == (2e-5, 1e-4)
     assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (8, 32, 0.1)
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.98, 0.05)
 
 
-def test_flags_win_over_the_config_file(tmp_path: Path) -> None:
+def test_flags_override_the_config_file(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("beta: 0.3\nlearning_rate: 1e-4\nseed: 5\n")
     args = parse_arguments(["--config", str(config), "--beta", "0.5"])
@@ -56,7 +57,7 @@ def test_stage_settings_have_plain_names() -> None:
     assert args.stage_settings("cpo").learning_rate == 1e-5
 
 
-def test_the_papers_preset_is_its_table() -> None:
+def test_paper_preset_equals_the_paper_table() -> None:
     args = parse_arguments(["--dataset", "/data/mimic", "--preset", "paper"])
     sft, cpo = args.stage_settings("sft"), args.stage_settings("cpo")
     for name, of_sft, of_cpo in (
@@ -77,7 +78,7 @@ def test_the_papers_preset_is_its_table() -> None:
     assert args.expand_pairs and args.num_targets == 2
 
 
-def test_what_wins_over_a_preset(tmp_path: Path) -> None:
+def test_file_and_flags_override_the_preset(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("preset: lowmem\npacking_length: 3000\nmax_length: 700\n")
     args = parse_arguments(["--config", str(config), "--max_length", "900"])
@@ -91,7 +92,7 @@ def test_what_wins_over_a_preset(tmp_path: Path) -> None:
     assert parse_arguments(["--dataset", "/data/mimic", "--preset", "default"]) == plain
 
 
-def test_sft_takes_the_schedule_and_length_of_cpo_unless_told() -> None:
+def test_sft_inherits_schedule_and_length_of_cpo() -> None:
     flags = ["--lr_scheduler_type", "cosine_with_min_lr", "--max_length", "99",
              "--lr_scheduler_kwargs", '{"min_lr": 1e-6}']  # fmt: skip
     args = parse_arguments(flags)
@@ -109,7 +110,7 @@ def test_sft_takes_the_schedule_and_length_of_cpo_unless_told() -> None:
         (["--sft_max_length", "-1"], "--sft_max_length"),
         (["--lr_scheduler_kwargs", "[1]"], "--lr_scheduler_kwargs must be a JSON object"),
         (["--sft_lr_scheduler_kwargs", "{}{"], "--sft_lr_scheduler_kwargs must be a JSON"),
-        (["--sft_lr_scheduler_kwargs", '{"a": 1}'], "are those of --sft_lr_scheduler_type"),
+        (["--sft_lr_scheduler_kwargs", '{"a": 1}'], "needs --sft_lr_scheduler_type"),
         (["--stages", "sft,fly"], "--stages"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"),
         (["--sft_gradient_accumulation_steps", "0"], "--sft_gradient_accumulation_steps"),
@@ -124,21 +125,21 @@ def test_wrong_values_are_named(argv: list[str], message: str) -> None:
         parse_arguments(argv)
 
 
-def test_every_flag_has_a_line_in_the_table_of_ranges() -> None:
+def test_every_flag_has_a_range() -> None:
     flags = {f.name: f for f in fields(TrainArguments)}
     for name in flags:
-        allowed = range_of(name)  # a KeyError names the flag that has none
+        allowed = find_range(name)  # a KeyError names a flag without range
         if isinstance(allowed, Text):
             assert allowed.why, name
     assert set(RANGES) <= set(flags)
 
 
-def test_every_numeric_flag_refuses_what_is_not_finite() -> None:
-    numbers = [f.name for f in fields(TrainArguments) if isinstance(range_of(f.name), Number)]
+def test_numeric_flags_reject_nonfinite_values() -> None:
+    numbers = [f.name for f in fields(TrainArguments) if isinstance(find_range(f.name), Number)]
     assert {"learning_rate", "sft_warmup_ratio", "beta", "max_minutes", "seed"} <= set(numbers)
     for name in numbers:
         for value in (math.nan, math.inf, -math.inf, "x", True):
-            assert fault_of(name, value), (name, value)
+            assert find_fault(name, value), (name, value)
 
 
 OUTSIDE = """
@@ -202,13 +203,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_what_is_out_of_range_is_refused_on_the_command_line_and_in_a_file(
+def test_out_of_range_values_are_rejected_in_flags_and_files(
     name: str, value: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=rf"^--{name} {re.escape(value)}"):
         parse_arguments([f"--{name}", value])
     config = tmp_path / "run.yaml"
-    config.write_text(json.dumps({name: value}))  # JSON is YAML
+    config.write_text(json.dumps({name: value}))  # JSON is valid YAML
     with pytest.raises(UsageError, match=rf"{re.escape(str(config))}.*") as refused:
         parse_arguments(["--config", str(config)])
     assert name in str(refused.value) and value in str(refused.value)
@@ -240,17 +241,17 @@ def test_what_is_out_of_range_is_refused_on_the_command_line_and_in_a_file(
         ("--min_pixels 5000 --max_pixels 4000", "must be at most --max_pixels 4000"),
     ],
 )  # fmt: skip
-def test_a_refusal_says_what_is_allowed(argv: str, message: str) -> None:
+def test_range_errors_list_allowed_values(argv: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         parse_arguments(argv.split())
 
 
 @pytest.mark.parametrize("kind", get_args(OverLong))
-def test_choices_are_those_of_the_code_that_uses_them(kind: str) -> None:
+def test_choices_match_the_code(kind: str) -> None:
     assert parse_arguments(["--truncation", kind]).truncation == kind
 
 
-def test_the_edges_of_ranges_are_allowed() -> None:
+def test_range_bounds_are_allowed() -> None:
     text = (
         "--warmup_ratio 1 --eval_fraction 0 --lora_dropout 0 --max_grad_norm 0 --weight_decay 0 "
         "--adam_beta1 0 --seed 0 --dataloader_num_workers 0 --save_steps 0 --max_minutes 1e-9 "
@@ -261,7 +262,7 @@ def test_the_edges_of_ranges_are_allowed() -> None:
     assert parse_arguments(text.split()).label_smoothing == 0.49
 
 
-def test_a_file_may_write_numbers_as_yaml_does_not(tmp_path: Path) -> None:
+def test_file_accepts_other_number_formats(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("learning_rate: 1e-4\nbeta: 1\nuse_peft: 'false'\n")
     args = parse_arguments(["--config", str(config)])
@@ -285,7 +286,7 @@ def test_a_file_may_write_numbers_as_yaml_does_not(tmp_path: Path) -> None:
         ),
         (
             "--resume_from_checkpoint /nowhere/c",
-            "--resume_from_checkpoint /nowhere/c: no checkpoint",
+            "--resume_from_checkpoint /nowhere/c: not a checkpoint",
         ),
         ("--loss_impl nonsense", "--loss_impl nonsense: choose from reference"),
         ("--report_to tensorboard,nonsense", "--report_to tensorboard,nonsense: choose from"),
@@ -293,7 +294,7 @@ def test_a_file_may_write_numbers_as_yaml_does_not(tmp_path: Path) -> None:
         ("", "--dataset /nowhere/data: no such file or folder; give a preference file"),
     ],
 )
-def test_a_run_is_refused_before_anything_is_read(
+def test_wrong_flags_are_rejected_before_reading_data(
     flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -306,7 +307,7 @@ def test_a_run_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     "flags", ["--attn_implementation varlen", "--attn_implementation flex", "--loss_impl cuda"]
 )
-def test_what_needs_a_gpu_is_refused_without_one(flags: str) -> None:
+def test_gpu_settings_are_rejected_without_gpu(flags: str) -> None:
     with pytest.raises(UsageError, match=flags):
         check_machine(parse_arguments(flags.split()))
 
@@ -319,14 +320,12 @@ def test_what_needs_a_gpu_is_refused_without_one(flags: str) -> None:
         (["--lr_scheduler_kwargs", '{"num_cycles": "many"}'], "cannot be built"),
     ],
 )  # fmt: skip
-def test_values_of_schedule_options_are_tried_before_anything_is_read(
-    flags: list[str], fault: str
-) -> None:
+def test_schedule_options_are_tried_before_reading_data(flags: list[str], fault: str) -> None:
     with pytest.raises(UsageError, match=f"--lr_scheduler_type .*{fault}"):
         check_machine(parse_arguments(flags))
 
 
-def test_a_checkpoint_of_another_run_is_no_place_to_resume_from(tmp_path: Path) -> None:
+def test_resume_rejects_checkpoint_of_another_run(tmp_path: Path) -> None:
     own, other = tmp_path / "a" / "sft" / "checkpoint-3", tmp_path / "b" / "sft" / "checkpoint-3"
     for folder in (own, other, own.with_name("merged")):
         folder.mkdir(parents=True)
@@ -334,9 +333,9 @@ def test_a_checkpoint_of_another_run_is_no_place_to_resume_from(tmp_path: Path) 
     check_machine(parse_arguments([*flags, str(own)]))
     check_machine(parse_arguments([*flags, f"{own.parent}/../sft/checkpoint-3"]))
     for wrong in (other, own.with_name("checkpoint-4"), own.with_name("merged"), own.parent):
-        with pytest.raises(UsageError, match=f"{wrong}: no checkpoint .*newest there is {own}"):
+        with pytest.raises(UsageError, match=f"{wrong}: not a checkpoint .*its newest is {own}"):
             check_machine(parse_arguments([*flags, str(wrong)]))
-    with pytest.raises(UsageError, match=f"{tmp_path / 'c'} has none"):
+    with pytest.raises(UsageError, match=f"{tmp_path / 'c'} .it has none"):
         check_machine(parse_arguments(["--output_dir", str(tmp_path / "c"), *flags[2:], str(own)]))
     with pytest.raises(UsageError, match="its stage sft is not in --stages cpo"):
         check_machine(parse_arguments([*flags, str(own), "--stages", "cpo"]))
@@ -367,7 +366,7 @@ def groups(number: int, *sources: str) -> list[PreferenceGroup]:
          groups(1, "thinking"), None),
     ],
 )  # fmt: skip
-def test_what_cpo_lacks_is_known_before_sft(
+def test_missing_cpo_samples_stop_the_run_before_sft(
     flags: str, train: list[PreferenceGroup], held_out: list[PreferenceGroup], message: str | None
 ) -> None:
     args = parse_arguments(["--stages", "sft,cpo", *flags.split()])
@@ -380,7 +379,7 @@ def test_what_cpo_lacks_is_known_before_sft(
             check_samples(args, samples)
 
 
-def test_a_missing_data_set_ends_with_a_message_not_a_traceback(
+def test_missing_data_set_gives_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status = main(["--dataset", "/nowhere/mimic", "--output_dir", str(tmp_path / "out")])

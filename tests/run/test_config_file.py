@@ -1,4 +1,4 @@
-"""`--config` files: what they may hold, their errors, and the printed origin of settings."""
+"""`--config` files: accepted content, errors, printed origin of settings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.errors import UsageError
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.settings import read_settings
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.train import main
 
 
@@ -19,7 +19,7 @@ def written(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_a_file_may_write_dashes_and_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+def test_file_accepts_dashes_and_numbers_read_as_text(tmp_path: Path) -> None:
     text = "lora-r: 16\nlearning_rate: 1e-4\nuse_peft: 'false'\nmax-steps: 3  # few\n"
     args = parse_arguments(["--config", str(written(tmp_path, text))])
     assert (args.lora_r, args.learning_rate, args.use_peft, args.max_steps) == (16, 1e-4, False, 3)
@@ -45,8 +45,8 @@ def test_a_file_may_write_dashes_and_numbers_that_yaml_reads_as_text(tmp_path: P
         ("lora_r:", ", line 1: lora_r null: must be a whole number"),
         ("bf16: maybe", ", line 1: bf16 maybe: must be true or false"),
         ("loss_type: sigmod", ", line 1: loss_type sigmod: choose from"),
-        ("output_dir: 2026-01-02", "output_dir 2026-01-02: must be text, not empty; YAML does not "
-         "read it as text without quotes"),
+        ("output_dir: 2026-01-02", "output_dir 2026-01-02: must be text, not empty; quote it to "
+         "make it text in YAML"),
         ("output_dir: 2026-99-99", ": not YAML: "),
         ("preset: fast", ", line 1: preset fast: choose from default, paper, lowmem"),
         ("", ": sets no flag; expected lines like"),
@@ -63,7 +63,7 @@ def test_a_file_may_write_dashes_and_numbers_that_yaml_reads_as_text(tmp_path: P
         (b"PK\x03\x04\x00", ": not YAML: unacceptable character"),
     ],
 )  # fmt: skip
-def test_a_wrong_file_is_one_line_with_file_line_and_key(
+def test_wrong_file_gives_one_line_with_file_line_and_key(
     text: str | bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = written(tmp_path, text)
@@ -75,14 +75,14 @@ def test_a_wrong_file_is_one_line_with_file_line_and_key(
     assert start in line and message in line, line
 
 
-def test_a_path_that_is_no_file(tmp_path: Path) -> None:
+def test_missing_config_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=re.escape(f"--config {tmp_path}: cannot be read (Is a")):
         parse_arguments(["--config", str(tmp_path)])
     with pytest.raises(UsageError, match=r"--config /nowhere/run.yaml: no such file"):
         parse_arguments(["--config", "/nowhere/run.yaml"])
 
 
-def test_a_contradiction_names_the_file_only_where_one_is_given(tmp_path: Path) -> None:
+def test_contradiction_names_the_config_file_if_given(tmp_path: Path) -> None:
     path = written(tmp_path, "loss_type: hinge\n")
     with pytest.raises(UsageError, match=re.escape(f"(with the flags of --config {path})")):
         parse_arguments(["--config", str(path), "--label_smoothing", "0.1"])
@@ -91,30 +91,30 @@ def test_a_contradiction_names_the_file_only_where_one_is_given(tmp_path: Path) 
 
 
 def said(*argv: str) -> str:
-    return " ".join(" ".join(read_settings(argv).lines()).split())
+    return " ".join(" ".join(read_settings(argv).describe()).split())
 
 
-def test_a_file_of_one_line_keeps_the_base_that_flags_alone_have(tmp_path: Path) -> None:
+def test_file_with_one_flag_keeps_the_embedded_base(tmp_path: Path) -> None:
     path = str(written(tmp_path, "lora_r: 16\n"))
     in_file, alone = parse_arguments(["--config", path]), parse_arguments(["--lora_r", "16"])
     assert in_file == alone and in_file.sft_learning_rate == 2e-3
     text = said("--config", path, "--beta", "0.2")
-    assert "those of phantom.yaml, not the paper's" in text
+    assert "base settings: phantom.yaml, not the paper's" in text
     assert "neither --dataset nor --model_name_or_path is set" in text
     assert f"--config {path}: lora_r=16 (default 8)" in text
     assert "command line: beta=0.2 (default 0.1)" in text
 
 
-def test_a_file_that_names_the_data_has_the_papers_base(tmp_path: Path) -> None:
+def test_file_with_dataset_uses_the_paper_base(tmp_path: Path) -> None:
     path = str(written(tmp_path, "dataset: /data/mimic\nbeta: 0.1\nlora_r: 9\n"))
     assert parse_arguments(["--config", path]).sft_learning_rate == 1e-4
     text = said("--config", path, "--lora_r", "16")
     assert "the paper's (defaults of --help), because --dataset is set" in text
-    assert "phantom.yaml" not in text and "beta" not in text  # beta is as the default
+    assert "phantom.yaml" not in text and "beta" not in text  # beta has its default
     assert f"--config {path}: dataset=/data/mimic command line: lora_r=16" in text
 
 
-def test_a_preset_says_what_it_changes() -> None:
+def test_preset_changes_are_printed() -> None:
     text = said("--dataset", "d", "--preset", "lowmem", "--max_pixels", "5000")
     assert "--preset lowmem: bf16=true, gradient_checkpointing=true" in text
     assert "max_length=2048 (default 4096)" in text and "max_pixels=262144" not in text
@@ -122,7 +122,7 @@ def test_a_preset_says_what_it_changes() -> None:
     assert said("--dataset", "d", "--preset", "paper").count("expand_pairs=true") == 1
 
 
-def test_a_flag_for_a_stage_that_does_not_run_is_named() -> None:
+def test_flags_of_inactive_stages_are_named() -> None:
     text = said("--stages", "sft", "--max_steps", "20", "--max_length", "99", "--lora_r", "4")
     assert "not used by --stages sft: --max_steps (SFT has --sft_max_steps)" in text
     assert "not used by --stages cpo: --sft_max_steps" in said(
@@ -132,7 +132,7 @@ def test_a_flag_for_a_stage_that_does_not_run_is_named() -> None:
         assert "not used" not in said("--stages", stages, "--max_steps", "20", "--beta", "0.2")
 
 
-def test_settings_are_printed_before_a_wrong_path_is_refused(
+def test_settings_are_printed_before_path_errors(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--dataset", "/nowhere/data"]) == 2
@@ -143,7 +143,7 @@ def test_settings_are_printed_before_a_wrong_path_is_refused(
     assert other.out == "" and other.err.startswith("rank 1: cpo-fast train: error: --dataset /n")
 
 
-def test_the_embedded_default_overwrites_in_its_own_folder_only(tmp_path: Path) -> None:
+def test_embedded_default_overwrites_only_its_own_folder(tmp_path: Path) -> None:
     assert parse_arguments([]).overwrite_output_dir
     assert not parse_arguments(["--output_dir", str(tmp_path)]).overwrite_output_dir
     path = written(tmp_path, f"output_dir: {tmp_path}\n")

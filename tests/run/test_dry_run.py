@@ -1,4 +1,4 @@
-"""A dry run says what the run would do, truly, and leaves nothing behind."""
+"""A dry run prints the plan of the run and writes nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.dry_run import _format_plan
 from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.testing.runs import parse_arguments, read_rows
 from cpo_fast.train import main, run
 
 
@@ -31,7 +31,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.slow
-def test_the_plan_is_that_of_the_run_and_nothing_is_written(
+def test_dry_run_plan_equals_the_run_and_writes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = tmp_path / "working"
@@ -58,7 +58,7 @@ def test_the_plan_is_that_of_the_run_and_nothing_is_written(
     monkeypatch.undo()
 
     assert main(flags) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "out")
     for stage in ("sft", "cpo"):
         last = [row for row in rows if row["stage"] == stage and "num_tokens" in row][-1]
         assert last["step"] == plans[stage]["steps"]
@@ -68,7 +68,7 @@ def test_the_plan_is_that_of_the_run_and_nothing_is_written(
     assert plans["cpo"]["memory"]["optimizer"] > 2 * plans["cpo"]["memory"]["gradients"] > 0
 
 
-def test_a_dry_run_over_an_earlier_run_leaves_it_as_it_is(
+def test_dry_run_does_not_change_an_earlier_run(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), "--stages", "sft",
@@ -80,15 +80,15 @@ def test_a_dry_run_over_an_earlier_run_leaves_it_as_it_is(
     assert everything(tmp_path / "out") == before
 
 
-def test_sizes_have_a_unit_that_shows_something() -> None:
-    from cpo_fast.run.dry_run import _size
+def test_sizes_use_the_largest_fitting_unit() -> None:
+    from cpo_fast.run.dry_run import _format_size
 
     shown = ["0 B", "900 B", "1.50 KiB", "3.00 MiB", "1023.00 MiB", "2.25 GiB"]
     counts = [0, 900, 1536, 3 << 20, 1023 << 20, 9 << 28]
-    assert [_size(count) for count in counts] == shown
+    assert [_format_size(count) for count in counts] == shown
 
 
-def test_one_is_singular() -> None:
+def test_plan_uses_singular_for_one() -> None:
     ones = dict.fromkeys(("steps", "steps_per_epoch", "samples", "packs", "physical_tokens",
                           "longest_pack", "timed_packs", "timed_tokens", "seconds"), 1)  # fmt: skip
     plan = ones | {"memory": dict.fromkeys(("weights", "gradients", "optimizer", "peak"), 1)}
@@ -103,7 +103,7 @@ def test_one_is_singular() -> None:
     )
 
 
-def test_a_dry_run_points_at_no_file_that_it_does_not_write(tmp_path: Path) -> None:
+def test_dry_run_names_no_unwritten_file(tmp_path: Path) -> None:
     flags = ["--output_dir", str(tmp_path / "run"), "--dataset", "phantom"]
     assert "data check" in RunFolder(parse_arguments([*flags, "--dry_run"])).where_rejected
     assert "rejected_records.jsonl" in RunFolder(parse_arguments(flags)).where_rejected

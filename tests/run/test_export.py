@@ -1,4 +1,4 @@
-"""A merged model loads in transformers by itself and computes what the adapter did."""
+"""A merged model loads in transformers and equals the adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cpo_fast.testing import samples
 
 
 def adapter(folder: Path, *, sees: bool, dtype: torch.dtype = torch.float32) -> Path:
-    """A base and an adapter with random B on it, as checkpoints."""
+    """Checkpoints of a base and of an adapter with random B."""
     make = tiny_model if sees else tiny_text_model
     base = make(samples.tokenizer(), hidden_size=64, num_hidden_layers=2, intermediate_size=96)
     images = samples.images() if sees else None
@@ -27,7 +27,7 @@ def adapter(folder: Path, *, sees: bool, dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("sees", [False, True])
-def test_the_merged_model_gives_the_adapters_outputs(tmp_path: Path, sees: bool) -> None:
+def test_merged_model_equals_the_adapter(tmp_path: Path, sees: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     checkpoint, merged = adapter(tmp_path, sees=sees), tmp_path / "merged"
@@ -47,7 +47,7 @@ def test_the_merged_model_gives_the_adapters_outputs(tmp_path: Path, sees: bool)
     assert (whole - untuned).abs().max() > 1e-3
 
 
-def test_the_dtype_is_the_bases_unless_told(tmp_path: Path) -> None:
+def test_default_dtype_is_that_of_the_base(tmp_path: Path) -> None:
     checkpoint = adapter(tmp_path, sees=False, dtype=torch.bfloat16)
     assert main(["--merge", str(checkpoint), "--output_dir", str(tmp_path / "a")]) == 0
     assert load_model(tmp_path / "a").dtype == torch.bfloat16
@@ -56,7 +56,7 @@ def test_the_dtype_is_the_bases_unless_told(tmp_path: Path) -> None:
     assert load_model(tmp_path / "b").dtype == torch.float32
 
 
-def test_what_cannot_be_merged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unmergeable_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = adapter(tmp_path, sees=False)
     out = ["--output_dir", str(tmp_path / "out")]
     assert main(["--merge", str(tmp_path / "base"), *out]) == 2

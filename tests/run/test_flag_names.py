@@ -1,4 +1,4 @@
-"""The names that flag parsing keeps for itself equal those of the code that uses them."""
+"""The names in flag parsing match the code that uses them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from cpo_fast.loss.options import LOSS_TYPES, LossOptions
 from cpo_fast.packing.encode import OverLong
 from cpo_fast.run import flag_names
 from cpo_fast.run.arguments import TrainArguments
-from cpo_fast.run.flag_ranges import range_of
+from cpo_fast.run.flag_ranges import find_range
 from cpo_fast.training.schedule import find_schedule_fault, make_schedule
 from cpo_fast.training.stage_settings import StageSettings
 
-BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # a value at every step, which stages do not have
+BY_METRIC = {"reduce_lr_on_plateau", "greedy"}  # need a metric at every step
 GIVEN_BY_TRAINING = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 VALUES = {"num_decay_steps": 2, "num_stable_steps": 2, "warmup_type": "linear", "timescale": 9,
           "decay_type": "linear", "num_cycles": 1, "power": 2.0, "min_lr_rate": 0.1,
           "warmup_lr_rate": 0.1, "min_lr_ratio": 0.1}  # fmt: skip
 
 
-def test_names_equal_those_of_their_users() -> None:
+def test_flag_names_match_the_code() -> None:
     assert DATASET_FORMATS == flag_names.DATASET_FORMATS
     assert RULES == flag_names.SECTION_RULES
     assert sorted(UNCERTAIN_POLICIES) == list(flag_names.LABEL_POLICIES)
@@ -42,7 +42,7 @@ def test_names_equal_those_of_their_users() -> None:
     assert tuple(impl_obstacles()) == flag_names.LOSS_IMPLS
 
 
-def test_schedules_and_their_options_are_those_of_transformers() -> None:
+def test_schedules_and_options_match_transformers() -> None:
     names = {one.value for one in SchedulerType}
     assert names - BY_METRIC == set(flag_names.SCHEDULES)
     for name in SchedulerType:
@@ -52,20 +52,20 @@ def test_schedules_and_their_options_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", flag_names.SCHEDULES)
-def test_a_schedule_that_is_accepted_can_be_built(name: str) -> None:
+def test_accepted_schedules_can_be_built(name: str) -> None:
     settings = StageSettings("cpo", learning_rate=0.1, lr_scheduler_type=name)
     needed = flag_names.NEEDED_OPTIONS.get(name, ())
     for options in ({one: VALUES.get(one, 0.01)} for one in flag_names.SCHEDULES[name]):
-        accepted = flag_names.option_fault(name, options) is None
+        accepted = flag_names.find_option_fault(name, options) is None
         assert accepted is (not needed or bool(set(options) & set(needed)))
         with_options = replace(settings, lr_scheduler_kwargs=options)
         assert accepted is (find_schedule_fault(with_options, 10) is None), options
-    assert "no option 'a'" in str(flag_names.option_fault(name, {"a": 1}))
+    assert "no option 'a'" in str(flag_names.find_option_fault(name, {"a": 1}))
     usable = find_schedule_fault(settings, 10) is None
-    assert (flag_names.option_fault(name, {}) is None) is usable
+    assert (flag_names.find_option_fault(name, {}) is None) is usable
 
 
-def test_the_rules_of_losses_are_those_of_the_loss_op() -> None:
+def test_loss_rules_match_the_loss_op() -> None:
     for name, smoothing, beta, alpha in product(LOSS_TYPES, (0.0, 0.3), (0.1, 0.0), (0.0, -1.0)):
         try:
             checks.options(LossOptions(beta, name, smoothing, rpo_alpha=alpha))
@@ -80,17 +80,15 @@ def test_the_rules_of_losses_are_those_of_the_loss_op() -> None:
         assert accepted is usable, (name, smoothing, beta, alpha)
 
 
-def test_no_range_allows_what_every_loss_refuses() -> None:
+def test_ranges_allow_nothing_that_all_losses_reject() -> None:
     for value in (0.5, 0.9):  # at 0.5 the preferences cancel, above it the rejected are preferred
-        assert "below 0.5" in str(range_of("label_smoothing").fault(value))
+        assert "below 0.5" in str(find_range("label_smoothing").fault(value))
     assert torch.isfinite(FORMULAS["robust"](*torch.ones(2, 1), 0.1, 0.49)).all()
 
 
 @pytest.mark.parametrize(("ratio", "first"), [(0.0, 0.1), (0.3, 0.0)])
-def test_the_first_step_has_the_full_rate_without_warmup_and_none_with_it(
-    ratio: float, first: float
-) -> None:
-    """As get_scheduler of transformers: 3 of 10 steps lead up to the full rate."""
+def test_first_learning_rate_with_and_without_warmup(ratio: float, first: float) -> None:
+    """As in get_scheduler of transformers: 3 of 10 steps warm up."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     settings = StageSettings("cpo", warmup_ratio=ratio)
     schedule = make_schedule(optimizer, settings, 10)

@@ -1,4 +1,4 @@
-"""Images are decoded before training: what fails is set aside once, everywhere, and counted."""
+"""Images are decoded before training; failing ones are rejected once for all stages and counted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cpo_fast.errors import DataError, RecordError
 from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.phantom import write_phantom
 from cpo_fast.run import image_check
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Corpus, Texts, build_texts, read_corpus
 from cpo_fast.run.image_check import ImageCheck, reject_samples, reject_studies
 from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.run.samples import tokenise
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.testing.samples import images, tokenizer
 from cpo_fast.training.distributed import World
 from cpo_fast.types import ImageRef
@@ -58,7 +58,7 @@ class Prepared:
 
 
 def prepared(dataset: Path, folder: Path, *flags: str, world: World | None = None) -> Prepared:
-    """Everything of a run that comes before its model, as train.prepare does it."""
+    """The steps of train.prepare_run before the model is opened."""
     args = parse_arguments(["--dataset", str(dataset), "--output_dir", str(folder),
                             "--max_pixels", "12544", "--dataloader_num_workers", "0",
                             *flags])  # fmt: skip
@@ -73,7 +73,7 @@ def prepared(dataset: Path, folder: Path, *flags: str, world: World | None = Non
 
 
 def write_rows(folder: Path, count: int = 24, bad: Iterable[int] = ()) -> Path:
-    """pairs.jsonl with an image for each row; the images of `bad` are cut short."""
+    """pairs.jsonl with an image for each row; the images of `bad` are truncated."""
     folder.mkdir(exist_ok=True)
     rows = []
     for i in range(count):
@@ -112,7 +112,7 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- preference files ----------------------------------------------------------------------------
 
 
-def test_a_row_whose_image_is_cut_short_names_file_line_and_image(tmp_path: Path) -> None:
+def test_truncated_image_is_rejected_with_file_line_and_name(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", bad=[7])
     run = prepared(data, tmp_path / "run")
     (record,) = run.listed
@@ -123,7 +123,7 @@ def test_a_row_whose_image_is_cut_short_names_file_line_and_image(tmp_path: Path
     assert sum(map(len, run.texts.cpo.values())) == 23
 
 
-def test_an_image_of_two_rows_is_decoded_once_and_both_are_listed(
+def test_shared_bad_image_is_decoded_once_and_rejects_both_rows(
     tmp_path: Path, decoded: list[str]
 ) -> None:
     data = write_rows(tmp_path / "data", count=40, bad=[0])
@@ -134,7 +134,7 @@ def test_an_image_of_two_rows_is_decoded_once_and_both_are_listed(
     assert sorted(decoded) == sorted(f"{i}.jpg" for i in range(40) if i != 30)
 
 
-def test_a_row_is_set_aside_with_the_image_of_its_rejected_answer(tmp_path: Path) -> None:
+def test_bad_image_of_a_rejected_answer_rejects_the_row(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", count=30, bad=[29])
     rows = [json.loads(line) for line in data.read_text().splitlines()][:29]
     same = [{"role": "assistant", "content": "The lungs are clear."}]
@@ -149,7 +149,7 @@ def test_a_row_is_set_aside_with_the_image_of_its_rejected_answer(tmp_path: Path
     assert not any("pairs:1" in run.ids(stage, "train") for stage in ("sft", "cpo"))
 
 
-def test_parquet_rows_are_named_by_their_number(tmp_path: Path) -> None:
+def test_parquet_rows_are_named_by_number(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -166,7 +166,7 @@ def test_parquet_rows_are_named_by_their_number(tmp_path: Path) -> None:
     ]
 
 
-def test_max_eval_samples_spares_the_images_beyond(tmp_path: Path, decoded: list[str]) -> None:
+def test_images_beyond_max_eval_samples_are_not_decoded(tmp_path: Path, decoded: list[str]) -> None:
     data = write_rows(tmp_path / "data", count=40)
     run = prepared(data, tmp_path / "run", "--eval_fraction", "0.5", "--max_eval_samples", "2")
     assert len(run.texts.cpo["validate"]) == 2
@@ -181,16 +181,16 @@ def test_too_many_bad_images_stop_the_run_before_training(tmp_path: Path) -> Non
     assert len((tmp_path / "run" / "rejected_records.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_readers_rejects_count_in_the_same_fraction(tmp_path: Path) -> None:
+def test_reader_rejections_count_in_max_bad_fraction(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", count=40, bad=[0])
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    prepared(write_lines(data, rows), tmp_path / "one")  # 1 of 40 alone may go
-    rows[1:3] = ["{", "{"]  # as may 2 of 40
+    prepared(write_lines(data, rows), tmp_path / "one")  # 1 bad record of 40 is allowed
+    rows[1:3] = ["{", "{"]  # and 2 of 40
     with pytest.raises(DataError, match="in 1 of 38 records and 2 of 40 were set"):
         prepared(write_lines(data, rows), tmp_path / "two")
 
 
-def test_a_missing_decoder_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_decoder_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(ref: ImageRef) -> Any:
         raise RecordError("no-decoder", NO_DECODER)
 
@@ -202,7 +202,7 @@ def test_a_missing_decoder_is_said_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "run" / "rejected_records.jsonl").read_text() == ""
 
 
-def test_a_missing_decoder_for_a_few_is_a_warning_and_they_are_named(
+def test_missing_decoder_for_few_images_warns_and_lists_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load = image_check.load_shades
@@ -219,7 +219,7 @@ def test_a_missing_decoder_for_a_few_is_a_warning_and_they_are_named(
     assert [(r["line"], r["detail"]) for r in run.listed] == [(9, f"8.jpg: {NO_DECODER}")]
 
 
-def test_no_held_out_image_at_all_is_said_so(tmp_path: Path) -> None:
+def test_unreadable_held_out_split_is_an_error(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", count=40)
     flags = ["--eval_fraction", "0.05", "--max_bad_fraction", "0.5"]
     held_out = prepared(data, tmp_path / "whole", *flags).ids("cpo", "validate")
@@ -230,14 +230,14 @@ def test_no_held_out_image_at_all_is_said_so(tmp_path: Path) -> None:
         prepared(data, tmp_path / "run", *flags)
 
 
-def test_worker_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_find_the_same_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_check, "PER_PROCESS", 4)
     data = write_rows(tmp_path / "data", bad=[7])
     run = prepared(data, tmp_path / "run", "--dataloader_num_workers", "2")
     assert [record["line"] for record in run.listed] == [8]
 
 
-def test_a_dry_run_looks_at_few(
+def test_dry_run_decodes_few_images(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_check, "FEW", 5)
@@ -247,7 +247,7 @@ def test_a_dry_run_looks_at_few(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_looks_at_few_of_the_studies_too(
+def test_dry_run_decodes_few_study_images(
     phantom: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_check, "FEW", 5)
@@ -255,12 +255,12 @@ def test_a_dry_run_looks_at_few_of_the_studies_too(
     assert 0 < len(decoded) <= 5
 
 
-def test_a_resumed_run_decodes_only_what_is_new(tmp_path: Path, decoded: list[str]) -> None:
+def test_resumed_run_decodes_only_new_images(tmp_path: Path, decoded: list[str]) -> None:
     data = write_rows(tmp_path / "data", bad=[7])
     first = prepared(data, tmp_path / "run")
     decoded.clear()
     again = prepared(data, tmp_path / "run", "--resume_from_checkpoint", "auto")
-    assert decoded == ["7.jpg"]  # what failed may have been repaired
+    assert decoded == ["7.jpg"]  # failed images are decoded again
     assert again.listed == first.listed and again.texts.sft == first.texts.sft
     decoded.clear()
     (tmp_path / "data" / "7.jpg").write_bytes(image_bytes(size=(64, 60)))
@@ -269,7 +269,7 @@ def test_a_resumed_run_decodes_only_what_is_new(tmp_path: Path, decoded: list[st
     assert sorted(decoded) == ["7.jpg", "9.jpg"] and repaired.listed == []
 
 
-def test_every_rank_uses_what_rank_0_found(tmp_path: Path, decoded: list[str]) -> None:
+def test_all_ranks_use_the_result_of_rank_0(tmp_path: Path, decoded: list[str]) -> None:
     class Second(World):
         def on_main(self, work: Any) -> Any:
             work  # noqa: B018 (rank 0 does it)
@@ -285,7 +285,7 @@ def test_every_rank_uses_what_rank_0_found(tmp_path: Path, decoded: list[str]) -
 # --- studies -------------------------------------------------------------------------------------
 
 
-def test_one_image_of_each_split_is_left_out_everywhere(phantom: Path, tmp_path: Path) -> None:
+def test_one_bad_image_per_split_is_left_out_of_all_stages(phantom: Path, tmp_path: Path) -> None:
     shutil.copytree(phantom, tmp_path / "data")
     whole = prepared(tmp_path / "data", tmp_path / "whole")
     bad = {split: whole.corpus.studies[split][1] for split in whole.corpus.studies}
@@ -308,7 +308,7 @@ def test_one_image_of_each_split_is_left_out_everywhere(phantom: Path, tmp_path:
     assert not {c.study_id for c in run.texts.counterfactuals} & listed.keys()
 
 
-def test_a_perception_pair_goes_without_its_image_and_its_study_stays(
+def test_bad_perception_image_drops_the_pair_and_keeps_the_study(
     phantom: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(phantom, tmp_path / "data")
@@ -317,7 +317,7 @@ def test_a_perception_pair_goes_without_its_image_and_its_study_stays(
     study = made.corpus.studies["validate"][0]
     (shown,) = {c.rejected_images for c in made.texts.counterfactuals
                 if c.id == f"{study.study_id}/perception"}  # fmt: skip
-    # Of the held-out studies only the first is used; the image shown instead is another's.
+    # Only the first held-out study is used; the swapped image is of another study.
     (tmp_path / "made" / shown[0]).resolve().write_bytes(TRUNCATED)
     given = str(tmp_path / "made" / "counterfactuals.jsonl")
     flags += ["--max_eval_samples", "1", "--counterfactuals", given]
@@ -330,7 +330,7 @@ def test_a_perception_pair_goes_without_its_image_and_its_study_stays(
     assert run.folder.summary["data"]["counterfactuals"]["unreadable"] == 1
 
 
-def test_stages_that_do_not_evaluate_spare_the_test_images(
+def test_test_images_are_not_decoded_without_evaluation(
     phantom: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
     run = prepared(phantom, tmp_path / "run", "--stages", "graph,counterfactual,sft")
@@ -345,7 +345,7 @@ def adds_up(data: dict[str, Any]) -> bool:
     return data["read"] == data["used"] + sum(data["rejected"].values()) + data["left_out"]
 
 
-def test_records_of_mimic_add_up_and_counterfactuals_count_apart(tmp_path: Path) -> None:
+def test_mimic_record_counts_add_up_without_counterfactuals(tmp_path: Path) -> None:
     report = "FINDINGS: The lungs are clear.\n\nIMPRESSION: No acute process.\n"
     ids = [str(50000000 + i) for i in range(30)]
     studies = [{"study": id, "report": report, "patient": str(10000000 + i % 7),
@@ -370,7 +370,7 @@ def test_records_of_mimic_add_up_and_counterfactuals_count_apart(tmp_path: Path)
     assert made["made"] == made["passed"] + len(listed)
 
 
-def test_records_of_open_i_add_up(tmp_path: Path) -> None:
+def test_open_i_record_counts_add_up(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for i in range(30):
         text = citation(f"CXR{i}", f"The lungs are clear, {i}.", "Small effusion.", ("normal",))
@@ -382,7 +382,7 @@ def test_records_of_open_i_add_up(tmp_path: Path) -> None:
     assert run.corpus.studies["train"][0].origin.file.endswith(".xml")
 
 
-def test_records_of_a_preference_file_add_up(tmp_path: Path) -> None:
+def test_preference_file_record_counts_add_up(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", count=40, bad=[7])
     rows: list[Any] = [json.loads(line) for line in data.read_text().splitlines()]
     rows[3] = "{"
@@ -399,7 +399,7 @@ def test_records_of_a_preference_file_add_up(tmp_path: Path) -> None:
                      (10, "over-long", None), (12, "over-long", "cpo")}  # fmt: skip
 
 
-def test_the_check_of_the_data_names_the_same_record(tmp_path: Path) -> None:
+def test_data_check_names_the_same_record(tmp_path: Path) -> None:
     from cpo_fast.data import open_preferences
     from cpo_fast.data.check import check
 
@@ -408,7 +408,7 @@ def test_the_check_of_the_data_names_the_same_record(tmp_path: Path) -> None:
     assert [one.to_json() for one in found.rejected] == prepared(data, tmp_path / "run").listed
 
 
-def test_the_check_looks_at_the_images_that_a_run_uses(tmp_path: Path) -> None:
+def test_data_check_decodes_the_images_of_a_run(tmp_path: Path) -> None:
     from cpo_fast.data import open_studies
     from cpo_fast.data.check import check
 
@@ -419,7 +419,7 @@ def test_the_check_looks_at_the_images_that_a_run_uses(tmp_path: Path) -> None:
     assert check(open_studies(str(data)), max_images=2).facts["used"] == 0
 
 
-def test_an_origin_does_not_make_records_differ(tmp_path: Path) -> None:
+def test_origin_is_ignored_when_comparing_records(tmp_path: Path) -> None:
     run = prepared(write_rows(tmp_path / "data"), tmp_path / "run")
     one = run.texts.cpo["train"][0]
     assert one.origin is not None and replace(one, origin=None) == one

@@ -1,4 +1,4 @@
-"""From a path that a user named to a model: stages, adapters, and what is not there."""
+"""Model paths of users: models, stages, adapters, missing folders."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from cpo_fast.errors import UsageError
-from cpo_fast.evaluate import load
+from cpo_fast.evaluate import open_model
 from cpo_fast.evaluate_options import parse_arguments as evaluate_arguments
 from cpo_fast.evaluate_options import resolve_model
 from cpo_fast.export import main as export
 from cpo_fast.model.build import add_lora, load_model, save_model
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts
 from cpo_fast.run.find_checkpoint import find_checkpoint
 from cpo_fast.run.start import open_start
 from cpo_fast.testing import samples
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import write_checkpoint
 from cpo_fast.training.distributed import World
@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def write_adapter(folder: Path, base: Path, *, seed: int = 0, tokenizer: bool = True) -> Path:
-    """An adapter on `base` with random B, whose adapter_config.json names it relatively."""
+    """An adapter with random B whose adapter_config.json names `base` by a relative path."""
     model = add_lora(load_model(base, dtype=torch.float32), r=4, alpha=8)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -62,9 +62,7 @@ def start(tmp_path: Path, *flags: str) -> Any:
 
 
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--sft_checkpoint"])
-def test_an_adapter_starts_a_run_merged_into_its_base(
-    flag: str, base: Path, tmp_path: Path
-) -> None:
+def test_starting_adapter_is_merged_into_its_base(flag: str, base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, tokenizer=False)
     want = logits(load_model(adapter))
     flags = ["--stages", "cpo", flag, str(adapter)]
@@ -73,17 +71,17 @@ def test_an_adapter_starts_a_run_merged_into_its_base(
     merged = load_model(found.path)
     assert merged.dtype == torch.float32 and not hasattr(merged, "peft_config")
     torch.testing.assert_close(logits(merged), want, rtol=0, atol=1e-5)
-    assert found.tokenizer.get_vocab() == samples.tokenizer().get_vocab()  # the base's
+    assert found.tokenizer.get_vocab() == samples.tokenizer().get_vocab()  # of the base
     written = (found.path / "model.safetensors").stat().st_mtime_ns
     assert start(tmp_path, *flags).path == found.path
-    assert (found.path / "model.safetensors").stat().st_mtime_ns == written  # used again
+    assert (found.path / "model.safetensors").stat().st_mtime_ns == written  # reused
     write_adapter(adapter, base, seed=1)
     other = load_model(start(tmp_path, *flags).path)
     torch.testing.assert_close(logits(other), logits(load_model(adapter)), rtol=0, atol=1e-5)
     assert load_model(start(tmp_path, *flags, "--bf16").path).dtype == torch.bfloat16
 
 
-def test_an_adapter_with_images_takes_its_bases_image_processor(tmp_path: Path) -> None:
+def test_adapter_uses_the_image_processor_of_its_base(tmp_path: Path) -> None:
     base, flags = tmp_path / "base", ["--stages", "cpo", "--model_name_or_path"]
     images = samples.images()
     save_model(samples.vision_language_model(), base, tokenizer=samples.tokenizer(), images=images)
@@ -96,7 +94,7 @@ def test_an_adapter_with_images_takes_its_bases_image_processor(tmp_path: Path) 
 
 
 def stage(folder: Path, base: Path) -> Path:
-    """runs/sft: two checkpoints of adapters, the first of which is the best."""
+    """runs/sft: two adapter checkpoints; the first is the best."""
     adapters = [write_adapter(base.parent / f"step-{k}", base, seed=k) for k in (1, 2)]
     for step, adapter in enumerate(adapters, start=1):
 
@@ -108,9 +106,7 @@ def stage(folder: Path, base: Path) -> Path:
     return folder / "sft"
 
 
-def test_a_path_is_a_model_a_stage_or_an_error_that_blames_its_flag(
-    base: Path, tmp_path: Path
-) -> None:
+def test_model_path_errors_name_the_flag(base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sft = stage(run, base)
     assert find_checkpoint(base, "--model") == base
@@ -122,23 +118,25 @@ def test_a_path_is_a_model_a_stage_or_an_error_that_blames_its_flag(
     assert find_checkpoint(sft, "--model") == sft / "merged"
     assert find_checkpoint(sft, "--merge", adapter=True) == sft / "checkpoint-1"
     (sft / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"")
-    (run / "config.json").write_text(json.dumps({"stages": "sft", "beta": 0.1}))  # of the run
+    (run / "config.json").write_text(
+        json.dumps({"stages": "sft", "beta": 0.1})
+    )  # config of the run
     errors = {
         run: f"--sft_checkpoint {run} is the folder of a run: name {sft}",
         tmp_path / "none": f"--sft_checkpoint {tmp_path / 'none'}: no such model folder",
         sft / "checkpoint-1": r"checkpoint-1 is damaged \(adapter_model.safetensors has changed",
-        tmp_path: f"--sft_checkpoint {tmp_path}: no config.json or adapter_config.json there",
+        tmp_path: f"--sft_checkpoint {tmp_path}: it has no config.json or adapter_config.json",
     }
     for path, message in errors.items():
         with pytest.raises(UsageError, match=message):
             find_checkpoint(path, "--sft_checkpoint")
 
 
-def test_every_command_takes_a_stage_and_says_where_a_moved_base_was(
+def test_commands_accept_stage_folders_and_report_moved_bases(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft = stage(tmp_path, base)
-    for checkpoint in sft.iterdir():  # as training leaves it: an absolute path
+    for checkpoint in sft.iterdir():  # as written by training: an absolute path
         file = checkpoint / "adapter_config.json"
         config = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
         file.write_text(json.dumps(config))
@@ -151,7 +149,7 @@ def test_every_command_takes_a_stage_and_says_where_a_moved_base_was(
 
     def loaded(flags: list[str]) -> Any:
         args = evaluate_arguments(flags)
-        return load(resolve_model(args))[2]
+        return open_model(resolve_model(args))[2]
 
     evaluate = ["--model", str(sft), "--dataset", "d", "--output_dir", str(out)]
     torch.testing.assert_close(logits(loaded(evaluate)), want)

@@ -1,4 +1,4 @@
-"""Cached reference log-probs: the on-line numbers, one key, and a run that was killed goes on."""
+"""Cached reference log-probs: equal to online ones, keyed, resumable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cpo_fast.training.objectives import CPOObjective
 
 
 def groups():
-    """Mixed ones, and two that share an id."""
+    """Mixed groups, two of them with the same id."""
     samples = [*mixed(), preference("one", 2, image(80, 80), words=3)]
     return encode_all(samples, tokenizer(), images().grid, max_length=4000).groups
 
@@ -63,7 +63,7 @@ def batch_of(filled):
     return collate(filled, pack, pixels=images().pixels, image_token_id=pad)
 
 
-def test_equals_the_online_reference(tmp_path: Path) -> None:
+def test_cache_equals_the_online_reference(tmp_path: Path) -> None:
     cached = cache(tmp_path)
     filled = cached.fill(groups())
     batch = batch_of(filled)
@@ -72,7 +72,7 @@ def test_equals_the_online_reference(tmp_path: Path) -> None:
     online = objective.score(replace(batch, ref_logps=None))
     torch.testing.assert_close(batch.ref_logps, online.ref_logps.float(), atol=1e-5, rtol=1e-6)
     out = objective.score(batch)
-    assert (out.logps - out.ref_logps).abs().max() > 1e-3  # the adapters do something
+    assert (out.logps - out.ref_logps).abs().max() > 1e-3  # the adapters have an effect
     torch.testing.assert_close(out.losses, online.losses, atol=1e-6, rtol=0)
 
 
@@ -100,21 +100,21 @@ class Counted:
         return call
 
 
-def test_read_back_without_computing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_read_without_recomputing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled = cache(tmp_path).fill(groups())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference_log_probs.safetensors"]
     monkeypatch.setattr(ReferenceCache, "_score", None)
-    # The adapters of a resumed run have been trained; the reference below them is the same.
+    # The adapters of a resumed run are trained; the reference is unchanged.
     assert cache(tmp_path, adapted(0.3)).fill(groups()) == filled
 
 
-def test_a_frozen_copy_is_the_same_reference(tmp_path: Path) -> None:
+def test_frozen_copy_gives_the_same_reference(tmp_path: Path) -> None:
     filled = cache(tmp_path, vision_language_model(), adapters_off=False).fill(groups())
     assert cache(tmp_path).fill(groups()) == filled
 
 
 @pytest.mark.parametrize("part", ["data", "model", "tokenizer", "settings"])
-def test_another_key_is_refused(tmp_path: Path, part: str) -> None:
+def test_cache_with_another_key_is_rejected(tmp_path: Path, part: str) -> None:
     cache(tmp_path).fill(groups())
     other, data = cache(tmp_path), groups()
     if part == "data":
@@ -129,13 +129,13 @@ def test_another_key_is_refused(tmp_path: Path, part: str) -> None:
         other.model.attention = "sdpa"
     with pytest.raises(UsageError, match=f"other {part} than"):
         other.fill(data)
-    if part != "tokenizer":  # the stand-in cannot name the image token
+    if part != "tokenizer":  # the stand-in has no image token
         other.overwrite = True
         other.fill(data)
         assert other.fill(data)
 
 
-def test_another_image_under_the_same_name_is_other_data(tmp_path: Path) -> None:
+def test_changed_image_changes_the_cache_key(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
 
     def read(seed: int):
@@ -150,7 +150,7 @@ def test_another_image_under_the_same_name_is_other_data(tmp_path: Path) -> None
         cache(tmp_path).fill(read(1))
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_computation_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_cache, "PART", 2)
     (tmp_path / "whole").mkdir()
     want = cache(tmp_path / "whole").fill(groups())
@@ -174,17 +174,17 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     damaged.write_bytes(b"killed while writing")
     assert cache(tmp_path, stop=StopRequest()).fill(groups()) == want
     segments = sum(1 + len(group.rejected) for group in groups())
-    assert sum(scored[:before]) + sum(scored[before:]) == segments  # nothing was done twice
+    assert sum(scored[:before]) + sum(scored[before:]) == segments  # nothing was computed twice
     assert scored[before:]
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_cache_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "reference_log_probs.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(UsageError, match="damaged"):
         cache(tmp_path).fill(groups())
 
 
-def test_a_group_whose_image_does_not_decode_keeps_none(tmp_path: Path) -> None:
+def test_group_with_bad_image_gets_no_ref_logps(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(image(80, 80).data)
     ref = replace(image(80, 80), path="a.png", root=str(tmp_path), data=None)

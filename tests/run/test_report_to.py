@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl, and nothing else, go to the trackers that were named."""
+"""Only the numbers of metrics.jsonl are sent to the named trackers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cpo_fast.errors import UsageError
-from cpo_fast.run.report_to import tracker_names, trackers
+from cpo_fast.run.report_to import open_trackers, parse_trackers
+from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
 
 ROWS: list[dict[str, Any]] = [
@@ -26,13 +27,13 @@ WANTED = {
 
 
 def send(name: str, folder: Path) -> None:
-    with trackers(tracker_names(name), folder) as to_all:
+    with open_trackers(parse_trackers(name), folder) as to_all:
         for row in ROWS:
             to_all(row)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
-    """A module in place of a package that need not be installed."""
+    """A module that replaces a package, which need not be installed."""
     module = ModuleType(name)
     module.__spec__ = importlib.util.spec_from_loader(name, None)
     vars(module).update(content)
@@ -54,7 +55,7 @@ def test_tensorboard_gets_a_series_per_metric(tmp_path: Path) -> None:
 
 
 def named(sent: list[dict[str, float]]) -> dict[tuple[str, int], dict[str, float]]:
-    """What was sent under `<stage>/<metric>` and `<stage>/step`, as in WANTED."""
+    """The values sent under `<stage>/<metric>` and `<stage>/step`, in the form of WANTED."""
     found = {}
     for values in sent:
         (stage,) = {name.split("/", 1)[0] for name in values}
@@ -63,9 +64,7 @@ def named(sent: list[dict[str, float]]) -> dict[tuple[str, int], dict[str, float
     return found
 
 
-def test_wandb_gets_numbers_and_is_told_to_take_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_numbers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, float]] = []
     made: dict[str, Any] = {}
     ended: list[bool] = []
@@ -140,7 +139,7 @@ def test_mlflow_gets_numbers_with_their_steps(
     ]
 
 
-def test_a_tracker_that_fails_is_named_and_the_run_goes_on(
+def test_failing_tracker_is_named_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = []
@@ -156,16 +155,16 @@ def test_a_tracker_that_fails_is_named_and_the_run_goes_on(
     assert "trackio failed (ConnectionError)" in error and "secret" not in error
 
 
-def test_names_that_are_unknown_or_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracker_names("none") == tracker_names("") == []
+def test_unknown_or_uninstalled_trackers_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_trackers("none") == parse_trackers("") == []
     with pytest.raises(UsageError, match="choose from none, tensorboard"):
-        tracker_names("visdom")
+        parse_trackers("visdom")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install wandb"):
-        tracker_names("wandb")
+        parse_trackers("wandb")
 
 
-def test_a_missing_tracker_stops_the_run_before_anything_is_made(
+def test_missing_tracker_stops_the_run_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
@@ -173,7 +172,7 @@ def test_a_missing_tracker_stops_the_run_before_anything_is_made(
     assert "--report_to visdom" in capsys.readouterr().err and not folder.exists()
 
 
-def test_a_run_reports_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_reports_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Patient {i}?", "chosen": "Clear.", "rejected": "Wet."} for i in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -183,7 +182,6 @@ def test_a_run_reports_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     command = ["--dataset", str(data), "--output_dir", str(tmp_path / "run"), "--stages", "sft",
                "--sft_max_steps", "3", "--dataloader_num_workers", "0"]  # fmt: skip
     assert main([*command, "--report_to", "trackio"]) == 0
-    written = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [row["loss"] for row in map(json.loads, written) if "loss" in row]
+    losses = [row["loss"] for row in read_rows(tmp_path / "run") if "loss" in row]
     assert [values["sft/loss"] for values in sent if "sft/loss" in values] == losses
     assert all(isinstance(value, int | float) for values in sent for value in values.values())

@@ -1,4 +1,4 @@
-"""What is said of samples before training: positions of the model, control tokens in texts."""
+"""Messages about samples before training: positions of the model, control tokens in texts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from cpo_fast.data.labels import question
 from cpo_fast.data.positions import model_positions, position_limit
 from cpo_fast.model.checkpoint import Checkpoint
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts, read_corpus
-from cpo_fast.run.samples import control_token_remarks, tokenise
+from cpo_fast.run.samples import find_control_tokens, tokenise
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.testing.samples import tokenizer
 from cpo_fast.training.distributed import World
 from cpo_fast.types import Origin, Preference
@@ -68,13 +68,11 @@ def texts(*rows: Preference) -> Texts:
         ),
     ],
 )
-def test_positions_are_those_that_rope_scaling_allows(
-    config: dict[str, Any], limit: int | None
-) -> None:
+def test_positions_follow_rope_scaling(config: dict[str, Any], limit: int | None) -> None:
     assert position_limit(SimpleNamespace(**config)) == limit
 
 
-def test_samples_beyond_the_positions_of_the_model_are_set_aside_by_name(
+def test_samples_longer_than_the_model_positions_are_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(
@@ -97,7 +95,7 @@ def test_samples_beyond_the_positions_of_the_model_are_set_aside_by_name(
     assert "the model has 60 positions, fewer than --max_length 4096" in capsys.readouterr().out
 
 
-def test_reports_without_any_image_are_said_to_be_text_alone(
+def test_reports_without_images_print_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "data: no record has an image"
@@ -117,14 +115,14 @@ def test_reports_without_any_image_are_said_to_be_text_alone(
     assert said not in capsys.readouterr().out
 
 
-def test_control_tokens_in_texts_are_named_without_the_text() -> None:
+def test_control_tokens_are_reported_without_text() -> None:
     good = row(1, "<think> Clear. </think> The disease of this patient is No Finding.")
     ended = row(2, "SECRET lungs.<|im_end|>")
     asked = row(3, "Clear.", asked="<|im_start|>system SECRET")
     rendered = row(4, "Clear.<|im_end|>", asked="<|im_start|>user", plain=True)
     twice = replace(row(5, "Clear.<|im_end|> More.", plain=True), origin=Origin("pairs.jsonl", 9))
-    assert control_token_remarks(texts(good, rendered), tokenizer()) == []
-    (line,) = control_token_remarks(texts(good, ended, asked, rendered, twice), tokenizer())
+    assert find_control_tokens(texts(good, rendered), tokenizer()) == []
+    (line,) = find_control_tokens(texts(good, ended, asked, rendered, twice), tokenizer())
     assert line.startswith("records with control tokens of the model in their text: 3")
     assert "(<|im_end|>, <|im_start|>)" in line
     assert line.endswith("Records: pairs:2, pairs:3, pairs:5 (line 9)") and "SECRET" not in line

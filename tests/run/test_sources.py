@@ -16,13 +16,13 @@ from cpo_fast.errors import DataError, UsageError
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import collate, encode_all, image_token_id
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.corpus import select_sources
+from cpo_fast.testing.runs import parse_arguments, read_rows, read_rows_without_timing
 from cpo_fast.testing.samples import image, images, preference, tokenizer, vision_language_model
 from cpo_fast.train import main
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import PackedBatch, PreferenceGroup
-from tests.run.test_whole_runs import rows, train, without_timing
+from tests.run.test_whole_runs import train
 
 BOTH = {"thinking": 1.0, "perception": 1.0}
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -41,7 +41,7 @@ def model() -> PackedModel:
 
 @pytest.fixture(scope="module")
 def groups() -> list[PreferenceGroup]:
-    """Three thinking pairs, two perception pairs, one of them in a group with a thinking one."""
+    """Three thinking pairs and two perception pairs, one of these in a thinking group."""
     samples = [
         preference("a", 2, image(100, 80), words=3),
         preference("b", 1, image(60, 60), perception=image(120, 60)),
@@ -61,11 +61,12 @@ def everything(groups: list[PreferenceGroup]) -> PackedBatch:
 
 def row_of(objective: CPOObjective, batch: PackedBatch) -> dict[str, float]:
     with torch.no_grad():
-        return objective.row({name: float(v) for name, v in objective.summed(batch)[1].items()})
+        sums = objective.sum_losses(batch)[1]
+        return objective.average({name: float(v) for name, v in sums.items()})
 
 
 def adds_up(row: dict[str, float], weights: dict[str, float], prefix: str = "") -> None:
-    """The sources' metrics, by their number of pairs (the loss: by weight, too), are the total."""
+    """Metrics per source, weighted by pairs (the loss also by weight), sum to the total."""
     pairs = {name: row[f"{prefix}pairs/{name}"] for name in weights}
     held = [name for name, count in pairs.items() if count]
     for metric in METRICS:
@@ -78,18 +79,18 @@ def adds_up(row: dict[str, float], weights: dict[str, float], prefix: str = "") 
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "plackett_luce"])
-def test_sources_add_up_to_the_total(model: Any, groups: Any, loss_type: str) -> None:
+def test_metrics_per_source_add_up_to_the_total(model: Any, groups: Any, loss_type: str) -> None:
     batch = everything(groups)
     assert sorted(batch.pair_sources) == ["perception"] * 2 + ["thinking"] * 3
     row = row_of(CPOObjective(model, loss_type=loss_type, source_weights=BOTH), batch)
     assert (row["pairs/thinking"], row["pairs/perception"]) == (3, 2)
-    if loss_type != "plackett_luce":  # whose loss is of groups, not of pairs
+    if loss_type != "plackett_luce":  # its loss is per group
         adds_up(row, BOTH)
     plain = row_of(CPOObjective(model, loss_type=loss_type), batch)
-    assert {name: row[name] for name in plain} == plain  # weights of 1 change nothing
+    assert {name: row[name] for name in plain} == plain  # weights of 1 have no effect
 
 
-def test_weights_scale_a_source_and_normalising_divides_by_them(model: Any, groups: Any) -> None:
+def test_source_weights_with_and_without_normalising(model: Any, groups: Any) -> None:
     weights = {"thinking": 0.5, "perception": 2.0}
     batch = everything(groups)
     normal = row_of(CPOObjective(model, source_weights=weights), batch)
@@ -102,10 +103,10 @@ def test_weights_scale_a_source_and_normalising_divides_by_them(model: Any, grou
     assert again["loss"] == pytest.approx(normal["loss"], rel=1e-6)
 
 
-def test_a_source_of_weight_zero_has_no_loss_and_no_gradient(model: Any, groups: Any) -> None:
+def test_source_with_zero_weight_has_no_loss_and_gradient(model: Any, groups: Any) -> None:
     def gradients(objective: CPOObjective, batch: PackedBatch) -> tuple[float, list[torch.Tensor]]:
         model.model.zero_grad()
-        loss = objective.summed(batch)[0] / objective.weigh(batch)
+        loss = objective.sum_losses(batch)[0] / objective.weigh(batch)
         loss.backward()
         return loss.item(), [p.grad.clone() for p in model.model.parameters() if p.requires_grad]
 
@@ -144,21 +145,21 @@ def test_pairs_of_other_sources_are_left_out_and_counted(capsys: Any) -> None:
         (["--counterfactual_sources", "perception", "--perception_weight", "0"], "no pair is left"),
     ],
 )
-def test_wrong_sources_are_named(flags: list[str], message: str) -> None:
+def test_unknown_sources_are_named(flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_arguments(flags)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CPO without the other source; its SFT model serves the other runs."""
+    """CPO with one source; the other runs use its SFT model."""
     folder = tmp_path_factory.mktemp("sources") / "plain"
     assert train(folder, "--stages", "graph,counterfactual,sft,cpo") == 0
     return folder
 
 
 def cpo_rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in without_timing(folder) if row["stage"] == "cpo"]
+    return [row for row in read_rows_without_timing(folder) if row["stage"] == "cpo"]
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,7 +167,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_with_one_weight_zero_a_run_is_plain_cpo_bit_for_bit(plain: Path, tmp_path: Path) -> None:
+def test_one_zero_weight_gives_plain_cpo_bit_for_bit(plain: Path, tmp_path: Path) -> None:
     flags = ["--counterfactual_sources", "thinking,perception", "--perception_weight", "0",
              "--sft_checkpoint", str(plain / "sft/checkpoint-6")]  # fmt: skip
     assert train(tmp_path / "zero", "--stages", "graph,counterfactual,cpo", *flags) == 0
@@ -176,18 +177,18 @@ def test_with_one_weight_zero_a_run_is_plain_cpo_bit_for_bit(plain: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_on_the_phantom_with_both(plain: Path, tmp_path: Path) -> None:
+def test_phantom_run_with_both_sources(plain: Path, tmp_path: Path) -> None:
     weights = {"thinking": 1.0, "perception": 0.5}
     flags = ["--counterfactual_sources", "thinking,perception", "--perception_weight", "0.5",
              "--sft_checkpoint", str(plain / "sft/checkpoint-6")]  # fmt: skip
     stages = "graph,counterfactual,cpo,evaluate"
     assert train(tmp_path, "--stages", stages, *flags) == 0
-    logged = [row for row in rows(tmp_path) if "loss" in row]
+    logged = [row for row in read_rows(tmp_path) if "loss" in row]
     assert len(logged) == 4 and any(row["pairs/perception"] for row in logged)
     for row in logged:
         assert row["pairs/thinking"] + row["pairs/perception"] == 8
         adds_up(row, weights)
-    (*_, evaluated) = [row for row in rows(tmp_path) if "eval_loss" in row]
+    (*_, evaluated) = [row for row in read_rows(tmp_path) if "eval_loss" in row]
     adds_up(evaluated, weights, "eval_")
     summary = json.loads((tmp_path / "summary.json").read_text())
     counts = summary["data"]["counterfactual_sources"]
@@ -203,7 +204,7 @@ def test_a_run_on_the_phantom_with_both(plain: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "counterfactuals.jsonl").open()]
     split_of = {study.patient_id: study.split for study in open_studies(str(tmp_path / "data"))}
     for line in lines:
-        if line["kind"] == "perception":  # another patient's image, from the same split
+        if line["kind"] == "perception":  # an image of another patient of the same split
             (path,) = line["rejected_images"]
             assert (tmp_path / path).is_file()
             other, own = Path(path).parts[3], line["patient_id"]
@@ -212,7 +213,7 @@ def test_a_run_on_the_phantom_with_both(plain: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["sigmoid", "plackett_luce"])
-def test_a_swift_file_with_rejected_images(plain: Path, tmp_path: Path, loss_type: str) -> None:
+def test_swift_file_with_rejected_images(plain: Path, tmp_path: Path, loss_type: str) -> None:
     lines = [json.loads(line) for line in (plain / "counterfactuals.jsonl").open()]
     data = tmp_path / "swift.jsonl"
     with data.open("w") as file:
@@ -223,7 +224,7 @@ def test_a_swift_file_with_rejected_images(plain: Path, tmp_path: Path, loss_typ
                 "messages": [{"role": "user", "content": "<image>What is seen?"}, chosen],
                 "images": line["images"],
             }
-            if next_line["study_id"] == line["study_id"]:  # two rows that become one group
+            if next_line["study_id"] == line["study_id"]:  # two rows of one group
                 for one in (line, next_line):
                     text = {"rejected_response": f"<think> {one['counterfactual']} </think>"}
                     file.write(json.dumps(row | text) + "\n")
@@ -234,7 +235,7 @@ def test_a_swift_file_with_rejected_images(plain: Path, tmp_path: Path, loss_typ
                "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0",
                "--loss_type", loss_type, "--output_dir", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
-    found = [row for row in rows(tmp_path / "out") if "loss" in row]
+    found = [row for row in read_rows(tmp_path / "out") if "loss" in row]
     assert all(row["pairs/thinking"] + row["pairs/perception"] == 6 for row in found)
     assert any(row["pairs/thinking"] and row["pairs/perception"] for row in found)
     assert found[0]["loss/perception"] == pytest.approx(math.log(2), abs=1e-6)
@@ -242,7 +243,7 @@ def test_a_swift_file_with_rejected_images(plain: Path, tmp_path: Path, loss_typ
     assert joint == pytest.approx(math.log(2), abs=1e-6) if loss_type == "sigmoid" else joint > 0.8
 
 
-def test_images_are_needed_for_perception(tmp_path: Path, capsys: Any) -> None:
+def test_perception_requires_images(tmp_path: Path, capsys: Any) -> None:
     from cpo_fast.run.context import RunContext
     from cpo_fast.run.corpus import build_texts, read_corpus
     from cpo_fast.training.distributed import World

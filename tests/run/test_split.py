@@ -1,4 +1,4 @@
-"""What is held out of a preference file: whole questions and patients, never single rows."""
+"""Splits of preference files hold out whole questions and patients."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from cpo_fast.data import open_preferences
 from cpo_fast.data.patients import patients_of
 from cpo_fast.errors import UsageError
 from cpo_fast.model.checkpoint import Checkpoint
-from cpo_fast.run.arguments import TrainArguments, parse_arguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts, build_texts, read_corpus
 from cpo_fast.run.samples import tokenise
 from cpo_fast.run.split import Split, split_by_question
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.testing.samples import tokenizer
 from cpo_fast.types import ImageRef, Preference
 from tests.data.samples import dicom
@@ -46,7 +47,7 @@ def both(split: Split) -> tuple[set[str], set[str]]:
     return asked(split.train), asked(split.held_out)
 
 
-def test_no_question_stands_on_both_sides(tmp_path: Path) -> None:
+def test_questions_stay_on_one_side(tmp_path: Path) -> None:
     rows = [row(f"Q{i}", f"wrong {k}") for i in range(300) for k in range(3)]
     random.Random(1).shuffle(rows)
     split = split_by_question(preferences(tmp_path, rows), 1 / 6, 42)
@@ -60,8 +61,8 @@ def test_no_question_stands_on_both_sides(tmp_path: Path) -> None:
     assert asked(split_by_question(preferences(tmp_path, rows), 1 / 6, 7).held_out) != held_out
 
 
-def test_what_answers_share_may_vary_and_the_question_does_not(tmp_path: Path) -> None:
-    """Without a prompt of its own, a row's prompt depends on its rejected answer."""
+def test_rows_with_shared_answer_beginnings_form_one_question(tmp_path: Path) -> None:
+    """In a row without a prompt field the prompt depends on the rejected answer."""
     rows = [
         {"chosen": f"Q{i}: the heart is large", "rejected": f"Q{i}: the {other}"}
         for i in range(20)
@@ -93,7 +94,7 @@ def test_patients_and_images_stay_on_one_side(tmp_path: Path) -> None:
 
 
 def test_rows_are_joined_through_other_rows(tmp_path: Path) -> None:
-    """A and B share a patient, B and C a question: all three lie on one side, D on the other."""
+    """A and B share a patient, B and C a question: all three are on one side, D on the other."""
     rows = [
         row("Q1", patient_id="A"), row("Q2", patient_id="A"), row("Q2", "bad", patient_id="C"),
         row("Q3", patient_id="C"), row("Q4", patient_id="D"),
@@ -102,7 +103,7 @@ def test_rows_are_joined_through_other_rows(tmp_path: Path) -> None:
     assert [one.patients for one in split.held_out] == [("D",)]
 
 
-def test_one_prompt_for_all_images_is_as_many_questions(tmp_path: Path) -> None:
+def test_prompt_shared_by_all_images_gives_one_question_per_image(tmp_path: Path) -> None:
     rows = [row("What is seen?", images=[f"{i}.png"]) for i in range(100)]
     split = split_by_question(preferences(tmp_path, rows), 0.05, 42)
     assert (len(split.train), len(split.held_out), split.note) == (95, 5, "")
@@ -124,7 +125,7 @@ def test_files_that_cannot_be_split_by_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("questions", [2, 3, 19])
-def test_a_small_share_is_not_empty(tmp_path: Path, questions: int) -> None:
+def test_small_share_holds_out_at_least_one_row(tmp_path: Path, questions: int) -> None:
     rows = [row(f"Q{i}", f"wrong {k}") for i in range(questions) for k in range(4)]
     split = split_by_question(preferences(tmp_path, rows), 0.01, 42)
     assert [len(side) for side in both(split)] == [questions - 1, 1]
@@ -132,11 +133,11 @@ def test_a_small_share_is_not_empty(tmp_path: Path, questions: int) -> None:
     assert [len(side) for side in both(nearly_all)] == [1, questions - 1]
 
 
-def test_pairs_are_held_out_of_a_file_of_answers_too(tmp_path: Path) -> None:
+def test_pairs_are_held_out_of_a_mixed_file(tmp_path: Path) -> None:
     rows = [row(f"Q{i}") for i in range(10)]
     rows += [{"prompt": f"S{i}", "completion": "x"} for i in range(990)]
     split = split_by_question(preferences(tmp_path, rows), 0.05, 42)
-    assert len(split.held_out) == 51  # a share of 990 is 50, of 10 at least 1
+    assert len(split.held_out) == 51  # 5 % of 990 is 50, of 10 at least 1
     assert sum(bool(one.rejected) for one in split.held_out) == 1
 
 
@@ -157,13 +158,13 @@ def test_pairs_are_held_out_of_a_file_of_answers_too(tmp_path: Path) -> None:
         ({"patient_id": 10**400, "subject_id": float("inf")}, (), ()),
     ],
 )
-def test_who_a_row_is_about(
+def test_patients_of_a_row(
     fields: dict[str, Any], images: tuple[str, ...], ids: tuple[str, ...]
 ) -> None:
     assert patients_of(fields, [ImageRef(path) for path in images]) == ids
 
 
-def test_the_patient_of_other_formats(tmp_path: Path) -> None:
+def test_patients_in_other_formats(tmp_path: Path) -> None:
     ccf = {"sid": "10000032", "pid": "50414267", "report": "r", "diagnose": "d"}
     path = tmp_path / "rows.json"
     for extra in ({"counterfact": {"Edema": "x"}}, {"counterfact": {}, "dicom_id": dicom(2)}):
@@ -188,7 +189,7 @@ def texts_of(tmp_path: Path, rows: list[dict[str, Any]], *flags: str) -> tuple[T
     return build_texts(run, read_corpus(run)), run.folder.summary["data"]
 
 
-def test_the_run_says_what_is_held_out(tmp_path: Path, capsys: Any) -> None:
+def test_run_prints_held_out_sizes(tmp_path: Path, capsys: Any) -> None:
     rows = [row(f"Q{i}", f"wrong {k}", patient_id=i // 2) for k in range(3) for i in range(40)]
     texts, _ = texts_of(tmp_path, rows, "--eval_fraction", "0.1")
     printed = capsys.readouterr().out
@@ -212,7 +213,7 @@ def test_max_train_samples_of_a_preference_file(tmp_path: Path, capsys: Any) -> 
         texts_of(tmp_path, rows, "--max_train_samples", "2", "--overwrite_output_dir")
 
 
-def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path, capsys: Any) -> None:
+def test_record_failing_in_both_stages_counts_once(tmp_path: Path, capsys: Any) -> None:
     """1 of 11 records is over-long in SFT and in CPO: less than --max_bad_fraction 0.1."""
     rows = [row(f"Q{i}", id=i) for i in range(10)]
     rows.append({**row("long " * 90), "id": "long"})
@@ -235,11 +236,11 @@ def test_a_record_that_fails_in_both_stages_counts_once(tmp_path: Path, capsys: 
     assert data["trained_on"] == {"sft": 10, "cpo": 10} and data["held_out"]["cpo"] == 0
 
 
-def test_each_stage_says_how_many_records_it_trains_on(tmp_path: Path, capsys: Any) -> None:
-    """CPO has fewer than SFT; a stage that the run does not train says nothing."""
+def test_stages_print_their_record_counts(tmp_path: Path, capsys: Any) -> None:
+    """CPO has fewer records than SFT; stages that are not trained print nothing."""
     flags = ["--eval_fraction", "0.3"]
     texts, _ = texts_of(tmp_path, [row(f"Q{i}", id=i) for i in range(10)], *flags)
-    del texts.cpo["train"][:2], texts.cpo["validate"][:1]  # as answers without a rejected one
+    del texts.cpo["train"][:2], texts.cpo["validate"][:1]  # as for answers without a rejected one
     want = {"sft": (7, 3), "cpo": (5, 2)}
     capsys.readouterr()
     for name, stages in (("both", "sft,cpo"), ("one", "cpo")):
@@ -257,8 +258,8 @@ def test_each_stage_says_how_many_records_it_trains_on(tmp_path: Path, capsys: A
             assert (line in printed) is (stage in shown)
 
 
-def test_a_held_out_side_may_end_up_empty(tmp_path: Path, capsys: Any) -> None:
-    """One row that does not fit is not the end of a run, also where it is all that is held out."""
+def test_held_out_side_can_be_empty(tmp_path: Path, capsys: Any) -> None:
+    """A single over-long held-out row does not end the run."""
     texts, _ = texts_of(tmp_path, [row("Q")], "--eval_fraction", "0")
     texts.cpo["validate"] = [replace(texts.cpo["train"][0], chosen="<|im_end|>")]
     args = parse_arguments(

@@ -1,4 +1,4 @@
-"""Whole runs, small: every stage wired, the same command twice, faults set aside, stages alone."""
+"""Small whole runs: all stages, repetition, faults, single stages."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from cpo_fast.errors import UsageError
-from cpo_fast.run.arguments import parse_arguments
 from cpo_fast.run.run_folder import RunFolder
+from cpo_fast.testing.runs import parse_arguments, read_rows, read_rows_without_timing
 from cpo_fast.train import main
-from cpo_fast.training.checkpoint import damage_of
-from cpo_fast.training.metrics import TIMING_FIELDS
+from cpo_fast.training.checkpoint import find_damage
 
 pytestmark = pytest.mark.slow
 
@@ -35,15 +33,6 @@ def train(folder: Path, *flags: str) -> int:
                  *flags])  # fmt: skip
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def without_timing(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows(folder)]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "a"
@@ -51,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_run_leaves_what_the_layout_promises(finished: Path) -> None:
+def test_run_writes_the_documented_files(finished: Path) -> None:
     for name in (
         "config.json", "metrics.jsonl", "summary.json", "report.html", "counterfactuals.jsonl",
         "concept_graph.json", "rejected_records.jsonl", "sft/checkpoint-6/model.safetensors",
@@ -69,12 +58,12 @@ def test_the_run_leaves_what_the_layout_promises(finished: Path) -> None:
     for model in ("sft/checkpoint-6", "cpo/checkpoint-4"):
         card = (finished / model / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\nlibrary_name: ") and "### Diagnosis, overall" in card
-        assert damage_of(finished / model) is None
+        assert find_damage(finished / model) is None
     for private in ("counterfactuals.jsonl", "evaluation.json", "report.html"):
         assert (finished / private).stat().st_mode & 0o777 == 0o600
 
 
-def test_an_export_of_the_run_has_its_card(finished: Path, tmp_path: Path) -> None:
+def test_export_of_a_run_has_a_model_card(finished: Path, tmp_path: Path) -> None:
     from cpo_fast.export import main as export
 
     flags = ["--merge", str(finished / "cpo" / "checkpoint-4"), "--output_dir", str(tmp_path / "m")]
@@ -84,26 +73,26 @@ def test_an_export_of_the_run_has_its_card(finished: Path, tmp_path: Path) -> No
     assert "| Records read | 90 |" in card and "### Diagnosis, overall" in card
 
 
-def test_the_policy_equals_the_reference_at_the_first_step(finished: Path) -> None:
-    first = next(row for row in rows(finished) if row["stage"] == "cpo")
+def test_policy_equals_reference_at_the_first_step(finished: Path) -> None:
+    first = next(row for row in read_rows(finished) if row["stage"] == "cpo")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
 
 
-def test_metrics_have_the_names_that_the_field_uses(finished: Path) -> None:
-    logged = [row for row in rows(finished) if row["stage"] == "cpo" and "loss" in row]
+def test_metrics_have_standard_names(finished: Path) -> None:
+    logged = [row for row in read_rows(finished) if row["stage"] == "cpo" and "loss" in row]
     assert [row["step"] for row in logged] == [1, 2, 3, 4]
     expected = {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen",
                 "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
                 "logps/rejected", "nll_loss", "tokens_per_second_per_gpu",
                 "pairs_per_second"}  # fmt: skip
     assert expected <= logged[-1].keys()
-    evaluated = [row for row in rows(finished) if "eval_loss" in row and row["stage"] == "cpo"]
+    evaluated = [row for row in read_rows(finished) if "eval_loss" in row and row["stage"] == "cpo"]
     assert [row["step"] for row in evaluated] == [2, 4]
     assert "eval_rewards/accuracies" in evaluated[0]
 
 
-def test_the_summary_holds_its_contract(finished: Path) -> None:
+def test_summary_has_the_documented_keys(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert {"stages", "evaluation", "data", "versions"} <= summary.keys()
     cpo = summary["stages"]["cpo"]
@@ -115,7 +104,7 @@ def test_the_summary_holds_its_contract(finished: Path) -> None:
     assert set(summary["evaluation"]["classification"]) == {"majority", "untrained", "sft", "cpo"}
 
 
-def test_checkpoints_load_in_transformers_and_peft_as_they_stand(finished: Path) -> None:
+def test_checkpoints_load_in_transformers_and_peft(finished: Path) -> None:
     from peft import PeftModel
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -136,10 +125,10 @@ def test_checkpoints_load_in_transformers_and_peft_as_they_stand(finished: Path)
 @pytest.mark.complete
 def test_the_same_command_gives_the_same_metrics(finished: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "b") == 0
-    assert without_timing(tmp_path / "b") == without_timing(finished)
+    assert read_rows_without_timing(tmp_path / "b") == read_rows_without_timing(finished)
 
 
-def test_a_second_run_does_not_overwrite_checkpoints(
+def test_second_run_does_not_overwrite_checkpoints(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(finished, "--stages", "sft") == 2
@@ -148,9 +137,7 @@ def test_a_second_run_does_not_overwrite_checkpoints(
 
 
 @pytest.mark.parametrize(("stages", "kept"), [("cpo", False), ("evaluate", True)])
-def test_figures_of_models_that_are_trained_again_are_not_kept(
-    tmp_path: Path, stages: str, kept: bool
-) -> None:
+def test_figures_of_retrained_models_are_removed(tmp_path: Path, stages: str, kept: bool) -> None:
     before = {"stages": {"sft": {}, "evaluate": {}}, "evaluation": {"preference": {}}}
     (tmp_path / "summary.json").write_text(json.dumps(before))
     (tmp_path / "evaluation.json").write_text("{}")
@@ -161,7 +148,7 @@ def test_figures_of_models_that_are_trained_again_are_not_kept(
     assert (tmp_path / "evaluation.json").exists() is kept
 
 
-def test_a_run_does_not_replace_the_results_of_others(tmp_path: Path) -> None:
+def test_run_does_not_replace_foreign_results(tmp_path: Path) -> None:
     held = {"config.json": ('{"suite": null}', "results of cpo-fast evaluate"),
             "summary.json": ('{"data": {}}', "results of cpo-fast data check")}  # fmt: skip
     for name, (text, what) in held.items():
@@ -173,21 +160,21 @@ def test_a_run_does_not_replace_the_results_of_others(tmp_path: Path) -> None:
         assert (folder / name).read_text() == text
 
 
-def test_cpo_alone_starts_from_an_earlier_runs_files(finished: Path, tmp_path: Path) -> None:
+def test_cpo_only_run_uses_files_of_an_earlier_run(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "c"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "cpo")
     assert train(folder, "--stages", "cpo") == 0
-    cpo = [row for row in without_timing(folder) if row["stage"] == "cpo"]
-    assert cpo == [row for row in without_timing(finished) if row["stage"] == "cpo"]
-    assert [row for row in without_timing(folder) if row["stage"] == "sft"]
+    cpo = [row for row in read_rows_without_timing(folder) if row["stage"] == "cpo"]
+    assert cpo == [row for row in read_rows_without_timing(finished) if row["stage"] == "cpo"]
+    assert [row for row in read_rows_without_timing(folder) if row["stage"] == "sft"]
 
 
 @pytest.mark.parametrize(
     "flag",
     ["--no_packing", "--gradient_checkpointing", "--precompute_ref_log_probs"],
 )
-def test_how_pairs_are_computed_does_not_change_the_losses(
+def test_packing_and_memory_options_do_not_change_the_losses(
     finished: Path, tmp_path: Path, flag: str
 ) -> None:
     folder = tmp_path / "d"
@@ -195,7 +182,7 @@ def test_how_pairs_are_computed_does_not_change_the_losses(
     given = ["--counterfactuals", str(finished / "counterfactuals.jsonl")]
     assert train(folder, *flags, *given, flag, "--eval_steps", "0") == 0
     plain, found = (
-        [row["loss"] for row in rows(run) if row["stage"] == "cpo" and "loss" in row]
+        [row["loss"] for row in read_rows(run) if row["stage"] == "cpo" and "loss" in row]
         for run in (finished, folder)
     )
     assert plain[3] < plain[2] < plain[1] < plain[0]
@@ -208,7 +195,7 @@ def test_lora_sft_is_merged_before_cpo(tmp_path: Path) -> None:
                  "graph,counterfactual,sft,cpo", "--sft_learning_rate", "1e-2") == 0  # fmt: skip
     config = json.loads((folder / "cpo" / "checkpoint-4" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((folder / "sft" / "merged").resolve())
-    first = next(row for row in rows(folder) if row["stage"] == "cpo")
+    first = next(row for row in read_rows(folder) if row["stage"] == "cpo")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -217,20 +204,18 @@ def test_full_tuning_keeps_a_frozen_reference(finished: Path, tmp_path: Path) ->
     flags = ["--stages", "cpo", "--sft_checkpoint", str(finished / "sft" / "checkpoint-6")]
     given = ["--counterfactuals", str(finished / "counterfactuals.jsonl")]
     assert train(folder, *flags, *given, "--use_peft", "false", "--learning_rate", "1e-4") == 0
-    logged = [row for row in rows(folder) if "loss" in row]
+    logged = [row for row in read_rows(folder) if "loss" in row]
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert (folder / "cpo" / "checkpoint-4" / "model.safetensors").is_file()
 
 
-def test_an_image_that_does_not_decode_is_listed_and_left_out(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_undecodable_image_is_listed_and_left_out(finished: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(finished / "data", data)
     images = sorted(data.rglob("*.jpg"))
     for image in images[:3]:
-        image.write_bytes(image.read_bytes()[:800])  # a header, and nothing behind it
+        image.write_bytes(image.read_bytes()[:800])  # a header without image data
     images[3].write_bytes(b"not an image")
     folder = tmp_path / "g"
     status = main(["--dataset", str(data), "--output_dir", str(folder), *SMALL, "--stages",

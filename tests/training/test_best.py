@@ -1,17 +1,17 @@
-"""The best model by a held-out metric is saved, kept, and what a stage ends with if so asked."""
+"""The best model by a held-out metric is saved, kept and, on request, the result of a stage."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
-from cpo_fast.training.checkpoint import checkpoints
+from cpo_fast.training.checkpoint import list_checkpoints
 from cpo_fast.training.loop import Trainer
 
 pytestmark = pytest.mark.slow
@@ -41,12 +41,11 @@ def train(data: Path, folder: Path, *flags: str) -> int:
 
 
 def evaluated(folder: Path, stage: str, name: str) -> dict[int, float]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return {row["step"]: row[name] for row in found if row["stage"] == stage and name in row}
+    rows = read_rows(folder)
+    return {row["step"]: row[name] for row in rows if row["stage"] == stage and name in row}
 
 
-def test_the_best_is_kept_and_ends_the_stage(
+def test_best_checkpoint_is_kept_and_loaded_at_the_end(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -57,7 +56,7 @@ def test_the_best_is_kept_and_ends_the_stage(
     by_step = evaluated(folder, "sft", "eval_loss")
     best = min(by_step, key=lambda step: by_step[step])
     assert best == 3
-    steps = [int(path.name.rsplit("-", 1)[1]) for path in checkpoints(folder / "sft")]
+    steps = [int(path.name.rsplit("-", 1)[1]) for path in list_checkpoints(folder / "sft")]
     assert steps == [best, 6]
     state = json.loads((folder / "sft" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_metric"] == by_step[best] and state["best_global_step"] == best
@@ -73,7 +72,7 @@ def test_the_best_is_kept_and_ends_the_stage(
     torch.testing.assert_close(after - before, added, rtol=0, atol=1e-5)
 
 
-def test_a_reward_metric_is_better_when_greater(data: Path, tmp_path: Path) -> None:
+def test_greater_reward_metric_is_better(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert train(data, folder, "--metric_for_best_model", "rewards/margins") == 0
     by_step = evaluated(folder, "cpo", "eval_rewards/margins")
@@ -81,7 +80,7 @@ def test_a_reward_metric_is_better_when_greater(data: Path, tmp_path: Path) -> N
     assert state["best_metric"] == max(by_step.values())
 
 
-def test_an_unknown_metric_is_named_with_those_that_there_are(
+def test_unknown_metric_error_lists_the_metrics(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path / "run", "--sft_metric_for_best_model", "bleu") == 2

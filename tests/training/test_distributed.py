@@ -1,4 +1,4 @@
-"""Several processes give what one gives; they stop, fail and resume together."""
+"""Several processes equal one process; they stop, fail and resume together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ from safetensors.torch import load_file
 
 from cpo_fast.phantom import write_phantom
 from cpo_fast.run.image_check import digest_image
+from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
-from cpo_fast.training.checkpoint import latest_checkpoint
+from cpo_fast.training.checkpoint import find_latest_checkpoint
 from cpo_fast.types import ImageRef
 
 pytestmark = [
@@ -36,7 +36,7 @@ FLAGS = [
 ]  # fmt: skip
 ONE = ["--sft_gradient_accumulation_steps", "2", "--gradient_accumulation_steps", "2"]
 TWO = ["--sft_gradient_accumulation_steps", "1", "--gradient_accumulation_steps", "1"]
-# AdamW turns the rounding of a gradient near zero into a share of the learning rate.
+# AdamW amplifies the rounding of gradients near zero to the scale of the learning rate.
 FULL = ["--use_peft", "false", "--learning_rate", "2e-5", "--sft_learning_rate", "5e-5"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
             "-m", "cpo_fast.train"]  # fmt: skip
@@ -79,21 +79,16 @@ def two(data: Path, folder: Path, *flags: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 SAME = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "rewards/margins", "nll_loss",
         "rewards/accuracies", "logps/chosen", "eval_loss", "eval_rewards/margins")  # fmt: skip
 
 
 def assert_same(first: Path, second: Path) -> None:
     """Losses, metrics and weights to 1e-6 (norms and sums relative to their size)."""
-    assert [(r["stage"], r["step"]) for r in rows(first)] == [
-        (r["stage"], r["step"]) for r in rows(second)
+    assert [(r["stage"], r["step"]) for r in read_rows(first)] == [
+        (r["stage"], r["step"]) for r in read_rows(second)
     ]
-    for one_row, other in zip(rows(first), rows(second), strict=True):
+    for one_row, other in zip(read_rows(first), read_rows(second), strict=True):
         for name in set(SAME) & (one_row.keys() | other.keys()) - {"num_tokens"}:
             assert one_row[name] == pytest.approx(other[name], rel=2e-6, abs=1e-6), (name, one_row)
     for stage in ("sft", "cpo"):
@@ -118,11 +113,11 @@ def double(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("double") / "run"
     status, out, err = two(data, folder)
     assert status == 0, err
-    assert out.count("report: ") == 1 and out.count("data: trl at") == 1  # rank 0 alone speaks
+    assert out.count("report: ") == 1 and out.count("data: trl at") == 1  # only rank 0 prints
     return folder
 
 
-def test_two_processes_give_what_one_gives(single: Path, double: Path) -> None:
+def test_two_processes_equal_one(single: Path, double: Path) -> None:
     assert_same(single, double)
 
 
@@ -142,12 +137,12 @@ def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sharded_full_tuning_gives_what_one_process_gives(full: Path, sharded: Path) -> None:
+def test_sharded_full_tuning_equals_one_process(full: Path, sharded: Path) -> None:
     assert_same(full, sharded)
 
 
 @pytest.mark.complete
-def test_a_sharded_run_resumes_with_one_process_and_the_other_way_round(
+def test_sharded_run_resumes_with_one_process_and_vice_versa(
     data: Path, full: Path, sharded: Path, tmp_path: Path
 ) -> None:
     resume = [*FULL, "--resume_from_checkpoint", "auto"]
@@ -166,7 +161,7 @@ def half(run: Path, folder: Path) -> Path:
 
 
 @pytest.mark.complete
-def test_saved_with_two_it_resumes_with_one_and_the_other_way_round(
+def test_run_of_two_processes_resumes_with_one_and_vice_versa(
     data: Path, single: Path, double: Path, tmp_path: Path
 ) -> None:
     resume = ["--resume_from_checkpoint", "auto"]
@@ -177,7 +172,7 @@ def test_saved_with_two_it_resumes_with_one_and_the_other_way_round(
     assert_same(single, tmp_path / "two")
 
 
-def test_another_batch_is_no_resume(
+def test_resume_rejects_another_batch_size(
     data: Path, double: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--resume_from_checkpoint", "auto", "--gradient_accumulation_steps", "4"]
@@ -203,7 +198,7 @@ def wait_for_rows(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: Path) -> None:
+def test_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     long = ["--sft_max_steps", "2000", "--save_steps", "0", "--eval_steps", "0"]
     process = start(data, folder, *long)
@@ -218,7 +213,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: P
     assert len(state["ranks"]) == 2
 
 
-def test_a_rank_that_dies_ends_the_other_with_a_message(data: Path, tmp_path: Path) -> None:
+def test_death_of_a_rank_ends_the_others_with_a_message(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     long = ["--sft_max_steps", "2000", "--save_steps", "10", "--save_total_limit", "2"]
     process = start(data, folder, *long)
@@ -227,18 +222,18 @@ def test_a_rank_that_dies_ends_the_other_with_a_message(data: Path, tmp_path: Pa
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "lost contact with the other processes" in err
-    assert latest_checkpoint(folder / "sft") is not None
+    assert find_latest_checkpoint(folder / "sft") is not None
 
 
-def test_a_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
+def test_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
     status, _, err = two(data, tmp_path / "run", "--model_name_or_path", "/nowhere")
     assert status != 0
     assert "/nowhere: no such model folder" in err
 
 
 @pytest.mark.complete
-def test_with_images_sharded_sft_and_adapters_give_what_one_process_gives(tmp_path: Path) -> None:
-    """Some images stop decoding after they were checked, on one rank more than on the other."""
+def test_sharded_sft_and_adapters_with_images_equal_one_process(tmp_path: Path) -> None:
+    """Images stop decoding after the check, more of them on one rank than on the other."""
     phantom = write_phantom(tmp_path / "data", num_studies=60)
     broken = sorted(phantom.rglob("*.jpg"))[::12]
     for path in broken:

@@ -1,4 +1,4 @@
-"""Disks that fill, files that vanish, numbers that go wrong: the run says so and loses nothing."""
+"""Full disks, vanished files, non-finite numbers: the run reports them and loses nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from cpo_fast.model.build import save_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.testing import samples
+from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
 from cpo_fast.training import feed, loop
-from cpo_fast.training.checkpoint import checkpoints, damage_of
+from cpo_fast.training.checkpoint import find_damage, list_checkpoints
 from cpo_fast.training.feed import StepFeed
 from cpo_fast.training.objectives import SFTObjective
 from cpo_fast.types import ImageRef, PackedBatch
@@ -53,7 +54,7 @@ def train(data: Path, folder: Path, *flags: str) -> int:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
+    """A small separate file system."""
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
@@ -67,21 +68,21 @@ def remount(disk: Path, option: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
+def test_full_disk_keeps_the_last_checkpoint_for_a_resume(
     data: Path, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, disk / "run") == 1
     assert "cannot be written" in capsys.readouterr().err
-    saved = checkpoints(disk / "run" / "sft")
-    assert saved and all(damage_of(path) is None for path in saved)
+    saved = list_checkpoints(disk / "run" / "sft")
+    assert saved and all(find_damage(path) is None for path in saved)
     assert saved[-1].name != "checkpoint-6"
     assert not list((disk / "run" / "sft").glob(".partial-*"))
     remount(disk, "size=200m")
     assert train(data, disk / "run", "--resume_from_checkpoint", "auto") == 0
-    assert damage_of(disk / "run" / "sft" / "checkpoint-6") is None
+    assert find_damage(disk / "run" / "sft" / "checkpoint-6") is None
 
 
-def test_a_read_only_folder_is_named(
+def test_read_only_folder_is_named(
     data: Path, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remount(disk, "ro")
@@ -89,7 +90,7 @@ def test_a_read_only_folder_is_named(
     assert f"{disk / 'run'} cannot be written" in capsys.readouterr().err
 
 
-def test_a_disk_that_turns_read_only_while_saving(
+def test_disk_becomes_read_only_while_saving(
     data: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remount(disk, "size=200m")
@@ -101,19 +102,19 @@ def test_a_disk_that_turns_read_only_while_saving(
         return write(stage_dir, step, *rest, **options)
 
     monkeypatch.setattr(loop, "write_checkpoint", turning)
-    # A failing disk asks nobody, but this one refuses to be read-only while the lock is open.
+    # This file system cannot become read-only while the lock file is open.
     monkeypatch.setattr("cpo_fast.train.lock_folder", nullcontext)
     assert train(data, disk / "run") == 1
     error = capsys.readouterr().err
     assert "checkpoint-4 cannot be written" in error and "--resume_from_checkpoint auto" in error
-    assert [path.name for path in checkpoints(disk / "run" / "sft")] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(disk / "run" / "sft")] == ["checkpoint-2"]
     monkeypatch.undo()
     remount(disk, "rw")
     assert train(data, disk / "run", "--resume_from_checkpoint", "auto") == 0
-    assert damage_of(disk / "run" / "sft" / "checkpoint-6") is None
+    assert find_damage(disk / "run" / "sft" / "checkpoint-6") is None
 
 
-def test_a_worker_that_dies_is_replaced_and_nothing_changes(
+def test_dead_worker_is_replaced_without_changes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(data, tmp_path / "straight") == 0
@@ -131,19 +132,19 @@ def test_a_worker_that_dies_is_replaced_and_nothing_changes(
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
-def test_workers_that_keep_dying_stop_the_run(
+def test_repeated_worker_deaths_stop_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(feed, "DEATHS", 0)
+    monkeypatch.setattr(feed, "MAX_DEATHS", 0)
     monkeypatch.setattr(StepFeed, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert train(data, tmp_path / "run", "--dataloader_num_workers", "1") == 1
     assert "Lower --dataloader_num_workers" in capsys.readouterr().err
 
 
-def test_a_batch_that_is_no_number_is_set_aside_and_the_run_goes_on(
+def test_nonfinite_step_is_logged_and_the_run_continues(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summed = SFTObjective.summed
+    summed = SFTObjective.sum_losses
     culprit: list[str] = []
 
     def poisoned(self: SFTObjective, batch: PackedBatch) -> Any:
@@ -151,7 +152,7 @@ def test_a_batch_that_is_no_number_is_set_aside_and_the_run_goes_on(
         culprit[:] = culprit or [batch.segment_names[0]]
         return (loss * torch.nan if culprit[0] in batch.segment_names else loss), values
 
-    monkeypatch.setattr(SFTObjective, "summed", poisoned)
+    monkeypatch.setattr(SFTObjective, "sum_losses", poisoned)
     assert train(data, tmp_path / "run", "--sft_max_steps", "4") == 0
     (line,) = (tmp_path / "run" / "nonfinite_steps.jsonl").read_text().splitlines()
     bad = json.loads(line)
@@ -161,7 +162,7 @@ def test_a_batch_that_is_no_number_is_set_aside_and_the_run_goes_on(
     assert losses(tmp_path / "run")[0] is None and all(losses(tmp_path / "run")[1:])
 
 
-def test_a_weight_that_is_no_number_is_named(
+def test_nonfinite_weight_is_named(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_text_model(samples.tokenizer(), hidden_size=64, num_hidden_layers=2)
@@ -175,7 +176,7 @@ def test_a_weight_that_is_no_number_is_named(
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_an_image_that_vanishes_mid_run_is_listed_and_left_out(
+def test_image_that_vanishes_mid_run_is_listed_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -195,37 +196,36 @@ def test_an_image_that_vanishes_mid_run_is_listed_and_left_out(
     lines = (folder / "rejected_records.jsonl").read_text().splitlines()
     reasons = [json.loads(line)["reason"] for line in lines]
     assert reasons.count("image-missing") == 1
-    assert damage_of(folder / "sft" / "checkpoint-4") is None
+    assert find_damage(folder / "sft" / "checkpoint-4") is None
 
 
-def test_a_clock_that_jumps_changes_nothing_but_the_timing(
+def test_clock_jumps_change_only_timings(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jumps = itertools.cycle((0.0, 4e9, 1e9))
     monkeypatch.setattr("time.time", lambda: next(jumps))
     assert train(data, tmp_path / "run", "--max_minutes", "600") == 0
-    assert damage_of(tmp_path / "run" / "sft" / "checkpoint-6") is None
+    assert find_damage(tmp_path / "run" / "sft" / "checkpoint-6") is None
 
 
 def losses(folder: Path) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    return [row["loss"] for row in read_rows(folder) if "loss" in row]
 
 
 def out_of_memory_above(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    summed = SFTObjective.summed
+    summed = SFTObjective.sum_losses
 
     def full(self: SFTObjective, batch: PackedBatch) -> Any:
         loss, values = summed(self, batch)
         if batch.input_ids.numel() > tokens:
-            (loss / 2).backward()  # some gradients are there when memory ends
+            (loss / 2).backward()  # some gradients exist when memory runs out
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return loss, values
 
-    monkeypatch.setattr(SFTObjective, "summed", full)
+    monkeypatch.setattr(SFTObjective, "sum_losses", full)
 
 
-def test_out_of_memory_is_tried_again_in_halves_with_the_same_result(
+def test_out_of_memory_retries_in_halves_with_the_same_result(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(data, tmp_path / "roomy") == 0

@@ -1,4 +1,4 @@
-"""Worker processes decode images and build packs ahead of the step, and change nothing else."""
+"""Worker processes decode images and build packs ahead of the step, with equal results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STUDIES = 8
 
 
 class Noted:
-    """Decodes images and notes in a file which process did; one image is damaged."""
+    """Decodes images and logs the decoding process to a file; one image is damaged."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -44,7 +44,7 @@ def feed(tmp_path):
     return StepFeed(groups, steps, Noted(tmp_path / "decoded"), image_token_id(tokenizer()))
 
 
-def test_workers_change_nothing(feed):
+def test_batches_do_not_depend_on_workers(feed):
     alone = list(load_steps(feed, num_workers=0))
     ahead = list(load_steps(feed, num_workers=2))
     assert len(alone) == len(ahead) == STUDIES
@@ -54,23 +54,23 @@ def test_workers_change_nothing(feed):
             for field in fields(one):
                 a, b = getattr(one, field.name), getattr(other, field.name)
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
-    assert [r.id for step in ahead for r in step.rejected] == ["6"]  # the damaged one, once
+    assert [r.id for step in ahead for r in step.rejected] == ["6"]  # the damaged image, once
 
 
-def test_images_are_decoded_ahead_in_other_processes(feed):
+def test_workers_decode_images_ahead(feed):
     steps = load_steps(feed, num_workers=1)
-    next(steps)  # one step is computed meanwhile
+    next(steps)  # while one step is computed
     deadline = time.monotonic() + 600
     while len(feed.pixels.lines()) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     lines = feed.pixels.lines()
-    assert len(lines) >= 3  # its own, and two steps ahead
+    assert len(lines) >= 3  # the current step and two ahead
     assert {pid for pid, _ in lines} and os.getpid() not in {pid for pid, _ in lines}
     order = [feed.groups[step.packs[0][0][0]].prompt.images[0].path for step in feed.steps]
     assert [name for _, name in lines] == order[: len(lines)]
 
 
-def test_a_loader_starts_where_it_is_told(feed):
+def test_loader_starts_at_the_given_step(feed):
     def rows(**options):
         return [[b.input_ids for b in step.batches] for step in load_steps(feed, **options)]
 

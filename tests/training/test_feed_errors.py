@@ -1,4 +1,4 @@
-"""The workers that build packs ahead do not outlive an error of the run."""
+"""Worker processes end when the run fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ raise RuntimeError("the loop broke")
 """
 
 
-def test_an_unforeseen_error_ends_the_process() -> None:
+def test_unexpected_error_ends_the_process() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=6000, check=False
     )

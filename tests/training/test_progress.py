@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: lines, spikes, throughput, MFU, time shares."""
+"""Progress of a run: lines, spikes, throughput, MFU, time shares."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, cast
 import pytest
 
 from cpo_fast.training import bar, clock
-from cpo_fast.training.bar import StageBar, duration
+from cpo_fast.training.bar import StageBar, format_duration
 from cpo_fast.training.clock import Clock
 from cpo_fast.training.distributed import World
-from cpo_fast.training.watch import ENOUGH, Watch
+from cpo_fast.training.watch import MIN_STEPS, Watch
 from cpo_fast.types import PackedBatch
 
 
-def test_plain_lines_now_and_then_where_there_is_no_terminal(
+def test_plain_progress_lines_without_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
@@ -34,35 +34,40 @@ def test_plain_lines_now_and_then_where_there_is_no_terminal(
     assert 10 <= len(lines) <= 13
 
 
-def test_ranks_that_do_not_show_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     shown = StageBar("cpo", total=1, done=0, shows=False)
     shown.update(0.5)
     shown.close()
     assert capsys.readouterr() == ("", "")
 
 
-def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 59, 61, 7380)] == ["0 s", "59 s", "1 min 01 s", "2 h 03 min"]
+def test_format_duration() -> None:
+    assert [format_duration(s) for s in (0.4, 59, 61, 7380)] == [
+        "0 s",
+        "59 s",
+        "1 min 01 s",
+        "2 h 03 min",
+    ]
 
 
-def test_a_spike_is_counted_and_a_slow_descent_is_not() -> None:
+def test_spike_is_counted_and_slow_descent_is_not() -> None:
     watch, rng = Watch(), random.Random(0)
     for step in range(400):
-        watch.see(2.0 - step / 400 + rng.gauss(0, 0.05), 1.0)
+        watch.update(2.0 - step / 400 + rng.gauss(0, 0.05), 1.0)
     assert watch.loss_spikes == 0
     watch.row()
     for _ in range(3):
-        watch.see(6.0, 40.0)
-        watch.see(1.0, 1.0)
+        watch.update(6.0, 40.0)
+        watch.update(1.0, 1.0)
     row = watch.row()
     assert row == {"loss_spikes": 3, "loss_max": 6.0, "grad_norm_max": 40.0}
     assert watch.row() == {"loss_spikes": 3}
 
 
-def test_nothing_stands_out_of_the_first_steps() -> None:
+def test_first_steps_count_no_spike() -> None:
     watch = Watch()
-    for loss in [1.0] * (ENOUGH - 1) + [50.0]:
-        watch.see(loss, 1.0)
+    for loss in [1.0] * (MIN_STEPS - 1) + [50.0]:
+        watch.update(loss, 1.0)
     assert watch.loss_spikes == 0
 
 
@@ -73,7 +78,7 @@ def batch(tokens: int) -> PackedBatch:
     )
 
 
-def test_the_end_of_the_feed_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_feed_is_not_data_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
 
@@ -85,13 +90,13 @@ def test_the_end_of_the_feed_is_no_waiting_for_data(monkeypatch: pytest.MonkeyPa
         now += 50.0  # workers end
 
     counted = Clock(World())
-    for _ in counted.waiting(feed()):
+    for _ in counted.time_waiting(feed()):
         now += 3.0
         counted.count_step([batch(100)])
     assert counted.stage()["time"] == {"data": 0.25}
 
 
-def test_rates_mfu_and_shares_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_mfu_and_time_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
     counted = Clock(World(), flops=lambda b: 10.0 * b.input_ids.numel(), peak=500.0)
@@ -99,8 +104,8 @@ def test_rates_mfu_and_shares_of_the_time(monkeypatch: pytest.MonkeyPatch) -> No
         for name, seconds in (("forward", 1.0), ("backward", 2.0), ("optimiser", 0.5)):
             with counted.phase(name):
                 now += seconds
-        with counted.apart("checkpoint"):
-            now += 100.0  # nobody's throughput
+        with counted.exclude("checkpoint"):
+            now += 100.0  # not part of the throughput
         now += 0.5
         counted.count_step([batch(100)])
     row: dict[str, Any] = counted.row()

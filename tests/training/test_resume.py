@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or damaged goes on to the same weights as one that was not."""
+"""A killed, stopped or damaged run continues to the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.begin import digest_data
 from cpo_fast.run.digests import digest_file
 from cpo_fast.run.same_flags import check_flags
+from cpo_fast.testing.runs import read_rows_without_timing
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import (
-    checkpoints,
-    damage_of,
-    latest_checkpoint,
+    find_damage,
+    find_latest_checkpoint,
+    list_checkpoints,
     read_state,
     write_checkpoint,
 )
 from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
-from cpo_fast.training.metrics import TIMING_FIELDS
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 
@@ -83,14 +83,8 @@ def outcome(folder: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
     return (
         (folder / "sft" / "checkpoint-9" / "model.safetensors").read_bytes(),
         (folder / "cpo" / "checkpoint-9" / "adapter_model.safetensors").read_bytes(),
-        outcome_rows(folder),
+        read_rows_without_timing(folder),
     )
-
-
-def outcome_rows(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]
 
 
 KILLED_AT_RENAME = """
@@ -116,7 +110,7 @@ def start(data: Path, folder: Path, *program: str) -> subprocess.Popen[bytes]:
 
 
 def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool], sign: int) -> int:
-    """Send `sign` at `moment` (or let the run end first); returns the exit status."""
+    """Send `sign` at `moment`, unless the run ends first; returns the exit status."""
     while process.poll() is None:
         if moment():
             process.send_signal(sign)
@@ -131,7 +125,7 @@ def rows(folder: Path) -> int:
 
 
 def sometime(folder: Path, chance: random.Random) -> Callable[[], bool]:
-    """At a random moment: from the start of the process on, or of its first new row on."""
+    """A random moment after the start of the process, or after its first new row."""
     limit = 8 * chance.random()
     if chance.random() < 0.25:
         begun = time.monotonic()
@@ -147,7 +141,7 @@ def sometime(folder: Path, chance: random.Random) -> Callable[[], bool]:
     return moment
 
 
-def test_killed_again_and_again_it_ends_with_the_same_weights(
+def test_repeatedly_killed_run_ends_with_the_same_weights(
     data: Path, straight: Path, tmp_path: Path
 ) -> None:
     """At the end of checkpoint writes; in the long mode at random moments after that."""
@@ -160,7 +154,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(
     killed, runs, chance = len(places), 1, random.Random(7)
     while killed < KILLS:
         status = kill_when(start(data, folder), sometime(folder, chance), signal.SIGKILL)
-        if status == 0:  # it was faster: that run is judged, and another one begins
+        if status == 0:  # it finished first: check it and start another
             assert outcome(folder) == outcome(straight)
             folder, runs = tmp_path / f"killed-{runs}", runs + 1
         else:
@@ -172,9 +166,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(
 
 
 @pytest.mark.complete
-def test_sigterm_saves_and_exits_with_its_own_status(
-    data: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_sigterm_saves_and_exits_with_status_3(data: Path, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     process = start(data, folder)
     status = kill_when(process, lambda: (folder / "sft" / "checkpoint-2").is_dir(), signal.SIGTERM)
@@ -188,7 +180,7 @@ def test_sigterm_saves_and_exits_with_its_own_status(
 def interrupting(
     monkeypatch: pytest.MonkeyPatch, kind: type, method: str, moment: Callable[[int], bool]
 ) -> None:
-    """SIGTERM to this process before the calls of a method, counted from 1, that `moment` names."""
+    """Send SIGTERM to this process before the calls, counted from 1, that `moment` selects."""
     original, calls = getattr(kind, method), itertools.count(1)
 
     def interrupted(self: Any, *rest: Any, **options: Any) -> Any:
@@ -199,34 +191,34 @@ def interrupting(
     monkeypatch.setattr(kind, method, interrupted)
 
 
-def test_a_stop_between_two_packs_leaves_the_step_to_the_resumed_run(
+def test_stop_between_packs_repeats_the_step_on_resume(
     data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        interrupting(patch, CPOObjective, "summed", lambda call: call == 7)
+        interrupting(patch, CPOObjective, "sum_losses", lambda call: call == 7)
         assert main(command(data, folder)) == EXIT_STATUS
     error = capsys.readouterr().err
-    (saved,) = checkpoints(folder / "cpo")[-1:]
+    (saved,) = list_checkpoints(folder / "cpo")[-1:]
     step = int(saved.name.rsplit("-", 1)[1])
     assert 0 < step < 9 and f"stopped by SIGTERM after cpo step {step} of 9" in error
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
     said = capsys.readouterr().out
-    assert "sft: nothing is left to train: " in said and "checkpoint-9 is the last of 9" in said
-    assert "cpo: nothing is left" not in said
+    assert "sft: nothing left to train: " in said and "checkpoint-9 is the last of 9" in said
+    assert "cpo: nothing left" not in said
     assert outcome(folder) == outcome(straight)
 
 
-def test_a_stop_before_an_evaluation_leaves_it_to_the_resumed_run(
+def test_stop_before_an_evaluation_repeats_it_on_resume(
     data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "owed"
     with monkeypatch.context() as patch:
         interrupting(patch, Trainer, "evaluate", lambda call: call == 1)
         assert main(command(data, folder)) == EXIT_STATUS
-    assert [path.name for path in checkpoints(folder / "sft")][-1] == "checkpoint-4"
-    assert not any("eval_loss" in row for row in outcome_rows(folder))
+    assert [path.name for path in list_checkpoints(folder / "sft")][-1] == "checkpoint-4"
+    assert not any("eval_loss" in row for row in read_rows_without_timing(folder))
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
     assert outcome(folder) == outcome(straight)
 
@@ -237,12 +229,12 @@ def test_max_minutes_stops_like_a_signal(
     folder = tmp_path / "timed"
     assert main(command(data, folder, "--max_minutes", "1e-9")) == EXIT_STATUS
     assert "stopped by --max_minutes after sft step 0 of 9" in capsys.readouterr().err
-    assert checkpoints(folder / "sft") == []  # not one step was whole: it begins again
+    assert list_checkpoints(folder / "sft") == []  # no step was complete
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
     assert outcome(folder) == outcome(straight)
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(
+def test_damaged_checkpoint_is_named_and_skipped(
     data: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "damaged"
@@ -253,14 +245,14 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     content[-5] ^= 1
     weights.write_bytes(content)
     (folder / "cpo" / "checkpoint-8" / "manifest.json").unlink()
-    assert damage_of(last) == "adapter_model.safetensors has changed"
-    assert latest_checkpoint(folder / "cpo") == folder / "cpo" / "checkpoint-6"
+    assert find_damage(last) == "adapter_model.safetensors has changed"
+    assert find_latest_checkpoint(folder / "cpo") == folder / "cpo" / "checkpoint-6"
     assert "checkpoint-9 is damaged" in capsys.readouterr().err
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
     assert outcome(folder) == outcome(straight)
 
 
-def test_other_flags_are_no_resume(
+def test_resume_rejects_other_flags(
     data: Path, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--resume_from_checkpoint", "auto", "--beta", "0.5"]
@@ -276,7 +268,7 @@ SHORT = ["--stages", "sft", "--sft_max_steps", "-1", "--save_steps", "2", "--eva
 
 @pytest.fixture(scope="module")
 def stopped_at_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over 24 rows, 6 steps, as it is after step 2, beside its data."""
+    """A run over 24 rows and 6 steps, stopped after step 2, beside its data."""
     folder = tmp_path_factory.mktemp("begun")
     rows = data.read_text(encoding="utf-8").splitlines(keepends=True)[:24]
     (folder / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -288,7 +280,7 @@ def stopped_at_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def begun(stopped_at_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it; the run is resumed from inside the folder, by relative paths."""
+    """A copy of it; the run is resumed inside the folder with relative paths."""
     shutil.copytree(stopped_at_two, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     flags = json.loads(Path("run/config.json").read_text())
@@ -299,7 +291,7 @@ def begun(stopped_at_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def edit_state(edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change trainer_state.json of the checkpoint, and its checksum with it."""
+    """Change trainer_state.json of the checkpoint and its checksum."""
     folder = Path("run/sft/checkpoint-2")
     state = json.loads((folder / "trainer_state.json").read_text())
     edit(state)
@@ -353,17 +345,17 @@ def change_the_template() -> None:
         (change_the_template, "tokenizer: other files"),
     ],
 )
-def test_a_resume_notices_what_has_changed(
+def test_resume_rejects_changed_inputs(
     begun: Path, change: Callable[[], None], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change()
     assert resume() == 2
     error = capsys.readouterr().err
     assert said in error and "--allow_changed_data" in error
-    assert [path.name for path in checkpoints(Path("run/sft"))] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(Path("run/sft"))] == ["checkpoint-2"]
 
 
-def test_changed_data_is_gone_on_with_when_it_is_allowed(
+def test_resume_accepts_changed_data_if_allowed(
     begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_rows()
@@ -377,7 +369,7 @@ def test_changed_data_is_gone_on_with_when_it_is_allowed(
     assert state["begun_with"]["changes"] == [said]
 
 
-def test_a_checkpoint_without_digests_is_gone_on_with_in_one_sentence(
+def test_resume_without_digests_prints_a_note(
     begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit_state(lambda state: state.pop("begun_with"))
@@ -386,7 +378,7 @@ def test_a_checkpoint_without_digests_is_gone_on_with_in_one_sentence(
     assert read_state(Path("run/sft/checkpoint-6"))["begun_with"]["changes"] == []
 
 
-def test_other_flags_are_noticed_without_a_config_file(
+def test_resume_rejects_other_flags_without_config_file(
     begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("run/config.json").unlink()
@@ -395,7 +387,7 @@ def test_other_flags_are_noticed_without_a_config_file(
     assert "checkpoint-2 was written with other values of sft_learning_rate" in error
 
 
-def test_another_data_set_is_another_value_of_a_flag_unless_it_is_allowed() -> None:
+def test_resume_rejects_another_data_set_unless_allowed() -> None:
     begun = asdict(TrainArguments(dataset="a.jsonl"))
     other = asdict(TrainArguments(dataset="b.jsonl"))
     with pytest.raises(UsageError, match=r"other values of dataset: .* --allow_changed_data true"):
@@ -403,11 +395,11 @@ def test_another_data_set_is_another_value_of_a_flag_unless_it_is_allowed() -> N
     check_flags(Path("config.json"), begun, other | {"allow_changed_data": True})
     with pytest.raises(UsageError, match="other values of beta: resume with the same flags"):
         check_flags(Path("config.json"), begun, begun | {"beta": 0.2, "allow_changed_data": True})
-    del begun["allow_changed_data"], begun["loss_impl"]  # a version that did not have them
+    del begun["allow_changed_data"], begun["loss_impl"]  # as an earlier version wrote it
     check_flags(Path("config.json"), begun, asdict(TrainArguments(dataset="a.jsonl")))
 
 
-def test_a_changed_image_file_is_changed_data(tmp_path: Path) -> None:
+def test_changed_image_file_is_changed_data(tmp_path: Path) -> None:
     groups = []
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(name.encode() * 100)
@@ -427,17 +419,18 @@ def test_a_changed_image_file_is_changed_data(tmp_path: Path) -> None:
 def test_only_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "limited"
     assert main(command(data, folder, "--save_total_limit", "2", "--stages", "sft")) == 0
-    assert [path.name for path in checkpoints(folder / "sft")] == ["checkpoint-8", "checkpoint-9"]
+    kept = [path.name for path in list_checkpoints(folder / "sft")]
+    assert kept == ["checkpoint-8", "checkpoint-9"]
 
 
 def write_steps(stage: Path, *steps: int, **options: Any) -> list[str]:
     for step in steps:
         write_checkpoint(stage, step, lambda folder: None, {}, world=World(), **options)
-    return [path.name.removeprefix("checkpoint-") for path in checkpoints(stage)]
+    return [path.name.removeprefix("checkpoint-") for path in list_checkpoints(stage)]
 
 
-def test_the_newest_are_those_of_the_course_of_the_run(tmp_path: Path) -> None:
-    """Resumed from an earlier step, it does not delete what it has just written."""
+def test_save_total_limit_keeps_checkpoints_of_later_steps(tmp_path: Path) -> None:
+    """A run resumed from an earlier step keeps the checkpoints that it writes."""
     assert TrainArguments().save_steps > 0 and TrainArguments().save_total_limit > 0
     assert write_steps(tmp_path, 100, 200, 300) == ["100", "200", "300"]
     assert write_steps(tmp_path, 150, save_total_limit=2) == ["100", "150", "200", "300"]
@@ -447,20 +440,20 @@ def test_the_newest_are_those_of_the_course_of_the_run(tmp_path: Path) -> None:
     assert write_steps(tmp_path, 300, save_total_limit=1) == ["300"]
 
 
-def test_damage_is_said_in_words(tmp_path: Path) -> None:
+def test_damage_is_described(tmp_path: Path) -> None:
     write_steps(tmp_path, 1)
     path = tmp_path / "checkpoint-1"
-    assert damage_of(path) is None
+    assert find_damage(path) is None
     (path / "trainer_state.json").unlink()
-    assert damage_of(path) == "it has no trainer_state.json"
+    assert find_damage(path) == "it has no trainer_state.json"
     (path / "manifest.json").write_text("[1")
-    assert damage_of(path) == "its manifest.json is not a list of files and checksums"
+    assert find_damage(path) == "its manifest.json is not a list of files and checksums"
     (path / "manifest.json").unlink()
-    assert damage_of(path) == "it has no manifest.json"
-    assert damage_of(tmp_path / "none") == "it has no manifest.json"
+    assert find_damage(path) == "it has no manifest.json"
+    assert find_damage(tmp_path / "none") == "it has no manifest.json"
 
 
-def test_a_step_that_is_not_finite_is_named_and_does_not_reach_the_weights(
+def test_nonfinite_step_is_named_and_not_applied(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "nan"

@@ -1,4 +1,4 @@
-"""Images that vanish after they were looked at: left out by name in every stage, and counted."""
+"""Images that vanish after the check are rejected by name in every stage and counted."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import encode_all, image_token_id
 from cpo_fast.packing.readable import readable
 from cpo_fast.phantom import write_phantom
-from cpo_fast.run.arguments import TrainArguments, parse_arguments
+from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.evaluation import compare_held_out, evaluate_run
 from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.run.stages import add_reference_logps
+from cpo_fast.testing.runs import parse_arguments
 from cpo_fast.testing.samples import image, images, preference, tokenizer, vision_language_model
 from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import StopRequest
@@ -45,7 +46,7 @@ def group_list(*sizes: int) -> list[PreferenceGroup]:
 
 
 def gone(*groups: PreferenceGroup) -> Callable[[ImageRef], Any]:
-    """Decodes all images but those of these groups."""
+    """Decodes all images except those of these groups."""
     lost = {ref for group in groups for ref in group.prompt.images}
 
     def pixels(ref: ImageRef) -> Any:
@@ -87,7 +88,7 @@ def trainer(
     )
 
 
-def test_a_held_out_image_is_left_out_named_and_counted(tmp_path: Path) -> None:
+def test_vanished_held_out_image_is_listed_and_counted(tmp_path: Path) -> None:
     groups, held_out = group_list(60, 64, 68, 72), group_list(76, 80, 84)
     result = trainer(tmp_path, groups, held_out, gone(held_out[1])).run()
     assert result.final["eval_left_out"] == 1
@@ -99,14 +100,14 @@ def test_a_held_out_image_is_left_out_named_and_counted(tmp_path: Path) -> None:
     assert "eval_left_out" not in whole.final
 
 
-def test_no_held_out_image_at_all_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
+def test_all_held_out_images_vanished_is_an_error_after_a_checkpoint(tmp_path: Path) -> None:
     groups, held_out = group_list(60, 64, 68, 72), group_list(76, 80)
     with pytest.raises(DataError, match="no held-out sample could be read"):
         trainer(tmp_path, groups, held_out, gone(*held_out)).run()
     assert [path.name for path in (tmp_path / "cpo").iterdir()] == ["checkpoint-4"]
 
 
-def test_one_training_image_leaves_its_step_and_all_of_them_stop_the_run(tmp_path: Path) -> None:
+def test_vanished_training_image_is_skipped_and_all_vanished_stop_the_run(tmp_path: Path) -> None:
     groups = group_list(60, 64, 68, 72)
     one = trainer(tmp_path / "one", groups, [], gone(groups[2])).run()
     assert [record.line for record in one.rejected] == [3] and one.steps == 4
@@ -114,7 +115,7 @@ def test_one_training_image_leaves_its_step_and_all_of_them_stop_the_run(tmp_pat
         trainer(tmp_path / "all", groups, [], gone(*groups)).run()
 
 
-def test_an_image_of_another_size_is_told_from_that_of_the_prompt() -> None:
+def test_image_with_changed_size_is_rejected() -> None:
     (group,) = group_list(60)
 
     def other(_: ImageRef) -> Any:
@@ -137,7 +138,7 @@ class Losing(Checkpoint):
 
 
 def run_without(folder: Path, *lost: PreferenceGroup, flags: Sequence[str] = ()) -> RunContext:
-    """A run in which the images of some groups are gone."""
+    """A run in which the images of some groups are missing."""
     run = RunContext(arguments(folder, *flags))
     run.checkpoint = Losing(folder, tokenizer(), images())
     object.__setattr__(run.checkpoint, "lost", lost)
@@ -149,7 +150,7 @@ def listed(folder: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_held_out_pairs_are_scored_without_those_that_are_gone(
+def test_held_out_pairs_are_scored_without_vanished_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     groups = group_list(60, 64, 68)
@@ -163,7 +164,7 @@ def test_held_out_pairs_are_scored_without_those_that_are_gone(
         compare_held_out(run_without(tmp_path, *groups), model, groups, names=("cpo", "sft"))
 
 
-def test_the_reference_leaves_out_its_group_from_the_training_too(tmp_path: Path) -> None:
+def test_group_rejected_by_the_reference_is_not_trained(tmp_path: Path) -> None:
     packed = PackedModel(add_lora(vision_language_model(), r=2, alpha=4))
     groups = group_list(60, 64, 68, 72)
     splits = {"train": groups[:3], "validate": groups[3:], "test": []}
@@ -174,20 +175,20 @@ def test_the_reference_leaves_out_its_group_from_the_training_too(tmp_path: Path
     assert all(group.ref_logps for group in (*filled["train"], *filled["validate"]))
     (record,) = listed(run.folder)
     assert (record["id"], record["line"], record["reason"]) == ("1", 2, "image-missing")
-    again = run_without(tmp_path, groups[1], flags=flags)  # reads the file of the first
+    again = run_without(tmp_path, groups[1], flags=flags)  # reads the file of the first run run run
     filled = add_reference_logps(again, packed, splits)
     assert [group.id for group in filled["train"]] == ["0", "2"]
     assert [record["reason"] for record in listed(again.folder)] == ["no-reference-logps"]
 
 
-def test_test_studies_without_image_are_left_out_for_all_models(tmp_path: Path) -> None:
+def test_test_studies_with_vanished_images_are_left_out_for_all_models(tmp_path: Path) -> None:
     data = write_phantom(tmp_path / "data", num_studies=40, image_size=64)
     save_model(vision_language_model(), tmp_path / "m", tokenizer=tokenizer(), images=images())
     args = parse_arguments(["--dataset", str(data), "--output_dir", str(tmp_path / "run"),
                             "--model_name_or_path", str(tmp_path / "m"), "--max_pixels", "3136",
                             "--max_new_tokens", "2", "--dataloader_num_workers", "0",
                             "--stages", "graph,counterfactual,evaluate"])  # fmt: skip
-    run, *parts = train.prepare(args, World())
+    run, *parts = train.prepare_run(args, World())
     corpus = parts[0]
     tested = corpus.studies["test"]
     (data / tested[0].images[0].path).unlink()
