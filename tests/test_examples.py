@@ -199,7 +199,7 @@ def test_fsdp2_in_two_processes(folder: Path, unpatched: Any, tmp_path: Path) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                "2", str(EXAMPLES / "fsdp2.py"), str(folder / "model"),
                str(folder / "pairs.jsonl"), str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=6000)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     losses, model = unpatched
     assert losses_of(done.stdout) == pytest.approx(losses, abs=2e-5)

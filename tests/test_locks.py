@@ -139,7 +139,7 @@ while taken < 100:
         pass
 """
     many = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait(timeout=6000) for process in many] == [0, 0, 0]
+    assert [process.wait(timeout=600) for process in many] == [0, 0, 0]
     assert not list(tmp_path.iterdir())
 
 
@@ -286,7 +286,7 @@ def test_all_ranks_of_a_locked_run_stop(tmp_path: Path) -> None:
                "--output_dir", str(tmp_path / "run"), "--stages", "sft",
                "--sft_max_steps", "1"]  # fmt: skip
     with held("folder", tmp_path / "run") as first:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=6000)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     said = f"error: --output_dir {tmp_path / 'run'} is being written by process {first.pid} on"
     assert done.returncode != 0 and done.stderr.count(said) == 1
     assert "rank 1: python -m cpo_fast.train: error: rank 0 stopped" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -12,17 +11,12 @@ from cpo_fast.run.dry_run import _format_plan
 from cpo_fast.run.run_folder import RunFolder
 from cpo_fast.testing.runs import parse_arguments, read_rows
 from cpo_fast.train import main, run
+from tests.samples import write_pairs
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    rows = [
-        {"prompt": f"Patient {i}?", "chosen": f"Clear lungs, {i}.", "rejected": "Effusion."}
-        for i in range(30)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path / "pairs.jsonl", 30, short=True)
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:

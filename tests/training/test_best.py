@@ -13,6 +13,7 @@ from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import list_checkpoints
 from cpo_fast.training.loop import Trainer
+from tests.samples import write_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -27,13 +28,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {"prompt": f"Patient {i}?", "chosen": f"Clear lungs, line {i}.", "rejected": "Effusion."}
-        for i in range(30)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 30, short=True)
 
 
 def train(data: Path, folder: Path, *flags: str) -> int:

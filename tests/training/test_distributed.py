@@ -21,6 +21,7 @@ from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import find_latest_checkpoint
 from cpo_fast.types import ImageRef
+from tests.samples import write_pairs
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,18 +45,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    words = ["clear lungs", "a small effusion", "an enlarged heart", "basal atelectasis"]
-    rows = [
-        {
-            "prompt": f"Report of patient {i}?",
-            "chosen": f"There are {words[i % 4]}, {words[(i * 7 + 1) % 4]} and line {i}.",
-            "rejected": f"There is {words[(i + 1) % 4]} only, line {i * 3}.",
-        }
-        for i in range(40)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40)
 
 
 def one(data: Path, folder: Path, *flags: str) -> int:
@@ -75,7 +65,7 @@ def start(data: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
 
 def two(data: Path, folder: Path, *flags: str) -> tuple[int, str, str]:
     process = start(data, folder, *flags)
-    out, err = process.communicate(timeout=60000)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
@@ -204,7 +194,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: Pat
     process = start(data, folder, *long)
     wait_for_rows(folder, process)
     os.kill(workers(process)[-1], signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "stopped by SIGTERM after sft step" in err and "rank 1: stopped by SIGTERM" in err
     (saved,) = (folder / "sft").glob("checkpoint-*")
@@ -219,7 +209,7 @@ def test_death_of_a_rank_ends_the_others_with_a_message(data: Path, tmp_path: Pa
     process = start(data, folder, *long)
     wait_for(folder / "sft" / "checkpoint-10", process)
     os.kill(workers(process)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "lost contact with the other processes" in err
     assert find_latest_checkpoint(folder / "sft") is not None

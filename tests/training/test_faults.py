@@ -26,6 +26,7 @@ from cpo_fast.training.checkpoint import find_damage, list_checkpoints
 from cpo_fast.training.feed import StepFeed
 from cpo_fast.training.objectives import SFTObjective
 from cpo_fast.types import ImageRef, PackedBatch
+from tests.samples import write_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -39,13 +40,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {"prompt": f"Patient {i}?", "chosen": f"Clear lungs, line {i}.", "rejected": "Effusion."}
-        for i in range(20)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 20, short=True)
 
 
 def train(data: Path, folder: Path, *flags: str) -> int:

@@ -23,6 +23,6 @@ raise RuntimeError("the loop broke")
 
 def test_unexpected_error_ends_the_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=6000, check=False
+        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 1 and "the loop broke" in done.stderr

@@ -37,6 +37,7 @@ from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
+from tests.samples import write_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -53,18 +54,7 @@ KILLS = 20 if os.environ.get("CPO_FAST_LONG_TESTS") else 3
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    words = ["clear lungs", "a small effusion", "an enlarged heart", "basal atelectasis"]
-    rows = [
-        {
-            "prompt": f"Report of patient {i}?",
-            "chosen": f"There are {words[i % 4]}, {words[(i * 7 + 1) % 4]} and line {i}.",
-            "rejected": f"There is {words[(i + 1) % 4]} only, line {i * 3}.",
-        }
-        for i in range(40)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40)
 
 
 def command(data: Path, folder: Path, *flags: str) -> list[str]:
@@ -384,7 +374,7 @@ def test_resume_rejects_other_flags_without_config_file(
     Path("run/config.json").unlink()
     assert resume("--sft_learning_rate", "0.5") == 2
     error = capsys.readouterr().err
-    assert "checkpoint-2 was written with other values of sft_learning_rate" in error
+    assert "checkpoint-2 was written with other values of --sft_learning_rate" in error
 
 
 def test_resume_rejects_another_data_set_unless_allowed() -> None:
