@@ -28,57 +28,19 @@ from cpo_fast.testing.packed_oracle import (
     trainable_grads,
 )
 from cpo_fast.testing.samples import mixed, text_model, vision_language_model
+from tests.model.lora_layers import (
+    OUT,
+    TOKENS,
+    WIDE,
+    assert_pefts,
+    inputs,
+    layer_of,
+    results,
+    small,
+    stirred,
+)
 
-TOKENS, WIDE, OUT = 70, 48, 96
 MODELS = {"qwen2": (text_model, TEXTS[:2]), "qwen2.5-vl": (vision_language_model, mixed())}
-
-
-def small(dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: Any) -> Any:
-    """One linear layer with peft's LoRA and nonzero B."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDE, OUT, bias=bias)).to(dtype)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["0"], **options}
-    return stirred(peft.get_peft_model(model, peft.LoraConfig(**config)))
-
-
-def stirred(model: Any) -> Any:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def layer_of(model: Any) -> Any:
-    return model.base_model.model[0]
-
-
-def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*(shape or (2, TOKENS // 2)), WIDE, generator=generator).to(dtype)
-
-
-def results(model: Any, x: torch.Tensor, call: Any = None) -> dict[str, torch.Tensor]:
-    """y, and the gradients of x and the trained weights for a fixed gradient of y."""
-    x = x.clone().requires_grad_()
-    y = (call or model)(x)
-    generator = torch.Generator().manual_seed(2)
-    y.backward(torch.randn(y.shape, generator=generator).to(y.dtype))
-    assert x.grad is not None
-    return {"y": y.detach(), "x": x.grad, **trainable_grads(model)}
-
-
-def assert_pefts(model: Any, x: torch.Tensor, *, fused: bool, rtol: float = 0.0) -> None:
-    torch.manual_seed(3)
-    want = results(model, x)
-    use_fused_lora(model)
-    assert isinstance(layer_of(model), FusedLinear)
-    assert (lora.fused_adapter(layer_of(model), x) is not None) == fused
-    torch.manual_seed(3)
-    got = results(model, x)
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        assert got[name].dtype == expected.dtype
-        assert (got[name] - expected).abs().max() <= rtol * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
@@ -251,90 +213,6 @@ def test_the_backward_keeps_x_and_its_reduction_only(dropout: float) -> None:
         model(x)
     mask = [(torch.bfloat16, x.numel())] if dropout else []  # dropout's own
     assert kept == [*mask, (torch.bfloat16, x.numel()), (torch.bfloat16, TOKENS * 4)]
-
-
-def merged() -> Any:
-    model = small()
-    model.merge_adapter()
-    return model
-
-
-def two_adapters() -> Any:
-    model = small()
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0"]))
-    model.base_model.set_adapter(["default", "other"])
-    return stirred(model)
-
-
-def trained_base() -> Any:
-    model = small()
-    layer_of(model).base_layer.weight.requires_grad_()
-    return model
-
-
-def hooked() -> Any:
-    model = small()
-    layer_of(model).base_layer.register_forward_hook(lambda module, args, out: 2 * out)
-    return model
-
-
-def other_dropout() -> Any:
-    model = small()
-    layer_of(model).lora_dropout["default"] = nn.AlphaDropout(0.5)
-    return model.train()
-
-
-FALLBACKS = {
-    "other-dropout": other_dropout,
-    "two-adapters": two_adapters,
-    "dora": lambda: small(use_dora=True),
-    "lora-bias": lambda: small(lora_bias=True),
-    "merged": merged,
-    "trained-base": trained_base,
-    "hook": hooked,
-}
-
-
-@pytest.mark.parametrize("name", FALLBACKS)
-def test_other_layers_are_pefts_bit_by_bit(name: str) -> None:
-    model = FALLBACKS[name]()
-    if name == "merged":
-        x, want = inputs(), model(inputs())
-        use_fused_lora(model)
-        assert lora.fused_adapter(layer_of(model), x) is None
-        assert torch.equal(model(x), want)
-        model.unmerge_adapter()
-        assert lora.fused_adapter(layer_of(model), x) == "default"
-    else:
-        assert_pefts(model, inputs(), fused=False)
-
-
-def test_dropout_that_is_off_and_an_adapter_chosen_later() -> None:
-    model = small(lora_dropout=0.5).eval()
-    assert_pefts(model, inputs(), fused=True, rtol=1e-5)
-    model = two_adapters()
-    model.set_adapter("other")
-    assert_pefts(model, inputs(), fused=True, rtol=1e-5)
-
-
-def test_autocast_and_other_dtypes_are_left_to_peft() -> None:
-    model = small()
-    use_fused_lora(model)
-    x = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert lora.fused_adapter(layer_of(model), x) is None
-        got = model(x)
-    assert got.dtype == torch.bfloat16
-    layer_of(model).lora_A.bfloat16()  # less precise than x: peft casts x to it
-    assert lora.fused_adapter(layer_of(model), x) is None
-    # A backward within autocast equals one outside.
-    model = small()
-    use_fused_lora(model)
-    want = results(model, x)
-    y = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
-    assert_same_grads(trainable_grads(model), {n: g for n, g in want.items() if n not in "xy"}, 0)
 
 
 def test_without_its_adapters_the_model_is_the_base() -> None:
