@@ -30,9 +30,7 @@ from cpo_fast.training.checkpoint import (
     find_latest_checkpoint,
     list_checkpoints,
     read_state,
-    write_checkpoint,
 )
-from cpo_fast.training.distributed import World
 from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.training.loop import Trainer
 from cpo_fast.training.objectives import CPOObjective
@@ -40,6 +38,7 @@ from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 from tests.samples import write_pairs
 
 pytestmark = pytest.mark.slow
+
 
 FLAGS = [
     "--sft_use_peft", "false", "--sft_per_device_train_batch_size", "4", "--sft_max_steps", "9",
@@ -49,6 +48,8 @@ FLAGS = [
     "--lora_dropout", "0.2", "--stages", "sft,cpo", "--dataloader_num_workers", "0",
     "--save_total_limit", "0",
 ]  # fmt: skip
+
+
 KILLS = 20 if os.environ.get("CPO_FAST_LONG_TESTS") else 3
 
 
@@ -250,8 +251,6 @@ def test_resume_rejects_other_flags(
     assert "beta" in capsys.readouterr().err
 
 
-# --- changed data, model or tokenizer -----------------------------------------------------------
-
 SHORT = ["--stages", "sft", "--sft_max_steps", "-1", "--save_steps", "2", "--eval_steps", "0",
          "--eval_fraction", "0"]  # fmt: skip
 
@@ -411,36 +410,6 @@ def test_only_the_newest_checkpoints_are_kept(data: Path, tmp_path: Path) -> Non
     assert main(command(data, folder, "--save_total_limit", "2", "--stages", "sft")) == 0
     kept = [path.name for path in list_checkpoints(folder / "sft")]
     assert kept == ["checkpoint-8", "checkpoint-9"]
-
-
-def write_steps(stage: Path, *steps: int, **options: Any) -> list[str]:
-    for step in steps:
-        write_checkpoint(stage, step, lambda folder: None, {}, world=World(), **options)
-    return [path.name.removeprefix("checkpoint-") for path in list_checkpoints(stage)]
-
-
-def test_save_total_limit_keeps_checkpoints_of_later_steps(tmp_path: Path) -> None:
-    """A run resumed from an earlier step keeps the checkpoints that it writes."""
-    assert TrainArguments().save_steps > 0 and TrainArguments().save_total_limit > 0
-    assert write_steps(tmp_path, 100, 200, 300) == ["100", "200", "300"]
-    assert write_steps(tmp_path, 150, save_total_limit=2) == ["100", "150", "200", "300"]
-    assert write_steps(tmp_path, 180, save_total_limit=2) == ["150", "180", "200", "300"]
-    best = tmp_path / "checkpoint-150"
-    assert write_steps(tmp_path, 200, save_total_limit=1, keep=best) == ["150", "200", "300"]
-    assert write_steps(tmp_path, 300, save_total_limit=1) == ["300"]
-
-
-def test_damage_is_described(tmp_path: Path) -> None:
-    write_steps(tmp_path, 1)
-    path = tmp_path / "checkpoint-1"
-    assert find_damage(path) is None
-    (path / "trainer_state.json").unlink()
-    assert find_damage(path) == "it has no trainer_state.json"
-    (path / "manifest.json").write_text("[1")
-    assert find_damage(path) == "its manifest.json is not a list of files and checksums"
-    (path / "manifest.json").unlink()
-    assert find_damage(path) == "it has no manifest.json"
-    assert find_damage(tmp_path / "none") == "it has no manifest.json"
 
 
 def test_nonfinite_step_is_named_and_not_applied(
