@@ -101,7 +101,6 @@ def evaluate_file(args: EvaluateArguments) -> Path:
             uncertain=args.uncertain_labels,
             max_samples=args.max_samples,
             max_length=args.max_length,
-            split=args.split,
         )
         figures, cohort = evaluate_csv(name, model, checkpoint, source, options)
     return write_results(args, cohort, figures)

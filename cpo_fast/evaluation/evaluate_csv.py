@@ -40,7 +40,6 @@ class CsvSource:
     uncertain: str = "negative"
     max_samples: int | None = None
     max_length: int = 4096
-    split: str = "test"
 
     def find_image(self, dicom_id: str) -> ImageRef:
         """The image of a dicom id, which is a path with or without suffix."""
@@ -68,11 +67,11 @@ def _evaluate_labelled(
     cohort = Cohort(read=len(found.images) + len(found.rejected), rejected=found.rejected)
     cohort.left_out = len(found.images[source.max_samples :]) if source.max_samples else 0
     for one in found.images[: source.max_samples]:
-        study = Study(one.image.path, one.patient, Report(), (one.image,), split=source.split)
+        study = Study(one.image.path, one.patient, Report(), (one.image,))
         if (prompt := _encode_question(checkpoint, source, cohort, study)) is not None:
             cohort.add(study, prompt, one.names)
     _check_not_empty(source, cohort)
-    answers = _generate(name, model, checkpoint, cohort, options)
+    answers, _ = generate_answers(name, model, checkpoint, cohort, options)
     figures = score_zero_shot(model, checkpoint, cohort, answers, options, findings=found.findings)
     evaluation = {
         "split": found.kind,
@@ -93,7 +92,7 @@ def _evaluate_temporal(
     questions: list[tuple[ms_cxr_t.TemporalCase, list[Prompt]]] = []
     for case in cases[: source.max_samples]:
         images = (source.find_image(case.previous_dicom_id), source.find_image(case.dicom_id))
-        study = Study(case.study_id, case.subject_id, Report(), images[1:], split=source.split)
+        study = Study(case.study_id, case.subject_id, Report(), images[1:])
         prompt = _encode_question(checkpoint, source, cohort, study)
         if prompt is None:
             continue
@@ -111,9 +110,9 @@ def _evaluate_temporal(
     _check_not_empty(source, cohort)
     likeliest, failed = _score_progressions(model, checkpoint, questions, options)
     kept = cohort.drop(failed)
-    answers, failed = generate_answers(name, model, checkpoint, cohort, options)
-    kept = [kept[i] for i in cohort.drop(failed)]
-    parsed = [parse_answer(text) or None for i, text in enumerate(answers) if i not in failed]
+    answers, read = generate_answers(name, model, checkpoint, cohort, options)
+    kept = [kept[i] for i in read]
+    parsed = [parse_answer(text) or None for text in answers]
     only = [questions[i][0] for i in kept]
     progression = [likeliest[i] for i in kept]
     figures = {
@@ -164,14 +163,6 @@ def _score_progressions(
         for case, _ in questions
     ]
     return likeliest, {case_of[prompt]: error for prompt, error in unread.items()}
-
-
-def _generate(
-    name: str, model: Any, checkpoint: Checkpoint, cohort: Cohort, options: Options
-) -> list[str]:
-    """Answers to the studies whose image can be read; the others are dropped from the cohort."""
-    answers, failed = generate_answers(name, model, checkpoint, cohort, options)
-    return [answers[i] for i in cohort.drop(failed)]
 
 
 def _encode_question(

@@ -57,12 +57,10 @@ def evaluate(
             continue
         model = load()
         if cohort.studies:
-            texts, failed = generate_answers(name, model, checkpoint, cohort, options)
-            result.answers[name] = texts
-            kept = cohort.drop(failed)
+            texts, kept = generate_answers(name, model, checkpoint, cohort, options)
             for other, given in result.answers.items():
                 result.answers[other] = [given[i] for i in kept]
-            texts = result.answers[name]
+            result.answers[name] = texts
             if "zero_shot" in options.suites:
                 suites["zero_shot"][name] = score_zero_shot(
                     model, checkpoint, cohort, texts, options

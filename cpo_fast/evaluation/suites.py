@@ -53,8 +53,10 @@ class Options:
 
 def generate_answers(
     name: str, model: Any, checkpoint: Checkpoint, cohort: Cohort, options: Options
-) -> tuple[list[str], dict[int, RecordError]]:
-    """(The model's answers to all prompts, errors by index of the failed studies)."""
+) -> tuple[list[str], list[int]]:
+    """(The model's answers, indices of their studies). Studies whose image fails are dropped from
+    `cohort`; DataError when none is left.
+    """
     failed: dict[int, RecordError] = {}
     answers = diagnose(
         model,
@@ -66,7 +68,8 @@ def generate_answers(
         failed=failed,
         description=f"answers of {name}",
     )
-    return answers, failed
+    kept = cohort.drop(failed)
+    return [answers[i] for i in kept], kept
 
 
 def score_zero_shot(

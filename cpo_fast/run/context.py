@@ -20,20 +20,10 @@ class RunContext:
     args: TrainArguments
     world: World = field(default_factory=World)
     stop: StopRequest = field(default_factory=StopRequest)
+    checkpoint: Checkpoint = field(init=False)  # the start of the first stage, set when it is open
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.args, self.world)
-        self._checkpoint: Checkpoint | None = None
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The model that the first stage starts from; set when it is opened."""
-        assert self._checkpoint is not None, "the starting checkpoint is not open yet"
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
 
     @property
     def dtype(self) -> torch.dtype:

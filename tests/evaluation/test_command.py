@@ -43,11 +43,11 @@ def thinks(monkeypatch):
 
     def use(number):
         def answered(*parts):
-            answers, failed = generate_answers(*parts)
+            answers, kept = generate_answers(*parts)
             said = [
                 f"<think> lungs {a.replace('<think>', '')} </think> x" for a in answers[number:]
             ]
-            return ["no thought"] * number + said, failed
+            return ["no thought"] * number + said, kept
 
         monkeypatch.setattr("cpo_fast.evaluation.run.generate_answers", answered)
 
