@@ -70,8 +70,8 @@ def test_flag_errors_import_nothing_heavy(tmp_path: Path) -> None:
 WRONG_PATHS = {
     "train --output_dir old --stages sft": "holds checkpoints of an earlier run",
     "train --output_dir old --resume_from_checkpoint nowhere": "nowhere: not a checkpoint of",
-    "train --output_dir new --resume_from_checkpoint nowhere": "new has none",
-    "train --output_dir old --resume_from_checkpoint auto --seed 7": "other values of seed",
+    "train --output_dir new --resume_from_checkpoint nowhere": "it has none",
+    "train --output_dir old --resume_from_checkpoint auto --seed 7": "--seed",
     "train --output_dir pairs.jsonl": "pairs.jsonl is not a folder",
     "train --output_dir pairs.jsonl/x": "pairs.jsonl is not a folder",
     "train --dataset pairs.jsonl --output_dir new --model_name_or_path empty": "no config.json",

@@ -78,7 +78,8 @@ def check_flags(place: Path, earlier: Mapping[str, Any], now: Mapping[str, Any])
         )
         if before != after:
             changed.append(
-                f"{prefix}{BATCH[0]} x {prefix}{BATCH[1]} x processes ({before}, now {after})"
+                f"{prefix}{BATCH[0]} x --{prefix}{BATCH[1]} x processes ({before}, now {after})"
             )
     if changed:
-        raise UsageError(f"{place} was written with other values of {', '.join(changed)}: {advice}")
+        named = ", ".join(f"--{name}" for name in changed)
+        raise UsageError(f"{place} was written with other values of {named}: {advice}")

@@ -30,7 +30,7 @@ from bench.gpu.kit import VARIANTS as BUILDS
 from cpo_fast.loss import cuda, cuda_launch
 
 ROOT = Path(__file__).parents[2]
-EMULATOR = ROOT / "tests" / "cuda_emulator"
+EMULATOR = ROOT / "tests" / "kernels" / "cuda_emulator"
 REPLACED = ("ptx.h", "wgmma.h")
 VARIANTS = list(BUILDS.values())
 
@@ -159,6 +159,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_launch, "kernels", lambda: module)
             patch.setattr(cuda_launch, "site", lambda tensor: site)
+            patch.setattr(cuda, "_has_wgmma", lambda device: request.param == HOPPER)
             yield Place(module, torch.device("cpu"), site)
 
 

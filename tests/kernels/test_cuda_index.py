@@ -15,7 +15,7 @@ def test_index_arithmetic_and_logp_on_the_cpu(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed: csrc/cuda/index.h cannot be compiled for the CPU")
     program = tmp_path / "check"
-    source = ROOT / "tests" / "cuda_index_check.cpp"
+    source = ROOT / "tests" / "kernels" / "cuda_index_check.cpp"
     flags = ["-O2", "-std=c++17", "-Wall", "-Werror", f"-I{ROOT / 'csrc' / 'cuda'}"]
     subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)

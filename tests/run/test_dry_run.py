@@ -89,7 +89,7 @@ def test_plan_uses_singular_for_one() -> None:
     first, _, last = _format_plan(10, "cpo", plan)
     assert first == ("cpo: 1 step (1 an epoch), 1 pair, 1 pack, 1 token; on average 10% of "
                      "--packing_length 10 is filled, the longest pack has 1 token")  # fmt: skip
-    assert "from 1 timed pack of 1 token in all" in last
+    assert "from 1 timed pack with 1 token;" in last
     assert (
         _format_plan(10, "sft", plan | {"samples": 2})[0]
         .split("; ")[0]

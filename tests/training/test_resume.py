@@ -363,7 +363,7 @@ def test_resume_without_digests_prints_a_note(
 ) -> None:
     edit_state(lambda state: state.pop("begun_with"))
     assert resume() == 0
-    assert "cannot be checked" in capsys.readouterr().out
+    assert "cannot be compared with its start" in capsys.readouterr().out
     assert read_state(Path("run/sft/checkpoint-6"))["begun_with"]["changes"] == []
 
 
@@ -379,10 +379,12 @@ def test_resume_rejects_other_flags_without_config_file(
 def test_resume_rejects_another_data_set_unless_allowed() -> None:
     begun = asdict(TrainArguments(dataset="a.jsonl"))
     other = asdict(TrainArguments(dataset="b.jsonl"))
-    with pytest.raises(UsageError, match=r"other values of dataset: .* --allow_changed_data true"):
+    with pytest.raises(
+        UsageError, match=r"other values of --dataset: .* --allow_changed_data true"
+    ):
         check_flags(Path("config.json"), begun, other)
     check_flags(Path("config.json"), begun, other | {"allow_changed_data": True})
-    with pytest.raises(UsageError, match="other values of beta: resume with the same flags"):
+    with pytest.raises(UsageError, match="other values of --beta: resume with the same flags"):
         check_flags(Path("config.json"), begun, begun | {"beta": 0.2, "allow_changed_data": True})
     del begun["allow_changed_data"], begun["loss_impl"]  # as an earlier version wrote it
     check_flags(Path("config.json"), begun, asdict(TrainArguments(dataset="a.jsonl")))
