@@ -77,7 +77,7 @@ WRONG_PATHS = {
     "train --dataset pairs.jsonl --output_dir new --model_name_or_path empty": "no config.json",
     "train --dataset pairs.jsonl --output_dir new --model_name_or_path old": "folder of a run",
     "train --dataset pairs.jsonl --output_dir new --stages cpo --sft_checkpoint empty":
-        "--sft_checkpoint empty: no config.json",
+        "--sft_checkpoint empty: it has no config.json",
     "train --dataset pairs.jsonl --output_dir new --stages cpo --sft_checkpoint adapter":
         "the base model of the adapter adapter is not there: gone",
     "train --dataset pairs.jsonl --dataset_format mimic-cxr --output_dir new": "no such folder",
@@ -85,14 +85,14 @@ WRONG_PATHS = {
     "train --output_dir new --fsdp --no_use_peft --no_sft_use_peft": "start them with torchrun",
     "train --output_dir new --counterfactuals empty": "no such file",
     "export --merge nowhere --output_dir new": "--merge nowhere: no such model folder",
-    "export --merge empty --output_dir new": "--merge empty: no config.json",
+    "export --merge empty --output_dir new": "--merge empty: it has no config.json",
     "export --merge old/sft --output_dir new": "it has no complete adapter checkpoint",
     "export --merge adapter --output_dir new": "not there: gone",
     "export --merge adapter --base_model nowhere --output_dir new": "base_model nowhere: no such",
     "export --merge adapter --base_model empty --output_dir old": "old is not empty",
     "export --merge adapter --base_model empty --output_dir pairs.jsonl": "is not a folder",
     "evaluate --model nowhere --dataset open-i --output_dir new": "--model nowhere: no such",
-    "evaluate --model empty --dataset pairs.jsonl --output_dir new": "--model empty: no config",
+    "evaluate --model empty --dataset pairs.jsonl --output_dir new": "--model empty: it has no config",
     "evaluate --model adapter --dataset pairs.jsonl --base_model no --output_dir new":
         "base_model no: no such",
     "evaluate --model adapter --dataset no.jsonl --dataset_format trl --output_dir new":
@@ -107,7 +107,7 @@ WRONG_PATHS = {
     "data export --dataset pairs.jsonl --output pairs.jsonl --format trl": "the data set itself",
     "data export --dataset pairs.jsonl --output empty --format trl": "empty cannot be written",
     "counterfactual --dataset open-i --output out.jsonl --generator local --model empty":
-        "no folder with a config.json",
+        "--model empty: ",
     "counterfactual --dataset open-i --output empty --generator local --model old": "is a folder",
     "concepts mine --dataset open-i --output empty": "is a folder",
     "study --output_dir new --sft_from nowhere": "holds no study",
@@ -124,9 +124,10 @@ def test_wrong_paths_are_rejected_before_torch_is_imported(tmp_path: Path) -> No
     (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     (tmp_path / "adapter/adapter_model.safetensors").touch()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for words, status, modules, said in refusals([w.split() for w in WRONG_PATHS], tmp_path):
-        assert (status, modules) == (2, []), (words, said)
-        assert WRONG_PATHS[" ".join(words)] in said, (words, said)
+    found = refusals([words.split() for words in WRONG_PATHS], tmp_path)
+    assert all((status, modules) == (2, []) for _, status, modules, _ in found), found
+    messages = {" ".join(words): said for words, _, _, said in found}
+    assert {w: said for w, said in messages.items() if WRONG_PATHS[w] not in said} == {}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.kit import VARIANTS as BUILDS
-from cpo_fast.loss import cuda, cuda_launch
+from cpo_fast.loss import chunked, cuda, cuda_launch
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "kernels" / "cuda_emulator"
@@ -160,6 +160,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
             patch.setattr(cuda_launch, "kernels", lambda: module)
             patch.setattr(cuda_launch, "site", lambda tensor: site)
             patch.setattr(cuda, "_has_wgmma", lambda device: request.param == HOPPER)
+            patch.setattr(chunked, "multiprocessors", lambda device: 132)
             yield Place(module, torch.device("cpu"), site)
 
 
