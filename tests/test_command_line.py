@@ -92,7 +92,7 @@ WRONG_PATHS = {
     "export --merge adapter --base_model empty --output_dir old": "old is not empty",
     "export --merge adapter --base_model empty --output_dir pairs.jsonl": "is not a folder",
     "evaluate --model nowhere --dataset open-i --output_dir new": "--model nowhere: no such",
-    "evaluate --model empty --dataset pairs.jsonl --output_dir new": "--model empty: it has no config",
+    "evaluate --model empty --dataset pairs.jsonl --output_dir new": "--model empty: it has no",
     "evaluate --model adapter --dataset pairs.jsonl --base_model no --output_dir new":
         "base_model no: no such",
     "evaluate --model adapter --dataset no.jsonl --dataset_format trl --output_dir new":
