@@ -66,7 +66,7 @@ def test_training_does_not_import_run() -> None:
         assert "cpo_fast.run" not in path.read_text(encoding="utf-8"), path.name
 
 
-@pytest.mark.parametrize("folder", ["evaluation", "model", "packing", "training"])
+@pytest.mark.parametrize("folder", ["evaluation", "loss", "model", "packing", "training"])
 def test_lower_layers_name_no_command_line_flag(folder: str) -> None:
     for path in (ROOT / "cpo_fast" / folder).rglob("*.py"):
         named = re.findall(r"(?<![\w-])--[a-z]\w+", path.read_text(encoding="utf-8"))
@@ -107,6 +107,18 @@ def test_every_third_party_import_is_declared() -> None:
         for name in imports_of(path) - set(sys.stdlib_module_names) - OPTIONAL - {"cpo_fast"}:
             owners = {canonicalize_name(owner) for owner in modules.get(name, [name])}
             assert owners & known, f"{path.relative_to(ROOT)} imports {name}: declare it"
+
+
+def test_files_stay_short_and_bench_imports_no_tests() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.py", "*.cu", "*.cpp", "*.h"], cwd=ROOT,
+                            capture_output=True, text=True, check=False)  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text.count("\n") <= 450, name
+        if name.startswith(("bench/", "cpo_fast/")):
+            assert not re.search(r"^\s*(from|import) tests\b", text, flags=re.M), name
 
 
 def test_number_and_noun_agree() -> None:
