@@ -68,7 +68,7 @@ def test_the_order_of_the_plans() -> None:
 
 def test_the_two_plans_and_a_start_fit_a_quarter_of_an_hour() -> None:
     assert plans.FIRST.seconds + plans.SECOND.seconds == 12 * 60 + 10
-    assert "the plans take 12:10 at most" in (ROOT / "docs" / "gpu.md").read_text()
+    assert "The plans take 12:10 of 15 minutes at most" in (ROOT / "docs" / "gpu.md").read_text()
 
 
 def test_every_step_names_a_function_that_is_there() -> None:
