@@ -21,7 +21,7 @@ COMMANDS = {
     "data": "check a data set before training on it; export it for other tools",
     "concepts": "label reports; show, mine and export the concept graph",
     "counterfactual": "write counterfactual reports",
-    "phantom": "write a drawn test data set",
+    "phantom": "write the phantom, a synthetic data set",
     "evaluate": "evaluate a model on a data set",
     "study": "the paper's comparison on the phantom, several seeds",
     "export": "merge an adapter into its base",

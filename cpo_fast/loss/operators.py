@@ -175,8 +175,8 @@ def token_operator(
         coefficients = coefficients.contiguous()
         product, *saved = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            factors = saved[0] if has_factors else 1
-            grads[0] = scale(product, coefficients * factors).to(ctx.dtype)
+            shares = coefficients * saved[0] if has_factors else coefficients
+            grads[0] = scale(product, shares).to(ctx.dtype)
         want_weight, want_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         if want_weight or want_bias:
             inputs = saved[has_factors:]
