@@ -13,6 +13,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # first. One thread a process: more would compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
 	--no-loadscope-reorder
+# The dependencies and the development extra of pyproject.toml, one a line.
+REQUIREMENTS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	x = p["optional-dependencies"]; \
+	print(*[r for r in p["dependencies"] + x["dev"] + x["docs"] if "cpo_fast" not in r], sep="\n")
 LOWEST := $(VENV)/lowest
 LOWEST_TESTS := tests/loss/test_first_step.py tests/model/test_packed.py tests/model/test_build.py \
 	tests/packing/test_collate.py tests/data/test_arrow_files.py tests/data/test_dicom.py \
@@ -29,10 +33,12 @@ help: ## show this list
 setup: $(VENV)/installed ## make .venv with all dependencies and build the native kernels
 
 # torch comes first and alone: a wide range would pull gigabytes of CUDA onto a machine without a GPU.
+# Then the kernels compile (over a minute) while the dependencies are downloaded.
 $(VENV)/installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps -e . & building=$$!; \
+		$(BIN)/python -c '$(REQUIREMENTS)' | $(PIP) -r /dev/stdin && wait $$building
 	touch $@
 
 train: setup ## the embedded default: phantom data, SFT, CPO, evaluation, report (runs/phantom)
