@@ -146,8 +146,8 @@ CPO_HD constexpr LinearUnit linear_unit(const LinearPlan& plan, int64_t unit) {
 }
 
 // Transposing a 4 x 4 block of words over the four lanes of a quad, in four swaps between lanes q
-// and q ^ step: the lane whose bit `step` is set gives its word `low` and takes the other's `high`
-// for it, the other way round in the other lane. Word w of lane q ends as word q of lane w.
+// and q ^ step: the lane whose bit `step` is set gives its word `low` and receives the other lane's
+// `high`; the other lane does the reverse. Word w of lane q ends as word q of lane w.
 struct QuadSwap {
   int low;
   int high;

@@ -25,11 +25,10 @@ struct Job {
 enum class Make {
   kSums,      // log-probs only
   kSumsAndE,  // and E under the given offsets; clears the redo flags
-  kRedoneE,   // E of the row pairs with a redo flag, under their LSE; nothing where there is none
+  kRedoneE,   // E of the row pairs with a redo flag, under their LSE; does nothing without a flag
 };
 
-// Lane q of a quad holds, of four 16-byte vectors, the word q of each; afterwards it holds vector
-// q.
+// Lane q of a quad holds word q of each of four 16-byte vectors; afterwards, vector q.
 __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int q) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -41,7 +41,7 @@ __device__ __forceinline__ int label_of(const LinearArgs& args, int row) {
 // A stage (ring of kStages) holds an H tile and a W tile. Its two barriers in each CTA:
 //   full   1 arrival (this CTA's producer, which announces kStageBytes) and the bytes themselves:
 //          the H tile, the own half of W and the peer's half. The peer's bytes may come before the
-//          announcement; the phase stays open for want of the arrival.
+//          announcement; the phase stays open until the arrival.
 //   empty  kReleases arrivals: the consumer warps of *both* CTAs, because both producers write here
 //          and a producer may write its half into both CTAs only when both are done with it.
 // Stage and phase advance in the same way in all roles: the n-th use of a stage is phase n of its
@@ -351,7 +351,7 @@ void launch_linear_lse(const LinearArgs& args, Half type, int device, cudaStream
   launch<__nv_bfloat16, Make::kSumsAndE>(job, map_h, map_w, device, stream);
   combine<<<combine_blocks, kCombineWarps * 32, 0, stream>>>(job);
   check(cudaGetLastError(), "combine");
-  // Always, because only the device knows the flags, and the host shall not wait for it. Without a
+  // Always, because only the device knows the flags, and the host must not wait for it. Without a
   // flag every CTA ends after one look at them.
   job.args.offsets = args.lse;
   launch<__nv_bfloat16, Make::kRedoneE>(job, map_h, map_w, device, stream);

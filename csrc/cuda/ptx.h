@@ -52,7 +52,7 @@ __device__ __forceinline__ void send_peer(uint32_t peer, float x, float y, float
 }
 
 // --- mbarriers -----------------------------------------------------------------------------------
-// Arrivals and waits keep their default scope, the CTA, but for one. That is enough for what
+// Arrivals and waits keep their default scope, the CTA, with one exception. That is enough for what
 // crosses CTAs: bulk copies, whose bytes the barrier itself counts, and releases of a buffer that
 // was read by wgmma, which has completed. Cluster scope would cost a memory barrier and an L1
 // invalidation in every step (seen in the SASS).

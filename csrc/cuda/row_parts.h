@@ -125,8 +125,8 @@ struct Scan {
   }
 };
 
-// -p_v times the derivatives of temperature and soft-capping: d logp / d logits but at the label.
-// `multiplier` is -factor / temperature.
+// -p_v times the derivatives of temperature and soft-capping: d logp / d logits except at the
+// label. `multiplier` is -factor / temperature.
 template <typename T, bool kTransform, bool kWhole>
 __device__ __forceinline__ uint4 gradient(const Head<T, kTransform>& head, const uint4& vector,
                                           int column, float c, float top, float multiplier) {
