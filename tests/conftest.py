@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,27 @@ for name in [*os.environ]:
 # A busy machine draws and tests examples slowly; that is no failure.
 settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any pace")
+
+TRAINING = ("tests/run/", "tests/training/")
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154"
+    "789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pixels_as_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The runs of `TRAINING` write one pixel per figure: figures, which tests/report draws, take
+    half the time of a small run."""
+    if not request.node.nodeid.startswith(TRAINING):
+        yield
+        return
+    from cpo_fast.report.figures import Panel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Panel, "render", lambda panel, *themes: [PIXEL] * len(themes))
+        yield
+
 
 LONGEST = (
     "tests/kernels/test_triton_interpreter.py",

@@ -86,19 +86,32 @@ class Panel:
     draw: Draw
     height: float = 2.7
 
-    def png(self, theme: Theme) -> bytes:
-        """The figure as PNG bytes, without metadata such as program or date."""
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+    def render(self, *themes: Theme) -> list[bytes]:
+        """The figure as PNG bytes in each theme, without metadata such as program or date.
 
-        with rc_context(_style(theme)):
-            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
-            axes = figure.add_subplot()
-            axes.set_title(self.title, loc="left", fontweight="bold", fontsize=10, pad=8)
-            self.draw(axes, theme)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-        return buffer.getvalue()
+        The layout is computed for the first theme; the others differ in colours only.
+        """
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        images, place = [], None
+        for theme in themes:
+            with rc_context(_style(theme)):
+                figure = Figure(figsize=(WIDTH, self.height), dpi=DPI)
+                FigureCanvasAgg(figure)
+                axes = figure.add_subplot()
+                axes.set_title(self.title, loc="left", fontweight="bold", fontsize=10, pad=8)
+                self.draw(axes, theme)
+                if place is None:
+                    ConstrainedLayoutEngine().execute(figure)
+                    place = axes.get_position()
+                axes.set_position(place)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+            images.append(buffer.getvalue())
+        return images
 
 
 def _style(theme: Theme) -> Any:  # rc_context expects a dict with literal keys

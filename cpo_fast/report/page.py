@@ -224,7 +224,7 @@ def pictures(panels: Sequence[Panel], folder: Path | None) -> list[Picture]:
     """The panels rendered for both themes; the light ones are also saved in `folder`."""
     pictures = []
     for panel in panels:
-        light, dark = panel.png(LIGHT), panel.png(DARK)
+        light, dark = panel.render(LIGHT, DARK)
         if folder is not None:
             folder.mkdir(mode=0o700, exist_ok=True)
             write_private(folder / f"{panel.slug}.png", light)
