@@ -81,25 +81,6 @@ def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def final_logits(
-    z,  # raw logits, float32, any shape
-    bias,  # the same shape, or 0.0
-    softcap,
-    inv_temperature,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """z after bias, soft cap and temperature, and d z / d raw, in the shape of z or a scalar."""
-    z, slope = capped(z + bias, softcap, HAS_SOFTCAP)
-    return z * inv_temperature, slope * inv_temperature
-
-
-@triton.jit
-def shift(m):
-    """The offset subtracted before exp: the maximum m, or 0 if m is -inf."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
 def logp_from_odds(a, label_logit):
     """Log-prob of the label from `a` = log(sum of the other terms / the label's term).
 
@@ -107,14 +88,3 @@ def logp_from_odds(a, label_logit):
     """
     a = tl.where(label_logit == float("inf"), float("nan"), a)  # overflow gives NaN
     return -softplus(a), sigmoid(a)
-
-
-@triton.jit
-def logp_from_parts(m, s, label_logit):
-    """Log-prob of the label from the maximum `m` and sum `s` of exp(z - m) over the others.
-
-    Returns (logp, probability of not being the label).
-    """
-    a = (m - label_logit) + tl.log(s)
-    a = tl.where((s == 0.0) & (label_logit > float("-inf")), float("-inf"), a)  # no other term
-    return logp_from_odds(a, label_logit)

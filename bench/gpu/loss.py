@@ -31,7 +31,7 @@ from bench.gpu.timing import (
     under_both_settings,
 )
 from bench.gpu.units import NotHere, Setting, Unit
-from bench.gpu.variants import LSE, using, variants
+from bench.gpu.variants import using, variants
 from bench.loss_peers import (
     CASES,
     PACKAGES,
@@ -166,10 +166,7 @@ def measure(
 
 
 def lse_only(provider: str, model: str, shape: Shape, device: str, rounds: int) -> dict[str, Any]:
-    """Log-probs of the policy without gradients, relative to the bare H W^T.
-
-    "triton lse" is the fused log-sum-exp alone. `linear_logprobs` never uses it, as its bits differ
-    from those of training."""
+    """Log-probs of the policy without gradients, relative to the bare H W^T."""
     release(device)
     hidden, _, weight, labels = make_tensors(*shape, device)
     T, D, V = shape
@@ -181,13 +178,8 @@ def lse_only(provider: str, model: str, shape: Shape, device: str, rounds: int) 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if provider == LSE:
-            from cpo_fast.kernels.linear_lse import linear_lse_logps
-
-            run: Callable[[], Tensor] = functools.partial(linear_lse_logps, hidden, weight, labels)
-        else:
-            impl = stack.enter_context(using(provider))
-            run = functools.partial(linear_logprobs, hidden, weight, labels, impl=impl)
+        impl = stack.enter_context(using(provider))
+        run = functools.partial(linear_logprobs, hidden, weight, labels, impl=impl)
         work = 2 * T * V * D
         figures = beside_floor(bare, run, work, device, rounds)
         memory = extra_bytes(run, device)
@@ -240,10 +232,7 @@ def case_units(
 
 
 def lse_units(setting: Setting, model: str, shape: Shape, limit: float) -> list[Unit]:
-    names = sound(setting)
-    if "triton lean" in variants(setting.device) and LSE not in setting.red:
-        names.append(LSE)
-    return case_units(setting, model, shape, LSE_ONLY, tuple(names), limit)
+    return case_units(setting, model, shape, LSE_ONLY, tuple(sound(setting)), limit)
 
 
 def units(setting: Setting) -> list[Unit]:

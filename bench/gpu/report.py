@@ -22,7 +22,7 @@ ONLINE = ", reference on-line"
 COMMON = ("phase", "step", "key", "status", "unit_seconds")
 HEADLINE = ("7B", cases.TOKENS), ("tiny", 64)  # model and T; the latter with --quick
 SUITES = {
-    "test_triton": ("triton lean", "triton lse"),
+    "test_triton": ("triton lean",),
     "test_cuda": ("cuda rows", "cuda fused"),
 }
 ROUNDING = 2**-8  # of bfloat16: the band of the rule on errors

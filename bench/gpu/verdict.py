@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import report
-from bench.gpu.variants import IMPLEMENTATIONS, OURS, REPORTED
+from bench.gpu.variants import IMPLEMENTATIONS, REPORTED
 
 NAMES = ("sound", "red", "hung")
 
@@ -25,7 +25,7 @@ def passed_smoke(data: dict[str, Any]) -> list[str]:
         for r in data["records"]
         if r["key"].endswith(": smoke") and r["status"] == "ok"
     }
-    return [name for name in OURS if name in found]
+    return [name for name in IMPLEMENTATIONS if name in found]
 
 
 def sound(data: dict[str, Any]) -> list[str]:
@@ -33,13 +33,13 @@ def sound(data: dict[str, Any]) -> list[str]:
     neither failed a check nor hung since; in order of priority."""
     passed = {*passed_smoke(data), *data.get("known", {}).get("sound", ())}
     bad = report.red(data["records"]) | set(data["hung"])
-    return [name for name in OURS if name in passed - bad]
+    return [name for name in IMPLEMENTATIONS if name in passed - bad]
 
 
 def ranking(data: dict[str, Any]) -> list[str]:
-    """Sound variants that implement the whole op: first those timed at the headline, by time, then
+    """Sound variants: first those timed at the headline, by time, then
     the fastest by the verdict that was read, then the others in order of priority."""
-    names = [name for name in sound(data) if name in IMPLEMENTATIONS]
+    names = sound(data)
     times = {
         r["provider"]: r["seconds"] for r in report.timed(data["records"]) if report.is_headline(r)
     }

@@ -11,8 +11,8 @@ Reference rows take GEMMs of the same shapes and the same kernel, so that equal 
 bitwise equal log-probs. They do not share a GEMM with the policy's rows, because a vendor library
 may sum the tiles of one GEMM differently. A call without gradients takes the same path, since its
 log-probs may be cached as the reference of a later call with gradients: on an H200 the vendor GEMM
-and a row pass also run at 92 % of the rate of the product alone, the fused log-sum-exp of
-kernels/linear_lse.py at 78 % (docs/gpu.md).
+and a row pass also run at 92 % of the rate of the product alone; a fused log-sum-exp in Triton
+reached 78 % (docs/gpu.md) and is removed.
 
 Tested on an H200 in bfloat16 (docs/gpu.md), and on CPU tensors in Triton's interpreter.
 """

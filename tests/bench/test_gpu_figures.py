@@ -22,7 +22,7 @@ from bench.gpu import (
 from bench.gpu.cases import VENDOR_SETTINGS
 from bench.gpu.predictions import Span
 from bench.gpu.units import NotHere, Setting
-from bench.gpu.variants import LSE, using
+from bench.gpu.variants import using
 
 pytestmark = pytest.mark.complete
 
@@ -62,8 +62,8 @@ def test_the_full_check_times_the_headline_first_and_peers_last(card: None) -> N
 
 def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -> None:
     found = loss.headline_units(GPU)
-    assert [unit.phase for unit in found] == ["loss"] * 3 + ["profile"] * 3 + ["loss"] * 4
-    assert [unit.variant for unit in found[-4:]] == [*MINE[:3], LSE]
+    assert [unit.phase for unit in found] == ["loss"] * 3 + ["profile"] * 3 + ["loss"] * 3
+    assert [unit.variant for unit in found[-3:]] == [*MINE[:3]]
     assert {unit.variant for unit in found[3:6]} == {"profiler"}, "it may hang without them"
     heads = keys(loss.heads_units(GPU))
     assert heads[0] == "7B T=8192, trained head, reference on-line: triton lean"
@@ -77,11 +77,11 @@ def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -
 
 def test_red_and_hung_variants_are_not_timed_and_the_fastest_comes_first(card: None) -> None:
     setting = Setting(
-        "cuda", False, "", red=("triton lean", LSE), hung=("cuda fused",), best=("cuda fused",)
+        "cuda", False, "", red=("triton lean",), hung=("cuda fused",), best=("cuda fused",)
     )
     assert loss.sound(setting) == ["cuda fused", "cuda rows"]
     found = loss.headline_units(setting)
-    assert not any(unit.variant in ("triton lean", LSE) for unit in found)
+    assert not any(unit.variant == "triton lean" for unit in found)
     profiles = keys([unit for unit in found if unit.phase == "profile"])
     assert [key.rpartition(": ")[2] for key in profiles] == ["cuda rows"]
     assert not any(setting.runs(unit) for unit in found if unit.variant == "cuda fused")

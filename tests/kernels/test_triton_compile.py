@@ -23,27 +23,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from cpo_fast.kernels import (  # noqa: E402
     decoder_layer,
     lean_rows,
-    linear_lse,
     reduction,
 )
 from tests.kernels.triton_binary import DTYPES, SHARED_LIMIT, Binary, compiled, loops  # noqa: E402
-
-HIDDEN_SIZES = (896, 2048, 3584)
-VOCABULARIES = (151_936, 152_064, 32_000, 50_257)
-
-
-def test_sizes_differ_only_by_divisibility() -> None:
-    step = linear_lse.linear_tile(torch.bfloat16, plain=True, large=True).BD
-    assert all(D % step == 0 and D % 16 == 0 for D in HIDDEN_SIZES)
-    assert [V for V in VOCABULARIES if V % 16] == [50_257]
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     labels = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         lean_rows.row_logps_(torch.zeros(2, 16), labels, 16, grad_rows=0)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        linear_lse.linear_lse_logps(torch.zeros(2, 16), torch.zeros(3, 16), labels)
 
 
 def row_arguments(dtype: str, V: int) -> dict[str, str | int]:
@@ -126,102 +114,6 @@ def test_lean_row_kernel_takes_few_instructions(dtype: str, tmp_path: Path) -> N
     assert len(read) <= 110 and len(read) + len(write) <= 200
     # The only select in the loops guards against an offset of -inf.
     assert read.count("FSEL") <= 1 and write.count("FSEL") == 0
-
-
-def compiled_linear(
-    dtype: str, plain: bool, D: int, V: int, folder: Path, capability: int = 90
-) -> tuple[linear_lse.Tile, Binary]:
-    tile = linear_lse.linear_tile(DTYPES[dtype], plain=plain, large=capability in (90, 100))
-    arguments: dict[str, str | int] = {
-        "hidden_ptr": f"*{dtype}",
-        "weight_ptr": f"*{dtype}",
-        "bias_ptr": f"*{dtype}",
-        "labels_ptr": "*i64",
-        "max_ptr": "*fp32",
-        "sum_ptr": "*fp32",
-        "label_logit_ptr": "*fp32",
-        "T": "i32",
-        "V": V,
-        "D": D,
-        "hidden_stride": D,
-        "weight_stride": D,
-        "softcap": "fp32",
-        "inv_temperature": "fp32",
-    }
-    constants = {
-        "HAS_BIAS": not plain,
-        "HAS_SOFTCAP": not plain,
-        "EVEN_D": D % tile.BD == 0,
-        "PRECISION": "ieee",
-        "BT": tile.BT,
-        "BV": tile.BV,
-        "BD": tile.BD,
-        "GROUP": linear_lse.GROUP,
-    }
-    return tile, compiled(
-        linear_lse.linear_lse_kernel,
-        arguments,
-        constants,
-        folder,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        capability=capability,
-    )
-
-
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
-@pytest.mark.parametrize(
-    ("dtype", "D", "V"),
-    [
-        ("bf16", 3584, 152_064),
-        ("fp16", 3584, 152_064),
-        ("fp32", 3584, 152_064),
-        pytest.param("bf16", 33, 50_257, marks=pytest.mark.slow),  # nothing aligned
-    ],
-)
-def test_linear_lse(dtype: str, plain: bool, D: int, V: int, tmp_path: Path) -> None:
-    tile, binary = compiled_linear(dtype, plain, D, V, tmp_path)
-    assert binary.shared < SHARED_LIMIT
-    assert binary.registers * 32 * tile.num_warps <= 65_536
-    if D % 16 == 0:
-        assert binary.stack == 0
-    if dtype == "fp32":
-        assert "wgmma" not in binary.ptx and "tf32" not in binary.ptx
-    else:
-        name = {"bf16": "bf16.bf16", "fp16": "f16.f16"}[dtype]
-        assert re.search(
-            rf"wgmma\.mma_async\.sync\.aligned\.m64n{tile.BV}k16\.f32\.{name}", binary.ptx
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "bias+softcap"])
-@pytest.mark.parametrize("capability", [80, 86, 89])
-def test_linear_lse_on_smaller_devices(capability: int, plain: bool, tmp_path: Path) -> None:
-    _, binary = compiled_linear("bf16", plain, 3584, 152_064, tmp_path, capability)
-    assert binary.stack == 0 and binary.shared < 99 * 1024
-
-
-def test_combine(tmp_path: Path) -> None:
-    BN, BT = linear_lse.COMBINE_TILE
-    binary = compiled(
-        linear_lse.combine_kernel,
-        {
-            "max_ptr": "*fp32",
-            "sum_ptr": "*fp32",
-            "label_logit_ptr": "*fp32",
-            "labels_ptr": "*i64",
-            "logps_ptr": "*fp32",
-            "T": "i32",
-            "V": 152_064,
-            "n_v": 594,
-            "ignore_index": -100,
-        },
-        {"BN": BN, "BT": BT},
-        tmp_path,
-        num_warps=4,
-    )
-    assert binary.stack == 0
 
 
 @pytest.mark.parametrize("n", [48, 7, 1])

@@ -18,14 +18,14 @@ TESTS = Path(__file__).resolve().parent
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="already in the interpreter")
-@pytest.mark.parametrize("module", ["kernels", "loss", "layers"])
-def test_kernels_in_the_interpreter(module: str, pytestconfig: pytest.Config) -> None:
+def test_kernels_in_the_interpreter(pytestconfig: pytest.Config) -> None:
     versions = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
     if versions[0] < (3, 9) and versions[1] >= (2, 4):
         pytest.skip("older interpreters of Triton (3.6 at least) fail with numpy >= 2.4")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + ["-m", pytestconfig.getoption("markexpr"), str(TESTS / f"test_triton_{module}.py")],
+        + ["-m", pytestconfig.getoption("markexpr")]
+        + [str(TESTS / f"test_triton_{module}.py") for module in ("kernels", "loss", "layers")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=TESTS.parents[1],
         capture_output=True,

@@ -18,7 +18,6 @@ from tests.kernels.triton_cases import (
     FLOATS,
     IGNORED,
     OPTIONS,
-    head_of,
     skip_unless_runnable,
     standing_in_for_a_gpu,
 )
@@ -26,9 +25,7 @@ from tests.kernels.triton_cases import (
 skip_unless_runnable()
 
 from cpo_fast.kernels import lean_rows  # noqa: E402
-from cpo_fast.kernels.linear_lse import linear_lse_logps  # noqa: E402
 from cpo_fast.kernels.reduction import row_scale, segment_sums  # noqa: E402
-from cpo_fast.loss import linear_logprobs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning",  # numpy on log(0)
@@ -267,51 +264,6 @@ def test_huge_logits_are_right_or_not_a_number(
         assert bad or (right and exact), (i, logps[i], truth[i])
         if size <= 1e8:
             assert not bad
-
-
-# --- the fused linear log-sum-exp -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", EXACT_FLOATS)
-@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 7, 33), (130, 515, 64), (3, 2311, 70)])
-@pytest.mark.parametrize("name", ["plain", "all"])
-def test_linear_lse(dtype: torch.dtype, shape: tuple[int, int, int], name: str) -> None:
-    h, w, labels = head_of(*shape, dtype)
-    options = dict(OPTIONS[name])
-    bias = torch.randn(shape[1]).to(dtype) if options.pop("bias", False) else None
-    logps = linear_lse_logps(h, w, labels, bias=bias, **options)
-    truth = linear_logprobs(
-        h.double(),
-        w.double(),
-        labels,
-        bias=None if bias is None else bias.double(),
-        impl="reference",
-        **options,
-    )
-    # The logits are never rounded to 16 bits: as exact as float32 accumulation of D terms is.
-    assert largest_error(logps, truth) <= 2e-5
-    assert (logps <= 0).all() and (logps[labels == IGNORED] == 0).all()
-
-
-@pytest.mark.parametrize("offset", [-3e4, 3e4])
-def test_linear_lse_far_from_zero(offset: float) -> None:
-    h, w, labels = head_of(4, 300, 32, torch.float32)
-    bias = torch.full((300,), offset)
-    logps = linear_lse_logps(h, w, labels, bias=bias)
-    plain = linear_logprobs(h.double(), w.double(), labels, impl="reference")
-    assert largest_error(logps, plain) <= 4 * 3e4 * torch.finfo(torch.float32).eps
-
-
-def test_linear_lse_does_not_depend_on_the_batch() -> None:
-    h, w, labels = head_of(150, 300, 64, torch.float16)
-    whole = linear_lse_logps(h, w, labels)
-    # The interpreter's products are the BLAS's, where a row's last bit may depend on its place.
-    exact = DEVICE == "cuda"
-    for rows in (slice(0, 1), slice(3, 40), slice(140, 150)):
-        part = linear_lse_logps(h[rows], w, labels[rows])
-        assert torch.equal(part, whole[rows]) or (
-            not exact and largest_error(part, whole[rows]) <= 1e-5
-        )
 
 
 # --- reductions -------------------------------------------------------------------------------

@@ -124,14 +124,18 @@ def test_any_shape_and_option(
         )
 
 
+VOCABULARY = 2_003
+ROOM = 13 * 4 * 2_016  # bytes: 13 rows of float32 logits, padded
+
+
 @pytest.mark.parametrize("T", [14, 40])
 def test_chunks_give_the_gradients_of_one_chunk(T: int, monkeypatch: Any) -> None:
-    # 1 MiB holds 13 rows of 20,032 float32 logits. The slopes of 2 chunks are kept for dW, in the
-    # room that its float32 sum would take; those of 4 chunks are computed again in the backward.
-    h, w, labels = head_of(T, 20_011, 16, torch.float32)
-    bias, upstream = torch.randn(20_011), torch.randn(T)
+    # The slopes of 2 chunks are kept for dW, in the room that its float32 sum would take; those of
+    # 4 chunks are computed again in the backward.
+    h, w, labels = head_of(T, VOCABULARY, 16, torch.float32)
+    bias, upstream = torch.randn(VOCABULARY), torch.randn(T)
     whole = run("triton", torch.float32, (h, w, labels, bias), upstream)
-    monkeypatch.setenv("CPO_FAST_WORKSPACE_MIB", "1")
+    monkeypatch.setattr(implementation, "limit", lambda device: ROOM)
     parts = run("triton", torch.float32, (h, w, labels, bias), upstream)
     for value, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
@@ -189,16 +193,14 @@ def test_backward_twice_gives_the_same(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "hidden_grad", "weight_grad", "bias_grad", "mib", "forward", "backward"),
+    ("T", "hidden_grad", "weight_grad", "bias_grad", "room", "forward", "backward"),
     [
-        (14, False, False, False, 1024, 3, 0),  # no gradients: a GEMM each for policy and reference
-        (14, True, False, False, 1024, 3, 0),  # frozen head: 2, and 1 for the reference
-        (14, True, True, False, 1024, 3, 1),  # all rows in one chunk: 3 + 1
-        (14, True, True, False, 1, 6, 1),  # two chunks, kept: their room is that of dW's sum
-        pytest.param(  # four chunks, recomputed: 4 + 1
-            *(40, True, True, False, 1, 12, 8), marks=pytest.mark.complete
-        ),
-        (14, True, False, True, 1024, 3, 1),  # a bias alone: no dW, one narrow product
+        (14, False, False, False, 2**30, 3, 0),  # no gradients: a GEMM each for policy and reference
+        (14, True, False, False, 2**30, 3, 0),  # frozen head: 2, and 1 for the reference
+        (14, True, True, False, 2**30, 3, 1),  # all rows in one chunk: 3 + 1
+        (14, True, True, False, ROOM, 6, 1),  # two chunks, kept: their room is that of dW's sum
+        (40, True, True, False, ROOM, 12, 8),  # four chunks, recomputed: 4 + 1
+        (14, True, False, True, 2**30, 3, 1),  # a bias alone: no dW, one narrow product
     ],
 )
 def test_gemms_are_counted(
@@ -206,12 +208,12 @@ def test_gemms_are_counted(
     hidden_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
-    mib: int,
+    room: int,
     forward: int,
     backward: int,
     monkeypatch: Any,
 ) -> None:
-    monkeypatch.setenv("CPO_FAST_WORKSPACE_MIB", str(mib))
+    monkeypatch.setattr(implementation, "limit", lambda device: room)
     calls: list[str] = []
 
     def counting(name: str) -> None:
@@ -225,7 +227,7 @@ def test_gemms_are_counted(
 
     counting("mm")
     counting("addmm")
-    V = 20_011 if hidden_grad else 300
+    V = VOCABULARY if hidden_grad else 300
     h, w, labels = head_of(T, V, 8, torch.float32)
     bias = torch.randn(V, requires_grad=True) if bias_grad else None
     h.requires_grad_(hidden_grad)

@@ -48,14 +48,12 @@ def standing_in_for_a_gpu() -> Iterator[None]:
     if DEVICE == "cuda":
         yield
         return
-    from cpo_fast.kernels import linear_lse
     from cpo_fast.loss import chunked, triton
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "obstacle", lambda device: None)
         patch.setattr(triton, "add_product", add_product_on_cpu)
         patch.setattr(chunked, "multiprocessors", lambda device: 132)
-        patch.setattr(linear_lse, "is_large", lambda device: True)
         yield
 
 
