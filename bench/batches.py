@@ -17,7 +17,7 @@ ENDLESS = 1_000_000
 
 @dataclass(frozen=True)
 class Cycle:
-    """The batches `make(x)` of all x of `parts`, repeated."""
+    """The batches `make(x)` for all x in `parts`, repeated."""
 
     make: Callable[[Any], Any]
     parts: Sequence[Any]
@@ -32,7 +32,7 @@ class Cycle:
 def prepare_batches(
     make: Callable[[Any], Any], parts: Sequence[Any], device: torch.device
 ) -> Iterator[Any]:
-    """An endless stream of batches: prefetched by WORKERS processes for a GPU, made on demand for
+    """An endless stream of batches: prefetched by WORKERS processes for a GPU, built on demand for
     a CPU."""
     workers = WORKERS if device.type == "cuda" else 0
     return load_steps(Cycle(make, parts), num_workers=workers)

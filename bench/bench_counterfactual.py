@@ -1,8 +1,8 @@
 """Counterfactuals on the real Open-I reports: quality and speed.
 
 `python bench/bench_counterfactual.py` prints every figure; `pytest --benchmark` also times the
-generator with its checks on one core. Faults are counted in all counterfactuals, rejected ones
-included, if the original has no fault of that kind. The reports come from the installed wheel.
+generator with its checks on one core. A fault counts, also in rejected counterfactuals, if the
+original has none of its kind. The reports come from the installed wheel.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def load_studies() -> list[Study]:
 
 
 def score_labeller(studies: Iterable[Study], parity: int) -> dict[str, float]:
-    """F1 per asserted finding against the indexers' labels, on ids of the given parity, and the
-    macro average."""
+    """F1 per asserted finding against the indexers' labels, and the macro average, for ids of one
+    parity."""
     counts = {name: Counter[str]() for name in NINE}
     for study in studies:
         if not study.labels or int(study.study_id.removeprefix("CXR")) % 2 != parity:
@@ -100,8 +100,8 @@ def select_asserting(section: str, target: str) -> str:
 
 
 def disagree(findings: str, impression: str, words: re.Pattern[str]) -> bool:
-    """Whether both parts contain `words` but no common one; degrees are compared without "ly", and
-    "both", "bilateral" and "bibasilar" are one side."""
+    """Whether both parts match `words` but share no match; "ly" of degrees is ignored, and "both",
+    "bilateral" and "bibasilar" are one side."""
     left, right = (
         {_BOTH.sub("both", m.removesuffix("ly")) for m in words.findall(part)}
         for part in (findings, impression)
@@ -124,7 +124,7 @@ _PRESENCE = (
     "degenerative status tube catheter line sternotomy granuloma cardiomegaly atelectasis "
     "scoliosis hernia the this there"
 )
-"""Words that mostly describe what is present."""
+"""Words that mostly describe present findings."""
 
 
 def find_negated_words(report: str) -> set[str]:
@@ -147,14 +147,14 @@ def find_negated_words(report: str) -> set[str]:
 
 
 def find_denied_assertions(cf: Counterfactual) -> set[str]:
-    """Words of presence that are negated in the counterfactual only: a word-level test,
-    independent of the checks, which should reject such counterfactuals."""
+    """Words of _PRESENCE negated only in the counterfactual: a word-level test, independent of the
+    checks, which should reject such counterfactuals."""
     negated = find_negated_words(cf.counterfactual) - find_negated_words(cf.report)
     return negated & set(_PRESENCE.split())
 
 
 def measure_quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str, float]:
-    """Shares of counterfactuals that pass, keep sentences, introduce faults (module docstring)."""
+    """Shares of counterfactuals that pass, keep sentences or introduce faults."""
     total = len(made)
     kept: list[float] = []
     inserted: Counter[str] = Counter()
@@ -210,7 +210,7 @@ def measure_quality(graph: ConceptGraph, made: list[Counterfactual]) -> dict[str
 def score_doubted(graph: ConceptGraph, studies: Iterable[Study]) -> dict[str, float]:
     """Area under the ROC curve, per score, for uncertain against absent diseases of a report.
 
-    Uncertainty ("may represent pneumonia") marks diseases that the signs could also mean. Only
+    Uncertainty ("may represent pneumonia") marks diseases that the signs could also indicate. Only
     asserted attributes count.
     """
     near = nearness(graph)
@@ -231,7 +231,7 @@ def score_doubted(graph: ConceptGraph, studies: Iterable[Study]) -> dict[str, fl
 
 
 def split_sections(report: str) -> list[str]:
-    """The texts of the sections of a report in the form of `Report.text`."""
+    """Section texts of a report in the format of `Report.text`."""
     return [part for part in re.split(r"(?:^|\n\n)(?:FINDINGS|IMPRESSION): ", report) if part]
 
 
@@ -277,13 +277,13 @@ def main() -> None:
 
 
 def make_unique(texts: list[str], number: int) -> Iterator[str]:
-    """Reports whose sentences all differ, so that no cache of sentences hits."""
+    """Reports with unique sentences, so that no sentence cache hits."""
     for index, report in enumerate(islice(cycle(texts), number)):
         yield " ".join(f"{sentence} {index}." for sentence in report.split(". "))
 
 
 def clear_caches() -> None:
-    """Clear the caches of sentences, so that every round starts cold."""
+    """Clear the sentence caches, so that every round starts cold."""
     for module in (labeller, checks, generate, prompt, rewrite, text):
         for item in vars(module).values():
             if hasattr(item, "cache_clear"):

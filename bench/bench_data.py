@@ -1,14 +1,14 @@
 """Reading data: the index of a full MIMIC-CXR-JPG, its reports, and images to pixel values.
 
 `python bench/bench_data.py` prints every figure; `pytest --benchmark bench/bench_data.py` times the
-parts. The tree is generated: tables of full size (227,835 studies of 65,379 patients, 377,110
-images), but report files for the first 5,000 studies only, since many small files would measure the
-disk, not the reader. Images are grey JPEGs of smoothed noise, 2,544 x 3,056 pixels, the commonest
-size of MIMIC-CXR-JPG. Times are CPU times of one core.
+parts. The tree is synthetic: full-size tables (227,835 studies of 65,379 patients, 377,110 images),
+but report files for the first 5,000 studies only, since many small files would measure the disk,
+not the reader. Images are grey JPEGs of smoothed noise, 2,544 x 3,056 pixels, the most frequent
+size in MIMIC-CXR-JPG. Times are CPU times of one core.
 
-`python bench/bench_data.py --full_tree FOLDER` writes every entry (all reports, an empty file for
-each image: 900,000 files, 2.5 GB, kept) and measures wall time of index and reports, with a cold
-page cache where the kernel lets us drop it (as root on Linux).
+`python bench/bench_data.py --full_tree FOLDER` writes all reports and an empty file per image
+(900,000 files, 2.5 GB, kept) and measures wall time of index and reports, with a cold page cache if
+it can be dropped (as root on Linux).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _REPORT = """                                 FINAL REPORT
 """
 
 
-def table_path(root: Path, name: str) -> str:
+def get_table_path(root: Path, name: str) -> str:
     return str(root / f"mimic-cxr-2.0.0-{name}.csv.gz")
 
 
@@ -81,7 +81,7 @@ def write_tree(root: Path, *, full: bool = False) -> None:
     }  # fmt: skip
 
     def write(name: str, rows: Iterator[tuple[Any, ...]]) -> None:
-        with gzip.open(table_path(root, name), "wt", newline="", compresslevel=4) as file:
+        with gzip.open(get_table_path(root, name), "wt", newline="", compresslevel=4) as file:
             writer = csv.writer(file)
             writer.writerow(header[name])
             writer.writerows(rows)
@@ -109,7 +109,7 @@ def write_tree(root: Path, *, full: bool = False) -> None:
 
 
 def make_radiograph() -> bytes:
-    """A grey JPEG of the commonest size, with enough detail for 1.5 to 2 megabytes."""
+    """A grey JPEG of the most frequent size, with enough detail for 1.5 to 2 MB."""
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(0, 256, (96, 80), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((2544, 3056), Image.Resampling.BICUBIC), dtype=np.float32)
@@ -125,7 +125,7 @@ def process_ours(data: bytes) -> np.ndarray:
 
 
 def build_processor() -> Callable[[bytes], np.ndarray]:
-    """transformers' processor as users call it: with an opened image, which it converts to RGB."""
+    """transformers' processor as users call it, with an opened image that it converts to RGB."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     made = Qwen2VLImageProcessorPil(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
@@ -142,7 +142,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.benchmark(timer=time.process_time)
 def test_index(benchmark: Any, tree: Path) -> None:
     """All three tables, without a cache."""
-    paths = [table_path(tree, name) for name in NAMES]
+    paths = [get_table_path(tree, name) for name in NAMES]
     index = benchmark.pedantic(lambda: mimic_index.build_index(*paths), rounds=2, iterations=1)
     assert (len(index), len(index.dicom)) == (STUDIES, IMAGES)
 
@@ -165,7 +165,7 @@ def test_image(benchmark: Any, path: str) -> None:
     assert values.shape[1] == 1176
 
 
-def cpu_seconds(run: Callable[[], object]) -> float:
+def time_cpu(run: Callable[[], object]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
@@ -191,7 +191,7 @@ def print_progress(studies: int, begun: float) -> None:
 
 def measure_full_tree(root: Path) -> None:
     """Wall time of index and reports of a full tree, cold and warm, and peak memory."""
-    if not Path(table_path(root, "chexpert")).exists():
+    if not Path(get_table_path(root, "chexpert")).exists():
         root.mkdir(parents=True, exist_ok=True)
         write_tree(root, full=True)
     with tempfile.TemporaryDirectory() as cache:
@@ -218,7 +218,7 @@ def measure_full_tree(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full_tree", type=Path, help="folder of a tree with every entry")
+    parser.add_argument("--full_tree", type=Path, help="folder of the complete tree")
     args = parser.parse_args()
     if args.full_tree:
         measure_full_tree(args.full_tree)
@@ -227,18 +227,18 @@ def main() -> None:
         root = Path(folder)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         write_tree(root)
-        cold = cpu_seconds(lambda: open_studies(str(root)))
-        cached = statistics.median(cpu_seconds(lambda: open_studies(str(root))) for _ in range(5))
-        size = mimic_index.cache_file(table_path(root, "split")).stat().st_size
+        cold = time_cpu(lambda: open_studies(str(root)))
+        cached = statistics.median(time_cpu(lambda: open_studies(str(root))) for _ in range(5))
+        size = mimic_index.cache_file(get_table_path(root, "split")).stat().st_size
         print(f"index of {STUDIES} studies, {IMAGES} images: {cold:.2f} s of CPU time")
         print(f"cached index: {cached:.3f} s, {size / 1e6:.0f} MB on disk")
         source = open_studies(str(root))
-        read = cpu_seconds(lambda: list(islice(source, 2000)))
+        read = time_cpu(lambda: list(islice(source, 2000)))
         print(f"studies with reports parsed: {2000 / read:.0f} per second")
     data, process_theirs = make_radiograph(), build_processor()
     assert (process_ours(data) == process_theirs(data)).all()
     pairs = [
-        (cpu_seconds(lambda: process_ours(data)), cpu_seconds(lambda: process_theirs(data)))
+        (time_cpu(lambda: process_ours(data)), time_cpu(lambda: process_theirs(data)))
         for _ in range(7)
     ]
     ours, peer = (statistics.median(column) for column in zip(*pairs, strict=True))

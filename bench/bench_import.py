@@ -2,7 +2,7 @@
 
     pytest --benchmark bench/bench_import.py
 
-Each round is a fresh interpreter. `import cpo_fast` does not load torch. Target for "torch and the
+Each round is a new interpreter. `import cpo_fast` does not load torch. Target for "torch and the
 op": less than 0.3 s beyond torch, and little more for the first call.
 """
 
@@ -30,7 +30,7 @@ ROUNDS = 7
 
 
 def time_statement(statement: str) -> tuple[float, float]:
-    """Wall time and CPU time of a fresh interpreter that runs `statement`."""
+    """Wall time and CPU time of a new interpreter that runs `statement`."""
     begun, before = perf_counter(), os.times()
     subprocess.run([sys.executable, "-c", statement], check=True)
     after = os.times()
@@ -42,7 +42,7 @@ def test_import_times(capsys: pytest.CaptureFixture[str]) -> None:
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in STATEMENTS}
     for statement in STATEMENTS.values():
         time_statement(statement)  # warms byte code and page cache
-    for _ in range(ROUNDS):  # in turn, so that other load affects all alike
+    for _ in range(ROUNDS):  # alternating, so that other load affects all equally
         for name, statement in STATEMENTS.items():
             taken[name].append(time_statement(statement))
     figures = {

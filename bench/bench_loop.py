@@ -1,10 +1,10 @@
-"""Overhead of the training loop beside model, loss and optimiser, and the cost of a checkpoint.
+"""Overhead of the training loop, and the cost of a checkpoint.
 
-A CPO stage as in a run (the run's own Trainer: plan, feed with worker processes, metrics, a log row
-per step, stop requests, a checkpoint every few steps) over a small random model with LoRA. Overhead
-is the share of a step outside forward, backward and optimiser: waiting for data, metrics, logging,
-counting. A checkpoint is timed separately and compared with a step. It holds adapter, AdamW state,
-tokenizer and image processor, and is synced to the disk of pytest's temporary folder. Worker
+A CPO stage with a run's Trainer (plan, feed with worker processes, metrics, a log row per step,
+stop requests, a checkpoint every few steps) over a small random model with LoRA. Overhead is the
+share of a step outside forward, backward and optimiser: waiting for data, metrics, logging,
+counting. A checkpoint is timed separately and compared with a step. It contains adapter, AdamW
+state, tokenizer and image processor, and is synced to the disk of pytest's temporary folder. Worker
 processes share the machine's cores with the step, as in a run.
 
     pytest --benchmark bench/bench_loop.py

@@ -1,11 +1,11 @@
 """The loss op against its peers on the CPU: time, CPU time, extra memory and error, in one table.
 
 Every provider computes the sigmoid loss of the same pairs from the same hidden states, with the
-gradient of `hidden` and of a trained head. Rounds of a provider alternate with rounds of the floor,
-so that both see the same machine load. The floor is the three bare `torch.mm` that a frozen head
-with an on-line reference needs (H W^T twice, P W), in chunks of 256 rows, outputs preallocated.
-Ratios are of medians; on a busy machine use those of CPU time. Errors of loss and gradient are
-relative to float64 on the same inputs, in the Euclidean norm.
+gradient of `hidden` and of a trained head. Rounds of provider and floor alternate, so that both see
+the same machine load. The floor is the three bare `torch.mm` that a frozen head with an on-line
+reference needs (H W^T twice, P W), in chunks of 256 rows, outputs preallocated. Ratios are of
+medians; on a busy machine use the CPU time ratios. Errors of loss and gradient are relative to
+float64 on the same inputs, in the Euclidean norm.
 
 Default sizes: the 0.5B model at 256 to 1024 tokens. CPO_FAST_BENCH_SHAPES="all" adds the 3B and the
 7B model and up to 8192 tokens (hours); "512,896,151936;2048,896,151936" selects others (tokens,
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases import FROZEN
-from bench.gpu.environment import processor, version
+from bench.gpu.environment import find_version
 from bench.loss_peers import (
     CASES,
     PACKAGES,
@@ -36,18 +36,19 @@ from bench.loss_peers import (
     Shape,
     Truth,
     build_floor,
+    compute_errors,
+    compute_ours,
     compute_truth,
     make_problem,
-    ours,
-    relative_errors,
 )
 from bench.measure import Clocked, measure_extra_memory
+from cpo_fast.doctor import processor
 from cpo_fast.loss import available_impls
 from cpo_fast.loss.workspace import limit
 
 ROUNDS = 5
 MODELS = [(896, 151936), (2048, 151936), (3584, 152064)]  # D, V of Qwen2.5-VL's 0.5B, 3B, 7B
-LARGEST = (8192, 896, 152064)  # for the bound on memory
+LARGEST = (8192, 896, 152064)  # for the memory bound
 FLOOR_ROWS = 256
 
 
@@ -67,9 +68,9 @@ SHAPES = parse_shapes(os.environ.get("CPO_FAST_BENCH_SHAPES", ""))
 
 
 def force_isa(p: Problem, isa: str) -> Tensor:
-    """`ours` with this engine of the fused kernel, or these row kernels."""
+    """Our op with the fused kernel's engine or the row kernels `isa`."""
     with cpu_rows.forced_isa(isa):
-        return ours(p)
+        return compute_ours(p)
 
 
 PROVIDERS: dict[str, Callable[[Problem], Tensor]] = dict(PEERS)
@@ -81,23 +82,23 @@ if "cpu" in available_impls("cpu"):
         force_isa, isa=_cpu.isa("")
     )
     if cpu_rows.default_engine:
-        PROVIDERS[f"ours, by itself ({cpu_rows.default_engine})"] = ours
+        PROVIDERS[f"ours, by itself ({cpu_rows.default_engine})"] = compute_ours
 else:
-    PROVIDERS["ours, reference"] = ours
+    PROVIDERS["ours, reference"] = compute_ours
 
 
 @functools.cache
-def floor_of(shape: Shape) -> Callable[[], None]:
+def get_floor(shape: Shape) -> Callable[[], None]:
     return build_floor(shape, FROZEN, "cpu", min(shape[0], FLOOR_ROWS))
 
 
 @functools.cache
-def truth_of(shape: Shape, case: str) -> Truth:
+def get_truth(shape: Shape, case: str) -> Truth:
     return compute_truth(make_problem(shape, case))
 
 
 def drop_workspace() -> None:
-    """Free the workspace that our op keeps between calls, so that it counts as extra memory."""
+    """Free the workspace that our op keeps between calls: it must count as extra memory."""
     if "cpu" in available_impls("cpu"):
         cpu_rows.workspace.memory = torch.empty(0, dtype=torch.uint8)
 
@@ -121,7 +122,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-D{}-V{}".format(*s))
 def test_loss(benchmark: Any, shape: Shape, case: str, provider: str) -> None:
     package = PACKAGES.get(provider)
-    if package is not None and version(package) is None:
+    if package is not None and find_version(package) is None:
         lines.append(f"{case:33} {provider:28} not installed: pip install {package}")
         pytest.skip(f"{package} is not installed")
     p = make_problem(shape, case)
@@ -143,10 +144,10 @@ def test_loss(benchmark: Any, shape: Shape, case: str, provider: str) -> None:
         pytest.skip(str(reason))
     drop_workspace()
     memory = measure_extra_memory(step)
-    clocked, floor = Clocked(step), Clocked(floor_of(shape))
+    clocked, floor = Clocked(step), Clocked(get_floor(shape))
     benchmark.pedantic(clocked, setup=floor, rounds=ROUNDS)
 
-    errors = relative_errors(truth_of(shape, case), loss, p.hidden.grad, p.weight.grad)
+    errors = compute_errors(get_truth(shape, case), loss, p.hidden.grad, p.weight.grad)
     seconds, used = statistics.median(clocked.wall), statistics.median(clocked.cpu)
     of_forward = statistics.median(forward[-ROUNDS:])
     floor_seconds, floor_used = statistics.median(floor.wall), statistics.median(floor.cpu)
@@ -173,7 +174,7 @@ def test_loss(benchmark: Any, shape: Shape, case: str, provider: str) -> None:
         errors=errors,
         threads=torch.get_num_threads(),
         processor=processor(),
-        versions={"torch": torch.__version__, **{n: version(n) for n in PACKAGES.values()}},
+        versions={"torch": torch.__version__, **{n: find_version(n) for n in PACKAGES.values()}},
     )
     both = f"{of_forward:7.3f} + {seconds - of_forward:6.3f}" if p.backward else " " * 16
     lines.append(
@@ -185,11 +186,10 @@ def test_loss(benchmark: Any, shape: Shape, case: str, provider: str) -> None:
 
 @pytest.mark.skipif("cpu" not in available_impls("cpu"), reason="cpo_fast._cpu is not built")
 def test_memory_of_the_largest(benchmark: Any) -> None:
-    """Bound at 8192 tokens, frozen head, reference on-line: workspace + four float32 numbers per
-    element of T x D."""
+    """Bound at 8192 tokens, frozen head, on-line reference: workspace + 4 T x D float32 numbers."""
     T, D, V = LARGEST
     p = make_problem(LARGEST, FROZEN)
-    ours(make_problem((16, D, V), FROZEN)).backward()  # one-time setup is not measured
+    compute_ours(make_problem((16, D, V), FROZEN)).backward()  # one-time setup is not measured
 
     def step(isa: str) -> None:
         p.hidden.grad = None

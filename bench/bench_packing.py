@@ -1,11 +1,11 @@
 """Time to plan an epoch, and packing efficiency.
 
-Groups of CCF-like lengths: one image of 324 visual tokens in a prompt of 350 to 400, one chosen
-and two rejected responses of 100 to 250 tokens each, so about 900 tokens. Three figures per
-setting: tokens / budget `packing_length`; the upper bound of that ratio for the same steps (a step
-has a fixed number of pairs and a whole number of packs); tokens / length of the step's longest
-pack. Packs are computed at their own length, so unused budget costs nothing. The last figure is the
-efficiency if the packs of a step were padded to one length.
+Groups of CCF-like lengths: a prompt of 350 to 400 tokens with an image of 324 visual tokens, one
+chosen and two rejected responses of 100 to 250 tokens each, about 900 tokens in total. Three
+figures per setting: tokens / budget `packing_length`; the upper bound of that ratio for the same
+steps (a step has a fixed number of pairs and a whole number of packs); tokens / length of the
+step's longest pack, the efficiency if a step's packs were padded to one length. Packs are not
+padded, so unused budget costs nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_groups(count: int) -> list[PreferenceGroup]:
 
 
 def bound_efficiency(groups: list[PreferenceGroup], steps: list[Step], length: int) -> float:
-    """Tokens / budget if every step took the fewest packs that hold its tokens."""
+    """Tokens / budget with the smallest possible number of packs per step."""
     sizes = [sum(part_tokens(groups, part) for pack in step for part in pack) for step in steps]
     return sum(sizes) / sum(-(-size // length) * length for size in sizes)
 

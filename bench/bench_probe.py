@@ -1,8 +1,8 @@
 """The drift probe over every position of a report, against separate forwards with equal results.
 
 `pytest --benchmark bench/bench_probe.py`. The naive loop runs one forward of prompt, prefix and
-answer for every position of the thought and every finding. The speed-up is measured in CPU time of
-one thread, probe and naive loop in turn, as wall time depends on other load.
+answer per position of the thought and finding. The speed-up is a ratio of CPU times of one thread,
+probe and naive loop in alternation, as wall time depends on other load.
 """
 
 from __future__ import annotations

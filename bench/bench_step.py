@@ -1,17 +1,17 @@
-"""Training steps end to end: ours against trl's DPOTrainer 1.16 and our own unshared mode.
+"""Training steps end to end: ours against trl's DPOTrainer 1.16 and our unshared mode.
 
 Same model (a small random Qwen2.5-VL or Qwen2, LoRA r 8 on the language model's linears, fp32),
 same pairs (one chosen, two rejected), same optimiser, one process. A step is everything from the
 image files to the updated adapter: preprocessing, policy and reference forward, loss, backward,
-AdamW. Our token ids are computed before the step, as in a run. trl's are too for text; its vision
-collator computes them in the step. Rounds of ours alternate with rounds of each peer, so that all
-see the same machine load; figures are medians. On a CPU trl scores every position, on a GPU the
-response rows only: the ratio here is higher than on a GPU.
+AdamW. Token ids are computed before the step, as in a run, except by trl's vision collator, which
+computes them in the step. Our rounds alternate with each peer's, so that all see the same machine
+load; figures are medians. On a CPU trl scores every position, on a GPU the response rows only: the
+ratio on a CPU is higher.
 
-`test_training_loop` times whole training loops, ours by the run's own Trainer, trl's by
-DPOTrainer.train(): steps of 8 pairs with feed, schedule, clipping and log, without start-up and
-first step; rounds of the two alternate. MFU relates model FLOPs (cpo_fast/model/flops.py) to a
-square matrix product measured in the same process. Real sizes: bench/step_sizes.py.
+`test_training_loop` times training loops, ours with a run's Trainer, trl's with DPOTrainer.train():
+steps of 8 pairs with feed, schedule, clipping and log, without start-up and first step; rounds
+alternate. MFU relates model FLOPs (cpo_fast/model/flops.py) to a square matrix product measured in
+the same process. Real sizes: bench/step_sizes.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ABSENT = {
     "ms-swift": "4.6.0 asks for transformers < 5.20, trl < 1.0 and peft < 0.21, so it cannot be "
     "installed beside this project's pins"
 }
-"""Peers that are not timed, with the reason."""
+"""Peers that are not timed, and why."""
 TRL_BATCH = 4
 PACKING_LENGTH = 4096
 ROUNDS = 3
@@ -58,7 +58,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Setup:
-    """A case: its data, and a function that builds a fresh model."""
+    """A case: its data, and a function that builds a new model."""
 
     name: str
     work: Work
@@ -77,8 +77,8 @@ def build_ours(setup: Setup, *, attention: str = "gathered", mode: Mode = "share
     return PackedStep(packed, setup.work, packing_length=PACKING_LENGTH, mode=mode)
 
 
-def explained_share(token_ratio: float, factor: float) -> float:
-    """The share of log(speed-up) that computing fewer tokens explains."""
+def compute_explained_share(token_ratio: float, factor: float) -> float:
+    """The share of log(speed-up) that is due to computing fewer tokens."""
     return math.log(token_ratio) / math.log(factor)
 
 
@@ -92,7 +92,7 @@ def test_training_step(
         "unpacked": build_ours(setup, mode="unpacked"),
         "dense mask": build_ours(setup, attention="sdpa"),
     }
-    # All must give the same loss before anything is timed.
+    # All losses must agree before timing.
     want = step()
     physical, flops = step.tokens, step.flops
     for name, peer in peers.items():
@@ -111,7 +111,7 @@ def test_training_step(
     benchmark.pedantic(mine, setup=run_peers, rounds=ROUNDS)
     median = statistics.median(mine.wall)
     utilisation = mfu(flops, median, peak_flops(torch.device("cpu"), torch.float32))
-    shares = step.phases.shares()
+    shares = step.phases.compute_shares()
     rates = {name: PAIRS / statistics.median(peer.wall) for name, peer in clocked.items()}
     cpu_ratios = {
         name: statistics.median(peer.cpu) / statistics.median(mine.cpu)
@@ -148,7 +148,7 @@ def test_training_step(
 
 
 class StepTimes:
-    """Replaces the stop request, which is polled once per step: records the time, never stops."""
+    """Stands in for the stop request, polled once per step: records the time, never stops."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -159,14 +159,14 @@ class StepTimes:
         self.cpu.append(time.process_time())
         return False
 
-    def rates(self) -> tuple[float, float]:
+    def compute_rates(self) -> tuple[float, float]:
         """Pairs per second of wall time and of CPU time, without the first step."""
         pairs = PAIRS * (len(self.wall) - 1)
         return pairs / (self.wall[-1] - self.wall[0]), pairs / (self.cpu[-1] - self.cpu[0])
 
 
 def run_our_loop(setup: Setup, folder: Path) -> StepTimes:
-    """The CPO stage as in a run, steps of PAIRS pairs."""
+    """The CPO stage of a run, with steps of PAIRS pairs."""
     folder.mkdir()
     times = StepTimes()
     build_trainer(
@@ -219,8 +219,8 @@ def test_training_loop(
 
     def run_round() -> None:
         number = len(rounds["trl"])
-        rounds["trl"].append(run_trl_loop(setup, tmp_path / f"trl-{number}").rates())
-        rounds["ours"].append(run_our_loop(setup, tmp_path / f"ours-{number}").rates())
+        rounds["trl"].append(run_trl_loop(setup, tmp_path / f"trl-{number}").compute_rates())
+        rounds["ours"].append(run_our_loop(setup, tmp_path / f"ours-{number}").compute_rates())
 
     benchmark.pedantic(run_round, rounds=LOOP_ROUNDS)
     medians = {
@@ -237,7 +237,7 @@ def test_training_loop(
         "cpu_time_ratio": ratios[1],
         "rounds": rounds,
         "token_ratio": tokens,
-        "explained_by_tokens": explained_share(tokens, ratios[0]),
+        "explained_by_tokens": compute_explained_share(tokens, ratios[0]),
         "absent": ABSENT,
         "threads": torch.get_num_threads(),
     }
@@ -246,6 +246,6 @@ def test_training_loop(
             f"\n{setup.name}, whole loop: {medians['ours'][0]:.2f} pairs/s, trl "
             f"{medians['trl'][0]:.2f} ({ratios[0]:.1f} x, CPU time {ratios[1]:.1f} x); "
             f"{torch.get_num_threads()} threads; {tokens:.2f} x fewer tokens explain "
-            f"{explained_share(tokens, ratios[0]):.0%} of it (of its logarithm)\n"
+            f"{compute_explained_share(tokens, ratios[0]):.0%} of it (of its logarithm)\n"
             + "; ".join(f"{name} is not timed: {why}" for name, why in ABSENT.items())
         )

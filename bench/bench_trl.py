@@ -1,11 +1,10 @@
 """The drop-in trainer against the trainer that it replaces: steps of trl's DPOTrainer 1.16 and of
-CPODPOTrainer, with all of trl's metrics and without those of tokens (`token_metrics=False`).
+CPODPOTrainer, with all of trl's metrics and without token metrics (`token_metrics=False`).
 
-Models, pairs and step as in bench_step.py; the output head holds about a quarter of the text
-model's weights, as in Qwen2.5-0.5B. Rounds alternate; figures are medians. Both compute prompts
-twice per pair: the ratio shows the gain of log-probs and loss within the whole step. On a CPU trl
-scores every position, on a GPU the response rows only: the case with a short prompt is closer to
-that.
+Models, pairs and step as in bench_step.py; the output head has about a quarter of the text model's
+weights, as in Qwen2.5-0.5B. Rounds alternate; figures are medians. Both compute prompts twice per
+pair: the ratio shows the gain from log-probs and loss within a step. On a CPU trl scores every
+position, on a GPU the response rows only: the case with a short prompt is closer to a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def test_drop_in_step(
         "drop-in": build_step("drop-in", kind=CPODPOTrainer),
         "drop-in, no token metrics": build_step("few", kind=few),
     }
-    losses = [step() for step in steps.values()]  # must agree before anything is timed
+    losses = [step() for step in steps.values()]  # must agree before timing
     assert max(losses) - min(losses) < 1e-5
     clocked = {name: Clocked(step) for name, step in steps.items()}
 

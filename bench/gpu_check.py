@@ -1,21 +1,21 @@
-"""Checks and measures everything on a GPU: `python -m bench.gpu_check --out DIR`.
+"""Runs all checks and measurements on a GPU: `python -m bench.gpu_check --out DIR`.
 
-Phases in order: environment; the native parts, built in place; every implementation against float64
-and the rules of the loss op; attention over packs against float32; the tests that need a GPU;
-ceilings of the device; the loss op against its peers; training steps at real shapes; NVIDIA's
-sanitizer. Each phase runs in worker processes, so that a crash costs one unit. DIR/results.json and
+Phases in order: environment; native extensions, built in place; every implementation against
+float64 and the rules of the loss op; attention over packs against float32; the tests that need a
+GPU; ceilings of the device; the loss op against its peers; training steps at real shapes; NVIDIA's
+sanitizer. Each phase runs in worker processes, so that a crash loses one unit. DIR/results.json and
 DIR/report.md are rewritten after every unit: the run can be killed at any time and continued with
 `--resume`. Implementations that failed a check are not timed.
 
 `--plan first` (400 s) and `--plan second` (330 s) run the most important units first, for a machine
-that is available for a quarter of an hour; bench/gpu/plans.py lists their steps. Each plan is
-complete. The second uses the first one's verdict if both run in the same tree on the same device.
-`--plan training` (280 s) times training steps alone; `--plan quack` (240 s) compares with that peer
-at the headline.
+that is available for 15 minutes; bench/gpu/plans.py lists their steps. Each plan can run alone. The
+second uses the first one's verdict if both run in the same tree on the same device. `--plan
+training` (280 s) times training steps only; `--plan quack` (240 s) compares with quack at the
+headline.
 
-Exit status: 0 all checks passed, 1 a check failed, 2 wrong options, 3 no GPU, 4 not all checks were
-reached in the time, 130 interrupted.
-Works from a plain copy of the tree: nothing is downloaded; missing packages are named.
+Exit status: 0 all checks passed, 1 a check failed, 2 wrong options, 3 no GPU, 4 the time ended
+before all checks ran, 130 interrupted.
+Works in a plain copy of the tree: nothing is downloaded; missing packages are reported.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import plans, report
-from bench.gpu.run import NotResumable, Results, Session, device_answers, guarded, now, run_phase
+from bench.gpu.run import NotResumable, Results, Session, attempt, get_time, probe_device, run_phase
 from bench.gpu.units import ROOT, Setting
 
-# Largest share of the total time per phase; unused time goes to later phases, and the last one may
-# use all that is left.
+# Largest share of the total time per phase. Later phases use unused time; the last one can use all
+# that is left.
 PHASES = {
     "environment": 0.10,
     "build": 0.30,
@@ -47,13 +47,13 @@ PHASES = {
 NO_GPU, UNFINISHED, INTERRUPTED = 3, 4, 130
 MINUTES = 9.0
 SHORTEST_PLAN = 60.0  # seconds
-CPU_PATIENCE = 5.0  # factor of time limits, which are set for an idle GPU machine
-FIRST_ANSWER_SECONDS = 60.0  # includes the import of torch from a cold disk
+CPU_PATIENCE = 5.0  # factor of the time limits, which suit an idle GPU machine
+FIRST_ANSWER_SECONDS = 60.0  # includes importing torch from a cold disk
 
 
-def exit_status(data: dict[str, Any]) -> int:
+def get_exit_status(data: dict[str, Any]) -> int:
     """1 after a failed check, UNFINISHED if a check was not reached, else 0."""
-    if report.broken(data["records"]):
+    if report.find_failures(data["records"]):
         return 1
     unreached = {entry["phase"] for entry in data["not_run"]}
     return UNFINISHED if unreached & set(report.CHECKS) else 0
@@ -64,14 +64,14 @@ def run_all(session: Session, only: list[str], seconds: float) -> None:
     end = session.end
     phases = [phase for phase in PHASES if phase in only]
     for phase in phases:
-        red = tuple(sorted(report.red(session.results.records)))
+        red = tuple(sorted(report.find_red(session.results.records)))
         session.setting = dataclasses.replace(session.setting, red=red)
         share = max(60.0, PHASES[phase] * seconds)
         until = end if phase == phases[-1] else min(end, time.monotonic() + share)
         run_phase(phase, session, until)
 
 
-def arguments_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_check",
         description=__doc__,
@@ -120,7 +120,7 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
-    parser = arguments_parser()
+    parser = build_parser()
     given = parser.parse_args(arguments)
     if given.device == "cpu" and not given.quick:
         parser.error("--device cpu only tests the check itself: add --quick")
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         scratch=str(given.verdict.resolve().parent / "kit"),
     )
     limit = plan.waits if plan else FIRST_ANSWER_SECONDS
-    if given.device == "cuda" and not device_answers("cuda", limit):
+    if given.device == "cuda" and not probe_device("cuda", limit):
         print(
             "gpu-check: torch finds no CUDA device, or the device does not answer. Nothing was "
             "checked. Run this on a GPU machine, or test the check with --device cpu --quick.",
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     if plan and not kit.is_dir():
         print(
             f"No kit at {kit}: peers that are not installed are skipped, and the CUDA kernels are "
-            "built here. make gpu-kit makes one; git ignores it, so copy it explicitly.",
+            "built on this machine. make gpu-kit builds one; git ignores it: copy it explicitly.",
             flush=True,
         )
     try:
@@ -177,10 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ngpu-check: interrupted; {results.file} has the results so far", file=sys.stderr)
         return INTERRUPTED
-    results.data["finished"] = now()
+    results.data["finished"] = get_time()
     results.write()
-    print("", guarded(report.short, results.data), f"\n{given.out / 'report.md'}", sep="\n")
-    return exit_status(results.data)
+    print("", attempt(report.make_summary, results.data), "", given.out / "report.md", sep="\n")
+    return get_exit_status(results.data)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 `--out gpu-kit` (`make gpu-kit`) contains the wheels of the peers and of dependencies that such a
 machine lacks, `cpo_fast._cuda` for its Python and sm_90a only, the variants of bench/gpu/kit.py,
-and a manifest. `--quack` (`make gpu-kit-quack`) contains the wheels of quack instead, for a
-separate run. bench/gpu/kit.py unpacks either. Exit status: 0 made, 1 too large, 2 a required part
-is missing.
+and a manifest. `--quack` (`make gpu-kit-quack`) contains quack's wheels instead, for a separate
+run. bench/gpu/kit.py unpacks both. Exit status: 0 built, 1 too large, 2 a required part is missing.
 
 Objects are cached in build/gpu-kit by a hash of their inputs: only changes are recompiled.
 """
@@ -29,12 +28,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.kit import DEFAULT, VARIANTS, cuda_hash
+from bench.gpu.kit import DEFAULT, VARIANTS, hash_cuda_sources
 from bench.gpu.units import ROOT
 
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy")
 NEEDS = ("datasets", "pyarrow", "dill", "multiprocess")
-"""Imports of trl that the machine lacks; it has transformers, peft, accelerate and pandas."""
+"""trl's imports that the machine lacks; it has transformers, peft, accelerate and pandas."""
 QUACK = (
     "quack-kernels",
     "nvidia-cutlass-dsl",
@@ -47,7 +46,7 @@ QUACK = (
 )
 """quack and its dependencies except torch, cuda-bindings, protobuf and typing-extensions."""
 QUACK_PATHS = ("nvidia_cutlass_dsl/dsl_packages",)
-"""More import paths: .pth files are read only in the interpreter's own site-packages."""
+"""Extra import paths: the interpreter reads .pth files only in its own site-packages."""
 TRIM = {
     "pyarrow": (
         *("pyarrow/include/*", "pyarrow/includes/*", "pyarrow/src/*", "pyarrow/tests/*"),
@@ -75,7 +74,7 @@ NVCC_FLAGS = (
 )
 CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden")
 LIMIT_MB = 60
-"""A transfer takes 64 MiB with the tree."""
+"""A transfer can have 64 MiB, including the tree."""
 
 
 class Missing(Exception):
@@ -84,7 +83,7 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """A Python to build for: its include folder and the suffix of its extension modules."""
+    """A Python to build for: its include folder and extension suffix."""
 
     include: str
     suffix: str
@@ -106,7 +105,7 @@ def run(command: Sequence[str], what: str) -> str:
 
 
 def download(names: Sequence[str], constraints: Path, folder: Path) -> None:
-    """Download the wheels of `names` for the machine's Python, without dependencies."""
+    """Download the wheels `names` for the machine's Python, without dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--implementation", "cp"]
     command += ["--python-version", ".".join(map(str, PYTHON)), "-c", str(constraints)]
@@ -114,43 +113,43 @@ def download(names: Sequence[str], constraints: Path, folder: Path) -> None:
     run([*command, "-d", str(folder), *names], "pip download")
 
 
-def normal(name: str) -> str:
+def normalise_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def trim(wheel: Path, patterns: Sequence[str]) -> None:
-    """Rewrite a wheel without the files that match and their lines in RECORD."""
+    """Rewrite a wheel without the matching files and their lines in RECORD."""
 
-    def left_out(name: str) -> bool:
+    def is_excluded(name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
     fresh = wheel.with_suffix(".new")
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(fresh, "w") as new:
         for item in old.infolist():
-            if left_out(item.filename):
+            if is_excluded(item.filename):
                 continue
             data = old.read(item)
             if item.filename.endswith(".dist-info/RECORD"):
                 lines = data.decode().splitlines(keepends=True)
-                data = "".join(x for x in lines if not left_out(x.split(",")[0])).encode()
+                data = "".join(x for x in lines if not is_excluded(x.split(",")[0])).encode()
             new.writestr(item, data, zipfile.ZIP_DEFLATED, 9)
     fresh.replace(wheel)
 
 
-def wheels(names: Sequence[str], constraints: Path, kit: Path) -> list[dict[str, Any]]:
-    """Put wheels into `kit`/wheels; returns their entries of the manifest."""
+def collect_wheels(names: Sequence[str], constraints: Path, kit: Path) -> list[dict[str, Any]]:
+    """Put wheels into `kit`/wheels; returns their manifest entries."""
     folder = kit / "wheels"
     folder.mkdir()
     download(names, constraints, folder)
     found = []
     for path in sorted(folder.glob("*.whl")):
         name, version = path.name.split("-")[:2]
-        patterns = TRIM.get(normal(name), ())
+        patterns = TRIM.get(normalise_name(name), ())
         if patterns:
             trim(path, patterns)
         found.append(
             {
-                "name": normal(name),
+                "name": normalise_name(name),
                 "version": version,
                 "file": str(path.relative_to(kit)),
                 "bytes": path.stat().st_size,
@@ -163,8 +162,8 @@ def wheels(names: Sequence[str], constraints: Path, kit: Path) -> list[dict[str,
 # --- cpo_fast._cuda -------------------------------------------------------------------------------
 
 
-def target(named: str | None) -> Target:
-    """The interpreter named, or the first in the usual places that has headers."""
+def find_target(named: str | None) -> Target:
+    """The interpreter `named`, or the first one with headers in the usual places."""
     question = (
         "import sys, sysconfig as s, platform as p; print(*sys.version_info[:2], p.machine(), "
         "s.get_path('include'), s.get_config_var('EXT_SUFFIX'), sep='\\n')"
@@ -193,8 +192,8 @@ def target(named: str | None) -> Target:
     raise Missing(f"a Python 3.12 for x86_64 with its headers is needed (PYTHON312=...): {tried}")
 
 
-def dependencies(source: Path) -> list[Path]:
-    """A source and the headers of its folder that it includes, also indirectly."""
+def find_dependencies(source: Path) -> list[Path]:
+    """A source and the headers in its folder that it includes, directly or indirectly."""
     found, waiting = [], [source]
     while waiting:
         path = waiting.pop()
@@ -206,9 +205,9 @@ def dependencies(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def flags_for(source: Path, flags: Sequence[str]) -> tuple[str, ...]:
-    """The flags of a variant that this source or its headers use."""
-    text = "".join(path.read_text() for path in dependencies(source))
+def select_flags(source: Path, flags: Sequence[str]) -> tuple[str, ...]:
+    """The flags that this source or its headers use."""
+    text = "".join(path.read_text() for path in find_dependencies(source))
     names = {flag: flag.removeprefix("-D").partition("=")[0] for flag in flags}
     return tuple(flag for flag in flags if re.search(rf"\b{names[flag]}\b", text))
 
@@ -221,7 +220,7 @@ class Builder:
 
         self.target, self.cache = target, cache
         self.sources = sorted((root / "csrc" / "cuda").glob("*.c*"))
-        home = re.search(r"TOP=(.*)", dryrun()) if shutil.which("nvcc") else None
+        home = re.search(r"TOP=(.*)", dry_run_nvcc()) if shutil.which("nvcc") else None
         if home is None:
             raise Missing("nvcc is not on the PATH: the kit has no binary of impl='cuda'")
         self.toolkit = Path(home[1].strip()).resolve()
@@ -230,16 +229,16 @@ class Builder:
         self.includes = tuple(f"-I{path}" for path in includes)
         cache.mkdir(parents=True, exist_ok=True)
 
-    def compiler(self, source: Path, flags: Sequence[str]) -> list[str]:
+    def make_command(self, source: Path, flags: Sequence[str]) -> list[str]:
         if source.suffix == ".cu":
             return ["nvcc", *NVCC_FLAGS, *flags]
         return ["c++", *CXX_FLAGS, *self.includes, *flags]
 
     def compile(self, source: Path, flags: Sequence[str]) -> Path:
-        flags = flags_for(source, flags)
-        command = self.compiler(source, flags)
+        flags = select_flags(source, flags)
+        command = self.make_command(source, flags)
         digest = hashlib.sha256(json.dumps([self.version, self.target.suffix, *command]).encode())
-        for path in dependencies(source):
+        for path in find_dependencies(source):
             digest.update(path.name.encode() + path.read_bytes())
         made = self.cache / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not made.exists():
@@ -260,24 +259,24 @@ class Builder:
         run(command, f"linking {place.name}")
 
 
-def dryrun() -> str:
+def dry_run_nvcc() -> str:
     done = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
     return done.stderr
 
 
-def known(flags: Sequence[str], sources: Sequence[Path]) -> bool:
-    """Whether every flag is used by a source: else the variant would equal the default."""
-    return all(any(flags_for(source, [flag]) for source in sources) for flag in flags)
+def uses_flags(flags: Sequence[str], sources: Sequence[Path]) -> bool:
+    """Whether a source uses every flag: otherwise the variant would equal the default."""
+    return all(any(select_flags(source, [flag]) for source in sources) for flag in flags)
 
 
-def binaries(builder: Builder, kit: Path) -> tuple[dict[str, Any], list[str]]:
-    """Build the binaries into `kit`/cuda; returns their entries of the manifest and what was left
-    out."""
+def build_binaries(builder: Builder, kit: Path) -> tuple[dict[str, Any], list[str]]:
+    """Build the binaries into `kit`/cuda; returns (their manifest entries, omitted variants with
+    reasons)."""
     found: dict[str, Any] = {}
     left_out = []
     for name, flags in {DEFAULT: (), **VARIANTS}.items():
-        if not known(flags, builder.sources):
-            left_out.append(f"variant {name}: csrc/cuda does not know {' '.join(flags)}")
+        if not uses_flags(flags, builder.sources):
+            left_out.append(f"variant {name}: csrc/cuda does not use {' '.join(flags)}")
             continue
         place = kit / "cuda" / name / f"_cuda{builder.target.suffix}"
         try:
@@ -296,30 +295,30 @@ def binaries(builder: Builder, kit: Path) -> tuple[dict[str, Any], list[str]]:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def make(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str, Any]:
+def make_kit(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str, Any]:
     """Replace the folder `out` by a complete kit; returns its manifest."""
     fresh = out.with_name(f".{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     manifest: dict[str, Any] = {"sources": None, "suffix": None, "cuda": {}, "paths": []}
-    manifest |= {"cuda_missing": "this kit holds wheels only", "left_out": []}
+    manifest |= {"cuda_missing": "this kit has wheels only", "left_out": []}
     names = QUACK if quack else (*PEERS, *NEEDS)
     constraints = ROOT / ("constraints-gpu.txt" if quack else "constraints.txt")
     if quack:
         manifest["paths"] = list(QUACK_PATHS)
     else:
-        # A kit without a binary is still useful: the machine can build one.
-        with tempfile.TemporaryDirectory() as copy, manifest_notes(manifest):
+        # A kit without a binary is still useful: the machine can build it.
+        with tempfile.TemporaryDirectory() as copy, record_missing(manifest):
             # From a copy, so that hash and binary have the same sources.
             shutil.copytree(ROOT / "csrc" / "cuda", Path(copy, "csrc", "cuda"))
-            manifest["sources"] = cuda_hash(Path(copy))
-            builder = Builder(target(python), cache, Path(copy))
+            manifest["sources"] = hash_cuda_sources(Path(copy))
+            builder = Builder(find_target(python), cache, Path(copy))
             manifest |= {"suffix": builder.target.suffix, "nvcc": builder.version}
-            manifest["cuda"], manifest["left_out"] = binaries(builder, fresh)
+            manifest["cuda"], manifest["left_out"] = build_binaries(builder, fresh)
             manifest["cuda_missing"] = None
-    manifest["wheels"] = wheels(names, constraints, fresh)
+    manifest["wheels"] = collect_wheels(names, constraints, fresh)
     manifest["made"] = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest["bytes"] = size_of(fresh)
+    manifest["bytes"] = measure_size(fresh)
     (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     fresh.replace(out)
@@ -327,19 +326,19 @@ def make(out: Path, *, quack: bool, python: str | None, cache: Path) -> dict[str
 
 
 @contextlib.contextmanager
-def manifest_notes(manifest: dict[str, Any]) -> Iterator[None]:
-    """Records a missing requirement of the binaries in the manifest."""
+def record_missing(manifest: dict[str, Any]) -> Iterator[None]:
+    """Record a missing requirement of the binaries in the manifest."""
     try:
         yield
     except Missing as reason:
         manifest |= {"cuda": {}, "cuda_missing": str(reason)}
 
 
-def size_of(folder: Path) -> int:
+def measure_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def listing(manifest: dict[str, Any], name: str) -> str:
+def format_listing(manifest: dict[str, Any], name: str) -> str:
     lines = []
     for wheel in manifest["wheels"]:
         text = f"{wheel['name']} {wheel['version']}" + " (trimmed)" * wheel["trimmed"]
@@ -368,13 +367,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT_MB, metavar="MB", help="0: none")
     given = parser.parse_args(arguments)
     try:
-        manifest = make(
+        manifest = make_kit(
             given.out, quack=given.quack, python=given.python or None, cache=given.cache
         )
     except Missing as reason:
         print(f"gpu-kit: {reason}", file=sys.stderr)
         return 2
-    print(listing(manifest, given.out.name))
+    print(format_listing(manifest, given.out.name))
     if given.limit and manifest["bytes"] > given.limit * 1e6:
         excess = f"{manifest['bytes'] / 1e6:.1f} MB of {given.limit:g} MB"
         print(f"gpu-kit: {given.out.name}/ is too large to transfer: {excess}", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 The results of one or more runs on one card become bench/results/gpu-CARD-DATE.json, and the marked
 blocks of docs/gpu.md and docs/performance.md are rebuilt from the newest record of every card.
-Without results only the blocks are rebuilt. Printed for review: entries for MEASURED, and lines
-that still say "untested on a GPU". Exit status: 0 done, 2 refused.
+Without results only the blocks are rebuilt. Prints for review: entries for MEASURED, and lines that
+still contain "untested on a GPU". Exit status: 0 done, 2 refused.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from bench.gpu.units import ROOT
 from cpo_fast.counting import counted
 
 BLOCKS = {
-    "docs/gpu.md": ("checks", publish.checks_block),
-    "docs/performance.md": ("figures", publish.figures_block),
+    "docs/gpu.md": ("checks", publish.make_checks_block),
+    "docs/performance.md": ("figures", publish.make_figures_block),
 }
 WORDS = "untested on a GPU|[Nn]othing .*on a GPU( |$)|not been measured on a GPU"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The results in a file. Raises Refused if they are incomplete."""
+def read_results(path: Path) -> dict[str, Any]:
+    """A file's results. Raises Refused if they are incomplete."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise publish.Refused(f"{path}: {error}") from None
     try:
         report.render(data)
-        report.machine_line(data["records"])
+        report.describe_machine(data["records"])
         assert isinstance(data["started"], str) and isinstance(data["not_run"], list)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -44,25 +44,27 @@ def read(path: Path) -> dict[str, Any]:
     return data
 
 
-def pages(root: Path, added: tuple[str, dict[str, Any]] | None = None) -> dict[Path, str]:
+def rebuild_pages(root: Path, added: tuple[str, dict[str, Any]] | None = None) -> dict[Path, str]:
     """The pages with their blocks rebuilt from the published records and the `added` one. Raises
     Refused if a page lacks its block."""
-    cards = dict(publish.published(root / "bench" / "results"))
+    cards = dict(publish.read_published(root / "bench" / "results"))
     if added is not None:
-        cards = {k: v for k, v in cards.items() if publish.card(v) != publish.card(added[1])}
+        cards = {
+            k: v for k, v in cards.items() if publish.name_card(v) != publish.name_card(added[1])
+        }
         cards[added[0]] = added[1]
-    listed = sorted(cards.items(), key=lambda item: publish.card(item[1]))
+    listed = sorted(cards.items(), key=lambda item: publish.name_card(item[1]))
     found = {}
     for name, (block, make) in BLOCKS.items():
         path = root / name
         try:
-            found[path] = publish.replaced(path.read_text(), block, make(listed))
+            found[path] = publish.replace_block(path.read_text(), block, make(listed))
         except publish.Refused as reason:
             raise publish.Refused(f"{name}: {reason}") from None
     return found
 
 
-def places(root: Path) -> list[str]:
+def find_untested(root: Path) -> list[str]:
     """Lines of tracked files that call something untested or unmeasured on a GPU."""
     command = ["git", "grep", "-nIE", WORDS, "--", ".", ":!bench/gpu*", ":!tests"]
     try:
@@ -85,23 +87,23 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     if given.commit is not None and not re.fullmatch("[0-9a-f]{7,40}", given.commit):
         parser.error(f"--commit must be 7 to 40 hexadecimal digits, got {given.commit!r}")
     try:
-        pages(root)  # raises before anything is written if a block is missing
+        rebuild_pages(root)  # raises before anything is written if a block is missing
         data = None
         if given.results:
-            runs = [read(path) for path in given.results]
-            data = publish.merged(runs, force=given.force, commit=given.commit)
-            name, folder = publish.name_of(data), root / "bench" / "results"
-            before, lost = publish.missing_figures(data, folder)
+            runs = [read_results(path) for path in given.results]
+            data = publish.merge(runs, force=given.force, commit=given.commit)
+            name, folder = publish.name_file(data), root / "bench" / "results"
+            before, lost = publish.find_missing_figures(data, folder)
             if lost and not given.force:
                 raise publish.Refused(
                     f"{before} has {counted(lost, 'figure')} that these runs lack and publishing "
-                    "would remove from the pages: name its results.json files too, or use --force"
+                    "would remove from the pages: add its results.json files, or use --force"
                 )
-            texts = pages(root, (name, json.loads(publish.dumps(data))))
+            texts = rebuild_pages(root, (name, json.loads(publish.dumps(data))))
             (folder / name).write_text(publish.dumps(data))
             print(f"wrote bench/results/{name}")
         else:
-            texts = pages(root)
+            texts = rebuild_pages(root)
         for path, text in texts.items():
             path.write_text(text)
             print(f"wrote {path.relative_to(root)}")
@@ -109,12 +111,12 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         print(f"gpu-publish: {reason}", file=sys.stderr)
         return 2
     if data is not None:
-        print(report.machine_line(data["records"]), report.verdict(data), sep="\n")
-        entries = report.winners(data["records"])
+        print(report.describe_machine(data["records"]), report.summarise(data), sep="\n")
+        entries = report.find_winners(data["records"])
         print("\nEntries for MEASURED in cpo_fast/loss/cuda.py:")
         print("\n".join(f"    {line}" for line in entries) or "    none")
     print("\nLines to review:")
-    print("\n".join(f"    {line}" for line in places(root)) or "    none")
+    print("\n".join(f"    {line}" for line in find_untested(root)) or "    none")
     return 0
 
 

@@ -1,8 +1,7 @@
-"""Inputs of the loss benchmarks, the sigmoid loss of ours and of each peer, truth and floor.
+"""Loss benchmarks: inputs, the sigmoid loss by our op and by each peer, truth and floor.
 
-A peer gets a `Problem` and returns the loss, differentiable in `hidden` and, if it is trained, in
-the head. trl's op computes log-probs only, which favours it: its trainer requests four more
-statistics.
+A peer gets a `Problem` and returns the loss, differentiable in `hidden` and in a trained head.
+trl's op computes log-probs only, which favours it: its trainer requests four more statistics.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PACKAGES = {
     "cut-cross-entropy": "cut-cross-entropy",
     "quack": "quack-kernels",
 }
-QUACK_ROWS = 4096  # of a chunk, quack's default
+QUACK_ROWS = 4096  # rows per chunk, quack's default
 Shape = tuple[int, int, int]  # T, D, V
 
 
@@ -69,7 +68,7 @@ def make_tensors(
 
 
 def make_problem(shape: Shape, case: str, device: str = "cpu") -> Problem:
-    """`case` of CASES, with fresh leaves for gradients."""
+    """`case` of CASES, with new leaves for gradients."""
     trained, online, backward = CASES[case]
     hidden, ref_hidden, weight, labels = make_tensors(*shape, device)
     T = shape[0]
@@ -86,7 +85,7 @@ def make_problem(shape: Shape, case: str, device: str = "cpu") -> Problem:
     )
 
 
-def sigmoid_loss(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
+def compute_sigmoid_loss(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
     """The sigmoid loss from per-token log-probs `score(hidden)` [T]."""
     logps = score(p.hidden).double().view(SEGMENTS, -1).sum(1)
     ref = p.ref_logps
@@ -97,8 +96,8 @@ def sigmoid_loss(p: Problem, score: Callable[[Tensor], Tensor]) -> Tensor:
     return -F.logsigmoid(BETA * (ratio[:, 0] - ratio[:, 1])).mean()
 
 
-def ours(p: Problem, impl: str | None = None) -> Tensor:
-    """The loss op of this package."""
+def compute_ours(p: Problem, impl: str | None = None) -> Tensor:
+    """The loss by our op."""
     source = {"ref_hidden": p.ref_hidden} if p.online else {"ref_logps": p.ref_logps}
     return cpo_loss(
         p.hidden,
@@ -113,15 +112,15 @@ def ours(p: Problem, impl: str | None = None) -> Tensor:
     ).loss
 
 
-def eager(p: Problem) -> Tensor:
+def compute_eager(p: Problem) -> Tensor:
     def score(hidden: Tensor) -> Tensor:
         logps = F.linear(hidden, p.weight).float().log_softmax(-1)
         return logps.gather(1, p.labels.unsqueeze(1)).squeeze(1)
 
-    return sigmoid_loss(p, score)
+    return compute_sigmoid_loss(p, score)
 
 
-def trl_chunked(p: Problem) -> Tensor:
+def compute_trl(p: Problem) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
 
@@ -130,10 +129,10 @@ def trl_chunked(p: Problem) -> Tensor:
             hidden, p.weight, None, p.labels, 1.0, size, None, 1.0, ()
         )[0]
 
-    return sigmoid_loss(p, score)
+    return compute_sigmoid_loss(p, score)
 
 
-def cut_cross_entropy(p: Problem) -> Tensor:
+def compute_cce(p: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if p.hidden.is_cuda else "torch_compile"
@@ -141,22 +140,22 @@ def cut_cross_entropy(p: Problem) -> Tensor:
     def score(hidden: Tensor) -> Tensor:
         return -linear_cross_entropy(hidden, p.weight, p.labels, reduction="none", impl=impl)
 
-    return sigmoid_loss(p, score)
+    return compute_sigmoid_loss(p, score)
 
 
 @functools.cache
-def _liger_module(online: bool, compiled: bool) -> torch.nn.Module:
+def _build_liger(online: bool, compiled: bool) -> torch.nn.Module:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     return LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=online, compiled=compiled)
 
 
-def liger(p: Problem) -> Tensor:
+def compute_liger(p: Problem) -> Tensor:
     if not p.online:
         raise CannotCompute("Liger's fused DPO takes no cached reference")
     D = p.hidden.shape[1]
-    # On a GPU Inductor can compile for longer than the time limit of a measurement.
-    loss, *_ = _liger_module(p.online, not p.hidden.is_cuda)(
+    # On a GPU Inductor's compilation can exceed a measurement's time limit.
+    loss, *_ = _build_liger(p.online, not p.hidden.is_cuda)(
         p.weight,
         p.hidden.view(SEGMENTS, -1, D),
         p.labels.view(SEGMENTS, -1),
@@ -167,8 +166,8 @@ def liger(p: Problem) -> Tensor:
 
 
 class _QuackTokens(torch.autograd.Function):
-    """Per-token log-probs from quack's pipeline, whose public operator returns their sum only. Its
-    forward computes the gradient of each token's loss; the backward scales the rows."""
+    """Per-token log-probs from quack's pipeline, whose public operator returns only their sum. The
+    forward computes the gradient of each token's loss; the backward scales its rows."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -186,7 +185,7 @@ class _QuackTokens(torch.autograd.Function):
         return slopes * -grad.to(slopes.dtype)[:, None], None, None
 
 
-def quack(p: Problem) -> Tensor:
+def compute_quack(p: Problem) -> Tensor:
     from quack import linear_cross_entropy as module
 
     if p.weight.requires_grad:
@@ -197,18 +196,18 @@ def quack(p: Problem) -> Tensor:
     def score(hidden: Tensor) -> Tensor:
         if hidden.requires_grad:
             return _QuackTokens.apply(hidden, p.weight, p.labels)
-        # As its operator without gradients: no logits are written.
+        # Its path without gradients, which writes no logits.
         return -module._scaled_exp_lce_loss_only(hidden, p.weight, p.labels, -100)
 
-    return sigmoid_loss(p, score)
+    return compute_sigmoid_loss(p, score)
 
 
 PEERS: dict[str, Callable[[Problem], Tensor]] = {
-    "eager": eager,
-    "trl chunked": trl_chunked,
-    "Liger fused DPO": liger,
-    "cut-cross-entropy": cut_cross_entropy,
-    "quack": quack,
+    "eager": compute_eager,
+    "trl chunked": compute_trl,
+    "Liger fused DPO": compute_liger,
+    "cut-cross-entropy": compute_cce,
+    "quack": compute_quack,
 }
 
 
@@ -239,7 +238,7 @@ def compute_truth(p: Problem, rows: int = 64) -> Truth:
     values.requires_grad_()
     ref, _ = score(p.ref_hidden) if p.online else (values.detach(), None)
     with torch.enable_grad():
-        loss = sigmoid_loss(p, lambda hidden: values if hidden is p.hidden else ref)
+        loss = compute_sigmoid_loss(p, lambda hidden: values if hidden is p.hidden else ref)
     (coef,) = torch.autograd.grad(loss, values)
     weight_grad = None
     if p.weight.requires_grad:
@@ -256,11 +255,10 @@ def compute_truth(p: Problem, rows: int = 64) -> Truth:
     return Truth(loss.detach(), coef.unsqueeze(1) * slopes, weight_grad)
 
 
-def relative_errors(
+def compute_errors(
     truth: Truth, loss: Tensor, hidden_grad: Tensor | None = None, weight_grad: Tensor | None = None
 ) -> dict[str, float]:
-    """{"loss", "gradient", "dW"}: relative errors in the Euclidean norm, of what is given and has a
-    truth."""
+    """{"loss", "gradient", "dW"}: relative errors in the Euclidean norm, of the gradients given."""
     errors = {"loss": abs(float(loss.double() / truth.loss) - 1)}
     for name, grad, want in (
         ("gradient", hidden_grad, truth.hidden_grad),
@@ -287,9 +285,8 @@ def allocate_outputs(
 
 
 def build_floor(shape: Shape, case: str, device: str, rows: int) -> Callable[[], None]:
-    """The products that a case needs around a vendor's GEMM, as bare `torch.mm` in chunks of `rows`
-    tokens into preallocated outputs: H W^T of reference and policy, P W for the backward, P^T H
-    for a trained head."""
+    """A case's matrix products as bare `torch.mm` in chunks of `rows` tokens into preallocated
+    outputs: H W^T of reference and policy, P W for the backward, P^T H for a trained head."""
     trained, _, backward = CASES[case]
     hidden, ref_hidden, weight, _ = make_tensors(*shape, device)
     logits, out, grad = allocate_outputs(shape, device, trained, rows)

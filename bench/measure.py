@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Clocked:
-    """A call that records its wall and CPU seconds. CPU time excludes what other processes use."""
+    """A call that records its wall and CPU seconds; CPU time excludes other processes."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.call = call
@@ -25,22 +25,21 @@ class Clocked:
 
 
 def measure_extra_memory(run: Callable[[], object]) -> int | None:
-    """Peak growth of the resident set during `run`, in bytes; None where the system does not
-    report it.
-    """
+    """Peak growth of the resident set during `run`, in bytes; None if the system does not report
+    it."""
 
-    def status(key: str) -> int:
+    def read_status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)  # reuse of memory that the allocator keeps would not be counted
+        trim(0)  # reused allocator memory would not count as growth
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = status("VmRSS")
+        before = read_status("VmRSS")
     except OSError:
         return None
     run()
-    return max(status("VmHWM") - before, 0)
+    return max(read_status("VmHWM") - before, 0)

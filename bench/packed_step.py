@@ -1,4 +1,4 @@
-"""One optimiser step of ours over all pairs of a Work, with time per phase, tokens and FLOPs."""
+"""Our optimiser step over all pairs of a Work, with time per phase, tokens and FLOPs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Mode = Literal["shared", "unshared", "unpacked"]
 
 
 class Phases:
-    """Seconds of each phase of a step; the vision tower's are not part of the policy's.
+    """Seconds per phase of a step; the policy's exclude the vision tower's.
 
-    On a GPU phase boundaries synchronise the device, which costs time: there, only while `on`.
+    On a GPU, phase boundaries synchronise the device while `on`, which costs time.
     """
 
     def __init__(self, packed: PackedModel, device: torch.device) -> None:
@@ -33,37 +33,37 @@ class Phases:
         self.device = device
         self.on = device.type == "cpu"
         if packed.vision is not None:
-            packed.vision.register_forward_pre_hook(lambda *_: self._vision(-1))
-            packed.vision.register_forward_hook(lambda *_: self._vision(+1))
+            packed.vision.register_forward_pre_hook(lambda *_: self._add_vision(-1))
+            packed.vision.register_forward_hook(lambda *_: self._add_vision(+1))
 
-    def _now(self) -> float:
+    def _read_clock(self) -> float:
         if self.on and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _vision(self, sign: int) -> None:
-        now = self._now()
+    def _add_vision(self, sign: int) -> None:
+        now = self._read_clock()
         self.seconds["vision"] += sign * now
         self.seconds["policy"] -= sign * now
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        begun = self._now()
+        begun = self._read_clock()
         yield
-        self.seconds[name] += self._now() - begun
+        self.seconds[name] += self._read_clock() - begun
 
-    def shares(self) -> dict[str, float]:
+    def compute_shares(self) -> dict[str, float]:
         total = sum(self.seconds.values())
         return {name: seconds / total for name, seconds in self.seconds.items()}
 
 
 class PackedStep:
     """A call runs one optimiser step: preprocessing, policy and reference forward, loss, backward,
-    AdamW (with a learning rate of 0, so that all calls compute the same); returns the mean loss.
-    For a GPU, worker processes prepare batches during the step, as in a training run.
+    AdamW (with learning rate 0, so that all calls are equal); returns the mean loss. For a GPU,
+    worker processes prepare batches during the step, as in a training run.
 
     `mode` "unshared" recomputes the prompt for prompt + chosen and prompt + rejected of every pair,
-    as peers do; the image is still encoded once per study. "unpacked" computes one study at a time.
+    like peers, but still encodes the image once per study. "unpacked" computes one study at a time.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class PackedStep:
 def unshare_packs(
     groups: Sequence[PreferenceGroup], packs: Sequence[Pack], packing_length: int
 ) -> list[Pack]:
-    """Packs in which every pair has its own prompt. The pairs of a study stay together; a pack
-    takes as many studies as fit the budget."""
+    """Packs in which every pair has a separate prompt. A study's pairs stay together; a pack takes
+    as many studies as fit the budget."""
     out: list[Pack] = []
     room = 0
     for index, which in (part for pack in packs for part in pack):

@@ -1,5 +1,5 @@
-"""Data and small models of the step benchmarks: CCF-like pairs of random words, a tokenizer, images
-of noise.
+"""Data and small models of the step benchmarks: CCF-like pairs of random words, a tokenizer, noise
+images.
 
 A study has one chosen and two rejected responses of 100 to 250 tokens; a word is about one token.
 """
@@ -7,19 +7,17 @@ A study has one chosen and two rejected responses of 100 to 250 tokens; a word i
 from __future__ import annotations
 
 import functools
-import io
 import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from cpo_fast.model.build import tiny_model, tiny_text_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.packing import encode_all
+from cpo_fast.testing.samples import image
 from cpo_fast.types import ImageRef, Preference, PreferenceGroup
 
 VOCABULARY = ["".join(random.Random(i).choices("aeioulnrstmdp", k=3 + i % 6)) for i in range(1200)]
@@ -27,13 +25,13 @@ VISUAL_504 = 504
 """Pixels per side of an image of 324 visual tokens."""
 
 
-def random_words(rng: random.Random, count: int) -> str:
+def make_words(rng: random.Random, count: int) -> str:
     return " ".join(rng.choice(VOCABULARY) for _ in range(count))
 
 
 @dataclass(frozen=True)
 class Work:
-    """The same pairs as preferences, which peers read, and as groups, which we compute."""
+    """The same pairs as preferences (input of peers) and as groups (our input)."""
 
     preferences: list[Preference]
     groups: list[PreferenceGroup]
@@ -65,16 +63,8 @@ class Work:
 @functools.cache
 def train_word_tokenizer() -> PreTrainedTokenizerBase:
     """4,096 entries, trained on texts of VOCABULARY."""
-    texts = [random_words(random.Random(i), 200) for i in range(200)]
+    texts = [make_words(random.Random(i), 200) for i in range(200)]
     return train_tokenizer(texts, vocab_size=4096)
-
-
-def make_noise_image(name: str, width: int, height: int, seed: int) -> ImageRef:
-    """A grey PNG in memory."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return ImageRef(f"{name}.png", data=file.getvalue())
 
 
 def make_preference(
@@ -86,10 +76,10 @@ def make_preference(
     response_words: tuple[int, int],
     rejected: int = 2,
 ) -> Preference:
-    """Random words about the pictures: a question, a chosen answer and `rejected` others."""
-    text = {"type": "text", "text": random_words(rng, prompt_words)}
+    """Random words: a question about the pictures, a chosen answer and `rejected` others."""
+    text = {"type": "text", "text": make_words(rng, prompt_words)}
     prompt = ({"role": "user", "content": [*[{"type": "image"}] * len(pictures), text]},)
-    answers = [random_words(rng, rng.randint(*response_words)) for _ in range(1 + rejected)]
+    answers = [make_words(rng, rng.randint(*response_words)) for _ in range(1 + rejected)]
     return Preference(name, prompt, answers[0], tuple(answers[1:]), pictures)
 
 
@@ -97,13 +87,12 @@ def make_preference(
 def make_work(
     *, studies: int, side: int, prompt_words: int, response_words: tuple[int, int] = (95, 235)
 ) -> Work:
-    """Pairs of `studies` studies, each with an image of side x side grey noise (none for 0). The
-    result is cached and must not be changed.
-    """
+    """Pairs of `studies` studies, each with side x side pixels of grey noise (no image for 0). The
+    result is cached: do not modify it."""
     rng = random.Random(0)
     preferences = []
     for study in range(studies):
-        pictures = (make_noise_image(str(study), side, side, study),) if side else ()
+        pictures = (image(side, side, study),) if side else ()
         preferences.append(
             make_preference(
                 str(study),

@@ -1,10 +1,10 @@
 """A training step at real sizes with random weights: `python -m bench.step_sizes --size 7B`.
 
 LoRA r 8 on the language model's linears, frozen tower, on-line reference, CCF-like pairs with one
-image of 324 visual tokens. Random weights cost as much as trained ones, so speed, memory and MFU
-hold for a real run. The tokenizer has 4,096 entries; the model has the real vocabulary. MFU relates
-model FLOPs (cpo_fast/model/flops.py) to the data sheet's dense bfloat16 peak, on a CPU to a square
-matrix product measured in the same process. Written for a GPU; docs/gpu.md has measurements.
+image of 324 visual tokens. Speed, memory and MFU equal a real run's: random weights cost as much as
+trained ones. The tokenizer has 4,096 entries, the model the real vocabulary. MFU relates model
+FLOPs (cpo_fast/model/flops.py) to the data sheet's dense bfloat16 peak, on a CPU to a square matrix
+product measured in the same process. Intended for a GPU; docs/gpu.md has measurements.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from cpo_fast.types import IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a Qwen2.5-VL; 3B and 7B as in their published config.json."""
+    """Sizes of a Qwen2.5-VL; 3B and 7B as in the published config.json."""
 
     hidden: int
     layers: int
@@ -63,7 +63,7 @@ PEERS = ("unshared", "unpacked", "gathered", "sdpa", "varlen", "flex", "trl")
 
 
 def build_random_model(size: Size, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Qwen2_5_VLForConditionalGeneration of that size, initialised on the device."""
+    """A Qwen2_5_VLForConditionalGeneration of this size, initialised on the device."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     half = size.hidden // size.heads // 2
@@ -137,13 +137,13 @@ def run(
     `size` is one of SIZES. `device` defaults to "cuda" if available, `dtype` to bfloat16 there and
     float32 on a CPU. `peers` are "unshared" (the prompt recomputed for every pair), "unpacked" (one
     study at a time), another attention implementation, or "trl" (DPOTrainer's step in micro-batches
-    of `trl_batch` pairs). They run in turn, as two models may not fit together. Ours runs first, or
-    not at all without `with_ours`. `compile` compiles the decoder layers of all steps but trl's;
-    `fused` is passed to PackedModel. `on_measured` is called with name and step after each.
+    of `trl_batch` pairs). Steps run one after another, as two models may not fit in memory; ours is
+    first, and is left out without `with_ours`. `compile` compiles the decoder layers of all steps
+    except trl's; `fused` is passed to PackedModel. `on_measured(name, step)` is called after each.
     Each step has an entry under `steps`, ours under "ours", with `pairs_per_second`, `seconds`,
-    `peak_memory_bytes` and `loss` (the mean loss, about 0.6931 as the model is untrained); steps of
-    ours also have `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that fails (out of
-    memory, not installed) has `error` instead. Raises ValueError for an unknown size or peer.
+    `peak_memory_bytes` and `loss` (mean loss, about 0.6931 for an untrained model); our steps also
+    have `physical_tokens_per_second`, `mfu` and `time_shares`. A peer that fails (out of memory,
+    not installed) has `error` instead. Raises ValueError for an unknown size or peer.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
@@ -173,7 +173,7 @@ def run(
     for name in (*(("ours",) if with_ours else ()), *peers):
         try:
             with ExitStack() as stack:
-                restore_functions()  # the previous step may have replaced them by fused ones
+                restore_functions()  # the previous step can have installed fused ones
                 if name == "trl":
                     folder = stack.enter_context(tempfile.TemporaryDirectory())
                     step: Callable[[], float] = TrlStep(
@@ -194,7 +194,7 @@ def run(
                 if on_measured is not None:
                     on_measured(name, step)
                 del step
-        except Exception as error:  # a failure of a peer is a result, one of ours an error
+        except Exception as error:  # a peer's failure is a result, our failure an error
             if name == "ours":
                 raise
             steps[name] = {"error": describe_error(error)}
@@ -267,7 +267,7 @@ def _measure(
             "token_ratio": data.logical_tokens / step.tokens,
             "flops_per_token": step.flops / step.tokens,
             "mfu": mfu(step.flops, median, peak),
-            "time_shares": step.phases.shares(),
+            "time_shares": step.phases.compute_shares(),
         }
     return figures
 

@@ -1,4 +1,4 @@
-"""The CPO stage with the run's own Trainer, for the benchmarks of the training loop."""
+"""The CPO stage with a run's Trainer, for benchmarks of the training loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step of PackedStep with trl's DPOTrainer, in micro-batches."""
+"""PackedStep's optimiser step by trl's DPOTrainer, in micro-batches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from cpo_fast.testing.trl_oracle import trainer
 
 class TrlStep:
     """A call runs one optimiser step over all pairs in micro-batches of `batch` pairs; returns the
-    mean loss. Batches are prepared as for PackedStep. `options` are passed to DPOConfig.
-    """
+    mean loss. Batches are prepared as for PackedStep. `options` are passed to DPOConfig."""
 
     def __init__(self, model: Any, work: Work, *, folder: str, batch: int, **options: Any) -> None:
         self.trainer = trainer(

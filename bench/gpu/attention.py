@@ -1,9 +1,9 @@
-"""Every attention over a pack, and the vision tower, against the same model in float32.
+"""Every attention implementation over a pack, and the vision tower, compared with float32.
 
 A small Qwen2.5-VL with random weights and LoRA on both parts; three studies with images of
 different sizes and two or three answers each. The bound on errors of hidden states (policy and
 reference) and LoRA gradients is 1.5 times the error of the dense mask ("sdpa") with transformers'
-own window attention in the same precision, plus 1e-3. On a CPU all is float32; the bound is 1e-4.
+own window attention in the same precision, plus 1e-3. A CPU runs in float32 with a bound of 1e-4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases import ATTENTION_CHECK
-from bench.gpu.steps import IMPORTS, missing
+from bench.gpu.steps import IMPORTS, is_missing
 from bench.gpu.units import NotHere, Setting, Unit
 
 STUDIES = ((168, 224, 2), (280, 196, 1), (84, 112, 2))  # width, height, rejected answers
@@ -40,8 +40,8 @@ class Prepared:
     plain: dict[str, float]  # errors of "sdpa" in the same precision
 
 
-def random_adapted(device: torch.device, dtype: torch.dtype) -> Any:
-    """A model with weights that make attention far from uniform and a LoRA with an effect."""
+def build_adapted_model(device: torch.device, dtype: torch.dtype) -> Any:
+    """A model whose weights give non-uniform attention, with a non-zero LoRA."""
     from bench.step_data import train_word_tokenizer
     from bench.step_sizes import Size, build_random_model
     from cpo_fast.model.build import add_lora
@@ -59,18 +59,17 @@ def random_adapted(device: torch.device, dtype: torch.dtype) -> Any:
     return model.train()
 
 
-def pack(device: torch.device) -> Any:
+def build_pack(device: torch.device) -> Any:
     """A PackedBatch of all STUDIES."""
-    from bench.step_data import make_noise_image, make_preference, train_word_tokenizer
+    from bench.step_data import make_preference, train_word_tokenizer
     from cpo_fast.model.images import ImageProcessor
     from cpo_fast.packing import collate, encode_all, image_token_id
+    from cpo_fast.testing.samples import image
 
     rng = random.Random(0)
     words: dict[str, Any] = {"prompt_words": 20, "response_words": (15, 60)}
     samples = [
-        make_preference(
-            str(i), rng, (make_noise_image(str(i), width, height, i),), rejected=rejected, **words
-        )
+        make_preference(str(i), rng, (image(width, height, i),), rejected=rejected, **words)
         for i, (width, height, rejected) in enumerate(STUDIES)
     ]
     images = ImageProcessor.create(max_pixels=504**2)
@@ -81,10 +80,10 @@ def pack(device: torch.device) -> Any:
     return collate(groups, parts, pixels=images.pixels, image_token_id=pad).to(device)
 
 
-def outcome(
+def compute_outputs(
     model: Any, batch: Any, *, own_windows: bool = False, **options: Any
 ) -> dict[str, Tensor]:
-    """Hidden states and gradients of a copy of the model under PackedModel's `options`; with
+    """Hidden states and gradients of a copy of the model with PackedModel's `options`; with
     `own_windows` its vision tower uses transformers' window attention."""
     from cpo_fast.model.packed import PackedModel
 
@@ -107,12 +106,12 @@ def outcome(
     }
 
 
-def relative(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+def compare(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     return {name: float((found[name] - x).norm() / x.norm()) for name, x in truth.items()}
 
 
 @contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
+def disable_tf32() -> Iterator[None]:
     """Disables TF32, the default of convolutions."""
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
@@ -126,23 +125,24 @@ def exact_float32() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(device: str) -> Prepared:
+def prepare(device: str) -> Prepared:
     where = torch.device(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, batch = random_adapted(where, dtype), pack(where)
+    model, batch = build_adapted_model(where, dtype), build_pack(where)
     plain: dict[str, Any] = {"attention": "sdpa", "own_windows": True}
-    with exact_float32():
-        truth = outcome(copy.deepcopy(model).float(), batch, **plain)
+    with disable_tf32():
+        truth = compute_outputs(copy.deepcopy(model).float(), batch, **plain)
     if device == "cpu":
         return Prepared(model, batch, truth, dict.fromkeys(truth, CPU_ERROR), {})
-    errors = relative(outcome(model, batch, **plain), truth)
+    errors = compare(compute_outputs(model, batch, **plain), truth)
     allowed = {name: 1.5 * error + 1e-3 for name, error in errors.items()}
     return Prepared(model, batch, truth, allowed, errors)
 
 
 def check(name: str, device: str, quick: bool) -> dict[str, Any]:
-    """`name` is one of NAMES or OPTIONS; "auto" is the default of PackedModel."""
-    if missing("peft"):
+    """Compare the attention `name` of NAMES or OPTIONS with float32; "auto" is PackedModel's
+    default."""
+    if is_missing("peft"):
         raise NotHere("peft is not installed")
     if name == COMPILED and quick:
         raise NotHere("compilation takes too long on a CPU")
@@ -159,9 +159,9 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
             check_attention(name, device, torch.bfloat16 if device == "cuda" else torch.float32)
         except UsageError as reason:
             raise NotHere(str(reason)) from None
-    known = prepared(device)
+    known = prepare(device)
     try:
-        errors = relative(outcome(known.model, known.batch, **options), known.truth)
+        errors = compare(compute_outputs(known.model, known.batch, **options), known.truth)
     finally:
         restore_functions()  # for later checks in this process
     for what, error in errors.items():
@@ -170,8 +170,8 @@ def check(name: str, device: str, quick: bool) -> dict[str, Any]:
     return {"errors": errors, "errors_of_sdpa": known.plain}
 
 
-def units(setting: Setting) -> list[Unit]:
-    """The default first, the compiled model last: it takes longer than 40 s on an H200."""
+def list_units(setting: Setting) -> list[Unit]:
+    """The default first, the compiled model last: compilation takes over 40 s on an H200."""
     checks = [
         Unit(
             ATTENTION_CHECK.format(name),
@@ -185,11 +185,11 @@ def units(setting: Setting) -> list[Unit]:
     return [IMPORTS, *checks]
 
 
-def plan_units(setting: Setting) -> list[Unit]:
-    """All but the compiled one."""
-    return units(setting)[:-1]
+def list_plan_units(setting: Setting) -> list[Unit]:
+    """All except the compiled model."""
+    return list_units(setting)[:-1]
 
 
-def default_units(setting: Setting) -> list[Unit]:
+def list_default_units(setting: Setting) -> list[Unit]:
     """The default, without and with fused layers."""
-    return units(setting)[:3]
+    return list_units(setting)[:3]

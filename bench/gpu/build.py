@@ -1,5 +1,5 @@
-"""The native parts: built in place, or taken from a prebuilt kit. Nothing is installed outside the
-tree and the scratch folder."""
+"""Native extensions: built in place, or installed from a prebuilt kit. Nothing is installed outside
+the tree and the scratch folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.gpu.units import ROOT, NotHere, Setting, Unit
 def build(needs_cuda: bool) -> dict[str, Any]:
     for needed in ("pybind11", "setuptools"):
         if importlib.util.find_spec(needed) is None:
-            raise NotHere(f"{needed} is needed to build; the reference and Triton still run")
+            raise NotHere(f"the build needs {needed}; the reference and Triton still run")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout, run.stderr)
@@ -33,29 +33,29 @@ def build(needs_cuda: bool) -> dict[str, Any]:
     return {"built": built}
 
 
-_placed = False  # whether this process has installed a kit's binary
+_installed = False  # whether this process has installed a kit's binary
 
 
 def unpack(kit: str, scratch: str) -> dict[str, Any]:
-    """Install the peers' wheels for later processes and the kit's binary."""
-    global _placed
+    """Install the kit's binary, and the peers' wheels for later processes."""
+    global _installed
     from bench.gpu import kit as kits
 
     found = kits.unpack(Path(kit), Path(scratch))
-    _placed = found.cuda
-    return {**found.record(), "environment": found.environment}
+    _installed = found.cuda
+    return {**found.make_record(), "environment": found.environment}
 
 
-def build_unless_placed(setting: Setting) -> dict[str, Any]:
-    if _placed:
+def build_unless_installed(setting: Setting) -> dict[str, Any]:
+    if _installed:
         raise NotHere("the kit's binary is installed")
     if setting.device == "cpu":
-        raise NotHere("a CPU needs no CUDA kernels")
+        raise NotHere("CUDA kernels are not needed on a CPU")
     return build_cuda()
 
 
 def build_cuda(root: Path = ROOT) -> dict[str, Any]:
-    """Build `cpo_fast._cuda` alone in place, for sm_90a and this Python. Objects are cached in
+    """Build only `cpo_fast._cuda` in place, for sm_90a and this Python. Objects are cached in
     build/: a second build only links."""
     from bench import gpu_kit
 
@@ -65,22 +65,22 @@ def build_cuda(root: Path = ROOT) -> dict[str, Any]:
     try:
         gpu_kit.Builder(here, root / "build" / "gpu-kit").build((), fresh)
     except (ImportError, gpu_kit.Missing) as reason:
-        raise NotHere(f"_cuda cannot be built here, and is not checked: {reason}") from None
+        raise NotHere(f"_cuda cannot be built and is not checked: {reason}") from None
     fresh.replace(place)
     return {"built": ["_cuda"]}
 
 
-def kit_units(setting: Setting) -> list[Unit]:
+def list_kit_units(setting: Setting) -> list[Unit]:
     return [
         Unit("kit", functools.partial(unpack, setting.kit, setting.scratch), limit=60),
-        Unit("native parts", functools.partial(build_unless_placed, setting), limit=70),
+        Unit("native parts", functools.partial(build_unless_installed, setting), limit=70),
     ]
 
 
-def wheel_units(setting: Setting) -> list[Unit]:
-    """A kit's wheels and binary; without a binary nothing is built."""
-    return kit_units(setting)[:1]
+def list_wheel_units(setting: Setting) -> list[Unit]:
+    """A kit's wheels and binary; a missing binary is not built."""
+    return list_kit_units(setting)[:1]
 
 
-def units(setting: Setting) -> list[Unit]:
+def list_units(setting: Setting) -> list[Unit]:
     return [Unit("native parts", lambda: build(setting.device == "cuda"), limit=240)]

@@ -1,4 +1,4 @@
-"""Names and sizes of the measurements. Importing this module does not load torch: the parent
+"""Names and sizes of the measurements. Importing this module does not load torch, as the parent
 process and the report use it."""
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ FROZEN = "frozen head, reference on-line"
 TRAINED = "trained head, reference on-line"
 LSE_ONLY = "log-probs alone"
 VENDOR_SETTINGS = ("vendor default", "fp32 sums")
-"""Settings of the vendor library's GEMM: its default, and that of our op (chunked.fp32_sums)."""
+"""Settings of the vendor library's GEMM: its default, and our op's (chunked.fp32_sums)."""
 CLASSES = (
     *("products", "attention", "elementwise", "reductions", "copies and casts", "ours", "other"),
 )
-"""Classes of kernels in a profile (bench/gpu/kernel_times.py)."""
+"""Kernel classes of a profile (bench/gpu/kernel_times.py)."""
 LOG_2, LOSS_ERROR = 0.6931472, 2e-2
-"""The loss of an untrained step, and its tolerance."""
+"""Loss of an untrained step, and its tolerance."""
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("auto", {}),
     "ours, fused": ("auto, fused", {"fused": True}),
@@ -27,6 +27,6 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, gathered": ("gathered", {"attention": "gathered"}),
     "ours, flex": ("flex", {"attention": "flex"}),
 }
-"""Steps of ours: (its check in bench/gpu/attention.py, options of bench.step_sizes.run beside the
-defaults of PackedModel)."""
+"""Our steps: (check in bench/gpu/attention.py, options of bench.step_sizes.run that differ from
+PackedModel's defaults)."""
 ATTENTION_CHECK = "attention {}: against float32"

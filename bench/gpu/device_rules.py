@@ -1,4 +1,4 @@
-"""Rules for a GPU: synchronisation, memory, streams, graphs, other devices, 64-bit offsets."""
+"""GPU rules: synchronisation, memory, streams, CUDA graphs, other devices, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.inputs import workspace
+from bench.gpu.timing import capture_graph
 from bench.gpu.units import NotHere
-from bench.gpu.variants import using
+from bench.gpu.variants import force_variant
+from bench.gpu.workspace import limit_workspace
 from cpo_fast.loss import linear_logprobs
 from cpo_fast.testing.loss_problems import LossProblem
 
 DTYPE = torch.bfloat16
 
 
-def step_of(data: LossProblem, impl: str, ref: Tensor) -> Callable[[], list[Tensor]]:
+def build_step(data: LossProblem, impl: str, ref: Tensor) -> Callable[[], list[Tensor]]:
     leaves = data.leaves(head=False)
 
     def step() -> list[Tensor]:
@@ -27,13 +28,13 @@ def step_of(data: LossProblem, impl: str, ref: Tensor) -> Callable[[], list[Tens
     return step
 
 
-def no_waiting_little_memory(variant: str, device: str) -> dict[str, Any]:
-    """Forward and backward without synchronisation, within the workspace limit plus 4 T x D
+def check_synchronisation_and_memory(variant: str, device: str) -> dict[str, Any]:
+    """Forward and backward do not synchronise, and use at most the workspace limit plus 4 T x D
     float32 numbers."""
     T, V, D, mib = 4096, 50257, 1024, 128
     data = LossProblem("random", T, V, D, DTYPE, device)
-    with using(variant) as impl, workspace(mib):
-        step = step_of(data, impl, data.tensors[0].roll(1, 0))
+    with force_variant(variant) as impl, limit_workspace(mib):
+        step = build_step(data, impl, data.tensors[0].roll(1, 0))
         step()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -44,16 +45,16 @@ def no_waiting_little_memory(variant: str, device: str) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     extra = torch.cuda.max_memory_allocated() - before
-    partials = 8 * T * -(-V // 128)  # of kernels that write no logits
+    partials = 8 * T * -(-V // 128)  # partial sums of kernels that write no logits
     allowed = (mib << 20) + partials + 4 * T * D * 4
     assert extra <= allowed, f"{extra / 2**20:.0f} MiB, allowed {allowed / 2**20:.0f}"
     return {"extra_mib": extra / 2**20}
 
 
-def streams(variant: str, device: str) -> dict[str, Any]:
-    """On another stream, with earlier work that the kernels must wait for."""
+def check_stream(variant: str, device: str) -> dict[str, Any]:
+    """The kernels run on the current stream, after earlier work on it."""
     data = LossProblem("random", 500, 32000, 512, DTYPE, device)
-    with using(variant) as impl:
+    with force_variant(variant) as impl:
         leaves = data.leaves()
         want = linear_logprobs(*leaves, data.labels, impl=impl).detach()
         side = torch.cuda.Stream()
@@ -68,21 +69,13 @@ def streams(variant: str, device: str) -> dict[str, Any]:
     return {}
 
 
-def graphs(variant: str, device: str) -> dict[str, Any]:
-    """Captured in a CUDA graph and replayed on new inputs at the same addresses."""
+def check_graph(variant: str, device: str) -> dict[str, Any]:
+    """A captured CUDA graph, replayed on new inputs at the same addresses, equals a fresh call."""
     data = LossProblem("random", 300, 32000, 512, DTYPE, device)
     ref = data.tensors[0].roll(1, 0)
-    with using(variant) as impl:
-        step = step_of(data, impl, ref)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+    with force_variant(variant) as impl:
+        step = build_step(data, impl, ref)
+        graph, captured = capture_graph(step)
         ref.copy_(data.tensors[0].roll(7, 0))
         graph.replay()
         torch.cuda.synchronize()
@@ -91,31 +84,31 @@ def graphs(variant: str, device: str) -> dict[str, Any]:
     return {}
 
 
-def other_device(variant: str, device: str) -> dict[str, Any]:
-    """On another device than the current one, which stays current."""
+def check_other_device(variant: str, device: str) -> dict[str, Any]:
+    """Inputs on a device that is not the current one; the current device does not change."""
     if torch.cuda.device_count() < 2:
-        raise NotHere("there is only one device")
+        raise NotHere("the machine has one device")
     data, there = (
         LossProblem("random", 64, 1013, 24, DTYPE, "cuda:0"),
         LossProblem("random", 64, 1013, 24, DTYPE, "cuda:1"),
     )
     there.tensors = [x.to("cuda:1") for x in data.tensors]
     there.labels = data.labels.to("cuda:1")
-    with using(variant) as impl, torch.cuda.device(0):
+    with force_variant(variant) as impl, torch.cuda.device(0):
         want = linear_logprobs(*data.leaves(), data.labels, impl=impl)
         got = linear_logprobs(*there.leaves(), there.labels, impl=impl)
-        assert torch.cuda.current_device() == 0, "the current device was changed"
+        assert torch.cuda.current_device() == 0, "the current device changed"
     assert torch.equal(got.cpu(), want.cpu())
     return {}
 
 
-def past_32_bits(variant: str, device: str) -> dict[str, Any]:
-    """T x V beyond 2^31 in one chunk: first, middle and last rows are right."""
+def check_large_offsets(variant: str, device: str) -> dict[str, Any]:
+    """T x V above 2^31 in one chunk: first, middle and last rows are correct."""
     T, V, D = 16384, 152064, 256  # 2.5e9 logits, 4.6 GiB
     data = LossProblem("random", T, V, D, DTYPE, device)
     sample = torch.tensor([0, 1, T // 2, T - 2, T - 1], device=device)
     data.labels[sample] = sample * 7
-    with using(variant) as impl, workspace(8192):
+    with force_variant(variant) as impl, limit_workspace(8192):
         leaves = data.leaves(head=False)
         logps = linear_logprobs(*leaves, data.labels, impl=impl)
         (grad,) = torch.autograd.grad(logps.sum(), leaves[:1])
@@ -123,16 +116,16 @@ def past_32_bits(variant: str, device: str) -> dict[str, Any]:
         alone = linear_logprobs(hidden.double(), leaves[1].double(), data.labels[sample])
         (want,) = torch.autograd.grad(alone.sum(), hidden)
     error = float((logps[sample].double() - alone).abs().max())
-    assert error <= 0.1, f"log-probs err by {error:.2e}"
+    assert error <= 0.1, f"log-prob error {error:.2e}"
     error = float((grad[sample].double() - want.double()).abs().max())
-    assert error <= 0.02 * float(want.abs().max()), f"gradients err by {error:.2e}"
+    assert error <= 0.02 * float(want.abs().max()), f"gradient error {error:.2e}"
     return {}
 
 
 DEVICE_RULES: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    "no waiting, little memory": no_waiting_little_memory,
-    "a stream of its own": streams,
-    "a captured graph": graphs,
-    "another device": other_device,
-    "T x V past 2^31": past_32_bits,
+    "no waiting, little memory": check_synchronisation_and_memory,
+    "a stream of its own": check_stream,
+    "a captured graph": check_graph,
+    "another device": check_other_device,
+    "T x V past 2^31": check_large_offsets,
 }

@@ -1,4 +1,4 @@
-"""Description of the machine: device, versions, commit, hashes of the sources."""
+"""Machine description: device, versions, commit, source hashes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.units import ROOT, Setting, Unit
+from cpo_fast.doctor import processor
 
 PACKAGES = ["torch", "triton", "transformers", "peft", "trl", "liger-kernel"]
 PACKAGES += ["cut-cross-entropy", "flash-attn", "pytest"]
@@ -20,8 +21,8 @@ KERNELS = ("csrc/cuda", "kernels", "cpo_fast/loss")
 SOURCES = (*KERNELS, "bench")
 
 
-def output(*command: str) -> str | None:
-    """Output of a command; None if it is missing or fails."""
+def capture(*command: str) -> str | None:
+    """Output of a command; None if it is not installed or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -31,7 +32,7 @@ def output(*command: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def version(package: str) -> str | None:
+def find_version(package: str) -> str | None:
     """Version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
@@ -39,8 +40,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def source_hash(folders: tuple[str, ...] = SOURCES, root: Path = ROOT) -> str:
-    """Hash of the sources that the figures depend on, for a copy of the tree without history."""
+def hash_sources(folders: tuple[str, ...] = SOURCES, root: Path = ROOT) -> str:
+    """Hash of the sources that the figures depend on; identifies a tree without git history."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
@@ -49,15 +50,7 @@ def source_hash(folders: tuple[str, ...] = SOURCES, root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def report(device: str) -> dict[str, Any]:
+def describe_machine(device: str) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
@@ -66,15 +59,15 @@ def report(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: find_version(package) for package in PACKAGES},
         "cuda_of_torch": torch.version.cuda,
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": capture("git", "rev-parse", "HEAD"),
         "changed_files": len(
-            (output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines()
+            (capture("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines()
         ),
-        "source_hash": source_hash(),
-        "kernel_hash": source_hash(KERNELS),
-        "nvcc": (output("nvcc", "--version") or "").rpartition("\n")[2] or None,
+        "source_hash": hash_sources(),
+        "kernel_hash": hash_sources(KERNELS),
+        "nvcc": (capture("nvcc", "--version") or "").rpartition("\n")[2] or None,
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -85,10 +78,12 @@ def report(device: str) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "devices": torch.cuda.device_count(),
-            query: output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"),
+            query: capture(
+                "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"
+            ),
         }
     return found
 
 
-def units(setting: Setting) -> list[Unit]:
-    return [Unit("machine", lambda: report(setting.device))]
+def list_units(setting: Setting) -> list[Unit]:
+    return [Unit("machine", lambda: describe_machine(setting.device))]

@@ -1,4 +1,4 @@
-"""Device time of a call by kernel and by class of kernel, from PyTorch's profiler."""
+"""Device time of a call by kernel and by kernel class, from PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.gpu.cases import CLASSES
 from bench.gpu.units import NotHere
 
 CALLS = 3
-KERNELS = 40  # kept in a record
+KERNELS = 40  # number kept in a record
 OURS = (
     *("lean_rows_kernel", "row_scale_kernel", "segment_sums_kernel"),
     *("swiglu_kernel", "swiglu_backward_kernel", "rotate_kernel"),
@@ -39,12 +39,12 @@ RULES = (
         r"|aten::(add|sub|mul|div|neg|pow|rsqrt|silu|silu_backward|sigmoid)_?$",
     ),
 )
-"""(class, pattern): the first match counts; names are in lower case."""
+"""(class, pattern): the first match counts; patterns are for lower-case names."""
 ANNOTATIONS = ("Optimizer.", "ProfilerStep", "## Call CompiledFxGraph", "Torch-Compiled Region")
-"""Names of spans, which are not kernels; the profiler can list them on the device."""
+"""Prefixes of spans that the profiler lists on the device although they are not kernels."""
 
 
-def kind_of(kernel: str) -> str:
+def classify_kernel(kernel: str) -> str:
     """The class of a kernel, from its name in the profiler."""
     name = kernel.lower()
     return next((kind for kind, pattern in RULES if re.search(pattern, name)), "other")
@@ -61,8 +61,9 @@ def profile(
     """{"seconds", "classes": {class: seconds}, "kernels": [{"name", "calls", "seconds"}]} per call,
     longest kernel first; operators on a CPU.
 
-    Records `calls` calls, with `warm` after one more. Without `host`, host events are not recorded:
-    a training step has hundreds of thousands. Raises NotHere if the profiler reports no kernel.
+    Records `calls` calls, after a warm-up call with `warm`. Without `host`, host events are not
+    recorded: a training step has hundreds of thousands. Raises NotHere if the profiler reports no
+    kernel.
     """
     cuda = device == "cuda"
     if warm:
@@ -71,18 +72,18 @@ def profile(
     attempts = [both] if host or not cuda else [[ProfilerActivity.CUDA], both]
     kernels: list[dict[str, Any]] = []
     for activities in attempts:
-        kernels = kernels or recorded(run, cuda, calls, activities)
+        kernels = kernels or record_kernels(run, cuda, calls, activities)
     if not kernels:
         raise NotHere("the profiler reports no kernel")
     kernels.sort(key=lambda kernel: -kernel["seconds"])
     classes = dict.fromkeys(CLASSES, 0.0)
     for kernel in kernels:
-        classes[kind_of(kernel["name"])] += kernel["seconds"]
+        classes[classify_kernel(kernel["name"])] += kernel["seconds"]
     total = sum(kernel["seconds"] for kernel in kernels)
     return {"seconds": total, "classes": classes, "kernels": kernels[:KERNELS]}
 
 
-def recorded(
+def record_kernels(
     run: Callable[[], object], cuda: bool, calls: int, activities: list[ProfilerActivity]
 ) -> list[dict[str, Any]]:
     with torch.profiler.profile(activities=activities, acc_events=True) as found:

@@ -1,14 +1,14 @@
-"""The kit of `make gpu-kit` for a GPU machine without a network: unpacking and use.
+"""Unpacks and uses the kit of `make gpu-kit`, on a GPU machine without a network.
 
 A kit is a folder with the peers' wheels, `cpo_fast._cuda` prebuilt for one Python and one
-architecture, variants of it, and `manifest.json`. On the machine
+architecture, variants of it, and `manifest.json`. On the machine:
 
-    kit = unpack(ROOT / "gpu-kit", scratch)            # once; `kit.notes` lists what is unusable
+    kit = unpack(ROOT / "gpu-kit", scratch)            # once; `kit.notes` lists unusable parts
     Popen(..., env=os.environ | kit.environment)       # workers find the peers and the variants
-    if not kit.cuda: ...                               # build there
+    if not kit.cuda: ...                               # build it there
 
-and in a worker `load_variant("lag3")` before the loss op runs. A kit that is absent or does not fit
-is not an error: nothing is installed, and the notes give the reason.
+A worker calls `load_variant("lag3")` before the loss op runs. A missing or incompatible kit is not
+an error: nothing is installed, and the notes give the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.gpu.environment import source_hash
+from bench.gpu.environment import hash_sources
 from bench.gpu.units import ROOT
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -35,15 +35,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "lag3": ("-DCPO_LAG=3",),
     "split6": ("-DCPO_SPLIT_TILES=6", "-DCPO_BAND=16"),
 }
-"""Builds of `_cuda` beside the default one: extra flags of nvcc."""
+"""Builds of `_cuda` with extra nvcc flags."""
 DEFAULT = "default"
 MODULE = "cpo_fast._cuda"
 VARIABLE = "CPO_FAST_GPU_KIT"
-"""Environment variable with the kit's folder, for workers."""
+"""Environment variable that names the kit's folder for workers."""
 IMPORT_SECONDS = 20.0  # a binary that takes longer is assumed to hang
 INSTALL_SECONDS = 40.0
 SITE = "site-packages"
-"""The name matters: dill, which hashes trl's data sets, pickles modules elsewhere by value."""
+"""Required name: dill, which hashes trl's data sets, pickles modules in other folders by value."""
 IMPORTS = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(sys.argv[1], sys.argv[2])
@@ -53,9 +53,9 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 @dataclass(frozen=True)
 class Kit:
-    """The usable parts of a kit. `environment` is for the workers; `cuda` says whether the kit's
-    `cpo_fast._cuda` was installed in the tree; `variants` are names for `load_variant`; `notes`
-    list what was left out, with reasons."""
+    """The usable parts of a kit. `environment`: variables for the workers; `cuda`: whether its
+    `cpo_fast._cuda` was installed in the tree; `variants`: names for `load_variant`; `notes`:
+    omitted parts with reasons."""
 
     folder: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Kit:
     variants: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def make_record(self) -> dict[str, Any]:
         """Figures for results.json, without paths."""
         return {
             "wheels": list(self.wheels),
@@ -74,18 +74,18 @@ class Kit:
         }
 
 
-def cuda_hash(root: Path = ROOT) -> str:
-    """Hash of the sources in csrc/cuda, 16 hexadecimal digits."""
-    return source_hash(("csrc/cuda",), root)
+def hash_cuda_sources(root: Path = ROOT) -> str:
+    """Hash of csrc/cuda, 16 hexadecimal digits."""
+    return hash_sources(("csrc/cuda",), root)
 
 
-def extension_suffix() -> str:
-    """Suffix of this interpreter's extension modules, such as .cpython-312-x86_64-linux-gnu.so."""
+def read_extension_suffix() -> str:
+    """This interpreter's extension suffix, such as .cpython-312-x86_64-linux-gnu.so."""
     return str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 def read_manifest(kit: Path) -> dict[str, Any]:
-    """Raises ValueError with the reason if `kit` is not a kit."""
+    """Raises ValueError if `kit` is not a kit."""
     path = kit / "manifest.json"
     if not path.is_file():
         raise ValueError(f"no GPU kit: {kit.name}/manifest.json does not exist (make gpu-kit)")
@@ -98,14 +98,13 @@ def read_manifest(kit: Path) -> dict[str, Any]:
 def unpack(kit: Path, scratch: Path, *, root: Path = ROOT, python: str = sys.executable) -> Kit:
     """Install a kit: its `_cuda` into `root`/cpo_fast, its wheels into `scratch`/site-packages.
 
-    The binary is copied only if it was built from the sources in `root`/csrc/cuda for this Python
-    and imports in a fresh process. Nothing is downloaded, every step has a time limit, and nothing
-    is raised: `Kit.notes` lists what does not work. A second call with the same kit and folders
-    takes a second.
+    The binary is copied only if it was built from `root`/csrc/cuda for this Python and imports in a
+    new process. Nothing is downloaded, every step has a time limit, and no exception is raised:
+    `Kit.notes` lists failures. A second call with the same kit and folders takes a second.
     """
     try:
         manifest = read_manifest(kit)
-        sound, notes = sound_builds(kit, manifest, root, python)
+        sound, notes = find_sound_builds(kit, manifest, root, python)
         if DEFAULT in sound:
             target = root / "cpo_fast" / f"_cuda{manifest['suffix']}"
             fresh = target.with_name(f".{target.name}.new")
@@ -130,17 +129,17 @@ def unpack(kit: Path, scratch: Path, *, root: Path = ROOT, python: str = sys.exe
     return Kit(kit, environment, wheels, DEFAULT in sound, variants, tuple(notes))
 
 
-def sound_builds(
+def find_sound_builds(
     kit: Path, manifest: dict[str, Any], root: Path, python: str
 ) -> tuple[list[str], list[str]]:
-    """Names of the builds of `_cuda` that fit and import, and reasons for leaving out others."""
+    """Names of the compatible builds of `_cuda` that import, and reasons for omitting others."""
     if not manifest["cuda"]:
         return [], [f"the kit has no _cuda: {manifest['cuda_missing']}"]
-    if (reason := obstacle(manifest, root)) is not None:
+    if (reason := find_obstacle(manifest, root)) is not None:
         return [], [f"_cuda of the kit is not used: {reason}"]
     sound, notes = [], []
     for name, build in manifest["cuda"].items():
-        reason = import_error(kit / build["file"], python)
+        reason = find_import_error(kit / build["file"], python)
         if reason is None:
             sound.append(name)
         else:
@@ -149,8 +148,8 @@ def sound_builds(
 
 
 def install(kit: Path, manifest: dict[str, Any], scratch: Path, python: str) -> str | None:
-    """Install the wheels into `scratch`/site-packages unless present; the reason for a failure, or
-    None."""
+    """Install the wheels into `scratch`/site-packages unless present. Returns the reason for a
+    failure, or None."""
     files = [str(kit / wheel["file"]) for wheel in manifest["wheels"]]
     done, text = scratch / "installed.json", json.dumps(manifest["wheels"])
     if not files or (done.is_file() and done.read_text() == text):
@@ -159,28 +158,28 @@ def install(kit: Path, manifest: dict[str, Any], scratch: Path, python: str) -> 
     command += ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade"]
     command += ["--target", str(scratch / SITE), *files]
     scratch.mkdir(parents=True, exist_ok=True)
-    reason = failure(command, INSTALL_SECONDS)
+    reason = find_failure(command, INSTALL_SECONDS)
     if reason is None:
         done.write_text(text)
     return reason
 
 
-def obstacle(manifest: dict[str, Any], root: Path = ROOT) -> str | None:
-    """Why the kit's binaries do not fit this interpreter or these sources; None if they do."""
-    if manifest["suffix"] != extension_suffix():
-        return f"built for {manifest['suffix']}, this is {extension_suffix()}"
-    if manifest["sources"] != (here := cuda_hash(root)):
-        return f"built from other sources ({manifest['sources']}; csrc/cuda is {here}): rebuild it"
+def find_obstacle(manifest: dict[str, Any], root: Path = ROOT) -> str | None:
+    """Why the kit's binaries do not match this interpreter or these sources; None if they do."""
+    if manifest["suffix"] != read_extension_suffix():
+        return f"built for {manifest['suffix']}, this is {read_extension_suffix()}"
+    if manifest["sources"] != (here := hash_cuda_sources(root)):
+        return f"built from other sources ({manifest['sources']}, not {here}): rebuild it"
     return None
 
 
-def import_error(path: Path, python: str = sys.executable) -> str | None:
-    """Why an extension module does not import in a fresh process; None if it does."""
-    return failure([python, "-c", IMPORTS, MODULE, str(path)], IMPORT_SECONDS)
+def find_import_error(path: Path, python: str = sys.executable) -> str | None:
+    """Why an extension module does not import in a new process; None if it does."""
+    return find_failure([python, "-c", IMPORTS, MODULE, str(path)], IMPORT_SECONDS)
 
 
-def failure(command: list[str], seconds: float) -> str | None:
-    """Why a command fails, with the last line that it prints; None if it succeeds."""
+def find_failure(command: list[str], seconds: float) -> str | None:
+    """Why a command fails, with its last line on stderr; None if it succeeds."""
     begun = time.monotonic()
     try:
         done = subprocess.run(
@@ -206,11 +205,11 @@ _loaded: dict[Path, ModuleType] = {}
 
 
 def load_variant(name: str) -> ModuleType:
-    """Replace `cpo_fast._cuda` by a variant of the kit, for this process.
+    """Replace `cpo_fast._cuda` by a variant of the kit in this process.
 
     Call it before or between calls of the loss op: each launch looks the module up again.
     "default" is the kit's build without extra flags. Raises ValueError if the environment names no
-    kit, the kit has no such variant, or it was built from other sources.
+    kit, the kit lacks the variant, or it was built from other sources.
     """
     folder = os.environ.get(VARIABLE)
     if not folder:
@@ -218,23 +217,23 @@ def load_variant(name: str) -> ModuleType:
     manifest = read_manifest(Path(folder))
     builds = manifest["cuda"]
     if name not in builds:
-        raise ValueError(f"the kit has no variant {name!r}; it has: {', '.join(builds) or 'none'}")
-    if (reason := obstacle(manifest)) is not None:
-        raise ValueError(f"variant {name!r} does not fit: {reason}")
+        raise ValueError(f"the kit has no variant {name!r}, only: {', '.join(builds) or 'none'}")
+    if (reason := find_obstacle(manifest)) is not None:
+        raise ValueError(f"variant {name!r} cannot be used: {reason}")
     path = Path(folder) / builds[name]["file"]
     if path not in _loaded:
-        # Each build needs its own name: pybind11 caches modules by name and would return the first
-        # build again. The last part of the name selects the entry point (PyInit__cuda).
+        # Each build needs a unique name: pybind11 caches modules by name and would return the first
+        # build. The last part of the name selects the entry point (PyInit__cuda).
         spec = importlib.util.spec_from_file_location(f"gpu_kit.{name}._cuda", path)
         assert spec is not None and spec.loader is not None
         _loaded[path] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(_loaded[path])
-    place(_loaded[path])
+    replace_module(_loaded[path])
     return _loaded[path]
 
 
-def place(module: ModuleType) -> None:
-    """Make both kinds of import of `cpo_fast._cuda` return `module` from now on."""
+def replace_module(module: ModuleType) -> None:
+    """Make both forms of importing `cpo_fast._cuda` return `module`."""
     package, _, attribute = MODULE.rpartition(".")
     setattr(importlib.import_module(package), attribute, module)
     sys.modules[MODULE] = module

@@ -1,8 +1,8 @@
-"""Results of GPU checks to records in bench/results and marked blocks in docs/.
+"""Converts results of GPU checks to records in bench/results and marked blocks in docs/.
 
 A block lies between `<!-- gpu-report: NAME begin -->` and `<!-- gpu-report: NAME end -->`. It shows
-the newest record of every card, so that figures of one card do not replace those of another.
-Building it again gives the same text.
+the newest record of every card, so that a card's figures do not replace another card's. Rebuilding
+gives the same text.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import report, sections
-from bench.gpu.sections import KERNELS, Record, measured, rate, step_name
+from bench.gpu.sections import KERNELS, Record, make_table, name_step, select_ok
 
 NOTHING = "Nothing has been measured on a GPU yet."
 LOST = ("executable", "times", "seconds_of_rounds", "unit_seconds", "phases")
-"""Fields removed from a record: they describe the host or are long."""
+"""Fields removed from a record because they describe the host or are long."""
 PLACES = re.compile(r"(?<![\w./])(?:/[\w.+@-]+){2,}/?")
 """Absolute paths."""
 FIGURES = ("ceilings", "products", "loss", "steps")
-"""Phases whose records are figures."""
+"""Phases that record figures."""
 
 
 class Refused(Exception):
-    """These results cannot be published; the message gives the reason and the remedy."""
+    """The results cannot be published; the message gives the reason and the remedy."""
 
 
 # --- merging --------------------------------------------------------------------------------------
 
 
-def merged(runs: list[Record], *, force: bool = False, commit: str | None = None) -> Record:
+def merge(runs: list[Record], *, force: bool = False, commit: str | None = None) -> Record:
     """One set of results from several runs on one device, in order of their start.
 
     The later record of a phase and key wins, but a skipped one replaces none, and a check that
     failed in any run stays failed. `commit` is the commit of the tree that was copied to the
     machine, for runs without git history. Raises Refused if devices differ, if one is not a GPU,
-    and, unless forced, if the hashes of the sources differ.
+    or, unless forced, if source hashes differ.
     """
     runs = sorted(runs, key=lambda data: data["started"])
-    machines = [report.machine(data["records"]) for data in runs]
+    machines = [report.find_machine(data["records"]) for data in runs]
     for data, machine in zip(runs, machines, strict=True):
         if data.get("quick"):
-            raise Refused(f"the run of {data['started']} used tiny shapes (--quick): no figures")
+            raise Refused(f"the run of {data['started']} used tiny shapes (--quick)")
         if not machine:
             raise Refused(f"the run of {data['started']} does not name its machine")
         if "capability" not in machine:
@@ -59,14 +59,14 @@ def merged(runs: list[Record], *, force: bool = False, commit: str | None = None
     for number, data in enumerate(runs):
         for record in data["records"]:
             name = record["phase"], record["key"]
-            if name not in records or wins(record, records[name]):
+            if name not in records or supersedes(record, records[name]):
                 records[name] = {**record, "run": number}
                 if record["phase"] == "environment" and not record.get("commit"):
                     records[name]["commit"] = commit
     left = {(e["phase"], e["key"]): e for data in runs for e in data["not_run"]}
     return {
         "started": runs[0]["started"],
-        "commands": [command(data) for data in runs],
+        "commands": [format_command(data) for data in runs],
         "hung": sorted({name for data in runs for name in data.get("hung", ())}),
         "source_hashes": hashes,
         "records": list(records.values()),
@@ -75,11 +75,11 @@ def merged(runs: list[Record], *, force: bool = False, commit: str | None = None
     }
 
 
-def missing_figures(new: Record, folder: Path) -> tuple[str, int]:
-    """The newest record of the same card, and the number of its figures that `new` lacks and that
-    publishing would remove from the pages."""
-    for name, old in published(folder):
-        if card(old) == card(new):
+def find_missing_figures(new: Record, folder: Path) -> tuple[str, int]:
+    """(newest record of the same card, number of its figures that publishing `new` would remove
+    from the pages)."""
+    for name, old in read_published(folder):
+        if name_card(old) == name_card(new):
             here, there = (
                 {(r["phase"], r["key"]) for r in data["records"] if r["status"] == "ok"}
                 for data in (new, old)
@@ -89,7 +89,7 @@ def missing_figures(new: Record, folder: Path) -> tuple[str, int]:
     return "", 0
 
 
-def wins(later: Record, earlier: Record) -> bool:
+def supersedes(later: Record, earlier: Record) -> bool:
     """Whether `later` replaces `earlier`."""
     if later["status"] == "skipped":
         return earlier["status"] == "skipped"
@@ -97,7 +97,7 @@ def wins(later: Record, earlier: Record) -> bool:
     return not failed or later["status"] in report.BAD
 
 
-def command(data: Record) -> str:
+def format_command(data: Record) -> str:
     """The command of a run."""
     plan = data.get("plan")
     return f"python -m bench.gpu_check --plan {plan}" if plan else "make gpu-check"
@@ -107,7 +107,7 @@ def command(data: Record) -> str:
 
 
 def compact(value: Any) -> Any:
-    """Removes paths of the host and fields that no table shows; rounds numbers to six digits."""
+    """Remove host paths and fields that no table shows; round numbers to six digits."""
     if isinstance(value, dict):
         kept = {name: compact(item) for name, item in value.items() if name not in LOST}
         if "kernels" in kept:
@@ -129,32 +129,32 @@ def dumps(data: Record) -> str:
     return "{\n" + ",\n".join(lines) + f',\n"records": [\n{records}\n]\n}}\n'
 
 
-def card(data: Record) -> str:
-    """The card's name for file names: "NVIDIA H100 80GB HBM3" is h100."""
-    words = report.machine(data["records"])["device"].lower().split()
+def name_card(data: Record) -> str:
+    """The card's name in file names: h100 for "NVIDIA H100 80GB HBM3"."""
+    words = report.find_machine(data["records"])["device"].lower().split()
     words = [word for word in words if word != "nvidia"]
     first = next((word for word in words if re.search(r"\d", word)), "-".join(words))
     return re.sub(r"[^a-z0-9]+", "-", first).strip("-")
 
 
-def name_of(data: Record) -> str:
-    return f"gpu-{card(data)}-{data['started'][:10]}.json"
+def name_file(data: Record) -> str:
+    return f"gpu-{name_card(data)}-{data['started'][:10]}.json"
 
 
-def published(folder: Path) -> list[tuple[str, Record]]:
-    """(name, data) of the newest record of every card in `folder`, sorted by card."""
+def read_published(folder: Path) -> list[tuple[str, Record]]:
+    """(name, data) of every card's newest record in `folder`, sorted by card."""
     newest: dict[str, tuple[str, Record]] = {}
     for path in sorted(folder.glob("gpu-*.json")):  # a card's files sort by date
         data = json.loads(path.read_text())
-        newest[card(data)] = path.name, data
+        newest[name_card(data)] = path.name, data
     return [newest[name] for name in sorted(newest)]
 
 
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-def replaced(page: str, name: str, text: str) -> str:
-    """A page with the text of a block replaced. Raises Refused if the page lacks the block."""
+def replace_block(page: str, name: str, text: str) -> str:
+    """The page with a block's text replaced. Raises Refused if the page lacks the block."""
     begin, end = (f"<!-- gpu-report: {name} {which} -->" for which in ("begin", "end"))
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise Refused(f"the page must contain the lines {begin} and {end} once each, in this order")
@@ -162,28 +162,28 @@ def replaced(page: str, name: str, text: str) -> str:
     return f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}"
 
 
-def checks_block(cards: list[tuple[str, Record]]) -> str:
+def make_checks_block(cards: list[tuple[str, Record]]) -> str:
     """Block of docs/gpu.md: machine, ceilings, checks, targets, measured against predicted."""
     parts = []
     for name, data in cards:
         records = data["records"]
-        parts += [f"### {report.machine(records)['device']}", origin(name, data)]
-        parts.append(report.verdict(data))
-        if rows := [[r["key"], rate(r)] for r in measured(records, "ceilings")]:
-            parts.append(report.table(["ceiling", "measured"], rows))
-        parts += check_tables(records)
-        if rows := report.requirements(records):
-            parts.append(report.table(report.TARGETS, rows))
-        if rows := predicted_rows(data):
+        parts += [f"### {report.find_machine(records)['device']}", describe_origin(name, data)]
+        parts.append(report.summarise(data))
+        if rows := [[r["key"], sections.format_rate(r)] for r in select_ok(records, "ceilings")]:
+            parts.append(make_table(["ceiling", "measured"], rows))
+        parts += make_check_tables(records)
+        if rows := report.list_targets(records):
+            parts.append(make_table(report.TARGETS, rows))
+        if rows := list_predicted_rows(data):
             header = ["head, T, case", "provider", "predicted, ms", "measured, ms", ""]
-            parts.append(report.table(header, rows))
+            parts.append(make_table(header, rows))
     return "\n\n".join(parts) or NOTHING
 
 
-def origin(name: str, data: Record) -> str:
+def describe_origin(name: str, data: Record) -> str:
     """Date, machine, versions, commands and file of a record."""
     commands = " and ".join(f"`{text}`" for text in dict.fromkeys(data["commands"]))
-    line = report.machine_line(data["records"])
+    line = report.describe_machine(data["records"])
     hashes = data["source_hashes"]
     sources = f"source hash {hashes[0]}"
     if len(hashes) > 1:
@@ -192,63 +192,64 @@ def origin(name: str, data: Record) -> str:
     return f"{data['started'][:10]}, {line}, {sources}, by {commands}. {record}"
 
 
-def check_tables(records: list[Record]) -> list[str]:
-    failures = [f"- {r['status']}: {r['key']}: {r['reason']}" for r in report.broken(records)]
-    return [part for part in (report.check_counts(records), "\n".join(failures)) if part]
+def make_check_tables(records: list[Record]) -> list[str]:
+    bad = report.find_failures(records)
+    failures = "\n".join(f"- {r['status']}: {r['key']}: {r['reason']}" for r in bad)
+    return [part for part in (report.make_check_counts(records), failures) if part]
 
 
-def predicted_rows(data: Record) -> list[list[str]]:
-    """Rows of the measurements of the loss op that have a prediction."""
+def list_predicted_rows(data: Record) -> list[list[str]]:
+    """Rows of the loss op's measurements that have a prediction."""
     records: list[Record] = data["records"]
-    guess, rows = report.predictions(records), []
-    for r in report.timed(records):
+    guess, rows = report.make_predictor(records), []
+    for r in report.select_timed(records):
         if (want := guess(r)) is None:
             continue
         ms = r["seconds"] * 1e3
         result = "faster" if ms < want.low else "slower" if ms > want.high else "as predicted"
         place = f"{r['model']}, {r['tokens']}, {r['case']}"
-        rows.append([place, r["provider"], report.span(want), f"{ms:.2f}", result])
+        rows.append([place, r["provider"], report.format_span(want), f"{ms:.2f}", result])
     return rows
 
 
-def figures_block(cards: list[tuple[str, Record]]) -> str:
+def make_figures_block(cards: list[tuple[str, Record]]) -> str:
     """Block of docs/performance.md: the loss op and training steps, with card and command."""
     parts = []
     for name, data in cards:
-        device = report.machine(data["records"])["device"]
-        tables = loss_tables(device, data) + step_tables(device, data)
+        device = report.find_machine(data["records"])["device"]
+        tables = make_loss_tables(device, data) + make_step_tables(device, data)
         if not tables:
             tables = ["Nothing that passed its checks was timed."]
-        parts += [f"### {device}", origin(name, data), *tables]
+        parts += [f"### {device}", describe_origin(name, data), *tables]
     return "\n\n".join(parts) or NOTHING
 
 
-def by(data: Record, record: Record) -> str:
+def cite(data: Record, record: Record) -> str:
     return f"`{data['commands'][record['run']]}`"
 
 
-def loss_tables(device: str, data: Record) -> list[str]:
+def make_loss_tables(device: str, data: Record) -> list[str]:
     parts = []
-    for (T, D, V, case), found in report.by_case(data["records"]).items():
+    for (T, D, V, case), found in report.group_by_case(data["records"]).items():
         rows = []
         for r in found:
             errors = [f"{r['errors'][k]:.1e}" if k in r.get("errors", {}) else ""
                       for k in ("loss", "gradient")]  # fmt: skip
-            # With the floor of the same measurement, whose rounds alternated with it.
+            # The floor of the same measurement: their rounds alternated.
             time = [f"{r[name] * 1e3:.2f}" for name in ("seconds", "floor_seconds")]
             time.append(f"{r['ratio_to_floor']:.3f}")
-            rows.append([r["provider"], *time, report.mib(r), *errors, by(data, r)])
+            rows.append([r["provider"], *time, sections.format_mib(r), *errors, cite(data, r)])
         title = f"**{case}**, T = {T}, D = {D}, V = {V}, {device}:"
         header = ["provider", "ms", "floor, ms", "x floor", "extra MiB", "loss error"]
         header += ["gradient error", "by"]
-        parts += [title, report.table(header, rows)]
+        parts += [title, make_table(header, rows)]
     return parts
 
 
-def step_tables(device: str, data: Record) -> list[str]:
-    found = measured(data["records"], "steps")
+def make_step_tables(device: str, data: Record) -> list[str]:
+    found = select_ok(data["records"], "steps")
     rows = []
-    wrong = sections.wrong_attention(data["records"])
+    wrong = sections.find_wrong_attention(data["records"])
     for r in found:
         for kind, s in r["steps"].items():
             if "pairs_per_second" not in s or kind in wrong:
@@ -257,13 +258,13 @@ def step_tables(device: str, data: Record) -> list[str]:
             rows.append(
                 [
                     r["size"],
-                    step_name(r),
+                    name_step(r),
                     r["attention"],
                     f"{s['pairs_per_second']:.3g}",
                     f"{s['seconds']:.3f}",
                     f"{s['mfu']:.1%}" if "mfu" in s else "",
                     "" if memory is None else f"{memory / report.GIB:.1f}",
-                    by(data, r),
+                    cite(data, r),
                 ]
             )
     if not rows:
@@ -271,9 +272,9 @@ def step_tables(device: str, data: Record) -> list[str]:
     header = ["model", "step", "attention", "pairs per second", "s", "MFU"]
     header += ["peak memory, GiB", "by"]
     title = f"**Training steps**, {found[0]['pairs']} pairs, {found[0]['dtype']}, {device}:"
-    parts = [title, report.table(header, rows)]
-    profiled = sections.step_profiles(data["records"])
+    parts = [title, make_table(header, rows)]
+    profiled = sections.select_step_profiles(data["records"])
     if profiled := [r for r in profiled if r["provider"] not in wrong]:
         title = f"**Where the time of a step goes**, shares of its wall time, {device}:"
-        parts += [title, sections.class_table(profiled)]
+        parts += [title, sections.make_class_table(profiled)]
     return parts

@@ -1,4 +1,4 @@
-"""The tests of tests/ that need a GPU, one process per file."""
+"""Runs the tests in tests/ that need a GPU, one process per file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from bench.gpu.units import ROOT, NotHere, Setting, Unit
 
 TRITON = ("kernels/test_triton_kernels.py", "kernels/test_triton_loss.py")
-"""Tests that run on a GPU if there is one, else in Triton's interpreter."""
+"""Tests that run on a GPU if available, else in Triton's interpreter."""
 
 
 def run(path: Path, only_marked: bool, out: str) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         raise NotHere("pytest is not installed")
     results = Path(out) / f"{path.stem}.xml"
-    # The project's addopts need plug-ins that can be missing here.
+    # The project's addopts need plug-ins that may not be installed.
     command = [sys.executable, "-m", "pytest", str(path), "-q", "-o", "addopts=--strict-markers"]
     command += ["-p", "no:cacheprovider", f"--junitxml={results}", "--maxfail=20"]
     command += ["-m", "gpu"] if only_marked else []
@@ -42,7 +42,7 @@ def run(path: Path, only_marked: bool, out: str) -> dict[str, Any]:
     return counts
 
 
-def units(setting: Setting) -> list[Unit]:
+def list_units(setting: Setting) -> list[Unit]:
     marked = [
         path
         for path in sorted((ROOT / "tests").rglob("test_*.py"))

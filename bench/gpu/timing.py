@@ -1,6 +1,6 @@
 """Median times from the device's clock, in alternating rounds, and the memory of a call.
 
-Launching a small call can take the host longer than the device needs to run it. Such calls are
+The host can take longer to launch a small call than the device takes to run it. Such calls are
 captured in a CUDA graph and replayed, so that only the device's work is timed.
 """
 
@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,13 +19,14 @@ from bench.gpu.cases import VENDOR_SETTINGS
 from bench.gpu.units import describe_error
 from cpo_fast.loss.chunked import fp32_sums
 
-SECONDS = 3.0  # limit of the rounds of a measurement
+SECONDS = 3.0  # limit of a measurement's rounds
 ROUNDS = 15
 EVENTS, GRAPHS = "events", "replayed graphs"
+Output = TypeVar("Output")
 
 
-def clocked(run: Callable[[], object], device: str) -> Callable[[], float]:
-    """Start `run`; returns a function that waits for it and gives its seconds."""
+def start_clock(run: Callable[[], object], device: str) -> Callable[[], float]:
+    """Start `run`; returns a function that waits for it and returns its seconds."""
     if device == "cpu":
         begun = time.perf_counter()
         run()
@@ -43,18 +44,18 @@ def clocked(run: Callable[[], object], device: str) -> Callable[[], float]:
     return wait
 
 
-def in_turn(
+def time_in_turn(
     runs: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS
 ) -> dict[str, dict[str, Any]]:
     """{name: {"median", "least", "most", "rounds"}} in seconds. Rounds alternate between runs, so
-    that all have the same clocks and temperature."""
+    that clocks and temperature are equal for all."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # warm-up: compilation, handles, the allocator's blocks
         run()
         run()
     begun = time.monotonic()
     for done in range(rounds):
-        waits = {name: clocked(run, device) for name, run in runs.items()}
+        waits = {name: start_clock(run, device) for name, run in runs.items()}
         for name, wait in waits.items():
             found[name].append(wait())
         if done >= 2 and time.monotonic() - begun > SECONDS:
@@ -70,28 +71,28 @@ def in_turn(
     }
 
 
-def in_turn_small(
+def time_small_in_turn(
     runs: dict[str, Callable[[], object]], device: str, rounds: int = ROUNDS
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """(times as from `in_turn`, clock): of replayed CUDA graphs, or of plain calls if one of `runs`
-    cannot be captured.
+    """(times as from `time_in_turn`, clock): of replayed CUDA graphs, or of plain calls if one of
+    `runs` cannot be captured.
 
-    After a failed capture the process should not be used again: PyTorch can remain in capture mode.
+    Do not reuse the process after a failed capture: PyTorch can remain in capture mode.
     """
     if device == "cpu":
-        return in_turn(runs, device, rounds), EVENTS
-    times = in_turn(runs, device, rounds)
+        return time_in_turn(runs, device, rounds), EVENTS
+    times = time_in_turn(runs, device, rounds)
     try:
         graphs: dict[str, Callable[[], object]] = {
-            name: captured(run).replay for name, run in runs.items()
+            name: capture_graph(run)[0].replay for name, run in runs.items()
         }
-        return in_turn(graphs, device, rounds), GRAPHS
+        return time_in_turn(graphs, device, rounds), GRAPHS
     except Exception as error:  # anything that cannot be captured
         return times, f"{EVENTS}; no graph: {describe_error(error, 120)}"
 
 
-def captured(run: Callable[[], object]) -> Any:
-    """A CUDA graph of one call, after the warm-up on another stream that capturing requires."""
+def capture_graph(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
+    """A CUDA graph of one call and its output, after the required warm-up on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -100,16 +101,16 @@ def captured(run: Callable[[], object]) -> Any:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph
+        output = run()
+    return graph, output
 
 
-def under_both_settings(
+def apply_both_settings(
     runs: dict[str, Callable[[], object]],
 ) -> dict[str, Callable[[], object]]:
     """{"NAME, SETTING": run} for both settings of the vendor library's GEMM."""
 
-    def like_ours(run: Callable[[], object]) -> None:
+    def run_like_ours(run: Callable[[], object]) -> None:
         with fp32_sums():
             run()
 
@@ -117,18 +118,18 @@ def under_both_settings(
     found: dict[str, Callable[[], object]] = {}
     for name, run in runs.items():
         found[f"{name}, {default}"] = run
-        found[f"{name}, {ours}"] = functools.partial(like_ours, run)
+        found[f"{name}, {ours}"] = functools.partial(run_like_ours, run)
     return found
 
 
 def release(device: str) -> None:
-    """Return cached device memory, to avoid fragmentation by the previous measurement."""
+    """Free cached device memory, to avoid fragmentation by the previous measurement."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
-def extra_bytes(run: Callable[[], object], device: str) -> int | None:
+def measure_extra_bytes(run: Callable[[], object], device: str) -> int | None:
     """Peak growth of device memory during `run`; None on a CPU."""
     if device == "cpu":
         return None

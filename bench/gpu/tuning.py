@@ -1,7 +1,7 @@
-"""Settings to time beside the defaults, each with an expectation written before any measurement.
+"""Non-default settings to time, each with an expectation written before any measurement.
 
-Expectations are for a frozen head with an on-line reference at T = 8192, from the waves of the
-vendor's GEMM (128 x 256 tiles on 132 multiprocessors) and the machine code of the row kernels.
+Expectations are for a frozen head with an on-line reference at T = 8192, derived from the waves of
+the vendor's GEMM (128 x 256 tiles on 132 multiprocessors) and the row kernels' machine code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Tuning:
     model: str = "7B"
     room_mib: int | None = None  # CPO_FAST_WORKSPACE_MIB
     tile: tuple[int, int] | None = None  # BR, num_warps of the lean row kernel
-    build: str = ""  # of the kit's CUDA kernels
+    build: str = ""  # a variant of the kit's CUDA kernels
 
 
 ROOM = functools.partial(Tuning, variant="triton lean")
@@ -105,9 +105,9 @@ BUILDS = tuple(tuning.build for tuning in TUNINGS if tuning.build)
 
 def measure(tuning: Tuning, variant: str, setting: Setting) -> dict[str, Any]:
     from bench.gpu import kit, loss
-    from bench.gpu.inputs import workspace
+    from bench.gpu.workspace import limit_workspace
 
-    model, shape = loss.shapes(setting.quick)[0]
+    model, shape = loss.list_shapes(setting.quick)[0]
     if not setting.quick and tuning.model != model:
         model, shape = tuning.model, (shape[0], *loss.HEADS[tuning.model])
     rounds = 3 if setting.quick else loss.ROUNDS
@@ -118,7 +118,7 @@ def measure(tuning: Tuning, variant: str, setting: Setting) -> dict[str, Any]:
             except ValueError as reason:
                 raise NotHere(str(reason)) from None
         if tuning.room_mib:
-            stack.enter_context(workspace(tuning.room_mib))
+            stack.enter_context(limit_workspace(tuning.room_mib))
         if tuning.tile:
             from cpo_fast.kernels.lean_rows import forced_tile
 
@@ -128,8 +128,9 @@ def measure(tuning: Tuning, variant: str, setting: Setting) -> dict[str, Any]:
     return {**figures, **chosen, "provider": variant, "model": model}
 
 
-def variant_for(tuning: Tuning, sound: list[str], setting: Setting) -> str | None:
-    """The sound variant to time a setting with: rooms apply to all that write logits in chunks."""
+def choose_variant(tuning: Tuning, sound: list[str], setting: Setting) -> str | None:
+    """The sound variant to time a setting with; workspace sizes apply to all variants that write
+    logits in chunks."""
     if tuning.variant in sound:
         return tuning.variant
     if tuning.room_mib:
@@ -138,27 +139,27 @@ def variant_for(tuning: Tuning, sound: list[str], setting: Setting) -> str | Non
     return None
 
 
-def units(setting: Setting) -> list[Unit]:
-    """Every sound variant with defaults, as the baseline; then rooms and tiles."""
+def list_units(setting: Setting) -> list[Unit]:
+    """Every sound variant with defaults, as the baseline; then workspace sizes and tiles."""
     from bench.gpu import loss
 
-    model, shape = loss.shapes(setting.quick)[0]
-    mine = loss.sound(setting)
-    found = loss.case_units(setting, model, shape, loss.FROZEN, tuple(mine), limit=25)
-    return found + tuned(setting, mine, with_builds=False)
+    model, shape = loss.list_shapes(setting.quick)[0]
+    mine = loss.list_sound(setting)
+    found = loss.list_case_units(setting, model, shape, loss.FROZEN, tuple(mine), limit=25)
+    return found + list_tuning_units(setting, mine, with_builds=False)
 
 
-def build_units(setting: Setting) -> list[Unit]:
-    """The kit's builds of the CUDA kernels; each needs its own process."""
+def list_build_units(setting: Setting) -> list[Unit]:
+    """The kit's builds of the CUDA kernels, each in a separate process."""
     from bench.gpu import loss
 
-    return tuned(setting, loss.sound(setting), with_builds=True)
+    return list_tuning_units(setting, loss.list_sound(setting), with_builds=True)
 
 
-def tuned(setting: Setting, sound: list[str], *, with_builds: bool) -> list[Unit]:
+def list_tuning_units(setting: Setting, sound: list[str], *, with_builds: bool) -> list[Unit]:
     found = []
     for tuning in TUNINGS:
-        variant = variant_for(tuning, sound, setting)
+        variant = choose_variant(tuning, sound, setting)
         if variant is None or variant in setting.hung or bool(tuning.build) != with_builds:
             continue
         run = functools.partial(measure, tuning, variant, setting)

@@ -13,18 +13,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def describe_error(error: Exception, limit: int = 200) -> str:
-    """Class and first line of the message, at most `limit` characters of it."""
+    """Class and at most `limit` characters of the message's first line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:limit]}"
 
 
 class NotHere(Exception):
-    """A unit does not apply here, for the reason given: recorded as skipped, not as failed."""
+    """A unit does not apply on this machine; recorded as skipped with the reason, not as failed."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One check or measurement. `run` returns the figures of its record. AssertionError means
-    failed, NotHere skipped, any other exception an error.
+    """One check or measurement. `run` returns its record's figures. AssertionError means failed,
+    NotHere skipped, any other exception an error.
 
     The parent process consumes two figures, which are not recorded: `environment`, variables for
     all later processes, and `fresh_process`, whether the next units need a new process.
@@ -32,25 +32,25 @@ class Unit:
 
     key: str
     run: Callable[[], dict[str, Any]] = field(compare=False)
-    limit: float = 60.0  # seconds, then it is killed
-    variant: str = ""  # the implementation it runs: after a timeout its other units are skipped
+    limit: float = 60.0  # seconds until it is killed
+    variant: str = ""  # its implementation; after a timeout the variant's other units are skipped
     phase: str = ""  # of its record; default: the phase that runs it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of a phase, passed to its worker processes."""
+    """A phase's settings, passed to its worker processes."""
 
     device: str  # "cuda" or "cpu"
-    quick: bool  # tiny shapes, a second each on a CPU
+    quick: bool  # tiny shapes, about a second each on a CPU
     out: str  # folder of results and other output
     red: tuple[str, ...] = ()  # variants that failed a check: not timed
     hung: tuple[str, ...] = ()  # variants that timed out: not run
     only: tuple[str, ...] = ()  # variants to run; empty: all
     best: tuple[str, ...] = ()  # variants that passed so far, fastest first
     patience: float = 1.0  # factor of all time limits
-    kit: str = "gpu-kit"  # folder made by `make gpu-kit`
-    scratch: str = "runs/gpu-check/kit"  # folder to unpack the kit in
+    kit: str = "gpu-kit"  # output folder of `make gpu-kit`
+    scratch: str = "runs/gpu-check/kit"  # folder to unpack the kit into
 
     def runs(self, unit: Unit) -> bool:
         if unit.variant in self.hung:

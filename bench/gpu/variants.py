@@ -1,4 +1,4 @@
-"""The variants that are checked and timed: "cuda" has one per path.
+"""The variants of the loss op to check and time; "cuda" has one per path.
 
 Importing this module does not load torch: the parent process needs only the names.
 """
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = ("triton lean", "cuda rows", "cuda fused", "cpu", "reference")
 """In order of priority."""
 REPORTED = (*IMPLEMENTATIONS, "triton lse", "triton masked")
-"""With a log-sum-exp and a row kernel in Triton that were slower and are removed: earlier results
-list them."""
+"""Includes two Triton kernels, removed because they were slower, which earlier results list."""
 CHECKED = {
     "cuda": tuple(name for name in IMPLEMENTATIONS if name != "cpu"),
     "cpu": ("cpu", "reference"),
@@ -28,8 +27,8 @@ PARTS = {
 }
 
 
-def variants(device: str) -> list[str]:
-    """Names for `using` that run here, in order of priority."""
+def list_variants(device: str) -> list[str]:
+    """Variants that run on this device, in order of priority."""
     import torch
 
     from cpo_fast.loss import available_impls
@@ -42,9 +41,9 @@ def variants(device: str) -> list[str]:
     return [name for name in IMPLEMENTATIONS if name in found]
 
 
-def why_not(variant: str, device: str) -> str | None:
-    """Why `variants` does not list this variant; None if it does."""
-    here = variants(device)
+def explain_absence(variant: str, device: str) -> str | None:
+    """Why `list_variants` does not list this variant; None if it does."""
+    here = list_variants(device)
     if variant in here:
         return None
     from cpo_fast.loss.api import impl_obstacles
@@ -54,8 +53,8 @@ def why_not(variant: str, device: str) -> str | None:
 
 
 @contextlib.contextmanager
-def using(variant: str) -> Iterator[str]:
-    """The `impl` of a variant; its path is forced within the block."""
+def force_variant(variant: str) -> Iterator[str]:
+    """Yields the `impl` of a variant; its path is forced within the block."""
     impl, _, part = variant.partition(" ")
     if impl == "cuda":
         from cpo_fast.loss import cuda
@@ -66,10 +65,10 @@ def using(variant: str) -> Iterator[str]:
         yield impl
 
 
-def obstacle(
+def find_obstacle(
     variant: str, dtype: torch.dtype, D: int = 8, *, plain: bool = True, device: str = "cuda"
 ) -> str | None:
-    """Why a variant does not support such inputs by its documentation; None if it must."""
+    """Why a variant, as documented, does not support such inputs; None if it must."""
     import torch
 
     if variant.startswith("cuda") and dtype == torch.float32:
@@ -82,5 +81,5 @@ def obstacle(
         if not plain:
             return "the fused path does not support bias or soft cap"
     if variant.startswith("triton") and device == "cpu" and dtype == torch.bfloat16:
-        return "Triton's interpreter computes wrong bfloat16 products"
+        return "Triton's interpreter computes bfloat16 products incorrectly"
     return None

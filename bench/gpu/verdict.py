@@ -1,6 +1,6 @@
-"""Results of a plan about the variants, for the next plan: `verdict.json`.
+"""A plan's results about the variants, for the next plan: `verdict.json`.
 
-device, kernel_hash   card and hash of the loss op's sources for which it holds
+device, kernel_hash   card and hash of the loss op's sources to which it applies
 quick                 whether shapes were tiny
 sound, red, hung      variants that passed the smoke check, failed a check, timed out
 fastest               fastest sound variant by "model T=tokens, case"
@@ -19,7 +19,7 @@ from bench.gpu.variants import IMPLEMENTATIONS, REPORTED
 NAMES = ("sound", "red", "hung")
 
 
-def passed_smoke(data: dict[str, Any]) -> list[str]:
+def list_passed_smoke(data: dict[str, Any]) -> list[str]:
     found = {
         r["key"].partition(": ")[0]
         for r in data["records"]
@@ -28,33 +28,35 @@ def passed_smoke(data: dict[str, Any]) -> list[str]:
     return [name for name in IMPLEMENTATIONS if name in found]
 
 
-def sound(data: dict[str, Any]) -> list[str]:
-    """Variants that passed the smoke check, in this plan or by the verdict that was read, and have
-    neither failed a check nor hung since; in order of priority."""
-    passed = {*passed_smoke(data), *data.get("known", {}).get("sound", ())}
-    bad = report.red(data["records"]) | set(data["hung"])
+def list_sound(data: dict[str, Any]) -> list[str]:
+    """Variants that passed the smoke check, in this plan or by the verdict read, and did not fail a
+    check or hang since; in order of priority."""
+    passed = {*list_passed_smoke(data), *data.get("known", {}).get("sound", ())}
+    bad = report.find_red(data["records"]) | set(data["hung"])
     return [name for name in IMPLEMENTATIONS if name in passed - bad]
 
 
-def ranking(data: dict[str, Any]) -> list[str]:
-    """Sound variants: first those timed at the headline, by time, then
-    the fastest by the verdict that was read, then the others in order of priority."""
-    names = sound(data)
+def rank_sound(data: dict[str, Any]) -> list[str]:
+    """Sound variants: by time at the headline if measured, then the fastest by the verdict read, then
+    the others in order of priority."""
+    names = list_sound(data)
     times = {
-        r["provider"]: r["seconds"] for r in report.timed(data["records"]) if report.is_headline(r)
+        r["provider"]: r["seconds"]
+        for r in report.select_timed(data["records"])
+        if report.is_headline(r)
     }
     fastest = data.get("known", {}).get("fastest", {})
     known = [fastest[key] for key in fastest if report.is_headline_name(key)]
     return sorted(names, key=lambda name: (times.get(name, float("inf")), name not in known))
 
 
-def make(data: dict[str, Any]) -> dict[str, Any]:
-    machine = report.machine(data["records"])
-    good = sound(data)
+def make_verdict(data: dict[str, Any]) -> dict[str, Any]:
+    machine = report.find_machine(data["records"])
+    good = list_sound(data)
     fastest: dict[str, tuple[float, str]] = {}
-    for r in report.timed(data["records"]):
+    for r in report.select_timed(data["records"]):
         if r["provider"] in good:
-            key = report.case_name(r)
+            key = report.name_case(r)
             fastest[key] = min(fastest.get(key, (float("inf"), "")), (r["seconds"], r["provider"]))
     ceilings = {
         r["key"]: r.get("bytes_per_second") or r["flops_per_second"]
@@ -66,7 +68,7 @@ def make(data: dict[str, Any]) -> dict[str, Any]:
         "quick": data.get("quick", False),
         "kernel_hash": machine.get("kernel_hash"),
         "sound": good,
-        "red": sorted(report.red(data["records"])),
+        "red": sorted(report.find_red(data["records"])),
         "hung": sorted(data["hung"]),
         "fastest": {key: name for key, (_, name) in fastest.items()},
         "ceilings": ceilings,
@@ -74,14 +76,14 @@ def make(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def dumps(data: dict[str, Any]) -> str:
-    return json.dumps(make(data), indent=1)
+    return json.dumps(make_verdict(data), indent=1)
 
 
 def read(
     path: Path, machine: dict[str, Any], quick: bool = False
 ) -> tuple[dict[str, Any] | None, str]:
-    """The verdict in `path` if it holds for this machine, these sources and `quick`, else None; and
-    a sentence about it for the report."""
+    """(verdict in `path` if it applies to this machine, these sources and `quick`, else None;
+    sentence about it for the report)."""
     instead = "the smoke check decides"
     try:
         found = json.loads(path.read_text())
@@ -97,9 +99,9 @@ def read(
     here = machine.get("device"), machine.get("kernel_hash")
     if None in here or held != here:
         there, this = (f"{device} with kernels {kernels}" for device, kernels in (held, here))
-        return None, f"The verdict of the first plan is of {there}, not of {this}: {instead}."
+        return None, f"The verdict of the first plan is for {there}, not for {this}: {instead}."
     if found.get("quick", False) != quick:
-        return None, f"The verdict of the first plan is of other shapes: {instead}."
+        return None, f"The verdict of the first plan is for other shapes: {instead}."
     if not found["sound"]:
         return None, f"The verdict of the first plan lists no sound variant: {instead}."
     return found, f"Sound by the verdict of the first plan: {', '.join(found['sound'])}."

@@ -1,4 +1,4 @@
-"""A plan of the GPU check made of units without torch, for tests of how plans are run."""
+"""GPU check plans with units that do not need torch, to test how plans run."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ from bench.gpu.units import Unit
 DEVICE = {"device": "Stand-in 1", "kernel_hash": "abc", "source_hash": "d"}
 MORE = {"versions": {}, "commit": None, "changed_files": 0}
 
-def raising(error):
+def throw(error):
     raise error
 
-def machine(setting):
+def list_machine(setting):
     return [Unit("machine", lambda: {**DEVICE, **MORE}, phase="environment")]
 
-def kit(setting):
+def list_kit(setting):
     return [Unit("kit", lambda: {"environment": {"FROM_THE_KIT": "yes"}, "notes": []})]
 
-def pids(setting):
+def list_pids(setting):
     figures = lambda: {"pid": os.getpid(), "kit": os.environ.get("FROM_THE_KIT")}
     return [Unit(f"{name}: pid", figures, variant=name) for name in ("one", "two")]
 
-def smoke(setting):
+def list_smoke(setting):
     return [Unit(f"{v}: smoke", lambda: {}, variant=v) for v in ("cpu", "reference")]
 
-def smoke_with_red(setting):
-    wrong = lambda: raising(AssertionError("wrong"))
+def list_smoke_with_red(setting):
+    wrong = lambda: throw(AssertionError("wrong"))
     return [
         Unit("cpu: smoke", wrong, variant="cpu"),
         Unit("reference: smoke", lambda: {}, variant="reference"),
     ]
 
-def smoke_that_waits(setting):
-    # Each waits for the other: they must run at the same time.
-    def meet(mine, other):
+def list_smoke_that_waits(setting):
+    # Each waits for the other: they must run concurrently.
+    def wait(mine, other):
         (Path(setting.out) / mine).touch()
         end = time.monotonic() + 20
         while not (Path(setting.out) / other).exists():
-            assert time.monotonic() < end, "the other one does not run"
+            assert time.monotonic() < end, "the other unit does not run"
             time.sleep(0.01)
         return {}
     return [
-        Unit("cpu: smoke", lambda: meet("a", "b"), variant="cpu"),
-        Unit("reference: smoke", lambda: meet("b", "a"), variant="reference"),
+        Unit("cpu: smoke", lambda: wait("a", "b"), variant="cpu"),
+        Unit("reference: smoke", lambda: wait("b", "a"), variant="reference"),
     ]
 
-def timing(key, seconds):
+def make_timing(key, seconds):
     provider = key.rpartition(": ")[2]
     return {
         "provider": provider, "model": "tiny", "case": "frozen head, reference on-line",
@@ -68,45 +68,45 @@ def timing(key, seconds):
         "times": {"op": {"least": seconds, "most": seconds}},
     }
 
-def timed(setting, runs):
+def list_timings(setting, runs):
     found = []
     for name, seconds in (("cpu", 2.0), ("reference", 1.0), ("eager", 4.0)):
         if name not in setting.red:
             key = f"tiny T=64, frozen head, reference on-line: {name}"
-            run = runs.get(name, lambda key=key, seconds=seconds: timing(key, seconds))
+            run = runs.get(name, lambda key=key, seconds=seconds: make_timing(key, seconds))
             found.append(Unit(key, run, limit=1.0, variant=name))
     return found
 
-def headline(setting):
-    return timed(setting, {})
+def list_headline(setting):
+    return list_timings(setting, {})
 
-def headline_hangs(setting):
-    return timed(setting, {"cpu": lambda: time.sleep(60)})
+def list_headline_hangs(setting):
+    return list_timings(setting, {"cpu": lambda: time.sleep(60)})
 
-def headline_crashes(setting):
-    return timed(setting, {"cpu": lambda: os._exit(7)})
+def list_headline_crashes(setting):
+    return list_timings(setting, {"cpu": lambda: os._exit(7)})
 
-def headline_is_killed(setting):
-    return timed(setting, {"reference": lambda: os.kill(os.getpid(), 9)})
+def list_headline_is_killed(setting):
+    return list_timings(setting, {"reference": lambda: os.kill(os.getpid(), 9)})
 
-def told(setting):
-    return [Unit("told", lambda: {"best": list(setting.best), "red": list(setting.red)})]
+def list_setting(setting):
+    return [Unit("setting", lambda: {"best": list(setting.best), "red": list(setting.red)})]
 
-def again(setting):
+def list_again(setting):
     return [Unit(f"{v}: again", lambda: {}, variant=v) for v in ("cpu", "reference")]
 """
 MACHINE = {"device": "Stand-in 1", "kernel_hash": "abc"}
 
 
-def step(name: str, function: str = "", limit: float = 30, **options: Any) -> Step:
-    return Step(name, f"stand_in:{function or name}", limit, **options)
+def make_step(name: str, function: str = "", limit: float = 30, **options: Any) -> Step:
+    return Step(name, f"stand_in:list_{function or name}", limit, **options)
 
 
-SMOKE = step("smoke", phase="correctness", side_by_side=True, judges=True)
+SMOKE = make_step("smoke", phase="correctness", side_by_side=True, judges=True)
 
 
 class StandIn:
-    """Calls run a plan of units of STAND_IN; the data that it left."""
+    """A call runs a plan with units of STAND_IN and returns its results."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -137,8 +137,8 @@ class StandIn:
         return data
 
 
-def statuses(data: dict[str, Any], name: str) -> dict[str, str]:
-    """Status by the last part of the key, of a step's records."""
+def get_statuses(data: dict[str, Any], name: str) -> dict[str, str]:
+    """Statuses of a step's records by the last part of the key."""
     return {
         r["key"].rpartition(": ")[2] if r["phase"] == "loss" else r["key"]: r["status"]
         for r in data["records"]

@@ -1,5 +1,5 @@
-"""What the GPU check measures, and in which order: with stand-ins for clocks, graphs and devices,
-as none of it can be timed here."""
+"""What the GPU check measures, and in which order, with fake clocks, graphs and devices: tests time
+nothing."""
 
 from __future__ import annotations
 
@@ -22,30 +22,26 @@ from bench.gpu import (
 from bench.gpu.cases import VENDOR_SETTINGS
 from bench.gpu.predictions import Span
 from bench.gpu.units import NotHere, Setting
-from bench.gpu.variants import using
+from bench.gpu.variants import force_variant
+from tests.bench.records import GPU, list_keys, make_machine, make_timing
 
 pytestmark = pytest.mark.complete
 
-GPU = Setting("cuda", False, "")
 MINE = ["triton lean", "cuda rows", "cuda fused", "reference"]
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every variant of a GPU seems to run here; units are only listed."""
+    """Lists units as if every GPU variant were available."""
     for module in (loss, correctness):
-        monkeypatch.setattr(module, "variants", lambda device: MINE)
-
-
-def keys(units: list[Any]) -> list[str]:
-    return [unit.key for unit in units]
+        monkeypatch.setattr(module, "list_variants", lambda device: MINE)
 
 
 # --- order ----------------------------------------------------------------------------------------
 
 
 def test_the_full_check_times_the_headline_first_and_peers_last(card: None) -> None:
-    found = keys(loss.units(GPU))
+    found = list_keys(loss.list_units(GPU))
     assert len(found) == len(set(found))
     headline = "7B T=8192, frozen head, reference on-line: "
     assert found[:3] == [headline + name for name in MINE[:3]]
@@ -61,112 +57,112 @@ def test_the_full_check_times_the_headline_first_and_peers_last(card: None) -> N
 
 
 def test_the_first_plan_measures_ours_then_profiles_then_log_probs(card: None) -> None:
-    found = loss.headline_units(GPU)
+    found = loss.list_headline_units(GPU)
     assert [unit.phase for unit in found] == ["loss"] * 3 + ["profile"] * 3 + ["loss"] * 3
-    assert [unit.variant for unit in found[-3:]] == [*MINE[:3]]
-    assert {unit.variant for unit in found[3:6]} == {"profiler"}, "it may hang without them"
-    heads = keys(loss.heads_units(GPU))
+    assert [unit.variant for unit in found[-3:]] == MINE[:3]
+    assert {unit.variant for unit in found[3:6]} == {"profiler"}, "its timeout affects no variant"
+    heads = list_keys(loss.list_head_units(GPU))
     assert heads[0] == "7B T=8192, trained head, reference on-line: triton lean"
     assert [key.partition(",")[0] for key in heads] == [
         *["7B T=8192"] * 3, *["3B T=8192"] * 3, *["0.5B T=8192"] * 3,
     ]  # fmt: skip
-    names = [key.rpartition(": ")[2] for key in keys(loss.peers_units(GPU))]
+    names = [key.rpartition(": ")[2] for key in list_keys(loss.list_peer_units(GPU))]
     peers = ["trl chunked", "Liger fused DPO", "cut-cross-entropy"]
-    assert names == ["eager"] * 2 + peers + ["eager"] * 2 + peers, "the one that may hang last"
+    assert names == ["eager"] * 2 + peers + ["eager"] * 2 + peers, "the peer that can hang is last"
 
 
 def test_red_and_hung_variants_are_not_timed_and_the_fastest_comes_first(card: None) -> None:
     setting = Setting(
         "cuda", False, "", red=("triton lean",), hung=("cuda fused",), best=("cuda fused",)
     )
-    assert loss.sound(setting) == ["cuda fused", "cuda rows"]
-    found = loss.headline_units(setting)
+    assert loss.list_sound(setting) == ["cuda fused", "cuda rows"]
+    found = loss.list_headline_units(setting)
     assert not any(unit.variant == "triton lean" for unit in found)
-    profiles = keys([unit for unit in found if unit.phase == "profile"])
+    profiles = list_keys([unit for unit in found if unit.phase == "profile"])
     assert [key.rpartition(": ")[2] for key in profiles] == ["cuda rows"]
     assert not any(setting.runs(unit) for unit in found if unit.variant == "cuda fused")
 
 
-def test_device_rules_begin_with_the_fastest_and_the_winner_with_what_tells_most(
+def test_fastest_variant_and_most_informative_checks_come_first(
     card: None,
 ) -> None:
     setting = Setting("cuda", False, "", best=("cuda rows", "triton lean", "reference"))
-    rules = correctness.rules_units(setting)
+    rules = correctness.list_rule_units(setting)
     count = len(correctness.DEVICE_RULES) + 1
     assert [unit.variant for unit in rules] == ["cuda rows"] * count + ["triton lean"] * count
     names = {unit.key.partition(": ")[2] for unit in rules}
     assert {"a captured graph", "T x V past 2^31", "same bits every run"} <= names
-    winner = correctness.winner_units(setting)
+    winner = correctness.list_winner_units(setting)
     assert {unit.variant for unit in winner} == {"cuda rows"}
-    every = [unit for unit in correctness.units(setting) if unit.variant == "cuda rows"]
-    assert sorted(keys(winner)) == sorted(keys(every)), "nothing is left out"
-    assert "D=3584" in "".join(keys(winner[:5])) and "bfloat16" in winner[0].key
+    every = [unit for unit in correctness.list_units(setting) if unit.variant == "cuda rows"]
+    assert sorted(list_keys(winner)) == sorted(list_keys(every)), "every check is listed"
+    assert "D=3584" in "".join(list_keys(winner[:5])) and "bfloat16" in winner[0].key
     assert any(word in winner[-1].key for word in ("float16", "float32"))
 
 
-def test_the_products_at_every_chunk_are_measured_under_both_settings() -> None:
-    figures = ceilings.head_products("cpu", True, 8)
+def test_products_are_measured_with_both_settings() -> None:
+    figures = ceilings.measure_head_products("cpu", True, 8)
     want = {f"{name}, {how}" for name in ("H W^T", "P W") for how in VENDOR_SETTINGS}
     assert set(figures["flops_per_second"]) == want and figures["rows"] == 8
-    found = keys(ceilings.machine_units(GPU))
+    found = list_keys(ceilings.list_machine_units(GPU))
     assert found[0] == "machine" and "float16 product" not in found[:2]
     rows = [key for key in found if key.startswith("products")]
     assert len(rows) == len(ceilings.ROWS) == 7 and {3328, 3584} < set(ceilings.ROWS)
     record = {"phase": "products", "status": "ok", **figures}
-    assert "P W, fp32 sums" in sections.products([record])[1]
+    assert "P W, fp32 sums" in sections.make_products_part([record])[1]
 
 
 # --- the floor and the clock ----------------------------------------------------------------------
 
 
-def test_the_faster_floor_of_two_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_floor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     allowed = "allow_bf16_reduced_precision_reduction"
 
     def floor() -> None:
         seen.append(bool(getattr(torch.backends.cuda.matmul, allowed)))
 
-    def in_turn(runs: dict[str, Any], device: str, rounds: int) -> dict[str, Any]:
+    def time_in_turn(runs: dict[str, Any], device: str, rounds: int) -> dict[str, Any]:
         for run in runs.values():
             run()
         medians = {"floor, vendor default": 2.0, "floor, fp32 sums": 1.6, "op": 2.4}
         return {name: {"median": medians[name]} for name in runs}
 
-    monkeypatch.setattr(loss, "in_turn", in_turn)
+    monkeypatch.setattr(loss, "time_in_turn", time_in_turn)
     before = bool(getattr(torch.backends.cuda.matmul, allowed))
-    figures = loss.beside_floor(floor, lambda: None, 8e12, "cpu", 3)
+    figures = loss.time_beside_floor(floor, lambda: None, 8e12, "cpu", 3)
     assert seen == [before, False]
     assert figures["floors"] == {"vendor default": 2.0, "fp32 sums": 1.6}
     assert figures["floor_seconds"] == 1.6 and figures["ratio_to_floor"] == 2.4 / 1.6
     assert figures["floor_flops_per_second"] == 8e12 / 1.6
-    assert figures["timed_by"] == timing.EVENTS, "the host runs ahead of a large op"
-    assert "1600.000 ms with fp32 sums" in sections.floors(figures)
+    assert figures["timed_by"] == timing.EVENTS, "a large op is not bound by launches"
+    assert "1600.000 ms with fp32 sums" in sections.describe_floors(figures)
 
 
 def test_small_sizes_are_timed_by_replayed_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     class Graph:
         def replay(self) -> None: ...
 
-    captured = []
-    monkeypatch.setattr(timing, "captured", lambda run: captured.append(run) or Graph())
+    runs = []
+    monkeypatch.setattr(timing, "capture_graph", lambda run: runs.append(run) or (Graph(), None))
     monkeypatch.setattr(
-        timing, "in_turn", lambda runs, device, rounds: {n: {"median": 1.0} for n in runs}
+        timing, "time_in_turn", lambda runs, device, rounds: {n: {"median": 1.0} for n in runs}
     )
-    figures = loss.beside_floor(lambda: None, lambda: None, 1e12, "cuda", 3)
-    assert len(captured) == 3 and figures["timed_by"] == timing.GRAPHS
+    figures = loss.time_beside_floor(lambda: None, lambda: None, 1e12, "cuda", 3)
+    assert len(runs) == 3 and figures["timed_by"] == timing.GRAPHS
     assert "fresh_process" not in figures
 
-    def fails(run: Any) -> Any:
+    def fail(run: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(timing, "captured", fails)
-    figures = loss.beside_floor(lambda: None, lambda: None, 1e12, "cuda", 3)
+    monkeypatch.setattr(timing, "capture_graph", fail)
+    figures = loss.time_beside_floor(lambda: None, lambda: None, 1e12, "cuda", 3)
     assert figures["timed_by"].startswith("events; no graph: RuntimeError: operation not permitted")
     assert figures["seconds"] == 1.0 and figures["fresh_process"] is True
-    assert "Timed by events" in sections.floors(figures)
+    assert "Timed by events" in sections.describe_floors(figures)
 
 
-def test_log_probs_alone_take_the_public_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_alone_use_the_public_function(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
     def linear_logprobs(*arguments: Any, impl: str) -> torch.Tensor:
@@ -176,17 +172,17 @@ def test_log_probs_alone_take_the_public_function(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loss, "linear_logprobs", linear_logprobs)
     for provider in ("triton lean", "cpu"):
         called.clear()
-        figures = loss.lse_only(provider, "tiny", (8, 16, 50), "cpu", 3)
+        figures = loss.measure_lse(provider, "tiny", (8, 16, 50), "cpu", 3)
         assert set(called) == {provider.partition(" ")[0]}
         assert figures["provider"] == provider and figures["case"] == loss.LSE_ONLY
 
 
-def test_a_path_of_cuda_is_forced() -> None:
+def test_a_cuda_path_is_forced() -> None:
     from cpo_fast.loss import cuda
 
-    with using("triton lean") as impl:
+    with force_variant("triton lean") as impl:
         assert impl == "triton"
-    with using("cuda fused") as impl:
+    with force_variant("cuda fused") as impl:
         assert impl == "cuda" and cuda._forced == "fused"
 
 
@@ -196,39 +192,39 @@ def test_a_path_of_cuda_is_forced() -> None:
 def test_liger_is_not_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def module(online: bool, compiled: bool) -> Any:
+    def build_liger(online: bool, compiled: bool) -> Any:
         asked.append(compiled)
         return lambda *_, **__: (torch.zeros(()),)
 
-    monkeypatch.setattr(loss_peers, "_liger_module", module)
+    monkeypatch.setattr(loss_peers, "_build_liger", build_liger)
     hidden = torch.zeros(8, 4)
     for is_cuda in (True, False):
         states = SimpleNamespace(is_cuda=is_cuda, shape=hidden.shape, view=hidden.view)
         problem: Any = SimpleNamespace(
             online=True, hidden=states, ref_hidden=hidden, weight=hidden, labels=torch.zeros(8)
         )
-        loss_peers.liger(problem)
+        loss_peers.compute_liger(problem)
     assert asked == [False, True]
 
 
-def test_settings_are_fixed_beforehand_and_each_says_what_is_expected(card: None) -> None:
+def test_tuning_settings_are_fixed_and_have_expectations(card: None) -> None:
     rooms = {t.room_mib for t in tuning.TUNINGS if t.room_mib and t.model == "7B"}
     assert rooms == {1024, 1190, 2048, 4096}
     assert all(len(t.expected) > 20 for t in tuning.TUNINGS)
     from bench.gpu.kit import VARIANTS
 
     assert set(tuning.BUILDS) <= set(VARIANTS)
-    found = tuning.units(GPU)
-    assert [unit.phase for unit in found[:3]] == ["loss"] * 3, "as it is, first"
+    found = tuning.list_units(GPU)
+    assert [unit.phase for unit in found[:3]] == ["loss"] * 3, "defaults first"
     assert {unit.phase for unit in found[3:]} == {"tuning"}
-    assert len(found) + len(tuning.build_units(GPU)) == 3 + len(tuning.TUNINGS)
-    # A room is tried on another variant where its own is red; a tile and a build are not.
+    assert len(found) + len(tuning.list_build_units(GPU)) == 3 + len(tuning.TUNINGS)
+    # If a setting's variant is red, only workspace sizes are timed with another variant.
     red = Setting("cuda", False, "", red=("triton lean", "cuda fused"))
-    providers = {unit.key.rpartition(": ")[2] for unit in tuning.units(red)[1:]}
-    assert providers == {"cuda rows"} and tuning.build_units(red) == []
+    providers = {unit.key.rpartition(": ")[2] for unit in tuning.list_units(red)[1:]}
+    assert providers == {"cuda rows"} and tuning.list_build_units(red) == []
 
 
-def test_a_room_and_a_tile_are_in_force_while_it_is_measured(
+def test_workspace_and_tile_are_set_during_a_measurement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import os
@@ -253,29 +249,20 @@ def test_a_room_and_a_tile_are_in_force_while_it_is_measured(
         tuning.measure(tuning.TUNINGS[-1], "cuda fused", GPU)
 
 
-def test_predicted_stands_beside_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_list_predictions_with_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def predicted(device: str, provider: str, case: str, model: str) -> Span | None:
+    def predict(device: str, provider: str, case: str, model: str) -> Span | None:
         asked.append((device, provider, case, model))
         return Span(36.0, 37.5) if provider == "triton lean" else None
 
-    monkeypatch.setattr(report, "predicted", predicted)
-    one = {
-        "phase": "loss", "key": "k: triton lean", "status": "ok", "provider": "triton lean",
-        "model": "7B", "case": "frozen head, reference on-line", "tokens": 8192, "hidden": 3584,
-        "vocabulary": 152064, "seconds": 0.0365, "ratio_to_floor": 1.07, "floor_seconds": 0.034,
-        "floor_flops_per_second": 7.9e14, "errors": {}, "unit_seconds": 1.0,
-        "times": {"op": {"least": 0.036, "most": 0.037}},
-    }  # fmt: skip
-    machine = {
-        "phase": "environment", "status": "ok", "key": "machine", "unit_seconds": 1.0,
-        "device": "NVIDIA H100", "commit": "abc", "changed_files": 0, "versions": {},
-    }  # fmt: skip
+    monkeypatch.setattr(report, "predict", predict)
+    one = make_timing("triton lean", 36.5, ratio_to_floor=1.07)
+    machine = make_machine("NVIDIA H100", commit="abc")
     other = {**one, "tokens": 1024}, {**one, "provider": "eager"}
     data = {"started": "now", "records": [machine, one, *other], "not_run": []}
-    assert "predicted 36 to 37.5 ms" in report.short(data)
-    assert report.render(data).count("| 36 to 37.5 |") == 1, "not for other sizes and providers"
+    assert "predicted 36 to 37.5 ms" in report.make_summary(data)
+    assert report.render(data).count("| 36 to 37.5 |") == 1, "none for other sizes and providers"
     assert asked[0] == ("NVIDIA H100", "triton lean", "frozen head, reference on-line", "7B")
-    monkeypatch.setattr(report, "predicted", lambda *_: None)
-    assert "predicted 36" not in report.short(data)
+    monkeypatch.setattr(report, "predict", lambda *_: None)
+    assert "predicted 36" not in report.make_summary(data)

@@ -1,4 +1,4 @@
-"""How the kit for a GPU machine is unpacked there, with wheels and binaries made here."""
+"""Unpacking the kit for a GPU machine, with test wheels and binaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pybind11
 import pytest
 
 from bench.gpu import kit as kits
-from tests.bench.wheels import wheel
+from tests.bench.wheels import make_wheel
 
 pytestmark = pytest.mark.complete
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Extension modules `_cuda` that say who they are, and one that hangs in its import."""
+    """Extension modules `_cuda` with their name as docstring, and one that hangs on import."""
     folder = tmp_path_factory.mktemp("binaries")
     headers = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
     made = {}
@@ -49,7 +49,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A checkout with sources of the kernels and no binary."""
+    """A checkout with kernel sources and no binary."""
     root = tmp_path / "tree"
     (root / "csrc" / "cuda").mkdir(parents=True)
     (root / "cpo_fast").mkdir()
@@ -57,10 +57,10 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def kit_of(folder: Path, root: Path, cuda: dict[str, Path]) -> Path:
-    """A kit with the binaries `cuda` for this Python and a wheel."""
+def make_kit(folder: Path, root: Path, cuda: dict[str, Path]) -> Path:
+    """A kit with the binaries `cuda` for this Python, and a wheel."""
     folder.mkdir()
-    file = wheel(folder / "wheels").relative_to(folder)
+    file = make_wheel(folder / "wheels").relative_to(folder)
     entries = {}
     for name, path in cuda.items():
         place = folder / "cuda" / name / path.name
@@ -68,7 +68,7 @@ def kit_of(folder: Path, root: Path, cuda: dict[str, Path]) -> Path:
         place.write_bytes(path.read_bytes())
         entries[name] = {"file": str(place.relative_to(folder)), "bytes": 1, "flags": []}
     manifest = {
-        "sources": kits.cuda_hash(root),
+        "sources": kits.hash_cuda_sources(root),
         "suffix": SUFFIX,
         "cuda": entries,
         "cuda_missing": None,
@@ -79,7 +79,7 @@ def kit_of(folder: Path, root: Path, cuda: dict[str, Path]) -> Path:
     return folder
 
 
-def target_of(root: Path) -> Path:
+def get_target(root: Path) -> Path:
     return root / "cpo_fast" / f"_cuda{SUFFIX}"
 
 
@@ -95,39 +95,39 @@ def test_an_absent_or_damaged_kit_is_no_error(tmp_path: Path) -> None:
 
 def test_a_kit_is_unpacked(tmp_path: Path, tree: Path, binaries: dict[str, Path]) -> None:
     cuda = {name: binaries[name] for name in ("default", "lag4")}
-    kit, scratch = kit_of(tmp_path / "kit", tree, cuda), tmp_path / "scratch"
+    kit, scratch = make_kit(tmp_path / "kit", tree, cuda), tmp_path / "scratch"
     found = kits.unpack(kit, scratch, root=tree)
     assert found.notes == () and found.cuda and found.variants == ("lag4",)
     assert found.wheels == ("tiny-peer 1.2",)
-    assert target_of(tree).read_bytes() == binaries["default"].read_bytes()
-    assert [path.name for path in (tree / "cpo_fast").iterdir()] == [target_of(tree).name]
+    assert get_target(tree).read_bytes() == binaries["default"].read_bytes()
+    assert [path.name for path in (tree / "cpo_fast").iterdir()] == [get_target(tree).name]
     environment = os.environ | found.environment
     code = "import tiny_peer, sys; print(tiny_peer.VERSION, *sys.path, sep='\\n')"
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    # dill stores modules of other folders by value, which fails for pyarrow's.
+    # dill pickles modules of other folders by value, which fails for pyarrow's.
     site = scratch / "site-packages"
     assert out[0] == "1.2" and {str(site), str(site / "tiny_peer/inner")} <= set(out)
-    assert json.dumps(found.record()).count(str(tmp_path)) == 0
-    # Nothing is installed twice; another kit is.
+    assert json.dumps(found.make_record()).count(str(tmp_path)) == 0
+    # The same kit is not installed again; a different kit is.
     marked = site / "tiny_peer" / "__init__.py"
     marked.write_text("VERSION = 'kept'\n")
     kits.unpack(kit, scratch, root=tree)
     assert "kept" in marked.read_text()
     changed = [{"name": "tiny-peer", "version": "1.3", "bytes": 1}]
-    changed[0]["file"] = str(wheel(kit / "wheels", version="1.3").relative_to(kit))
+    changed[0]["file"] = str(make_wheel(kit / "wheels", version="1.3").relative_to(kit))
     manifest = json.loads((kit / "manifest.json").read_text()) | {"wheels": changed}
     (kit / "manifest.json").write_text(json.dumps(manifest))
     assert kits.unpack(kit, scratch, root=tree).wheels == ("tiny-peer 1.3",)
     assert "1.3" in marked.read_text()
 
 
-def test_an_earlier_pythonpath_stays(
+def test_the_existing_pythonpath_is_kept(
     tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/before")
-    found = kits.unpack(kit_of(tmp_path / "kit", tree, {}), tmp_path / "scratch", root=tree)
+    found = kits.unpack(make_kit(tmp_path / "kit", tree, {}), tmp_path / "scratch", root=tree)
     assert found.environment["PYTHONPATH"].endswith(f"{os.pathsep}/before")
 
 
@@ -139,23 +139,23 @@ def test_an_earlier_pythonpath_stays(
         ({"cuda": {}, "cuda_missing": "no nvcc"}, "no nvcc"),
     ],
 )
-def test_a_binary_that_does_not_fit_is_left_out(
+def test_an_incompatible_binary_is_omitted(
     tmp_path: Path,
     tree: Path,
     binaries: dict[str, Path],
     changes: dict[str, Any],
     words: str,
 ) -> None:
-    kit = kit_of(tmp_path / "kit", tree, {"default": binaries["default"]})
+    kit = make_kit(tmp_path / "kit", tree, {"default": binaries["default"]})
     manifest = json.loads((kit / "manifest.json").read_text()) | changes
     (kit / "manifest.json").write_text(json.dumps(manifest))
     found = kits.unpack(kit, tmp_path / "scratch", root=tree)
-    assert not found.cuda and not target_of(tree).exists()
+    assert not found.cuda and not get_target(tree).exists()
     assert len(found.notes) == 1 and words in found.notes[0]
-    assert found.wheels, "the peers do not depend on it"
+    assert found.wheels, "the peers do not depend on the binary"
 
 
-def test_a_binary_that_does_not_import_is_left_out(
+def test_a_binary_that_does_not_import_is_omitted(
     tmp_path: Path,
     tree: Path,
     binaries: dict[str, Path],
@@ -164,39 +164,39 @@ def test_a_binary_that_does_not_import_is_left_out(
     monkeypatch.setattr(kits, "IMPORT_SECONDS", 2.0)
     broken = tmp_path / f"_cuda{SUFFIX}"
     broken.write_bytes(b"no machine code")
-    target_of(tree).write_bytes(b"what was there")
+    get_target(tree).write_bytes(b"what was there")
     cuda = {"default": broken, "lag1": binaries["hangs"], "lag4": binaries["lag4"]}
-    found = kits.unpack(kit_of(tmp_path / "kit", tree, cuda), tmp_path / "scratch", root=tree)
+    found = kits.unpack(make_kit(tmp_path / "kit", tree, cuda), tmp_path / "scratch", root=tree)
     assert not found.cuda and found.variants == ("lag4",)
-    assert target_of(tree).read_bytes() == b"what was there"
+    assert get_target(tree).read_bytes() == b"what was there"
     first, second = found.notes
     assert "(default) is not used: exit status 1: ImportError" in first
     assert "(lag1) is not used: it took longer than 2 s" in second
 
 
-def test_wheels_that_pip_refuses_cost_nothing_else(
+def test_a_failed_wheel_installation_keeps_the_binary(
     tmp_path: Path, tree: Path, binaries: dict[str, Path]
 ) -> None:
-    kit = kit_of(tmp_path / "kit", tree, {"default": binaries["default"]})
+    kit = make_kit(tmp_path / "kit", tree, {"default": binaries["default"]})
     next((kit / "wheels").iterdir()).write_bytes(b"no archive")
     found = kits.unpack(kit, tmp_path / "scratch", root=tree)
     assert found.cuda and found.wheels == () and "PYTHONPATH" not in found.environment
     assert "the wheels are not installed" in found.notes[0]
 
 
-def test_the_hash_is_of_names_and_texts(tree: Path) -> None:
-    before = kits.cuda_hash(tree)
+def test_the_hash_covers_names_and_contents(tree: Path) -> None:
+    before = kits.hash_cuda_sources(tree)
     (tree / "csrc/cuda/notes.md").write_text("no source")
-    assert kits.cuda_hash(tree) == before
+    assert kits.hash_cuda_sources(tree) == before
     (tree / "csrc/cuda/b.h").write_text("")
-    added = kits.cuda_hash(tree)
+    added = kits.hash_cuda_sources(tree)
     (tree / "csrc/cuda/a.cu").write_text("kernels")
-    assert len({before, added, kits.cuda_hash(tree)}) == 3
+    assert len({before, added, kits.hash_cuda_sources(tree)}) == 3
 
 
 @pytest.fixture
 def own_module() -> Iterator[None]:
-    """Puts back what cpo_fast._cuda was."""
+    """Restores cpo_fast._cuda."""
     import cpo_fast
 
     before = sys.modules.get(kits.MODULE), cpo_fast.__dict__.get("_cuda")
@@ -210,13 +210,13 @@ def own_module() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_module")
-def test_a_variant_takes_the_place_of_the_kernels(
+def test_a_variant_replaces_the_kernels(
     tmp_path: Path, binaries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cpo_fast.loss import cuda_launch
 
     cuda = {name: binaries[name] for name in ("default", "lag4")}
-    kit = kit_of(tmp_path / "kit", ROOT, cuda)
+    kit = make_kit(tmp_path / "kit", ROOT, cuda)
     monkeypatch.setenv(kits.VARIABLE, str(kit))
     for name in ("lag4", "default", "lag4"):
         module = kits.load_variant(name)
@@ -224,8 +224,8 @@ def test_a_variant_takes_the_place_of_the_kernels(
         from cpo_fast import _cuda
 
         assert cuda_launch.kernels() is module is _cuda
-        assert importlib.util.find_spec(kits.MODULE) is module.__spec__  # as cuda.obstacle asks
-    with pytest.raises(ValueError, match="no variant 'fast'; it has: default, lag4"):
+        assert importlib.util.find_spec(kits.MODULE) is module.__spec__  # as in cuda.obstacle
+    with pytest.raises(ValueError, match="no variant 'fast', only: default, lag4"):
         kits.load_variant("fast")
     manifest = json.loads((kit / "manifest.json").read_text()) | {"sources": "0" * 16}
     (kit / "manifest.json").write_text(json.dumps(manifest))
@@ -237,9 +237,9 @@ def test_a_variant_takes_the_place_of_the_kernels(
 
 
 @pytest.mark.usefixtures("own_module")
-def test_any_module_can_stand_in() -> None:
+def test_any_module_can_replace_the_kernels() -> None:
     stand_in = ModuleType(kits.MODULE)
-    kits.place(stand_in)
+    kits.replace_module(stand_in)
     from cpo_fast.loss import cuda_launch
 
     assert cuda_launch.kernels() is stand_in

@@ -1,4 +1,4 @@
-"""The peer quack, whose kernels run on a GPU only: what is asked of it, with a stand-in."""
+"""Calls of the peer quack, whose kernels need a GPU, with a fake module."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bench.gpu.units import Setting
 pytestmark = pytest.mark.complete
 
 
-def quack_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """quack's module in plain PyTorch, with its contract: losses and unscaled gradients of rows
-    padded to 128. Whether a gradient was asked for, call by call."""
-    asked: list[bool] = []
+def replace_quack(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Replace quack by plain PyTorch with its contract: losses and unscaled gradients of rows
+    padded to 128. Returns, per call, whether a gradient was requested."""
+    gradients: list[bool] = []
 
     def parts(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logp = (x.double() @ weight.double().t()).log_softmax(-1)
@@ -31,14 +31,14 @@ def quack_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         x: Tensor, weight: Tensor, target: Tensor, rows: int, *, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor, Tensor, None]:
         assert need_dx and not need_dw and rows % 128 == 0
-        asked.append(True)
+        gradients.append(True)
         losses, slopes = parts(x, weight, target)
         padding = -len(losses) % 128
         pad = torch.nn.functional.pad
         return pad(losses, (0, padding)), pad(slopes, (0, 0, 0, padding)), None
 
     def loss_only(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        asked.append(False)
+        gradients.append(False)
         return parts(x, weight, target)[0]
 
     module = types.ModuleType("quack.linear_cross_entropy")
@@ -49,13 +49,13 @@ def quack_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     package.linear_cross_entropy = module  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "quack", package)
     monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", module)
-    return asked
+    return gradients
 
 
-def test_quack_is_asked_for_tokens_and_gives_the_loss_of_the_others(
+def test_quack_matches_eager(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = quack_stand_in(monkeypatch)
+    gradients = replace_quack(monkeypatch)
     shape = (40, 24, 300)
     grads = {}
     for name in ("eager", "quack"):
@@ -64,11 +64,13 @@ def test_quack_is_asked_for_tokens_and_gives_the_loss_of_the_others(
         grads[name] = (value.detach(), *torch.autograd.grad(value, [p.hidden]))
     for got, want in zip(grads["quack"], grads["eager"], strict=True):
         torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=1e-3)
-    assert asked == [True, False], "the policy with its gradient, the reference without"
+    assert gradients == [True, False], "the policy with its gradient, the reference without"
     with pytest.raises(loss_peers.CannotCompute):
-        loss_peers.quack(loss_peers.make_problem(shape, loss.TRAINED))
+        loss_peers.compute_quack(loss_peers.make_problem(shape, loss.TRAINED))
 
 
-def test_the_plan_of_quack_measures_ours_first() -> None:
-    keys = [unit.key.rpartition(": ")[2] for unit in loss.quack_units(Setting("cpu", True, "."))]
+def test_the_quack_plan_measures_ours_first() -> None:
+    keys = [
+        unit.key.rpartition(": ")[2] for unit in loss.list_quack_units(Setting("cpu", True, "."))
+    ]
     assert keys[-2:] == ["eager", "quack"] and keys[0] in ("cpu", "reference")

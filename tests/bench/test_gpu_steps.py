@@ -1,5 +1,5 @@
-"""Training steps of the GPU check, their profiles, and attention against float32: with stand-ins
-for a card where one is asked for."""
+"""Training steps of the GPU check, their profiles, and attention against float32, with a fake card
+where needed."""
 
 from __future__ import annotations
 
@@ -19,22 +19,19 @@ from bench.gpu.cases import CLASSES
 from bench.gpu.units import NotHere, Setting
 from cpo_fast.model import windows
 from cpo_fast.model.packed import PackedModel
+from tests.bench.records import GPU, list_keys
 
 pytestmark = pytest.mark.complete
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU = Setting("cuda", False, "")
 MAIN = ("ours, fused", "ours")
 MADE = ("auto", "auto, fused", "gathered", "varlen")
 
 
-def keys(units: list[Any]) -> list[str]:
-    return [unit.key for unit in units]
-
-
 @pytest.fixture
-def stepping(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands in for bench.step_sizes.run on a card of 80 GB; (size, what it was asked for)."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replaces bench.step_sizes.run on a card of 80 GB; its calls: (size, peers, with_ours,
+    options)."""
     calls: list[Any] = []
 
     def run(size: str, **options: Any) -> dict[str, Any]:
@@ -50,7 +47,7 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return {"size": size, "steps": {kind: dict(figures) for kind in kinds}}
 
     monkeypatch.setattr(step_sizes, "run", run)
-    monkeypatch.setattr(steps, "missing", lambda name: False)
+    monkeypatch.setattr(steps, "is_missing", lambda name: False)
     monkeypatch.setattr(steps, "release", lambda device: steps._measured.clear() or 0)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80e9)
@@ -58,17 +55,17 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_each_kind_of_step_is_a_unit_of_its_own(
-    stepping: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_each_kind_of_step_is_a_separate_unit(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = steps.plan_units(GPU)
+    found = steps.list_plan_units(GPU)
     assert [(unit.key, unit.limit) for unit in found] == [
         ("imports", 60),
         ("7B: ours, fused", 60),
         ("profile of the step of 7B: ours, fused", 30),
         ("7B: ours", 60),
         ("profile of the step of 7B: ours", 30),
-        ("7B: trl in batches of 4", 70),  # eight pairs of trl's do not fit 80 GB at 7B
+        ("7B: trl in batches of 4", 70),  # eight pairs of trl do not fit 80 GB at 7B
         ("3B: ours, fused", 50),
         ("3B: ours", 50),
         ("3B: trl in batches of 8", 50),
@@ -81,7 +78,7 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
         *("ours, fused", "ours", "trl", "ours, fused", "ours", "trl"),
         *("ours, gathered", "ours, flex"),
     ]
-    assert stepping == [  # what is not asked for is left to PackedModel
+    assert calls == [  # other options keep PackedModel's defaults
         ("7B", (), True, {"fused": True}),
         ("7B", (), True, {}),
         ("7B", ("trl",), False, {"trl_batch": 4}),
@@ -91,20 +88,22 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
         ("7B", (), True, {"attention": "gathered"}),
         ("7B", (), True, {"attention": "flex"}),
     ]
-    whole = [key.partition(": ")[2].partition(" ")[0] for key in keys(steps.units(GPU)[1:])]
+    whole = [
+        key.partition(": ")[2].partition(" ")[0] for key in list_keys(steps.list_units(GPU)[1:])
+    ]
     assert whole == ["ours"] * 2 + ["ours,", "ours", "ours,"] + ["trl"] * 4 + [
         *("unshared", "unshared", "ours,")
     ]
 
     trl = found[5]
 
-    def fails(size: str, **options: Any) -> dict[str, Any]:
+    def fail(size: str, **options: Any) -> dict[str, Any]:
         return {"size": size, "steps": {"trl": {"error": "OutOfMemoryError: too large"}}}
 
-    monkeypatch.setattr(step_sizes, "run", fails)
+    monkeypatch.setattr(step_sizes, "run", fail)
     with pytest.raises(RuntimeError, match="too large"):
         trl.run()
-    monkeypatch.setattr(steps, "missing", lambda name: name == "trl")
+    monkeypatch.setattr(steps, "is_missing", lambda name: name == "trl")
     with pytest.raises(NotHere, match="trl is not installed"):
         trl.run()
 
@@ -112,22 +111,22 @@ def test_each_kind_of_step_is_a_unit_of_its_own(
 @pytest.mark.parametrize(
     ("red", "hung", "want"),
     [
-        # One that took too long is red, too; the default and its variants are timed.
+        # A timed-out check is also red; the default and its variants are still timed.
         (("auto", "flex"), ("auto", "flex"), [*MAIN, *MAIN, "ours, gathered"]),
         (("auto, fused",), (), ["ours", "ours", "ours, gathered", "ours, flex"]),
         (("auto",), (), ["ours, gathered", "ours, gathered", "ours, flex"]),
     ],
 )
-def test_steps_whose_attention_is_wrong_are_left_out(
-    red: tuple[str, ...], hung: tuple[str, ...], want: list[str], stepping: list[Any]
+def test_steps_with_wrong_attention_are_omitted(
+    red: tuple[str, ...], hung: tuple[str, ...], want: list[str], calls: list[Any]
 ) -> None:
     names = (tuple(f"attention {name}" for name in found) for found in (red, hung))
     setting = Setting("cuda", False, "", *names)
-    found = [unit.key for unit in steps.plan_units(setting) if unit.phase == "steps"]
+    found = [unit.key for unit in steps.list_plan_units(setting) if unit.phase == "steps"]
     assert [key.partition(": ")[2] for key in found if "trl" not in key] == want
 
 
-def test_a_step_has_the_attention_that_users_get() -> None:
+def test_a_step_uses_the_default_attention() -> None:
     run, model = (
         inspect.signature(made).parameters["attention"].default
         for made in (step_sizes.run, PackedModel)
@@ -136,7 +135,7 @@ def test_a_step_has_the_attention_that_users_get() -> None:
 
 
 def test_a_step_is_profiled_with_the_model_that_was_timed(
-    stepping: list[Any], monkeypatch: pytest.MonkeyPatch
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -146,22 +145,22 @@ def test_a_step_is_profiled_with_the_model_that_was_timed(
         return {"seconds": 1.5, "classes": {}, "kernels": []}
 
     monkeypatch.setattr(kernel_times, "profile", profile)
-    _, timed, profiled, *others = steps.plan_units(GPU)
+    _, timed, profiled, *others = steps.list_plan_units(GPU)
     with pytest.raises(NotHere, match="not timed"):
         profiled.run()  # in a fresh process
     timed.run()
     figures = profiled.run()
     assert figures["provider"] == "ours, fused"
     assert (figures["seconds"], figures["wall_seconds"]) == (1.5, 2.0)
-    assert stepping[-1] == "profiled" and asked == [{"calls": 1, "warm": False, "host": False}]
+    assert calls[-1] == "profiled" and asked == [{"calls": 1, "warm": False, "host": False}]
     assert profiled.variant == "profiler" and not steps._measured
     with pytest.raises(NotHere, match="not timed"):
         profiled.run()
     monkeypatch.setattr(steps, "release", lambda device: 20_000_000_000)
-    assert others[3].run()["fresh_process"], "what holds memory is left behind"
+    assert others[3].run()["fresh_process"], "a process that holds memory is replaced"
 
 
-def test_kernels_are_told_apart_by_their_names() -> None:
+def test_kernels_are_classified_by_name() -> None:
     names = {
         "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT": "products",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas": "products",
@@ -200,11 +199,11 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "_ZN3cpo12_GLOBAL__N_19row_scaleE": "ours",
         "void at::native::(anonymous namespace)::distribution_nullary": "other",
     }
-    assert {name: kernel_times.kind_of(name) for name in names} == names
+    assert {name: kernel_times.classify_kernel(name) for name in names} == names
     assert set(names.values()) == set(CLASSES)
 
 
-def test_every_triton_kernel_of_ours_is_known_as_ours() -> None:
+def test_every_triton_kernel_of_ours_is_listed() -> None:
     text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     here = set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE))
     assert len(here) >= 6 and here == set(kernel_times.OURS)
@@ -224,38 +223,38 @@ def test_a_profile_adds_up_by_class() -> None:
 
 
 def test_steps_of_ours_and_of_trl_are_compared_across_records() -> None:
-    def record(key: str, **figures: Any) -> dict[str, Any]:
+    def make_record(key: str, **figures: Any) -> dict[str, Any]:
         base = {"phase": "steps", "status": "ok", "size": "7B", "key": key, "device": "H100"}
         return {**base, "steps": figures, "pairs": 32, "dtype": "bfloat16", "attention": "sdpa"}
 
-    def ours(name: str, rate: float, mfu: float, loss: float = 0.69) -> dict[str, Any]:
+    def make_ours(name: str, rate: float, mfu: float, loss: float = 0.69) -> dict[str, Any]:
         figures = {"pairs_per_second": rate, "mfu": mfu, "loss": loss}
-        return record(f"7B: {name}", **{name: figures})
+        return make_record(f"7B: {name}", **{name: figures})
 
     records = [
-        ours("ours", 9.0, 0.5),
-        record("7B: trl in batches of 8", trl={"pairs_per_second": 2.0}),
-        record("7B: trl in batches of 4", trl={"pairs_per_second": 2.5}),
+        make_ours("ours", 9.0, 0.5),
+        make_record("7B: trl in batches of 8", trl={"pairs_per_second": 2.0}),
+        make_record("7B: trl in batches of 4", trl={"pairs_per_second": 2.5}),
     ]
     what = "step of 7B, best of ours (ours)"
-    assert report.requirements(records) == [
+    assert report.list_targets(records) == [
         [f"{what}: MFU", ">= 45 %", "50%"],
         [f"{what} v trl", ">= 3 x", "3.60 x"],
     ]
-    assert report.requirements(records[:1]) == [[f"{what}: MFU", ">= 45 %", "50%"]]
-    assert report.requirements(records[1:]) == []
-    # The fastest of ours counts, unless its loss or its attention is wrong.
-    more = [ours("ours, compiled", 10.0, 0.6), ours("ours, flex", 12.0, 0.7)]
+    assert report.list_targets(records[:1]) == [[f"{what}: MFU", ">= 45 %", "50%"]]
+    assert report.list_targets(records[1:]) == []
+    # Our fastest step counts unless its loss or attention is wrong.
+    more = [make_ours("ours, compiled", 10.0, 0.6), make_ours("ours, flex", 12.0, 0.7)]
     failed = {
         "phase": "correctness", "key": "attention flex: against float32", "reason": "wrong",
         "status": "failed",
     }  # fmt: skip
-    found = [*records, *more, failed, ours("ours, gathered", 20.0, 0.9, loss=0.8)]
-    assert report.requirements(found) == [
+    found = [*records, *more, failed, make_ours("ours, gathered", 20.0, 0.9, loss=0.8)]
+    assert report.list_targets(found) == [
         ["step of 7B, best of ours (ours, compiled): MFU", ">= 45 %", "60%"],
         ["step of 7B, best of ours (ours, compiled) v trl", ">= 3 x", "4.00 x"],
     ]
-    title, _, table = sections.steps([*records, *more])
+    title, _, table = sections.make_steps_part([*records, *more])
     assert title == "## Steps of 7B"
     names = [line.split(" | ")[0] for line in table.splitlines()[2:]]
     assert names == [
@@ -265,39 +264,39 @@ def test_steps_of_ours_and_of_trl_are_compared_across_records() -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "gathered"])
-def test_attention_is_held_against_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_compared_with_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = attention.check(name, "cpu", True)
     assert len(figures["errors"]) == 4 and max(figures["errors"].values()) < 1e-5
-    known = attention.prepared("cpu")
+    known = attention.prepare("cpu")
     assert len(known.batch.image_grid_thw.unique(dim=0)) == 3, "images of different sizes"
-    # It notices a pack whose first answer sees one token less.
+    # The check fails for a pack whose first answer sees one token less.
     blind = dataclasses.replace(known.batch, branch_index=known.batch.branch_index.clone())
     first = int((known.batch.branch_index == 1).nonzero()[0])
     blind.branch_index[first] = 0
     monkeypatch.setattr(
-        attention, "prepared", lambda device: dataclasses.replace(known, batch=blind)
+        attention, "prepare", lambda device: dataclasses.replace(known, batch=blind)
     )
     with pytest.raises(AssertionError, match=r"error .*, allowed 1.00e-04"):
         attention.check(name, "cpu", True)
 
 
-def test_the_truth_attends_to_windows_as_transformers_does(
+def test_the_truth_uses_transformers_window_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    known, calls = attention.prepared("cpu"), []
+    known, calls = attention.prepare("cpu"), []
     attend = windows.Windows.attend
     monkeypatch.setattr(
         windows.Windows, "attend", lambda *a, **k: calls.append(1) or attend(*a, **k)
     )
-    attention.outcome(known.model, known.batch, attention="sdpa", own_windows=True)
+    attention.compute_outputs(known.model, known.batch, attention="sdpa", own_windows=True)
     assert not calls
-    attention.outcome(known.model, known.batch)
+    attention.compute_outputs(known.model, known.batch)
     assert calls
 
 
-def test_attention_that_cannot_run_here_is_skipped() -> None:
-    imports, *found = attention.units(Setting("cpu", True, ""))
-    assert imports.run() == {} and keys(found)[0] == "attention auto: against float32"
+def test_unsupported_attention_is_skipped() -> None:
+    imports, *found = attention.list_units(Setting("cpu", True, ""))
+    assert imports.run() == {} and list_keys(found)[0] == "attention auto: against float32"
     assert {unit.phase for unit in found} == {"correctness"}
     assert [unit.variant for unit in found] == [
         f"attention {name}" for name in (*MADE, "flex", "auto, compiled")
@@ -308,7 +307,7 @@ def test_attention_that_cannot_run_here_is_skipped() -> None:
 
 
 @pytest.mark.slow
-def test_one_kind_of_step_only() -> None:
+def test_a_peer_without_ours() -> None:
     options: dict[str, Any] = {"device": "cpu", "studies": 1, "side": 56, "rounds": 1}
     found = step_sizes.run("tiny", peers=("unpacked",), with_ours=False, **options)
     assert list(found["steps"]) == ["unpacked"]

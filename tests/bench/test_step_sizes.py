@@ -1,4 +1,4 @@
-"""The step benchmark of real sizes: its figures at a tiny size, the parameters of the real ones."""
+"""The step benchmark: figures at a tiny size, parameter counts of the real sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wheels made on the spot, for tests of the GPU kit."""
+"""Small wheels for tests of the GPU kit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 
-def wheel(folder: Path, name: str = "tiny_peer", version: str = "1.2", **more: str) -> Path:
-    """A wheel of one module, and of the files `more` ("a/b" is written a__b)."""
+def make_wheel(folder: Path, name: str = "tiny_peer", version: str = "1.2", **more: str) -> Path:
+    """A wheel of one module and the files `more` (a__b stands for a/b)."""
     info = f"{name}-{version}.dist-info"
     files = {
         f"{name}/__init__.py": f"VERSION = {version!r}\n",

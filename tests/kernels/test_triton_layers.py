@@ -77,9 +77,9 @@ def test_a_model_with_fused_layers_computes_the_same(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(decoder_layer, "BLOCK", 1 << 18)  # few programs: they run one by one
     monkeypatch.setattr(attention, "STUDIES", ((56, 84, 1), (28, 56, 2)))
-    model = attention.random_adapted(torch.device("cpu"), torch.float32)
-    batch = attention.pack(torch.device("cpu"))
-    truth = attention.outcome(model, batch)
+    model = attention.build_adapted_model(torch.device("cpu"), torch.float32)
+    batch = attention.build_pack(torch.device("cpu"))
+    truth = attention.compute_outputs(model, batch)
     monkeypatch.setattr(fused, "check_fused", lambda *a, **options: None)
     monkeypatch.setattr(fused, "_supports", lambda *tensors: True)
     made: list[Any] = []
@@ -91,12 +91,12 @@ def test_a_model_with_fused_layers_computes_the_same(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fused, "use_fused_layers", counting)
     try:
-        found = attention.outcome(model, batch, fused=True)
+        found = attention.compute_outputs(model, batch, fused=True)
         assert {name for _, name in fused._replaced} == {
             *("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
         }
     finally:
         fused.restore_functions()
-    assert max(attention.relative(found, truth).values()) < 1e-5
+    assert max(attention.compare(found, truth).values()) < 1e-5
     # Two decoder layers and four blocks with two norms and an MLP each, and two norms at the ends.
     assert len(made) == 3 * (2 + 4) + 2

@@ -1,4 +1,4 @@
-"""A workspace limit for the checks."""
+"""Workspace limit of the loss op."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def workspace(mib: int) -> Iterator[None]:
-    """Limits the workspace of the loss op within the block."""
+def limit_workspace(mib: int) -> Iterator[None]:
+    """Limit the workspace of the loss op within the block."""
     before = os.environ.get("CPO_FAST_WORKSPACE_MIB")
     os.environ["CPO_FAST_WORKSPACE_MIB"] = str(mib)
     try:
