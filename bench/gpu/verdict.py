@@ -37,8 +37,8 @@ def list_sound(data: dict[str, Any]) -> list[str]:
 
 
 def rank_sound(data: dict[str, Any]) -> list[str]:
-    """Sound variants: by time at the headline if measured, then the fastest by the verdict read, then
-    the others in order of priority."""
+    """Sound variants: by time at the headline if measured, then the fastest by the verdict read,
+    then the others in order of priority."""
     names = list_sound(data)
     times = {
         r["provider"]: r["seconds"]

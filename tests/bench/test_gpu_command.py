@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tests.bench.records import make_machine, make_record, make_timing
 
 pytestmark = pytest.mark.complete
 QUICK = ("--device", "cpu", "--quick")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -21,6 +24,11 @@ def read_refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         gpu_check.main(list(arguments))
     assert status.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_parent_process_does_not_import_torch() -> None:
+    code = "import sys, bench.gpu_check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_wrong_options_give_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
