@@ -1,12 +1,11 @@
 """The code blocks of README.md and docs/, and how each is tested.
 
-A page is run from top to bottom in one folder: Python blocks share a namespace, bash blocks find
-the files of earlier blocks. Invisible comments on the lines before a block change that:
+A page is run from top to bottom in one folder: Python blocks share a namespace, bash blocks see
+the files of earlier blocks. HTML comments on the lines before a block change this:
 
-    <!-- test: replace A => B -->   run with A replaced by B (one comment for each; \\n is a line
-                                    break)
+    <!-- test: replace A => B -->   run with A replaced by B (one comment each; \\n: a line break)
     <!-- test: parse, WHY -->       not run; the real parser checks the flags of each command
-    <!-- test: file NAME -->        written to that file, for the blocks after it
+    <!-- test: file NAME -->        written to that file for the following blocks
 
 Blocks in text, yaml and json are not run: yaml must be a valid --config, json must be JSON.
 """
@@ -48,7 +47,7 @@ class Block:
         return [m[len(kind) :].lstrip(", ") for m in self.marks if re.match(rf"{kind}\b", m)]
 
     def replaced(self) -> str:
-        """The text with the replacements of its marks; each must be found."""
+        """The text after the replacements of its marks; each must occur in the text."""
         text = self.text
         for mark in self.mark("replace"):
             before, after = (part.strip() for part in mark.split(" => "))
@@ -57,14 +56,14 @@ class Block:
         return text
 
 
-def pages() -> list[Path]:
+def find_pages() -> list[Path]:
     """README, CONTRIBUTING and all pages of docs/, sorted."""
     docs = [p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts]
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(docs)]
 
 
 def blocks(path: Path) -> list[Block]:
-    """The fenced blocks of a page. Indented code is an error: no test would see it."""
+    """The fenced blocks of a page. Indented code is an error, because no test would run it."""
     found: list[Block] = []
     marks: list[str] = []
     block: Block | None = None
@@ -91,8 +90,8 @@ def blocks(path: Path) -> list[Block]:
     return found
 
 
-def commands(script: str) -> Iterator[list[str]]:
-    """The words of every command of a script; comments are dropped, continued lines joined."""
+def split_commands(script: str) -> Iterator[list[str]]:
+    """The words of every command in a script, without comments, continued lines joined."""
     for line in script.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for last, command in itertools.groupby(words, lambda word: word == "&&"):
@@ -105,7 +104,7 @@ class Parsed(BaseException):
 
 
 def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
-    """The error of the parser of `cpo_fast.<name>` for these flags, if any."""
+    """The error, if any, of the parser of `cpo_fast.<name>` for these flags."""
     from cpo_fast import cli
 
     if name not in cli.COMMANDS:
@@ -137,12 +136,12 @@ def parse_flags(name: str, argv: list[str], monkeypatch: Any) -> str | None:
 
 
 def parse_block(block: Block, monkeypatch: Any) -> int:
-    """Check a block without running it; returns the number of commands that were checked."""
+    """Check a block without running it; returns the number of checked commands."""
     text = block.replaced()
     done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert done.returncode == 0, f"{block.place}: {done.stderr}"
     ours = 0
-    for words in commands(text):
+    for words in split_commands(text):
         line = shlex.join(words)
         for index, word in enumerate(words):
             name = None

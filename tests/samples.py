@@ -1,4 +1,4 @@
-"""Files that tests of several folders write."""
+"""Data files for the tests of several folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PHRASES = ("clear lungs", "a small effusion", "an enlarged heart", "basal atelec
 
 
 def write_pairs(path: Path, count: int, *, short: bool = False) -> Path:
-    """A preference file of `count` rows without images; `short` has answers of a few words."""
+    """Write a preference file of `count` rows without images; `short`: answers of a few words."""
     rows = [
         {"prompt": f"Patient {i}?", "chosen": f"Clear lungs, line {i}.", "rejected": "Effusion."}
         if short

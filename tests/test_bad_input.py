@@ -18,23 +18,23 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("data") / "d", num_studies=12, image_size=64)
 
 
-def fails(
+def run_and_fail(
     folder: Path, dataset: Path | str, capsys: pytest.CaptureFixture[str], *flags: str
 ) -> str:
-    """stderr of a run that must fail without a traceback."""
+    """Stderr of a run that must fail without a traceback."""
     status = main(["--dataset", str(dataset), "--output_dir", str(folder / "out"), *flags])
     error = capsys.readouterr().err
     assert status in (1, 2) and error.startswith("cpo-fast train: error: "), error
     return error
 
 
-def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_folder_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    error = fails(tmp_path, tmp_path / "empty", capsys)
+    error = run_and_fail(tmp_path, tmp_path / "empty", capsys)
     assert "empty" in error and "folder is empty" in error
 
 
-def test_csv_without_the_expected_columns(
+def test_csv_without_expected_columns_is_named(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -42,11 +42,11 @@ def test_csv_without_the_expected_columns(
     path = data / "mimic-cxr-2.0.0-split.csv.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     path.write_bytes(gzip.compress("\n".join(["dicom,study,subject,part", *lines[1:]]).encode()))
-    error = fails(tmp_path, data, capsys)
+    error = run_and_fail(tmp_path, data, capsys)
     assert path.name in error and "split" in error
 
 
-def test_data_set_without_studies(
+def test_data_set_without_studies_is_named(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -54,7 +54,7 @@ def test_data_set_without_studies(
     for path in data.glob("*.csv.gz"):
         header = gzip.decompress(path.read_bytes()).decode().splitlines()[0]
         path.write_bytes(gzip.compress((header + "\n").encode()))
-    assert str(data) in fails(tmp_path, data, capsys)
+    assert str(data) in run_and_fail(tmp_path, data, capsys)
 
 
 def test_report_without_findings_is_listed(
@@ -64,7 +64,7 @@ def test_report_without_findings_is_listed(
     shutil.copytree(phantom, data)
     report = sorted(data.rglob("s*.txt"))[0]
     report.write_text(" FINAL REPORT\n EXAMINATION:  CHEST\n\n FINDINGS:\n\n IMPRESSION:\n")
-    error = fails(tmp_path, data, capsys, "--max_bad_fraction", "0")
+    error = run_and_fail(tmp_path, data, capsys, "--max_bad_fraction", "0")
     assert "1 of 12 records" in error
     lines = (tmp_path / "out" / "rejected_records.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
@@ -72,15 +72,17 @@ def test_report_without_findings_is_listed(
     assert Path(record["file"]).name == report.name
 
 
-def test_missing_model_folder(
+def test_missing_model_folder_is_named(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = fails(tmp_path, phantom, capsys, "--model_name_or_path", str(tmp_path / "no-model"))
+    error = run_and_fail(
+        tmp_path, phantom, capsys, "--model_name_or_path", str(tmp_path / "no-model")
+    )
     assert "no-model" in error and "--model_name_or_path" in error
 
 
-def test_unwritable_output_folder(
+def test_unwritable_output_folder_is_named(
     phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out").write_text("a file stands here")
-    assert "--output_dir" in fails(tmp_path, phantom, capsys)
+    (tmp_path / "out").write_text("not a folder")
+    assert "--output_dir" in run_and_fail(tmp_path, phantom, capsys)

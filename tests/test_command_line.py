@@ -35,8 +35,8 @@ REFUSED = [
 ]
 
 
-def refusals(cases: list[list[str]], folder: Path) -> list[tuple[list[str], int, list[str], str]]:
-    """(words, status, loaded heavy modules, stderr) of every command line."""
+def run_all(cases: list[list[str]], folder: Path) -> list[tuple[list[str], int, list[str], str]]:
+    """Run command lines in one process: (words, status, loaded heavy modules, stderr) of each."""
     code = f"""
 import contextlib, io, json, sys
 from cpo_fast.cli import main
@@ -62,9 +62,9 @@ print(json.dumps(found))
 
 
 def test_flag_errors_import_nothing_heavy(tmp_path: Path) -> None:
-    for words, status, modules, _ in refusals(REFUSED, tmp_path):
-        fine = words[-1] in ("--help", "--version")
-        assert (status, modules) == (0 if fine else 2, []), words
+    for words, status, modules, _ in run_all(REFUSED, tmp_path):
+        valid = words[-1] in ("--help", "--version")
+        assert (status, modules) == (0 if valid else 2, []), words
 
 
 WRONG_PATHS = {
@@ -124,14 +124,14 @@ def test_wrong_paths_are_rejected_before_torch_is_imported(tmp_path: Path) -> No
     (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     (tmp_path / "adapter/adapter_model.safetensors").touch()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    found = refusals([words.split() for words in WRONG_PATHS], tmp_path)
+    found = run_all([words.split() for words in WRONG_PATHS], tmp_path)
     assert all((status, modules) == (2, []) for _, status, modules, _ in found), found
     messages = {" ".join(words): said for words, _, _, said in found}
     assert {w: said for w, said in messages.items() if WRONG_PATHS[w] not in said} == {}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def read_error_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The error line of a command that ends with status 2."""
     try:
         status: object = main(words)
@@ -181,7 +181,7 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 )  # fmt: skip
 def test_wrong_usage_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     program, _, fault = line.partition(": ")
-    assert refusal(words.split(), capsys) == f"{program}: error: {fault}"
+    assert read_error_line(words.split(), capsys) == f"{program}: error: {fault}"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_every_flag_has_help_and_shows_its_default_once(
         assert entry.count("(default") <= 1, entry
 
 
-def test_accepted_spellings() -> None:
+def test_flags_accept_dashes_signs_and_equals() -> None:
     parser = Parser(prog="x")
     parser.add_argument("--some_flag", type=Number())
     parser.add_argument("--count", type=COUNT)
@@ -270,7 +270,7 @@ def test_accepted_spellings() -> None:
     assert vars(train.parse_args(given)) == {"lr_scheduler_kwargs": given[1], "output_dir": "a - b"}
 
 
-def test_near_names() -> None:
+def test_near_suggests_similar_names() -> None:
     assert near("--lora_rank", ["--lora_r", "--beta"]) == "--lora_r"
     assert near("--model", ["--model_name_or_path", "--beta"]) == "--model_name_or_path"
     assert near("--qqq", ["--model_name_or_path", "--beta"]) is None

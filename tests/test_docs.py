@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/ is run, or states why it is only parsed."""
+"""Every code block of README.md and docs/ is run, or gives the reason why it is only parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, pages, parse_block
+from tests.docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, find_pages, parse_block
 
 PARSED_ONLY = {
     "README.md": 4,
@@ -29,7 +29,7 @@ PARSED_ONLY = {
     "docs/performance.md": 3,
     "docs/tutorial-mimic.md": 2,
 }
-"""Blocks per page that are parsed and not run. A new one needs an entry here."""
+"""Blocks per page that are parsed and not run. A new block of this kind needs an entry."""
 TRAINING = (
     "README.md",
     "docs/counterfactuals.md",
@@ -54,11 +54,11 @@ def run_bash(script: str, folder: Path, commands: Path) -> None:
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-def page_parameters() -> list[Any]:
-    """Every page; those that train take minutes."""
+def parametrize_pages() -> list[Any]:
+    """Every page; pages that train take minutes and are marked `complete`."""
     return [
         pytest.param(page, id=name, marks=[pytest.mark.complete] if name in TRAINING else [])
-        for page in pages()
+        for page in find_pages()
         for name in [str(page.relative_to(ROOT))]
     ]
 
@@ -67,7 +67,7 @@ def page_parameters() -> list[Any]:
 def test_commands_of_training_pages_are_accepted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flags of its commands go through their parsers; `make test` runs the page."""
+    """The parser of each command checks its flags; `make test` runs the page."""
     monkeypatch.chdir(tmp_path)
     commands = 0
     for block in blocks(ROOT / name):
@@ -79,12 +79,12 @@ def test_commands_of_training_pages_are_accepted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", page_parameters())
-def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", parametrize_pages())
+def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, commands = tmp_path / "page", tmp_path / "bin"
     folder.mkdir()
     commands.mkdir()
-    # The command of this checkout; test_packaging.py runs the installed one.
+    # The command from this checkout; test_packaging.py runs the installed command.
     script = f'#!/bin/sh\nexec "{sys.executable}" -m cpo_fast.cli "$@"\n'
     (commands / "cpo-fast").write_text(script)
     (commands / "cpo-fast").chmod(0o755)
@@ -106,10 +106,10 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_block_is_tested() -> None:
-    """Every block has a known language; what is only parsed has a reason and is counted."""
+    """Every block has a known language; blocks that are only parsed have a reason."""
     counts: Counter[str] = Counter()
     parsed: Counter[str] = Counter()
-    for page in pages():
+    for page in find_pages():
         for block in blocks(page):
             if block.language.startswith("{"):  # a directive of the generator
                 continue
@@ -119,7 +119,7 @@ def test_every_block_is_tested() -> None:
                 assert kind in ("replace", "parse", "file"), f"{block.place}: {mark}"
                 counts[kind] += 1
             for why in block.mark("parse"):
-                assert len(why) > 10, f"{block.place}: parse, and why?"
+                assert len(why) > 10, f"{block.place}: `parse` needs a reason"
                 print(f"parsed only: {block.place}: {why}")
                 parsed[block.page] += 1
             counts[block.language] += 1
@@ -136,7 +136,7 @@ def test_readme_map_equals_the_tree() -> None:
         first, *others = re.split(r" {2,}", line)[0].split(" ")
         mapped |= {str(Path(first)), *(str(Path(first).parent / name) for name in others)}
     for path in mapped:
-        assert (ROOT / path).exists(), f"README.md, the map: there is no {path}"
+        assert (ROOT / path).exists(), f"README.md, the map: {path} does not exist"
     helpers = rest.split("## ")[0]
     mapped |= {f"cpo_fast/{name}.py" for name in re.findall(r"`(\w+)`", helpers)}
     package = ROOT / "cpo_fast"

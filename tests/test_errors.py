@@ -1,4 +1,4 @@
-"""Every class of error: its exit status and its message, which names fault, place and remedy."""
+"""Exit status of every error class; messages name fault, place and remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from cpo_fast.types import ConceptGraph, ImageRef, Report
 from tests.counterfactual.samples import OPACITY, study
 
 
-def all_errors() -> set[type[CpoFastError]]:
+def find_error_classes() -> set[type[CpoFastError]]:
+    """CpoFastError and all its subclasses, after every module is imported."""
     for module in pkgutil.walk_packages(cpo_fast.__path__, "cpo_fast."):
         if not re.search(r"\.(kernels|integrations|_cpu|_cuda|__main__)\b", module.name):
             importlib.import_module(module.name)
@@ -36,8 +37,8 @@ def all_errors() -> set[type[CpoFastError]]:
     return found
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """stderr: one message, no traceback."""
+def read_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """Stderr: one message, no traceback."""
     error = capsys.readouterr().err.strip()
     assert error.startswith("cpo-fast train: error: ") and "Traceback" not in error, error
     return error
@@ -46,7 +47,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_error_classes_print_one_line_and_set_the_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind in all_errors():
+    for kind in find_error_classes():
         raised = kind() if kind is AmbiguousError else kind("what, where, remedy")
 
         def failed(args: object, raised: CpoFastError = raised) -> None:
@@ -62,7 +63,7 @@ def test_error_classes_print_one_line_and_set_the_status(
 
 def test_usage_errors_name_flag_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--stages", "sft,cop"]) == 2
-    error = one_line(capsys)
+    error = read_error(capsys)
     assert "--stages sft,cop" in error and "graph,counterfactual,sft,cpo,evaluate" in error
 
 
@@ -73,7 +74,7 @@ def test_data_errors_name_place_and_expectation(
     assert main(["data", "check", *flags]) == 2
     assert str(tmp_path / "nothing") in capsys.readouterr().err
     assert main(["train", *flags, "--model_name_or_path", "tiny"]) == 2
-    assert str(tmp_path / "nothing") in one_line(capsys)
+    assert str(tmp_path / "nothing") in read_error(capsys)
 
 
 def test_record_errors_have_a_reason_and_no_text(tmp_path: Path) -> None:
@@ -93,26 +94,26 @@ def test_ambiguous_sentence_is_reported_without_text() -> None:
 
 
 def test_failing_writer_is_not_called_again() -> None:
-    class Mute(GraphWriter):
-        asked = 0
+    class FailingWriter(GraphWriter):
+        calls = 0
 
         def write(self, graph: ConceptGraph, tasks: Sequence[Task]) -> Iterable[tuple[int, Draft]]:
-            self.asked += len(tasks)
+            self.calls += len(tasks)
             return enumerate(GaveUpError("prompt-too-long", "9000 tokens") for _ in tasks)
 
-    writer = Mute()
+    writer = FailingWriter()
     records = list(counterfactuals([study(OPACITY)], load_graph(), generator=writer))
-    assert writer.asked == len(records) == 2
+    assert writer.calls == len(records) == 2
     assert [record.checks for record in records] == [{"prompt-too-long": False}] * 2
 
 
-def test_interrupted_has_its_own_status(
+def test_interruption_has_its_own_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real signals are in tests/training/test_resume.py."""
 
     def stopped(args: object) -> None:
-        raise Interrupted("saved runs/x/cpo/checkpoint-7; go on with --resume_from_checkpoint auto")
+        raise Interrupted("saved x/checkpoint-7; continue with --resume_from_checkpoint auto")
 
     monkeypatch.setattr(train, "run", stopped)
     assert main(["train"]) == EXIT_STATUS == 3

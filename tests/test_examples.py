@@ -1,4 +1,4 @@
-"""Every example runs on a tiny model and agrees with plain transformers and PyTorch."""
+"""Every example runs on a tiny model and equals plain transformers and PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder and files of pairs and prompts."""
+    """A model folder with files of pairs and prompts."""
     place = tmp_path_factory.mktemp("examples")
     save_model(text_model(), place / "model", tokenizer=tokenizer())
     pairs = "".join(json.dumps(row) + "\n" for row in PAIRS)
@@ -45,24 +45,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def losses_of(output: str) -> list[float]:
+def parse_losses(output: str) -> list[float]:
     return [float(number) for number in re.findall(r"loss (-?[\d.]+)", output)]
 
 
-def ran(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> list[float]:
+def run_example(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> list[float]:
     """The losses that an example prints."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    return losses_of(capsys.readouterr().out)
+    return parse_losses(capsys.readouterr().out)
 
 
-def loaded(folder: Path) -> Any:
+def load_float32(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def summed(model: Any, prompt: str, answer: str, bos: list[int]) -> torch.Tensor:
+def sum_logps(model: Any, prompt: str, answer: str, bos: list[int]) -> torch.Tensor:
     """The log-prob of an answer from the logits of the model."""
     head = bos + tokenizer()(prompt)["input_ids"]
     tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
@@ -71,21 +71,21 @@ def summed(model: Any, prompt: str, answer: str, bos: list[int]) -> torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def unpatched(folder: Path) -> tuple[list[float], Any]:
-    return trained(folder, [])
+def plain_run(folder: Path) -> tuple[list[float], Any]:
+    return train_plainly(folder, [])
 
 
-def trained(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
-    """Losses of three steps of two pairs, and the model after them; sequences start with `bos`."""
-    model, reference = loaded(folder / "model"), loaded(folder / "model")
+def train_plainly(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
+    """Three steps of two pairs: losses and trained model; sequences start with `bos`."""
+    model, reference = load_float32(folder / "model"), load_float32(folder / "model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for start in (0, 2, 4):
         margins = []
         for row in PAIRS[start : start + 2]:
             ours, theirs = (
-                summed(m, row["prompt"], row["chosen"], bos)
-                - summed(m, row["prompt"], row["rejected"], bos)
+                sum_logps(m, row["prompt"], row["chosen"], bos)
+                - sum_logps(m, row["prompt"], row["rejected"], bos)
                 for m in (model, reference)
             )
             margins.append(ours - theirs.detach())
@@ -97,18 +97,19 @@ def trained(folder: Path, bos: list[int]) -> tuple[list[float], Any]:
     return losses, model
 
 
-def test_plain_loop(folder: Path, unpatched: Any, capsys: Any, monkeypatch: Any) -> None:
+def test_plain_loop_equals_logits(
+    folder: Path, plain_run: Any, capsys: Any, monkeypatch: Any
+) -> None:
     assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 45
     arguments = (folder / "model", folder / "pairs.jsonl")
-    losses = ran(capsys, monkeypatch, "plain_loop.py", *arguments)
-    assert losses == pytest.approx(unpatched[0], abs=2e-5)
+    losses = run_example(capsys, monkeypatch, "plain_loop.py", *arguments)
+    assert losses == pytest.approx(plain_run[0], abs=2e-5)
     assert losses[-1] < losses[0] - 0.01
 
 
 @pytest.fixture(scope="module")
 def framing(folder: Path) -> tuple[Path, list[int]]:
-    """A model folder whose tokenizer puts every text between BOS and EOS and has no padding token,
-    and the ids of BOS."""
+    """(model folder, ids of BOS); the tokenizer adds BOS and EOS and has no padding token."""
     place = folder / "framing"
     save_model(text_model(), place, tokenizer=tokenizer())
     made = AutoTokenizer.from_pretrained(place)
@@ -128,20 +129,20 @@ def test_plain_loop_puts_no_bos_into_answers(
     framing: Any, folder: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     place, bos = framing
-    losses = ran(capsys, monkeypatch, "plain_loop.py", place, folder / "pairs.jsonl")
-    assert losses == pytest.approx(trained(folder, bos)[0], abs=2e-5)
+    losses = run_example(capsys, monkeypatch, "plain_loop.py", place, folder / "pairs.jsonl")
+    assert losses == pytest.approx(train_plainly(folder, bos)[0], abs=2e-5)
 
 
-@pytest.mark.parametrize("framed", [False, True], ids=["plain", "bos-and-eos"])
-def test_fsdp2_puts_no_bos_into_answers(framing: Any, folder: Path, framed: bool) -> None:
+@pytest.mark.parametrize("adds_marks", [False, True], ids=["plain", "bos-and-eos"])
+def test_fsdp2_puts_no_bos_into_answers(framing: Any, folder: Path, adds_marks: bool) -> None:
     place, bos = framing
-    made = AutoTokenizer.from_pretrained(place if framed else folder / "model")
+    made = AutoTokenizer.from_pretrained(place if adds_marks else folder / "model")
     made.pad_token = made.eos_token
     encode = runpy.run_path(str(EXAMPLES / "fsdp2.py"))["encode"]
     ids, mask, labels = encode(made, PAIRS[:2])
     sides = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in PAIRS[:2]]
     for row, (prompt, answer) in enumerate(sides):
-        head = (bos if framed else []) + tokenizer()(prompt)["input_ids"]
+        head = (bos if adds_marks else []) + tokenizer()(prompt)["input_ids"]
         tail = [*tokenizer()(answer)["input_ids"], tokenizer().eos_token_id]
         assert ids[row][mask[row] == 1].tolist() == head + tail
         assert labels[row][labels[row] != -100].tolist() == tail
@@ -160,59 +161,60 @@ def test_grpo_weighs_answer_tokens_only(framing: Any) -> None:
     assert weights.tolist() == [1.0] * 4 + [2.0] * (len(said) + 1)  # with the end-of-text token
 
 
-def refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str:
+def run_refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str:
     """The last line of stderr of an example that ends with status 2."""
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as ended:
-        ran(capsys, monkeypatch, name, *arguments)
+        run_example(capsys, monkeypatch, name, *arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_examples_without_arguments_print_usage(name: str, capsys: Any, monkeypatch: Any) -> None:
-    line = refused(capsys, monkeypatch, name)
-    assert line.startswith(
-        (f"usage: python examples/{name} MODEL", f"{name}: error: the following")
-    )
+    line = run_refused(capsys, monkeypatch, name)
+    usage = (f"usage: python examples/{name} MODEL", f"{name}: error: the following")
+    assert line.startswith(usage)
 
 
 def test_examples_report_wrong_arguments(
     folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     model, pairs = folder / "model", folder / "pairs.jsonl"
-    line = refused(capsys, monkeypatch, "grpo.py", model, pairs)
+    line = run_refused(capsys, monkeypatch, "grpo.py", model, pairs)
     assert line.endswith("every line needs prompt and findings (a list of names)")
-    line = refused(capsys, monkeypatch, "grpo.py", model, tmp_path / "none")
+    line = run_refused(capsys, monkeypatch, "grpo.py", model, tmp_path / "none")
     assert "none is not a file of JSON lines" in line
     prompts = folder / "prompts.jsonl"
-    line = refused(capsys, monkeypatch, "fsdp2.py", model, prompts, tmp_path)
+    line = run_refused(capsys, monkeypatch, "fsdp2.py", model, prompts, tmp_path)
     assert line.endswith("every line needs prompt, chosen and rejected")
-    line = refused(capsys, monkeypatch, "fsdp2.py", model, pairs, tmp_path)
+    line = run_refused(capsys, monkeypatch, "fsdp2.py", model, pairs, tmp_path)
     assert "torchrun --nproc_per_node 2 examples/fsdp2.py" in line
 
 
 @pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
-def test_fsdp2_in_two_processes(folder: Path, unpatched: Any, tmp_path: Path) -> None:
+def test_fsdp2_in_two_processes(folder: Path, plain_run: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                "2", str(EXAMPLES / "fsdp2.py"), str(folder / "model"),
                str(folder / "pairs.jsonl"), str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    losses, model = unpatched
-    assert losses_of(done.stdout) == pytest.approx(losses, abs=2e-5)
-    saved = loaded(tmp_path / "out").state_dict()
+    losses, model = plain_run
+    assert parse_losses(done.stdout) == pytest.approx(losses, abs=2e-5)
+    saved = load_float32(tmp_path / "out").state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(saved[name], value, rtol=0, atol=2e-4, msg=name)
 
 
 @pytest.mark.slow
-def test_trl_example(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    """It runs and learns; tests/integrations/test_trl.py tests that it equals trl."""
+def test_trl_example_runs(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """The example runs and saves; tests/integrations/test_trl.py compares it with trl."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    ran(capsys, monkeypatch, "trl_dpo.py", folder / "model", folder / "pairs.jsonl", tmp_path)
+    run_example(
+        capsys, monkeypatch, "trl_dpo.py", folder / "model", folder / "pairs.jsonl", tmp_path
+    )
     (state,) = tmp_path.glob("checkpoint-5/trainer_state.json")
     rows = [row for row in json.loads(state.read_text())["log_history"] if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and len(rows) == 5
@@ -221,14 +223,14 @@ def test_trl_example(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 
 def test_grpo_runs(folder: Path, capsys: Any, monkeypatch: Any) -> None:
     arguments = (folder / "model", folder / "prompts.jsonl", "--max_new_tokens", "12")
-    losses = ran(capsys, monkeypatch, "grpo.py", *arguments)
+    losses = run_example(capsys, monkeypatch, "grpo.py", *arguments)
     assert len(losses) == 2 and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_grpo_loss_and_gradient_equal_full_logits(folder: Path, temperature: float) -> None:
     grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))
-    model, reference = loaded(folder / "model"), loaded(folder / "model")
+    model, reference = load_float32(folder / "model"), load_float32(folder / "model")
     torch.manual_seed(0)
     prompts = ["Report of patient 1? ", "What does the radiograph show in patient 12? "]
     rollout = grpo["Rollout"](
@@ -251,7 +253,7 @@ def test_grpo_loss_and_gradient_equal_full_logits(folder: Path, temperature: flo
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    # The expected values, one answer at a time, from logits over prompt and answer without padding.
+    # Expected: one answer at a time, from logits over prompt and answer without padding.
     total, at = torch.zeros(()), 0
     for row in range(6):
         start = int(rollout.mask[row].argmax())

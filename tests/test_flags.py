@@ -1,4 +1,4 @@
-"""Shared ranges of flags, and every command's refusal of values outside."""
+"""Number and choice types of flags; every command rejects values out of range."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_numbers_keep_their_type() -> None:
         whole(0)("1" * 5000)  # more digits than Python parses
 
 
-def test_lists_of_names() -> None:
+def test_choices_check_names_and_order() -> None:
     names = Choices(("a", "b", "c"), ordered=True)
     assert names.fault("a, c") is None
     assert names.fault("c,a") == "they run in the order a,b,c: write a,c"

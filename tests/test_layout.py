@@ -23,25 +23,25 @@ STAGES = ("data", "concepts", "counterfactual", "packing", "model", "loss", "tra
           "evaluation", "report", "run")  # fmt: skip
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level modules that a new interpreter has loaded after `statement`."""
+def list_loaded_modules(statement: str) -> set[str]:
+    """Top-level modules in a new interpreter after `statement`."""
     code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in json.loads(done.stdout)}
 
 
 def test_importing_the_package_does_not_load_torch() -> None:
-    assert not loaded_by("import cpo_fast") & {"torch", "transformers", "triton", "peft"}
+    assert not list_loaded_modules("import cpo_fast") & {"torch", "transformers", "triton", "peft"}
 
 
 def test_loss_op_loads_neither_transformers_nor_peft() -> None:
-    modules = loaded_by("from cpo_fast import cpo_loss, linear_logprobs")
+    modules = list_loaded_modules("from cpo_fast import cpo_loss, linear_logprobs")
     assert "torch" in modules
     assert not modules & {"transformers", "peft", "triton", "networkx", "matplotlib", "sklearn"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stages_import_earlier_stages_only(stage: str) -> None:
+def test_stages_import_only_earlier_stages(stage: str) -> None:
     shared = {"types", "errors", "flags", "version", "console", "locks", "command_line"}
     shared |= {"folders", "counting"}
     allowed = {*shared, *STAGES[: STAGES.index(stage) + 1]}
@@ -77,7 +77,7 @@ OPTIONAL = {"wandb", "trackio", "mlflow", "pycocoevalcap"}
 """Packages used only if the user has installed them."""
 
 
-def imports_of(path: Path) -> set[str]:
+def find_imports(path: Path) -> set[str]:
     """Top-level modules that a file imports at run time."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
@@ -104,7 +104,7 @@ def test_every_third_party_import_is_declared() -> None:
     known = {canonicalize_name(Requirement(need).name) for need in needs}
     modules = packages_distributions()
     for path in (ROOT / "cpo_fast").rglob("*.py"):
-        for name in imports_of(path) - set(sys.stdlib_module_names) - OPTIONAL - {"cpo_fast"}:
+        for name in find_imports(path) - set(sys.stdlib_module_names) - OPTIONAL - {"cpo_fast"}:
             owners = {canonicalize_name(owner) for owner in modules.get(name, [name])}
             assert owners & known, f"{path.relative_to(ROOT)} imports {name}: declare it"
 
@@ -127,7 +127,7 @@ def test_number_and_noun_agree() -> None:
     assert counted(2000, "study", "studies", show=lambda n: f"{n:,}") == "2,000 studies"
 
 
-def test_make_help_lists_the_promised_targets() -> None:
+def test_make_help_lists_documented_targets() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in (
         *("setup", "train", "test", "quick", "lowest", "real", "bench", "lint"),
@@ -140,16 +140,16 @@ def test_benchmarks_are_listed_with_earlier_times(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
     (tmp_path / "test_slow.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
 
-    def said(*flags: str) -> str:
+    def count_benchmarks(*flags: str) -> str:
         command = [sys.executable, "-m", "pytest", "--benchmark", *flags, "."]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         return next(line for line in done.stdout.splitlines() if " benchmarks" in line)
 
     unknown = "no time is known for {}, and some take minutes (-k selects)"
-    assert said("-k", "test_a") == "1 benchmarks; " + unknown.format("them")
+    assert count_benchmarks("-k", "test_a") == "1 benchmarks; " + unknown.format("them")
     before = "of them ran here before, in 0.0 minutes"
-    assert said() == f"2 benchmarks; 1 {before}; " + unknown.format("the others")
-    assert said() == f"2 benchmarks; 2 {before}"
+    assert count_benchmarks() == f"2 benchmarks; 1 {before}; " + unknown.format("the others")
+    assert count_benchmarks() == f"2 benchmarks; 2 {before}"
 
 
 def test_plain_pytest_collects_tests_and_benchmark_collects_bench(tmp_path: Path) -> None:
@@ -159,16 +159,16 @@ def test_plain_pytest_collects_tests_and_benchmark_collects_bench(tmp_path: Path
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("def test_it(): pass\n")
 
-    def collected(*flags: str) -> list[str]:
+    def collect_tests(*flags: str) -> list[str]:
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *flags]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         return [line for line in done.stdout.splitlines() if "::" in line]
 
-    assert collected("--benchmark") == ["bench/bench_a.py::test_it"]
-    assert collected() == ["tests/folder/test_b.py::test_it"]
+    assert collect_tests("--benchmark") == ["bench/bench_a.py::test_it"]
+    assert collect_tests() == ["tests/folder/test_b.py::test_it"]
 
 
-def test_what_only_make_test_runs_is_listed() -> None:
+def test_contributing_lists_files_with_complete_tests() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     listed = set(
         re.findall(r"`(tests/[\w/]*test_\w+\.py)`", page.split("## Tests")[1].split("\n## ")[0])

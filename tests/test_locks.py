@@ -21,11 +21,14 @@ import pytest
 import torch
 
 from cpo_fast import evaluate, export, train
+from cpo_fast.counterfactual.__main__ import main as counterfactual
 from cpo_fast.data.__main__ import main as data_main
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.experiments.study.__main__ import main as study
 from cpo_fast.locks import LOCK, lock_file, lock_folder
 from cpo_fast.phantom.__main__ import main as phantom
+from tests.counterfactual.samples import REPORTS, write_open_i
+from tests.samples import write_pairs
 
 HOST = socket.gethostname()
 HOLD = """
@@ -39,8 +42,8 @@ with {"file": lock_file, "folder": lock_folder}[sys.argv[1]](Path(sys.argv[2])):
 
 
 @contextmanager
-def held(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of `path`."""
+def hold_lock(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start another process that holds the lock of `path`."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, kind, str(path)],
         stdin=subprocess.PIPE,
@@ -56,7 +59,7 @@ def held(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_second_process_names_the_holder_and_locks_after_it(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
-    with held("folder", run) as first:
+    with hold_lock("folder", run) as first:
         for _ in range(2):  # a refused process does not release the lock
             with pytest.raises(UsageError) as refused, lock_folder(run):
                 pass
@@ -67,14 +70,14 @@ def test_second_process_names_the_holder_and_locks_after_it(tmp_path: Path) -> N
         )
         assert re.fullmatch(message, str(refused.value))
         assert (run / LOCK).stat().st_mode & 0o777 == 0o600
-    assert not run.exists()  # created by the lock and empty
+    assert not run.exists()  # the lock created it, and it is empty
     with lock_folder(run):
         (run / "kept").touch()
     assert [path.name for path in run.iterdir()] == ["kept"]
 
 
 def test_killed_process_holds_no_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with held("folder", tmp_path) as first:
+    with hold_lock("folder", tmp_path) as first:
         first.send_signal(signal.SIGKILL)
         first.wait()
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == first.pid
@@ -85,7 +88,7 @@ def test_killed_process_holds_no_lock(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_child_process_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """Like a data worker that outlives a killed run by some seconds."""
+    """A data worker can outlive a killed run by some seconds."""
     fork = f"""
 import os, sys, time
 from cpo_fast.locks import lock_folder
@@ -108,7 +111,7 @@ with lock_folder({str(tmp_path)!r}):
         process.stdout.close()
 
 
-def test_process_takes_a_lock_once(tmp_path: Path) -> None:
+def test_process_cannot_take_a_lock_twice(tmp_path: Path) -> None:
     with lock_folder(tmp_path):
         (tmp_path / "link").symlink_to(tmp_path)
         with (
@@ -123,7 +126,7 @@ def test_process_takes_a_lock_once(tmp_path: Path) -> None:
 
 
 def test_one_of_many_processes_holds_the_lock_at_a_time(tmp_path: Path) -> None:
-    """Each deletes the file at its end, when another can already have opened it."""
+    """Each process deletes the lock file at its end; another can already have opened it."""
     code = f"""
 import os
 from cpo_fast.errors import UsageError
@@ -143,7 +146,7 @@ while taken < 100:
     assert not list(tmp_path.iterdir())
 
 
-def leave(folder: Path, **holder: Any) -> None:
+def write_lock(folder: Path, **holder: Any) -> None:
     named = {"pid": 1, "host": HOST, "started": "2026-01-01 00:00:00+00:00"} | holder
     (folder / LOCK).write_text(json.dumps(named))
 
@@ -151,7 +154,7 @@ def leave(folder: Path, **holder: Any) -> None:
 def test_stale_lock_of_another_host_is_taken_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leave(tmp_path, pid=77, host="node7")
+    write_lock(tmp_path, pid=77, host="node7")
     with lock_folder(tmp_path):
         pass
     (note,) = capsys.readouterr().err.splitlines()
@@ -164,25 +167,25 @@ def test_stale_lock_of_another_host_is_taken_with_a_note(
 def test_process_id_decides_without_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(*_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
     for dead in (ended.pid, os.getpid()):  # a reused id
-        leave(tmp_path, pid=dead)
+        write_lock(tmp_path, pid=dead)
         with lock_folder(tmp_path):
             pass
         assert not (tmp_path / LOCK).exists()
     for holder in ({"pid": os.getppid()}, {"pid": ended.pid, "host": "node7"}):
-        leave(tmp_path, **holder)
+        write_lock(tmp_path, **holder)
         delete = re.escape(f"if it has ended, delete {tmp_path / LOCK}")
         with pytest.raises(UsageError, match=delete), lock_folder(tmp_path):
             pass
 
 
-def test_unwritable_folder(tmp_path: Path) -> None:
+def test_unwritable_path_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for lock in (lock_folder, lock_file):
         with pytest.raises(UsageError, match=r"file/x.* cannot be written"), lock(
@@ -212,6 +215,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int], list[str]]] = {
     ),
     "export": ("file", export.main, ["--merge", "ADAPTER", "--output_dir"]),
     "phantom": ("file", phantom, ["--num_studies", "4", "--output_dir"]),
+    "counterfactual": ("file", counterfactual, ["--dataset", "REPORTS", "--output"]),
 }
 
 
@@ -221,15 +225,15 @@ def test_every_writing_command_respects_the_lock(
 ) -> None:
     kind, main, flags = COMMANDS[name]
     target = tmp_path / "target"
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 1)
+    reports = write_open_i(tmp_path / "reports", REPORTS)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").touch()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
     (tmp_path / "base").mkdir()
-    named = {"PAIRS": str(pairs), "ADAPTER": str(adapter)}
-    with held(kind, target) as first:
+    named = {"PAIRS": str(pairs), "ADAPTER": str(adapter), "REPORTS": str(reports)}
+    with hold_lock(kind, target) as first:
         assert main([*(named.get(word, word) for word in flags), str(target)]) == 2
     error = capsys.readouterr().err
     assert f"{target} is being written by process {first.pid} on host {HOST}" in error
@@ -249,15 +253,15 @@ def test_run_locks_its_folder_and_dry_run_does_not(
     assert train.main(["--output_dir", str(run)]) == 1
     assert locked == [True] and not run.exists()
     assert train.main(["--output_dir", str(run), "--dry_run"]) == 1
-    with held("folder", run):
+    with hold_lock("folder", run):
         assert train.main(["--output_dir", str(run), "--dry_run"]) == 1
     assert locked == [True, False, True]
 
 
-def test_threads_keep_their_locks(tmp_path: Path) -> None:
+def test_threads_share_no_lock(tmp_path: Path) -> None:
     refused: list[str] = []
 
-    def second() -> None:
+    def take_lock() -> None:
         try:
             with lock_folder(tmp_path):
                 pass
@@ -265,7 +269,7 @@ def test_threads_keep_their_locks(tmp_path: Path) -> None:
             refused.append(str(error))
 
     with lock_folder(tmp_path):
-        thread = threading.Thread(target=second)
+        thread = threading.Thread(target=take_lock)
         thread.start()
         thread.join()
         done = subprocess.run([sys.executable, "-c", HOLD, "folder", str(tmp_path)],
@@ -278,14 +282,12 @@ def test_threads_keep_their_locks(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_all_ranks_of_a_locked_run_stop(tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"{i}?", "chosen": f"Clear {i}", "rejected": "Ill"} for i in range(30)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 30, short=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node", "2", "-m", "cpo_fast.train", "--dataset", str(pairs),
                "--output_dir", str(tmp_path / "run"), "--stages", "sft",
                "--sft_max_steps", "1"]  # fmt: skip
-    with held("folder", tmp_path / "run") as first:
+    with hold_lock("folder", tmp_path / "run") as first:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     said = f"error: --output_dir {tmp_path / 'run'} is being written by process {first.pid} on"
     assert done.returncode != 0 and done.stderr.count(said) == 1

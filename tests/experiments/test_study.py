@@ -1,4 +1,4 @@
-"""A small study: training data of every arm, and tables of invented figures."""
+"""A small study: training data of every arm; tables from synthetic results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_arms_have_the_same_studies_and_numbers_of_pairs(phantom, tmp_path):
     reports = {f"<think> {s.report.text} </think>": s for s in studies}
     for one in read[RANDOM]:
         for text in one.rejected:
-            assert text[: text.index("</think>") + 8] in reports, "a real report of someone else"
+            assert text[: text.index("</think>") + 8] in reports, "not a report of the data"
     with pytest.raises(DataError, match="no training study"):
         write_arms(tmp_path, studies, [], seed=3)
 
@@ -83,11 +83,11 @@ def test_answer_figures_equal_hand_computation():
     truth = [("Edema",), ("Pneumonia",), ("No Finding",), ("Edema", "Pneumonia")]
     parsed = [("Edema",), ("Edema",), None, ("Edema", "Pneumonia")]
     found = measure_answers(truth, parsed, [1, 3])
-    assert found["accuracy/Edema"] == 0.5, "an answer that is not parsed is wrong"
+    assert found["accuracy/Edema"] == 0.5, "an unparsed answer counts as wrong"
     assert found["f1/Edema"] == pytest.approx(2 * 2 / (2 * 2 + 1))
     assert found["unparsable"] == 0.25 and found["exact"] == 0.5
     assert found["drifted/studies"] == 2
-    assert found["drifted/pairs"] == pytest.approx((1 + 0.5 + 0.5) / 3), "one of six is Edema's"
+    assert found["drifted/pairs"] == pytest.approx((1 + 0.5 + 0.5) / 3), "Edema, Pneumonia: 1 of 2"
     assert measure_answers(truth, parsed, [])["drifted/accuracy"] is None
 
 
@@ -101,7 +101,7 @@ def test_intervals_are_student_t_over_seeds():
     assert average([None])["value"] is None
 
 
-def outcome(gain: float) -> dict:
+def build_sample_results(gain: float) -> dict:
     truth = [("Edema",), ("Pneumonia",)] * 5
     plain = measure_answers(truth, [("Edema",)] * 10, [0, 1])
     swaps = {f"{w}/{k}": 0.1 for w in ("swap", "flip")
@@ -115,11 +115,11 @@ def outcome(gain: float) -> dict:
 
 
 def test_tables_name_the_paper_and_the_result(tmp_path):
-    found = outcome(0.1)
+    found = build_sample_results(0.1)
     text = format_markdown(found)
     assert "| CPO (the paper, other data and scale) | 77.7" in text and "81.8" in text
     assert "+10.2 against SFT (+10.0 to +10.4: a difference)" in text.replace("\u00a0", " ")
-    assert "no difference shown" in summarise(outcome(-0.002))
+    assert "no difference shown" in summarise(build_sample_results(-0.002))
     json.dumps(found, allow_nan=False)
     page = write_study_page(tmp_path / "study.html", found)
     assert "other data" in page.read_text() and page.stat().st_mode & 0o777 == 0o600
@@ -150,7 +150,7 @@ def test_wrong_usage_is_named(tmp_path, capsys):
 
 @pytest.mark.complete
 @pytest.mark.slow
-def test_small_study_end_to_end_and_continued(tmp_path):
+def test_small_study_runs_end_to_end_and_continues(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--seeds", "1", "--num_studies", "60", "--steps", "1",
              "--sft_epochs", "0.2", "--test_samples", "3", "--reports", "1"]  # fmt: skip
     assert main(flags) == 0

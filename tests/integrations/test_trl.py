@@ -35,24 +35,24 @@ TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", 
          "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
 
 
-def made(
+def build_trainer(
     kind: Any,
     folder: Any,
     *,
-    sees: bool = False,
+    with_images: bool = False,
     r: int = 4,
     held_out: bool = False,
     **options: Any,
 ) -> Any:
-    """A trainer of the given class on the small model, with equal settings."""
+    """A trainer of the class `kind` on the small model, with the same settings for each class."""
     torch.manual_seed(3)
     if held_out:
         kind = partial(kind, eval_dataset=Dataset.from_list(rows(TEXT[:2])))
     options = {"logging_steps": 1, "max_steps": 20, "per_device_train_batch_size": 2, "seed": 3,
                "learning_rate": 1e-3, "lr_scheduler_type": "constant"} | options  # fmt: skip
     return trainer(
-        vision_language_model() if sees else text_model(),
-        SEEN if sees else TEXT,
+        vision_language_model() if with_images else text_model(),
+        SEEN if with_images else TEXT,
         tokenizer(),
         images(),
         output_dir=str(folder),
@@ -63,16 +63,16 @@ def made(
     )
 
 
-def both(folder: Any, **options: Any) -> tuple[Any, Any]:
+def build_both(folder: Any, **options: Any) -> tuple[Any, Any]:
     kinds = (DPOTrainer, CPODPOTrainer)
-    return tuple(made(kind, folder / str(n), **options) for n, kind in enumerate(kinds))  # type: ignore[return-value]
+    return tuple(build_trainer(kind, folder / str(n), **options) for n, kind in enumerate(kinds))  # type: ignore[return-value]
 
 
-def equal_rows(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
+def assert_equal_rows(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
     assert len(theirs) == len(ours)
     for want, got in zip(theirs, ours, strict=True):
         assert want.keys() == got.keys()
-        first = {"rewards/accuracies"} if want.get("step") == 1 else set()  # of rounding errors
+        first = {"rewards/accuracies"} if want.get("step") == 1 else set()  # depends on rounding
         for name in want.keys() - TIMES - first:
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-4), name
 
@@ -80,15 +80,17 @@ def equal_rows(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None
 @pytest.mark.complete
 @pytest.mark.slow
 @pytest.mark.parametrize("r", [4, 0], ids=["lora", "full"])
-@pytest.mark.parametrize("sees", [False, True], ids=["text", "images"])
-def test_twenty_steps_are_trls(sees: bool, r: int, tmp_path: Any) -> None:
-    theirs, ours = both(tmp_path, sees=sees, r=r, learning_rate=1e-3 if r else 1e-4)
+@pytest.mark.parametrize("with_images", [False, True], ids=["text", "images"])
+def test_twenty_steps_equal_trl(with_images: bool, r: int, tmp_path: Any) -> None:
+    theirs, ours = build_both(
+        tmp_path, with_images=with_images, r=r, learning_rate=1e-3 if r else 1e-4
+    )
     theirs.train()
     ours.train()
     losses = [row["loss"] for row in theirs.state.log_history if "loss" in row]
     assert len(losses) == 20
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.68
-    equal_rows(theirs.state.log_history, ours.state.log_history)
+    assert_equal_rows(theirs.state.log_history, ours.state.log_history)
     for (name, want), got in zip(
         theirs.model.named_parameters(), ours.model.parameters(), strict=True
     ):
@@ -105,8 +107,8 @@ def test_twenty_steps_are_trls(sees: bool, r: int, tmp_path: Any) -> None:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_every_loss_is_trls(options: dict[str, Any], tmp_path: Any) -> None:
-    theirs, ours = both(tmp_path, **options)
+def test_every_loss_equals_trl(options: dict[str, Any], tmp_path: Any) -> None:
+    theirs, ours = build_both(tmp_path, **options)
     generator = torch.Generator().manual_seed(1)
     moved = {
         name: 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -129,13 +131,13 @@ def test_every_loss_is_trls(options: dict[str, Any], tmp_path: Any) -> None:
         assert (other - one).abs().max() <= 1e-4 * one.abs().max() + 1e-7
 
 
-def test_precomputed_references_and_evaluation_are_trls(tmp_path: Any) -> None:
+def test_precomputed_references_and_evaluation_equal_trl(tmp_path: Any) -> None:
     for r in (4, 0):
         options = {"precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 2}
-        kinds = both(tmp_path / str(r), r=r, max_steps=2, held_out=True, **options)
+        kinds = build_both(tmp_path / str(r), r=r, max_steps=2, held_out=True, **options)
         for one in kinds:
             one.train()
-        equal_rows(kinds[0].state.log_history, kinds[1].state.log_history)
+        assert_equal_rows(kinds[0].state.log_history, kinds[1].state.log_history)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             torch.testing.assert_close(
                 torch.tensor(kinds[1].train_dataset[name]),
@@ -145,9 +147,9 @@ def test_precomputed_references_and_evaluation_are_trls(tmp_path: Any) -> None:
             )
 
 
-def test_under_bf16_autocast_and_gradient_checkpointing(tmp_path: Any) -> None:
+def test_bf16_autocast_and_gradient_checkpointing_equal_trl(tmp_path: Any) -> None:
     options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 3}
-    theirs, ours = both(tmp_path, sees=True, **options)
+    theirs, ours = build_both(tmp_path, with_images=True, **options)
     theirs.train()
     ours.train()
     for want, got in zip(theirs.state.log_history[:3], ours.state.log_history[:3], strict=True):
@@ -155,8 +157,8 @@ def test_under_bf16_autocast_and_gradient_checkpointing(tmp_path: Any) -> None:
         assert got["logps/chosen"] == pytest.approx(want["logps/chosen"], rel=0.01)
 
 
-def test_token_metrics_can_be_left_out(tmp_path: Any) -> None:
-    ours = made(partial(CPODPOTrainer, token_metrics=False), tmp_path, max_steps=1)
+def test_token_metrics_can_be_disabled(tmp_path: Any) -> None:
+    ours = build_trainer(partial(CPODPOTrainer, token_metrics=False), tmp_path, max_steps=1)
     ours.train()
     row = ours.state.log_history[0]
     assert "rewards/margins" in row and "num_tokens" in row
@@ -174,13 +176,13 @@ def test_token_metrics_can_be_left_out(tmp_path: Any) -> None:
         ({"use_weighting": True}, "use_weighting is not computed"),
     ],
 )
-def test_what_differs_is_refused(options: dict[str, Any], message: str, tmp_path: Any) -> None:
+def test_other_options_are_refused(options: dict[str, Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        made(CPODPOTrainer, tmp_path, **options)
+        build_trainer(CPODPOTrainer, tmp_path, **options)
 
 
-def test_a_model_that_scales_its_logits_is_refused(tmp_path: Any) -> None:
-    ours = made(CPODPOTrainer, tmp_path)
+def test_scaled_logits_are_refused(tmp_path: Any) -> None:
+    ours = build_trainer(CPODPOTrainer, tmp_path)
     head = ours.model.get_base_model().get_output_embeddings()
     head.register_forward_hook(lambda module, given, out: out / 3)
     with pytest.raises(ValueError, match="scaled logits"):
@@ -188,7 +190,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "0.29.1", "2.0.0"])
-def test_other_versions_of_trl_are_refused(version: str) -> None:
+def test_unsupported_trl_versions_are_refused(version: str) -> None:
     with pytest.raises(ImportError, match=rf"{re.escape(version)} is installed: pip install"):
         check_version(version)
     check_version("1.16.0")
@@ -196,7 +198,7 @@ def test_other_versions_of_trl_are_refused(version: str) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_token_statistics_are_those_of_whole_logits(softcap: float | None) -> None:
+def test_token_statistics_equal_full_logits(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator) for n in (40, 9000))
     bias = torch.randn(9000, generator=generator)
