@@ -1,4 +1,4 @@
-"""The built-in concept graph is consistent; an inconsistent one is refused with a clear message."""
+"""The default concept graph is consistent; an inconsistent graph is refused with its fault."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cpo_fast.concepts.graph import CATEGORIES, DEFAULT_GRAPH, compile_phrases, 
 from cpo_fast.errors import DataError
 
 
-def shipped() -> dict[str, Any]:
+def read_default_graph() -> dict[str, Any]:
     return json.loads(DEFAULT_GRAPH.read_text())
 
 
-def write(tmp_path: Path, data: Any) -> Path:
+def write_graph(tmp_path: Path, data: Any) -> Path:
     path = tmp_path / "graph.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     return path
 
 
-def test_the_shipped_graph_has_the_size_that_the_paper_states() -> None:
+def test_default_graph_has_the_size_in_the_paper() -> None:
     graph = load_graph()
     assert (len(graph.diseases), len(graph.attributes)) == (12, 53)
     assert {a.category for a in graph.attributes.values()} == set(CATEGORIES)
@@ -32,7 +32,7 @@ def test_the_shipped_graph_has_the_size_that_the_paper_states() -> None:
     assert all(a.phrases for a in graph.attributes.values())
 
 
-def test_emphysema_and_atelectasis_exclude_each_other_and_nothing_else_does() -> None:
+def test_only_emphysema_and_atelectasis_exclude_each_other() -> None:
     excluded = load_graph().excluded
     assert excluded["Emphysema"] == {"Atelectasis"}
     assert excluded["Atelectasis"] == {"Emphysema"}
@@ -41,7 +41,7 @@ def test_emphysema_and_atelectasis_exclude_each_other_and_nothing_else_does() ->
     )
 
 
-def test_stability_of_something_excludes_no_disease() -> None:
+def test_stable_appearance_excludes_no_disease() -> None:
     graph = load_graph()
     assert all("F10" not in disease.exclusions for disease in graph.diseases.values())
 
@@ -60,7 +60,7 @@ def test_every_pair_has_one_relation() -> None:
             assert find_relation(graph, name, key) == expected
 
 
-def test_every_attribute_phrase_is_found_by_its_own_expression() -> None:
+def test_compiled_phrases_match_every_phrase() -> None:
     for attribute in load_graph().attributes.values():
         pattern = compile_phrases(attribute.phrases)
         for phrase in attribute.phrases:
@@ -88,7 +88,7 @@ def _set(path: str, value: Any) -> Any:
     return change
 
 
-def _excludes(pairs: dict[str, list[str]]) -> Any:
+def _exclude(pairs: dict[str, list[str]]) -> Any:
     def change(data: dict[str, Any]) -> None:
         for row in data["diseases"].values():
             row["excludes"] = []
@@ -107,7 +107,10 @@ BROKEN = {
         _set("diseases/Edema/hallmarks", ["M13"]),
         "Edema: the hallmark M13 is not among its associations",
     ),
-    "no hallmark": (_set("diseases/Edema/hallmarks", []), "Edema: needs at least one hallmark"),
+    "no hallmark": (
+        _set("diseases/Edema/hallmarks", []),
+        "Edema: needs at least one hallmark",
+    ),
     "associated and excluded": (
         _set("diseases/Edema/exclusions", ["F4"]),
         "Edema: the attribute F4 is both associated and excluded",
@@ -116,7 +119,10 @@ BROKEN = {
         _set("attributes/M1/category", "colour"),
         'attribute M1: category "colour" is unknown',
     ),
-    "no phrases": (_set("attributes/M1/phrases", "lobar"), '"phrases" must be a list of strings'),
+    "no phrases": (
+        _set("attributes/M1/phrases", "lobar"),
+        '"phrases" must be a list of strings',
+    ),
     "no name": (_set("attributes/M1/name", ""), 'attribute M1: "name" is missing'),
     "contradiction with itself": (
         _set("contradictions/0", {"pair": ["F1", "F1"], "scope": "patient"}),
@@ -135,20 +141,23 @@ BROKEN = {
         "Edema: its hallmarks D7 and F4 contradict each other",
     ),
     "one-sided exclusion": (
-        _excludes({"Emphysema": ["Atelectasis"]}),
+        _exclude({"Emphysema": ["Atelectasis"]}),
         "Emphysema excludes Atelectasis, but Atelectasis does not exclude Emphysema",
     ),
     "cycle of exclusions": (
-        _excludes({"Edema": ["Pneumonia"], "Pneumonia": ["Emphysema"], "Emphysema": ["Edema"]}),
+        _exclude({"Edema": ["Pneumonia"], "Pneumonia": ["Emphysema"], "Emphysema": ["Edema"]}),
         r"exclusions form a cycle: .* -> .* -> .* -> ",
     ),
     "exclusion without anatomy": (
-        _excludes({"Edema": ["Pneumonia"], "Pneumonia": ["Edema"]}),
+        _exclude({"Edema": ["Pneumonia"], "Pneumonia": ["Edema"]}),
         "no hallmark of .* is excluded by",
     ),
-    "excludes itself": (_excludes({"Edema": ["Edema"]}), "names the disease itself"),
-    "excludes unknown": (_excludes({"Edema": ["Gout"]}), 'unknown disease "Gout"'),
-    "implication cycle": (_set("diseases/Lung Opacity/implies", ["Pneumonia"]), "form a cycle"),
+    "excludes itself": (_exclude({"Edema": ["Edema"]}), "names the disease itself"),
+    "excludes unknown": (_exclude({"Edema": ["Gout"]}), 'unknown disease "Gout"'),
+    "implication cycle": (
+        _set("diseases/Lung Opacity/implies", ["Pneumonia"]),
+        "form a cycle",
+    ),
     "implies unknown": (_set("diseases/Edema/implies", ["Gout"]), 'unknown disease "Gout"'),
     "regional but not excluded": (
         _set("diseases/Edema/same_region_exclusions", ["M1"]),
@@ -160,20 +169,20 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_graph_is_refused(case: str, tmp_path: Path) -> None:
+def test_inconsistent_graph_is_refused(case: str, tmp_path: Path) -> None:
     change, message = BROKEN[case]
-    data = shipped()
+    data = read_default_graph()
     change(data)
-    path = write(tmp_path, data)
+    path = write_graph(tmp_path, data)
     with pytest.raises(DataError, match=message) as caught:
         load_graph(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", "null", '{"attributes": 3}', "[" * 100_000])
-def test_a_file_that_is_no_graph_is_refused(text: str, tmp_path: Path) -> None:
+def test_file_without_a_graph_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"graph\.json"):
-        load_graph(write(tmp_path, text))
+        load_graph(write_graph(tmp_path, text))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -182,10 +191,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_disease_is_refused(tmp_path: Path) -> None:
-    data = shipped()
+    data = read_default_graph()
     data["diseases"]["Gout"] = data["diseases"]["Edema"]
     with pytest.raises(DataError, match='disease "Gout" is none of'):
-        load_graph(write(tmp_path, data))
+        load_graph(write_graph(tmp_path, data))
 
 
 def test_statistics_count_the_relations(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +223,7 @@ def test_export_reads_back(tmp_path: Path) -> None:
     assert main(["export", "--output", str(tmp_path / "graph.txt")]) == 2
 
 
-def test_the_picture_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_writes_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
     path = tmp_path / "graph.png"

@@ -1,4 +1,4 @@
-"""The labeller on synthetic sentences: mentions, denial, doubt, effects of normal statements."""
+"""The labeller on synthetic sentences: mentions, negation, uncertainty, normal statements."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("text", "finding", "label"), SENTENCES)
-def test_a_sentence_is_labelled(text: str, finding: str, label: int | None) -> None:
+def test_sentence_has_the_expected_label(text: str, finding: str, label: int | None) -> None:
     assert label_report(text)[finding] == label
     assert label_report(text.upper())[finding] == label
 
@@ -86,12 +86,12 @@ CASES = [
     json.loads(line)
     for line in (Path(__file__).with_name("labeller_cases.jsonl")).read_text().splitlines()
 ]
-"""{text, accept: {finding: labels acceptable to radiologists}}: denials, lists, change,
-resolution, doubt, values after a colon, as MIMIC-CXR's radiologists write them."""
+"""{text, accept: {finding: labels acceptable to radiologists}}: negation, lists, change,
+resolution, uncertainty, values after a colon, in the style of MIMIC-CXR."""
 
 
 @pytest.mark.parametrize("change", [str, str.upper, partial(fill, width=40)])
-def test_the_cases_are_labelled(change: Callable[[str], str]) -> None:
+def test_cases_have_accepted_labels(change: Callable[[str], str]) -> None:
     wrong = []
     for case in CASES:
         labels = label_report(change(case["text"]))
@@ -101,7 +101,7 @@ def test_the_cases_are_labelled(change: Callable[[str], str]) -> None:
     assert wrong == []
 
 
-def test_every_mention_holds_a_stem_of_its_finding() -> None:
+def test_every_mention_contains_a_stem_of_its_finding() -> None:
     texts = [text for text, _, _ in SENTENCES] + [case["text"] for case in CASES]
     for line in (line for text in texts for line in split_sentences(text)):
         for name, stems in STEMS.items():
@@ -109,7 +109,7 @@ def test_every_mention_holds_a_stem_of_its_finding() -> None:
 
 
 @pytest.mark.parametrize("line", ["negative.", "unremarkable radiographs of the chest.", "normal."])
-def test_a_chest_that_is_normal_throughout_rules_everything_out(line: str) -> None:
+def test_normal_chest_rules_out_every_finding(line: str) -> None:
     assert {"Edema", "Pleural Other", "Emphysema"} <= find_ruled_out(line)
     assert not find_ruled_out("otherwise " + line) and not find_ruled_out("normal chest wall.")
 
@@ -120,7 +120,7 @@ def test_positive_beats_uncertain_beats_negative() -> None:
     assert label_report(f"{maybe} {no} {yes}")["Pneumonia"] == 1
 
 
-def test_no_finding_is_left_by_devices_only() -> None:
+def test_no_finding_allows_devices_only() -> None:
     assert label_report("Lungs are clear. A pacemaker is in place.")["No Finding"] == 1
     assert label_report("Possible effusion.")["No Finding"] is None
     assert label_report("Emphysema.")["No Finding"] is None
@@ -145,12 +145,12 @@ RULED_OUT = [
 
 
 @pytest.mark.parametrize(("text", "out", "left"), RULED_OUT)
-def test_what_a_normal_statement_rules_out(text: str, out: set[str], left: set[str]) -> None:
+def test_normal_statement_rules_out_its_findings(text: str, out: set[str], left: set[str]) -> None:
     assert out <= find_ruled_out(text)
     assert not left & find_ruled_out(text)
 
 
-def test_sides_and_volumes() -> None:
+def test_clear_side_and_opposed_volumes() -> None:
     assert find_clear_side("the left lung is clear.") == "left"
     assert find_clear_side("clear right lung.") == "right"
     assert find_clear_side("the lungs are clear.") == ""
@@ -159,13 +159,13 @@ def test_sides_and_volumes() -> None:
     assert not find_opposed("no hyperinflation.")
 
 
-def test_sentences_are_cut_at_stops_and_list_marks() -> None:
+def test_sentences_end_at_full_stops_and_list_marks() -> None:
     text = "1. No effusion.  2. Small nodule\n\nIMPRESSION: Clear lungs."
     assert split_sentences(text) == ["no effusion.", "small nodule", "clear lungs."]
 
 
 @given(st.text(max_size=300))
-def test_any_text_is_labelled(text: str) -> None:
+def test_any_text_has_valid_labels(text: str) -> None:
     labels = label_report(text)
     assert tuple(labels) == LABELLED
     assert set(FINDINGS) < set(labels)
@@ -173,7 +173,7 @@ def test_any_text_is_labelled(text: str) -> None:
 
 
 @given(st.permutations([s for s, _, _ in SENTENCES[:12]]))
-def test_the_order_of_sentences_does_not_matter(order: list[str]) -> None:
+def test_labels_do_not_depend_on_sentence_order(order: list[str]) -> None:
     assert label_report(" ".join(order)) == label_report(" ".join(s for s, _, _ in SENTENCES[:12]))
 
 

@@ -1,4 +1,4 @@
-"""Mine a synthetic corpus for edges, and merge an LLM's extraction."""
+"""Mining edges from a synthetic corpus; merging an extraction by an LLM."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ CORPUS = (
 )
 
 
-def test_mentions_know_denial_and_doubt() -> None:
+def test_mentions_are_asserted_denied_or_uncertain() -> None:
     found = Miner(GRAPH).mentions("No cavity. Possible air bronchograms. Hyperinflated lungs.")
     assert found == {"Lung Lesion": 0, "M8": 0, "D4": -1, "F2": 1}
     assert Miner(GRAPH).mentions("No edema. Mild edema.")["Edema"] == 1
 
 
-def test_normal_statements_deny_attributes_that_they_do_not_name() -> None:
+def test_normal_statements_deny_unnamed_attributes() -> None:
     miner = Miner(GRAPH)
     assert miner.mentions("Heart size is normal. Trachea is midline.") == {"M14": 0, "A9": 0}
     assert miner.mentions("Costophrenic angles are sharp.") == {"M11": 0}
@@ -85,7 +85,7 @@ def test_proposals_add_and_exclude_for_review() -> None:
     assert "together" not in GRAPH.network.edges["Emphysema", "F2"]
 
 
-def test_the_number_of_workers_does_not_matter() -> None:
+def test_counts_do_not_depend_on_the_number_of_workers() -> None:
     assert mine(read_graph_json(), iter(CORPUS), 1) == mine(read_graph_json(), iter(CORPUS), 2)
 
 
@@ -143,7 +143,7 @@ EXTRACTION = {
 }
 
 
-def test_an_extraction_is_merged_under_validation() -> None:
+def test_extraction_is_validated_and_merged() -> None:
     merged, done = merge_extraction(read_graph_json(), EXTRACTION)
     assert done["added"] == [["Edema", "D4", 3]]
     assert done["known"] == 1
@@ -163,7 +163,7 @@ def test_an_extraction_is_merged_under_validation() -> None:
         ({"data": [], "disease_feature_map": {"Edema": 3}}, "features of Edema"),
     ],
 )
-def test_an_extraction_of_another_form_is_refused(data: object, message: str) -> None:
+def test_malformed_extraction_is_refused(data: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         merge_extraction(read_graph_json(), data)
 

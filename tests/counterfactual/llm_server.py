@@ -9,12 +9,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from cpo_fast.concepts import load_graph
-from cpo_fast.counterfactual.graph.rewrite import rewrite
-from cpo_fast.types import Report
-
-GRAPH = load_graph()
-
+from tests.counterfactual.samples import rewrite_prompt
 
 HOSTILE = (
     "FINDINGS: \ud800 broken",
@@ -28,22 +23,14 @@ HOSTILE = (
 )
 
 
-def good_answer(prompt: str) -> str:
-    """The report of a prompt, rewritten by the graph generator, formatted as a chat answer."""
-    text = prompt.split("<report>\n")[1].split("\n</report>")[0]
-    target = prompt.split("also had ")[1].split(".\n")[0]
-    report = Report(
-        *(
-            text.split(f"{name}: ", 1)[1].split("\n\n")[0] if f"{name}: " in text else ""
-            for name in ("FINDINGS", "IMPRESSION")
-        )
-    )
-    new = rewrite(GRAPH, report, target, "server", 1, 0)
-    return f"<think>Let me see.</think>\nHere is the report:\n```\n{new.text}\n```"
+def write_answer(prompt: str) -> str:
+    """A correct rewrite, formatted as a chat answer."""
+    report = rewrite_prompt(prompt).text
+    return f"<think>Let me see.</think>\nHere is the report:\n```\n{report}\n```"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers requests with the faults in the server's `plan`, then correctly."""
+    """Answers with the faults in the server's `plan`, one per request, then with `rest`."""
 
     disable_nagle_algorithm = True
 
@@ -77,17 +64,17 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def say(self, text: str | None, finish: str = "stop") -> None:
+    def answer(self, text: str | None, finish: str = "stop") -> None:
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": finish}
         self.reply(json.dumps({"choices": [choice]}).encode())
 
     def do_good(self, body: bytes, _: str) -> None:
         time.sleep(0.002)
-        self.say(good_answer(json.loads(body)["messages"][0]["content"]))
+        self.say(write_answer(json.loads(body)["messages"][0]["content"]))
 
     def do_together(self, body: bytes, _: str) -> None:
-        """Answers once two requests have been open."""
+        """Answer once two requests were open at the same time."""
         server: Any = self.server
         assert server.two_open.wait(60)
         self.do_good(body, "")

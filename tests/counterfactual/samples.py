@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
+from cpo_fast.concepts import load_graph
+from cpo_fast.counterfactual.graph.rewrite import rewrite
 from cpo_fast.types import ImageRef, Report, Study
+
+GRAPH = load_graph()
 
 NORMAL = Report(
     "Heart size and pulmonary vascularity are within normal limits. The mediastinal contour is "
@@ -42,6 +48,21 @@ REPORTS = (NORMAL, CAPITALS, OPACITY, INFLATED, LOW_VOLUMES, IMPRESSION_ONLY, FI
 
 def study(report: Report, number: int = 0, **fields: object) -> Study:
     return Study(f"s{number}", f"p{number}", report, (ImageRef(f"p/{number}.jpg"),), **fields)  # type: ignore[arg-type]
+
+
+def rewrite_prompt(prompt: str) -> Report:
+    """The report in a prompt, rewritten by the graph generator for the prompt's target."""
+    text = prompt.split("<report>\n")[1].split("\n</report>")[0]
+    target = prompt.split("also had ")[1].split(".\n")[0]
+    findings, impression = (
+        text.split(f"{name}: ", 1)[1].split("\n\n")[0] if f"{name}: " in text else ""
+        for name in ("FINDINGS", "IMPRESSION")
+    )
+    return rewrite(GRAPH, Report(findings, impression), target, "prompt", 1, 0)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_open_i(folder: Path, reports: tuple[Report, ...]) -> Path:

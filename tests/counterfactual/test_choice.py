@@ -1,17 +1,13 @@
-"""Balanced targets; image paths of records; one run per output."""
+"""Balanced targets, image paths of records, incompatible flags."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual import counterfactuals
 from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.formats import FORMATS
@@ -19,27 +15,35 @@ from cpo_fast.counterfactual.generate import balance, read_study
 from cpo_fast.counterfactual.targets import CONFLICT, balance_prices, pick_targets
 from cpo_fast.data import open_preferences
 from cpo_fast.data.images import load_image
-from tests.counterfactual.samples import LOW_VOLUMES, NORMAL, OPACITY, REPORTS, study, write_open_i
+from tests.counterfactual.samples import (
+    GRAPH,
+    LOW_VOLUMES,
+    NORMAL,
+    OPACITY,
+    REPORTS,
+    read_jsonl,
+    study,
+    write_open_i,
+)
 from tests.data.samples import write_mimic
 
-GRAPH = load_graph()
 STUDIES = [study((NORMAL, OPACITY, LOW_VOLUMES, NORMAL)[n % 4], n) for n in range(480)]
 
 
-def spread(prices: dict[str, float]) -> Counter[str]:
+def count_targets(prices: dict[str, float]) -> Counter[str]:
     rows = (read_study(one, GRAPH, 42)[2] for one in STUDIES)
     return Counter(name for row in rows for name in pick_targets(row, prices, 2))
 
 
-def test_prices_make_every_disease_about_equally_often_a_target() -> None:
-    plain, even = spread({}), spread(balance(STUDIES, GRAPH))
+def test_prices_balance_the_targets() -> None:
+    plain, even = count_targets({}), count_targets(balance(STUDIES, GRAPH))
     assert max(plain.values()) > 1.5 * min(plain.values())
     assert sum(even.values()) == sum(plain.values())
     assert len(even) == 12
     assert max(even.values()) < 1.15 * min(even.values())
 
 
-def test_prices_do_not_force_what_the_anatomy_contradicts() -> None:
+def test_prices_do_not_force_contradicted_targets() -> None:
     rows = [{"a": 0.1 * (n % 5), "b": 0.2, "c": -CONFLICT - 0.6} for n in range(100)]
     prices = balance_prices(rows, 2)
     assert all(abs(price) <= CONFLICT / 2 for price in prices.values())
@@ -54,7 +58,7 @@ def test_prices_without_studies_or_with_few_candidates() -> None:
     assert pick_targets({"a": 0.5}, prices, 3) == ["a"]
 
 
-def test_balanced_shards_hold_the_bytes_of_the_whole_run(tmp_path: Path) -> None:
+def test_balanced_shards_equal_the_whole_run(tmp_path: Path) -> None:
     dataset = write_open_i(tmp_path / "reports", REPORTS * 4)
     flags = ["--dataset", str(dataset), "--balance_targets", "--output"]
     assert main([*flags, str(tmp_path / "whole.jsonl")]) == 0
@@ -66,13 +70,13 @@ def test_balanced_shards_hold_the_bytes_of_the_whole_run(tmp_path: Path) -> None
     whole = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert sorted(parts) == sorted(whole)
     targets = [
-        Counter(json.loads(line)["target"] for line in (tmp_path / name).read_text().splitlines())
+        Counter(row["target"] for row in read_jsonl(tmp_path / name))
         for name in ("whole.jsonl", "plain.jsonl")
     ]
     assert max(targets[0].values()) < max(targets[1].values())
 
 
-def test_what_is_done_is_not_made_again() -> None:
+def test_finished_records_are_skipped() -> None:
     everything = list(counterfactuals(STUDIES[:4], GRAPH))
     skip = {everything[1].id, everything[4].id}
     rest = list(counterfactuals(STUDIES[:4], GRAPH, skip=skip))
@@ -81,7 +85,7 @@ def test_what_is_done_is_not_made_again() -> None:
 
 @pytest.mark.parametrize("where", ["above", "beside", "inside"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_images_are_found_again_from_anywhere(
+def test_image_paths_resolve_from_any_folder(
     form: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies = [{"study": "50414267"}, {"study": "50414268", "patient": "10000033"}]
@@ -96,21 +100,21 @@ def test_images_are_found_again_from_anywhere(
     away = tmp_path / "away"
     away.mkdir()
     monkeypatch.chdir(away)
-    # A file above or inside the image folder needs no root, except for ccf, which has no paths.
-    free = where == "inside" or (where == "above" and form != "ccf")
-    root = None if free else str(tmp_path / "top" / "data")
+    # Files above or inside the image folder need no root, except ccf files, which have no paths.
+    rootless = where == "inside" or (where == "above" and form != "ccf")
+    root = None if rootless else str(tmp_path / "top" / "data")
     found = list(open_preferences(str(tmp_path / output), image_root=root))
     assert found
     for one in found:
         assert len(one.images) == 1
         assert load_image(one.images[0]).size == (8, 6)
-    if where == "above" and free:  # data and records can move together
+    if where == "above" and rootless:  # data and records can move together
         (tmp_path / "top").rename(tmp_path / "moved")
         (one, *_) = open_preferences(str(tmp_path / "moved" / "cf.out"))
         assert load_image(one.images[0]).size == (8, 6)
 
 
-def test_perception_records_find_both_images(tmp_path: Path) -> None:
+def test_perception_records_resolve_both_images(tmp_path: Path) -> None:
     report = "\n FINDINGS:\n\n There is a right pleural effusion.\n\n IMPRESSION:\n\n Effusion.\n"
     ill = {"Pleural Effusion": "1.0"}
     studies = [
@@ -127,27 +131,6 @@ def test_perception_records_find_both_images(tmp_path: Path) -> None:
     assert first.images == second.rejected_images[0]
 
 
-def test_two_runs_do_not_write_one_output(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dataset = write_open_i(tmp_path / "reports", REPORTS)
-    output = tmp_path / "cf.jsonl"
-    hold = "import sys; from cpo_fast.locks import *; l = lock_file(Path(sys.argv[1]))"
-    wait = "; l.__enter__(); print('held', flush=True); sys.stdin.read(); l.__exit__(*[None] * 3)"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold + wait, str(output)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdout is not None and other.stdin is not None
-        assert other.stdout.readline() == b"held\n"
-        assert main(["--dataset", str(dataset), "--output", str(output)]) == 2
-        assert f"is being written by process {other.pid} on host" in capsys.readouterr().err
-        other.stdin.close()
-    assert main(["--dataset", str(dataset), "--output", str(output)]) == 0
-    assert len(output.read_text().splitlines()) == 2 * len(REPORTS)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -157,7 +140,7 @@ def test_two_runs_do_not_write_one_output(
         (["--generator", "local"], "needs --model"),
     ],
 )
-def test_flags_that_do_not_go_together(
+def test_incompatible_flags_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_open_i(tmp_path / "reports", REPORTS)

@@ -13,7 +13,7 @@ import pytest
 from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.formats import FORMATS
 from cpo_fast.types import Counterfactual, Report
-from tests.counterfactual.samples import NORMAL, REPORTS, write_open_i
+from tests.counterfactual.samples import NORMAL, REPORTS, read_jsonl, write_open_i
 
 FIELDS = set(Counterfactual.__dataclass_fields__)
 
@@ -27,47 +27,47 @@ def run(dataset: Path, output: Path, *more: str) -> int:
     return main(["--dataset", str(dataset), "--output", str(output), *more])
 
 
-def lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True)
 
 
-def test_records_have_the_agreed_fields(dataset: Path, tmp_path: Path) -> None:
+def test_records_have_the_documented_fields(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "cf.jsonl"
     assert run(dataset, output) == 0
-    rows = [json.loads(line) for line in lines(output)]
+    rows = read_jsonl(output)
     assert len(rows) == 2 * len(REPORTS)
     for row in rows:
-        assert set(row) == FIELDS - {"rejected_images"}  # of perception records only
+        assert set(row) == FIELDS - {"rejected_images"}  # only in perception records
         assert row["id"] == f"{row['study_id']}/{row['target']}"
         assert row["checks"] and all(row["checks"].values())
         assert row["target"] in row["counterfactual_labels"]
         assert (row["kind"], row["generator"], row["seed"]) == ("thinking", "graph", 42)
-    assert lines(output.with_name("cf.jsonl.rejected.jsonl")) == []
+    assert read_lines(output.with_name("cf.jsonl.rejected.jsonl")) == []
     for path, mode in ((output, 0o600), (output.parent, 0o700)):
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_failing_records_are_kept_apart_with_the_reason(dataset: Path, tmp_path: Path) -> None:
+def test_failing_records_are_written_apart_with_a_reason(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "cf.jsonl"
     assert run(dataset, output, "--targets", "Atelectasis,Emphysema") == 0
-    apart = [json.loads(line) for line in lines(tmp_path / "cf.jsonl.rejected.jsonl")]
+    apart = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
     assert {row["reason"] for row in apart} == {"target_absent"}
     assert {row["target"] for row in apart} == {"Atelectasis", "Emphysema"}
-    assert not {row["id"] for row in apart} & {json.loads(line)["id"] for line in lines(output)}
+    assert not {row["id"] for row in apart} & {row["id"] for row in read_jsonl(output)}
 
 
-def test_shards_hold_the_bytes_of_the_whole_run(dataset: Path, tmp_path: Path) -> None:
+def test_shards_equal_the_whole_run(dataset: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     run(dataset, whole)
     parts: list[str] = []
     for index in range(3):
         run(dataset, tmp_path / f"{index}.jsonl", "--shard", f"{index}/3")
-        parts += lines(tmp_path / f"{index}.jsonl")
-    assert sorted(parts) == sorted(lines(whole))
+        parts += read_lines(tmp_path / f"{index}.jsonl")
+    assert sorted(parts) == sorted(read_lines(whole))
     assert len(set(parts)) == len(parts)
 
 
-def test_a_killed_run_is_taken_up_to_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
+def test_killed_run_continues_to_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     run(dataset, whole)
     text = whole.read_text()
@@ -78,13 +78,13 @@ def test_a_killed_run_is_taken_up_to_the_same_bytes(dataset: Path, tmp_path: Pat
         cut.unlink()
 
 
-def test_the_seed_is_part_of_the_outcome(dataset: Path, tmp_path: Path) -> None:
+def test_seed_changes_the_output(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "a.jsonl")
     run(dataset, tmp_path / "b.jsonl", "--seed", "7")
-    assert lines(tmp_path / "a.jsonl") != lines(tmp_path / "b.jsonl")
+    assert read_lines(tmp_path / "a.jsonl") != read_lines(tmp_path / "b.jsonl")
 
 
-def test_the_same_bytes_in_another_process(dataset: Path, tmp_path: Path) -> None:
+def test_another_process_writes_the_same_bytes(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "here.jsonl")
     there = tmp_path / "there.jsonl"
     command = [sys.executable, "-m", "cpo_fast.counterfactual", "--dataset", str(dataset)]
@@ -102,9 +102,9 @@ def test_the_same_bytes_in_another_process(dataset: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_each_format_holds_the_same_texts(form: str, dataset: Path, tmp_path: Path) -> None:
+def test_every_format_has_the_same_texts(form: str, dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "cf.jsonl")
-    texts = [json.loads(line)["counterfactual"] for line in lines(tmp_path / "cf.jsonl")]
+    texts = [row["counterfactual"] for row in read_jsonl(tmp_path / "cf.jsonl")]
     output = tmp_path / form
     assert run(dataset, output, "--format", form) == 0
     if form == "ccf":
@@ -112,7 +112,7 @@ def test_each_format_holds_the_same_texts(form: str, dataset: Path, tmp_path: Pa
         found = [text for item in items for text in item["counterfact"].values()]
         assert items[0]["diagnose"] == "The disease of this patient is Fracture."
     else:
-        rows = [json.loads(line) for line in lines(output)]
+        rows = read_jsonl(output)
         key = {"jsonl": "counterfactual", "trl": "rejected", "swift": "rejected_response"}[form]
         found = [row[key][0]["content"] if form == "trl" else row[key] for row in rows]
         if form != "jsonl":
@@ -120,13 +120,13 @@ def test_each_format_holds_the_same_texts(form: str, dataset: Path, tmp_path: Pa
     assert found == texts
 
 
-def test_a_text_that_the_format_cannot_hold_is_set_aside(tmp_path: Path) -> None:
+def test_text_that_a_format_cannot_represent_is_set_aside(tmp_path: Path) -> None:
     tagged = Report(NORMAL.findings + " A stray <image> tag.", NORMAL.impression)
     dataset = write_open_i(tmp_path / "reports", (tagged, NORMAL))
     output = tmp_path / "cf.jsonl"
     assert run(dataset, output, "--format", "swift") == 0
-    assert len(lines(output)) == 2
-    apart = [json.loads(line) for line in lines(tmp_path / "cf.jsonl.rejected.jsonl")]
+    assert len(read_lines(output)) == 2
+    apart = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
     assert [row["reason"] for row in apart] == ["image-tag-in-text"] * 2
 
 
@@ -146,7 +146,7 @@ def test_bad_flags_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_data_set_and_an_output_of_another_run_are_named(
+def test_missing_data_set_and_foreign_output_are_named(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path / "nowhere", tmp_path / "cf.jsonl") == 2
@@ -159,7 +159,7 @@ def test_a_missing_data_set_and_an_output_of_another_run_are_named(
     assert "other.jsonl, line 1" in capsys.readouterr().err
 
 
-def test_an_unknown_flag_ends_the_command(dataset: Path, tmp_path: Path) -> None:
+def test_unknown_flag_has_status_2(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(dataset, tmp_path / "cf.jsonl", "--magic", "yes")
     assert stopped.value.code == 2

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.graph.edit import edit_sentence
 from cpo_fast.counterfactual.graph.lexicon import get_lexicon
 from cpo_fast.counterfactual.graph.scope import AmbiguousError
 from cpo_fast.counterfactual.graph.text import join_units, split_units
+from tests.counterfactual.samples import GRAPH
 
-GRAPH = load_graph()
 RIGHT = frozenset({"right"})
 
 EDITS = [
@@ -113,7 +112,7 @@ EDITS = [
     ("Emphysema", "Left basal opacity, likely atelectasis.", ""),
     ("Consolidation", "No consolidation in the right middle lobe and left lower lobe.", ""),
     ("Pneumothorax", "Neither pneumothorax nor effusion is seen.", ""),
-    # an exempted finding is asserted if its statement is dropped
+    # an exempted finding becomes an assertion if its statement is dropped
     (
         "Pneumonia",
         "The lungs are clear bilaterally except for a calcified granuloma.",
@@ -227,12 +226,12 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("target", "sentence", "expected"), EDITS)
-def test_an_edit(target: str, sentence: str, expected: str) -> None:
+def test_sentence_is_edited_as_expected(target: str, sentence: str, expected: str) -> None:
     assert edit_sentence(sentence, get_lexicon(GRAPH, target), RIGHT) == expected
 
 
 @pytest.mark.parametrize("target", GRAPH.diseases)
-def test_an_edit_is_done_once(target: str) -> None:
+def test_edit_is_idempotent(target: str) -> None:
     lex = get_lexicon(GRAPH, target)
     for _, sentence, _ in EDITS:
         once = edit_sentence(sentence, lex, RIGHT)
@@ -240,7 +239,7 @@ def test_an_edit_is_done_once(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", GRAPH.diseases)
-def test_bones_and_devices_are_left_alone(target: str) -> None:
+def test_bones_and_devices_stay_unchanged(target: str) -> None:
     for sentence in (
         "There is an old healed fracture of the left clavicle.",
         "Degenerative changes are seen in the spine.",
@@ -278,11 +277,11 @@ def test_any_words_can_be_edited(words: list[str], target: str) -> None:
         "",
     ],
 )
-def test_a_section_is_joined_to_the_same_bytes(section: str) -> None:
+def test_split_and_join_preserve_a_section(section: str) -> None:
     assert join_units(list(split_units(section))) == section
 
 
-def test_list_marks_belong_to_their_sentence() -> None:
+def test_list_marks_are_split_from_sentences() -> None:
     units = split_units("1. One. 2. Two 3. Three.")
     assert [(u.mark.strip(), u.body) for u in units] == [
         ("1.", "One."),
@@ -291,6 +290,6 @@ def test_list_marks_belong_to_their_sentence() -> None:
     ]
 
 
-def test_a_list_that_lost_an_item_is_numbered_anew() -> None:
+def test_list_is_renumbered_after_a_removal() -> None:
     units = split_units("1. One. 2. Two. 3. Three.")
     assert join_units([units[0], units[2]]) == "1. One. 2. Three."

@@ -1,4 +1,4 @@
-"""The `local` generator with a tiny random model, whose drafts fail, and with a scripted one."""
+"""The `local` generator with a tiny random model, whose drafts fail, and a scripted model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual import counterfactuals
 from cpo_fast.counterfactual.__main__ import main
-from cpo_fast.counterfactual.graph.rewrite import rewrite
 from cpo_fast.counterfactual.local import LocalWriter, _Sampling, load_local
 from cpo_fast.counterfactual.prompt import Task, build_prompt
 from cpo_fast.errors import UsageError
 from cpo_fast.model.build import tiny_text_model
 from cpo_fast.model.tokenizer import train_tokenizer
 from cpo_fast.types import Report
-from tests.counterfactual.samples import NORMAL, OPACITY, REPORTS, study, write_open_i
-
-GRAPH = load_graph()
+from tests.counterfactual.samples import (
+    GRAPH,
+    NORMAL,
+    OPACITY,
+    REPORTS,
+    read_jsonl,
+    rewrite_prompt,
+    study,
+    write_open_i,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +47,22 @@ def run(folder: Path, dataset: Path, output: Path, *more: str) -> int:
     return main(["--dataset", str(dataset), "--output", str(output), *flags, *more])
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_nonsense_is_set_aside_with_its_reason(folder: Path, tmp_path: Path) -> None:
+def test_random_drafts_are_set_aside_with_a_reason(folder: Path, tmp_path: Path) -> None:
     dataset = write_open_i(tmp_path / "reports", REPORTS)
     main(["--dataset", str(dataset), "--output", str(tmp_path / "graph.jsonl")])
     assert run(folder, dataset, tmp_path / "cf.jsonl", "--batch_size", "4") == 1
-    assert rows(tmp_path / "cf.jsonl") == []
-    apart = rows(tmp_path / "cf.jsonl.rejected.jsonl")
-    assert [r["id"] for r in apart] == [r["id"] for r in rows(tmp_path / "graph.jsonl")]
+    assert read_jsonl(tmp_path / "cf.jsonl") == []
+    apart = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
+    assert [r["id"] for r in apart] == [r["id"] for r in read_jsonl(tmp_path / "graph.jsonl")]
     assert {row["generator"] for row in apart} == {"local"}
     assert {row["reason"] for row in apart} <= {"answer-cut-short", "answer-sections"}
 
 
-def test_a_record_does_not_depend_on_its_batch(folder: Path) -> None:
+def test_record_does_not_depend_on_its_batch(folder: Path) -> None:
     tasks = [Task(report, "Edema", f"s{n}", 42, attempt=1) for n, report in enumerate(REPORTS[:4])]
     prompts = [build_prompt(GRAPH, task) for task in tasks]
 
-    def written(size: int, temperature: float) -> list[list[int]]:
+    def generate(size: int, temperature: float) -> list[list[int]]:
         writer = load_local(folder, batch_size=size, max_new_tokens=10, temperature=temperature)
         ids = [writer._encode(prompt) for prompt in prompts]
         out: list[list[int]] = []
@@ -70,8 +71,8 @@ def test_a_record_does_not_depend_on_its_batch(folder: Path) -> None:
             out += writer._generate(ids[some], tasks[some])
         return out
 
-    together = written(4, 1.5)
-    assert together == written(1, 1.5)
+    together = generate(4, 1.5)
+    assert together == generate(1, 1.5)
     assert len({tuple(row) for row in together}) == 4
 
 
@@ -85,7 +86,7 @@ def test_samples_follow_the_softmax() -> None:
     assert torch.equal(greedy, scores)
 
 
-class Echo:
+class ScriptedModel:
     """A model whose `generate` answers each prompt with `script(prompt)`."""
 
     def __init__(self, tokenizer: Any, script: Any) -> None:
@@ -115,17 +116,9 @@ class Echo:
         return torch.cat([input_ids, tail], dim=1)
 
 
-def answer(prompt: str) -> str:
-    text = prompt.split("<report>\n")[1].split("\n</report>")[0]
-    target = prompt.split("also had ")[1].split(".\n")[0]
-    findings, _, impression = text.partition("\n\nIMPRESSION: ")
-    report = Report(findings.removeprefix("FINDINGS: "), impression)
-    return rewrite(GRAPH, report, target, "local", 1, 0).text
-
-
-def test_good_answers_pass_in_order_and_in_batches(folder: Path) -> None:
+def test_good_answers_pass_in_order_and_batches(folder: Path) -> None:
     tokenizer = load_local(folder)._tokenizer
-    model = Echo(tokenizer, answer)
+    model = ScriptedModel(tokenizer, lambda prompt: rewrite_prompt(prompt).text)
     writer = LocalWriter(model, tokenizer, batch_size=3)
     studies = [study(r, n) for n, r in enumerate([NORMAL, OPACITY] * 4)]
     made = list(counterfactuals(studies, GRAPH, generator=writer))
@@ -135,13 +128,15 @@ def test_good_answers_pass_in_order_and_in_batches(folder: Path) -> None:
     assert max(model.batches) == 3 and len(model.batches) <= 7
 
 
-def test_a_bad_first_answer_is_retried_and_others_do_not_wait(folder: Path) -> None:
+def test_bad_answer_is_retried_without_delaying_others(folder: Path) -> None:
     tokenizer = load_local(folder)._tokenizer
 
     def script(prompt: str) -> str:
-        return answer(prompt) if "earlier try" in prompt else prompt.split("<report>\n")[1]
+        if "earlier try" in prompt:
+            return rewrite_prompt(prompt).text
+        return prompt.split("<report>\n")[1]
 
-    model = Echo(tokenizer, script)
+    model = ScriptedModel(tokenizer, script)
     studies = [study(NORMAL, n) for n in range(5)]
     writer = LocalWriter(model, tokenizer, batch_size=2)
     made = list(counterfactuals(studies, GRAPH, num_targets=1, generator=writer))
@@ -151,20 +146,20 @@ def test_a_bad_first_answer_is_retried_and_others_do_not_wait(folder: Path) -> N
 
 
 @pytest.fixture
-def stubborn(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(run, ids): runs the command with a model that never rewrites the first record, which `ids`
-    begin with, and is killed at a batch."""
+def failing_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(command, ids of the records). `command` runs the generator with a model that never rewrites
+    the first record; `killed_at`: the batch at which it raises KeyboardInterrupt."""
     dataset = write_open_i(tmp_path / "reports", REPORTS[:5])
     main(["--dataset", str(dataset), "--output", str(tmp_path / "graph.jsonl")])
-    first = rows(tmp_path / "graph.jsonl")[0]
+    first = read_jsonl(tmp_path / "graph.jsonl")[0]
     tokenizer = load_local(folder)._tokenizer
 
     def script(prompt: str) -> str:
         bad = first["report"] in prompt and f"also had {first['target']}." in prompt
-        return "no report" if bad else answer(prompt)
+        return "no report" if bad else rewrite_prompt(prompt).text
 
-    def command(output: Path, *more: str, killed_at: int = 1000) -> Echo:
-        model = Echo(tokenizer, script)
+    def command(output: Path, *more: str, killed_at: int = 1000) -> ScriptedModel:
+        model = ScriptedModel(tokenizer, script)
         model.killed_at = killed_at
         monkeypatch.setattr(
             "cpo_fast.counterfactual.__main__.load_local",
@@ -178,30 +173,28 @@ def stubborn(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
                 run(folder, dataset, output, *flags)
         return model
 
-    return command, [row["id"] for row in rows(tmp_path / "graph.jsonl")]
+    return command, [row["id"] for row in read_jsonl(tmp_path / "graph.jsonl")]
 
 
-def test_a_record_is_written_as_it_is_decided_and_a_killed_run_repeats_none(
-    stubborn: Any, tmp_path: Path
-) -> None:
-    command, ids = stubborn
+def test_decided_records_are_written_and_survive_a_kill(failing_first: Any, tmp_path: Path) -> None:
+    command, ids = failing_first
     output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
     command(output, killed_at=3)
-    assert [row["id"] for row in rows(output)] == ids[1:5]  # the first is still open
+    assert [row["id"] for row in read_jsonl(output)] == ids[1:5]  # the first is still open
     rest = command(output)
-    assert [row["id"] for row in rows(apart)] == ids[:1]
-    assert sorted(row["id"] for row in rows(output)) == sorted(ids[1:])
+    assert [row["id"] for row in read_jsonl(apart)] == ids[:1]
+    assert sorted(row["id"] for row in read_jsonl(output)) == sorted(ids[1:])
     assert len(rest.prompts) == 4 + len(ids[5:])
     assert command(output).batches == []
 
 
 @pytest.mark.parametrize("form", ["trl", "ccf"])
-def test_formats_by_study_hold_whole_studies(form: str, stubborn: Any, tmp_path: Path) -> None:
-    command, ids = stubborn
+def test_study_formats_write_whole_studies(form: str, failing_first: Any, tmp_path: Path) -> None:
+    command, ids = failing_first
     command(tmp_path / "cut", "--format", form, killed_at=3)
     text = (tmp_path / "cut").read_text()
     if form == "trl":
-        assert [row["id"] for row in rows(tmp_path / "cut")] == ids[2:4]  # study 0 is still open
+        assert [row["id"] for row in read_jsonl(tmp_path / "cut")] == ids[2:4]  # study 0 is open
     else:
         (item,) = json.loads(text + "]")
         assert [f"{item['sid']}/{target}" for target in item["counterfact"]] == ids[2:4]
@@ -209,7 +202,7 @@ def test_formats_by_study_hold_whole_studies(form: str, stubborn: Any, tmp_path:
     whole = (tmp_path / "whole").read_text()
     assert whole.startswith(text)
     if form == "trl":
-        found = [row["id"].split("/")[0] for row in rows(tmp_path / "whole")]
+        found = [row["id"].split("/")[0] for row in read_jsonl(tmp_path / "whole")]
         assert all(a == b or a not in found[n + 1 :] for n, (a, b) in enumerate(pairwise(found)))
         assert len(found) == len(ids) - 1
 
@@ -226,9 +219,9 @@ def test_progress_counts_drafts_and_tokens_of_a_batch(
     assert not any(report.findings in said for report in REPORTS[:2])
 
 
-def test_a_prompt_longer_than_the_model_reads_is_set_aside_at_once(folder: Path) -> None:
+def test_prompt_beyond_the_context_is_set_aside_without_a_call(folder: Path) -> None:
     tokenizer = load_local(folder)._tokenizer
-    model = Echo(tokenizer, answer)
+    model = ScriptedModel(tokenizer, lambda prompt: "")
     model.config.max_position_embeddings = 1100
     writer = LocalWriter(model, tokenizer)
     long = Report("The heart is large. " * 400, "Cardiomegaly.")
@@ -238,7 +231,7 @@ def test_a_prompt_longer_than_the_model_reads_is_set_aside_at_once(folder: Path)
     assert model.batches == []
 
 
-def test_the_prompt_holds_report_neighbourhood_and_target() -> None:
+def test_prompt_has_report_neighbourhood_and_target() -> None:
     task = Task(OPACITY, "Atelectasis", "s", 1, failed=("survivors",))
     prompt = build_prompt(GRAPH, task)
     assert OPACITY.text in prompt and "also had Atelectasis" in prompt
@@ -250,7 +243,7 @@ def test_the_prompt_holds_report_neighbourhood_and_target() -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "pickle", "no model"])
-def test_a_folder_without_a_model_is_named(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_folder_without_a_model_is_named(kind: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / kind
     if kind != "missing":
         path.mkdir()

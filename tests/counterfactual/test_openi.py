@@ -27,17 +27,17 @@ def studies() -> list[Study]:
 
 
 @pytest.fixture(scope="module")
-def made(studies: list[Study]) -> list[Counterfactual]:
+def generated(studies: list[Study]) -> list[Counterfactual]:
     return list(counterfactuals(studies, load_graph()))
 
 
-def test_nearly_all_pass_their_checks(made: list[Counterfactual]) -> None:
-    assert len(made) > 900
-    assert statistics.mean(cf.passed for cf in made) > 0.97
+def test_nearly_all_counterfactuals_pass(generated: list[Counterfactual]) -> None:
+    assert len(generated) > 900
+    assert statistics.mean(cf.passed for cf in generated) > 0.97
 
 
-def test_the_target_is_asserted_and_nowhere_denied(made: list[Counterfactual]) -> None:
-    for cf in made:
+def test_target_is_asserted_and_never_denied(generated: list[Counterfactual]) -> None:
+    for cf in generated:
         if cf.passed:
             assert label_report(cf.counterfactual)[cf.target] == 1
             assert not any(
@@ -45,13 +45,13 @@ def test_the_target_is_asserted_and_nowhere_denied(made: list[Counterfactual]) -
             )
 
 
-def test_nothing_that_passes_denies_what_the_report_asserts(made: list[Counterfactual]) -> None:
-    assert not [cf.id for cf in made if cf.passed and find_denied_assertions(cf)]
+def test_passing_counterfactuals_deny_no_assertion(generated: list[Counterfactual]) -> None:
+    assert not [cf.id for cf in generated if cf.passed and find_denied_assertions(cf)]
 
 
-def test_most_sentences_are_kept(made: list[Counterfactual]) -> None:
+def test_most_sentences_are_kept(generated: list[Counterfactual]) -> None:
     shares = []
-    for cf in made:
+    for cf in generated:
         old = Counter(u.plain for u in split_units(cf.report) if u.plain)
         shares.append(
             (old & Counter(u.plain for u in split_units(cf.counterfactual))).total() / old.total()
@@ -59,13 +59,13 @@ def test_most_sentences_are_kept(made: list[Counterfactual]) -> None:
     assert statistics.median(shares) >= 0.6
 
 
-def test_targets_and_wordings_are_spread(made: list[Counterfactual]) -> None:
-    targets = Counter(cf.target for cf in made)
+def test_targets_cover_all_diseases(generated: list[Counterfactual]) -> None:
+    targets = Counter(cf.target for cf in generated)
     assert len(targets) == 12
-    assert max(targets.values()) < 0.25 * len(made)
+    assert max(targets.values()) < 0.25 * len(generated)
 
 
-def test_sections_are_cut_and_joined_without_loss(studies: list[Study]) -> None:
+def test_splitting_and_joining_preserves_sections(studies: list[Study]) -> None:
     exact = [
         join_units(list(split_units(text))) == text
         for study in studies

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from cpo_fast.concepts import load_graph
 from cpo_fast.counterfactual.__main__ import main
 from cpo_fast.counterfactual.perception import (
     build_pool,
@@ -18,9 +17,17 @@ from cpo_fast.counterfactual.perception import (
 from cpo_fast.counterfactual.preferences import build_sft_preference
 from cpo_fast.data.preference_rows import parse_counterfactual
 from cpo_fast.types import Counterfactual, ImageRef, Report
-from tests.counterfactual.samples import INFLATED, LOW_VOLUMES, NORMAL, OPACITY, study, write_open_i
+from tests.counterfactual.samples import (
+    GRAPH,
+    INFLATED,
+    LOW_VOLUMES,
+    NORMAL,
+    OPACITY,
+    read_jsonl,
+    study,
+    write_open_i,
+)
 
-GRAPH = load_graph()
 PLAIN = Report("The heart is normal. The lungs are clear.", "No acute disease.")
 STUDIES = [
     study(report, number)
@@ -28,7 +35,7 @@ STUDIES = [
 ]
 
 
-def test_the_other_image_makes_the_answer_wrong() -> None:
+def test_other_image_contradicts_the_answer() -> None:
     pool = build_pool(STUDIES, GRAPH)
     found = list(perception_counterfactuals(STUDIES, pool, GRAPH))
     assert [cf.study_id for cf in found] == [s.study_id for s in STUDIES]
@@ -41,21 +48,21 @@ def test_the_other_image_makes_the_answer_wrong() -> None:
         assert cf.target in shown
 
 
-def test_the_nearest_in_attributes_is_taken() -> None:
+def test_study_with_the_nearest_attributes_is_chosen() -> None:
     near = Report("Lungs are hyperinflated with flattened diaphragms. Left pleural effusion.", "")
     pool = build_pool([*STUDIES, study(near, 99)], GRAPH)
     (cf,) = perception_counterfactuals([study(INFLATED, 100)], pool, GRAPH)
     assert cf.rejected_images == ("p/99.jpg",)
 
 
-def test_the_choice_does_not_depend_on_the_shard() -> None:
+def test_choice_does_not_depend_on_the_shard() -> None:
     pool = build_pool(STUDIES, GRAPH)
     whole = list(perception_counterfactuals(STUDIES, pool, GRAPH))
     part = list(perception_counterfactuals(STUDIES[1::3], pool, GRAPH))
     assert part == whole[1::3]
 
 
-def test_a_study_without_image_or_neighbour_is_set_aside() -> None:
+def test_study_without_image_or_neighbour_is_set_aside() -> None:
     pool = build_pool(STUDIES[:1], GRAPH)
     alone = next(perception_counterfactuals(STUDIES[:1], pool, GRAPH))
     assert alone.checks == {"image": True, "neighbour": False}
@@ -65,7 +72,7 @@ def test_a_study_without_image_or_neighbour_is_set_aside() -> None:
     assert without.checks["image"] is False and without.rejected_images == ()
 
 
-def test_the_preference_changes_the_image_alone() -> None:
+def test_preference_changes_only_the_image() -> None:
     other = (ImageRef("p/9.jpg"),)
     own = build_sft_preference(STUDIES[0])
     made = with_perception(own, other)
@@ -94,7 +101,7 @@ def test_command_needs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     data = write_open_i(tmp_path / "reports", (NORMAL, INFLATED))
     command = ["--dataset", str(data), "--output", str(tmp_path / "p"), "--kind", "perception"]
     assert main(command) == 1  # no image folder: nothing can be paired
-    rows = [json.loads(line) for line in (tmp_path / "p.rejected.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "p.rejected.jsonl")
     assert {row["reason"] for row in rows} == {"image,neighbour"}
     assert main([*command, "--targets", "Edema"]) == 2
     assert "--targets" in capsys.readouterr().err

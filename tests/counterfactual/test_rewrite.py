@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cpo_fast.concepts import label_report, load_graph
+from cpo_fast.concepts import label_report
 from cpo_fast.concepts.graph import graph_from_json, read_graph_json
 from cpo_fast.counterfactual import (
     DEFAULT_PROMPT,
@@ -38,6 +38,7 @@ from cpo_fast.types import Counterfactual, Report
 from tests.counterfactual.samples import (
     CAPITALS,
     FINDINGS_ONLY,
+    GRAPH,
     IMPRESSION_ONLY,
     INFLATED,
     LOW_VOLUMES,
@@ -47,11 +48,10 @@ from tests.counterfactual.samples import (
     study,
 )
 
-GRAPH = load_graph()
 DATA = Path(__file__).parent
 
 
-def one(report: Report, target: str, **fields: object) -> Counterfactual:
+def generate(report: Report, target: str, **fields: object) -> Counterfactual:
     return next(counterfactuals([study(report)], GRAPH, targets=[target], **fields))  # type: ignore[arg-type]
 
 
@@ -60,7 +60,7 @@ def test_every_disease_of_the_graph_has_wordings() -> None:
 
 
 @pytest.mark.parametrize("target", TARGET_WORDINGS)
-def test_every_wording_asserts_its_target_and_nothing_against_it(target: str) -> None:
+def test_wordings_assert_their_target_without_contradiction(target: str) -> None:
     wording = TARGET_WORDINGS[target]
     for place in wording.places:
         both = len(place.sides) == 2
@@ -78,8 +78,8 @@ def test_every_wording_asserts_its_target_and_nothing_against_it(target: str) ->
 
 
 @pytest.mark.parametrize("target", TARGET_WORDINGS)
-def test_a_normal_report_is_rewritten_towards_each_target(target: str) -> None:
-    made = one(NORMAL, target)
+def test_normal_report_is_rewritten_for_each_target(target: str) -> None:
+    made = generate(NORMAL, target)
     assert made.passed, [name for name, ok in made.checks.items() if not ok]
     assert "old healed fracture of the left clavicle" in made.counterfactual
     assert made.counterfactual_labels == ("Fracture", target)
@@ -97,8 +97,8 @@ def test_all_targets_of_all_styles_pass(report: Report) -> None:
         assert made.passed, (made.target, made.checks)
 
 
-def test_unrelated_sentences_keep_their_words() -> None:
-    made = one(NORMAL, "Pleural Effusion")
+def test_unrelated_sentences_stay_unchanged() -> None:
+    made = generate(NORMAL, "Pleural Effusion")
     kept = {u.plain for u in split_units(NORMAL.findings)} & {
         u.plain for u in split_units(made.counterfactual)
     }
@@ -108,16 +108,16 @@ def test_unrelated_sentences_keep_their_words() -> None:
     assert "No focal consolidation or pneumothorax is seen." in made.counterfactual
 
 
-def test_style_is_kept() -> None:
-    made = one(CAPITALS, "Pneumonia")
+def test_capitals_and_sections_are_preserved() -> None:
+    made = generate(CAPITALS, "Pneumonia")
     assert made.counterfactual.isupper()
-    assert one(IMPRESSION_ONLY, "Pneumonia").counterfactual.startswith("IMPRESSION: ")
-    assert "IMPRESSION" not in one(FINDINGS_ONLY, "Pneumonia").counterfactual
+    assert generate(IMPRESSION_ONLY, "Pneumonia").counterfactual.startswith("IMPRESSION: ")
+    assert "IMPRESSION" not in generate(FINDINGS_ONLY, "Pneumonia").counterfactual
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_side_and_lobe_agree_with_what_is_there_and_between_sections(seed: int) -> None:
-    made = one(OPACITY, "Pneumonia", seed=seed)
+def test_side_and_lobe_agree_with_the_report_and_between_sections(seed: int) -> None:
+    made = generate(OPACITY, "Pneumonia", seed=seed)
     findings, impression = made.counterfactual.split("\n\nIMPRESSION: ")
     named = [s for s in findings.split(". ") if "pneumonia" in s.lower()]
     assert named and all("left lower lobe" in s.lower() for s in named)
@@ -125,41 +125,41 @@ def test_side_and_lobe_agree_with_what_is_there_and_between_sections(seed: int) 
     assert "The right lung is clear." in made.counterfactual
 
 
-def test_exclusions_are_respected() -> None:
-    made = one(LOW_VOLUMES, "Emphysema")
+def test_excluded_findings_are_removed() -> None:
+    made = generate(LOW_VOLUMES, "Emphysema")
     assert made.passed
     assert "atelectasis" not in made.counterfactual.lower()
     assert "low lung volumes" not in made.counterfactual.lower()
     assert made.labels == ("Atelectasis", "Support Devices")
     assert made.counterfactual_labels == ("Support Devices", "Emphysema")
-    made = one(INFLATED, "Atelectasis")
+    made = generate(INFLATED, "Atelectasis")
     assert made.passed
     assert "emphysema" not in made.counterfactual.lower()
     assert "hyperinflated" not in made.counterfactual
 
 
-def test_a_finding_told_with_what_is_excluded_goes_with_it() -> None:
+def test_finding_in_a_sentence_with_an_excluded_one_is_removed() -> None:
     report = Report("Left basal opacity reflects atelectasis. A chest port is in place.", "")
-    made = one(report, "Emphysema")
+    made = generate(report, "Emphysema")
     assert made.passed
     assert made.labels == ("Atelectasis", "Lung Opacity", "Support Devices")
     assert made.counterfactual_labels == ("Support Devices", "Emphysema")
 
 
-def test_a_present_disease_is_no_target() -> None:
-    made = one(LOW_VOLUMES, "Atelectasis")
+def test_present_disease_is_not_a_target() -> None:
+    made = generate(LOW_VOLUMES, "Atelectasis")
     assert not made.passed
     assert made.checks == {"report": True, "target_absent": False}
     assert made.counterfactual == ""
 
 
-def test_a_report_without_text_is_set_aside() -> None:
-    made = one(Report(" ", ""), "Edema")
+def test_report_without_text_is_set_aside() -> None:
+    made = generate(Report(" ", ""), "Edema")
     assert made.checks == {"report": False, "target_absent": True}
     assert made.counterfactual == ""
 
 
-def test_a_disease_without_wordings_is_no_target() -> None:
+def test_disease_without_wordings_is_not_a_target() -> None:
     data = read_graph_json()
     data["diseases"]["Fracture"] = {
         "hallmarks": ["D10"],
@@ -190,7 +190,7 @@ def test_near_diseases_come_first_and_excluded_ones_last() -> None:
     assert ranks["Emphysema"] > ranks["Edema"]
 
 
-def test_the_wording_of_a_report_draws_targets_that_share_it() -> None:
+def test_targets_that_share_the_report_wording_are_preferred() -> None:
     shared = drift_proneness(GRAPH, ["D6"])  # reticular interstitial opacities
     assert shared["Pneumonia"] == shared["Edema"] == 1 / 3
     assert shared["Pneumothorax"] == 0
@@ -205,7 +205,7 @@ def test_the_wording_of_a_report_draws_targets_that_share_it() -> None:
     assert {name for name, _ in named.most_common(2)} <= {n for n, v in shared.items() if v}
 
 
-def test_the_choice_depends_on_seed_and_study_alone() -> None:
+def test_choice_depends_only_on_seed_and_study() -> None:
     first = list(counterfactuals([study(NORMAL, n) for n in range(40)], GRAPH))
     again = list(counterfactuals([study(NORMAL, n) for n in range(40)], GRAPH))
     shard = list(counterfactuals([study(NORMAL, n) for n in range(1, 40, 3)], GRAPH))
@@ -217,7 +217,7 @@ def test_the_choice_depends_on_seed_and_study_alone() -> None:
     assert len({cf.counterfactual for cf in first}) > 60
 
 
-def test_retries_use_other_words() -> None:
+def test_retries_use_other_wordings() -> None:
     texts = {rewrite(GRAPH, NORMAL, "Pneumonia", "s", 42, n).text for n in range(6)}
     assert len(texts) > 3
 
@@ -242,7 +242,7 @@ def test_checks_find_each_kind_of_fault() -> None:
     assert failed(both) == {"survivors", "assertions"}
     assert "length" in failed(replace(good, findings=good.findings + " word" * 400))
     assert "edits" in failed(Report("Right lower lobe pneumonia.", "Right lower lobe pneumonia."))
-    excluded = one(INFLATED, "Atelectasis").counterfactual + " Emphysema."
+    excluded = generate(INFLATED, "Atelectasis").counterfactual + " Emphysema."
     findings, impression = excluded.removeprefix("FINDINGS: ").split("\n\nIMPRESSION: ")
     assert "no_exclusion" in failed(Report(findings, impression), "Atelectasis", INFLATED)
     sided = "Pneumonia in the left lower lobe. The left lung is clear."
@@ -253,20 +253,20 @@ CASES = [json.loads(line) for line in (DATA / "rewriting.jsonl").open()]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "rest" in c], ids=itemgetter("text"))
-def test_what_a_report_asserts_is_still_asserted(case: dict[str, Any]) -> None:
-    made = one(Report(case["text"], ""), case["target"])
+def test_assertions_of_a_report_are_preserved(case: dict[str, Any]) -> None:
+    made = generate(Report(case["text"], ""), case["target"])
     assert made.passed, [name for name, ok in made.checks.items() if not ok]
     sentences = [unit.plain for unit in split_units(made.counterfactual.removeprefix("FINDINGS: "))]
     assert [s for s in sentences if s in case["rest"]] == case["rest"]
-    assert len(sentences) == len(case["rest"]) + 1  # that of the target
+    assert len(sentences) == len(case["rest"]) + 1  # the target's sentence
     labels = label_report(made.counterfactual)
     assert {n: int(labels[n] == 1) for n in case["labels"]} == case["labels"]
     assert {n for n, v in case["labels"].items() if v} <= set(made.counterfactual_labels)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "set_aside" in c], ids=itemgetter("text"))
-def test_what_can_be_read_both_ways_is_set_aside(case: dict[str, Any]) -> None:
-    made = one(Report(case["text"], ""), case["target"])
+def test_ambiguous_reports_are_set_aside(case: dict[str, Any]) -> None:
+    made = generate(Report(case["text"], ""), case["target"])
     assert made.checks == {case["set_aside"]: False}
     assert made.counterfactual == ""
 
@@ -333,16 +333,16 @@ BAD = [  # (original, target, faulty counterfactual, failed checks)
         {"exemptions"},
     ),
 ]
-OWN = ("assertions", "no_new_denial", "exemptions")
+ASSERTION_CHECKS = ("assertions", "no_new_denial", "exemptions")
 
 
 @pytest.mark.parametrize(("before", "target", "after", "wanted"), BAD)
 def test_lost_and_denied_findings_are_found_without_the_labeller(
     before: str, target: str, after: str, wanted: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "find_mentions", lambda line: ())  # finds nothing
+    monkeypatch.setattr(checks, "find_mentions", lambda line: ())
     made = check(GRAPH, Report(before, ""), Report(after, ""), target)
-    assert {name for name in OWN if not made[name]} == wanted
+    assert {name for name in ASSERTION_CHECKS if not made[name]} == wanted
 
 
 @pytest.mark.parametrize(
@@ -375,16 +375,16 @@ def test_lost_and_denied_findings_are_found_without_the_labeller(
         ),
     ],
 )
-def test_sound_edits_pass_the_checks_of_assertions(before: str, target: str, after: str) -> None:
+def test_correct_edits_pass_the_assertion_checks(before: str, target: str, after: str) -> None:
     made = check(GRAPH, Report(before, ""), Report(after, ""), target)
-    assert all(made[name] for name in OWN)
+    assert all(made[name] for name in ASSERTION_CHECKS)
 
 
-def test_a_new_sentence_does_not_run_on() -> None:
-    made = one(Report("Mild cardiomegaly. Small left effusion", ""), "Pneumonia", seed=3)
+def test_inserted_sentence_is_separated() -> None:
+    made = generate(Report("Mild cardiomegaly. Small left effusion", ""), "Pneumonia", seed=3)
     assert "Small left effusion" in made.counterfactual
     assert not re.search(r"effusion [A-Z]", made.counterfactual)
-    otherwise = one(Report("Left granuloma. The lungs are otherwise clear.", ""), "Pneumonia")
+    otherwise = generate(Report("Left granuloma. The lungs are otherwise clear.", ""), "Pneumonia")
     assert otherwise.counterfactual.endswith("The lungs are otherwise clear.")
 
 
@@ -408,7 +408,7 @@ def test_labels_come_from_the_study_or_the_labeller() -> None:
     assert (indexed["Edema"], indexed["Fracture"], indexed["No Finding"]) == (1, 1, None)
 
 
-def test_preferences_hold_prompt_answers_and_images() -> None:
+def test_preferences_have_prompt_answers_and_images() -> None:
     made = study(LOW_VOLUMES, labels={"Atelectasis": 1, "Support Devices": 1})
     sft = build_sft_preference(made)
     assert sft.rejected == ()
@@ -433,7 +433,7 @@ def test_preferences_hold_prompt_answers_and_images() -> None:
     assert everything.prompt[0]["content"][-1]["text"] == "Read it."
 
 
-def test_preferences_refuse_what_does_not_belong() -> None:
+def test_preferences_refuse_bad_counterfactuals() -> None:
     cfs = list(counterfactuals([study(NORMAL)], GRAPH))
     with pytest.raises(ValueError, match="at least one"):
         build_preference(study(NORMAL), [])

@@ -1,4 +1,4 @@
-"""The `server` generator with a faulty HTTP server on loopback."""
+"""The `server` generator against a faulty HTTP server on loopback."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cpo_fast.counterfactual.prompt import parse_rewrite
 from cpo_fast.counterfactual.server import ServerWriter, is_local_address
 from cpo_fast.errors import DataError, RecordError, UsageError
 from cpo_fast.types import Report
-from tests.counterfactual.llm_server import GRAPH, HOSTILE, Host
-from tests.counterfactual.samples import REPORTS, study, write_open_i
+from tests.counterfactual.llm_server import HOSTILE, Host
+from tests.counterfactual.samples import GRAPH, REPORTS, read_jsonl, study, write_open_i
 
 
 @pytest.fixture
@@ -45,13 +45,9 @@ def run(dataset: Path, output: Path, url: str, *more: str, timeout_s: int = 60) 
     return main(["--dataset", str(dataset), "--output", str(output), *flags, *more])
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def expected_ids(dataset: Path, folder: Path) -> list[str]:
+def expect_ids(dataset: Path, folder: Path) -> list[str]:
     main(["--dataset", str(dataset), "--output", str(folder / "graph.jsonl")])
-    return [row["id"] for row in rows(folder / "graph.jsonl")]
+    return [row["id"] for row in read_jsonl(folder / "graph.jsonl")]
 
 
 FAULTS = [
@@ -73,17 +69,17 @@ FAULTS = [
 ]
 
 
-def test_every_fault_is_survived_and_counted(
+def test_every_fault_is_counted_and_loses_no_record(
     host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host.plan = FAULTS * 2
     output = tmp_path / "cf.jsonl"
     assert run(dataset, output, host.url, "--max_retries", "40", timeout_s=1) == 0
     printed = capsys.readouterr()
-    found = rows(output)
+    found = read_jsonl(output)
     # no record is lost or duplicated
-    assert sorted(row["id"] for row in found) == sorted(expected_ids(dataset, tmp_path))
-    assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
+    assert sorted(row["id"] for row in found) == sorted(expect_ids(dataset, tmp_path))
+    assert read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl") == []
     assert {row["generator"] for row in found} == {"server"}
     assert all(all(row["checks"].values()) for row in found)
     assert "Here is" not in output.read_text() and "```" not in output.read_text()
@@ -98,10 +94,10 @@ def test_every_fault_is_survived_and_counted(
     assert "clavicle" not in printed.out + printed.err
 
 
-def test_what_always_fails_is_set_aside_with_the_reason(
+def test_permanent_faults_are_set_aside_with_a_reason(
     host: Host, dataset: Path, tmp_path: Path
 ) -> None:
-    wanted = expected_ids(dataset, tmp_path)
+    wanted = expect_ids(dataset, tmp_path)
     for rest, reason in (
         ("status:500", "server-status-500"),
         ("status:400", "server-status-400"),
@@ -115,14 +111,14 @@ def test_what_always_fails_is_set_aside_with_the_reason(
         host.rest = rest
         output = tmp_path / f"{rest}.jsonl".replace(":", "")
         assert run(dataset, output, host.url, "--max_retries", "1") == 1
-        apart = rows(output.with_name(output.name + ".rejected.jsonl"))
+        apart = read_jsonl(output.with_name(output.name + ".rejected.jsonl"))
         assert sorted(row["id"] for row in apart) == sorted(wanted)
         assert {row["reason"] for row in apart} == {reason}
         assert all(row["checks"] == {reason: False} for row in apart)
-        assert rows(output) == []
+        assert read_jsonl(output) == []
 
 
-def test_a_slow_answer_holds_up_no_other_record(host: Host) -> None:
+def test_slow_answer_delays_no_other_record(host: Host) -> None:
     host.plan = ["held"]
     writer = ServerWriter(host.url, "m", timeout=20, concurrency=2)
     studies = [study(REPORTS[0], 1), study(REPORTS[0], 2)]
@@ -134,30 +130,30 @@ def test_a_slow_answer_holds_up_no_other_record(host: Host) -> None:
     assert next(made, None) is None
 
 
-def test_a_chatty_or_prompted_text_fails_the_check_for_it(host: Host) -> None:
+def test_text_beyond_the_report_fails_its_check(host: Host) -> None:
     host.rest = "hostile:7"
     writer = ServerWriter(host.url, "m", timeout=1)
     (made,) = counterfactuals([study(REPORTS[0])], GRAPH, num_targets=1, generator=writer)
     assert not made.passed and not made.checks["no_leak"]
 
 
-def test_records_that_the_server_failed_are_tried_again(
+def test_rerun_retries_records_with_server_faults(
     host: Host, dataset: Path, tmp_path: Path
 ) -> None:
     output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
     host.plan = ["good"] * 4 + ["status:500"] * 3
     run(dataset, output, host.url, "--max_retries", "0", "--concurrency", "1")
-    assert Counter(row["reason"] for row in rows(apart)) == {"server-status-500": 3}
+    assert Counter(row["reason"] for row in read_jsonl(apart)) == {"server-status-500": 3}
     asked = len(host.bodies)
     run(dataset, output, host.url, "--max_retries", "0")
     assert len(host.bodies) == asked + 3
-    assert sorted(row["id"] for row in rows(output)) == sorted(expected_ids(dataset, tmp_path))
-    assert rows(apart) == []
+    assert sorted(row["id"] for row in read_jsonl(output)) == sorted(expect_ids(dataset, tmp_path))
+    assert read_jsonl(apart) == []
     run(dataset, output, host.url)
     assert len(host.bodies) == asked + 3
 
 
-def test_a_killed_run_goes_on_and_shards_share_the_work(
+def test_killed_run_continues_and_shards_split_the_work(
     host: Host, dataset: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole.jsonl"
@@ -168,7 +164,7 @@ def test_a_killed_run_goes_on_and_shards_share_the_work(
     asked = len(host.bodies)
     run(dataset, cut, host.url)
     assert sorted(cut.read_bytes().splitlines()) == sorted(text.splitlines())
-    assert len(host.bodies) < asked + len(rows(whole))
+    assert len(host.bodies) < asked + len(read_jsonl(whole))
     parts = []
     for index in range(3):
         run(dataset, tmp_path / f"{index}.jsonl", host.url, "--shard", f"{index}/3")
@@ -176,7 +172,7 @@ def test_a_killed_run_goes_on_and_shards_share_the_work(
     assert sorted(parts) == sorted(text.splitlines())
 
 
-def test_requests_are_bounded_in_number_and_rate(host: Host, dataset: Path, tmp_path: Path) -> None:
+def test_requests_are_limited_in_number_and_rate(host: Host, dataset: Path, tmp_path: Path) -> None:
     host.rest = "together"
     run(dataset, tmp_path / "a.jsonl", host.url, "--concurrency", "3")
     assert 1 < host.busiest <= 3
@@ -186,9 +182,7 @@ def test_requests_are_bounded_in_number_and_rate(host: Host, dataset: Path, tmp_
     assert time.monotonic() - start >= (len(REPORTS) - 1) / 40
 
 
-def test_the_wait_that_a_server_asks_for_is_kept(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_is_respected(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setattr(server, "_parse_retry_after", lambda value: 7.0 if value == "0" else None)
@@ -198,14 +192,14 @@ def test_the_wait_that_a_server_asks_for_is_kept(
     assert made.passed and 7.0 in waits
 
 
-def test_retry_after_is_read_in_seconds_and_as_a_date() -> None:
+def test_retry_after_is_parsed_in_seconds_and_as_a_date() -> None:
     assert server._parse_retry_after("3") == 3.0
     assert server._parse_retry_after(None) is None
     assert server._parse_retry_after("soon") is None
     assert server._parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
-def test_retries_ask_otherwise_and_say_what_was_wrong(host: Host) -> None:
+def test_retries_change_sampling_and_name_the_fault(host: Host) -> None:
     host.plan = ["hostile:7"]
     writer = ServerWriter(host.url, "m", timeout=2)
     list(counterfactuals([study(REPORTS[0])], GRAPH, num_targets=1, generator=writer))
@@ -216,7 +210,7 @@ def test_retries_ask_otherwise_and_say_what_was_wrong(host: Host) -> None:
     assert "An earlier try was refused: " in said and "held more than the report" in said
 
 
-def test_the_key_travels_in_the_header_alone(
+def test_api_key_is_sent_only_in_the_header(
     host: Host, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_KEY", "k3y")
@@ -227,28 +221,28 @@ def test_the_key_travels_in_the_header_alone(
 
 
 @pytest.mark.parametrize("status", ["302", "401", "404"])
-def test_a_server_that_is_set_up_otherwise_ends_the_run(
+def test_misconfigured_server_ends_the_run(
     status: str, host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host.rest = f"status:{status}"
     assert run(dataset, tmp_path / "cf.jsonl", host.url) == 2
     message = capsys.readouterr().err
     assert f"status {status}" in message and "SECRET" not in message
-    assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
+    assert read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl") == []
 
 
-def test_no_server_at_all_ends_the_run_with_nothing_set_aside(
+def test_missing_server_ends_the_run_and_sets_nothing_aside(
     host: Host, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = host.url
     host.server_close()
     assert run(dataset, tmp_path / "cf.jsonl", url, "--max_retries", "1") == 1
     assert "start it and run the same command again" in capsys.readouterr().err
-    assert rows(tmp_path / "cf.jsonl.rejected.jsonl") == []
+    assert read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl") == []
 
 
 @pytest.mark.parametrize(
-    ("address", "is_near"),
+    ("address", "is_local"),
     [
         ("127.0.0.1", True),
         ("10.1.2.3", True),
@@ -265,21 +259,21 @@ def test_no_server_at_all_ends_the_run_with_nothing_set_aside(
         ("2001:4860:4860::8888", False),
     ],
 )
-def test_which_addresses_are_near(address: str, is_near: bool) -> None:
-    assert is_local_address(address) is is_near
+def test_local_addresses(address: str, is_local: bool) -> None:
+    assert is_local_address(address) is is_local
 
 
 @pytest.mark.parametrize(
     "url",
     ["http://8.8.8.8/v1", "https://[2001:4860:4860::8888]/v1", "http://169.254.169.254/v1"],
 )
-def test_a_remote_host_needs_the_flag(url: str) -> None:
+def test_remote_host_needs_the_flag(url: str) -> None:
     with pytest.raises(UsageError, match="allow_remote_host"):
         ServerWriter(url, "m")
     ServerWriter(url, "m", allow_remote_host=True)
 
 
-def test_a_name_that_turns_remote_later_is_refused_too(
+def test_name_that_later_resolves_to_a_remote_host_is_refused(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = ServerWriter(host.url, "m", timeout=1, max_retries=0)
@@ -330,13 +324,13 @@ def test_a_missing_model_or_key_is_named(
         ("FINDINGS: a\u202eb.\nIMPRESSION: c", "answer-unprintable"),
     ],
 )
-def test_what_is_no_report_is_refused(text: str, reason: str) -> None:
+def test_answers_without_a_report_are_refused(text: str, reason: str) -> None:
     with pytest.raises(RecordError) as error:
         parse_rewrite(text, Report("x", "y"))
     assert error.value.reason == reason
 
 
-def test_a_report_is_found_in_the_dress_of_a_chat() -> None:
+def test_report_is_extracted_from_a_chat_answer() -> None:
     text = "Sure!\n\n**FINDINGS:** The heart\nis large.\n\n## Impression: Cardiomegaly.\n```"
     found = parse_rewrite(text, Report("x", "y"))
     assert found == Report("The heart\nis large.", "Cardiomegaly.")
