@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,23 @@ IMAGE = {"type": "image"}
 USER = {"role": "user", "content": "What is it?"}
 
 
-def said(text: str, role: str = "assistant") -> dict[str, Any]:
+def turn(text: str, role: str = "assistant") -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def text(said: str) -> dict[str, str]:
-    return {"type": "text", "text": said}
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def normalise(preference: Preference) -> Preference:
+    """Without fields that only some formats have (id, weight, patients); texts as parts."""
+    prompt = tuple(
+        {**m, "content": [text(m["content"])]}
+        if isinstance(m["content"], str) and not preference.plain
+        else m
+        for m in preference.prompt
+    )
+    return replace(preference, id="", weight=1.0, prompt=prompt, patients=())
 
 
 def read(tmp_path: Path, *rows: Any, **options: str) -> tuple[list[Preference], list[str], str]:
@@ -35,9 +47,9 @@ def read(tmp_path: Path, *rows: Any, **options: str) -> tuple[list[Preference], 
     return found, [record.reason for record in source.rejected], source.kind
 
 
-def one(tmp_path: Path, row: dict[str, Any], kind: str) -> Preference:
-    (found,), reasons, told = read(tmp_path, row)
-    assert (reasons, told) == ([], kind)
+def read_one(tmp_path: Path, row: dict[str, Any], kind: str) -> Preference:
+    (found,), reasons, detected = read(tmp_path, row)
+    assert (reasons, detected) == ([], kind)
     return found
 
 
@@ -54,4 +66,4 @@ CCF = {
 }
 
 
-GOOD = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
+GOOD = {"prompt": [USER], "chosen": [turn("x")], "rejected": [turn("y")]}

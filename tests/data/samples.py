@@ -1,4 +1,4 @@
-"""Synthetic data sets for the tests of cpo_fast.data, without patient data."""
+"""Synthetic data sets, without patient data, for the tests of cpo_fast.data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import gzip
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from cpo_fast.data.json_files import records
+from cpo_fast.errors import RecordError
 from cpo_fast.types import FINDINGS
 
 SECRET = "Zebra-striped granuloma of the seventh left rib"
-"""Report text that no message, log or rejected record can contain."""
+"""Report text that must not appear in messages, logs or rejected records."""
 
 REPORT = """                                 FINAL REPORT
  INDICATION:  ___-year-old man with cough.
@@ -38,6 +41,11 @@ def image_bytes(mode: str = "L", size: tuple[int, int] = (8, 6), format: str = "
     return buffer.getvalue()
 
 
+def read_all(path: Path) -> list[Any]:
+    """The records of a file; the reason in place of an invalid record."""
+    return [row.reason if isinstance(row, RecordError) else row for _, row in records(str(path))]
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -52,8 +60,8 @@ def write_mimic(
     labeller: str = "chexpert",
     columns: Sequence[str] = FINDINGS,
 ) -> Path:
-    """A MIMIC-CXR-JPG tree. Each study: `patient`, `study`, `views` (names), `date`, `labels`,
-    `report` (None: no file) and `split`; what is not given gets a default.
+    """Write a MIMIC-CXR-JPG tree. Keys of a study: `patient`, `study`, `views` (names), `date`,
+    `labels`, `report` (None: no file) and `split`; all but `study` have defaults.
     """
     root.mkdir(parents=True, exist_ok=True)
     split, metadata, labels = [], [], []
@@ -77,7 +85,7 @@ def write_mimic(
         if given is not None:
             values = [given.get(name, "") for name in columns]  # type: ignore[attr-defined]
             labels.append((patient, study, *values))
-    # The columns have another order than PhysioNet's, since they are read by name.
+    # Not PhysioNet's column order: columns are read by name.
     write_csv(
         root / "mimic-cxr-2.0.0-split.csv.gz",
         ("dicom_id", "study_id", "subject_id", "split"),

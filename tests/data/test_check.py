@@ -49,10 +49,10 @@ def mimic(tmp_path: Path) -> Path:
     return write_mimic(tmp_path / "mimic", studies)
 
 
-def test_results_of_others_are_not_replaced(
+def test_results_of_a_training_run_are_not_replaced(
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Refused before the data set is read; results of an earlier check are replaced, mode 0600."""
+    """The refusal precedes reading; results of an earlier check are replaced, mode 0600."""
     out = tmp_path / "out"
     assert run(mimic, out)[0] == 0
     (out / "summary.json").chmod(0o644)
@@ -67,7 +67,7 @@ def test_results_of_others_are_not_replaced(
     assert {name: (out / name).read_text() for name in before} == before
 
 
-def test_a_usable_data_set(mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_usable_data_set_passes(mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, facts, rejected = run(mimic, tmp_path / "out")
     assert (code, rejected) == (0, [])
     assert (facts["read"], facts["used"], facts["rejected"]) == (10, 10, {})
@@ -91,7 +91,7 @@ def test_a_usable_data_set(mimic: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert SECRET not in (tmp_path / "out" / name).read_text()
 
 
-def test_records_that_are_set_aside(
+def test_bad_records_are_set_aside(
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     reports = sorted(mimic.rglob("s5*.txt"))
@@ -115,7 +115,7 @@ def test_records_that_are_set_aside(
     assert run(mimic, tmp_path / "out", "--images", "none")[1]["used"] == 8
 
 
-def test_a_truncated_image_is_seen_by_decoding_only(mimic: Path, tmp_path: Path) -> None:
+def test_only_decoding_finds_a_truncated_image(mimic: Path, tmp_path: Path) -> None:
     image = next(mimic.rglob("s50000000/*.jpg"))
     buffer = io.BytesIO()
     Image.frombytes("L", (64, 64), bytes(i * i % 251 for i in range(64 * 64))).save(buffer, "JPEG")
@@ -126,13 +126,13 @@ def test_a_truncated_image_is_seen_by_decoding_only(mimic: Path, tmp_path: Path)
     assert run(mimic, tmp_path / "out", "--images", "header")[1]["rejected"] == {"image-empty": 1}
 
 
-def test_nothing_left_is_not_usable(mimic: Path, tmp_path: Path) -> None:
+def test_data_set_without_usable_records_fails(mimic: Path, tmp_path: Path) -> None:
     for report in mimic.rglob("s5*.txt"):
         report.unlink()
     assert run(mimic, tmp_path / "out", "--max_bad_fraction", "1")[0] == 1
 
 
-def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unreadable_data_sets_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.json").write_text(f'{{"{SECRET}": 1}}')
     for dataset in ("nowhere", "empty", "x.json"):
@@ -145,7 +145,7 @@ def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         assert SECRET not in error
 
 
-def test_preference_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_preference_file_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [
         {"prompt": "Q", "chosen": SECRET, "rejected": "y"},
         {"prompt": "Q", "chosen": SECRET, "rejected": "z"},
@@ -165,16 +165,16 @@ def test_preference_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert facts["characters"]["chosen"] == {
         "min": 1,
         "p50": 1,
-        "p95": len(SECRET),  # of three
+        "p95": len(SECRET),  # three values
         "p99": len(SECRET),
         "max": len(SECRET),
     }
-    assert facts["characters"]["prompt"]["max"] == len("Q")  # no JSON around it
+    assert facts["characters"]["prompt"]["max"] == len("Q")  # the text without JSON
     assert SECRET not in str(rejected) + str(capsys.readouterr())
     assert run(path, tmp_path / "out", "--max_bad_fraction", "0.4")[0] == 0
 
 
-def test_preference_files_with_what_a_user_should_know(
+def test_unread_fields_and_repeated_ids_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     rows = [
@@ -191,7 +191,7 @@ def test_preference_files_with_what_a_user_should_know(
     assert "unread fields" in printed and "notes: 1" in printed and SECRET not in printed
 
 
-def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+def test_closed_pipe_has_the_status_of_sigpipe(tmp_path: Path) -> None:
     """`check | head`: no message, the status of SIGPIPE, results written."""
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "Q", "chosen": "x", "rejected": "y"}]))
@@ -206,7 +206,7 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     assert (tmp_path / "out/summary.json").is_file()
 
 
-def test_another_broken_pipe_is_an_error() -> None:
+def test_other_broken_pipes_are_errors() -> None:
     def command() -> int:
         raise BrokenPipeError
 
@@ -237,7 +237,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_token_lengths_are_those_of_encode(
+def test_token_lengths_equal_encode(
     mimic: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from cpo_fast.counterfactual import build_sft_preference
@@ -274,7 +274,7 @@ def test_token_lengths_of_preferences(model: Path, tmp_path: Path) -> None:
     assert "over_max_length" not in facts
 
 
-def test_rows_that_a_model_cannot_take(mimic: Path, model: Path, tmp_path: Path) -> None:
+def test_rows_that_a_model_cannot_encode(mimic: Path, model: Path, tmp_path: Path) -> None:
     """A tokenizer without a chat template, and a text-only model, set rows aside."""
     from cpo_fast.testing.samples import tokenizer
 
@@ -296,14 +296,14 @@ def test_rows_that_a_model_cannot_take(mimic: Path, model: Path, tmp_path: Path)
     assert facts["rejected"] == {"model-cannot-see": 10}
 
 
-def test_a_tokenizer_that_is_none(
+def test_folder_without_a_tokenizer_is_named(
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(mimic, tmp_path / "out", "--tokenizer", str(tmp_path))[0] == 2
     assert "no tokenizer in" in capsys.readouterr().err
 
 
-def test_a_sample_looks_at_some_images(mimic: Path, tmp_path: Path) -> None:
+def test_sample_checks_some_images(mimic: Path, tmp_path: Path) -> None:
     for image in mimic.rglob("*.jpg"):
         image.write_bytes(b"")
     counts = [
@@ -314,7 +314,7 @@ def test_a_sample_looks_at_some_images(mimic: Path, tmp_path: Path) -> None:
     assert 0 < counts[1] == counts[2] < 10
 
 
-def test_it_prints_within_eighty_columns(mimic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_fits_eighty_columns(mimic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, report in enumerate(sorted(mimic.rglob("s5*.txt"))):
         report.write_text("" if number % 2 else report.read_text())
     for image in mimic.rglob("p10000003/*/*.jpg"):
@@ -337,13 +337,13 @@ def test_it_prints_within_eighty_columns(mimic: Path, monkeypatch: pytest.Monkey
         ["--images", "all"],
     ],
 )
-def test_bad_flags(tmp_path: Path, flags: list[str]) -> None:
+def test_bad_flags_have_status_2(tmp_path: Path, flags: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run("open-i", tmp_path / "out", *flags)
     assert caught.value.code == 2
 
 
-def test_as_a_command_and_without_heavy_imports(mimic: Path, tmp_path: Path) -> None:
+def test_check_imports_nothing_heavy(mimic: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from cpo_fast.data.__main__ import main;"
         f"code = main(['check', '--dataset', {str(mimic)!r}, '--output_dir', {str(tmp_path)!r}]);"

@@ -22,7 +22,7 @@ pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip i
 
 
 def dicom(values: np.ndarray, syntax: str = "1.2.840.10008.1.2.1", **tags: Any) -> ImageRef:
-    """A DICOM file in memory; `tags` replace or (None) remove tags of a plain radiograph."""
+    """A DICOM file in memory; `tags` replace or, with None, remove tags of a plain radiograph."""
     from pydicom.dataset import Dataset, FileMetaDataset
 
     bits = values.dtype.itemsize * 8
@@ -54,7 +54,7 @@ def dicom(values: np.ndarray, syntax: str = "1.2.840.10008.1.2.1", **tags: Any) 
     return ImageRef("x.dcm", data=buffer.getvalue())
 
 
-def grey(ref: ImageRef) -> np.ndarray:
+def load_grey(ref: ImageRef) -> np.ndarray:
     image = load_image(ref)
     assert (image.mode, image.size) == ("RGB", image_size(ref))
     values = np.asarray(image)
@@ -65,22 +65,22 @@ def grey(ref: ImageRef) -> np.ndarray:
 TWELVE = np.linspace(0, 4095, 48).round().astype(np.uint16).reshape(6, 8)
 
 
-def test_range_of_the_values_without_a_window() -> None:
+def test_values_are_stretched_without_a_window() -> None:
     expected = TWELVE / 4095 * 255
-    assert np.abs(grey(dicom(TWELVE)) - expected).max() <= 0.5 + 1e-6
-    assert (grey(dicom(np.full((4, 4), 900, np.uint16))) == 0).all()
+    assert np.abs(load_grey(dicom(TWELVE)) - expected).max() <= 0.5 + 1e-6
+    assert (load_grey(dicom(np.full((4, 4), 900, np.uint16))) == 0).all()
 
 
 def test_monochrome1_is_inverted() -> None:
-    normal = grey(dicom(TWELVE))
-    inverted = grey(dicom(TWELVE, PhotometricInterpretation="MONOCHROME1"))
+    normal = load_grey(dicom(TWELVE))
+    inverted = load_grey(dicom(TWELVE, PhotometricInterpretation="MONOCHROME1"))
     assert normal[0, 0] == 0 and inverted[0, 0] == 255
     assert np.abs(255.0 - inverted - normal).max() <= 1
 
 
 @pytest.mark.parametrize("rule", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize("several", [False, True])
-def test_window_after_rescale_is_pydicoms(rule: str | None, several: bool) -> None:
+def test_window_after_rescale_equals_pydicom(rule: str | None, several: bool) -> None:
     from pydicom.pixels import apply_modality_lut, apply_windowing
 
     tags = {
@@ -96,12 +96,12 @@ def test_window_after_rescale_is_pydicoms(rule: str | None, several: bool) -> No
     found = pydicom.dcmread(io.BytesIO(ref.data or b""))
     theirs = apply_windowing(apply_modality_lut(found.pixel_array, found), found)
     low, high = -1000, 2 * 4095 - 1000
-    assert np.abs(grey(ref) - (theirs - low) / (high - low) * 255).max() <= 0.6
+    assert np.abs(load_grey(ref) - (theirs - low) / (high - low) * 255).max() <= 0.6
 
 
 @pytest.mark.parametrize("rule", ["LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize("width", ["0.5", "0.9"])
-def test_narrow_windows_of_fractions_are_pydicoms(rule: str, width: str) -> None:
+def test_fractional_windows_equal_pydicom(rule: str, width: str) -> None:
     from pydicom.pixels import apply_modality_lut, apply_windowing
 
     tags = {"RescaleSlope": "0.001", "RescaleIntercept": "0", "WindowCenter": "2"}
@@ -109,8 +109,8 @@ def test_narrow_windows_of_fractions_are_pydicoms(rule: str, width: str) -> None
     found = pydicom.dcmread(io.BytesIO(ref.data or b""))
     theirs = apply_windowing(apply_modality_lut(found.pixel_array, found), found)
     expected = theirs / (0.001 * 65535) * 255
-    assert np.abs(grey(ref) - expected).max() <= 0.6
-    assert 20 < expected[3, 0] < 235  # not the range of the values, not a threshold
+    assert np.abs(load_grey(ref) - expected).max() <= 0.6
+    assert 20 < expected[3, 0] < 235  # neither the full range nor a threshold
 
 
 @pytest.mark.parametrize(
@@ -118,17 +118,17 @@ def test_narrow_windows_of_fractions_are_pydicoms(rule: str, width: str) -> None
     [(None, "1000", "0.5"), ("LINEAR", "1000", "0"), ("LINEAR_EXACT", "1000", "0"),
      ("SIGMOID", "1000", "-1"), (None, "", "2000"), (None, ["", ""], ["", ""])],
 )  # fmt: skip
-def test_a_window_that_its_rule_forbids_is_none(rule: str | None, center: Any, width: Any) -> None:
+def test_invalid_window_is_ignored(rule: str | None, center: Any, width: Any) -> None:
     ref = dicom(TWELVE, WindowCenter=center, WindowWidth=width, VOILUTFunction=rule)
-    assert (grey(ref) == grey(dicom(TWELVE))).all()
+    assert (load_grey(ref) == load_grey(dicom(TWELVE))).all()
 
 
-def test_the_first_window_that_is_whole_counts() -> None:
+def test_first_complete_window_is_used() -> None:
     several = {"WindowCenter": ["", "1000", "3000"], "WindowWidth": ["50", "2000", "100"]}
     first = {"WindowCenter": "1000", "WindowWidth": "2000"}
-    assert (grey(dicom(TWELVE, **several)) == grey(dicom(TWELVE, **first))).all()
+    assert (load_grey(dicom(TWELVE, **several)) == load_grey(dicom(TWELVE, **first))).all()
     bad = {"WindowCenter": ["5", "1000"], "WindowWidth": ["0", "2000"]}
-    assert (grey(dicom(TWELVE, **bad)) == grey(dicom(TWELVE, **first))).all()
+    assert (load_grey(dicom(TWELVE, **bad)) == load_grey(dicom(TWELVE, **first))).all()
 
 
 @pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
@@ -146,39 +146,39 @@ def test_padding_is_black_and_outside_the_range(
     padded[:, :2] = put
     tags = {"PhotometricInterpretation": kind, "PixelRepresentation": signed, **window}
     padding = {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
-    got = grey(dicom(padded, **tags, **padding))
+    got = load_grey(dicom(padded, **tags, **padding))
     assert (got[:, :2] == 0).all()
-    # The other pixels are as without padding.
-    assert (got[:, 2:] == grey(dicom(np.ascontiguousarray(values[:, 2:]), **tags))).all()
+    # Padding does not change the other pixels.
+    assert (got[:, 2:] == load_grey(dicom(np.ascontiguousarray(values[:, 2:]), **tags))).all()
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.2"])
-def test_padding_and_tables_in_other_encodings(syntax: str) -> None:
+def test_padding_and_tables_of_other_encodings(syntax: str) -> None:
     big = syntax.endswith(".2.2")
     padded = TWELVE.astype(np.int16) - 2000
     padded[0] = -3000
     stored = padded.byteswap() if big else padded
     entries = np.linspace(4095, 0, 4096).round().astype(int).tolist()
-    voi = pydicom.Sequence([table(entries, -2000, 12, packed=">u2" if big else "<u2")])
+    voi = pydicom.Sequence([lookup_table(entries, -2000, 12, packed=">u2" if big else "<u2")])
     for tags in ({}, {"VOILUTSequence": voi}):
         signed = {"PixelRepresentation": 1, "PixelPaddingValue": -3000, **tags}
-        got = grey(dicom(stored, syntax, **signed))
-        expected = grey(dicom(TWELVE[1:]))
+        got = load_grey(dicom(stored, syntax, **signed))
+        expected = load_grey(dicom(TWELVE[1:]))
         assert (got[0] == 0).all()
         top = 255.0 * (4095 - TWELVE[1:]) / (4095 - TWELVE[1, 0]) if tags else expected
         assert np.abs(got[1:] - top).max() <= 1
 
 
-def test_padding_in_the_unused_bits_and_nothing_but_padding() -> None:
+def test_padding_in_unused_bits_and_all_padding() -> None:
     padded = TWELVE.copy()
     padded[0] = 63536  # -2000, in a file of 12 bits
     tags = {"BitsStored": 12, "HighBit": 11, "PixelPaddingValue": 63536}
-    assert (grey(dicom(padded, **tags))[1:] == grey(dicom(TWELVE[1:]))).all()
-    assert (grey(dicom(padded, **tags))[0] == 0).all()
+    assert (load_grey(dicom(padded, **tags))[1:] == load_grey(dicom(TWELVE[1:]))).all()
+    assert (load_grey(dicom(padded, **tags))[0] == 0).all()
     even = np.full((4, 4), 7, np.uint16)
     for kind in ("MONOCHROME1", "MONOCHROME2"):
         all_padding = dicom(even, PixelPaddingValue=7, PhotometricInterpretation=kind)
-        assert (grey(all_padding) == 0).all()
+        assert (load_grey(all_padding) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,11 @@ def test_padding_in_the_unused_bits_and_nothing_but_padding() -> None:
     [("", "", ("1", "0")), ("", "-1000", ("1", "-1000")), ("2", "", ("2", "0")),
      (None, "-1000", ("1", "-1000")), ("2", None, ("2", "0"))],
 )  # fmt: skip
-def test_a_blank_rescale_is_none(slope: Any, intercept: Any, same: tuple[str, str]) -> None:
+def test_blank_rescale_is_the_identity(slope: Any, intercept: Any, same: tuple[str, str]) -> None:
     window = {"WindowCenter": "1000", "WindowWidth": "1500"}
-    got = grey(dicom(TWELVE, RescaleSlope=slope, RescaleIntercept=intercept, **window))
+    got = load_grey(dicom(TWELVE, RescaleSlope=slope, RescaleIntercept=intercept, **window))
     expected = dicom(TWELVE, RescaleSlope=same[0], RescaleIntercept=same[1], **window)
-    assert (got == grey(expected)).all()
+    assert (got == load_grey(expected)).all()
     assert ((got > 0) & (got < 255)).any()
 
 
@@ -203,7 +203,7 @@ def test_values_above_unused_low_bits_and_below_overlays(signed: bool, syntax: s
     noise = np.random.default_rng(0).integers(0, 16, TWELVE.shape, dtype=np.uint16)
     low = (values.view(np.uint16) & 4095) | noise << 12  # an overlay in the four high bits
     high = values.view(np.uint16) << 4 | noise
-    expected = 255.0 - grey(dicom(TWELVE))
+    expected = 255.0 - load_grey(dicom(TWELVE))
     for cells, bit in ((low, 11), (high, 15)):
         ref = dicom(cells, HighBit=bit, **tags)
         if syntax.endswith(".5"):
@@ -212,7 +212,7 @@ def test_values_above_unused_low_bits_and_below_overlays(signed: bool, syntax: s
             buffer = io.BytesIO()
             found.save_as(buffer)
             ref = ImageRef("x", data=buffer.getvalue())
-        assert np.abs(grey(ref) - expected).max() <= 1
+        assert np.abs(load_grey(ref) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_values_above_unused_low_bits_and_below_overlays(signed: bool, syntax: s
     [{"BitsStored": 12, "HighBit": 3}, {"BitsStored": 12, "HighBit": 16},
      {"RescaleSlope": "0", "RescaleIntercept": "0"}, {"VOILUTFunction": "CUBIC"}],
 )  # fmt: skip
-def test_what_cannot_be_shown_is_set_aside(tags: dict) -> None:
+def test_unsupported_tags_are_set_aside(tags: dict) -> None:
     with pytest.raises(RecordError, match=r"HighBit|RescaleSlope|VOILUTFunction") as caught:
         load_image(dicom(TWELVE, **tags))
     assert caught.value.reason == "image-unreadable"
 
 
-def table(entries: list[int], first: int, depth: int, **written: Any) -> pydicom.Dataset:
+def lookup_table(entries: list[int], first: int, depth: int, **written: Any) -> pydicom.Dataset:
     found = pydicom.Dataset()
     found.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries), first, depth])
     packed = np.array(entries, written.get("packed", np.uint16)).tobytes()
@@ -240,14 +240,14 @@ def test_lookup_tables_of_signed_values(first: int, depth: int, packed: Any) -> 
     values = TWELVE.astype(np.int16) - 2000
     most = (1 << depth) - 1
     entries = np.linspace(most, 0, 4096).round().astype(int).tolist()
-    voi = pydicom.Sequence([table(entries, first, depth, packed=packed)])
+    voi = pydicom.Sequence([lookup_table(entries, first, depth, packed=packed)])
     tags = {"PixelRepresentation": 1, "VOILUTSequence": voi}
-    assert np.abs(grey(dicom(values, **tags)) - (255.0 - TWELVE / 4095 * 255)).max() <= 1
+    assert np.abs(load_grey(dicom(values, **tags)) - (255.0 - TWELVE / 4095 * 255)).max() <= 1
     tags = {"PixelRepresentation": 1, "ModalityLUTSequence": voi}
-    assert np.abs(grey(dicom(values, **tags)) - (255.0 - TWELVE / 4095 * 255)).max() <= 1
+    assert np.abs(load_grey(dicom(values, **tags)) - (255.0 - TWELVE / 4095 * 255)).max() <= 1
 
 
-def test_lookup_tables_are_pydicoms() -> None:
+def test_lookup_tables_equal_pydicom() -> None:
     from pydicom.pixels import apply_modality_lut, apply_voi
 
     entries = np.sqrt(np.linspace(0, 65535**2, 3000)).round().astype(int).tolist()
@@ -255,16 +255,16 @@ def test_lookup_tables_are_pydicoms() -> None:
         ("ModalityLUTSequence", apply_modality_lut),
         ("VOILUTSequence", apply_voi),
     ):
-        ref = dicom(TWELVE, **{name: pydicom.Sequence([table(entries, 500, 16)])})
+        ref = dicom(TWELVE, **{name: pydicom.Sequence([lookup_table(entries, 500, 16)])})
         found = pydicom.dcmread(io.BytesIO(ref.data or b""))
         expected = theirs(found.pixel_array, found).astype(float)
         expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
-        assert np.abs(grey(ref) - expected).max() <= 0.6
+        assert np.abs(load_grey(ref) - expected).max() <= 0.6
 
 
 def test_signed_values_and_colour() -> None:
     signed = TWELVE.astype(np.int16) - 2000
-    assert (grey(dicom(signed, PixelRepresentation=1)) == grey(dicom(TWELVE))).all()
+    assert (load_grey(dicom(signed, PixelRepresentation=1)) == load_grey(dicom(TWELVE))).all()
     colour = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
     assert (np.asarray(load_image(dicom(colour))) == colour).all()
 
@@ -280,7 +280,7 @@ def test_signed_values_and_colour() -> None:
         ({"syntax": "1.2.840.10008.1.2.1.99"}, "image-unreadable"),
     ],
 )
-def test_what_is_refused_from_the_header(tags: dict, reason: str) -> None:
+def test_invalid_headers_are_set_aside(tags: dict, reason: str) -> None:
     ref = dicom(TWELVE, **tags)
     for read in (load_image, image_size):
         with pytest.raises(RecordError) as caught:
@@ -289,14 +289,14 @@ def test_what_is_refused_from_the_header(tags: dict, reason: str) -> None:
         assert SECRET not in str(caught.value)
 
 
-def test_pixels_that_are_missing() -> None:
+def test_missing_pixels_are_set_aside() -> None:
     ref = dicom(TWELVE, Rows=100)
     assert image_size(ref) == (8, 100)
     with pytest.raises(RecordError, match="image-unreadable"):
         load_image(ref)
 
 
-def test_without_pydicom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pydicom_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ref = dicom(TWELVE)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(RecordError, match="pip install pydicom") as caught:
@@ -320,13 +320,13 @@ def test_without_pydicom(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1.2.840.10008.1.2.4.100", "MPEG2 Main Profile / Main Level", None),
     ],
 )  # fmt: skip
-def test_a_transfer_syntax_without_a_decoder_names_the_package(
+def test_transfer_syntax_without_a_decoder_names_the_package(
     syntax: str, name: str, remedy: str | None
 ) -> None:
     wanted = f"install {remedy}" if remedy else "convert the file to Explicit VR Little Endian"
     detail = f"No decoder for this transfer syntax ({name}, {syntax}): {wanted}"
     if remedy and any(map(find_spec, ("libjpeg", "openjpeg", "gdcm", "jpeg_ls"))):
-        pytest.skip("decoded by what is installed here")
+        pytest.skip("an installed decoder supports it")
     ref = dicom(TWELVE, syntax, BitsStored=12, HighBit=11)
     for read in (image_size, load_image):
         with pytest.raises(RecordError) as caught:
@@ -334,12 +334,12 @@ def test_a_transfer_syntax_without_a_decoder_names_the_package(
         assert (caught.value.reason, caught.value.detail) == ("no-decoder", detail)
 
 
-def test_a_failed_decoding_says_what_the_decoder_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_decoder_errors_are_reported_without_values(caplog: pytest.LogCaptureFixture) -> None:
     cut = dicom(TWELVE, Rows=100)
     with pytest.raises(RecordError, match="number of bytes of pixel data is less") as caught:
         load_image(cut)
     assert caught.value.reason == "image-unreadable"
-    # A misplaced value can identify a patient, and is not repeated.
+    # A misplaced value can identify a patient, so messages do not repeat it.
     for tag in ("WindowCenter", "RescaleSlope", "VOILUTFunction"):
         tags = {"WindowWidth": "9", "RescaleIntercept": "0", tag: "1234567890123456"}
         raw = dicom(TWELVE, **tags).data or b""

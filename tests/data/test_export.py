@@ -1,4 +1,4 @@
-"""Exports: each format is read back unchanged, or refused with a reason."""
+"""Every exported format is read back unchanged or refused with a reason."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cpo_fast.data.source import Source
 from cpo_fast.errors import DataError
 from cpo_fast.run.corpus import split_preferences
 from cpo_fast.types import ImageRef, Preference
+from tests.data.preference_samples import IMAGE, normalise
 from tests.data.samples import SECRET, dicom, image_bytes, write_mimic
 
 KINDS = {"jsonl": "preferences", "ccf": "ccf", "trl": "trl", "swift": "ms-swift"}
-IMAGE = {"type": "image"}
 
 
 class Given(Source[Preference]):
@@ -40,7 +40,7 @@ class Given(Source[Preference]):
             yield one
 
 
-def there_and_back(
+def export_and_read(
     folder: Path, form: str, *given: Preference
 ) -> tuple[list[Preference], Exported]:
     path = folder / f"rows.{form}.json"
@@ -52,19 +52,8 @@ def there_and_back(
     return found, done
 
 
-def alike(one: Preference) -> Preference:
-    """Without fields of the jsonl format only (id, weight), and with texts as lists of parts."""
-    prompt = tuple(
-        {**m, "content": [{"type": "text", "text": m["content"]}]}
-        if isinstance(m["content"], str) and not one.plain
-        else m
-        for m in one.prompt
-    )
-    return replace(one, id="", weight=1.0, prompt=prompt, patients=())
-
-
 @pytest.fixture
-def pictured(tmp_path: Path) -> Preference:
+def radiograph(tmp_path: Path) -> Preference:
     path = f"files/p10/p10000032/s50414267/{dicom(3)}.jpg"
     return Preference(
         id="s50414267",
@@ -77,7 +66,7 @@ def pictured(tmp_path: Path) -> Preference:
     )
 
 
-def talk(root: Path) -> Preference:
+def converse(root: Path) -> Preference:
     turns = (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Look"}, IMAGE, IMAGE]},
@@ -89,80 +78,80 @@ def talk(root: Path) -> Preference:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_thinking_preferences_come_back(tmp_path: Path, form: str, pictured: Preference) -> None:
-    other = replace(pictured, chosen=pictured.chosen.replace("x", "z"))
-    found, done = there_and_back(tmp_path, form, pictured, other)
-    assert alike(found[0]) == alike(pictured)
-    assert found[0].patients == pictured.patients
+def test_thinking_preferences_round_trip(tmp_path: Path, form: str, radiograph: Preference) -> None:
+    other = replace(radiograph, chosen=radiograph.chosen.replace("x", "z"))
+    found, done = export_and_read(tmp_path, form, radiograph, other)
+    assert normalise(found[0]) == normalise(radiograph)
+    assert found[0].patients == radiograph.patients
     assert (len(found), done.records, done.rejected) == (2, 2, {})
     if form == "jsonl":
-        assert found[0] == pictured
+        assert found[0] == radiograph
     if form == "ccf":
-        assert found[0].id == pictured.id
+        assert found[0].id == radiograph.id
 
 
 @pytest.mark.parametrize("form", ["jsonl", "trl", "swift"])
-def test_conversations_come_back(tmp_path: Path, form: str) -> None:
-    one = talk(tmp_path)
-    ((found,), _) = there_and_back(tmp_path, form, one)
-    assert alike(found) == alike(one)
+def test_conversations_round_trip(tmp_path: Path, form: str) -> None:
+    one = converse(tmp_path)
+    ((found,), _) = export_and_read(tmp_path, form, one)
+    assert normalise(found) == normalise(one)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "trl"])
-def test_plain_text_comes_back(tmp_path: Path, form: str) -> None:
+def test_plain_text_round_trips(tmp_path: Path, form: str) -> None:
     prompt = ({"role": "user", "content": "The heart is"},)
     one = Preference("p", prompt, " large.", (" small.", " clear."), plain=True)
-    ((found,), _) = there_and_back(tmp_path, form, one)
-    assert alike(found) == alike(one)
+    ((found,), _) = export_and_read(tmp_path, form, one)
+    assert normalise(found) == normalise(one)
     with pytest.raises(DataError, match="plain-text: 1"):
         export(Given([one]), tmp_path / "x", "swift")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "swift"])
-def test_answers_with_images_or_a_prompt_of_their_own_come_back(tmp_path: Path, form: str) -> None:
+def test_rejected_images_and_prompts_round_trip(tmp_path: Path, form: str) -> None:
     image, other = ImageRef("a.png", str(tmp_path)), ImageRef("b.png", str(tmp_path))
     seen = Preference("p", question(1), "x", ("x",), (image,), ((other,),), "perception")
-    ((found,), _) = there_and_back(tmp_path, form, seen)
-    assert alike(found) == alike(seen)
-    told = replace(
+    ((found,), _) = export_and_read(tmp_path, form, seen)
+    assert normalise(found) == normalise(seen)
+    own_prompt = replace(
         seen, rejected=("y",), rejected_images=(), source="thinking",
         rejected_prompts=(question(1, "What else?"),),
     )  # fmt: skip
-    ((found,), _) = there_and_back(tmp_path, form, told)
-    assert alike(found) == alike(told)
-    for one, reason in ((seen, "rejected-images"), (told, "prompts-differ")):
+    ((found,), _) = export_and_read(tmp_path, form, own_prompt)
+    assert normalise(found) == normalise(own_prompt)
+    for one, reason in ((seen, "rejected-images"), (own_prompt, "prompts-differ")):
         with pytest.raises(DataError, match=f"{reason}: 1"):
             export(Given([one]), tmp_path / "x", "trl")
 
 
-def test_what_a_format_cannot_hold_is_counted(tmp_path: Path, pictured: Preference) -> None:
-    tagged = replace(pictured, prompt=question(1, "What does <image> show?"))
-    unthought = replace(pictured, chosen=SECRET)
-    elsewhere = replace(pictured, images=(ImageRef("a.png", ""),))
+def test_unsupported_records_are_counted(tmp_path: Path, radiograph: Preference) -> None:
+    tagged = replace(radiograph, prompt=question(1, "What does <image> show?"))
+    without_thought = replace(radiograph, chosen=SECRET)
+    elsewhere = replace(radiograph, images=(ImageRef("a.png", ""),))
     for form, bad, reason in (
         ("swift", tagged, "image-tag-in-text"),
-        ("ccf", unthought, "not-a-thought"),
+        ("ccf", without_thought, "not-a-thought"),
         ("ccf", elsewhere, "not-mimic"),
-        ("ccf", replace(pictured, images=pictured.images * 2), "several-images"),
+        ("ccf", replace(radiograph, images=radiograph.images * 2), "several-images"),
     ):
-        done = export(Given([bad, pictured]), tmp_path / "x", form)
+        done = export(Given([bad, radiograph]), tmp_path / "x", form)
         assert (done.records, done.rejected) == (1, {reason: 1})
 
 
 @pytest.mark.parametrize("form", ["jsonl", "trl"])
-def test_answers_of_several_messages_come_back(tmp_path: Path, form: str) -> None:
+def test_answers_of_several_messages_round_trip(tmp_path: Path, form: str) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "ratio"}]}
     turns = (call, {"role": "tool", "content": "0.6"}, {"role": "assistant", "content": "Large."})
     template = {"tools": [{"name": "ratio"}], "mood": "calm"}
-    one = replace(talk(tmp_path), chosen=turns, rejected=("y", (call,)), template=template)
-    ((found,), _) = there_and_back(tmp_path, form, one)
-    assert alike(found) == alike(one)
+    one = replace(converse(tmp_path), chosen=turns, rejected=("y", (call,)), template=template)
+    ((found,), _) = export_and_read(tmp_path, form, one)
+    assert normalise(found) == normalise(one)
     for bad, reason in ((one, "tools"), (replace(one, template={}), "several-turns")):
         with pytest.raises(DataError, match=f"{reason}: 1"):
             export(Given([bad]), tmp_path / "x", "swift")
 
 
-def test_answers_alone_are_not_compared() -> None:
+def test_answers_without_a_pair_are_for_sft_only() -> None:
     prompts = ({"role": "user", "content": "Why?"},)
     own = Preference("a", prompts, "x", ("y",), rejected_prompts=(prompts,))
     texts = split_preferences([own, replace(own, rejected=(), rejected_prompts=())], 0.0, 1)
@@ -170,7 +159,7 @@ def test_answers_alone_are_not_compared() -> None:
     assert [(one.rejected, one.rejected_prompts) for one in texts.sft["train"]] == [((), ())] * 2
 
 
-def test_studies_become_rows_of_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_studies_are_exported_as_sft_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     studies = [
         {"study": 50000001, "labels": {"Edema": "1.0"}, "report": f" FINDINGS: {SECRET}"},
         {"study": 50000002, "report": None},
@@ -200,9 +189,7 @@ def test_studies_become_rows_of_fine_tuning(tmp_path: Path, capsys: pytest.Captu
     assert rows["ccf"][0]["counterfact"] == {} and rows["ccf"][0]["sid"] == "50000001"
 
 
-def test_image_paths_are_spoken_of_where_there_are_some(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_note_on_image_paths_needs_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for name, more in (("text", {}), ("seen", {"images": ["x.png"]})):
         path = tmp_path / f"{name}.jsonl"
@@ -213,12 +200,12 @@ def test_image_paths_are_spoken_of_where_there_are_some(
         assert said == (name == "seen")
 
 
-def test_what_cannot_be_written(tmp_path: Path, pictured: Preference) -> None:
+def test_failed_export_keeps_the_old_file(tmp_path: Path, radiograph: Preference) -> None:
     with pytest.raises(DataError, match="cannot be written"):
-        export(Given([pictured]), tmp_path / "no/such/folder", "jsonl")
+        export(Given([radiograph]), tmp_path / "no/such/folder", "jsonl")
     before = tmp_path / "rows"
     before.write_text("kept")
     with pytest.raises(DataError, match="not-a-thought"):
-        export(Given([replace(pictured, chosen="x")]), before, "ccf")
+        export(Given([replace(radiograph, chosen="x")]), before, "ccf")
     assert before.read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]

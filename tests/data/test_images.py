@@ -1,4 +1,4 @@
-"""Images: formats and depths, orientation, and every kind of bad file."""
+"""Images: formats, bit depths, orientation, invalid files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.data.samples import image_bytes
 RADIOGRAPHS = Path(__file__).resolve().parents[3] / "shared/data/cxr_images/png"
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> ImageRef:
+def encode(image: Image.Image, format: str = "PNG", **options: object) -> ImageRef:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return ImageRef("x", data=buffer.getvalue())
 
 
-def reason(ref: ImageRef, read=load_image, **options: int) -> str:  # type: ignore[no-untyped-def]
+def find_reason(ref: ImageRef, read=load_image, **options: int) -> str:  # type: ignore[no-untyped-def]
     with pytest.raises(RecordError) as caught:
         read(ref, **options)
     return caught.value.reason
@@ -41,7 +41,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def deep_png(
     values: np.ndarray, colour: int, *, interlaced: bool = False, exif: bytes = b""
 ) -> ImageRef:
-    """A PNG file of 16 bits, [height, width, channels], its rows filtered in all five ways."""
+    """A 16-bit PNG of `values` [height, width, channels] with all five row filters."""
     height, width, channels = values.shape
     step = 2 * channels
     body = b""
@@ -74,21 +74,21 @@ FILM = np.random.default_rng(3).integers(90, 4096, (13, 17), dtype=np.uint16)
 
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_a_film_of_twelve_bits_is_the_same_in_every_mode(
+def test_twelve_bit_image_is_equal_in_every_mode(
     colour: int, channels: int, interlaced: bool
 ) -> None:
     values = np.repeat(FILM[..., None], channels, axis=2)
     if channels in (2, 4):
         values[..., -1] = np.random.default_rng(4).integers(0, 65536, FILM.shape)  # alpha
     ref = deep_png(values, colour, interlaced=interlaced)
-    plain = np.asarray(load_image(encoded(Image.fromarray(FILM))))
+    plain = np.asarray(load_image(encode(Image.fromarray(FILM))))
     expected = (FILM.astype(float) - FILM.min()) * 255 / (int(FILM.max()) - int(FILM.min()))
     assert (np.asarray(load_image(ref)) == plain).all()
     assert np.abs(plain[..., 0] - expected).max() <= 0.5 + 1e-3
     assert load_shades(ref).mode == ("L" if channels < 3 else "RGB")
 
 
-def test_colour_of_sixteen_bits_keeps_its_hue_and_is_turned() -> None:
+def test_sixteen_bit_colour_keeps_its_hue_and_is_rotated() -> None:
     values = np.random.default_rng(5).integers(0, 3000, (6, 9, 3), dtype=np.uint16)
     values[0, 0] = (0, 100, 4095)
     exif = Image.Exif()
@@ -101,18 +101,18 @@ def test_colour_of_sixteen_bits_keeps_its_hue_and_is_turned() -> None:
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_damaged_files_of_sixteen_bits(colour: int, channels: int) -> None:
+def test_damaged_sixteen_bit_files_are_refused(colour: int, channels: int) -> None:
     data = deep_png(np.repeat(FILM[..., None], channels, axis=2), colour).data or b""
     for cut in (60, len(data) // 2, len(data) - 20):
-        assert reason(ImageRef("x", data=data[:cut])) == "image-unreadable"
+        assert find_reason(ImageRef("x", data=data[:cut])) == "image-unreadable"
     damaged = data[:100] + bytes([data[100] ^ 1]) + data[101:]
-    assert reason(ImageRef("x", data=damaged)) == "image-unreadable"
+    assert find_reason(ImageRef("x", data=damaged)) == "image-unreadable"
     short = data.replace(struct.pack(">II", 17, 13), struct.pack(">II", 17, 14))
-    assert reason(ImageRef("x", data=short)) == "image-unreadable"
+    assert find_reason(ImageRef("x", data=short)) == "image-unreadable"
 
 
 def png_header(width: int, height: int, depth: int = 8) -> bytes:
-    """A PNG with a large declared size and almost no data."""
+    """A PNG file that declares a size and has almost no data."""
     header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
     body = zlib.compress(b"\0" * 100)
     return (
@@ -126,55 +126,55 @@ def png_header(width: int, height: int, depth: int = 8) -> bytes:
      ("RGBA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("I;16", "PNG")],
 )  # fmt: skip
 def test_every_mode_becomes_eight_bit_rgb(mode: str, format: str) -> None:
-    ref = encoded(Image.new(mode, (9, 5)), format)
+    ref = encode(Image.new(mode, (9, 5)), format)
     image = load_image(ref)
     assert (image.mode, image.size, image_size(ref)) == ("RGB", (9, 5), (9, 5))
 
 
 def test_grey_keeps_its_values() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    got = np.asarray(load_image(encoded(Image.fromarray(values))))
+    got = np.asarray(load_image(encode(Image.fromarray(values))))
     assert (got == values[..., None]).all()
 
 
 def test_twelve_bits_in_sixteen_are_stretched_not_black() -> None:
     values = np.linspace(100, 4095, 64).round().astype(np.uint16).reshape(8, 8)
-    got = np.asarray(load_image(encoded(Image.fromarray(values))))[..., 0]
+    got = np.asarray(load_image(encode(Image.fromarray(values))))[..., 0]
     expected = (values.astype(float) - 100) * 255 / (4095 - 100)
     assert (got.min(), got.max()) == (0, 255)
     assert np.abs(got - expected).max() <= 0.5 + 1e-3
 
 
-def test_even_sixteen_bit_image_is_black() -> None:
-    got = np.asarray(load_image(encoded(Image.fromarray(np.full((4, 4), 900, np.uint16)))))
+def test_uniform_sixteen_bit_image_is_black() -> None:
+    got = np.asarray(load_image(encode(Image.fromarray(np.full((4, 4), 900, np.uint16)))))
     assert (got == 0).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_exif_orientation(orientation: int, format: str) -> None:
+def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     from PIL import ImageOps
 
     image = Image.fromarray(np.arange(0, 240, 5, dtype=np.uint8).reshape(8, 6))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    ref = encoded(image, format, exif=exif)
+    ref = encode(image, format, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(ref.data or b""))).convert("RGB")
     got = load_image(ref)
     assert got.size == image_size(ref) == expected.size
     assert (np.asarray(got) == np.asarray(expected)).all()
 
 
-def test_size_and_pixels_agree_on_an_orientation_behind_the_pixels() -> None:
+def test_size_and_pixels_agree_on_exif_after_the_pixels() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(Image.new("L", (8, 6))).data or b""
+    data = encode(Image.new("L", (8, 6))).data or b""
     late = data[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:]
     ref = ImageRef("x", data=late)
     assert image_size(ref) == load_image(ref).size
 
 
-def test_a_file_below_its_root(tmp_path: Path) -> None:
+def test_paths_below_the_root_are_read(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.jpg").write_bytes(image_bytes())
     assert image_size(ImageRef("a/x.jpg", str(tmp_path))) == (8, 6)
@@ -183,17 +183,17 @@ def test_a_file_below_its_root(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [load_image, image_size])
-def test_paths_that_leave_the_root(tmp_path: Path, read) -> None:  # type: ignore[no-untyped-def]
+def test_paths_outside_the_root_are_refused(tmp_path: Path, read) -> None:  # type: ignore[no-untyped-def]
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "x.jpg").write_bytes(image_bytes())
     (root / "link.jpg").symlink_to(tmp_path / "x.jpg")
     (tmp_path / "root2").mkdir()
     for path in ("../x.jpg", str(tmp_path / "x.jpg"), "link.jpg", "../root2", "/dev/zero"):
-        assert reason(ImageRef(path, str(root)), read) == "path-outside-root"
+        assert find_reason(ImageRef(path, str(root)), read) == "path-outside-root"
 
 
-def test_a_root_or_its_files_may_be_a_link(tmp_path: Path) -> None:
+def test_root_or_its_files_can_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk/p10").mkdir(parents=True)
     (tmp_path / "disk/p10/x.jpg").write_bytes(image_bytes())
     (tmp_path / "other.jpg").write_bytes(image_bytes())
@@ -207,11 +207,11 @@ def test_a_root_or_its_files_may_be_a_link(tmp_path: Path) -> None:
         assert image_size(ImageRef("files/p10/x.jpg", str(tmp_path / root))) == (8, 6)
         for path in ("files/../other.jpg", "more/x.jpg", "files/../../other.jpg"):
             outside = ImageRef(path, str(tmp_path / root))
-            assert reason(outside, image_size) == "path-outside-root"
+            assert find_reason(outside, image_size) == "path-outside-root"
 
 
 @pytest.mark.parametrize("read", [load_image, image_size])
-def test_what_is_not_an_image_file(tmp_path: Path, read) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_image_files_have_a_reason(tmp_path: Path, read) -> None:  # type: ignore[no-untyped-def]
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.png").touch()
@@ -219,42 +219,42 @@ def test_what_is_not_an_image_file(tmp_path: Path, read) -> None:  # type: ignor
     (tmp_path / "picture.gif").write_bytes(image_bytes(format="GIF"))
     (tmp_path / "start.png").write_bytes(image_bytes(format="PNG")[:20])
 
-    def of(path: str) -> str:
-        return reason(ImageRef(path, str(tmp_path)), read)
+    def fault(path: str) -> str:
+        return find_reason(ImageRef(path, str(tmp_path)), read)
 
-    assert of("pipe") == of("folder") == "image-not-a-file"
-    assert of("") == of("nowhere.png") == of("a\0b") == "image-missing"
-    assert of("empty.png") == "image-empty"
-    assert of("text.png") == of("picture.gif") == of("start.png") == "image-unreadable"
-    assert of("https://example.org/x.png") == of("file:///etc/passwd") == "image-remote"
-    assert reason(ImageRef("/dev/zero"), read) == "image-not-a-file"
-    assert reason(ImageRef("x", data=b""), read) == "image-empty"
-    assert of("x" * 5000) == "image-unreadable"
+    assert fault("pipe") == fault("folder") == "image-not-a-file"
+    assert fault("") == fault("nowhere.png") == fault("a\0b") == "image-missing"
+    assert fault("empty.png") == "image-empty"
+    assert fault("text.png") == fault("picture.gif") == fault("start.png") == "image-unreadable"
+    assert fault("https://example.org/x.png") == fault("file:///etc/passwd") == "image-remote"
+    assert find_reason(ImageRef("/dev/zero"), read) == "image-not-a-file"
+    assert find_reason(ImageRef("x", data=b""), read) == "image-empty"
+    assert fault("x" * 5000) == "image-unreadable"
     with pytest.raises(RecordError) as caught:
         read(ImageRef("secret " * 500, str(tmp_path)))
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_truncated_pixels_are_found_by_decoding(format: str) -> None:
+def test_decoding_finds_truncated_pixels(format: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
-    data = encoded(Image.fromarray(noise), format).data or b""
+    data = encode(Image.fromarray(noise), format).data or b""
     ref = ImageRef("x", data=data[: len(data) // 2])
     assert image_size(ref) == (64, 64)
-    assert reason(ref) == "image-unreadable"
+    assert find_reason(ref) == "image-unreadable"
 
 
 @pytest.mark.parametrize("read", [load_image, image_size])
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000, 2**31 - 1])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_decompression_bombs(read, side: int) -> None:  # type: ignore[no-untyped-def]
-    assert reason(ImageRef("x", data=png_header(side, side)), read) == "image-too-large"
+def test_decompression_bombs_are_refused(read, side: int) -> None:  # type: ignore[no-untyped-def]
+    assert find_reason(ImageRef("x", data=png_header(side, side)), read) == "image-too-large"
 
 
-def test_pixel_limit_is_the_callers() -> None:
-    ref = encoded(Image.new("L", (10, 10)))
+def test_caller_sets_the_pixel_limit() -> None:
+    ref = encode(Image.new("L", (10, 10)))
     assert image_size(ref, max_pixels=100) == (10, 10)
-    assert reason(ref, max_pixels=99) == "image-too-large"
+    assert find_reason(ref, max_pixels=99) == "image-too-large"
 
 
 @settings(max_examples=150)
@@ -274,9 +274,9 @@ def test_damaged_bytes_give_an_image_or_a_reason(format: str, data: st.DataObjec
             assert width > 0 and height > 0
 
 
-def test_real_radiographs() -> None:
+def test_real_radiographs_are_read() -> None:
     if not RADIOGRAPHS.is_dir():
-        pytest.skip("the radiographs of ../shared/data/cxr_images are not there")
+        pytest.skip("../shared/data/cxr_images is missing")
     paths = sorted(RADIOGRAPHS.glob("*.png"))
     assert len(paths) == 24
     for path in paths[:6]:

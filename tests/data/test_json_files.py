@@ -1,4 +1,4 @@
-"""Records from JSON, JSON Lines and Parquet: bounds, and reasons of bad ones."""
+"""Records from JSON and JSON Lines: size limits, reasons of invalid records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cpo_fast.data import json_files
 from cpo_fast.data.json_files import MAX_DEPTH, decode, records
 from cpo_fast.errors import DataError, RecordError
-from tests.data.samples import SECRET
+from tests.data.samples import SECRET, read_all
 
 VALUES = st.recursive(
     st.none()
@@ -31,34 +31,29 @@ VALUES = st.recursive(
 OBJECTS = st.lists(st.dictionaries(st.text(), VALUES, max_size=3), min_size=1, max_size=5)
 
 
-def outcome(path: Path) -> list[Any]:
-    """Objects, and the reasons of invalid records."""
-    return [row.reason if isinstance(row, RecordError) else row for _, row in records(str(path))]
-
-
-def written(tmp_path: Path, data: bytes | str, name: str = "x.json") -> Path:
+def write_file(tmp_path: Path, data: bytes | str, name: str = "x.json") -> Path:
     path = tmp_path / name
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
 
 
-def in_pieces(text: str, size: int) -> list[Any]:
-    """The items of an array read `size` bytes at a time, whatever size is requested."""
+def read_in_pieces(text: str, size: int) -> list[Any]:
+    """The items of an array whose stream returns `size` bytes per read."""
     stream = io.BytesIO(text.encode())
     return [row for _, row in json_files._array_items(lambda _: stream.read(size), "x")]
 
 
 @given(OBJECTS, st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
-def test_an_array_in_pieces_is_what_json_reads(
+def test_array_read_in_pieces_equals_json(
     rows: list, size: int, ascii: bool, indent: int | None
 ) -> None:
     text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
-    assert in_pieces("[" + text[1:], size + 1) == json.loads(text)
+    assert read_in_pieces("[" + text[1:], size + 1) == json.loads(text)
 
 
 @given(st.text(alphabet='[]{},:"\\ \n1a', max_size=40), st.integers(1, 9))
-def test_any_text_ends_and_gives_objects_or_reasons(text: str, size: int) -> None:
-    for row in in_pieces("[" + text, size):
+def test_any_text_gives_objects_or_reasons(text: str, size: int) -> None:
+    for row in read_in_pieces("[" + text, size):
         assert isinstance(row, dict | RecordError)
 
 
@@ -67,20 +62,20 @@ def test_decode_never_fails(data: bytes) -> None:
     assert isinstance(decode(data), dict | RecordError)
 
 
-def test_lines_array_and_compressed_are_the_same(tmp_path: Path) -> None:
+def test_lines_array_and_gzip_are_equal(tmp_path: Path) -> None:
     rows = [{"a": 1}, {"a": "ü\n,]}"}, {"a": [{"b": []}]}]
     lines = "\n".join(map(json.dumps, rows)) + "\n\n"
     for data in (lines, json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False)):
-        assert outcome(written(tmp_path, data)) == rows
-        assert outcome(written(tmp_path, b"\xef\xbb\xbf" + data.encode())) == rows
-        assert outcome(written(tmp_path, gzip.compress(data.encode()), "x.json.gz")) == rows
-    assert outcome(written(tmp_path, "[]")) == []
+        assert read_all(write_file(tmp_path, data)) == rows
+        assert read_all(write_file(tmp_path, b"\xef\xbb\xbf" + data.encode())) == rows
+        assert read_all(write_file(tmp_path, gzip.compress(data.encode()), "x.json.gz")) == rows
+    assert read_all(write_file(tmp_path, "[]")) == []
 
 
-def test_line_numbers(tmp_path: Path) -> None:
-    lines = written(tmp_path, '{"a": 1}\n\nnonsense\n{"a": 2}')
+def test_records_have_line_numbers(tmp_path: Path) -> None:
+    lines = write_file(tmp_path, '{"a": 1}\n\nnonsense\n{"a": 2}')
     assert [number for number, _ in records(str(lines))] == [1, 3, 4]
-    array = written(tmp_path, '[\n {"a":\n 1},\n\n {"a": 2}, {"a": 3}]')
+    array = write_file(tmp_path, '[\n {"a":\n 1},\n\n {"a": 2}, {"a": 3}]')
     assert [number for number, _ in records(str(array))] == [2, 5, 5]
     for size in range(2, 40):
         stream = io.BytesIO(array.read_bytes())
@@ -103,12 +98,12 @@ def test_line_numbers(tmp_path: Path) -> None:
         ('{"a": "\x01"}', "json-invalid"),
     ],
 )
-def test_bad_records_and_the_next_good_one(tmp_path: Path, record: str, reason: str) -> None:
+def test_invalid_record_leaves_its_neighbours(tmp_path: Path, record: str, reason: str) -> None:
     data = record.encode("utf-8", "surrogateescape")
     good = b'{"a": "' + SECRET.encode() + b'"}'
     expected = [{"a": SECRET}, reason, {"a": SECRET}]
-    assert outcome(written(tmp_path, good + b"\n" + data + b"\n" + good)) == expected
-    assert outcome(written(tmp_path, b"[" + b",".join((good, data, good)) + b"]")) == expected
+    assert read_all(write_file(tmp_path, good + b"\n" + data + b"\n" + good)) == expected
+    assert read_all(write_file(tmp_path, b"[" + b",".join((good, data, good)) + b"]")) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,51 +117,53 @@ def test_bad_records_and_the_next_good_one(tmp_path: Path, record: str, reason: 
         ("[", ["json-truncated"]),
     ],
 )
-def test_arrays_that_are_not_whole(tmp_path: Path, text: str, expected: list) -> None:
-    assert outcome(written(tmp_path, text)) == expected
+def test_incomplete_arrays(tmp_path: Path, text: str, expected: list) -> None:
+    assert read_all(write_file(tmp_path, text)) == expected
 
 
-def test_a_million_levels(tmp_path: Path) -> None:
+def test_deep_nesting_is_set_aside(tmp_path: Path) -> None:
     deep = '{"a": ' + "[" * 1_000_000 + "]" * 1_000_000 + "}"
-    assert outcome(written(tmp_path, deep)) == ["json-too-deep"]
-    assert outcome(written(tmp_path, f"[{deep}]")) == ["json-too-deep"]
+    assert read_all(write_file(tmp_path, deep)) == ["json-too-deep"]
+    assert read_all(write_file(tmp_path, f"[{deep}]")) == ["json-too-deep"]
     brackets_in_text = json.dumps({"a": "[" * 1000})
-    assert outcome(written(tmp_path, brackets_in_text)) == [{"a": "[" * 1000}]
+    assert read_all(write_file(tmp_path, brackets_in_text)) == [{"a": "[" * 1000}]
     full = '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
-    assert isinstance(outcome(written(tmp_path, full))[0], dict)
+    assert isinstance(read_all(write_file(tmp_path, full))[0], dict)
 
 
-def test_records_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_beyond_the_limit_are_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(json_files, "_CHUNK", 300)
     long, good = json.dumps({"a": "x" * 5000}), '{"a": 1}'
-    path = written(tmp_path, f"{good}\n{long}\n{good}\n")
-    assert outcome(path) == [{"a": 1}, "record-too-long", {"a": 1}]
+    path = write_file(tmp_path, f"{good}\n{long}\n{good}\n")
+    assert read_all(path) == [{"a": 1}, "record-too-long", {"a": 1}]
     awkward = {"a": ['x"]},\\' * 150, [{"b": "y" * 700}], "\\" * 801], "c": "{" * 999}
     for item in (long, json.dumps(awkward), json.dumps(awkward, indent=1), "[" * 900 + "]" * 900):
         array = f"[{good},\n{item},\n{good}]"
-        assert outcome(written(tmp_path, array)) == [{"a": 1}, "record-too-long", {"a": 1}]
-        assert outcome(written(tmp_path, f"[{item}]")) == ["record-too-long"]
-        lines = [line for line, _ in json_files.records(str(written(tmp_path, array)))]
+        assert read_all(write_file(tmp_path, array)) == [{"a": 1}, "record-too-long", {"a": 1}]
+        assert read_all(write_file(tmp_path, f"[{item}]")) == ["record-too-long"]
+        lines = [line for line, _ in json_files.records(str(write_file(tmp_path, array)))]
         assert lines == [1, 2, array.count("\n") + 1]
-    truncated = outcome(written(tmp_path, f"[{good},{long[:-4]}"))
+    truncated = read_all(write_file(tmp_path, f"[{good},{long[:-4]}"))
     assert truncated == [{"a": 1}, "record-too-long", "json-truncated"]
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     for path, match in (
         (tmp_path / "nowhere.json", "cannot be read"),
         (tmp_path, "not a file"),
         (tmp_path / "pipe.json", "not a file"),
-        (written(tmp_path, " \n\n", "empty.json"), "the file is empty"),
-        (written(tmp_path, f"id,text\n1,{SECRET}", "x.csv"), "neither JSON"),
-        (written(tmp_path, "[{}]".encode("utf-16"), "wide.json"), "neither JSON"),
-        (written(tmp_path, gzip.compress(b'{"a": 1}\n' * 999)[:40], "cut.jsonl.gz"), "damaged"),
-        (written(tmp_path, b"PAR1" + SECRET.encode(), "x.parquet"), "not a readable Parquet"),
+        (write_file(tmp_path, " \n\n", "empty.json"), "the file is empty"),
+        (write_file(tmp_path, f"id,text\n1,{SECRET}", "x.csv"), "neither JSON"),
+        (write_file(tmp_path, "[{}]".encode("utf-16"), "wide.json"), "neither JSON"),
+        (write_file(tmp_path, gzip.compress(b'{"a": 1}\n' * 999)[:40], "cut.jsonl.gz"), "damaged"),
+        (write_file(tmp_path, b"PAR1" + SECRET.encode(), "x.parquet"), "not a readable Parquet"),
     ):
         with pytest.raises(DataError, match=match) as caught:
-            outcome(path)
+            read_all(path)
         assert str(path) in str(caught.value)
         assert SECRET not in str(caught.value)
 
@@ -183,8 +180,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     st.integers(1, 9),
     st.integers(5, 60),
 )
-def test_items_of_any_kind_beyond_the_bound(items: list, chunk: int, bound: int) -> None:
-    """Items around a skipped one are read unchanged."""
+def test_items_around_a_skipped_one_are_unchanged(items: list, chunk: int, bound: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(json_files, "MAX_RECORD_BYTES", bound)
         patch.setattr(json_files, "_CHUNK", chunk)
@@ -198,11 +194,3 @@ def test_items_of_any_kind_beyond_the_bound(items: list, chunk: int, bound: int)
             assert len(json.dumps(item, indent=1)) > bound // 2
         else:
             assert value == item
-
-
-def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [{"a": i, "images": [{"bytes": b"x", "path": None}]} for i in range(40)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    assert outcome(tmp_path / "x.parquet") == rows

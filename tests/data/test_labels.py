@@ -1,4 +1,4 @@
-"""Label policies, and the sentence of the answer with its strict inverse."""
+"""Label policies; the answer sentence and its strict parser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpo_fast.types import FINDINGS
 NAMES = st.lists(st.sampled_from(LABEL_NAMES), min_size=1, unique=True).map(tuple)
 
 
-def test_label_names_are_the_fourteen_and_emphysema() -> None:
+def test_label_names_are_chexperts_and_emphysema() -> None:
     assert (*FINDINGS, "Emphysema") == LABEL_NAMES
 
 
@@ -49,7 +49,7 @@ def test_parse_answer_inverts_answer_and_thought(names: tuple[str, ...], report:
     assert parse_answer(thought(report, names)) == names
 
 
-def test_wording_of_the_paper() -> None:
+def test_thought_has_the_wording_of_the_paper() -> None:
     expected = "<think> FINDINGS: x </think> The disease of this patient is Edema, Fracture."
     assert thought("FINDINGS: x", ["Edema", "Fracture"]) == expected
 
@@ -70,7 +70,7 @@ def test_wording_of_the_paper() -> None:
         "Surely: The disease of this patient is Edema.",
     ],
 )
-def test_what_is_no_proper_answer_parses_to_nothing(text: str) -> None:
+def test_malformed_answer_parses_to_nothing(text: str) -> None:
     assert parse_answer(text) == ()
 
 
@@ -79,7 +79,7 @@ def test_parse_answer_never_fails(text: str) -> None:
     assert set(parse_answer(text)) <= set(LABEL_NAMES)
 
 
-def test_an_answer_needs_a_name() -> None:
+def test_answer_needs_a_name() -> None:
     with pytest.raises(ValueError, match="No Finding"):
         answer(())
 

@@ -1,4 +1,4 @@
-"""The reader of MIMIC-CXR-JPG on small trees of the same layout, written by the tests."""
+"""The reader of MIMIC-CXR-JPG on small synthetic trees."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(root: Path, **options: str) -> tuple[list[Study], dict[str, int]]:
     return studies, source.reasons()
 
 
-def test_a_study_as_it_lies_on_disk(tmp_path: Path) -> None:
+def test_study_has_all_fields(tmp_path: Path) -> None:
     labels = {"Edema": "1.0", "Fracture": "0.0", "Pneumonia": "-1.0"}
     root = write_mimic(
         tmp_path / "m",
@@ -67,7 +67,7 @@ def test_order_is_patient_date_time_study(tmp_path: Path) -> None:
     assert [study.study_id for study in open_studies(str(root))] == [s.study_id for s in studies]
 
 
-def test_views(tmp_path: Path) -> None:
+def test_frontal_or_blank_views_are_chosen(tmp_path: Path) -> None:
     root = write_mimic(
         tmp_path,
         [
@@ -77,18 +77,18 @@ def test_views(tmp_path: Path) -> None:
         ],
     )
 
-    def counts(source: MimicSource) -> dict[str, list[str]]:
+    def list_images(source: MimicSource) -> dict[str, list[str]]:
         return {study.study_id: [ref.path[-12:-4] for ref in study.images] for study in source}
 
     source = MimicSource(str(root))
-    assert counts(source) == {
+    assert list_images(source) == {
         "s50000001": ["00000002", "00000004"],
-        "s50000002": ["00000006", "00000007"],  # blank views replace a frontal one
+        "s50000002": ["00000006", "00000007"],  # blank views are used without a frontal one
     }
     assert source.reasons() == {"no-frontal-image": 1}
 
 
-def test_images_elsewhere(tmp_path: Path) -> None:
+def test_images_in_another_folder(tmp_path: Path) -> None:
     root = write_mimic(tmp_path / "m", [{"study": 50000001}])
     (tmp_path / "small").mkdir()
     shutil.move(root / "files", tmp_path / "small")
@@ -100,7 +100,7 @@ def test_images_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".dcm"])
-def test_images_of_another_kind(tmp_path: Path, suffix: str) -> None:
+def test_images_in_another_format(tmp_path: Path, suffix: str) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
     for path in root.rglob("*.jpg"):
         path.rename(path.with_suffix(suffix))
@@ -108,7 +108,7 @@ def test_images_of_another_kind(tmp_path: Path, suffix: str) -> None:
     assert study.images[0].path.endswith(f"{dicom(1)}{suffix}")
 
 
-def test_files_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
+def test_files_can_be_a_link_to_another_disk(tmp_path: Path) -> None:
     root = write_mimic(tmp_path / "m", [{"study": 50000001}])
     (root / "files").rename(tmp_path / "disk")
     (root / "files").symlink_to(tmp_path / "disk")
@@ -116,7 +116,7 @@ def test_files_may_be_a_link_to_another_disk(tmp_path: Path) -> None:
     assert image_size(study.images[0]) == (8, 6)
 
 
-def test_both_labellers_and_unpacked_tables(tmp_path: Path) -> None:
+def test_negbio_labels_and_unpacked_tables(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}], labeller="negbio")
     packed = root / TABLE.format("split")
     packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
@@ -125,7 +125,7 @@ def test_both_labellers_and_unpacked_tables(tmp_path: Path) -> None:
     assert studies[0].labels == {"No Finding": 1}
 
 
-def test_a_study_without_labels_is_read(tmp_path: Path) -> None:
+def test_study_without_labels_is_read(tmp_path: Path) -> None:
     root = write_mimic(
         tmp_path, [{"study": 50000001, "labels": None}, {"study": 50000002, "labels": {}}]
     )
@@ -134,7 +134,7 @@ def test_a_study_without_labels_is_read(tmp_path: Path) -> None:
     assert reasons == {}
 
 
-def test_studies_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
+def test_unusable_studies_are_set_aside(tmp_path: Path) -> None:
     root = write_mimic(
         tmp_path,
         [
@@ -163,7 +163,7 @@ def test_studies_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
     assert SECRET not in str(source.rejected)
 
 
-def test_rows_that_repeat_or_contradict(tmp_path: Path) -> None:
+def test_repeated_and_conflicting_rows_are_set_aside(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}, {"study": 50000002}])
     rows = [
         (dicom(1), 50000001, 10000032, "train"),
@@ -180,8 +180,8 @@ def test_rows_that_repeat_or_contradict(tmp_path: Path) -> None:
     assert reasons == {"bad-id": 2, "duplicate-id": 1, "conflicting-row": 1, "bad-split": 1}
 
 
-def rewritten(root: Path, name: str, change: Callable[[list[str]], list[str]]) -> Path:
-    """The tree with each row of a table (without its header) changed."""
+def rewrite_table(root: Path, name: str, change: Callable[[list[str]], list[str]]) -> Path:
+    """Apply `change` to every row of a table, except its header."""
     path = root / TABLE.format(name)
     with gzip.open(path, "rt", newline="") as file:
         header, *rows = csv.reader(file)
@@ -193,7 +193,7 @@ def rewritten(root: Path, name: str, change: Callable[[list[str]], list[str]]) -
     "written", ["{}.0", " {} ", "{}.00", "s{}", "S{}", '"{}"', ' "{}.0" ', "'{}", '="{}"']
 )
 @pytest.mark.parametrize("name", ["split", "metadata", "chexpert"])
-def test_ids_as_spreadsheets_write_them(tmp_path: Path, name: str, written: str) -> None:
+def test_ids_in_spreadsheet_spelling(tmp_path: Path, name: str, written: str) -> None:
     studies = [{"study": 51234567, "labels": {"Edema": "1.0"}, "split": "test", "views": ("AP",)},
                {"study": 50000002, "labels": {"Fracture": "-1.0"}, "date": "21790101"}]  # fmt: skip
     plain, _ = read(write_mimic(tmp_path / "a", studies))
@@ -203,7 +203,7 @@ def test_ids_as_spreadsheets_write_them(tmp_path: Path, name: str, written: str)
                 else f' "{cell}" ' if "-" in cell and len(cell) == 44 else cell
                 for cell in row]  # fmt: skip
 
-    changed, reasons = read(rewritten(write_mimic(tmp_path / "b", studies), name, change))
+    changed, reasons = read(rewrite_table(write_mimic(tmp_path / "b", studies), name, change))
     assert [(s.study_id, s.patient_id, s.labels, s.split, s.date) for s in changed] == [
         (s.study_id, s.patient_id, s.labels, s.split, s.date) for s in plain
     ]
@@ -211,13 +211,13 @@ def test_ids_as_spreadsheets_write_them(tmp_path: Path, name: str, written: str)
     assert all(study.labels for study in changed)
 
 
-def test_an_id_that_is_none_is_set_aside_with_its_line(tmp_path: Path) -> None:
+def test_invalid_id_is_set_aside_with_its_line(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}, {"study": 50000002}])
 
     def change(row: list[str]) -> list[str]:
         return [SECRET if cell == "50000002" else cell for cell in row]
 
-    rewritten(root, "chexpert", change)
+    rewrite_table(root, "chexpert", change)
     source = open_studies(str(root))
     assert [study.labels for study in source] == [{"No Finding": 1}, {}]
     ((file, line, id, reason),) = [(r.file, r.line, r.id, r.reason) for r in source.rejected]
@@ -229,7 +229,7 @@ def test_an_id_that_is_none_is_set_aside_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "why"), [("5.12E+07", "from line 2 on"), (None, "its ids differ")]
 )
-def test_a_table_that_matches_no_study(
+def test_table_that_matches_no_study_is_named(
     tmp_path: Path, name: str, other: str | None, why: str
 ) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}, {"study": 50000002}])
@@ -238,10 +238,10 @@ def test_a_table_that_matches_no_study(
         return [other or cell.replace("000000", "999999") for cell in row]
 
     with pytest.raises(DataError, match=rf"{name}\.csv\.gz: no row matches a study.*{why}"):
-        open_studies(str(rewritten(root, name, change)))
+        open_studies(str(rewrite_table(root, name, change)))
 
 
-def test_the_test_set_labelled_by_radiologists_is_no_table_of_labels(tmp_path: Path) -> None:
+def test_radiologist_test_set_is_not_a_label_table(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
     (root / "mimic-cxr-2.1.0-test-set-labeled.csv").write_text("study_id,Airspace Opacity\n5,1\n")
     assert [study.labels for study in read(root)[0]] == [{"No Finding": 1}]
@@ -251,7 +251,7 @@ def test_the_test_set_labelled_by_radiologists_is_no_table_of_labels(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["split", "metadata", "chexpert"])
-def test_a_missing_table(tmp_path: Path, name: str) -> None:
+def test_missing_table_is_named(tmp_path: Path, name: str) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
     (root / TABLE.format(name)).unlink()
     with pytest.raises(DataError, match=rf"no mimic-cxr-2\.0\.0-{name}\.csv\.gz.*beside"):
@@ -262,7 +262,7 @@ def test_a_missing_table(tmp_path: Path, name: str) -> None:
     ("name", "column"),
     [("split", "subject_id"), ("metadata", "ViewPosition"), ("chexpert", "Pleural Other")],
 )
-def test_a_missing_column(tmp_path: Path, name: str, column: str) -> None:
+def test_missing_column_is_named(tmp_path: Path, name: str, column: str) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
     path = root / TABLE.format(name)
     text = gzip.decompress(path.read_bytes()).decode().replace(column, "other", 1)
@@ -283,26 +283,26 @@ def test_a_missing_column(tmp_path: Path, name: str, column: str) -> None:
     ],
     ids=["not gzip", "cut off", "not UTF-8", "a line of 2 MB", "an open quote", "empty"],
 )
-def test_a_damaged_table(tmp_path: Path, data: bytes) -> None:
+def test_damaged_table_is_named(tmp_path: Path, data: bytes) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
     (root / TABLE.format("split")).write_bytes(data)
     with pytest.raises(DataError, match=r"split\.csv\.gz: "):
         list(open_studies(str(root)))
 
 
-def test_a_table_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}])
     path = root / TABLE.format("split")
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + gzip.decompress(path.read_bytes())))
     assert len(read(root)[0]) == 1
 
 
-def test_no_study_at_all(tmp_path: Path) -> None:
+def test_empty_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no study"):
         list(open_studies(str(write_mimic(tmp_path, []))))
 
 
-def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
+def test_unknown_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         open_studies(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="empty"):
@@ -323,7 +323,7 @@ def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
         open_studies("open-i", image_root=str(tmp_path / "nowhere"))
 
 
-def test_reading_again_gives_the_same(tmp_path: Path) -> None:
+def test_second_reading_is_equal(tmp_path: Path) -> None:
     root = write_mimic(tmp_path, [{"study": 50000001}, {"study": 50000002, "report": None}])
     source = open_studies(str(root))
     first, rejected = list(source), list(source.rejected)
@@ -337,7 +337,7 @@ def test_rule_of_the_authors_is_passed_on(tmp_path: Path) -> None:
     assert reasons == {"no-findings-or-impression": 1}
 
 
-def test_the_phantom_is_read_by_the_same_reader(tmp_path: Path) -> None:
+def test_mimic_reader_reads_the_phantom(tmp_path: Path) -> None:
     from cpo_fast.phantom import write_phantom
 
     root = write_phantom(tmp_path / "phantom", num_studies=12, seed=3)
@@ -356,7 +356,7 @@ def test_every_label_column_is_read(tmp_path: Path) -> None:
 
 @settings(max_examples=100)
 @given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_are_rows_or_an_error(data: bytes, header: bool) -> None:
+def test_any_bytes_give_rows_or_an_error(data: bytes, header: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.csv"
         path.write_bytes((b"a,b\n" if header else b"") + data)

@@ -1,4 +1,4 @@
-"""The cached index of MIMIC-CXR: private, and rebuilt when a table changes."""
+"""The cached index of MIMIC-CXR is private and rebuilt when a table changes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def read(root: Path) -> tuple[list[Study], dict[str, int]]:
     return list(source), source.reasons()
 
 
-def refused(*_: object) -> None:
+def fail(*_: object) -> None:
     raise AssertionError("the tables are read again")
 
 
-def test_a_kept_index_says_what_the_tables_say(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_index_equals_the_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read(root)
     assert first[1] == {"bad-label": 2, "report-missing": 1}
-    kept = cache_file(str(root / SPLIT))
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
-    monkeypatch.setattr(mimic_index, "build_index", refused)
+    cached = cache_file(str(root / SPLIT))
+    assert stat.S_IMODE(cached.stat().st_mode) == 0o600
+    assert stat.S_IMODE(cached.parent.stat().st_mode) == 0o700
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+    monkeypatch.setattr(mimic_index, "build_index", fail)
     assert read(root) == first
     linked = root.parent / "link"
     linked.symlink_to(root)
@@ -56,7 +56,7 @@ def test_a_kept_index_says_what_the_tables_say(root: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["split", "metadata", "chexpert"])
-def test_a_changed_table_is_read_again(
+def test_changed_table_is_read_again(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     first = read(root)
@@ -64,15 +64,15 @@ def test_a_changed_table_is_read_again(
     was = table.stat()
     os.utime(table, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
     with monkeypatch.context() as patch:
-        patch.setattr(mimic_index, "build_index", refused)
+        patch.setattr(mimic_index, "build_index", fail)
         with pytest.raises(AssertionError):
             read(root)
     assert read(root) == first
-    monkeypatch.setattr(mimic_index, "build_index", refused)
+    monkeypatch.setattr(mimic_index, "build_index", fail)
     assert read(root) == first
 
 
-def test_new_rows_are_seen(root: Path) -> None:
+def test_new_rows_are_read(root: Path) -> None:
     read(root)
     rows = [(dicom(1), 50000001, 10000032, "validate")]
     write_csv(root / SPLIT, ("dicom_id", "study_id", "subject_id", "split"), rows)
@@ -80,31 +80,29 @@ def test_new_rows_are_seen(root: Path) -> None:
     assert study.split == "validate"
 
 
-def test_a_damaged_or_foreign_cache_is_made_anew(root: Path) -> None:
+def test_damaged_or_foreign_cache_is_rebuilt(root: Path) -> None:
     first = read(root)
-    kept = cache_file(str(root / SPLIT))
-    whole = kept.read_bytes()
-    with np.load(kept) as arrays:
+    cached = cache_file(str(root / SPLIT))
+    whole = cached.read_bytes()
+    with np.load(cached) as arrays:
         short = {name: arrays[name] for name in arrays.files} | {"view": np.zeros(1, np.uint8)}
     for data in (b"", b"no zip", whole[: len(whole) // 2], pickle.dumps({"key": 1})):
-        kept.write_bytes(data)
+        cached.write_bytes(data)
         assert read(root) == first
-        assert kept.stat().st_size == len(whole)
-    np.savez(kept, **short)
+        assert cached.stat().st_size == len(whole)
+    np.savez(cached, **short)
     assert read(root) == first
-    np.savez(kept, **(short | {"key": np.array([{"an": "object"}], dtype=object)}))
+    np.savez(cached, **(short | {"key": np.array([{"an": "object"}], dtype=object)}))
     assert read(root) == first
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_cache_is_skipped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "file"))
     assert len(read(root)[0]) == 2
 
 
-def test_small_tables_leave_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_tables_are_not_cached(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mimic_index, "MIN_CACHED_BYTES", 1_000_000)
     read(root)
     assert not cache_file(str(root / SPLIT)).exists()

@@ -34,7 +34,7 @@ def citation(
 
 
 class Whole:
-    """All of Open-I; its own type so that a failing test prints no report."""
+    """All of Open-I, in a class so that a failing test prints no report."""
 
     def __init__(self) -> None:
         self.source = open_studies("open-i")
@@ -64,7 +64,7 @@ def test_labels_of_the_whole_collection(whole: Whole) -> None:
     for study in studies:
         present.update(name for name, value in study.labels.items() if value)
     assert present == {
-        "No Finding": 1363,  # 1391 reports are indexed normal; the 28 set aside are among them
+        "No Finding": 1363,  # 1391 reports are indexed as normal, 28 of them have no text
         "Lung Opacity": 564,
         "Cardiomegaly": 375,
         "Atelectasis": 332,
@@ -84,7 +84,7 @@ def test_splits_of_the_whole_collection(whole: Whole) -> None:
     assert share == pytest.approx({"train": 0.8, "validate": 0.1, "test": 0.1}, abs=0.02)
 
 
-def test_images_are_the_frontal_ones_where_views_are_known(tmp_path: Path, whole: Whole) -> None:
+def test_frontal_images_are_chosen_where_views_are_known(tmp_path: Path, whole: Whole) -> None:
     source = open_studies("open-i", image_root=str(tmp_path))
     images = {study.study_id: [ref.path for ref in study.images] for study in source}
     assert Counter(map(len, images.values())) == {1: 3773, 0: 101, 2: 49, 3: 4}
@@ -97,7 +97,7 @@ def test_rule_of_the_authors_needs_findings(whole: Whole) -> None:
     assert source.reasons() == {"no-findings-or-impression": 530}
 
 
-def test_reports_written_as_in_mimic_are_parsed_back(whole: Whole) -> None:
+def test_reports_in_mimic_layout_are_parsed_back(whole: Whole) -> None:
     def section(name: str, body: str) -> str:
         return "\n".join(
             wrap(f"{name}: {body}", 79, initial_indent=" ", subsequent_indent=" ",
@@ -112,11 +112,11 @@ def test_reports_written_as_in_mimic_are_parsed_back(whole: Whole) -> None:
         parts += [section(name, body) for name, body in named if body]
         if parse_report(" " * 33 + "FINAL REPORT\n" + "\n\n".join(parts) + "\n") != report:
             changed.append(study.study_id)
-    # One report repeats a header within its impression, and wrapping moves it to a new line.
+    # One report repeats a header in its impression; wrapping puts it on a new line.
     assert len(changed) <= 1
 
 
-def test_archive_and_folder_give_the_same(whole: Whole, tmp_path: Path) -> None:
+def test_archive_and_folder_are_equal(whole: Whole, tmp_path: Path) -> None:
     studies = whole.studies
     with tarfile.open(installed_file()) as archive:
         members = list(islice(archive, 1, 41))
@@ -127,13 +127,13 @@ def test_archive_and_folder_give_the_same(whole: Whole, tmp_path: Path) -> None:
     assert all(same)
 
 
-def test_the_split_hangs_on_the_id_alone() -> None:
-    # Pinned: another split would leak test studies into the training of an earlier checkpoint.
+def test_split_depends_only_on_the_id() -> None:
+    # With another split, test studies would be in the training data of earlier checkpoints.
     splits = {"CXR1": "train", "CXR7": "test", "CXR14": "validate", "CXR40": "test"}
     assert {name: split_of(name) for name in splits} == splits
 
 
-def test_major_terms() -> None:
+def test_labels_of_mesh_terms() -> None:
     labels = mesh_labels(["Opacity/lung/base/left", "Pulmonary Congestion", "Nodule/lung"])
     assert {name for name, value in labels.items() if value} == {"Lung Opacity", "Edema"}
     assert labels["Pneumonia"] == labels["No Finding"] == 0
@@ -143,7 +143,7 @@ def test_major_terms() -> None:
     assert not any(mesh_labels(["Lung/hyperdistention", "Catheters/pneumonia"]).values())
 
 
-def test_self_written_reports(tmp_path: Path) -> None:
+def test_synthetic_reports(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text(citation("CXR1", "Clear\n  lungs.", "", ("Emphysema/mild",)))
     (tmp_path / "b.xml").write_text(citation("CXR2", "", "Normal &lt; XXXX.", ("normal",)))
     (tmp_path / "c.xml").write_text(citation("CXR3", "", " \n", ("normal",)))
@@ -182,7 +182,7 @@ BOMB = (
         ('<?xml version="1.0" encoding="klingon"?><a/>', "xml-unreadable"),
     ],
 )
-def test_hostile_xml(tmp_path: Path, data: str, reason: str) -> None:
+def test_hostile_xml_is_set_aside(tmp_path: Path, data: str, reason: str) -> None:
     with pytest.raises(RecordError) as caught:
         parse_xml(data.encode())
     assert caught.value.reason == reason
@@ -196,14 +196,14 @@ def test_hostile_xml(tmp_path: Path, data: str, reason: str) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_xml_or_a_reason(data: bytes) -> None:
+def test_any_bytes_are_parsed_or_have_a_reason(data: bytes) -> None:
     try:
         parse_xml(data)
     except RecordError as error:
         assert error.reason.startswith("xml-")
 
 
-def archive(path: Path, *texts: str) -> str:
+def write_archive(path: Path, *texts: str) -> str:
     with tarfile.open(path, "w:gz") as tar:
         link = tarfile.TarInfo("ecgen/link.xml")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -215,13 +215,13 @@ def archive(path: Path, *texts: str) -> str:
     return str(path)
 
 
-def test_archives(tmp_path: Path) -> None:
-    good = archive(tmp_path / "r.tgz", citation(findings="Clear."), "<bad")
+def test_archives_are_read_or_named(tmp_path: Path) -> None:
+    good = write_archive(tmp_path / "r.tgz", citation(findings="Clear."), "<bad")
     source = open_studies(good)
     assert [study.study_id for study in source] == ["CXR9"]
     assert (source.read, source.reasons()) == (2, {"xml-unreadable": 1})
     with pytest.raises(DataError, match="has no study"):
-        list(open_studies(archive(tmp_path / "none.tgz")))
+        list(open_studies(write_archive(tmp_path / "none.tgz")))
     half = Path(good).read_bytes()
     (tmp_path / "half.tgz").write_bytes(half[: len(half) // 2])
     (tmp_path / "no.tgz").write_text(SECRET)
@@ -231,7 +231,7 @@ def test_archives(tmp_path: Path) -> None:
         assert SECRET not in str(caught.value)
 
 
-def test_without_the_wheel_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wheel_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpo_fast.data.openi._WHEEL", "no-such-distribution")
     with pytest.raises(DataError, match="pip install --no-deps torchxrayvision"):
         open_studies("open-i")

@@ -1,4 +1,4 @@
-"""Token ids equal those of trl's DPOTrainer for the same rows; its own code is the oracle."""
+"""Token ids equal those of trl's DPOTrainer for the same rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTS = {
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def said(text: str) -> list[dict[str, str]]:
+def reply(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -42,40 +42,44 @@ TEMPLATE = """
 {%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""Renders tools, options and calls, and a turn differently once another follows."""
+"""Renders tools, options and calls; renders a turn differently if another one follows."""
 
 
 TEXT_ROWS: dict[str, dict[str, Any]] = {
     "conversation": {
         "prompt": [SYSTEM, USER],
-        "chosen": said("Cardiomegaly."),
-        "rejected": said("Lungs are clear."),
+        "chosen": reply("Cardiomegaly."),
+        "rejected": reply("Lungs are clear."),
     },
-    "parts": {"prompt": [PARTS], "chosen": said("Effusion"), "rejected": said("Edema ")},
+    "parts": {"prompt": [PARTS], "chosen": reply("Effusion"), "rejected": reply("Edema ")},
     "turns": {
-        "prompt": [USER, *said("Which?"), USER],
-        "chosen": said(" a"),
-        "rejected": said("b "),
+        "prompt": [USER, *reply("Which?"), USER],
+        "chosen": reply(" a"),
+        "rejected": reply("b "),
     },
-    "new-line-first": {"prompt": [USER], "chosen": said("\n\nEdema"), "rejected": said("\nNone")},
-    "implicit": {"chosen": [USER, *said("Enlarged.")], "rejected": [USER, *said("Clear.")]},
+    "new-line-first": {"prompt": [USER], "chosen": reply("\n\nEdema"), "rejected": reply("\nNone")},
+    "implicit": {"chosen": [USER, *reply("Enlarged.")], "rejected": [USER, *reply("Clear.")]},
     "implicit-longer": {
-        "chosen": [USER, *said("Enlarged.")],
-        "rejected": [USER, *said("Enlarged."), USER, *said("Clear.")],
+        "chosen": [USER, *reply("Enlarged.")],
+        "rejected": [USER, *reply("Enlarged."), USER, *reply("Clear.")],
     },
     "several-messages": {
         "prompt": [SYSTEM, USER],
-        "chosen": [*said("Which view?"), USER, *said("Cardiomegaly.")],
-        "rejected": [*said(" Clear."), USER],
+        "chosen": [*reply("Which view?"), USER, *reply("Cardiomegaly.")],
+        "rejected": [*reply(" Clear."), USER],
     },
     "implicit-turns": {
-        "chosen": [USER, *said("Which?"), USER, *said("Edema."), USER, *said("Large.")],
-        "rejected": [USER, *said("Which?"), USER, *said("Clear."), USER, *said("Small.")],
+        "chosen": [USER, *reply("Which?"), USER, *reply("Edema."), USER, *reply("Large.")],
+        "rejected": [USER, *reply("Which?"), USER, *reply("Clear."), USER, *reply("Small.")],
     },
-    "goes-on": {"prompt": [USER, *said("The")], "chosen": said("heart"), "rejected": said("lung")},
+    "go-on": {
+        "prompt": [USER, *reply("The")],
+        "chosen": reply("heart"),
+        "rejected": reply("lung"),
+    },
     "tools": {
         "prompt": [USER],
-        "chosen": [CALL, {"role": "tool", "content": "0.6"}, *said("Enlarged.")],
+        "chosen": [CALL, {"role": "tool", "content": "0.6"}, *reply("Enlarged.")],
         "rejected": [CALL],
         "tools": json.dumps([TOOL]),
         "chat_template_kwargs": {"mood": "calm"},
@@ -88,7 +92,7 @@ TEXT_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs(row: dict[str, Any], words: Any) -> tuple[list[int], list[int], list[int]]:
+def encode_with_trl(row: dict[str, Any], tok: Any) -> tuple[list[int], list[int], list[int]]:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -96,44 +100,46 @@ def theirs(row: dict[str, Any], words: Any) -> tuple[list[int], list[int], list[
         output_dir="unused", max_length=None, use_cpu=True, bf16=False, report_to="none"
     )
     made = DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=words),
+        SimpleNamespace(_tokenizer=tok),
         Dataset.from_list([row]),
-        words,
+        tok,
         config,
         "train",
     )[0]
     return made["prompt_ids"], made["chosen_ids"], made["rejected_ids"]
 
 
-def ours(folder: Path, row: dict[str, Any], words: Any) -> tuple[list[int], list[int], list[int]]:
+def encode_ours(
+    folder: Path, row: dict[str, Any], tok: Any
+) -> tuple[list[int], list[int], list[int]]:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row))
     source = open_preferences(str(path), dataset_format="trl")
     found = list(source)
     assert source.rejected == []
-    group = encode(found[0], words, images().grid, max_length=5000)
+    group = encode(found[0], tok, images().grid, max_length=5000)
     return list(group.prompt.input_ids), list(group.chosen), list(group.rejected[0])
 
 
-@pytest.mark.slow  # importing trl is
+@pytest.mark.slow  # importing trl is slow
 @pytest.mark.parametrize("name", TEXT_ROWS)
-def test_text(tmp_path: Path, name: str) -> None:
+def test_text_ids_equal_trl(tmp_path: Path, name: str) -> None:
     row = TEXT_ROWS[name]
-    prompt, chosen, rejected = ours(tmp_path, row, tokenizer())
-    assert (prompt, chosen, rejected) == theirs(row, tokenizer())
+    prompt, chosen, rejected = encode_ours(tmp_path, row, tokenizer())
+    assert (prompt, chosen, rejected) == encode_with_trl(row, tokenizer())
     if name == "strings-that-merge":
-        assert prompt != tokenizer()(row["prompt"])["input_ids"]  # otherwise the case is trivial
+        assert prompt != tokenizer()(row["prompt"])["input_ids"]  # the two merge
 
 
 @pytest.mark.slow
-def test_a_template_that_shows_tools_and_rewrites_earlier_turns(tmp_path: Path) -> None:
-    words = copy.deepcopy(tokenizer())
-    words.chat_template = TEMPLATE
-    for name in ("tools", "several-messages", "goes-on", "turns"):
+def test_template_with_tools_and_rewritten_turns(tmp_path: Path) -> None:
+    tok = copy.deepcopy(tokenizer())
+    tok.chat_template = TEMPLATE
+    for name in ("tools", "several-messages", "go-on", "turns"):
         row = TEXT_ROWS[name]
-        assert ours(tmp_path, row, words) == theirs(row, words), name
-    _, chosen, _ = ours(tmp_path, TEXT_ROWS["tools"], words)
-    assert "ratio" in words.decode(chosen)
+        assert encode_ours(tmp_path, row, tok) == encode_with_trl(row, tok), name
+    _, chosen, _ = encode_ours(tmp_path, TEXT_ROWS["tools"], tok)
+    assert "ratio" in tok.decode(chosen)
 
 
 qwen = rebuilt  # a fixture
@@ -142,36 +148,40 @@ SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 IMAGE_ROWS: dict[str, dict[str, Any]] = {
     "conversation": {
         "prompt": [SYSTEM, USER],
-        "chosen": said("Cardiomegaly."),
-        "rejected": said("Clear."),
+        "chosen": reply("Cardiomegaly."),
+        "rejected": reply("Clear."),
     },
-    "placed": {
+    "image-last": {
         "prompt": [{"role": "user", "content": [{"type": "text", "text": "The heart"}, IMAGE]}],
-        "chosen": said("\nEdema"),
-        "rejected": said("Clear."),
+        "chosen": reply("\nEdema"),
+        "rejected": reply("Clear."),
     },
     "several-messages": {
         "prompt": [USER],
-        "chosen": [*said("Which view?"), USER, *said("Cardiomegaly.")],
-        "rejected": [*said("Clear."), USER],
+        "chosen": [*reply("Which view?"), USER, *reply("Cardiomegaly.")],
+        "rejected": [*reply("Clear."), USER],
     },
-    "goes-on": {"prompt": [USER, *said("The")], "chosen": said("heart"), "rejected": said("lung")},
+    "go-on": {
+        "prompt": [USER, *reply("The")],
+        "chosen": reply("heart"),
+        "rejected": reply("lung"),
+    },
     "strings": {"prompt": f"{SEEN}The heart is", "chosen": " enlarged.", "rejected": " clear."},
 }
 
 
-def compare_images(folder: Path, row: dict[str, Any], words: Any, *, seen: bool = True) -> None:
+def assert_equals_trl(folder: Path, row: dict[str, Any], tok: Any, *, seen: bool = True) -> None:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     from cpo_fast.data.images import load_image
     from cpo_fast.testing.trl_oracle import processor
 
     picture = image(100, 80)
-    collator = DataCollatorForVisionPreference(processor=processor(words, images()))
+    collator = DataCollatorForVisionPreference(processor=processor(tok, images()))
     batch = collator([{**row, "images": [load_image(picture)] if seen else []}])
     data = base64.b64encode(picture.data or b"").decode()
     given = {**row, "images": [{"bytes": data, "path": None}] if seen else []}
-    prompt, chosen, rejected = ours(folder, given, words)
+    prompt, chosen, rejected = encode_ours(folder, given, tok)
     for place, answer in enumerate((chosen, rejected)):
         kept = batch["attention_mask"][place].bool()
         scored = batch["completion_mask"][place].bool()
@@ -181,19 +191,19 @@ def compare_images(folder: Path, row: dict[str, Any], words: Any, *, seen: bool 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGE_ROWS)
-def test_images(tmp_path: Path, name: str) -> None:
-    compare_images(tmp_path, IMAGE_ROWS[name], tokenizer())
+def test_image_ids_equal_trl(tmp_path: Path, name: str) -> None:
+    assert_equals_trl(tmp_path, IMAGE_ROWS[name], tokenizer())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["conversation", "goes-on", "new-line-first", "strings"])
-def test_a_row_without_images_in_a_file_that_has_some(tmp_path: Path, qwen: Any, name: str) -> None:
-    compare_images(tmp_path, TEXT_ROWS[name], qwen, seen=False)
+@pytest.mark.parametrize("name", ["conversation", "go-on", "new-line-first", "strings"])
+def test_row_without_images_in_a_file_with_images(tmp_path: Path, qwen: Any, name: str) -> None:
+    assert_equals_trl(tmp_path, TEXT_ROWS[name], qwen, seen=False)
 
 
 @pytest.mark.slow
-def test_all_of_them_with_the_vocabulary_of_qwen(tmp_path: Path, qwen: Any) -> None:
+def test_all_rows_with_qwens_vocabulary(tmp_path: Path, qwen: Any) -> None:
     for row in TEXT_ROWS.values():
-        assert ours(tmp_path, row, qwen) == theirs(row, qwen)
+        assert encode_ours(tmp_path, row, qwen) == encode_with_trl(row, qwen)
     for row in IMAGE_ROWS.values():
-        compare_images(tmp_path, row, qwen)
+        assert_equals_trl(tmp_path, row, qwen)

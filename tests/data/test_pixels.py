@@ -15,7 +15,7 @@ theirs = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_
 
 
 @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 40), st.integers(40, 2000))
-def test_size_is_theirs(width: int, height: int, least: int, most: int) -> None:
+def test_size_equals_transformers(width: int, height: int, least: int, most: int) -> None:
     bounds = {"min_pixels": least * 784, "max_pixels": most * 784}
     try:
         expected = theirs.smart_resize(height, width, factor=28, **bounds)
@@ -30,7 +30,7 @@ def test_size_is_theirs(width: int, height: int, least: int, most: int) -> None:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("size", [(60, 40), (300, 517), (28, 28)])
 @pytest.mark.parametrize("most", [28 * 28 * 12, 28 * 28 * 1280])
-def test_values_are_theirs(mode: str, size: tuple[int, int], most: int) -> None:
+def test_values_equal_transformers(mode: str, size: tuple[int, int], most: int) -> None:
     shape = size[::-1] if mode == "L" else (*size[::-1], 3)
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     image = Image.fromarray(noise)

@@ -11,35 +11,35 @@ import pytest
 from cpo_fast.data import is_preference_file, open_preferences
 from cpo_fast.data.images import load_image
 from cpo_fast.errors import DataError, RecordError, UsageError
-from tests.data.preference_samples import CCF, GOOD, IMAGE, RANKED, USER, one, read, said, text
+from tests.data.preference_samples import CCF, GOOD, IMAGE, RANKED, USER, read, read_one, text, turn
 from tests.data.samples import SECRET, image_bytes
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rejected": [said("x ")]}, "chosen-equals-rejected"),
-        ({"chosen": [said(" ")]}, "empty-response"),
+        ({"rejected": [turn("x ")]}, "chosen-equals-rejected"),
+        ({"chosen": [turn(" ")]}, "empty-response"),
         ({"chosen": None}, "missing-field"),
         ({"chosen": 5}, "wrong-type"),
         ({"prompt": {"a": SECRET}}, "wrong-type"),
         ({"prompt": []}, "empty-prompt"),
-        ({"prompt": [said(SECRET, "judge")]}, "unknown-role"),
-        ({"prompt": [said(SECRET, "system")], "images": ["a"]}, "no-user-message"),
+        ({"prompt": [turn(SECRET, "judge")]}, "unknown-role"),
+        ({"prompt": [turn(SECRET, "system")], "images": ["a"]}, "no-user-message"),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "unsupported-medium"),
         ({"prompt": [{"role": "user", "content": [{"type": "smell"}]}]}, "unknown-content"),
         ({"prompt": [{"role": "user", "content": [IMAGE]}]}, "image-placeholder-mismatch"),
-        ({"chosen": [said("a"), said(SECRET, "judge")]}, "unknown-role"),
-        ({"chosen": [said("a"), {"role": "user", "content": [IMAGE]}]}, "image-in-response"),
-        ({"chosen": [said("a"), 5]}, "wrong-type"),
+        ({"chosen": [turn("a"), turn(SECRET, "judge")]}, "unknown-role"),
+        ({"chosen": [turn("a"), {"role": "user", "content": [IMAGE]}]}, "image-in-response"),
+        ({"chosen": [turn("a"), 5]}, "wrong-type"),
         ({"chosen": []}, "empty-response"),
         ({"tools": SECRET}, "wrong-type"),
         ({"tools": 5}, "wrong-type"),
         ({"chat_template_kwargs": [SECRET]}, "wrong-type"),
         ({"chat_template_kwargs": {"chat_template": SECRET}}, "bad-template-option"),
-        ({"chosen": [said(SECRET, "user")]}, "unknown-role"),
+        ({"chosen": [turn(SECRET, "user")]}, "unknown-role"),
         ({"chosen": [{"role": "assistant", "content": [IMAGE]}]}, "image-in-response"),
-        ({"chosen": [said("half a pair \ud800 " + SECRET)]}, "bad-unicode"),
+        ({"chosen": [turn("half a pair \ud800 " + SECRET)]}, "bad-unicode"),
         ({"images": [{"bytes": "#", "path": None}]}, "image-unreadable"),
         ({"images": [{}]}, "image-missing"),
         ({"images": [None]}, "missing-field"),
@@ -50,7 +50,7 @@ from tests.data.samples import SECRET, image_bytes
         ({"weight": 10**400}, "bad-weight"),
         ({"prompt": "", "chosen": "x", "rejected": "y"}, "empty-prompt"),
         ({"prompt": " \n", "chosen": "x", "rejected": "y"}, "empty-prompt"),
-        ({"prompt": [said(" ", "user")]}, "empty-prompt"),
+        ({"prompt": [turn(" ", "user")]}, "empty-prompt"),
         ({"prompt": None, "chosen": "yes", "rejected": "no"}, "empty-prompt"),
     ],
 )
@@ -60,14 +60,14 @@ def test_bad_rows_are_set_aside_by_reason(tmp_path: Path, changes: dict, reason:
     assert reasons == [reason]
 
 
-def test_images_in_the_row(tmp_path: Path) -> None:
+def test_images_inside_a_row(tmp_path: Path) -> None:
     data = base64.b64encode(image_bytes()).decode()
     for image in ({"bytes": data, "path": "a"}, f"data:image/jpeg;base64,{data}"):
         (found,), _, _ = read(tmp_path, {**GOOD, "images": [image]})
         assert load_image(found.images[0]).size == (8, 6)
 
 
-def test_image_root(tmp_path: Path) -> None:
+def test_image_root_limits_paths(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.jpg").write_bytes(image_bytes())
     row = {**GOOD, "images": ["a.jpg"]}
@@ -80,7 +80,7 @@ def test_image_root(tmp_path: Path) -> None:
         open_preferences(str(tmp_path / "rows.jsonl"), image_root=str(tmp_path / "none"))
 
 
-def test_kind_is_told_by_the_first_good_record_or_forced(tmp_path: Path) -> None:
+def test_first_valid_record_or_flag_sets_the_format(tmp_path: Path) -> None:
     found, reasons, kind = read(tmp_path, {"x": 1}, [1], GOOD, CCF)
     assert (len(found), kind) == (1, "trl")
     assert reasons == ["missing-field", "not-an-object", "missing-field"]
@@ -105,31 +105,33 @@ def test_what_counts_as_a_preference_file(tmp_path: Path) -> None:
 
 def test_answers_of_several_messages(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "ratio"}]}
-    turns = (said("a"), said("why", "user"), said("b"))
+    turns = (turn("a"), turn("why", "user"), turn("b"))
     row = {**GOOD, "chosen": [*turns], "rejected": [call], "tools": '[{"name": "ratio"}]'}
-    found = one(tmp_path, {**row, "chat_template_kwargs": {"mood": "calm", "none": None}}, "trl")
+    found = read_one(
+        tmp_path, {**row, "chat_template_kwargs": {"mood": "calm", "none": None}}, "trl"
+    )
     assert (found.chosen, found.rejected) == (turns, ((call,),))
     assert found.template == {"tools": [{"name": "ratio"}], "mood": "calm"}
     _, reasons, _ = read(tmp_path, {**GOOD, "chosen": [*turns], "rejected": [*turns]})
     assert reasons == ["chosen-equals-rejected"]
-    others = {**GOOD, "chosen": [*turns], "rejected": [said("c"), said("d", "user")]}
+    others = {**GOOD, "chosen": [*turns], "rejected": [turn("c"), turn("d", "user")]}
     (both,), reasons, _ = read(tmp_path, {**GOOD, "chosen": [*turns]}, others)
     assert (len(both.rejected), reasons) == (2, [])
 
 
-def test_a_rejected_response_of_several_messages_has_a_prompt_of_its_own(tmp_path: Path) -> None:
-    row = {"messages": [USER, said("x")], "rejected_response": [said("y"), said("z")]}
-    found = one(tmp_path, row, "ms-swift")
+def test_rejected_response_of_several_messages_has_its_own_prompt(tmp_path: Path) -> None:
+    row = {"messages": [USER, turn("x")], "rejected_response": [turn("y"), turn("z")]}
+    found = read_one(tmp_path, row, "ms-swift")
     assert (found.chosen, found.rejected) == ("x", ("z",))
-    assert found.rejected_prompts == ((*found.prompt, said("y")),)
+    assert found.rejected_prompts == ((*found.prompt, turn("y")),)
 
 
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        ({"prompt": [USER], "completion": [said("x")]}, "trl"),
+        ({"prompt": [USER], "completion": [turn("x")]}, "trl"),
         ({"prompt": [USER], "chosen": "x", "rejected_responses": []}, "preferences"),
-        ({"messages": [USER, said("x")]}, "ms-swift"),
+        ({"messages": [USER, turn("x")]}, "ms-swift"),
         ({"report": "r", "diagnose": "d", "counterfact": {}}, "ccf"),
     ],
 )
@@ -142,8 +144,8 @@ def test_answers_without_a_pair(tmp_path: Path, row: dict, kind: str) -> None:
     assert (source.kind, source.alone, source.merged, source.rejected) == (kind, 2, 0, [])
 
 
-def test_a_swift_row_whose_rejected_answer_is_null_has_none(tmp_path: Path) -> None:
-    row = {"messages": [USER, said("x")], "rejected_response": "y"}
+def test_swift_row_with_null_rejected_answer_is_set_aside(tmp_path: Path) -> None:
+    row = {"messages": [USER, turn("x")], "rejected_response": "y"}
     _, reasons, _ = read(tmp_path, row, {**row, "rejected_response": None})
     assert reasons == ["no-rejected"]
 
@@ -152,13 +154,13 @@ def test_a_swift_row_whose_rejected_answer_is_null_has_none(tmp_path: Path) -> N
     "row",
     [
         {"prompt": "Q", "completion": "x"},
-        {"messages": [USER, said("x")]},
+        {"messages": [USER, turn("x")]},
         {"instruction": "Q", "output": "x"},
         {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "x"}]},
         {"prompt": [USER], "chosen": "x", "rejected_responses": []},
     ],
 )
-def test_answers_marked_bad_are_not_learned(tmp_path: Path, row: dict) -> None:
+def test_answers_marked_bad_are_set_aside(tmp_path: Path, row: dict) -> None:
     name = "kto_tag" if {"instruction", "conversations"} & row.keys() else "label"
     marks = [True, False, 1, 0, "good", None, 2, True]
     found, reasons, _ = read(tmp_path, *({**row, "id": n, name: m} for n, m in enumerate(marks)))
@@ -170,14 +172,14 @@ def test_answers_marked_bad_are_not_learned(tmp_path: Path, row: dict) -> None:
 
 
 def test_other_marks_of_bad_answers(tmp_path: Path) -> None:
-    turns = [USER, {**said("x"), "loss": False}]
+    turns = [USER, {**turn("x"), "loss": False}]
     assert read(tmp_path, {"messages": turns})[1] == ["answer-marked-bad"]
     assert read(tmp_path, {**GOOD, "label": False})[1] == ["unclear-label"]
     assert read(tmp_path, {**GOOD, "label": "Pneumonia"}, {**GOOD, "label": 0})[1] == [
         "duplicate-record"
     ]
     for high, low in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
-        rows = [{**GOOD, "prompt": [said(f"Q{n}", "user")], high: n, low: 2} for n in (1, 2, 3)]
+        rows = [{**GOOD, "prompt": [turn(f"Q{n}", "user")], high: n, low: 2} for n in (1, 2, 3)]
         assert read(tmp_path, *rows)[1] == ["scores-contradict"]
     listed = [{"rank": -1, "answer": "failed"}, {"rank": 0, "answer": "x"}]
     ranked = {"prompt": "Q", "answers": listed}
@@ -196,39 +198,39 @@ def test_other_marks_of_bad_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
-        ({"instruction": "Q", "input": "I"}, [said("Q\nI", "user")]),
-        ({"instruction": "Q", "input": ""}, [said("Q", "user")]),
-        ({"input": "I", "system": None}, [said("I", "user")]),
-        ({"system": "S", "question": "Q"}, [said("S", "system"), said("Q", "user")]),
-        ({"system": "", "question": "Q"}, [said("Q", "user")]),
-        ({"system": "S", "prompt": "Q"}, [said("S", "system"), said("Q", "user")]),
-        ({"system": "S", "prompt": [USER]}, [said("S", "system"), USER]),
-        ({"system": "S", "prompt": [said("S", "system"), USER]}, [said("S", "system"), USER]),
+        ({"instruction": "Q", "input": "I"}, [turn("Q\nI", "user")]),
+        ({"instruction": "Q", "input": ""}, [turn("Q", "user")]),
+        ({"input": "I", "system": None}, [turn("I", "user")]),
+        ({"system": "S", "question": "Q"}, [turn("S", "system"), turn("Q", "user")]),
+        ({"system": "", "question": "Q"}, [turn("Q", "user")]),
+        ({"system": "S", "prompt": "Q"}, [turn("S", "system"), turn("Q", "user")]),
+        ({"system": "S", "prompt": [USER]}, [turn("S", "system"), USER]),
+        ({"system": "S", "prompt": [turn("S", "system"), USER]}, [turn("S", "system"), USER]),
         (
             {"query": "R", "history": [["Q", "A"]], "system": "S"},
-            [said("S", "system"), said("Q", "user"), said("A"), said("R", "user")],
+            [turn("S", "system"), turn("Q", "user"), turn("A"), turn("R", "user")],
         ),
-        ({"question": "Q", "prompt": "the Q"}, [said("the Q", "user")]),
+        ({"question": "Q", "prompt": "the Q"}, [turn("the Q", "user")]),
     ],
 )
-def test_questions_by_other_names(tmp_path: Path, row: dict, prompt: list) -> None:
+def test_names_of_question_fields(tmp_path: Path, row: dict, prompt: list) -> None:
     (found,), reasons, kind = read(tmp_path, {**row, "chosen": "It is x", "rejected": "It is y"})
     assert [list(found.prompt), found.chosen, found.rejected] == [prompt, "It is x", ("It is y",)]
     assert reasons == [] and kind == ("trl" if "prompt" in row else "alpaca")
     assert found.plain is (row.keys() == {"question", "prompt"})
 
 
-def test_rows_of_questions_in_all_their_forms(tmp_path: Path) -> None:
+def test_rows_with_question_fields(tmp_path: Path) -> None:
     swift = {"query": "<image>Q", "response": "x", "rejected_response": "y", "images": ["a"]}
-    found = one(tmp_path, swift, "alpaca")
+    found = read_one(tmp_path, swift, "alpaca")
     assert (found.prompt[0]["content"], found.rejected) == ([IMAGE, text("Q")], ("y",))
-    talk = {"chosen": [USER, said("x")], "rejected": [USER, said("y")]}
+    talk = {"chosen": [USER, turn("x")], "rejected": [USER, turn("y")]}
     for field in ("question", "prompt", "instruction"):  # the same question twice
-        assert one(tmp_path, {**talk, field: "What is it?"}, "trl").prompt == (USER,)
-    turns = {"prompt": "Q", "chosen": [said("x")], "rejected": [said("y")]}
-    assert one(tmp_path, turns, "trl").prompt == (said("Q", "user"),)
-    ultrafeedback = {**talk, "prompt": "What is it?", "messages": [USER, said("x")]}
-    assert one(tmp_path, ultrafeedback, "trl").rejected == ("y",)
+        assert read_one(tmp_path, {**talk, field: "What is it?"}, "trl").prompt == (USER,)
+    turns = {"prompt": "Q", "chosen": [turn("x")], "rejected": [turn("y")]}
+    assert read_one(tmp_path, turns, "trl").prompt == (turn("Q", "user"),)
+    ultrafeedback = {**talk, "prompt": "What is it?", "messages": [USER, turn("x")]}
+    assert read_one(tmp_path, ultrafeedback, "trl").rejected == ("y",)
     both = {"chosen": "x", "rejected": "y", "instruction": "Q", "question": "R"}
     assert read(tmp_path, both)[1] == ["unclear-question"]
     assert read(tmp_path, {"query": "Q", "response": "x", "rejected_response": None})[1] == [
@@ -250,7 +252,7 @@ def test_rows_of_questions_in_all_their_forms(tmp_path: Path) -> None:
         ({"system": "S"}, "system"),
     ],
 )
-def test_text_that_nobody_reads_sets_the_row_aside(tmp_path: Path, row: dict, field: str) -> None:
+def test_unread_text_sets_the_row_aside(tmp_path: Path, row: dict, field: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**row, "chosen": "It is x", "rejected": "It is y"}))
     source = open_preferences(str(path), dataset_format="trl")
@@ -260,7 +262,7 @@ def test_text_that_nobody_reads_sets_the_row_aside(tmp_path: Path, row: dict, fi
     assert SECRET not in str(source.rejected)
 
 
-def test_other_fields_are_counted(tmp_path: Path) -> None:
+def test_other_unread_fields_are_counted(tmp_path: Path) -> None:
     more = {"source": "a web page", "score": 3.5, "patient_id": "P1", "rationale": "it is so"}
     path = tmp_path / "rows.jsonl"
     rows = [{**GOOD, **more}, {**GOOD, **more, "rationale": "x", SECRET + " x": "two words"}]
@@ -274,30 +276,30 @@ def test_other_fields_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        ({"messages": [said("<video>Q", "user"), said("x")], "rejected_response": "y"}, "ms-swift"),
-        ({"messages": [USER, said("x")], "rejected_response": "y", "videos": ["a"]}, "ms-swift"),
+        ({"messages": [turn("<video>Q", "user"), turn("x")], "rejected_response": "y"}, "ms-swift"),
+        ({"messages": [USER, turn("x")], "rejected_response": "y", "videos": ["a"]}, "ms-swift"),
         ({**GOOD, "audios": ["a.wav"]}, "trl"),
-        ({**GOOD, "prompt": [said("<audio>", "user")]}, "trl"),
-        ({**GOOD, "prompt": [said("<|video_pad|>Q", "user")]}, "trl"),
+        ({**GOOD, "prompt": [turn("<audio>", "user")]}, "trl"),
+        ({**GOOD, "prompt": [turn("<|video_pad|>Q", "user")]}, "trl"),
         ({**GOOD, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "trl"),
         ({"instruction": "<video>Q", "chosen": "x", "rejected": "y"}, "alpaca"),
         ({"context": "<audio>Q", "completions": RANKED}, "ranked"),
     ],
 )
 def test_video_and_audio_set_the_row_aside(tmp_path: Path, row: dict, kind: str) -> None:
-    found, reasons, told = read(tmp_path, row)
-    assert (found, told) == ([], kind)
+    found, reasons, detected = read(tmp_path, row)
+    assert (found, detected) == ([], kind)
     assert reasons == ["unsupported-medium"]
 
 
-def test_a_repeated_id_with_another_answer_is_mentioned(tmp_path: Path) -> None:
+def test_repeated_id_with_another_answer_is_reported(tmp_path: Path) -> None:
     rows = [
         {**GOOD, "id": "a"},
-        {**GOOD, "id": "a", "rejected": [said("z")]},  # the same question and answer
-        {**GOOD, "id": "a", "chosen": [said("other")]},
-        {**GOOD, "id": "b", "prompt": [said("Q", "user")]},
+        {**GOOD, "id": "a", "rejected": [turn("z")]},  # the same question and answer
+        {**GOOD, "id": "a", "chosen": [turn("other")]},
+        {**GOOD, "id": "b", "prompt": [turn("Q", "user")]},
         {**GOOD, "id": "b"},
-        {**GOOD, "prompt": [said("R", "user")]},
+        {**GOOD, "prompt": [turn("R", "user")]},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -21,13 +21,13 @@ from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import RecordError
 from cpo_fast.testing.samples import tokenizer
 from cpo_fast.types import Counterfactual, ImageRef, Preference
-from tests.data.preference_samples import CCF, IMAGE, USER, one, read, said, text
+from tests.data.preference_samples import CCF, IMAGE, USER, read, read_one, text, turn
 from tests.data.samples import SECRET, dicom
 
 
 def test_trl_conversation_with_an_image(tmp_path: Path) -> None:
-    row = {"images": ["a.png"], "prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
-    found = one(tmp_path, row, "trl")
+    row = {"images": ["a.png"], "prompt": [USER], "chosen": [turn("x")], "rejected": [turn("y")]}
+    found = read_one(tmp_path, row, "trl")
     assert found == Preference(
         id="rows:1",
         prompt=({"role": "user", "content": [IMAGE, text("What is it?")]},),
@@ -35,7 +35,7 @@ def test_trl_conversation_with_an_image(tmp_path: Path) -> None:
         rejected=("y",),
         images=(ImageRef("a.png", str(tmp_path)),),
     )
-    single = one(tmp_path, {**row, "images": None, "image": "a.png"}, "trl")
+    single = read_one(tmp_path, {**row, "images": None, "image": "a.png"}, "trl")
     assert single == found
 
 
@@ -43,23 +43,23 @@ def test_trl_content_in_parts(tmp_path: Path) -> None:
     parts = [text("Look"), IMAGE, text("here")]
     row = {
         "images": ["a.png"],
-        "prompt": [said("Be brief.", "system"), {"role": "user", "content": parts}],
+        "prompt": [turn("Be brief.", "system"), {"role": "user", "content": parts}],
         "chosen": [{"role": "assistant", "content": [text("x"), text("y")]}],
-        "rejected": [said("z")],
+        "rejected": [turn("z")],
     }
-    found = one(tmp_path, row, "trl")
+    found = read_one(tmp_path, row, "trl")
     assert [message["content"] for message in found.prompt] == ["Be brief.", parts]
     assert found.chosen == "xy"
 
 
 def test_trl_text_and_implicit_prompts(tmp_path: Path) -> None:
-    explicit = one(tmp_path, {"prompt": "Q?", "chosen": "x", "rejected": "y"}, "trl")
-    assert (explicit.prompt, explicit.chosen) == ((said("Q?", "user"),), "x")
-    talk = {"chosen": [USER, said("x")], "rejected": [USER, said("y")]}
+    explicit = read_one(tmp_path, {"prompt": "Q?", "chosen": "x", "rejected": "y"}, "trl")
+    assert (explicit.prompt, explicit.chosen) == ((turn("Q?", "user"),), "x")
+    talk = {"chosen": [USER, turn("x")], "rejected": [USER, turn("y")]}
     for row in (talk, {**talk, "prompt": "What is it?"}):
-        found = one(tmp_path, row, "trl")
+        found = read_one(tmp_path, row, "trl")
         assert (found.prompt, found.chosen, found.rejected) == ((USER,), "x", ("y",))
-    found = one(tmp_path, {"chosen": "It is big", "rejected": "It is small"}, "trl")
+    found = read_one(tmp_path, {"chosen": "It is big", "rejected": "It is small"}, "trl")
     assert (found.prompt[0]["content"], found.chosen, found.rejected) == (
         "It is", " big", (" small",),
     )  # fmt: skip
@@ -72,11 +72,11 @@ def test_strings_are_plain_text_and_messages_are_not(tmp_path: Path) -> None:
     for row in (strings, ours, implicit):
         assert read(tmp_path, row)[0][0].plain
     mixed = {"prompt": [USER], "chosen": "x", "rejected": "y"}
-    pictured = {**strings, "images": ["a"]}  # no placeholder in the text
-    for row in (mixed, {**strings, "chosen": [USER, said("x")], "rejected": [USER, said("y")]}):
+    with_images = {**strings, "images": ["a"]}  # no placeholder in the text
+    for row in (mixed, {**strings, "chosen": [USER, turn("x")], "rejected": [USER, turn("y")]}):
         assert not read(tmp_path, row)[0][0].plain
-    assert read(tmp_path, pictured)[0][0].prompt[0]["content"] == [IMAGE, text("Q?")]
-    placed = {**pictured, "prompt": "<|image_pad|>Q?"}
+    assert read(tmp_path, with_images)[0][0].prompt[0]["content"] == [IMAGE, text("Q?")]
+    placed = {**with_images, "prompt": "<|image_pad|>Q?"}
     assert read(tmp_path, placed)[0][0].plain
     placed["images"] = ["a", "b"]
     assert read(tmp_path, placed)[1] == ["image-placeholder-mismatch"]
@@ -92,22 +92,22 @@ def test_reference_log_probs_are_counted_and_not_used(tmp_path: Path) -> None:
     assert (source.ref_logps, source.kind, source.rejected) == (1, "trl", [])
 
 
-@pytest.mark.slow  # importing trl is
+@pytest.mark.slow  # importing trl is slow
 @pytest.mark.parametrize(
     "row",
     [
-        {"chosen": [USER, said("x")], "rejected": [USER, said("y")]},
-        {"prompt": "Q", "chosen": [USER, said("x")], "rejected": [USER, said("y")]},
-        {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]},
-        {"images": ["a", "b"], "prompt": [USER, said("Hm."), USER], "chosen": [said("x")],
-         "rejected": [said("y")]},
-        {"images": ["a"], "prompt": [said("S", "system"), USER], "chosen": [said("x")],
-         "rejected": [said("y")]},
+        {"chosen": [USER, turn("x")], "rejected": [USER, turn("y")]},
+        {"prompt": "Q", "chosen": [USER, turn("x")], "rejected": [USER, turn("y")]},
+        {"prompt": [USER], "chosen": [turn("x")], "rejected": [turn("y")]},
+        {"images": ["a", "b"], "prompt": [USER, turn("Hm."), USER], "chosen": [turn("x")],
+         "rejected": [turn("y")]},
+        {"images": ["a"], "prompt": [turn("S", "system"), USER], "chosen": [turn("x")],
+         "rejected": [turn("y")]},
         {"images": ["a"], "prompt": [{"role": "user", "content": [text("Q"), IMAGE]}],
-         "chosen": [said("x")], "rejected": [said("y")]},
+         "chosen": [turn("x")], "rejected": [turn("y")]},
     ],
 )  # fmt: skip
-def test_trl_itself_makes_the_same_conversation(tmp_path: Path, row: dict) -> None:
+def test_conversation_equals_trl(tmp_path: Path, row: dict) -> None:
     pytest.importorskip("trl")
     from trl.data_utils import maybe_extract_prompt, prepare_multimodal_messages
 
@@ -117,7 +117,7 @@ def test_trl_itself_makes_the_same_conversation(tmp_path: Path, row: dict) -> No
     for message in expected:
         for part in message["content"]:
             part.pop("image", None)
-    found = one(tmp_path, row, "trl")
+    found = read_one(tmp_path, row, "trl")
     got = [
         m if isinstance(m["content"], list) else {**m, "content": [text(m["content"])]}
         for m in found.prompt
@@ -129,40 +129,40 @@ def test_trl_itself_makes_the_same_conversation(tmp_path: Path, row: dict) -> No
 
 
 def test_ms_swift(tmp_path: Path) -> None:
-    talk = {"messages": [said("<image>Q <image>?", "user"), said("x")], "images": ["a", "b"]}
-    found = one(tmp_path, {**talk, "rejected_response": "y"}, "ms-swift")
+    talk = {"messages": [turn("<image>Q <image>?", "user"), turn("x")], "images": ["a", "b"]}
+    found = read_one(tmp_path, {**talk, "rejected_response": "y"}, "ms-swift")
     assert found.prompt[0]["content"] == [IMAGE, text("Q "), IMAGE, text("?")]
     assert (found.chosen, found.rejected) == ("x", ("y",))
-    assert one(tmp_path, {**talk, "rejected_response": [said("y")]}, "ms-swift") == found
-    other = {**talk, "rejected_messages": [*talk["messages"][:-1], said("y")]}
-    assert one(tmp_path, other, "ms-swift") == found
+    assert read_one(tmp_path, {**talk, "rejected_response": [turn("y")]}, "ms-swift") == found
+    other = {**talk, "rejected_messages": [*talk["messages"][:-1], turn("y")]}
+    assert read_one(tmp_path, other, "ms-swift") == found
 
 
-def test_ms_swift_rejected_messages_with_a_prompt_of_their_own(tmp_path: Path) -> None:
+def test_ms_swift_rejected_messages_with_their_own_prompt(tmp_path: Path) -> None:
     row = {
         "system": "Be brief.",
-        "messages": [said("<image>Q", "user"), said("x")],
+        "messages": [turn("<image>Q", "user"), turn("x")],
         "images": ["a"],
-        "rejected_messages": [said("R", "user"), said("x")],
+        "rejected_messages": [turn("R", "user"), turn("x")],
         "rejected_images": ["b", "c"],
     }
-    found = one(tmp_path, row, "ms-swift")
+    found = read_one(tmp_path, row, "ms-swift")
     (own,) = found.rejected_prompts
     assert own is not None
-    assert own[0] == found.prompt[0] == said("Be brief.", "system")
+    assert own[0] == found.prompt[0] == turn("Be brief.", "system")
     assert own[1]["content"] == [IMAGE, IMAGE, text("R")]
     assert [ref.path for ref in found.rejected_images[0] or ()] == ["b", "c"]
     assert (found.chosen, found.rejected) == ("x", ("x",))
 
 
-def test_ms_swift_missing_tags_stand_in_front(tmp_path: Path) -> None:
-    row = {"messages": [USER, said("x")], "images": [{"path": "a"}], "rejected_response": "y"}
-    assert one(tmp_path, row, "ms-swift").prompt[0]["content"] == [IMAGE, text("What is it?")]
+def test_ms_swift_missing_tags_are_put_first(tmp_path: Path) -> None:
+    row = {"messages": [USER, turn("x")], "images": [{"path": "a"}], "rejected_response": "y"}
+    assert read_one(tmp_path, row, "ms-swift").prompt[0]["content"] == [IMAGE, text("What is it?")]
 
 
 def test_ms_swift_rejected_images_alone_are_perception(tmp_path: Path) -> None:
-    row = {"messages": [USER, said("x")], "images": ["a"], "rejected_images": ["b"]}
-    found = one(tmp_path, row, "ms-swift")
+    row = {"messages": [USER, turn("x")], "images": ["a"], "rejected_images": ["b"]}
+    found = read_one(tmp_path, row, "ms-swift")
     assert (found.chosen, found.rejected, found.source) == ("x", ("x",), "perception")
     assert found.rejected_images == ((ImageRef("b", str(tmp_path)),),)
 
@@ -179,7 +179,7 @@ def test_llama_factory(tmp_path: Path) -> None:
         "rejected": {"from": "gpt", "value": "y"},
         "images": ["a"],
     }
-    found = one(tmp_path, row, "llama-factory")
+    found = read_one(tmp_path, row, "llama-factory")
     assert [message["role"] for message in found.prompt] == ["system", "user", "assistant", "user"]
     assert found.prompt[1]["content"] == [IMAGE, text("Q")]
     assert (found.chosen, found.rejected) == ("x", ("y",))
@@ -189,26 +189,26 @@ def test_llama_factory(tmp_path: Path) -> None:
 
 def test_ranked_lists(tmp_path: Path) -> None:
     def ranked(*ranks: float) -> list[dict[str, Any]]:
-        return [{"rank": r, "completion": [said(f"{n}")]} for n, r in enumerate(ranks)]
+        return [{"rank": r, "completion": [turn(f"{n}")]} for n, r in enumerate(ranks)]
 
     row = {"context": [USER], "completions": ranked(2, 0, 1, 0)}
-    found = one(tmp_path, row, "ranked")
+    found = read_one(tmp_path, row, "ranked")
     assert (found.prompt, found.chosen, found.rejected) == ((USER,), "1", ("2", "0"))
     nectar = {
         "prompt": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: What is it?\n\nAssistant: ",
         "answers": [{"answer": "y", "rank": 7.0}, {"answer": "x", "rank": 1.0}],
     }
-    found = one(tmp_path, nectar, "ranked")
+    found = read_one(tmp_path, nectar, "ranked")
     assert [m["content"] for m in found.prompt] == ["Hi", "Yes?", "What is it?"]
     assert (found.chosen, found.rejected) == ("x", ("y",))
-    assert one(tmp_path, {**nectar, "prompt": "Q"}, "ranked").prompt == (said("Q", "user"),)
+    assert read_one(tmp_path, {**nectar, "prompt": "Q"}, "ranked").prompt == (turn("Q", "user"),)
     ties = read(tmp_path, {"context": [USER], "completions": ranked(1, 1)})
     assert ties[1] == ["no-rejected"]
 
 
 @pytest.mark.parametrize("ids", [{}, {"sid": "10000032", "pid": 50414267}, {"sid": "s50414267"}])
 def test_ccf(tmp_path: Path, ids: dict) -> None:
-    found = one(tmp_path, {**CCF, **ids}, "ccf")
+    found = read_one(tmp_path, {**CCF, **ids}, "ccf")
     assert found.id == "s50414267"
     assert found.prompt[0]["content"] == [IMAGE, text(DEFAULT_PROMPT)]
     assert found.images[0].path == f"files/p10/p10000032/s50414267/{dicom(7)}.jpg"
@@ -235,7 +235,7 @@ def counterfactual(target: str, study: str = "s1", **changes: Any) -> dict[str, 
     return {**record.to_json(), **changes}
 
 
-def test_our_counterfactual_rows(tmp_path: Path) -> None:
+def test_counterfactual_rows(tmp_path: Path) -> None:
     rows = [counterfactual("Pneumonia"), counterfactual("Fracture"), counterfactual("Edema", "s2")]
     found, reasons, kind = read(tmp_path, *rows)
     assert (reasons, kind, [p.id for p in found]) == ([], "counterfactuals", ["s1", "s2"])
@@ -246,7 +246,7 @@ def test_our_counterfactual_rows(tmp_path: Path) -> None:
     )
 
 
-def test_our_counterfactual_rows_that_fail_or_show_another_image(tmp_path: Path) -> None:
+def test_failed_and_perception_counterfactual_rows(tmp_path: Path) -> None:
     found, reasons, _ = read(
         tmp_path,
         counterfactual("Pneumonia", checks={"asserted": False, SECRET: False}),
@@ -259,10 +259,10 @@ def test_our_counterfactual_rows_that_fail_or_show_another_image(tmp_path: Path)
     assert perception.rejected_images == ((ImageRef("b.png", str(tmp_path)),),)
 
 
-def test_our_preference_rows(tmp_path: Path) -> None:
+def test_preference_rows(tmp_path: Path) -> None:
     row = {"id": "s1", "images": ["a"], "prompt": [USER], "chosen": "x",
            "rejected_responses": ["y", "z"], "weight": 2}  # fmt: skip
-    found = one(tmp_path, row, "preferences")
+    found = read_one(tmp_path, row, "preferences")
     assert (found.id, found.rejected, found.weight) == ("s1", ("y", "z"), 2.0)
 
 
@@ -341,7 +341,7 @@ def test_any_row_is_a_preference_or_a_reason(row: dict, kind: str) -> None:
     except RecordError:
         return
     assert all(answer_text(answer).strip() for answer in (found.chosen, *found.rejected))
-    with contextlib.suppress(RecordError):  # refused messages
+    with contextlib.suppress(RecordError):  # invalid messages
         ids = token_ids(found, TOKENIZER)
         assert len(ids.rejected) == len(found.rejected)
     if found.plain:

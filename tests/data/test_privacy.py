@@ -1,5 +1,5 @@
-"""Broken data never puts report text on a screen or in a log, message or rejected record; only the
-requested files contain it."""
+"""Report text of damaged data appears in no output, log, message or rejected record, only in the
+requested files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,19 @@ import pytest
 
 import cpo_fast.data
 from cpo_fast.data.__main__ import main
+from tests.data.preference_samples import turn
 from tests.data.samples import SECRET, dicom, image_bytes, write_csv, write_mimic
 
-WORDS = SECRET.split()[0]  # a single word is too much
-
-
-def said(text: str, role: str = "assistant") -> dict[str, str]:
-    return {"role": role, "content": text}
+WORDS = SECRET.split()[0]  # one word is already a leak
 
 
 GOOD = [
-    {"prompt": [said(SECRET, "user")], "chosen": [said(SECRET)], "rejected": [said(SECRET + "!")]},
+    {"prompt": [turn(SECRET, "user")], "chosen": [turn(SECRET)], "rejected": [turn(SECRET + "!")]},
     {"prompt": SECRET, "chosen": SECRET, "rejected_responses": [SECRET + "."]},
-    {"messages": [said(SECRET, "user"), said(SECRET)], "rejected_response": "x"},
-    {"prompt": [said(SECRET, "user")], "chosen": [said(SECRET), said("x", "user"), said(SECRET)],
-     "rejected": [said("x")], "tools": SECRET, "chat_template_kwargs": {SECRET: SECRET}},
-    {"prompt": [said(SECRET, "user")], "completion": [said(SECRET)]},
+    {"messages": [turn(SECRET, "user"), turn(SECRET)], "rejected_response": "x"},
+    {"prompt": [turn(SECRET, "user")], "chosen": [turn(SECRET), turn("x", "user"), turn(SECRET)],
+     "rejected": [turn("x")], "tools": SECRET, "chat_template_kwargs": {SECRET: SECRET}},
+    {"prompt": [turn(SECRET, "user")], "completion": [turn(SECRET)]},
     {"conversations": [{"from": "human", "value": SECRET}],
      "chosen": {"from": "gpt", "value": SECRET}, "rejected": {"from": "gpt", "value": "x"}},
     {"prompt": SECRET, "answers": [{"answer": SECRET, "rank": 1}, {"answer": "x", "rank": 2}]},
@@ -42,8 +39,8 @@ GOOD = [
 ]  # fmt: skip
 
 
-def bent(row: dict[str, Any]) -> list[bytes]:
-    """The row, and variants with each field missing, of another type, or truncated."""
+def damage(row: dict[str, Any]) -> list[bytes]:
+    """The row, truncated and invalid copies, and copies with each field of another type."""
     whole = json.dumps(row).encode()
     rows = [whole, whole[:-9], whole.replace(b'"', b"'"), whole.replace(b"Zebra", b"Zebra\xff")]
     for name in row:
@@ -53,7 +50,7 @@ def bent(row: dict[str, Any]) -> list[bytes]:
     return rows
 
 
-def mimic(root: Path) -> Path:
+def write_tree(root: Path) -> Path:
     reports = [
         f" FINDINGS: {SECRET}",
         f" INDICATION: {SECRET}",
@@ -67,23 +64,23 @@ def mimic(root: Path) -> Path:
     return root
 
 
-def table(root: Path) -> Path:
+def write_wrong_table(root: Path) -> Path:
     """A split table with report text in the wrong cells."""
-    mimic(root)
+    write_tree(root)
     rows = [(SECRET, SECRET, SECRET, SECRET), (dicom(1), 50000001, 10000032, SECRET)]
     header = ("dicom_id", "study_id", "subject_id", "split")
     write_csv(root / "mimic-cxr-2.0.0-split.csv.gz", header, rows)
     return root
 
 
-def unreadable_table(root: Path) -> Path:
-    mimic(root)
+def write_unreadable_table(root: Path) -> Path:
+    write_tree(root)
     damaged = f'dicom_id,study_id,subject_id,split\n"{SECRET}'.encode() + b"\xff"
     (root / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(gzip.compress(damaged))
     return root
 
 
-def open_i(root: Path) -> Path:
+def write_open_i(root: Path) -> Path:
     root.mkdir()
     (root / "1.xml").write_text(f"<eCitation>{SECRET}</wrong>")
     (root / "2.xml").write_text(
@@ -94,7 +91,7 @@ def open_i(root: Path) -> Path:
     return root
 
 
-def arrow(root: Path) -> Path:
+def write_arrow(root: Path) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     root.mkdir()
     built = pyarrow.Table.from_pylist([{"prompt": SECRET, "chosen": SECRET, "rejected": SECRET}])
@@ -105,13 +102,13 @@ def arrow(root: Path) -> Path:
 
 
 DATA: dict[str, Callable[[Path], Path]] = {
-    "mimic": mimic, "table": table, "unreadable-table": unreadable_table, "open-i": open_i,
-    "arrow": arrow,
+    "mimic": write_tree, "table": write_wrong_table, "unreadable-table": write_unreadable_table,
+    "open-i": write_open_i, "arrow": write_arrow,
 }  # fmt: skip
 
 
-def outputs(dataset: Path, out: Path, *forced: str) -> str:
-    """The output files of both commands, except the exported file."""
+def run_commands(dataset: Path, out: Path, *forced: str) -> str:
+    """Run both commands; the text of their output files, except the exported file."""
     data = ["--dataset", str(dataset), *forced]
     main(["check", *data, "--output_dir", str(out)])
     for form in ("jsonl", "ccf", "trl", "swift"):
@@ -121,7 +118,7 @@ def outputs(dataset: Path, out: Path, *forced: str) -> str:
 
 
 @pytest.fixture
-def silent(
+def assert_silent(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> Callable[[str], None]:
     caplog.set_level(logging.DEBUG)
@@ -129,38 +126,40 @@ def silent(
     def check(left: str) -> None:
         printed = capsys.readouterr()
         seen = printed.out + printed.err + caplog.text + left
-        assert "set aside" in seen or "error: " in seen  # it ran
+        assert "set aside" in seen or "error: " in seen  # the command ran
         assert WORDS not in seen
 
     return check
 
 
 @pytest.mark.parametrize("kind", DATA)
-def test_folders(kind: str, tmp_path: Path, silent: Callable[[str], None]) -> None:
+def test_folders_leak_no_text(
+    kind: str, tmp_path: Path, assert_silent: Callable[[str], None]
+) -> None:
     (tmp_path / "out").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        silent(outputs(DATA[kind](tmp_path / "data"), tmp_path / "out"))
+        assert_silent(run_commands(DATA[kind](tmp_path / "data"), tmp_path / "out"))
 
 
 @pytest.mark.parametrize("place", range(len(GOOD)))
 @pytest.mark.parametrize("array", [False, True])
-def test_preference_files(
-    place: int, array: bool, tmp_path: Path, silent: Callable[[str], None]
+def test_preference_files_leak_no_text(
+    place: int, array: bool, tmp_path: Path, assert_silent: Callable[[str], None]
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "a.jpg").write_bytes(image_bytes())
-    rows = bent({key: value for key, value in GOOD[place].items() if key != "id"})
+    rows = damage({key: value for key, value in GOOD[place].items() if key != "id"})
     path = tmp_path / "rows.json"
     path.write_bytes(b"[" + b",\n".join(rows) + b"]" if array else b"\n".join(rows))
-    left = outputs(path, tmp_path / "out")
-    if not array:  # a cut row ends an array
+    left = run_commands(path, tmp_path / "out")
+    if not array:  # a truncated row ends an array
         assert '"reason"' in left
-    # An image path is an identifier, and the only field value that a detail can contain.
-    silent(re.sub(r'"detail": "' + re.escape(SECRET) + '[^"]*', "", left))
+    # An image path is an identifier, the only field value that a detail may contain.
+    assert_silent(re.sub(r'"detail": "' + re.escape(SECRET) + '[^"]*', "", left))
 
 
-def test_nothing_but_the_commands_prints_or_logs() -> None:
+def test_only_the_commands_print_or_log() -> None:
     folder = Path(cpo_fast.data.__file__).parent
     for path in folder.glob("*.py"):
         if path.name != "__main__.py":

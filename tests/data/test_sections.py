@@ -17,7 +17,7 @@ CASES = [
     json.loads(line)
     for line in (Path(__file__).with_name("sections.jsonl")).read_text().splitlines()
 ]
-"""Synthetic reports and their sections; `either`: under either name."""
+"""Synthetic reports and their sections; `either`: the two names can be exchanged."""
 
 LINE = " " + "_" * 78
 TITLE = " " * 33 + "FINAL REPORT\n"
@@ -49,13 +49,13 @@ def test_findings_and_impression_with_wrapping_undone() -> None:
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
-def test_line_ends_of_other_systems(end: str) -> None:
+def test_line_ends_of_other_systems_are_read(end: str) -> None:
     text = report(" FINDINGS: Clear", " lungs.", "", " IMPRESSION: Normal.").replace("\n", end)
     assert parse_report(text) == Report("Clear lungs.", "Normal.")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_sections_as_they_are_really_written(case: dict) -> None:
+def test_sections_of_every_layout(case: dict) -> None:
     right = case["right"]
     parsed = parse_report(case["report"])
     got = [parsed.findings, parsed.impression]
@@ -70,13 +70,13 @@ def test_sections_as_they_are_really_written(case: dict) -> None:
      " PRIOR FINDINGS: Pneumothorax.\n", " CRITICAL FINDINGS: Dr. ___ was called.\n",
      " FINDINGS: Discussed with Dr. ___ at 3 pm.\n"],
 )  # fmt: skip
-def test_what_tells_only_who_was_told_is_no_report(text: str) -> None:
+def test_notes_about_communication_are_not_a_report(text: str) -> None:
     with pytest.raises(RecordError, match="no-findings-or-impression"):
         parse_report(TITLE + text)
 
 
 @pytest.mark.parametrize("place", ["above", "below"])
-def test_the_indication_is_the_reports_own(place: str) -> None:
+def test_indication_of_an_addendum_is_ignored(place: str) -> None:
     body = report(" INDICATION: Cough.", "", " FINDINGS: Clear.")
     addendum = " ADDENDUM:\n INDICATION: Fever.\n"
     parts = (addendum, body) if place == "above" else (body, addendum)
@@ -86,7 +86,7 @@ def test_the_indication_is_the_reports_own(place: str) -> None:
 @pytest.mark.parametrize(
     "header", ["FINDINGS", "FINDNGS", "FINIDNGS", "FINDING", "CHEST FINDINGS", "Findings"]
 )
-def test_names_and_slips_of_findings(header: str) -> None:
+def test_spellings_of_findings(header: str) -> None:
     assert parse_report(report(f" {header}: Clear lungs.")) == Report("Clear lungs.")
 
 
@@ -95,7 +95,7 @@ def test_names_and_slips_of_findings(header: str) -> None:
     ["IMPRESSION", "IMPRESSON", "IMPRESION", "IMPRSSION", "IMPRESSIONS", "CONCLUSION", "SUMMARY",
      "FINAL IMPRESSION", "IMPRESSION (PRELIMINARY)", "Impression", "OPINION"],
 )  # fmt: skip
-def test_names_and_slips_of_impression(header: str) -> None:
+def test_spellings_of_impression(header: str) -> None:
     text = report(" FINDINGS: Clear lungs.", f" {header}: Normal.")
     assert parse_report(text) == Report("Clear lungs.", "Normal.")
 
@@ -110,14 +110,14 @@ def test_one_section_for_both_counts_as_findings(header: str) -> None:
     ["PORTABLE CHEST", "PA AND LATERAL VIEWS OF THE CHEST", "CHEST, 2 VIEWS", "AP CHEST",
      "FRONTAL AND LATERAL CHEST RADIOGRAPHS", "CHEST RADIOGRAPH [PORTABLE]"],
 )  # fmt: skip
-def test_a_section_named_after_the_view_stands_for_findings(header: str) -> None:
+def test_section_named_after_the_view_counts_as_findings(header: str) -> None:
     text = report(
         " HISTORY: Cough.", "", f" {header}: The heart is large.", "", " IMPRESSION: Big."
     )
     assert parse_report(text) == Report("The heart is large.", "Big.")
 
 
-def test_parts_of_the_body_stay_within_the_findings() -> None:
+def test_headers_of_body_parts_stay_in_the_findings() -> None:
     text = report(
         " TECHNIQUE: PA view.", "",
         " FINDINGS: Comparison is made with ___.", "",
@@ -133,38 +133,38 @@ def test_parts_of_the_body_stay_within_the_findings() -> None:
     assert parse_report(report(" HISTORY: x", "", " LUNGS: Clear.")) == Report("LUNGS: Clear.")
 
 
-def test_a_view_does_not_displace_real_findings() -> None:
+def test_view_section_does_not_replace_findings() -> None:
     text = report(" PORTABLE CHEST: One view.", "", " FINDINGS: The heart is large.")
     assert parse_report(text) == Report("The heart is large.")
 
 
-def test_only_one_of_the_sections() -> None:
+def test_one_section_is_enough() -> None:
     assert parse_report(report(" IMPRESSION: Normal.")) == Report("", "Normal.")
     assert parse_report(report(" FINDINGS: Clear.", "", " IMPRESSION: ")) == Report("Clear.", "")
 
 
-def test_addendum_and_wet_read_above_the_line_are_left_out() -> None:
+def test_addendum_and_wet_read_above_the_line_are_skipped() -> None:
     body = report(" FINDINGS: Clear.", "", " IMPRESSION: Normal.")
     addendum = " ADDENDUM  The FINDINGS: were discussed with Dr. ___ at 5 PM.\n"
     for above in (addendum, " WET READ: ___ ___ 10:20 PM\n  Left effusion.\n"):
         assert parse_report(above + LINE + "\n" + body) == Report("Clear.", "Normal.")
 
 
-def test_a_wet_read_alone_is_better_than_nothing() -> None:
+def test_wet_read_is_used_if_alone() -> None:
     assert parse_report(" WET READ: Left effusion.\n") == Report("Left effusion.")
 
 
-def test_a_line_at_the_end_hides_nothing() -> None:
+def test_line_at_the_end_is_ignored() -> None:
     text = report(" FINDINGS: Clear.") + LINE + "\n"
     assert parse_report(text) == Report("Clear.")
 
 
-def test_deidentified_lines_are_not_the_line_of_an_addendum() -> None:
+def test_deidentified_lines_do_not_end_an_addendum() -> None:
     text = report(" FINDINGS: Clear.", " ___", " Still clear.")
     assert parse_report(text) == Report("Clear. ___ Still clear.")
 
 
-def test_the_last_paragraph_stands_in() -> None:
+def test_last_paragraph_replaces_missing_sections() -> None:
     text = report(
         " HISTORY: Cough.", "",
         " Comparison is made with ___.", "",
@@ -180,7 +180,7 @@ def test_repeated_sections_are_joined() -> None:
     assert parse_report(text) == Report("First. Second.", "One.")
 
 
-def test_capitals_inside_a_sentence_are_no_header() -> None:
+def test_capitals_inside_a_sentence_are_not_a_header() -> None:
     text = report(
         " FINDINGS: The tip of the ET tube, see", " previous report: unchanged. IMPRESSION"
     )
@@ -192,13 +192,13 @@ def test_capitals_inside_a_sentence_are_no_header() -> None:
     ["", "\n \n", TITLE, report(" INDICATION: Cough."), report(" FINDINGS: ", " IMPRESSION: ___"),
      report(" HISTORY: x", " TECHNIQUE: y")],
 )  # fmt: skip
-def test_nothing_to_learn_from_is_set_aside(text: str) -> None:
+def test_reports_without_content_are_set_aside(text: str) -> None:
     with pytest.raises(RecordError) as caught:
         parse_report(text)
     assert caught.value.reason == "no-findings-or-impression"
 
 
-def test_rule_of_the_authors() -> None:
+def test_rule_of_the_authors_needs_both_headers() -> None:
     text = report(" FINDINGS: Clear", " lungs.", "", " IMPRESSION: Normal.")
     assert parse_report(text, "authors") == Report("Clear lungs.")
     for other in (" IMPRESSION: Normal.", " FINDINGS: IMPRESSION: Normal.", " FINDINGS: Clear."):
@@ -207,7 +207,7 @@ def test_rule_of_the_authors() -> None:
         assert caught.value.reason == "no-findings-or-impression"
 
 
-def test_unknown_rule_and_oversized_text() -> None:
+def test_unknown_rule_and_long_text_are_refused() -> None:
     with pytest.raises(ValueError, match="careful"):
         parse_report("FINDINGS: x", "sloppy")
     with pytest.raises(RecordError) as caught:
@@ -234,7 +234,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(st.one_of(PIECES, st.text(max_size=20)), max_size=30).map("".join))
-def test_any_text_gives_clean_sections_or_a_reason(text: str) -> None:
+def test_any_text_gives_sections_or_a_reason(text: str) -> None:
     for rule in ("careful", "authors"):
         try:
             parsed = parse_report(text, rule)
@@ -247,7 +247,7 @@ def test_any_text_gives_clean_sections_or_a_reason(text: str) -> None:
 
 
 def test_long_runs_of_capitals_take_linear_time() -> None:
-    # Each of these makes a naive header pattern backtrack, so that the test does not end.
+    # A naive header pattern backtracks on each of these and does not end.
     runs = ("A" * 190_000, "A " * 95_000, ("A, " * 40 + "\n") * 1500, "\n " * 90_000,
             "called " * 28_000, "FINDINGS\n" * 20_000, "FINDINGS: x\nCOMPARISON: y\n" * 7_000,
             "FINDINGS: COMPARISON: " + "None. " * 30_000, "Dr. " * 48_000,
