@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.evaluate` from a data folder and a model folder to figures and a page."""
+"""`python -m cpo_fast.evaluate`: from a data set and a model folder to figures and a page."""
 
 from __future__ import annotations
 
@@ -38,40 +38,40 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def thinks(monkeypatch):
-    """Puts the random model's answers into thoughts, but for the first `number` of them."""
+def force_thoughts(monkeypatch):
+    """Wrap the random model's answers in thoughts, except the first `number`."""
 
     def use(number):
-        def answered(*parts):
+        def generate(*parts):
             answers, kept = generate_answers(*parts)
             said = [
                 f"<think> lungs {a.replace('<think>', '')} </think> x" for a in answers[number:]
             ]
             return ["no thought"] * number + said, kept
 
-        monkeypatch.setattr("cpo_fast.evaluation.run.generate_answers", answered)
+        monkeypatch.setattr("cpo_fast.evaluation.run.generate_answers", generate)
 
     return use
 
 
-def test_drift_needs_thoughts_and_counts_answers_without(data, model, tmp_path, capsys, thinks):
+def test_drift_needs_thoughts_and_counts_others(data, model, tmp_path, capsys, force_thoughts):
     arguments = [str(part) for part in (
         "--model", model, "--dataset", data, "--output_dir", tmp_path / "out", "--max_samples", 2,
         "--max_new_tokens", 4, "--suite", "report,drift")]  # fmt: skip
-    thinks(2)
+    force_thoughts(2)
     assert main(arguments) == 1
     assert "none of 2 answers of random has a thought" in capsys.readouterr().err
     written = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]
-    assert "text" in written and "drift" not in written  # the other suites are not lost
-    thinks(1)
+    assert "text" in written and "drift" not in written  # other suites are written
+    force_thoughts(1)
     assert main(arguments) == 0
     assert "drift: 1 of 2 answers left out: no thought" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["evaluation"]["drift"]
     assert (found["random"]["studies"], found["random"]["without_thought"]) == (1, 1)
 
 
-def test_all_suites_on_the_phantom(data, model, tmp_path, capsys, thinks):
-    thinks(0)
+def test_all_suites_on_the_phantom(data, model, tmp_path, capsys, force_thoughts):
+    force_thoughts(0)
     out = tmp_path / "out"
     arguments = ["--model", model, "--dataset", data, "--output_dir", out, "--max_samples", 3,
                  "--max_new_tokens", 8, "--drift_samples", 1, "--suite",
@@ -96,7 +96,7 @@ def test_all_suites_on_the_phantom(data, model, tmp_path, capsys, thinks):
         ({"--suite": "accuracy"}, 2, "choose from classification,report"),
         ({"--model": "gone"}, 2, "no such model folder"),
         ({"--dataset": "gone"}, 2, "no such file or folder"),
-        ({"--dataset": "gone", "--model": "gone"}, 2, "no such file or folder"),  # said first
+        ({"--dataset": "gone", "--model": "gone"}, 2, "no such file or folder"),  # the first error
     ],
 )
 def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, message):
@@ -105,7 +105,7 @@ def test_bad_input_is_named(data, model, tmp_path, capsys, changed, status, mess
     assert message in capsys.readouterr().err
 
 
-def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
+def test_missing_images_are_left_out_and_listed(data, model, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     flags = ["--model", model, "--dataset", copy, "--output_dir", tmp_path / "out",
@@ -138,14 +138,14 @@ def test_images_that_vanish_are_left_out_by_name(data, model, tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_slow_bfloat16_is_warned_of(model, monkeypatch, capsys, bf16):
+def test_slow_bfloat16_gives_a_warning(model, monkeypatch, capsys, bf16):
     monkeypatch.setattr(processor, "fast_bfloat16", lambda: False)
     flags = ["--model", str(model), "--dataset", "d", "--output_dir", "o", "--max_pixels", "50000"]
     open_model(parse_arguments([*flags, *(["--bf16"] if bf16 else [])]))
     assert ("warning: bf16" in capsys.readouterr().err) is bf16
 
 
-def test_a_tokenizer_of_another_model_is_named(data, model, tmp_path, capsys):
+def test_tokenizer_of_another_model_is_named(data, model, tmp_path, capsys):
     other = tmp_path / "model"
     shutil.copytree(model, other)
     larger = load_tokenizer(other)
@@ -164,8 +164,8 @@ PAIRS = [
 ]
 
 
-def preferred(model, folder, capsys, *flags):
-    """`evaluate` on a file of PAIRS: (summary, what was printed)."""
+def evaluate_pairs(model, folder, capsys, *flags):
+    """`evaluate` on a file of PAIRS: (summary, report page)."""
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     out = folder / "out"
@@ -176,30 +176,30 @@ def preferred(model, folder, capsys, *flags):
     return json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
 
 
-def summed_logps(model, prompt, answer, words):
-    ids = words(prompt).input_ids
-    answers = words(answer).input_ids + [words.eos_token_id]
+def sum_logps(model, prompt, answer, tok):
+    ids = tok(prompt).input_ids
+    answers = tok(answer).input_ids + [tok.eos_token_id]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*ids, *answers]])).logits[0, len(ids) - 1 : -1]
     return float(logits.log_softmax(-1)[range(len(answers)), answers].sum())
 
 
-def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, tmp_path, capsys):
-    """By a whole model's own log-probs, by an adapter's also against the model below it."""
-    summary, page = preferred(model, tmp_path, capsys)
+def test_preference_file_gives_the_share_of_preferred_answers(model, tmp_path, capsys):
+    """A whole model is scored by its own log-probs, an adapter also against its base."""
+    summary, page = evaluate_pairs(model, tmp_path, capsys)
     assert summary["data"]["read"] == 4 and summary["data"]["used"] == 3
     assert summary["data"]["rejected"] == {"empty-response": 1}
     (figures,) = summary["evaluation"]["preference"].values()
-    words, whole = load_tokenizer(model), load_model(model)
+    tok, whole = load_tokenizer(model), load_model(model)
 
-    def likelier(policy):
+    def score_sides(policy):
         rows = [(row["prompt"], row["chosen"], row["rejected"]) for row in PAIRS if row["rejected"]]
-        sides = [[summed_logps(policy, p, answer, words) for answer in pair] for p, *pair in rows]
+        sides = [[sum_logps(policy, p, answer, tok) for answer in pair] for p, *pair in rows]
         return torch.tensor(sides, dtype=torch.float64)
 
-    below = likelier(whole)
-    assert figures == {"pairs": 3, "policy_accuracy": figures["policy_accuracy"]}
-    won = (below[:, 0] > below[:, 1]).double().mean()
+    base = score_sides(whole)
+    assert figures.keys() == {"pairs", "policy_accuracy"} and figures["pairs"] == 3
+    won = (base[:, 0] > base[:, 1]).double().mean()
     assert figures["policy_accuracy"]["value"] == pytest.approx(float(won))
     assert "Reward" not in page, "there is no reference"
     assert f"model {model} · data set" in page and "cpo_fast · evaluation" in page
@@ -214,14 +214,14 @@ def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, 
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     save_model(adapter, tmp_path / "adapter")
-    summary, page = preferred(tmp_path / "adapter", tmp_path, capsys, "--max_samples", "2")
+    summary, page = evaluate_pairs(tmp_path / "adapter", tmp_path, capsys, "--max_samples", "2")
     assert summary["data"]["left_out"] == 1
     figures, reference = summary["evaluation"]["preference"].values()
-    won = (below[:2, 0] > below[:2, 1]).double().mean()
-    assert reference == {"pairs": 2, "policy_accuracy": reference["policy_accuracy"]}
+    won = (base[:2, 0] > base[:2, 1]).double().mean()
+    assert reference.keys() == {"pairs", "policy_accuracy"} and reference["pairs"] == 2
     assert reference["policy_accuracy"]["value"] == pytest.approx(float(won))
     assert ">Reference<" in page
-    rewards = 0.1 * (likelier(adapter) - below)[:2]
+    rewards = 0.1 * (score_sides(adapter) - base)[:2]
     margins = rewards[:, 0] - rewards[:, 1]
     assert figures["pairs"] == 2 and "Reward accuracy" in page
     assert figures["accuracy"]["value"] == pytest.approx(float((margins > 0).double().mean()))
@@ -249,7 +249,7 @@ def test_a_preference_file_says_how_often_the_chosen_answer_is_preferred(model, 
         ("studies", "--suite drift --seed 1", "--seed 1 is for --suite classification or report"),
     ],
 )
-def test_a_flag_that_does_nothing_is_refused_by_name(tmp_path, capsys, dataset, flags, message):
+def test_flag_without_effect_is_refused(tmp_path, capsys, dataset, flags, message):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
     (tmp_path / "labels.csv").write_text("Image Index,Finding Labels\n")
     (tmp_path / "temporal.csv").write_text("dicom_id,previous_dicom_id\n")
@@ -260,7 +260,7 @@ def test_a_flag_that_does_nothing_is_refused_by_name(tmp_path, capsys, dataset, 
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_that_do_something_are_taken(tmp_path):
+def test_flags_with_effect_are_accepted(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
     (tmp_path / "labels.csv").write_text("Image Index,Finding Labels\n")
     given = {
@@ -271,10 +271,10 @@ def test_flags_that_do_something_are_taken(tmp_path):
     for dataset, flags in given.items():
         common = ["--model", "m", "--dataset", str(tmp_path / dataset), "--output_dir", "o"]
         found = parse_arguments([*common, *flags.split()])
-        assert found.split == "test" and found.num_examples == 4, "the defaults are there"
+        assert found.split == "test" and found.num_examples == 4, "defaults"
 
 
-def test_flags_of_adapters_are_refused_for_a_whole_model(model, tmp_path):
+def test_adapter_flags_are_refused_for_a_whole_model(model, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]))
     common = ["--model", str(model), "--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir",
               str(tmp_path / "out")]  # fmt: skip
@@ -284,7 +284,7 @@ def test_flags_of_adapters_are_refused_for_a_whole_model(model, tmp_path):
             resolve_model(parse_arguments([*common, flag]))
 
 
-def test_the_rewards_of_a_run_have_its_own_beta(tmp_path, capsys):
+def test_rewards_use_the_beta_of_the_run(tmp_path, capsys):
     run = tmp_path / "run"
     checkpoint = run / "cpo" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
@@ -293,8 +293,7 @@ def test_the_rewards_of_a_run_have_its_own_beta(tmp_path, capsys):
     common = ["--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out")]
 
     def beta(*flags):
-        args = parse_arguments([*common, "--model", str(checkpoint), *flags])
-        args = resolve_model(args)
+        args = resolve_model(parse_arguments([*common, "--model", str(checkpoint), *flags]))
         assert args.model == str(checkpoint)
         return args.beta
 
@@ -306,8 +305,8 @@ def test_the_rewards_of_a_run_have_its_own_beta(tmp_path, capsys):
     assert beta("--beta", "0.2") == 0.2
 
 
-def test_results_of_others_are_not_replaced(data, model, tmp_path, capsys):
-    """Neither of a training run, nor a model, nor a stage; its own are."""
+def test_other_results_are_not_replaced(data, model, tmp_path, capsys):
+    """Folders of a training run, a model or a training stage are refused."""
     run = tmp_path / "run"
     (run / "cpo" / "checkpoint-2").mkdir(parents=True)
     before = {"config.json": '{"stages": "cpo"}', "summary.json": '{"stages": {}}'}

@@ -1,4 +1,4 @@
-"""Batched, left-padded generation equals asking one study at a time."""
+"""Batched, left-padded generation equals generation for one study at a time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def vision_model():
         video_token_id=95,
     )
     model = Qwen2_5_VLForConditionalGeneration(config).double().eval()
-    model.generation_config.repetition_penalty = 5.0  # real checkpoints bring such defaults
+    model.generation_config.repetition_penalty = 5.0  # as in real checkpoints
     return model
 
 
@@ -97,18 +97,18 @@ PROMPTS = [
 ]
 
 
-def test_batched_equals_one_at_a_time_and_keeps_the_order(vision_model, tokenizer):
+def test_batches_equal_single_prompts_in_order(vision_model, tokenizer):
     together = diagnose(vision_model, tokenizer, PROMPTS, pixels, max_new_tokens=24, batch_size=3)
     alone = [
         diagnose(vision_model, tokenizer, [one], pixels, max_new_tokens=24, batch_size=1)[0]
         for one in PROMPTS
     ]
     assert together == alone
-    assert len(set(together)) == len(together), "the model does not look at its prompts"
+    assert len(set(together)) == len(together), "answers must depend on prompts"
 
 
 def test_cached_generation_equals_forwards_without_cache(vision_model, tokenizer):
-    """Greedy by hand: the whole sequence through the model for every next token."""
+    """Greedy decoding by hand: a forward over the whole sequence for every token."""
     answer = diagnose(vision_model, tokenizer, PROMPTS[:2], pixels, max_new_tokens=8, batch_size=2)
     for one, text in zip(PROMPTS[:2], answer, strict=True):
         values, grid = pixels(one.images[0])
@@ -128,7 +128,7 @@ def test_cached_generation_equals_forwards_without_cache(vision_model, tokenizer
         assert text == tokenizer.decode([i for i in new if i != STOP], skip_special_tokens=True)
 
 
-def test_text_only_model_and_early_stop(tokenizer):
+def test_text_only_model_and_first_token_stop(tokenizer):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
@@ -147,14 +147,14 @@ def test_text_only_model_and_early_stop(tokenizer):
     alone = [diagnose(model, tokenizer, [p], max_new_tokens=40, batch_size=1)[0] for p in prompts]
     assert together == alone
     assert model.training, "the model's mode was not restored"
-    # Ending on the very first new token of an answer leaves an empty text.
+    # A stop token as the first new token leaves an empty text.
     first = tokenizer.convert_tokens_to_ids(together[0].split()[0])
     model.generation_config.eos_token_id = [first]
     assert first in stop_ids(model, tokenizer)
     assert diagnose(model, tokenizer, prompts, max_new_tokens=40, batch_size=4)[0] == ""
 
 
-def test_an_image_that_fails_costs_its_own_answer_only(vision_model, tokenizer):
+def test_failed_image_loses_only_its_own_answer(vision_model, tokenizer):
     def missing(image: ImageRef) -> tuple[torch.Tensor, torch.Tensor]:
         if image.path == "2x2":
             raise RecordError("image-missing", "2x2 is not there")
@@ -170,7 +170,7 @@ def test_an_image_that_fails_costs_its_own_answer_only(vision_model, tokenizer):
         diagnose(vision_model, tokenizer, PROMPTS, missing, **options)
 
 
-def test_nothing_to_do_gives_nothing(vision_model, tokenizer):
+def test_no_prompts_give_no_answers(vision_model, tokenizer):
     assert diagnose(vision_model, tokenizer, [], pixels) == []
 
 

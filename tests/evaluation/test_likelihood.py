@@ -1,4 +1,4 @@
-"""Scores of many candidates through one pack equal separate forwards of the whole sequences."""
+"""Scores of many candidates from one pack equal separate forwards of whole sequences."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cpo_fast.types import Prompt
 IMAGE = image_token_id(tokenizer())
 
 
-def prompts(*pictures) -> list[Prompt]:
+def build_prompts(*pictures) -> list[Prompt]:
     made = []
     for number, picture in enumerate(pictures):
         sample = preference(str(number), 0, *([picture] if picture else []))
@@ -38,8 +38,8 @@ def prompts(*pictures) -> list[Prompt]:
     return made
 
 
-def separately(model, prompt: Prompt, candidate) -> float:
-    """The model's own forward over prompt and answer, log-softmax over its logits."""
+def score_separately(model, prompt: Prompt, candidate) -> float:
+    """Summed log-prob of the candidate from the model's own forward over prompt and answer."""
     row = torch.tensor([[*prompt.input_ids, *candidate]])
     inputs = {"input_ids": row}
     if prompt.images:
@@ -53,39 +53,41 @@ def separately(model, prompt: Prompt, candidate) -> float:
 
 
 def assert_same(scores: torch.Tensor, expected: list[list[float]]) -> None:
-    """Log-probs of about -100 in float32, equal to 1e-6 of their size."""
+    """Float32 log-probs of about -100, equal to a relative 1e-6."""
     torch.testing.assert_close(scores, torch.tensor(expected), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("packing_length", [1, 100_000])
-def test_equals_separate_forwards_with_images(packing_length):
+def test_scores_equal_separate_forwards_with_images(packing_length):
     model = vision_language_model()
-    asked = prompts(image(100, 80), image(60, 120), None)
+    prompts = build_prompts(image(100, 80), image(60, 120), None)
     candidates = finding_candidates(tokenizer())[:5]
-    expected = [[separately(model, p, c) for c in candidates] for p in asked]
-    scores = score_answers(PackedModel(model), asked, candidates, images().pixels,
+    expected = [[score_separately(model, p, c) for c in candidates] for p in prompts]
+    scores = score_answers(PackedModel(model), prompts, candidates, images().pixels,
                            image_token_id=IMAGE, packing_length=packing_length)  # fmt: skip
     assert scores.shape == (3, 5)
     assert_same(scores, expected)
 
 
-def test_equals_separate_forwards_of_a_text_model_with_own_candidates():
+def test_scores_of_a_text_model_with_own_candidates():
     model = text_model().double()
-    asked = prompts(None, None)
+    prompts = build_prompts(None, None)
     first, second, third = finding_candidates(tokenizer())[:3]
     own = [[first, second], [third, first]]
-    expected = [[separately(model, p, c) for c in cs] for p, cs in zip(asked, own, strict=True)]
-    scores = score_answers(PackedModel(model), asked, own)
+    expected = [
+        [score_separately(model, p, c) for c in cs] for p, cs in zip(prompts, own, strict=True)
+    ]
+    scores = score_answers(PackedModel(model), prompts, own)
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-def test_a_wrapped_model_still_generates():
-    """The pack's attention function must not change what `generate` does."""
+def test_packed_model_generates_as_before():
+    """The attention function of packs does not change `generate`."""
     model = vision_language_model()
-    asked = prompts(image(100, 80), image(60, 120))
-    before = diagnose(model, tokenizer(), asked, images().pixels, max_new_tokens=12)
+    prompts = build_prompts(image(100, 80), image(60, 120))
+    before = diagnose(model, tokenizer(), prompts, images().pixels, max_new_tokens=12)
     PackedModel(model)
-    assert diagnose(model, tokenizer(), asked, images().pixels, max_new_tokens=12) == before
+    assert diagnose(model, tokenizer(), prompts, images().pixels, max_new_tokens=12) == before
     assert len(set(before)) == 2
 
 
@@ -95,7 +97,7 @@ def test_candidates_are_one_sentence_per_finding():
     assert len(texts) == len(LABEL_NAMES)
 
 
-def test_distribution_sums_to_one_and_keeps_the_order():
+def test_distribution_is_the_softmax_of_scores():
     scores = torch.tensor([[-700.0, -701.0, -730.0]])
     found = finding_distribution(scores)
     assert float(found.sum()) == pytest.approx(1.0)
@@ -104,11 +106,11 @@ def test_distribution_sums_to_one_and_keeps_the_order():
 
 def test_bad_candidates_are_refused():
     model = PackedModel(text_model())
-    asked = prompts(None, None)
+    prompts = build_prompts(None, None)
     with pytest.raises(UsageError, match="no candidate"):
-        score_answers(model, asked, [])
+        score_answers(model, prompts, [])
     with pytest.raises(UsageError, match="one of its candidates is empty"):
-        score_answers(model, asked, [(1, 2), ()])
+        score_answers(model, prompts, [(1, 2), ()])
     with pytest.raises(UsageError, match="2 prompts, but 1 list of candidates"):
-        score_answers(model, asked, [[(1, 2)]])
+        score_answers(model, prompts, [[(1, 2)]])
     assert score_answers(model, [], [(1,)]).shape == (0, 0)

@@ -1,4 +1,4 @@
-"""Figures of the evaluation against scikit-learn, nltk and cases worked out by hand."""
+"""Evaluation figures against scikit-learn, nltk and cases computed by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def matrix(names: list[tuple[str, ...]]) -> np.ndarray:
     return np.array([[name in row for name in LABEL_NAMES] for row in names])
 
 
-def test_counts_of_a_case_worked_out_by_hand():
+def test_counts_equal_hand_computation():
     truth = [("Edema",), ("Edema", "Pneumonia"), ("Atelectasis",), ("Edema",)]
     predicted = [("Edema",), ("Pneumonia",), ("Atelectasis", "Edema"), None]
     result = c.classification(truth, predicted, findings=ABC, bootstrap=50)
@@ -41,7 +41,7 @@ def test_counts_of_a_case_worked_out_by_hand():
     assert result["unparsable"] == 1
 
 
-def test_an_unparsable_answer_is_never_a_correct_absence():
+def test_unparsable_answer_is_wrong_for_every_finding():
     truth = [("Edema",)] * 4
     silent = c.classification(truth, [None] * 4, findings=ABC, bootstrap=10)
     nothing = c.classification(truth, [()] * 4, findings=ABC, bootstrap=10)
@@ -106,14 +106,14 @@ def test_difference_is_paired():
     assert mixed["value"] == pytest.approx(0.5) and mixed["interval"][0] > 0.4
 
 
-def test_majority_guess_is_what_most_training_studies_have():
+def test_majority_guess_has_the_labels_of_most_studies():
     training = [("Edema", "Pneumonia"), ("Edema",), ("Pneumonia", "Edema"), ("Atelectasis",)]
     assert c.majority_guess(training) == ("Edema",)
     with pytest.raises(UsageError, match="no training study"):
         c.majority_guess([])
 
 
-def test_auc_agrees_with_sklearn_also_when_resampled():
+def test_auc_and_its_resamples_agree_with_sklearn():
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(0)
@@ -145,14 +145,14 @@ def test_bad_input_of_classification_is_named(truth, predicted, message):
         c.classification(truth, predicted)
 
 
-def test_auc_refuses_scores_that_do_not_fit():
+def test_auc_refuses_wrong_shapes_and_nan():
     with pytest.raises(UsageError, match="studies x findings"):
         c.auc([("Edema",)], np.zeros((1, 3)))
     with pytest.raises(UsageError, match="NaN"):
         c.auc([("Edema",)], np.full((1, 15), np.nan))
 
 
-def test_preference_of_a_case_worked_out_by_hand():
+def test_preference_figures_equal_hand_computation():
     result = summarize_preference([-1, -5, -3], [-4, -4, -3], [-2, -2, -3], [-3, -3, -3], beta=0.5)
     # rewards: chosen .5, -1.5, 0; rejected -.5, -.5, 0: one won, one lost, one tie (not won)
     assert result["accuracy"]["value"] == pytest.approx(1 / 3)
@@ -162,7 +162,7 @@ def test_preference_of_a_case_worked_out_by_hand():
     assert result["pairs"] == 3
 
 
-def test_the_reference_is_judged_by_its_own_log_probs():
+def test_reference_accuracy_uses_its_own_log_probs():
     scored = {
         "policy_chosen": [-1.0, -5.0, -3.0], "policy_rejected": [-4.0, -4.0, -4.0],
         "reference_chosen": [-3.0, -2.0, -3.0], "reference_rejected": [-2.0, -3.0, -3.0],
@@ -181,19 +181,19 @@ def test_policy_equal_to_reference_has_no_reward():
     logps = [-10.0, -12.0]
     result = summarize_preference(logps, logps, logps, logps, beta=0.1, groups=["a", "a"])
     assert result["accuracy"] == {"value": 0.0, "interval": [0.0, pytest.approx(0.975)]}
-    assert result["margin"] == {"value": 0.0, "interval": None}  # of one study
+    assert result["margin"] == {"value": 0.0, "interval": None}  # one study
 
 
-def test_few_pairs_that_are_all_won_are_no_certainty():
+def test_interval_of_few_pairs_is_wide():
     won, lost = [-10.0] * 4, [-12.0] * 4
     result = summarize_preference(won, lost, lost, won, beta=0.5)
-    # Clopper and Pearson 1934: 4 of 4 are compatible with 39.8 % at the level of 95 %.
+    # Clopper and Pearson 1934: for 4 of 4, the 95 % interval begins at 39.8 %.
     assert result["accuracy"] == {"value": 1.0, "interval": [pytest.approx(0.3976, abs=1e-4), 1.0]}
     assert result["policy_accuracy"]["interval"] == result["accuracy"]["interval"]
     assert result["beta"] == 0.5
 
 
-def test_preference_refuses_what_it_cannot_use():
+def test_preference_refuses_bad_log_probs():
     with pytest.raises(UsageError, match="unequal"):
         summarize_preference([1.0], [1.0, 2.0], [1.0], [1.0], beta=0.1)
     with pytest.raises(UsageError, match="NaN"):
@@ -248,7 +248,7 @@ def test_text_metrics_agree_with_the_coco_package():
     assert low <= result["meteor"] <= high
 
 
-def test_rouge_l_of_a_case_worked_out_by_hand():
+def test_rouge_l_equals_hand_computation():
     # longest common subsequence "a c d": 3 of 4 and of 5 words
     precision, recall = 3 / 5, 3 / 4
     expected = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
@@ -269,7 +269,7 @@ def test_common_subsequence_agrees_with_the_table():
         assert text.common_subsequence(first, second) == table[-1, -1]
 
 
-def test_text_intervals_are_those_of_redrawn_studies(monkeypatch):
+def test_text_intervals_equal_resampled_studies(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)  # METEOR's program is slow to start
     wanted = [*REFERENCES, "Mild pulmonary edema.", "No pneumothorax. Stable cardiomegaly.", "Ok."]
     given = [*CANDIDATES, "Pulmonary edema is mild.", "Cardiomegaly.", ""]
@@ -285,7 +285,7 @@ def test_text_intervals_are_those_of_redrawn_studies(monkeypatch):
         assert min(values) <= found[name] <= max(values)
 
 
-def test_no_match_at_all_is_zero_not_tiny():
+def test_bleu_without_a_match_is_zero():
     assert text.bleu([["a", "b"]], [["c", "d"]]) == [0.0, 0.0, 0.0, 0.0]
     found = text.bleu([list("abcdefgh")], [list("abcxdefy")])
     assert found[2] > 0.3 and found[3] == 0.0
@@ -297,7 +297,7 @@ def test_equal_texts_score_one():
     assert result["rouge_l"] == pytest.approx(1.0)
 
 
-def test_label_f1_and_what_is_missing_is_named(monkeypatch):
+def test_label_f1_and_missing_metrics(monkeypatch):
     said = "There is pulmonary edema. Cardiomegaly. No pneumothorax."
     assert text.text_metrics([said], ["Cardiomegaly."])["label_f1"] == pytest.approx(2 / (2 + 1))
     silent = text.text_metrics(["Lines."], ["Lines."])

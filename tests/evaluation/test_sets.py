@@ -1,4 +1,4 @@
-"""CSV sets: ChestXray14, CheXpert, PadChest and MS-CXR-T, in files written here."""
+"""CSV sets: ChestXray14, CheXpert, PadChest and MS-CXR-T, as synthetic files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write(folder, text, name="set.csv"):
     return folder / name
 
 
-def test_chest_xray_14_is_read_in_its_words(folder):
+def test_chest_xray_14_keeps_its_label_names(folder):
     found = read_labelled_csv(write(folder, CHEST_XRAY_14), folder)
     assert found.kind == "ChestXray14"
     assert found.findings == ("Mass", "Pleural Effusion", "Pleural Thickening")
@@ -74,7 +74,7 @@ def test_chest_xray_14_is_read_in_its_words(folder):
     assert [one.patient for one in found.images] == ["1", "1", "2"]
 
 
-def test_chexpert_knows_patients_and_uncertain_labels(folder):
+def test_chexpert_has_patients_and_uncertain_labels(folder):
     path = write(folder, CHEXPERT)
     found = read_labelled_csv(path, folder)
     assert found.findings == ("Edema", "Pleural Effusion")
@@ -85,7 +85,7 @@ def test_chexpert_knows_patients_and_uncertain_labels(folder):
     assert positive.images[0].names == ("Edema", "Pleural Effusion")
 
 
-def test_padchest_lists_are_literals_and_nothing_else(folder):
+def test_padchest_lists_must_be_literals(folder):
     found = read_labelled_csv(write(folder, PADCHEST), folder)
     assert found.findings == ("Cardiomegaly", "Pleural effusion")
     assert len(found.images) == 2
@@ -104,7 +104,7 @@ def test_unknown_columns_and_empty_sets_are_named(folder, text, message):
         read_labelled_csv(write(folder, text), folder)
 
 
-def test_rows_that_cannot_be_used_are_set_aside_with_their_line(folder):
+def test_unusable_rows_are_set_aside_with_their_line(folder):
     text = CHEST_XRAY_14 + ",Mass,0,3\nd.png,,0,4\n"
     found = read_labelled_csv(write(folder, text), folder)
     assert len(found.images) == 3
@@ -150,14 +150,14 @@ def test_damaged_ms_cxr_t_is_named(folder, text, message):
         read_ms_cxr_t(write(folder, text))
 
 
-def cases(*labels):
+def build_cases(*labels):
     return [TemporalCase(str(i), "s", "d", "p", "q", {"Edema": c}) for i, c in enumerate(labels)]
 
 
-def test_both_protocols_worked_out_by_hand():
-    three = cases("stable", "stable", "stable", "improving")
-    said = [{"Edema": "stable"}] * 3 + [{"Edema": "worsening"}]
-    a = progression_accuracy(three, said, bootstrap=50)
+def test_both_protocols_equal_hand_computation():
+    three = build_cases("stable", "stable", "stable", "improving")
+    answers = [{"Edema": "stable"}] * 3 + [{"Edema": "worsening"}]
+    a = progression_accuracy(three, answers, bootstrap=50)
     assert a["protocol"].startswith("A:")
     assert a["findings"]["Edema"]["cases"] == 4
     assert a["micro"]["value"] == 0.75, "three of four"
@@ -169,14 +169,16 @@ def test_both_protocols_worked_out_by_hand():
         presence_accuracy(three, [None])
 
 
-def test_macro_agrees_with_scikit_learn():
+def test_accuracies_agree_with_scikit_learn():
     from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
     draw = np.random.default_rng(5)
-    truth, said = (list(draw.choice(CLASSES, 60)) for _ in range(2))
-    found = progression_accuracy(cases(*truth), [{"Edema": one} for one in said], bootstrap=2)
-    assert found["micro"]["value"] == pytest.approx(accuracy_score(truth, said), abs=1e-12)
-    expected = balanced_accuracy_score(truth, said)
+    truth, answers = (list(draw.choice(CLASSES, 60)) for _ in range(2))
+    found = progression_accuracy(
+        build_cases(*truth), [{"Edema": one} for one in answers], bootstrap=2
+    )
+    assert found["micro"]["value"] == pytest.approx(accuracy_score(truth, answers), abs=1e-12)
+    expected = balanced_accuracy_score(truth, answers)
     assert found["macro"]["value"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -185,7 +187,7 @@ def evaluate(model, dataset, out, **more) -> int:
     return main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
 
 
-def test_the_command_on_a_labelled_set(folder, model):
+def test_command_on_a_labelled_set(folder, model):
     out = folder / "out"
     (folder / "damaged.png").write_bytes((folder / "a.png").read_bytes()[:200])
     path = write(folder, CHEST_XRAY_14 + ",Mass,0,3\ngone.png,Mass,0,3\ndamaged.png,Mass,0,3\n")
@@ -203,7 +205,7 @@ def test_the_command_on_a_labelled_set(folder, model):
     assert "Zero-shot AUC" in (out / "report.html").read_text()
 
 
-def test_the_command_on_ms_cxr_t_states_both_protocols(folder, model):
+def test_command_on_ms_cxr_t_has_both_protocols(folder, model):
     out = folder / "out"
     assert evaluate(model, write(folder, TEMPORAL), out, image_root=folder) == 0
     found = json.loads((out / "summary.json").read_text())["evaluation"]["ms_cxr_t"]["random"]
@@ -212,7 +214,7 @@ def test_the_command_on_ms_cxr_t_states_both_protocols(folder, model):
     assert "MS-CXR-T, random" in (out / "report.html").read_text()
 
 
-def test_bad_input_of_the_command_is_named(folder, model, capsys):
+def test_bad_input_is_named(folder, model, capsys):
     path, out = write(folder, CHEST_XRAY_14), folder / "out"
     assert evaluate(model, path, out) == 2
     assert "needs --image_root" in capsys.readouterr().err

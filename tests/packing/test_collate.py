@@ -1,4 +1,4 @@
-"""The tensors of a pack against a literal reading of PackedBatch's definition."""
+"""The tensors of a pack against the definition of PackedBatch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cpo_fast.testing.samples import (
 )
 
 
-def packed(samples, pack=None, **options):
+def encode_and_collate(samples, pack=None, **options):
     groups = encode_all(samples, tokenizer(), images().grid, max_length=1000).groups
     pack = pack or tuple((i, tuple(range(len(g.rejected)))) for i, g in enumerate(groups))
     pad = image_token_id(tokenizer())
@@ -26,9 +26,9 @@ def packed(samples, pack=None, **options):
     return groups, collate(groups, pack, **options)
 
 
-def test_every_segment_can_be_read_back():
-    """From row, study and branch alone: prompt, response and scored rows of each segment."""
-    groups, batch = packed(mixed())
+def test_every_segment_can_be_reconstructed():
+    """Row, study and branch determine prompt, response and scored rows of each segment."""
+    groups, batch = encode_and_collate(mixed())
     by_id = {group.id: group for group in groups}
     assert len(batch.segment_names) == batch.num_segments == 15
     for segment, name in enumerate(batch.segment_names):
@@ -54,7 +54,7 @@ def test_every_segment_can_be_read_back():
 
 
 def test_pairs_weights_sources_and_counts():
-    groups, batch = packed(mixed())
+    groups, batch = encode_and_collate(mixed())
     names = [tuple(batch.segment_names[s] for s in pair) for pair in batch.pairs.tolist()]
     assert names == [
         (f"{g.id}/chosen", f"{g.id}/rejected_{k + 1}")
@@ -74,18 +74,18 @@ def test_pairs_weights_sources_and_counts():
 
 
 def test_sft_samples_are_segments_without_pairs():
-    _, batch = packed([preference("a", 0, image(56, 56)), preference("b", 0)])
+    _, batch = encode_and_collate([preference("a", 0, image(56, 56)), preference("b", 0)])
     assert batch.pairs.shape == (0, 2) and batch.pair_weights.shape == (0,)
     assert batch.segment_names == ("a/chosen", "b/chosen")
     assert batch.logical_tokens == len(batch.input_ids)
 
 
-def test_part_of_a_group():
-    _, batch = packed([preference("a", 3)], pack=((0, (2,)),))
+def test_pack_with_part_of_a_group():
+    _, batch = encode_and_collate([preference("a", 3)], pack=((0, (2,)),))
     assert batch.segment_names == ("a/chosen", "a/rejected_3")
 
 
-def test_an_image_is_loaded_once_per_pack():
+def test_image_is_loaded_once_per_pack():
     loaded = []
 
     def pixels(ref):
@@ -94,21 +94,21 @@ def test_an_image_is_loaded_once_per_pack():
 
     a, b = image(100, 80), image(60, 60)
     samples = [preference("a", 2, a, perception=b), preference("b", 2, b)]
-    _, plain = packed(samples[1:], pixels=pixels)
+    _, plain = encode_and_collate(samples[1:], pixels=pixels)
     assert plain.image_order is None and loaded == [b]
     loaded.clear()
     split = ((0, (0,)), (1, (0, 1)), (0, (1,)))
-    _, batch = packed(samples, pack=split, pixels=pixels)
+    _, batch = encode_and_collate(samples, pack=split, pixels=pixels)
     assert loaded == [a, b] and batch.image_order == (0, 1, 1, 0)
-    _, unshared = packed(samples[1:], share_prompt=False)
+    _, unshared = encode_and_collate(samples[1:], share_prompt=False)
     assert unshared.image_order == (0, 0, 0) and len(unshared.image_grid_thw) == 1
     assert unshared.study_index.max() == 2 and unshared.segment_names == plain.segment_names
     assert torch.equal(unshared.labels, plain.labels)
 
 
 @pytest.mark.parametrize("pictures", [(), ((100, 80),), ((56, 56), (120, 60)), ((112, 28),)])
-def test_prompt_positions_are_transformers(pictures):
-    groups, batch = packed([preference("a", 0, *[image(*size) for size in pictures])])
+def test_prompt_positions_equal_transformers(pictures):
+    groups, batch = encode_and_collate([preference("a", 0, *[image(*size) for size in pictures])])
     ids = torch.tensor([groups[0].prompt.input_ids])
     pad = image_token_id(tokenizer())
     want, _ = vision_language_model().model.get_rope_index(
@@ -118,7 +118,7 @@ def test_prompt_positions_are_transformers(pictures):
     assert torch.equal(prompt_positions(ids[0], grids, pad), want[:, 0])
 
 
-def test_placeholders_that_do_not_match_the_image():
+def test_mismatched_placeholders_are_refused():
     groups = encode_all(
         [preference("a", 1, image(100, 80))], tokenizer(), lambda _: (1, 4, 4), max_length=1000
     ).groups

@@ -16,23 +16,23 @@ from cpo_fast.types import Preference
 LONG = 10_000
 
 
-def encoded(sample, **options):
+def tokenise(sample, **options):
     return encode(sample, tokenizer(), images().grid, **{"max_length": LONG, **options})
 
 
-def reason(sample, **options) -> str:
+def find_reason(sample, **options) -> str:
     with pytest.raises(RecordError) as caught:
-        encoded(sample, **options)
+        tokenise(sample, **options)
     return caught.value.reason
 
 
 @pytest.mark.parametrize("answer", ["The heart is enlarged.", "<think> a\n\nb </think> é 1", " x "])
-def test_ids_are_trls(answer):
-    """Prompt, chosen and rejected as trl's DPOTrainer tokenises a conversation (the oracle)."""
+def test_ids_equal_trl(answer):
+    """Prompt, chosen and rejected as tokenised by trl's DPOTrainer."""
     from trl.data_utils import apply_chat_template
 
     sample = replace(preference("a", 1), chosen=answer)
-    group = encoded(sample)
+    group = tokenise(sample)
     text = apply_chat_template(
         {
             "prompt": [dict(m) for m in sample.prompt],
@@ -49,29 +49,29 @@ def test_ids_are_trls(answer):
     assert group.prompt.input_ids + group.chosen == tuple(whole)
 
 
-def test_a_response_ends_with_the_turn():
-    group = encoded(preference("a", 2))
+def test_response_includes_the_end_of_its_turn():
+    group = tokenise(preference("a", 2))
     for response in (group.chosen, *group.rejected):
         assert tokenizer().decode(response).endswith("<|im_end|>\n")
 
 
 def test_placeholders_become_one_token_per_visual_token():
-    group = encoded(preference("a", 1, image(300, 200), image(56, 56)))
+    group = tokenise(preference("a", 1, image(300, 200), image(56, 56)))
     pad = image_token_id(tokenizer())
     sizes = [t * h * w // 4 for t, h, w in map(images().grid, group.prompt.images)]
     assert group.prompt.input_ids.count(pad) == sum(sizes) and sizes[1] == 4
-    one = encoded(preference("a", 1, image(56, 56)))
+    one = tokenise(preference("a", 1, image(56, 56)))
     assert one.prompt.input_ids.count(pad) == 4
 
 
-def test_a_perception_pair_has_its_own_prompt():
-    group = encoded(preference("a", 2, image(100, 80), perception=image(60, 60)))
+def test_perception_pair_has_its_own_prompt():
+    group = tokenise(preference("a", 2, image(100, 80), perception=image(60, 60)))
     assert group.rejected[0] == group.chosen
     assert group.rejected_prompts[0].images == (image(60, 60),)
     assert group.rejected_prompts[1] is None
 
 
-def test_a_template_that_rewrites_the_prompt_sets_the_row_aside():
+def test_template_that_rewrites_the_prompt_sets_the_row_aside():
     from copy import copy
 
     rewriting = copy(tokenizer())
@@ -80,8 +80,8 @@ def test_a_template_that_rewrites_the_prompt_sets_the_row_aside():
         encode(preference("a", 1), rewriting, max_length=LONG)
 
 
-def bare():
-    """The same tokenizer without a chat template, as of a base model."""
+def drop_template():
+    """The tokenizer without a chat template, as for a base model."""
     from copy import copy
 
     made = copy(tokenizer())
@@ -94,24 +94,24 @@ def test_plain_text_needs_no_chat_template():
         "p", ({"role": "user", "content": "The heart"},), " is", (" was",), plain=True
     )
     asked = replace(plain, id="m", plain=False)
-    done = encode_all([plain, asked], bare(), max_length=LONG)
+    done = encode_all([plain, asked], drop_template(), max_length=LONG)
     assert done.groups == encode_all([plain], tokenizer(), max_length=LONG).groups
     assert [(r.id, r.reason) for r in done.rejected] == [("m", "no-chat-template")]
     with pytest.raises(UsageError, match=r"no-chat-template: 1.*plain strings"):
-        encode_all([asked], bare(), max_length=LONG)
+        encode_all([asked], drop_template(), max_length=LONG)
 
 
-def test_images_need_a_model_that_sees():
-    """The reason is the model, even if the tokenizer has the image token (Qwen2.5)."""
-    blind = PreTrainedTokenizerFast(
+def test_images_need_a_vision_language_model():
+    """The reason names the model, even if the tokenizer has the image token (Qwen2.5)."""
+    text_only = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), chat_template=tokenizer().chat_template
     )
     shown, perception = preference("i", 1, image(60, 60)), preference("p", 1)
     perception = replace(perception, rejected_images=((image(60, 60),),))
     for row in (shown, perception):
-        for words_of, grid in ((tokenizer(), None), (blind, images().grid)):
+        for tok, grid in ((tokenizer(), None), (text_only, images().grid)):
             with pytest.raises(RecordError, match="vision-language model") as caught:
-                encode(row, words_of, grid, max_length=LONG)
+                encode(row, tok, grid, max_length=LONG)
             assert caught.value.reason == "model-cannot-see"
     with pytest.raises(UsageError, match="model-cannot-see: 1") as caught:
         encode_all([shown], tokenizer(), max_length=LONG)
@@ -142,7 +142,7 @@ def test_no_row_ends_the_run(prompt, chosen, why):
     assert collate(done.groups, parts, pixels=None, image_token_id=None).num_segments > 0
 
 
-def test_a_prompt_that_merges_with_the_answer_sets_the_row_aside():
+def test_prompt_that_merges_with_the_answer_sets_the_row_aside():
     merged = next(t for t in sorted(tokenizer().get_vocab()) if len(t) > 3 and t.isalpha())
     row = Preference(
         "a", ({"role": "user", "content": merged[:2]},), merged[2:], (" was large",), plain=True
@@ -154,7 +154,7 @@ def test_a_prompt_that_merges_with_the_answer_sets_the_row_aside():
     assert "template" not in str(caught.value)
 
 
-def test_a_template_that_fails_in_any_way_sets_the_row_aside():
+def test_failing_template_sets_the_row_aside():
     from copy import copy
 
     failing = copy(tokenizer())
@@ -164,7 +164,7 @@ def test_a_template_that_fails_in_any_way_sets_the_row_aside():
 
 
 def test_sft_samples_have_no_rejected():
-    assert encoded(preference("a", 0)).rejected == ()
+    assert tokenise(preference("a", 0)).rejected == ()
 
 
 def test_text_only_tokenizers_have_no_placeholder():
@@ -174,38 +174,38 @@ def test_text_only_tokenizers_have_no_placeholder():
 
 def test_records_are_set_aside_with_their_reason():
     base = preference("a", 2, image(100, 80))
-    assert reason(replace(base, chosen="  ")) == "empty-response"
-    assert reason(replace(base, rejected=("x", ""))) == "empty-response"
-    assert reason(replace(base, rejected=("x", base.chosen))) == "chosen-equals-rejected"
-    assert reason(replace(base, images=())) == "image-placeholder-mismatch"
-    assert reason(replace(base, images=base.images * 2)) == "image-placeholder-mismatch"
-    assert reason(replace(base, chosen="<|image_pad|>")) == "image-token-in-response"
-    assert reason(replace(base, rejected_images=(None,))) == "rejected-images-mismatch"
+    assert find_reason(replace(base, chosen="  ")) == "empty-response"
+    assert find_reason(replace(base, rejected=("x", ""))) == "empty-response"
+    assert find_reason(replace(base, rejected=("x", base.chosen))) == "chosen-equals-rejected"
+    assert find_reason(replace(base, images=())) == "image-placeholder-mismatch"
+    assert find_reason(replace(base, images=base.images * 2)) == "image-placeholder-mismatch"
+    assert find_reason(replace(base, chosen="<|image_pad|>")) == "image-token-in-response"
+    assert find_reason(replace(base, rejected_images=(None,))) == "rejected-images-mismatch"
 
 
 def test_over_long_policies():
     sample = preference("a", 1, image(100, 80), words=20)
-    whole = encoded(sample)
+    whole = tokenise(sample)
     room = 12
     limit = len(whole.prompt.input_ids) + room
-    assert reason(sample, max_length=limit) == "over-long"
+    assert find_reason(sample, max_length=limit) == "over-long"
     with pytest.raises(DataError, match="max_length"):
-        encoded(sample, max_length=limit, over_long="error")
-    cut = encoded(sample, max_length=limit, over_long="truncate_response")
+        tokenise(sample, max_length=limit, over_long="error")
+    cut = tokenise(sample, max_length=limit, over_long="truncate_response")
     assert cut.prompt == whole.prompt and cut.chosen == whole.chosen[:room]
-    # The prompt, and with it the image, is never cut: no room for a response drops the record.
+    # The prompt with its images is never cut: without room for a response the row is dropped.
     for limit in (len(whole.prompt.input_ids), 5):
-        assert reason(sample, max_length=limit, over_long="truncate_response") == "over-long"
+        assert find_reason(sample, max_length=limit, over_long="truncate_response") == "over-long"
     with pytest.raises(UsageError, match="over_long"):
-        encoded(sample, over_long="keep_end")
+        tokenise(sample, over_long="keep_end")
 
 
-def test_a_cut_that_leaves_equal_responses_is_set_aside():
+def test_responses_equal_after_truncation_are_set_aside():
     sample = replace(preference("a", 1), chosen="same start one", rejected=("same start two",))
-    whole = encoded(sample)
+    whole = tokenise(sample)
     limit = len(whole.prompt.input_ids) + 2
     assert whole.chosen[:2] == whole.rejected[0][:2]
-    got = reason(sample, max_length=limit, over_long="truncate_response")
+    got = find_reason(sample, max_length=limit, over_long="truncate_response")
     assert got == "chosen-equals-rejected"
 
 
@@ -229,18 +229,18 @@ def test_encode_all_counts():
     assert encode_all([long], tokenizer(), needed=False, **options).groups == []
 
 
-def test_a_rejected_answer_with_a_prompt_of_its_own():
+def test_rejected_answer_with_its_own_prompt():
     """The ids of its pair equal those of a preference with this pair only."""
     whole = preference("a", 2, image(100, 80))
     own = (
         {"role": "user", "content": [{"type": "text", "text": "The lungs?"}, {"type": "image"}]},
     )
     other = (image(60, 60),)
-    group = encoded(replace(whole, rejected_prompts=(None, own), rejected_images=(None, other)))
+    group = tokenise(replace(whole, rejected_prompts=(None, own), rejected_images=(None, other)))
     assert group.rejected_prompts[0] is None
-    alone = encoded(replace(whole, prompt=own, images=other))
+    alone = tokenise(replace(whole, prompt=own, images=other))
     assert group.rejected_prompts[1] == alone.prompt
     assert group.rejected[1] == alone.rejected[1]
-    assert group.prompt == encoded(whole).prompt
+    assert group.prompt == tokenise(whole).prompt
     same_text = replace(whole, rejected=(whole.chosen, whole.rejected[1]))
-    assert encoded(replace(same_text, rejected_prompts=(own, None))).rejected[0] == group.chosen
+    assert tokenise(replace(same_text, rejected_prompts=(own, None))).rejected[0] == group.chosen

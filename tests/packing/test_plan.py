@@ -84,14 +84,14 @@ def plan(groups, pairs=4, budget=1000, **options):
     return plan_epoch(groups, pairs_per_step=pairs, packing_length=budget, **options)
 
 
-def test_groups_stay_whole_unless_the_count_asks():
+def test_groups_are_split_only_for_the_pair_count():
     groups = [group(5, 5, 5, 5) for _ in range(6)]
     assert all(len(which) == 2 for step in plan(groups) for pack in step for _, which in pack)
     odd = [part for step in plan(groups, pairs=3) for pack in step for part in pack]
     assert Counter(len(which) for _, which in odd) == {2: 4, 1: 4}
 
 
-def test_a_group_beyond_the_budget_is_split_and_repeats_its_chosen():
+def test_group_beyond_the_budget_is_split():
     big = group(10, 10, *[10] * 6)  # 80 tokens
     (step,) = plan([big], pairs=6, budget=50)
     assert sorted(which for pack in step for _, which in pack) == [(0, 1, 2), (3, 4, 5)]
@@ -115,13 +115,13 @@ def test_expanded_pairs_are_shuffled_one_by_one():
     assert any(a != b for (a, _), (b, _) in zip(order[::2], order[1::2], strict=True))
 
 
-def test_packs_are_tight():
+def test_packs_are_efficient():
     groups = [group(20 + i % 7, 30 + i % 5, 40, 35) for i in range(64)]
     steps = plan(groups, pairs=128, budget=600)
     assert packing_efficiency(groups, steps, 600) > 0.85
 
 
-def test_packs_of_a_step_are_few_and_level():
+def test_packs_of_a_step_are_few_and_balanced():
     """CCF-like lengths, steps of 64 pairs: eight groups of about 900 tokens in a pack."""
     rng = random.Random(0)
     sizes = [
@@ -132,22 +132,22 @@ def test_packs_of_a_step_are_few_and_level():
     assert packing_efficiency(groups, steps, 7424) >= 0.95
     assert packing_efficiency(groups, steps) >= 0.99
     for ranks in (2, 3):
-        level = [
+        plans = [
             plan(groups, pairs=64, budget=7424, rank=r, world_size=ranks) for r in range(ranks)
         ]
-        loads = [sum(part_tokens(groups, p) for pack in s for p in pack) for s in level[0]]
-        others = [sum(part_tokens(groups, p) for pack in s for p in pack) for s in level[1]]
+        loads = [sum(part_tokens(groups, p) for pack in s for p in pack) for s in plans[0]]
+        others = [sum(part_tokens(groups, p) for pack in s for p in pack) for s in plans[1]]
         assert all(abs(a - b) < 0.1 * a for a, b in zip(loads, others, strict=True))
 
 
-def test_first_fit_is_kept_where_it_needs_a_pack_less():
+def test_first_fit_is_used_if_it_needs_fewer_packs():
     groups = [group(n - 2, 1, 1) for n in (60, 50, 40, 30, 20)]  # 60 + 40, 50 + 30 + 20
     (step,) = plan(groups, pairs=5, budget=100)
     sizes = sorted(sum(part_tokens(groups, part) for part in pack) for pack in step)
     assert sizes == [100, 100]
 
 
-def test_bad_arguments():
+def test_bad_arguments_are_refused():
     pair, sft = group(5, 5, 5), group(5, 5)
     for options in ({"pairs": 0}, {"budget": 0}, {"world_size": 0}, {"rank": 1}):
         with pytest.raises(UsageError):

@@ -1,4 +1,4 @@
-"""The phantom's folder: MIMIC-CXR-JPG layout, byte determinism, reuse, refusal, tables."""
+"""The phantom's folder: layout of MIMIC-CXR-JPG, equal bytes, reuse, refusal, tables."""
 
 from __future__ import annotations
 
@@ -32,53 +32,54 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom(folder, num_studies=NUM_STUDIES, seed=5, image_size=SIZE)
 
 
-def table(root: Path, name: str) -> list[dict[str, str]]:
+def read_table(root: Path, name: str) -> list[dict[str, str]]:
     with gzip.open(root / name, "rt", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def digests(root: Path) -> dict[str, str]:
+def hash_all(root: Path) -> dict[str, str]:
     files = (path for path in root.rglob("*") if path.is_file())
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }
 
 
-def test_layout_is_that_of_mimic_cxr_jpg(root: Path) -> None:
+def test_layout_equals_mimic_cxr_jpg(root: Path) -> None:
     pictures = [str(path.relative_to(root)) for path in root.rglob("*.jpg")]
     shape = re.compile(r"files/p(1\d)/p\1\d{6}/s5\d{7}/[0-9a-f]{8}(-[0-9a-f]{8}){4}\.jpg")
     assert len(pictures) >= NUM_STUDIES
     assert all(shape.fullmatch(path) for path in pictures)
 
-    studies = table(root, "cxr-study-list.csv.gz")
+    studies = read_table(root, "cxr-study-list.csv.gz")
     assert len(studies) == NUM_STUDIES == len({row["study_id"] for row in studies})
     assert all((root / row["path"]).is_file() for row in studies)
-    records = table(root, "cxr-record-list.csv.gz")
+    records = read_table(root, "cxr-record-list.csv.gz")
     assert sorted(row["path"].replace(".dcm", ".jpg") for row in records) == sorted(pictures)
     with Image.open(root / pictures[0]) as picture:
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "L", (SIZE, SIZE))
 
 
-def test_tables_have_the_columns_and_values_of_the_original(root: Path) -> None:
-    labels = table(root, "mimic-cxr-2.0.0-chexpert.csv.gz")
+def test_tables_have_the_original_columns_and_values(root: Path) -> None:
+    labels = read_table(root, "mimic-cxr-2.0.0-chexpert.csv.gz")
     assert tuple(labels[0]) == ("subject_id", "study_id", *FINDINGS)
     assert {row[name] for row in labels for name in FINDINGS} == {"1.0", "0.0", "-1.0", ""}
-    metadata = table(root, "mimic-cxr-2.0.0-metadata.csv.gz")
+    metadata = read_table(root, "mimic-cxr-2.0.0-metadata.csv.gz")
     assert {row["ViewPosition"] for row in metadata} == {"AP", "PA", "LATERAL"}
     assert all(re.fullmatch(r"211\d[01]\d[0-3]\d", row["StudyDate"]) for row in metadata)
     assert {row["Rows"] for row in metadata} == {str(SIZE)}
-    splits = table(root, "mimic-cxr-2.0.0-split.csv.gz")
+    splits = read_table(root, "mimic-cxr-2.0.0-split.csv.gz")
     assert tuple(splits[0]) == ("dicom_id", "study_id", "subject_id", "split")
     assert [row["dicom_id"] for row in splits] == [row["dicom_id"] for row in metadata]
 
 
-def test_splits_go_by_patient_and_time(root: Path) -> None:
+def test_splits_follow_patient_and_time(root: Path) -> None:
     when = {
-        row["dicom_id"]: row["StudyDate"] for row in table(root, "mimic-cxr-2.0.0-metadata.csv.gz")
+        row["dicom_id"]: row["StudyDate"]
+        for row in read_table(root, "mimic-cxr-2.0.0-metadata.csv.gz")
     }
     of_patient: dict[str, set[str]] = {}
     first: dict[str, str] = {}
-    for row in table(root, "mimic-cxr-2.0.0-split.csv.gz"):
+    for row in read_table(root, "mimic-cxr-2.0.0-split.csv.gz"):
         patient = row["subject_id"]
         of_patient.setdefault(patient, set()).add(row["split"])
         first[patient] = min(first.get(patient, "99999999"), when[row["dicom_id"]])
@@ -92,7 +93,7 @@ def test_splits_go_by_patient_and_time(root: Path) -> None:
     assert 0.72 < len(dates["train"]) / len(first) < 0.88
 
 
-def test_reports_have_the_format_of_the_original(root: Path) -> None:
+def test_reports_have_the_original_format(root: Path) -> None:
     reports = [path.read_text() for path in root.glob("files/*/*/s*.txt")]
     assert len(reports) == NUM_STUDIES
     for report in reports:
@@ -105,33 +106,33 @@ def test_reports_have_the_format_of_the_original(root: Path) -> None:
         assert "{" not in report
 
 
-def test_the_same_settings_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_same_settings_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
     """In a separate process with another hash seed, through the command line."""
     command = [sys.executable, "-m", "cpo_fast.phantom", "--output_dir", str(tmp_path / "again")]
     command += ["--num_studies", str(NUM_STUDIES), "--seed", "5", "--image_size", str(SIZE)]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "123"})
-    assert digests(tmp_path / "again") == digests(root)
+    assert hash_all(tmp_path / "again") == hash_all(root)
 
 
 def test_another_seed_gives_other_studies(root: Path, tmp_path: Path) -> None:
     other = write_phantom(tmp_path / "other", num_studies=3, seed=6, image_size=SIZE)
-    assert not set(digests(other)) & {name for name in digests(root) if name.startswith("files/")}
+    assert not set(hash_all(other)) & {name for name in hash_all(root) if name.startswith("files/")}
 
 
-def test_a_rerun_leaves_the_files_alone(root: Path) -> None:
+def test_rerun_does_not_change_the_files(root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert write_phantom(root, num_studies=NUM_STUDIES, seed=5, image_size=SIZE) == root
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_a_broken_off_phantom_is_completed(root: Path, tmp_path: Path) -> None:
+def test_interrupted_phantom_is_completed(root: Path, tmp_path: Path) -> None:
     settings = {"num_studies": 4, "seed": 1, "image_size": 64}
-    whole = digests(write_phantom(tmp_path / "p", **settings))
+    whole = hash_all(write_phantom(tmp_path / "p", **settings))
     marker = json.loads((tmp_path / "p" / "phantom.json").read_text())
     (tmp_path / "p" / "phantom.json").write_text(json.dumps(marker | {"complete": False}))
     (tmp_path / "p" / "phantom_truth.jsonl").unlink()
     next((tmp_path / "p").rglob("*.jpg")).unlink()
-    assert digests(write_phantom(tmp_path / "p", **settings)) == whole
+    assert hash_all(write_phantom(tmp_path / "p", **settings)) == whole
 
 
 def test_other_folders_and_settings_are_refused(root: Path, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_other_folders_and_settings_are_refused(root: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_names_the_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["--output_dir", str(tmp_path), "--num_studies", "4"]) == 2
     assert str(tmp_path) in capsys.readouterr().err
@@ -159,26 +160,22 @@ def test_files_are_private(root: Path) -> None:
     assert all(p.stat().st_mode & 0o077 == 0 for p in root.rglob("*") if p.is_file())
 
 
-def test_truth_and_readme_say_what_the_phantom_is(root: Path) -> None:
+def test_truth_equals_labels_and_readme_denies_patients(root: Path) -> None:
     assert "No patient" in (root / "README.txt").read_text()
     truth = [json.loads(line) for line in (root / "phantom_truth.jsonl").read_text().splitlines()]
     assert len(truth) == NUM_STUDIES
-    labels = {row["study_id"]: row for row in table(root, "mimic-cxr-2.0.0-chexpert.csv.gz")}
+    labels = {row["study_id"]: row for row in read_table(root, "mimic-cxr-2.0.0-chexpert.csv.gz")}
     for study in truth:
         for sign in study["findings"]:
             if sign["finding"] != "Emphysema":
                 value = labels[study["study_id"]][sign["finding"]]
                 assert value == ("1.0" if sign["certain"] else "-1.0")
                 assert not sign["certain"] or sign["strength"] >= 0.65
-    assert {
-        drift["name"] for drift in json.loads((root / "phantom.json").read_text())["drift"]
-    } == {
-        "density",
-        "opacity",
-    }
+    drifts = json.loads((root / "phantom.json").read_text())["drift"]
+    assert {drift["name"] for drift in drifts} == {"density", "opacity"}
 
 
-def test_the_reader_of_mimic_cxr_reads_it(root: Path) -> None:
+def test_mimic_reader_reads_the_phantom(root: Path) -> None:
     source = open_studies(str(root))
     studies = list(source)
     assert source.kind == "mimic-cxr"

@@ -1,4 +1,4 @@
-"""A synthetic run folder in the layout of a training run, and a browser client."""
+"""A synthetic folder of a training run, and a browser client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EDITED = (
 
 
 def write_run(folder: Path, *, seed: int = 0, report: str = REPORT, steps: int = 150) -> Path:
-    """Every file of a finished run, with plausible figures and invented texts."""
+    """Write every file of a finished run, with plausible figures and synthetic texts."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     _json(folder / "config.json", _config(seed))
@@ -141,7 +141,7 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
     truth = [draw() for _ in range(200)]
     reports = [f"the heart and {' '.join(names).lower()} are seen today" for names in truth]
 
-    def said(right: float) -> list[str]:
+    def answer_all(right: float) -> list[str]:
         return [
             thought(text, names) if rng.random() < right else answer(draw())
             for text, names in zip(reports, truth, strict=True)
@@ -150,6 +150,7 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
     pairs = [[rng.gauss(mean, 3) for _ in range(160)] for mean in (-58, -75, -60, -62)]
     speed = {"pairs_per_second": 21.4, "logical_tokens_per_second": 24810.2}
     sft = {"steps": steps, "seconds": 71.2, "physical_tokens_per_second": 9120.0}
+    sft["pairs_per_second"] = 40.3
     cpo = {"steps": steps, "seconds": 92.8, "physical_tokens_per_second": 9630.0, **speed}
     cpo["time"] = {"policy forward": 22.0, "reference": 18.5, "backward": 38.0, "data": 3.1}
     return {
@@ -157,7 +158,7 @@ def _summary(rng: random.Random, steps: int) -> dict[str, Any]:
         "evaluation": build_summary(
             truth=truth,
             training_truth=[draw() for _ in range(300)],
-            answers={"untrained": ["?"] * 200, "sft": said(0.7), "cpo": said(0.85)},
+            answers={"untrained": ["?"] * 200, "sft": answer_all(0.7), "cpo": answer_all(0.85)},
             reports=reports,
             preference={
                 "cpo": summarize_preference(*pairs, beta=0.1),
@@ -235,7 +236,7 @@ class Browser:
         return self._ask(method, session=self._session, **parameters)
 
     def open(self, url: str, width: int, *, dark: bool = False) -> None:
-        """Load `url` at a width in CSS pixels; `events` then holds the events since the start."""
+        """Load `url` at a width in CSS pixels; `events` then has the events since this call."""
         self.events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])

@@ -1,4 +1,4 @@
-"""The drift probe on the page: heat map, curve, bars and table; damaged entries are left out."""
+"""The drift probe on the page: heat map, curve, bars, table; damaged entries are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.report.samples import HOSTILE, write_run
 FINDINGS = ("Edema", "Pneumonia")
 
 
-def example(word: str = " opacity") -> dict:
+def build_example(word: str = " opacity") -> dict:
     rows = np.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.7, 0.3]])
     probed = Drift(FINDINGS, ("<think>", word, "."), rows)
     effects = []
@@ -27,14 +27,14 @@ def example(word: str = " opacity") -> dict:
     return drift_example("s50000001", probed, rows[-1], effects)
 
 
-def test_a_probed_study_becomes_tokens_figures_and_a_table():
-    shown = prepare_drift(json.loads(json.dumps(example())), 1)
+def test_probed_study_has_tokens_figures_and_a_table():
+    shown = prepare_drift(json.loads(json.dumps(build_example())), 1)
     assert shown is not None and shown.swaps is not None
     assert [token.heat for token in shown.tokens] == ["0.000", "1.000", "0.500"]
     assert [panel.slug for panel in shown.panels] == [
         "drift_1_curve", "drift_1_keeps", "drift_1_changes"]  # fmt: skip
     assert "0.400, is at token 2" in shown.panels[0].alt
-    assert shown.panels[1].title == "synonym  opacity → another", "the worst that keeps meaning"
+    assert shown.panels[1].title == "synonym  opacity → another", "largest change of equal meaning"
     first = shown.swaps.rows[0]
     assert first.note == "negation" and first.cells[-1].text == "Pneumonia"
 
@@ -44,16 +44,16 @@ def test_a_probed_study_becomes_tokens_figures_and_a_table():
     [{"tokens": []}, {"variation": [0.1]}, {"end": None}, {"findings": "Edema"},
      {"divergence": ["x", 1, 2]}],
 )  # fmt: skip
-def test_damaged_entries_are_left_out(damage):
-    assert prepare_drift(example() | damage, 1) is None
+def test_damaged_entries_are_skipped(damage):
+    assert prepare_drift(build_example() | damage, 1) is None
     assert numbers([1, True]) == [] and numbers([1, 2.5]) == [1.0, 2.5]
 
 
-def test_the_page_shows_it_escaped(tmp_path):
+def test_page_escapes_the_probe(tmp_path):
     run = write_run(tmp_path / "run", steps=3)
     path = run / "evaluation.json"
     found = json.loads(path.read_text())
-    entries = [{"model": HOSTILE} | example(HOSTILE), {"tokens": 3}]
+    entries = [{"model": HOSTILE} | build_example(HOSTILE), {"tokens": 3}]
     path.write_text(json.dumps(found | {"drift": entries}))
     page = write_report(run).read_text()
     assert 'id="drift"' in page and "--heat:1.000" in page

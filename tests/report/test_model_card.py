@@ -21,7 +21,7 @@ from tests.report.samples import REPORT, write_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run: an adapter of CPO that sees images, and SFT's checkpoint and merged model."""
+    """A finished run: a CPO adapter with images, an SFT checkpoint and the merged SFT model."""
     folder = write_run(tmp_path / "run")
     flags = ["--dataset", str(tmp_path / "secret"), "--preset", "paper", "--beta", "0.25",
              "--counterfactual_sources", "thinking,perception"]  # fmt: skip
@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
         checkpoint.mkdir(parents=True)
         (checkpoint / "preprocessor_config.json").write_text("{}")
         (checkpoint / "adapter_config.json").write_text("{}")
-        # the folder of the run was moved later
+        # the folder of the run has been moved
         summary["stages"].setdefault(stage, {})["checkpoint"] = f"/elsewhere/{checkpoint.name}"
     (folder / "sft" / "merged").mkdir()
     summary["data"] |= {"kind": "mimic-cxr", "counterfactuals": {"made": 15, "passed": 12}}
@@ -47,13 +47,13 @@ def header(path: Path) -> dict[str, Any]:
     return yaml.safe_load(yaml_part)
 
 
-def test_the_header_is_what_a_hub_reads(run: Path) -> None:
+def test_header_has_hub_metadata(run: Path) -> None:
     folders = [path.parent.name for path in write_cards(run)]
     assert folders == ["checkpoint-6", "merged", "checkpoint-4"]
     found = header(run / "cpo" / "checkpoint-4" / "README.md")
     assert found["library_name"] == "peft" and found["pipeline_tag"] == "image-text-to-text"
     assert {"cpo", "dpo", "lora", "cpo_fast"} <= set(found["tags"])
-    assert "base_model" not in found  # a local folder is not a name on a hub
+    assert "base_model" not in found  # a local folder has no name on a hub
     merged_card = header(run / "sft" / "merged" / "README.md")
     assert merged_card["library_name"] == "transformers"
     assert merged_card["pipeline_tag"] == "text-generation"
@@ -68,7 +68,7 @@ def test_the_header_is_what_a_hub_reads(run: Path) -> None:
         (None, 'base = "..."  # the model it was trained on'),
     ],
 )
-def test_the_base_of_an_adapter_is_named(run: Path, named: str | None, line: str) -> None:
+def test_base_of_an_adapter_is_named(run: Path, named: str | None, line: str) -> None:
     config = run / "cpo" / "checkpoint-4" / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": named}))
     write_cards(run)
@@ -77,7 +77,7 @@ def test_the_base_of_an_adapter_is_named(run: Path, named: str | None, line: str
     assert 'folder = "..."  # this folder' in card
 
 
-def test_a_run_that_starts_from_sft_names_that_checkpoint(run: Path) -> None:
+def test_run_from_an_sft_checkpoint_names_it(run: Path) -> None:
     file = run / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"sft_checkpoint": "/home/someone/runs/sft/finding-tuned"}))
@@ -87,7 +87,7 @@ def test_a_run_that_starts_from_sft_names_that_checkpoint(run: Path) -> None:
     assert "tiny" not in card.split("\n# ")[1].split("\n")[0]
 
 
-def test_figures_settings_and_nothing_private(run: Path, monkeypatch: Any) -> None:
+def test_card_has_figures_and_settings_and_nothing_private(run: Path, monkeypatch: Any) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a card needs no network")
 
@@ -113,7 +113,7 @@ def test_figures_settings_and_nothing_private(run: Path, monkeypatch: Any) -> No
     assert "`beta`" not in sft and "`max_length` | 2048" in sft
 
 
-def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
+def test_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     assert card_of_export(run / "cpo" / "checkpoint-4", out) == out / "README.md"
@@ -139,11 +139,11 @@ def test_an_export_gets_the_card_of_its_run(run: Path, tmp_path: Path) -> None:
         ("tiny", None),
     ],
 )
-def test_the_base_models_name_on_a_hub(path: str, name: str | None) -> None:
+def test_name_of_the_base_model_on_a_hub(path: str, name: str | None) -> None:
     assert hub_name({"model_name_or_path": path}) == name
 
 
-def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> None:
+def test_card_of_user_rows_claims_no_reports(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     summary["data"] = {"kind": "trl", "read": 30, "used": 24, "rejected": {}}
     summary["data"] |= {"trained_on": {"cpo": 18}, "held_out": {"cpo": 6}}
@@ -163,7 +163,7 @@ def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> 
     for claim in ("think", "report", "radiolog", "counterfactual", "chest", "SFT", "2505.13081"):
         assert claim not in top, claim
     merged = cards["merged"].read_text(encoding="utf-8")
-    assert "; 24 used." in merged and "| Records used | 24 |" in merged  # the run did not train it
+    assert "; 24 used." in merged and "| Records used | 24 |" in merged  # not trained in this run
     assert "It was trained on the chosen answers." in merged
     page = write_report(run).read_text(encoding="utf-8")
     assert "Records trained on" in page and "6 held out; of 30 read, 0 set aside" in page
@@ -172,7 +172,7 @@ def test_a_run_on_rows_of_the_users_own_claims_nothing_of_reports(run: Path) -> 
     assert "<h2>Preference optimisation</h2>" in page
 
 
-def edited(run: Path, stage: str, *, summary: Any = None, **config: Any) -> str:
+def edit(run: Path, stage: str, *, summary: Any = None, **config: Any) -> str:
     """The card of `stage` after a change to config.json and summary.json."""
     path = run / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -185,47 +185,47 @@ def edited(run: Path, stage: str, *, summary: Any = None, **config: Any) -> str:
     return cards[stage].read_text(encoding="utf-8")
 
 
-def test_a_run_without_evaluation_does_not_point_to_one(run: Path) -> None:
-    card = edited(run, "cpo", summary={"evaluation": {}})
+def test_card_without_evaluation_refers_to_none(run: Path) -> None:
+    card = edit(run, "cpo", summary={"evaluation": {}})
     assert "It was not evaluated. Do not use it for diagnosis." in card
     assert "as below" not in card and "## Evaluation" not in card
     figures = {"pairs": 3, "policy_accuracy": {"value": 0.5, "interval": [0.1, 0.9]}}
     summary = {"evaluation": {"preference": {"cpo": figures}}}
-    assert "It was evaluated only as shown below." in edited(run, "cpo", summary=summary)
-    assert "It was not evaluated; the evaluation below is of another" in edited(run, "sft")
+    assert "It was evaluated only as shown below." in edit(run, "cpo", summary=summary)
+    assert "It was not evaluated; the evaluation below is of another" in edit(run, "sft")
 
 
-def test_held_out_pairs_are_of_the_split_that_they_are_of(run: Path) -> None:
-    """A run on a preference file has no test split; its pairs are of the validation split."""
+def test_held_out_pairs_name_their_split(run: Path) -> None:
+    """A run on a preference file has no test split and uses the validation split."""
     pairs = {"pairs": 6, "accuracy": {"value": 0.8, "interval": [0.5, 1.0]}, "split": "validate"}
     data = {"kind": "trl", "read": 24, "used": 24, "rejected": {}}
-    card = edited(run, "cpo", summary={"evaluation": {"preference": {"cpo": pairs}}, "data": data})
+    card = edit(run, "cpo", summary={"evaluation": {"preference": {"cpo": pairs}}, "data": data})
     assert "Held-out pairs." in card and "test split" not in card
     assert "studies" not in card.split("## Evaluation")[1]
 
 
-def test_the_method_is_that_of_the_pairs(run: Path) -> None:
-    both = edited(run, "cpo")
+def test_method_follows_the_pair_sources(run: Path) -> None:
+    both = edit(run, "cpo")
     assert "a study's report and diagnosis to a counterfactual of them, and an answer" in both
     data = {"kind": "mimic-cxr", "counterfactual_sources": {"perception": 4}}
-    card = edited(run, "cpo", summary={"data": data}, loss_type="hinge")
+    card = edit(run, "cpo", summary={"data": data}, loss_type="hinge")
     assert "to prefer an answer with its own image to the same answer with another" in card
     assert "a counterfactual of them" not in card and "here with the loss `hinge`" in card
     assert "ln 2" not in card and "The answers" not in card
     assert "An answer of the data is a report and a diagnosis" in card
-    sft = edited(run, "sft")
+    sft = edit(run, "sft")
     assert "It was trained on the reports and diagnoses of the data set." in sft
     assert "eference" not in sft.split("## Data")[0]
     assert "Computed on Some GPU with cpo_fast 0.1.0, torch 2.13.0" in sft
 
 
-def test_a_stage_of_several_runs_has_the_title_that_fits_them_all(run: Path) -> None:
+def test_stage_title_fits_all_runs(run: Path) -> None:
     of_reports, other = (Run(run, summary={"data": {"kind": kind}}) for kind in ("ccf", "trl"))
     assert shared_stage_title([of_reports, other], "cpo") == "Preference optimisation"
     assert shared_stage_title([of_reports] * 2, "cpo") == "Counterfactual preference optimisation"
 
 
-def test_the_reference_is_named_as_it_was(run: Path) -> None:
+def test_reference_is_described(run: Path) -> None:
     def sentence(**config: Any) -> str:
         return describe_reference(Run(run, config=config))
 
@@ -242,5 +242,5 @@ def test_the_reference_is_named_as_it_was(run: Path) -> None:
     assert sentence(loss_type="simpo") == "The loss simpo has no reference model."
 
 
-def test_a_run_without_a_checkpoint_gets_no_card(tmp_path: Path) -> None:
+def test_run_without_a_checkpoint_gets_no_card(tmp_path: Path) -> None:
     assert write_cards(write_run(tmp_path / "run")) == []

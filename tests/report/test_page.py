@@ -1,4 +1,4 @@
-"""The page of a run: complete, escaped, self-contained, private; rendered by a browser."""
+"""The page of a run is complete, escaped, self-contained and private; a browser renders it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def test_the_page_has_all_parts(run):
+def test_page_has_all_parts(run):
     page = Elements(run / "report.html")
     sections = {attrs.get("id") for tag, attrs in page.tags if tag == "section"}
     expected = {"evaluation", "examples", "stage-sft", "stage-cpo", "speed", "data", "graph"}
@@ -82,7 +82,7 @@ def test_records_trained_on_and_held_out_are_shown_separately(run):
     assert "Trained on: SFT 1 600 Trained on: CPO 1 590 Held out: SFT 388 Held out: CPO 381" in text
 
 
-def test_an_evaluation_names_its_model_on_top(tmp_path):
+def test_evaluation_names_its_model_on_top(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     figures = {"pairs": 1, "policy_accuracy": {"value": 1.0, "interval": [0.025, 1.0]}}
@@ -96,11 +96,11 @@ def test_an_evaluation_names_its_model_on_top(tmp_path):
     assert "Chosen answer more likely100.0 %checkpoint-9, 1 pair, 2.5–100.0" in top
 
 
-def test_hostile_text_stays_text(run):
+def test_hostile_text_is_escaped(run):
     page = Elements(run / "report.html")
     assert HOSTILE in page.text
     scripts = [attrs for tag, attrs in page.tags if tag == "script"]
-    assert scripts == [{}], "one script, and it is inline"
+    assert scripts == [{}], "one inline script"
     assert not {"iframe", "link", "object", "base", "form"} & {t for t, _ in page.tags}
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
@@ -116,7 +116,7 @@ def test_hostile_text_stays_text(run):
     assert links and all(link.startswith("#") for link in links)
 
 
-def test_every_table_is_there_as_csv_and_shows_cpo_first(run):
+def test_every_table_has_a_csv_copy_and_cpo_first(run):
     html = (run / "report.html").read_text(encoding="utf-8")
     figures = re.findall(r'<figure class="table.*?</figure>', html, re.DOTALL)
     assert len(figures) > 8
@@ -138,7 +138,7 @@ def test_every_table_is_there_as_csv_and_shows_cpo_first(run):
     assert overall.index("<small>no answer parsed</small>") < overall.index("0.0\u00a0%")
 
 
-def test_the_page_uses_no_undefined_or_archaic_words(run):
+def test_page_has_no_undefined_or_archaic_words(run):
     text = Elements(run / "report.html").text
     for words in (
         "Protocol B",
@@ -151,7 +151,7 @@ def test_the_page_uses_no_undefined_or_archaic_words(run):
         assert words not in text, words
 
 
-def test_everything_written_is_private_and_whole(run):
+def test_written_files_are_private_and_complete(run):
     assert (run / "report.html").stat().st_mode & 0o777 == 0o600
     figures = run / "figures"
     assert figures.stat().st_mode & 0o777 == 0o700
@@ -162,7 +162,7 @@ def test_everything_written_is_private_and_whole(run):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_mode & 0o777 == 0o600
 
 
-def test_word_diff_marks_what_changed_and_loses_nothing():
+def test_word_diff_marks_changes_and_loses_no_text():
     before, after = word_diff(REPORT, EDITED)
     assert "".join(text for _, text in before) == REPORT
     assert "".join(text for _, text in after) == EDITED
@@ -181,13 +181,13 @@ def test_word_diff_marks_what_changed_and_loses_nothing():
     assert word_diff("", "new ") == ([], [(True, "new"), (False, " ")])
 
 
-def test_running_mean_keeps_a_line_and_smooths_noise():
+def test_running_mean_preserves_lines_and_smooths_noise():
     line = [2.0 * i for i in range(100)]
     assert running_mean(line)[10:90] == pytest.approx(line[10:90])
     assert running_mean([1.0, -1.0] * 50)[50] == pytest.approx(0, abs=0.25)
 
 
-def test_a_run_that_only_trained_still_gets_its_page(tmp_path):
+def test_run_without_a_summary_gets_a_page(tmp_path):
     folder = tmp_path / "short"
     folder.mkdir()
     row = {"stage": "cpo", "step": 1, "loss": 0.6931, "grad_norm": None}
@@ -200,14 +200,14 @@ def test_a_run_that_only_trained_still_gets_its_page(tmp_path):
     assert write_report(folder).read_bytes() == before
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+def test_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"neither metrics\.jsonl nor summary\.json"):
         write_report(tmp_path)
     assert main([str(tmp_path / "gone")]) == 2
     assert "is not a folder" in capsys.readouterr().err
 
 
-def test_a_damaged_concept_graph_is_noted(tmp_path):
+def test_damaged_concept_graph_is_noted(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "summary.json").write_text('{"data": {"read": 3, "used": 2}}')
@@ -215,7 +215,7 @@ def test_a_damaged_concept_graph_is_noted(tmp_path):
     assert "concept_graph.json cannot be drawn" in Elements(write_report(folder)).text
 
 
-def test_values_of_the_wrong_kind_leave_gaps_not_tracebacks(tmp_path):
+def test_values_of_a_wrong_type_leave_gaps(tmp_path):
     folder = tmp_path / "$run"
     folder.mkdir()
     good = {"support": 3, "accuracy": {"value": 0.5, "interval": [0.2, "high"]}, "f1": None}
@@ -237,7 +237,7 @@ def test_values_of_the_wrong_kind_leave_gaps_not_tracebacks(tmp_path):
     assert "The image is not shown (image-missing)" in page.text
 
 
-def test_a_page_names_what_the_run_started_from(run, tmp_path):
+def test_page_names_the_initial_checkpoint(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
     assert any(text.startswith("model ") for text in list_inputs(read_run(folder)))
@@ -245,10 +245,10 @@ def test_a_page_names_what_the_run_started_from(run, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     found = list_inputs(read_run(folder))
     assert "from the SFT checkpoint runs/sft/sft" in found
-    assert not any(text.startswith("model ") for text in found), "its flag has no effect"
+    assert not any(text.startswith("model ") for text in found), "the flag has no effect"
 
 
-def test_pages_have_no_section_without_content(run, tmp_path):
+def test_pages_have_no_empty_section(run, tmp_path):
     def write(name: str, **row: object) -> Path:
         folder = tmp_path / name
         folder.mkdir()
@@ -272,7 +272,7 @@ def test_pages_have_no_section_without_content(run, tmp_path):
         ({"dataset": "mimic", "suite": ["report", "drift"]}, "drift_samples", "packing_length"),
     ],
 )
-def test_an_evaluation_shows_only_settings_that_had_an_effect(tmp_path, given, used, unused):
+def test_evaluation_shows_only_settings_with_effect(tmp_path, given, used, unused):
     settings = ("beta", "max_new_tokens", "batch_size", "split", "num_examples", "drift_samples",
                 "packing_length")  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(settings, 7) | given))
@@ -283,7 +283,7 @@ def test_an_evaluation_shows_only_settings_that_had_an_effect(tmp_path, given, u
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_a_path_is_printed_as_it_was_given(run, tmp_path, monkeypatch, capsys, absolute):
+def test_path_is_printed_as_given(run, tmp_path, monkeypatch, capsys, absolute):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text('{"data": {"used": 3}}')
@@ -297,7 +297,7 @@ def test_a_path_is_printed_as_it_was_given(run, tmp_path, monkeypatch, capsys, a
     assert capsys.readouterr().out.split() == ["../comparison.html"], "beside the run"
 
 
-def test_a_comparison_needs_a_file_to_write_to(run, tmp_path, capsys):
+def test_comparison_refuses_a_folder_as_output(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(run), str(run), "--output", str(tmp_path)])
     assert stop.value.code == 2
@@ -305,17 +305,18 @@ def test_a_comparison_needs_a_file_to_write_to(run, tmp_path, capsys):
     assert not list(tmp_path.parent.glob(".*.partial"))
 
 
-def test_sft_has_samples_per_second(comparison):
+def test_speed_of_sft_is_in_samples(comparison):
     text = Elements(comparison).text
+    assert "SFT: samples per second" in text and "CPO: pairs per second" in text
     assert "SFT: pairs per second" not in text
 
 
-def test_comparison_shows_what_differs(comparison, run):
+def test_comparison_shows_differences(comparison, run):
     page = Elements(comparison)
     assert "phantom" in page.text and "other" in page.text
-    assert page.text.split("comparison")[0].strip().endswith("cpo_fast ·"), "of any kind of data"
+    assert page.text.split("comparison")[0].strip().endswith("cpo_fast ·"), "no kind of data"
     assert re.search(r"seed\s*42\s*43", page.text)
-    assert "learning_rate" not in page.text, "an equal flag is shown as a difference"
+    assert "learning_rate" not in page.text, "equal flags are not shown"
     assert comparison.stat().st_mode & 0o777 == 0o600
     with pytest.raises(UsageError, match="at least two"):
         write_comparison([run], comparison)
@@ -335,7 +336,7 @@ def browser(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("which", ["run", "comparison"])
-def test_a_browser_shows_it_whole_and_quietly(browser, run, comparison, which, width):
+def test_browser_renders_pages_without_errors(browser, run, comparison, which, width):
     page = run / "report.html" if which == "run" else comparison
     browser.open(page.as_uri(), width, dark=width == 390)
     complaints = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
@@ -351,9 +352,9 @@ def test_a_browser_shows_it_whole_and_quietly(browser, run, comparison, which, w
         .map(i => i.className)"""
     assert set(browser.evaluate(shown)) == {"dark" if width == 390 else "light"}
     browser.ask("Emulation.setEmulatedMedia", media="print")
-    assert set(browser.evaluate(shown)) == {"light"}, "a dark screen does not print dark figures"
+    assert set(browser.evaluate(shown)) == {"light"}, "print is always light"
     browser.ask("Emulation.setEmulatedMedia", media="")
-    # No table scrolls sideways, and nothing is wider than the page.
+    # No table scrolls horizontally, and nothing is wider than the page.
     scrolled = """[...document.querySelectorAll('.scroll')].filter(e =>
         e.scrollWidth > e.clientWidth).map(e => e.getAttribute('aria-label'))"""
     assert browser.evaluate(scrolled) == []

@@ -19,15 +19,15 @@ from cpo_fast.report.tables import Cell, Row, Table, in_order, table_csv, table_
 NAMES = ("Edema", "Pneumonia")
 
 
-def said(name: str) -> str:
+def answer_with(name: str) -> str:
     return f"<think> a </think> The disease of this patient is {name}."
 
 
 def evaluation(*, cpo_wrong: int, sft_wrong: int, unparsed: int = 0, studies: int = 80) -> Any:
-    """CPO errs on the first studies, SFT on the last; `unparsed` answers of CPO are cut off."""
+    """CPO errs on the first studies, SFT on the last; `unparsed` CPO answers are truncated."""
     truth = [(NAMES[i % 2],) for i in range(studies)]
-    other = [said(NAMES[(i + 1) % 2]) for i in range(studies)]
-    right = [said(NAMES[i % 2]) for i in range(studies)]
+    other = [answer_with(NAMES[(i + 1) % 2]) for i in range(studies)]
+    right = [answer_with(NAMES[i % 2]) for i in range(studies)]
     cpo = other[:cpo_wrong] + right[cpo_wrong:]
     cpo[studies // 2 : studies // 2 + unparsed] = ["<think> a"] * unparsed
     return build_summary(
@@ -42,16 +42,16 @@ def evaluation(*, cpo_wrong: int, sft_wrong: int, unparsed: int = 0, studies: in
     )
 
 
-def table(evaluation: Any, caption: str) -> Table:
+def pick(evaluation: Any, caption: str) -> Table:
     return next(t for t in evaluation_tables(evaluation) if t.caption == caption)
 
 
-def bold(table: Table) -> set[str]:
+def find_bold(table: Table) -> set[str]:
     """The columns with a bold cell."""
     return {table.columns[i + 1] for r in table.rows for i, c in enumerate(r.cells) if c.best}
 
 
-def test_a_difference_that_is_not_significant_is_called_so_and_nothing_is_bold() -> None:
+def test_insignificant_difference_is_named_and_not_bold() -> None:
     found = evaluation(cpo_wrong=4, sft_wrong=5)
     text = headline(found)
     figure = found["differences"]["cpo - sft"]["accuracy"]
@@ -63,8 +63,8 @@ def test_a_difference_that_is_not_significant_is_called_so_and_nothing_is_bold()
     )
     assert f"{100 * found['classification']['sft']['macro']['accuracy']['value']:.1f}" not in text
     for caption in ("Diagnosis, overall", "Accuracy per finding", "F1 per finding"):
-        assert bold(table(found, caption)) == set(), caption
-    rows = {row.head: row for row in table(found, "Differences").rows}
+        assert find_bold(pick(found, caption)) == set(), caption
+    rows = {row.head: row for row in pick(found, "Differences").rows}
     assert not any(cell.best for cell in rows["CPO − SFT"].cells)
     assert all(cell.best for cell in rows["CPO − Untrained"].cells)
     (accuracy, *_) = cards(Run(None, summary={"evaluation": found}))  # type: ignore[arg-type]
@@ -73,14 +73,14 @@ def test_a_difference_that_is_not_significant_is_called_so_and_nothing_is_bold()
 
 @pytest.mark.parametrize(("cpo_wrong", "sft_wrong", "word", "best"),
                          [(2, 30, "higher", "CPO"), (30, 2, "lower", "SFT")])  # fmt: skip
-def test_a_significant_difference_has_its_direction(cpo_wrong, sft_wrong, word, best) -> None:
+def test_significant_difference_has_a_direction(cpo_wrong, sft_wrong, word, best) -> None:
     found = evaluation(cpo_wrong=cpo_wrong, sft_wrong=sft_wrong)
     assert f"CPO compared with SFT: significantly {word} accuracy, " in headline(found)
-    assert bold(table(found, "Diagnosis, overall")) == {best}
-    assert bold(table(found, "Accuracy per finding")) == {best}
+    assert find_bold(pick(found, "Diagnosis, overall")) == {best}
+    assert find_bold(pick(found, "Accuracy per finding")) == {best}
 
 
-def test_the_paired_difference_decides_where_intervals_overlap() -> None:
+def test_paired_difference_decides_for_overlapping_intervals() -> None:
     a, b = {"value": 0.9, "interval": [0.8, 0.95]}, {"value": 0.85, "interval": [0.7, 0.92]}
     assert clear_best({"a": a, "b": b}) is None
     assert clear_best({"a": a, "b": b}, {"a - b": {"value": 0.05, "interval": [0.01, 0.1]}}) == 0
@@ -92,17 +92,17 @@ def test_the_paired_difference_decides_where_intervals_overlap() -> None:
     assert clear_best({"a": a}) is None and clear_best({"a": a, "b": a}) is None
 
 
-def test_answers_that_cannot_be_parsed_stand_beside_the_figures() -> None:
+def test_unparsed_answers_are_noted_beside_the_figures() -> None:
     found = evaluation(cpo_wrong=4, sft_wrong=5, unparsed=20)
     for caption in ("Diagnosis, overall", "Accuracy per finding", "F1 per finding"):
-        shown = table(found, caption)
+        shown = pick(found, caption)
         assert shown.columns == ("", "CPO", "SFT", "Majority guess", "Untrained")
         assert shown.column_notes == ("", "25.0\u00a0% not parsed", "", "", "no answer parsed")
         assert "counts as wrong for every finding" in shown.note
     assert headline(found).endswith(
         "25.0\u00a0% of its answers cannot be parsed and count as wrong."
     )
-    rows = {row.head: row.note for row in table(found, "Differences").rows}
+    rows = {row.head: row.note for row in pick(found, "Differences").rows}
     assert rows["SFT − Untrained"] == "Untrained: no answer parsed"
     found["classification"]["cpo"] |= {"unparsable": 80}
     assert headline(found) == (
@@ -110,10 +110,10 @@ def test_answers_that_cannot_be_parsed_stand_beside_the_figures() -> None:
     )
 
 
-def test_a_model_card_marks_what_its_note_calls_bold() -> None:
-    markdown, note = table_markdown(table(evaluation(cpo_wrong=2, sft_wrong=30), "Differences"))
+def test_markdown_has_bold_cells() -> None:
+    markdown, note = table_markdown(pick(evaluation(cpo_wrong=2, sft_wrong=30), "Differences"))
     assert "Bold: the interval excludes 0" in note and "| CPO − SFT | **+" in markdown
-    overall, _ = table_markdown(table(evaluation(cpo_wrong=2, sft_wrong=30), "Diagnosis, overall"))
+    overall, _ = table_markdown(pick(evaluation(cpo_wrong=2, sft_wrong=30), "Diagnosis, overall"))
     assert "| Untrained (no answer parsed) |" in overall
 
 
@@ -123,12 +123,12 @@ def test_sources_of_one_model_are_not_ranked() -> None:
     one = {"pairs": 9, "accuracy": low, "sources": sources, "split": "validate"}
     (shown,) = evaluation_tables({"preference": {"cpo": one}})
     assert shown.columns == ("", "CPO", "CPO, thinking", "CPO, perception")
-    assert bold(shown) == set() and shown.note.startswith("Held-out pairs.")
+    assert find_bold(shown) == set() and shown.note.startswith("Held-out pairs.")
     (alone,) = evaluation_tables({"preference": {"x": {"pairs": 9, "policy_accuracy": high}}})
     assert "eward" not in str(alone), "there is no reference"
 
 
-def test_the_model_before_cpo_stands_beside_it() -> None:
+def test_sft_has_a_column_beside_cpo() -> None:
     high, low = ({"value": v, "interval": [v, v]} for v in (0.9, 0.5))
     of_sft = {"pairs": 9, "policy_accuracy": low, "split": "validate"}
     of_cpo = {"pairs": 9, "policy_accuracy": high, "accuracy": high, "split": "validate"}
@@ -147,19 +147,19 @@ def test_the_model_before_cpo_stands_beside_it() -> None:
     assert [cell.text for cell in reward.cells] == ["90.0\u00a0%"]
 
 
-def test_systems_have_one_order() -> None:
+def test_systems_have_a_fixed_order() -> None:
     assert in_order(["majority", "untrained", "other", "sft", "cpo"]) == [
         "cpo", "sft", "other", "majority", "untrained"]  # fmt: skip
 
 
-def test_a_letter_of_a_protocol_is_defined_where_it_stands() -> None:
+def test_protocol_letters_are_defined_in_their_table() -> None:
     figures = {"A": {"micro": {"value": 0.5, "interval": [0.4, 0.6]}}, "B": {}}
     (shown,) = evaluation_tables({"ms_cxr_t": {"cpo": figures}})
     assert shown.columns == ("", "Progression, micro", "Progression, macro", "Presence")
     assert "Progression (protocol A): improving, stable or worsening" in shown.note
 
 
-def test_csv_has_plain_numbers_notes_apart_and_no_formulas() -> None:
+def test_csv_has_plain_numbers_separate_notes_and_no_formulas() -> None:
     rows = (
         Row("F1, pooled", (Cell("90.1\u00a0%", "88.0–92.1"), Cell("−0.70"), Cell("–"))),
         Row(
