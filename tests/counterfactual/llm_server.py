@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_good(self, body: bytes, _: str) -> None:
         time.sleep(0.002)
-        self.say(write_answer(json.loads(body)["messages"][0]["content"]))
+        self.answer(write_answer(json.loads(body)["messages"][0]["content"]))
 
     def do_together(self, body: bytes, _: str) -> None:
         """Answer once two requests were open at the same time."""
@@ -84,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_slow(self, _: bytes, __: str) -> None:
         time.sleep(1.5)
-        self.say("late")
+        self.answer("late")
 
     def do_drip(self, _: bytes, __: str) -> None:
         self.send_response(200)
@@ -107,13 +107,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(b" " * (3 << 20))
 
     def do_empty(self, _: bytes, __: str) -> None:
-        self.say("")
+        self.answer("")
 
     def do_nothing(self, _: bytes, __: str) -> None:
-        self.say(None)
+        self.answer(None)
 
     def do_short(self, _: bytes, __: str) -> None:
-        self.say("FINDINGS: The", "length")
+        self.answer("FINDINGS: The", "length")
 
     def do_held(self, body: bytes, _: str) -> None:
         owner: Any = self.server
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         self.do_good(body, _)
 
     def do_hostile(self, _: bytes, index: str) -> None:
-        self.say(HOSTILE[int(index)])
+        self.answer(HOSTILE[int(index)])
 
 
 class Host(ThreadingHTTPServer):

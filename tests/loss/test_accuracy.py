@@ -1,5 +1,5 @@
-"""The rule on errors for every implementation that runs here. The truth is
-`LossProblem.score_eagerly` in float64; the allowed error is its error in the same precision."""
+"""The error rule for every available implementation. The truth is `LossProblem.score_eagerly` in
+float64; the rule allows twice its error in the tested precision, plus rounding."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if "cpu" in IMPLS:
     for isa in ("portable", "avx2", "avx512"):
         with contextlib.suppress(ValueError):
             IMPLS.append(f"cpu:{_cpu.isa(isa)}")
-    # The fastest engine of the fused kernel is what "cpu" uses.
+    # "cpu" itself uses the first, fastest engine of the fused kernel.
     IMPLS += [f"cpu:{engine}" for engine in cpu_rows.ENGINES if _cpu.fused_available(engine)][1:]
 
 
 @contextlib.contextmanager
-def using(variant: str) -> Iterator[str]:
-    """The name for `impl=` of "cpu" or "cpu:<isa>"; the latter: the path around vendor GEMMs, or an
-    engine of the fused kernel."""
+def use_variant(variant: str) -> Iterator[str]:
+    """The `impl=` name of a variant. "cpu:<isa>" forces an instruction set around vendor GEMMs, or
+    an engine of the fused kernel."""
     impl, _, isa = variant.partition(":")
     if not isa:
         yield impl
@@ -43,7 +43,7 @@ def using(variant: str) -> Iterator[str]:
         yield impl
 
 
-def problem(
+def make_problem(
     kind: str, T: int, D: int, V: int, dtype: torch.dtype, *, bias: bool = False, seed: int = 0
 ) -> LossProblem:
     return LossProblem(kind, T, V, D, dtype, "cpu", bias=bias, seed=seed, scale=D**0.5)
@@ -51,7 +51,7 @@ def problem(
 
 def assert_as_good_as_eager(data: LossProblem, variant: str, **options: Any) -> None:
     dtype = data.tensors[0].dtype
-    with using(variant) as impl:
+    with use_variant(variant) as impl:
         ours = data.score(dtype, impl, **options)
     assert (ours["logps"] <= 0).all()
     exact, eager = (data.score_eagerly(one, **options) for one in (torch.float64, dtype))
@@ -64,8 +64,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("variant", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "flat", "peaked", "negative"])
-def test_errors_are_those_of_eager(variant: str, dtype: torch.dtype, kind: str) -> None:
-    assert_as_good_as_eager(problem(kind, 37, 24, 1013, dtype), variant)
+def test_errors_follow_the_rule(variant: str, dtype: torch.dtype, kind: str) -> None:
+    assert_as_good_as_eager(make_problem(kind, 37, 24, 1013, dtype), variant)
 
 
 @pytest.mark.parametrize("variant", IMPLS)
@@ -75,19 +75,21 @@ def test_errors_are_those_of_eager(variant: str, dtype: torch.dtype, kind: str) 
     [{"softcap": 6.0}, {"temperature": 0.6}, {"softcap": 9.0, "temperature": 1.7}],
     ids=str,
 )
-def test_bias_softcap_temperature(
+def test_bias_softcap_temperature_follow_the_rule(
     variant: str, dtype: torch.dtype, options: dict[str, float]
 ) -> None:
-    assert_as_good_as_eager(problem("random", 19, 16, 517, dtype, bias=True), variant, **options)
+    assert_as_good_as_eager(
+        make_problem("random", 19, 16, 517, dtype, bias=True), variant, **options
+    )
 
 
 @pytest.mark.parametrize("variant", IMPLS)
 @pytest.mark.parametrize(
     ("T", "V", "D"), [(1, 1, 1), (1, 77, 8), (5, 1, 3), (33, 129, 7), (3, 2, 64)]
 )
-def test_odd_sizes(variant: str, T: int, V: int, D: int) -> None:
+def test_odd_sizes_follow_the_rule(variant: str, T: int, V: int, D: int) -> None:
     for dtype in DTYPES:
-        assert_as_good_as_eager(problem("random", T, D, V, dtype, seed=T), variant)
+        assert_as_good_as_eager(make_problem("random", T, D, V, dtype, seed=T), variant)
 
 
 @pytest.mark.parametrize("variant", IMPLS)
@@ -103,7 +105,7 @@ def test_odd_sizes(variant: str, T: int, V: int, D: int) -> None:
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_any_shape_and_option(
+def test_any_shape_and_option_follow_the_rule(
     variant: str,
     T: int,
     D: int,
@@ -115,20 +117,20 @@ def test_any_shape_and_option(
     temperature: float,
     seed: int,
 ) -> None:
-    data = problem(kind, T, D, V, dtype, bias=bias, seed=seed)
+    data = make_problem(kind, T, D, V, dtype, bias=bias, seed=seed)
     assert_as_good_as_eager(data, variant, softcap=softcap, temperature=temperature)
 
 
 @pytest.mark.parametrize("variant", IMPLS[1:])
 @pytest.mark.parametrize("kind", ["random", "peaked", "negative"])
-def test_a_soft_cap_errs_as_eager_does_on_average(variant: str, kind: str) -> None:
-    """On one small problem either can be lucky; over many, ours is no worse."""
+def test_average_error_of_a_soft_cap_is_that_of_eager(variant: str, kind: str) -> None:
+    """Errors of one small problem vary, so the errors of 40 are compared."""
     ours, theirs = 0.0, 0.0
     for seed in range(40):
-        data = problem(kind, 12, 4, 40, torch.float32, seed=seed)
+        data = make_problem(kind, 12, 4, 40, torch.float32, seed=seed)
         exact = data.score_eagerly(torch.float64, softcap=30.0)
         eager = data.score_eagerly(torch.float32, softcap=30.0)
-        with using(variant) as impl:
+        with use_variant(variant) as impl:
             got = data.score(torch.float32, impl, softcap=30.0)
         for name, truth in exact.items():
             ours += norm_of_error(got[name], truth) / float(truth.norm())
@@ -137,12 +139,12 @@ def test_a_soft_cap_errs_as_eager_does_on_average(variant: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("variant", IMPLS[1:])
-def test_the_slope_of_a_saturated_soft_cap(variant: str) -> None:
-    """1 - tanh^2 cancels where tanh is nearly 1; eager's gradient has an error of 5e-4 here."""
-    data = problem("negative", 9, 3, 21, torch.float32)
+def test_gradient_of_a_saturated_soft_cap_is_exact(variant: str) -> None:
+    """1 - tanh^2 cancels for tanh near 1: the gradient of eager has an error of 5e-4."""
+    data = make_problem("negative", 9, 3, 21, torch.float32)
     data.tensors[0] *= 20
     exact = data.score_eagerly(torch.float64, softcap=10.0)
-    with using(variant) as impl:
+    with use_variant(variant) as impl:
         ours = data.score(torch.float32, impl, softcap=10.0)
     for name in ("hidden", "weight"):
         assert exact[name].norm() > 0
@@ -156,11 +158,11 @@ def test_the_slope_of_a_saturated_soft_cap(variant: str) -> None:
 def test_log_two_when_policy_is_reference(
     variant: str, dtype: torch.dtype, own_head: bool, trained_head: bool
 ) -> None:
-    data = problem("random", 70, 48, 1500, dtype)
+    data = make_problem("random", 70, 48, 1500, dtype)
     (hidden, weight), labels = data.tensors, data.labels
     segments = torch.arange(70) % 4
     pairs = torch.tensor([[0, 1], [2, 3], [0, 3]])
-    with using(variant) as impl:
+    with use_variant(variant) as impl:
         out = cpo_loss(
             hidden.clone().requires_grad_(),
             weight.clone().requires_grad_(trained_head),
@@ -179,9 +181,9 @@ def test_log_two_when_policy_is_reference(
 @pytest.mark.parametrize("variant", IMPLS[1:])
 @pytest.mark.parametrize("rejected", [1, 2, 7])
 @pytest.mark.parametrize("loss_type", list(LOSS_TYPES))
-def test_losses_agree_with_the_specification(variant: str, rejected: int, loss_type: str) -> None:
+def test_losses_equal_the_reference_in_float64(variant: str, rejected: int, loss_type: str) -> None:
     """float32 against float64: loss, losses, log-probs and the gradient through all of them."""
-    data = problem("random", 90, 20, 333, torch.float32, seed=rejected)
+    data = make_problem("random", 90, 20, 333, torch.float32, seed=rejected)
     (hidden, weight), labels = data.tensors, data.labels
     segments = torch.randint(-1, rejected + 1, (90,), generator=torch.Generator().manual_seed(2))
     pairs = torch.tensor([[0, k + 1] for k in range(rejected)])
@@ -196,7 +198,7 @@ def test_losses_agree_with_the_specification(variant: str, rejected: int, loss_t
         total = out.loss + out.losses.square().sum() + out.logps.mean()
         return [*out[:6], torch.autograd.grad(total, leaf)[0]]
 
-    with using(variant) as impl:
+    with use_variant(variant) as impl:
         for got, want in zip(
             run(torch.float32, impl), run(torch.float64, "reference"), strict=True
         ):
@@ -206,10 +208,10 @@ def test_losses_agree_with_the_specification(variant: str, rejected: int, loss_t
 
 @pytest.mark.parametrize("variant", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_scored(variant: str, dtype: torch.dtype) -> None:
-    data = problem("random", 6, 8, 50, dtype)
+def test_ignored_labels_have_no_score_and_no_gradient(variant: str, dtype: torch.dtype) -> None:
+    data = make_problem("random", 6, 8, 50, dtype)
     (leaf, head), labels = data.leaves(), data.labels
-    with using(variant) as impl:
+    with use_variant(variant) as impl:
         logps = linear_logprobs(leaf, head, torch.full_like(labels, -100), impl=impl)
         assert (logps == 0).all()
         grads = torch.autograd.grad(logps.sum(), (leaf, head))
@@ -219,34 +221,34 @@ def test_nothing_scored(variant: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("variant", IMPLS)
-def test_no_logp_is_positive_and_no_gradient_lost_when_saturated(variant: str) -> None:
-    """bf16 logits of certain tokens: the log-prob is tiny and negative, its gradient not zero."""
+def test_saturated_logps_are_negative_with_a_gradient(variant: str) -> None:
+    """bf16 logits of near-certain tokens: a tiny negative log-prob with a nonzero gradient."""
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(1000, 64, generator=g).bfloat16()
     labels = torch.arange(64)
     hidden = (weight[:64].float() * torch.linspace(0.1, 0.6, 64).unsqueeze(1)).bfloat16()
     leaf = hidden.requires_grad_()
-    with using(variant) as impl:
+    with use_variant(variant) as impl:
         logps = linear_logprobs(leaf, weight, labels, impl=impl)
     assert (logps <= 0).all()
     if variant != "reference":  # its log_softmax rounds 1 - p to 0
         assert (logps < 0).all()
         (grad,) = torch.autograd.grad(logps.sum(), leaf)
         assert (grad.abs().amax(1) > 0).all()
-    data = problem("random", 64, 64, 1000, torch.bfloat16)
+    data = make_problem("random", 64, 64, 1000, torch.bfloat16)
     data.tensors, data.labels = [hidden.detach(), weight], labels
     assert_as_good_as_eager(data, variant)
 
 
 @pytest.mark.parametrize("variant", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_minus_infinity(variant: str, dtype: torch.dtype) -> None:
-    data = problem("random", 5, 8, 40, dtype, bias=True)
+def test_masked_logits_are_ignored_and_nan_propagates(variant: str, dtype: torch.dtype) -> None:
+    data = make_problem("random", 5, 8, 40, dtype, bias=True)
     (hidden, weight, bias), labels = data.tensors, data.labels
     labels[:] = torch.arange(5)
     masked = bias.clone()
-    masked[20:] = -torch.inf  # entries of the vocabulary that cannot occur
-    with using(variant) as impl:
+    masked[20:] = -torch.inf  # impossible tokens
+    with use_variant(variant) as impl:
         got = linear_logprobs(hidden, weight, labels, bias=masked, impl=impl)
         want = linear_logprobs(hidden, weight[:20], labels, bias=bias[:20], impl="reference")
         torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Invalid input: errors name the argument and the requirement, before any work is done."""
+"""Invalid input: errors name argument and requirement before anything is computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cpo_fast.loss import CPOLoss, available_impls, cpo_loss, implementations, l
 V, D, T = 11, 6, 8
 
 
-def good() -> dict[str, object]:
+def valid() -> dict[str, object]:
     return {
         "hidden": torch.randn(T, D),
         "weight": torch.randn(V, D),
@@ -75,14 +75,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_argument_is_named_before_any_work(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_argument_is_named_before_computing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, value, error, expected = BAD[case]
     for impl in available_impls("cpu"):
         monkeypatch.setattr(
-            f"cpo_fast.loss.{impl}.token_logps", lambda *_, **__: pytest.fail("work")
+            f"cpo_fast.loss.{impl}.token_logps", lambda *_, **__: pytest.fail("computed")
         )
-    arguments = good() | {name: value}
-    shown = {"num_segments": "segment_ids"}.get(name, name) if case == "num-segments" else name
+    arguments = valid() | {name: value}
+    shown = "segment_ids" if case == "num-segments" else name
     with pytest.raises(error, match=expected) as raised:
         cpo_loss(**arguments)
     assert shown in str(raised.value)
@@ -107,26 +107,26 @@ def test_bad_argument_is_named_before_any_work(case: str, monkeypatch: pytest.Mo
         ),
     ],
 )
-def test_option_that_the_loss_does_not_use(
+def test_option_that_the_loss_does_not_use_is_refused(
     loss_type: str, options: dict[str, object], expected: str
 ) -> None:
     with pytest.raises(ValueError, match=expected):
-        cpo_loss(**(good() | {"loss_type": loss_type} | options))
+        cpo_loss(**(valid() | {"loss_type": loss_type} | options))
 
 
-def test_module_checks_its_options_at_once() -> None:
+def test_module_checks_its_options_on_construction() -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
         CPOLoss(loss_type="hinge", label_smoothing=0.1)
 
 
-def test_temperature() -> None:
-    g = good()
+def test_temperature_must_be_positive() -> None:
+    g = valid()
     with pytest.raises(ValueError, match="temperature must be > 0"):
         linear_logprobs(g["hidden"], g["weight"], g["labels"], temperature=0.0)
 
 
-def test_float64_is_for_the_reference() -> None:
-    g = good()
+def test_only_the_reference_accepts_float64() -> None:
+    g = valid()
     args = (g["hidden"].double(), g["weight"].double(), g["labels"])
     assert linear_logprobs(*args).dtype == torch.float64
     for impl in available_impls("cpu"):
@@ -146,7 +146,7 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 def test_sharded_weights_are_gathered(mesh: DeviceMesh) -> None:
-    plain = good() | {"ref_weight": torch.randn(V, D), "bias": torch.randn(V)}
+    plain = valid() | {"ref_weight": torch.randn(V, D), "bias": torch.randn(V)}
     plain["hidden"].requires_grad_()
     shared = {
         name: distribute_tensor(plain[name], mesh, [Shard(0)])
@@ -160,8 +160,8 @@ def test_sharded_weights_are_gathered(mesh: DeviceMesh) -> None:
 
 
 def test_sharded_trained_weight_is_refused(mesh: DeviceMesh) -> None:
-    """Unless the caller says what its gradient is."""
-    g = good()
+    """Except as a full tensor with gradient placements."""
+    g = valid()
     weight = distribute_tensor(g["weight"], mesh, [Shard(0)]).requires_grad_()
     with pytest.raises(ValueError, match=r"weight .*full_tensor"):
         linear_logprobs(g["hidden"], weight, g["labels"])
@@ -174,8 +174,8 @@ def test_sharded_trained_weight_is_refused(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(weight.grad.full_tensor(), leaf.grad)
 
 
-def test_head_of_fsdp2(mesh: DeviceMesh) -> None:
-    """Trained inside the forward of the module that FSDP2 shards, frozen from outside, too."""
+def test_head_sharded_by_fsdp2(mesh: DeviceMesh) -> None:
+    """A trained head works in the forward of its FSDP2 module, a frozen head also outside."""
 
     class Head(nn.Linear):
         def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def test_head_of_fsdp2(mesh: DeviceMesh) -> None:
     sharded = copy.deepcopy(plain)
     fully_shard(sharded, mesh=mesh)
     assert isinstance(sharded.weight, DTensor)
-    g = good()
+    g = valid()
     for head in (plain, sharded):
         head(g["hidden"], g["labels"]).sum().backward()
     for got, want in zip(sharded.parameters(), plain.parameters(), strict=True):
@@ -198,7 +198,7 @@ def test_head_of_fsdp2(mesh: DeviceMesh) -> None:
 
 
 def test_sharded_hidden_is_refused(mesh: DeviceMesh) -> None:
-    g = good()
+    g = valid()
     hidden = distribute_tensor(g["hidden"], mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"hidden .*full_tensor"):
         linear_logprobs(hidden, g["weight"], g["labels"])
@@ -227,7 +227,7 @@ print([m for m in ("torch._dynamo", "torch._inductor", "sympy") if m in sys.modu
     assert out.stdout.strip() == "[]"
 
 
-def test_choosing_loads_nothing_heavy() -> None:
+def test_choosing_an_implementation_loads_nothing_heavy() -> None:
     code = (
         "import sys; from cpo_fast.loss import cpo_loss, available_impls; available_impls('cpu');"
         "print([m for m in ('transformers', 'peft', 'numpy.testing', 'trl') if m in sys.modules])"
@@ -236,7 +236,7 @@ def test_choosing_loads_nothing_heavy() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_without_the_native_module_the_reference_serves_and_says_so_once() -> None:
+def test_missing_native_module_gives_the_reference_and_one_warning() -> None:
     code = """
 import sys, warnings
 sys.modules["cpo_fast._cpu"] = None
@@ -259,7 +259,7 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_preference_of_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_preferred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, `impl=None` prefers Triton to the CUDA kernels."""
     everything = {
         name: SimpleNamespace(obstacle=lambda device: None) for name in implementations._IMPLS

@@ -1,18 +1,16 @@
-"""The native CPU implementation: number of products, memory, modes, autograd, torch.compile."""
+"""The native CPU implementation: matrix products, memory, autograd, torch.compile, threads."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import astuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from cpo_fast.loss import available_impls, cpo_loss, linear_logprobs
@@ -23,7 +21,7 @@ if "cpu" not in available_impls("cpu"):
 
 from cpo_fast import _cpu
 from cpo_fast.loss import cpu, cpu_rows
-from cpo_fast.loss.operators import Plan
+from tests.loss.native import check_operators, count_vendor_flops, score
 
 T, D, V = 48, 16, 500
 
@@ -39,24 +37,11 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     )
 
 
-def gemms(head: bool, grad: bool, reference: bool) -> float:
+def count_products(head: bool, grad: bool, reference: bool) -> float:
     """The number of T x V x D matrix products in forward and backward."""
-    hidden, weight, labels, segments, pairs = tensors()
-    source = {"ref_hidden": hidden + 0.1} if reference else {"ref_logps": torch.zeros(4)}
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
-        out = cpo_loss(
-            hidden.requires_grad_(grad),
-            weight.requires_grad_(head),
-            labels,
-            segments,
-            pairs,
-            impl="cpu",
-            **source,
-        )
-        if grad or head:
-            out.loss.backward()
-    products = (event for event in profiler.key_averages() if event.key == "aten::mm")
-    return sum(event.flops for event in products) / (2 * T * V * D)
+    given = tensors()
+    other = given[0] + 0.1 if reference else None
+    return count_vendor_flops(given, other, head=head, grad=grad) / (2 * T * V * D)
 
 
 @pytest.mark.parametrize(
@@ -72,25 +57,23 @@ def gemms(head: bool, grad: bool, reference: bool) -> float:
     ],
 )
 def test_matrix_products(head: bool, grad: bool, reference: bool, count: int) -> None:
-    assert gemms(head, grad, reference) == pytest.approx(count)
+    assert count_products(head, grad, reference) == pytest.approx(count)
 
 
 def test_matrix_products_of_a_trained_head_beyond_the_workspace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "limit", lambda device: 40 * V * 4)
-    assert gemms(True, True, False) == pytest.approx(4)
+    assert count_products(True, True, False) == pytest.approx(4)
 
 
 def test_workspace_bounds_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small workspaces give the same numbers, from more and smaller matrix products."""
+    """Small workspaces give the same numbers by more and smaller matrix products."""
     hidden, weight, labels, *_ = tensors()
     coef = torch.randn(T)
 
     def run() -> list[Tensor]:
-        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logps = linear_logprobs(*leaves, labels, impl="cpu")
-        return [logps.detach(), *torch.autograd.grad((logps * coef).sum(), leaves)]
+        return score((hidden, weight), labels, coef, torch.float32, "cpu")
 
     sizes: list[int] = []
     take = cpu_rows._Workspace.take
@@ -109,27 +92,22 @@ def test_workspace_bounds_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(sizes) <= max(room, 64 * (64 + D) * 4)
 
 
-@pytest.mark.parametrize("room", [1 << 28, 40 * V * 4], ids=["kept", "computed again"])
+@pytest.mark.parametrize("room", [1 << 28, 40 * V * 4], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("blocks_of_bfloat16", [True, False])
-def test_bfloat16_in_blocks_of_either_dtype(
+def test_blocks_of_either_dtype_follow_the_error_rule(
     blocks_of_bfloat16: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where vendor GEMMs are slow in bfloat16, blocks are float32: as exact, or more."""
+    """Blocks are float32 where vendor GEMMs are slow in bfloat16, and at least as exact."""
     hidden, weight, labels, *_ = tensors(torch.bfloat16)
     bias, coef = torch.randn(V).bfloat16(), torch.randn(T)
 
-    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
-        logps = linear_logprobs(*leaves[:2], labels, bias=leaves[2], impl=impl)
-        grads = torch.autograd.grad((logps * coef).sum(), leaves)
-        return [x.detach().double() for x in (logps, *grads)]
-
-    exact = run("reference", torch.float64)
-    eager = run("reference", torch.bfloat16)
+    leaves = (hidden, weight, bias)
+    exact = score(leaves, labels, coef, torch.float64, "reference")
+    eager = score(leaves, labels, coef, torch.bfloat16, "reference")
     monkeypatch.setattr(cpu, "_BLOCKS_OF_BFLOAT16", blocks_of_bfloat16)
     monkeypatch.setattr(cpu, "limit", lambda device: room)
     with cpu_rows.forced_isa("portable"):
-        ours = run("cpu", torch.bfloat16)
+        ours = score(leaves, labels, coef, torch.bfloat16, "cpu")
     assert (ours[0] <= 0).all()
     if not blocks_of_bfloat16:
         assert (ours[0] - exact[0]).abs().max() < 1e-4
@@ -174,7 +152,7 @@ linear_logprobs(hidden[:8], weight[:512].detach(), labels[:8] % 512, impl="cpu")
 Path("/proc/self/clear_refs").write_text("5")
 before = kib("VmRSS")
 linear_logprobs(hidden, weight, labels, impl="cpu").sum().backward()
-allowed = 8 * 2**20 + 4 * T * D * 4 + trained * V * D * 4 + 24 * 2**20  # and the vendor's own
+allowed = 8 * 2**20 + 4 * T * D * 4 + trained * V * D * 4 + 24 * 2**20  # and vendor buffers
 grown = (kib("VmHWM") - before) * 1024
 assert grown < allowed, (grown, allowed)
 """
@@ -191,7 +169,7 @@ def test_workspace_setting_is_checked(monkeypatch: pytest.MonkeyPatch, text: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_twice(dtype: torch.dtype) -> None:
+def test_second_backward_is_equal(dtype: torch.dtype) -> None:
     hidden, weight, labels, *_ = tensors(dtype)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     total = linear_logprobs(*leaves, labels, impl="cpu").sum()
@@ -216,7 +194,7 @@ def test_second_derivatives_of_the_head_are_refused() -> None:
         grad.sum().backward()
 
 
-def test_checkpointing() -> None:
+def test_checkpointing_is_exact() -> None:
     hidden, weight, labels, *_ = tensors()
     hidden.requires_grad_()
 
@@ -245,20 +223,10 @@ def test_opcheck(dtype: torch.dtype, head: bool) -> None:
     hidden, weight, labels, *_ = tensors(dtype)
     bias = torch.randn(V).to(dtype).requires_grad_(head)
     args = (hidden.requires_grad_(), weight.requires_grad_(head), labels, bias, hidden.detach())
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    plan = astuple(Plan(5.0, 1.0, -100, True, head, head, 2**20, "", 1))
-    op = torch.ops.cpo_fast.cpu_logps.default
-    torch.library.opcheck(op, args + plan, test_utils=tests)
-    stats, residual = op(*(x.detach() for x in args), *plan)[3:]
-    coef, leaves = torch.randn(T), tuple(x.detach() for x in args[:4])
-    torch.library.opcheck(
-        torch.ops.cpo_fast.cpu_head_grads.default,
-        (coef, *leaves, stats, residual, True, head, *plan),
-        test_utils=tests,
-    )
+    check_operators(args, torch.randn(T), head=head, engine="", slots=1)
 
 
-def test_compiled_step() -> None:
+def test_compiled_step_equals_eager() -> None:
     hidden, weight, labels, segments, pairs = tensors()
     projection = torch.randn(D, D, requires_grad=True)
 
@@ -276,8 +244,8 @@ def test_compiled_step() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_compiled_for_any_size() -> None:
-    """Sizes and options that change from call to call, traced as symbols."""
+def test_compiled_step_of_any_size() -> None:
+    """Sizes and options that vary between calls are traced as symbols."""
     hidden, weight, labels, segments, pairs = tensors()
 
     def step(x: Tensor, y: Tensor, ids: Tensor, beta: float) -> Tensor:
@@ -293,7 +261,7 @@ def test_compiled_for_any_size() -> None:
         torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (got, want)))
 
 
-def test_threads_and_floating_point_mode() -> None:
+def test_threads_change_no_bits_and_denormals_stay_enabled() -> None:
     """Results do not depend on the thread count; the denormal mode is restored."""
     hidden, weight, labels, *_ = tensors(torch.bfloat16)
     before = torch.get_num_threads()
@@ -307,7 +275,7 @@ def test_threads_and_floating_point_mode() -> None:
     assert (tiny * 0.5).item() > 0
 
 
-def test_unknown_instruction_set() -> None:
+def test_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match="sse9"):
         _cpu.isa("sse9")
 
@@ -320,7 +288,7 @@ def test_noncontiguous_hidden_and_strided_labels() -> None:
     assert torch.equal(got, linear_logprobs(hidden, weight, labels, impl="cpu"))
 
 
-def test_long_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_TOKENS", 16)
     monkeypatch.setattr(cpu, "_ENTRIES", 128)
     hidden, weight, labels, segments, _ = tensors()
@@ -341,7 +309,7 @@ def test_long_pair_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.complete
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_more_than_2_31_logits(dtype: torch.dtype) -> None:
-    """The last tokens, whose logits have offsets beyond 32 bits."""
+    """The logits of the last tokens have offsets beyond 32 bits."""
     tokens, vocabulary = 20_000, 107_400
     g = torch.Generator().manual_seed(8)
     hidden = torch.randn(tokens, 2, generator=g).to(dtype).requires_grad_()
@@ -357,7 +325,7 @@ def test_more_than_2_31_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad[-64:].double(), want_grad, rtol=2e-2, atol=2e-2)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         inputs = tensors(dtype)
         before = [x.clone() for x in inputs]

@@ -1,4 +1,4 @@
-"""At the first step policy equals reference: loss log 2, rewards 0, in every implementation."""
+"""At the first step, policy equals reference: loss log 2 and rewards 0 for every impl."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_loss_is_log_2_and_rewards_are_0(impl: str, dtype: torch.dtype) -> None:
     row = objective.average(
         {name: float(torch.as_tensor(v).detach()) for name, v in values.items()}
     )
-    assert set(row) == set(METRICS), "what --metric_for_best_model takes"
+    assert set(row) == set(METRICS), "the values of --metric_for_best_model"
     assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margins"] == 0
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The tables and options of the loss op, and the sums that every caller shares."""
+"""Tables and options of the loss op, and the sums that all callers share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpo_fast.model.packed import PackedModel
 from cpo_fast.testing.samples import text_model
 from cpo_fast.types import Prompt
 
-LOST = [-(2.0**24), -1.0, -1.0]  # a float32 sum, term by term, stays at -2^24
+LOST = [-(2.0**24), -1.0, -1.0]  # summed in float32, term by term, this is -2^24
 
 
 def test_every_loss_type_has_a_formula() -> None:
@@ -34,7 +34,7 @@ def test_signatures_have_the_defaults_of_the_options() -> None:
                 assert parameter.default == getattr(LossOptions, name), (function, name)
 
 
-def test_an_option_of_the_module_can_be_changed() -> None:
+def test_options_of_the_module_can_be_changed() -> None:
     module = CPOLoss(0.1, "hinge")
     module.beta = 0.7
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def test_an_option_of_the_module_can_be_changed() -> None:
         CPOLoss(beta=0.0)
 
 
-def test_the_options_load_without_torch() -> None:
+def test_options_load_without_torch() -> None:
     code = "import cpo_fast.loss.options, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -16,8 +16,8 @@ from tests.docs_blocks import ROOT, blocks
 PAIRS = torch.tensor([[0, 2], [1, 3], [0, 3]])
 
 
-def batch(left: bool, seed: int = 0) -> dict[str, Tensor]:
-    """Two chosen and two rejected rows of different lengths, as trl's collator names its parts."""
+def build_batch(left: bool, seed: int = 0) -> dict[str, Tensor]:
+    """Two chosen and two rejected rows of different lengths, with the keys of trl's collator."""
     g = torch.Generator().manual_seed(seed)
     lengths, prompts, longest = (12, 9, 7, 10), (4, 6, 4, 6), 12
     parts: dict[str, list[Tensor]] = {
@@ -33,8 +33,8 @@ def batch(left: bool, seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.stack(rows) for name, rows in parts.items()}
 
 
-def models() -> tuple[Any, Any]:
-    """A policy that differs from the reference, also in its head."""
+def build_models() -> tuple[Any, Any]:
+    """Policy and reference with different weights, including the head."""
     policy, reference = text_model(), text_model().requires_grad_(False)
     g = torch.Generator().manual_seed(1)
     for parameter in policy.parameters():
@@ -42,8 +42,8 @@ def models() -> tuple[Any, Any]:
     return policy, reference
 
 
-def plain(policy: Any, reference: Any, parts: dict[str, Tensor], pairs: Tensor) -> Tensor:
-    """The DPO loss at beta 0.1 from full logits, each answer summed separately."""
+def compute_plainly(policy: Any, reference: Any, parts: dict[str, Tensor], pairs: Tensor) -> Tensor:
+    """The DPO loss at beta 0.1 from full logits, one answer at a time."""
     inputs = {name: parts[name] for name in ("input_ids", "attention_mask")}
     margins = []
     logps = [m(**inputs).logits.double().log_softmax(-1) for m in (policy, reference)]
@@ -64,7 +64,7 @@ def gradients(loss: Tensor, model: Any) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def the_snippet() -> str:
+def read_snippet() -> str:
     """The lines of docs/op.md from a batch to the gradients."""
     (block,) = (
         b for b in blocks(ROOT / "docs" / "op.md") if "import cpo_loss, from_padded" in b.text
@@ -72,20 +72,20 @@ def the_snippet() -> str:
     return block.text
 
 
-def after_the_snippet(policy: Any, reference: Any, parts: dict[str, Tensor]) -> dict[str, Any]:
+def run_snippet(policy: Any, reference: Any, parts: dict[str, Tensor]) -> dict[str, Any]:
     names: dict[str, Any] = {"torch": torch, "model": policy, "reference": reference}
-    exec(the_snippet(), names | (space := {"batch": parts}), space)
+    exec(read_snippet(), names | (space := {"batch": parts}), space)
     return space
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_the_snippet_of_the_page_is_the_plain_loss(left: bool) -> None:
-    assert len(the_snippet().strip().splitlines()) <= 15
-    policy, reference = models()
-    parts = batch(left)
-    want = plain(policy, reference, parts, PAIRS[:2])
+def test_snippet_of_the_page_equals_full_logits(left: bool) -> None:
+    assert len(read_snippet().strip().splitlines()) <= 15
+    policy, reference = build_models()
+    parts = build_batch(left)
+    want = compute_plainly(policy, reference, parts, PAIRS[:2])
     wanted = gradients(want, policy)
-    got = after_the_snippet(policy, reference, parts)["out"].loss
+    got = run_snippet(policy, reference, parts)["out"].loss
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     assert abs(want.item() - 0.6931) > 0.01
     for parameter, expected in zip(policy.parameters(), wanted, strict=True):
@@ -93,12 +93,12 @@ def test_the_snippet_of_the_page_is_the_plain_loss(left: bool) -> None:
         assert worst <= 1e-4 * expected.abs().max() + 1e-8
 
 
-def test_the_snippet_of_the_page_is_trls_loss(tmp_path: Any) -> None:
+def test_snippet_of_the_page_equals_trl(tmp_path: Any) -> None:
     pytest.importorskip("trl")
     from cpo_fast.testing.trl_oracle import trainer
 
     samples = [preference("a", 1, words=5), preference("b", 1), preference("c", 1, words=2)]
-    policy, reference = models()
+    policy, reference = build_models()
     theirs = trainer(
         text_model(), samples, tokenizer(), images(), output_dir=str(tmp_path), r=0, alpha=1
     )
@@ -107,7 +107,7 @@ def test_the_snippet_of_the_page_is_trls_loss(tmp_path: Any) -> None:
     parts = dict(theirs.data_collator([theirs.train_dataset[i] for i in range(3)]))
     want = theirs.compute_loss(theirs.model, parts)
     want.backward()
-    got = after_the_snippet(policy.eval(), reference.eval(), parts)["out"].loss
+    got = run_snippet(policy.eval(), reference.eval(), parts)["out"].loss
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert abs(want.item() - 0.6931) > 0.01
     for mine, other in zip(policy.parameters(), theirs.model.parameters(), strict=True):
@@ -115,7 +115,7 @@ def test_the_snippet_of_the_page_is_trls_loss(tmp_path: Any) -> None:
         assert worst <= 1e-4 * other.grad.abs().max() + 1e-8
 
 
-def states(B: int = 4, L: int = 6, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def build_states(B: int = 4, L: int = 6, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(2)
     hidden = torch.randn(B, L, D, generator=g, requires_grad=True)
     labels = torch.randint(0, 11, (B, L), generator=g)
@@ -124,7 +124,7 @@ def states(B: int = 4, L: int = 6, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_dropping_ignored_tokens_changes_nothing_else() -> None:
-    hidden, labels, ref_hidden = states()
+    hidden, labels, ref_hidden = build_states()
     labels[1, 4:] = -100
     weight = torch.randn(11, 8, generator=torch.Generator().manual_seed(3))
     results = []
@@ -140,8 +140,8 @@ def test_dropping_ignored_tokens_changes_nothing_else() -> None:
     assert (given["labels"] >= 0).all()
 
 
-def test_it_copies_no_hidden_states_and_shifts_the_labels() -> None:
-    hidden, labels, ref_hidden = states(B=2)
+def test_hidden_states_are_views_and_labels_are_shifted() -> None:
+    hidden, labels, ref_hidden = build_states(B=2)
     given = from_padded(hidden, labels, ref_hidden)
     assert given["hidden"].data_ptr() == hidden.data_ptr()
     assert given["ref_hidden"].data_ptr() == ref_hidden.data_ptr()
@@ -153,8 +153,8 @@ def test_it_copies_no_hidden_states_and_shifts_the_labels() -> None:
     assert own["labels"][5] == 7 and own["ref_hidden"] is None
 
 
-def test_without_a_reference_and_without_rows() -> None:
-    hidden, labels, _ = states()
+def test_batches_without_reference_or_rows() -> None:
+    hidden, labels, _ = build_states()
     weight = torch.randn(11, 8)
     out = cpo_loss(weight=weight, loss_type="simpo", **from_padded(hidden, labels))
     assert out.losses.shape == (2,) and out.loss.requires_grad
@@ -162,8 +162,8 @@ def test_without_a_reference_and_without_rows() -> None:
     assert none["pairs"].shape == (0, 2) and none["hidden"].shape == (0, 8)
 
 
-def test_it_compiles_whole() -> None:
-    hidden, labels, ref_hidden = states()
+def test_loss_of_a_padded_batch_is_one_graph() -> None:
+    hidden, labels, ref_hidden = build_states()
     weight = torch.randn(11, 8)
 
     def step(h: Tensor) -> Tensor:
@@ -191,9 +191,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_batches(case: str) -> None:
+def test_bad_batches_are_refused(case: str) -> None:
     changed, error, message = BAD[case]
-    hidden, labels, ref_hidden = states()
+    hidden, labels, ref_hidden = build_states()
     given = {"hidden": hidden, "labels": labels, "ref_hidden": ref_hidden, **changed}
     with pytest.raises(error, match=message):
         from_padded(**given)

@@ -1,4 +1,4 @@
-"""Every loss type against the library that defines it (trl, Liger) and finite differences."""
+"""Every loss type against its library (trl, Liger) and against finite differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOOTHING = {"robust": 0.1, "exo_pair": 0.05}
 
 
 def batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> SimpleNamespace:
-    """B pairs, chosen rows first, padded to L tokens of which a random number is scored."""
+    """B pairs, chosen rows first, padded to L tokens; a random number of tokens is scored."""
     g = torch.Generator().manual_seed(seed)
     b = SimpleNamespace()
     b.hidden = torch.randn(2 * B, L, D, generator=g, dtype=dtype)
@@ -33,7 +33,7 @@ def batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> SimpleNamespace:
     return b
 
 
-def ours(b: SimpleNamespace, loss_type: str, beta: float = 0.1, **options: object):
+def compute(b: SimpleNamespace, loss_type: str, beta: float = 0.1, **options: object):
     if LOSS_TYPES[loss_type].reference and "ref_logps" not in options:
         options["ref_hidden"] = b.ref_hidden.flatten(0, 1)
     return cpo_loss(
@@ -55,7 +55,7 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_loss(b: SimpleNamespace, loss_type: str, beta: float, label_smoothing: float) -> Tensor:
-    """trl's own loss code, given a model whose log-probs are ours."""
+    """The loss code of trl with a model that returns our log-probs."""
     dpo = pytest.importorskip("trl.trainer.dpo_trainer")
     logps = token_logps(b.hidden, b.weight, b.labels)
     ref = token_logps(b.ref_hidden, b.weight, b.labels).sum(1)
@@ -115,9 +115,9 @@ def test_equals_trl(loss_type: str, beta: float) -> None:
     b.hidden.requires_grad_()
     want = trl_loss(b, loss_type, beta, smoothing)
     (want_grad,) = torch.autograd.grad(want, b.hidden)
-    got = ours(b, loss_type, beta, label_smoothing=smoothing)
+    got = compute(b, loss_type, beta, label_smoothing=smoothing)
     (got_grad,) = torch.autograd.grad(got.loss, b.hidden)
-    # trl's exo_pair rounds its smoothing to float32
+    # exo_pair of trl rounds the smoothing to float32
     rtol = 1e-6 if loss_type == "exo_pair" else 1e-10
     torch.testing.assert_close(got.loss, want, rtol=rtol, atol=1e-12)
     torch.testing.assert_close(got_grad, want_grad, rtol=rtol, atol=1e-8 * rtol + 1e-13)
@@ -126,7 +126,7 @@ def test_equals_trl(loss_type: str, beta: float) -> None:
 @pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_smoothing_and_simpo_equal_trl_cpo(loss_type: str, smoothing: float) -> None:
-    """trl's reference-free trainer has both; fed with log-ratios its sigmoid is cDPO."""
+    """trl's CPOTrainer has both; with log-ratios as input its sigmoid is cDPO."""
     cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
     b = batch(1)
     logps = token_logps(b.hidden, b.weight, b.labels).sum(1)
@@ -145,7 +145,7 @@ def test_smoothing_and_simpo_equal_trl_cpo(loss_type: str, smoothing: float) -> 
         accelerator=SimpleNamespace(device="cpu"),
     )
     want, _, _ = cpo.CPOTrainer.cpo_loss(trainer, compared[:B], compared[B:])
-    got = ours(b, loss_type, 0.3, **options)
+    got = compute(b, loss_type, 0.3, **options)
     torch.testing.assert_close(got.losses, want, rtol=1e-10, atol=1e-12)
 
 
@@ -153,7 +153,7 @@ def test_orpo_equals_trl_and_liger() -> None:
     orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     b = batch(2, torch.float32)
-    got = ours(b, "orpo", 0.2)
+    got = compute(b, "orpo", 0.2)
 
     logps = token_logps(b.hidden, b.weight, b.labels)
     average = logps.sum(1) / b.mask.sum(1)
@@ -162,7 +162,7 @@ def test_orpo_equals_trl_and_liger() -> None:
     nll = -logps[:B].sum() / b.mask[:B].sum()
     torch.testing.assert_close(got.loss, nll - ratio.mean(), rtol=1e-5, atol=1e-6)
 
-    # Liger takes [2B, L] with the same layout and reduces over the batch in the same way.
+    # Liger has the same layout [2B, L] and the same reduction.
     loss, *_ = liger.LigerFusedLinearORPOLoss(beta=0.2, compiled=False)(
         b.weight, b.hidden, b.labels, nll_target=b.labels
     )
@@ -175,7 +175,7 @@ def test_equals_liger_fused_dpo(loss_type: str, average: bool) -> None:
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     b = batch(3, torch.float32)
     smoothing = SMOOTHING.get(loss_type, 0.0)
-    got = ours(
+    got = compute(
         b, loss_type, 0.1, label_smoothing=smoothing, average_log_prob=average, rpo_alpha=0.0
     )
     loss, *_ = liger.LigerFusedLinearDPOLoss(
@@ -189,7 +189,7 @@ def test_equals_liger_fused_dpo(loss_type: str, average: bool) -> None:
 
 
 @pytest.mark.parametrize("loss_type", list(LOSS_TYPES))
-def test_finite_differences(loss_type: str) -> None:
+def test_gradients_equal_finite_differences(loss_type: str) -> None:
     """All differentiable outputs of every loss, for all inputs that can have a gradient."""
     g = torch.Generator().manual_seed(4)
     hidden = torch.randn(10, 5, generator=g, dtype=torch.float64, requires_grad=True)
@@ -223,25 +223,25 @@ def test_finite_differences(loss_type: str) -> None:
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
 
 
-def test_plackett_luce_is_the_softmax_of_rewards() -> None:
+def test_plackett_luce_is_a_softmax_of_rewards() -> None:
     b = batch(5)
     b.pairs = torch.tensor([[0, 4], [0, 5], [0, 6], [1, 7]])
-    out = ours(b, "plackett_luce", 0.2, pair_weights=torch.tensor([1.0, 1.0, 1.0, 3.0]))
+    out = compute(b, "plackett_luce", 0.2, pair_weights=torch.tensor([1.0, 1.0, 1.0, 3.0]))
     rewards = 0.2 * (out.logps - out.ref_logps)
     first = -torch.log_softmax(rewards[[0, 4, 5, 6]], 0)[0]
     second = -F.logsigmoid(rewards[1] - rewards[7])
     torch.testing.assert_close(out.losses, torch.stack([first, first, first, second]))
     torch.testing.assert_close(out.loss, (first + 3 * second) / 4)
-    # with one rejected each it is the sigmoid loss
+    # with one rejected answer each, it equals the sigmoid loss
     b.pairs = torch.stack([torch.arange(B), torch.arange(B) + B], 1)
-    torch.testing.assert_close(ours(b, "plackett_luce").losses, ours(b, "sigmoid").losses)
+    torch.testing.assert_close(compute(b, "plackett_luce").losses, compute(b, "sigmoid").losses)
 
 
-def test_weights_and_rpo() -> None:
+def test_pair_weights_and_rpo_alpha() -> None:
     b = batch(6)
     weights = torch.tensor([1.0, 0.0, 2.0, 0.5])
-    plain = ours(b, "sigmoid")
-    out = ours(b, "sigmoid", pair_weights=weights, rpo_alpha=0.5)
+    plain = compute(b, "sigmoid")
+    out = compute(b, "sigmoid", pair_weights=weights, rpo_alpha=0.5)
     nll = -plain.logps[:B] / b.mask.sum(1)[:B]
     torch.testing.assert_close(out.losses, plain.losses + 0.5 * nll)
     torch.testing.assert_close(out.loss, (weights * out.losses).sum() / weights.sum())
@@ -256,7 +256,7 @@ def test_empty_pairs_are_left_out(loss_type: str) -> None:
     options = {"label_smoothing": SMOOTHING.get(loss_type, 0.0)}
     b.labels[[1, 5]] = -100
     b.labels[2] = -100  # one side only: the pair stays
-    some = ours(b, loss_type, **options)
+    some = compute(b, loss_type, **options)
     kept = [0, 2, 3]
     if loss_type != "orpo":  # its NLL is a mean over tokens
         torch.testing.assert_close(some.loss, some.losses[kept].mean())
@@ -265,16 +265,16 @@ def test_empty_pairs_are_left_out(loss_type: str) -> None:
     assert (grad[[1, 5, 2]] == 0).all()
 
     b.labels[:] = -100
-    none = ours(b, loss_type, **options)
+    none = compute(b, loss_type, **options)
     (grad,) = torch.autograd.grad(none.loss, b.hidden)
     assert none.loss == 0 and (grad == 0).all() and none.losses.isfinite().all()
     assert (none.logps == 0).all()
 
 
-def test_token_order_roles_and_no_pairs() -> None:
+def test_token_order_is_free_and_pairs_can_be_empty() -> None:
     b = batch(8)
     b.pairs = torch.tensor([[0, 1], [1, 0], [0, 2]])
-    straight = ours(b, "sigmoid")
+    straight = compute(b, "sigmoid")
     order = torch.randperm(2 * B * L)
     shuffled = cpo_loss(
         b.hidden.flatten(0, 1)[order],
@@ -288,21 +288,21 @@ def test_token_order_roles_and_no_pairs() -> None:
     torch.testing.assert_close(straight.loss, shuffled.loss)
     torch.testing.assert_close(straight.logps, shuffled.logps)
     b.pairs = torch.zeros(0, 2, dtype=torch.long)
-    assert ours(b, "sigmoid").loss == 0
+    assert compute(b, "sigmoid").loss == 0
 
 
-def test_module_is_the_function() -> None:
+def test_module_equals_the_function() -> None:
     b = batch(9)
     module = CPOLoss(0.3, "robust", label_smoothing=0.1, softcap=5.0)
     tensors = (b.hidden.flatten(0, 1), b.weight, b.labels.flatten(), b.segments, b.pairs)
     got = module(*tensors, ref_hidden=b.ref_hidden.flatten(0, 1))
-    want = ours(b, "robust", 0.3, label_smoothing=0.1, softcap=5.0)
+    want = compute(b, "robust", 0.3, label_smoothing=0.1, softcap=5.0)
     torch.testing.assert_close(got.loss, want.loss)
 
 
 def test_log_two_when_policy_is_reference() -> None:
     b = batch(10)
     b.ref_hidden = b.hidden
-    out = ours(b, "sigmoid")
+    out = compute(b, "sigmoid")
     assert out.loss.item() == math.log(2)
     assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()

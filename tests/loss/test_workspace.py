@@ -1,4 +1,4 @@
-"""The default CUDA workspace for logits, by counting waves tile by tile."""
+"""The default CUDA workspace for logits: GEMM waves are counted tile by tile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cpo_fast.loss.workspace import limit
 HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
 
 
-def waves(rows: int, columns: int, multiprocessors: int = 132) -> int:
-    """Waves of a GEMM of 128 x 256 tiles, assigned one after another."""
+def count_waves(rows: int, columns: int, multiprocessors: int = 132) -> int:
+    """Waves of a GEMM whose 128 x 256 tiles are assigned in order."""
     done, busy = 0, 0
     for _ in range(0, rows, 128):
         for _ in range(0, columns, 256):
@@ -22,7 +22,7 @@ def waves(rows: int, columns: int, multiprocessors: int = 132) -> int:
     return done + (busy > 0)
 
 
-def chunks_of(T: int, D: int, V: int) -> list[int]:
+def split_rows(T: int, D: int, V: int) -> list[int]:
     rows = chunk_rows(T, V, D, 2, 132, limit(torch.device("cuda")))
     return [min(rows, T - start) for start in range(0, T, rows)]
 
@@ -34,15 +34,17 @@ def test_chunks_take_no_more_waves_than_all_rows_at_once(
 ) -> None:
     monkeypatch.delenv("CPO_FAST_WORKSPACE_MIB", raising=False)
     D, V = HEADS[name]
-    parts = chunks_of(T, D, V)
-    assert sum(waves(rows, D) for rows in parts) == waves(T, D)
-    assert sum(waves(rows, V) for rows in parts) == waves(T, V)
+    parts = split_rows(T, D, V)
+    assert sum(count_waves(rows, D) for rows in parts) == count_waves(T, D)
+    assert sum(count_waves(rows, V) for rows in parts) == count_waves(T, V)
 
 
 @pytest.mark.parametrize("name", ["7B", "0.5B"])
-def test_the_room_leaves_the_promised_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 1.2 GiB extra at T = 8192: logits, the unscaled gradient and the gradient."""
+def test_workspace_stays_within_the_documented_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At T = 8192, logits, unscaled gradient and gradient take at most 1.2 GiB."""
     monkeypatch.delenv("CPO_FAST_WORKSPACE_MIB", raising=False)
     D, V = HEADS[name]
-    logits = max(chunks_of(8192, D, V)) * padded(V) * 2
+    logits = max(split_rows(8192, D, V)) * padded(V) * 2
     assert logits + 2 * 8192 * D * 2 <= 1.2 * 2**30
