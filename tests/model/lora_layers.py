@@ -1,4 +1,4 @@
-"""LoRA layers and their results, for tests."""
+"""LoRA layers and their results."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from torch import nn
 
 from cpo_fast.model import lora
 from cpo_fast.model.lora import FusedLinear, use_fused_lora
-from cpo_fast.testing.packed_oracle import (
-    trainable_grads,
-)
+from cpo_fast.testing.packed_oracle import trainable_grads
 
 TOKENS, WIDE, OUT = 70, 48, 96
 
 
-def small(dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: Any) -> Any:
-    """One linear layer with peft's LoRA and nonzero B."""
+def build_layer(dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: Any) -> Any:
+    """One linear layer with peft's LoRA; B is not zero."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDE, OUT, bias=bias)).to(dtype)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["0"], **options}
-    return stirred(peft.get_peft_model(model, peft.LoraConfig(**config)))
+    return perturb(peft.get_peft_model(model, peft.LoraConfig(**config)))
 
 
-def stirred(model: Any) -> Any:
+def perturb(model: Any) -> Any:
+    """Add noise to every trained weight."""
+    generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.05 * noise.to(parameter.dtype)
     return model
 
 
-def layer_of(model: Any) -> Any:
+def get_layer(model: Any) -> Any:
     return model.base_model.model[0]
 
 
-def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
+def draw_inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(*(shape or (2, TOKENS // 2)), WIDE, generator=generator).to(dtype)
 
 
-def results(model: Any, x: torch.Tensor, call: Any = None) -> dict[str, torch.Tensor]:
-    """y, and the gradients of x and the trained weights for a fixed gradient of y."""
+def compute_results(model: Any, x: torch.Tensor, call: Any = None) -> dict[str, torch.Tensor]:
+    """y, and gradients of x and of the trained weights for a fixed gradient of y."""
     x = x.clone().requires_grad_()
     y = (call or model)(x)
     generator = torch.Generator().manual_seed(2)
@@ -51,14 +52,14 @@ def results(model: Any, x: torch.Tensor, call: Any = None) -> dict[str, torch.Te
     return {"y": y.detach(), "x": x.grad, **trainable_grads(model)}
 
 
-def assert_pefts(model: Any, x: torch.Tensor, *, fused: bool, rtol: float = 0.0) -> None:
+def assert_equals_peft(model: Any, x: torch.Tensor, *, fused: bool, rtol: float = 0.0) -> None:
     torch.manual_seed(3)
-    want = results(model, x)
+    want = compute_results(model, x)
     use_fused_lora(model)
-    assert isinstance(layer_of(model), FusedLinear)
-    assert (lora.fused_adapter(layer_of(model), x) is not None) == fused
+    assert isinstance(get_layer(model), FusedLinear)
+    assert (lora.fused_adapter(get_layer(model), x) is not None) == fused
     torch.manual_seed(3)
-    got = results(model, x)
+    got = compute_results(model, x)
     assert got.keys() == want.keys()
     for name, expected in want.items():
         assert got[name].dtype == expected.dtype

@@ -1,7 +1,8 @@
-"""Adapters on the output layer, other adapter types, targets and merging, compared with peft."""
+"""Adapters on the output layer, adapter types, targets and merging equal peft."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,15 @@ from cpo_fast.testing.samples import (
 )
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import Prompt
+from tests.model.lora_layers import perturb
 
 
-def tied_model() -> Any:
+def build_tied_model() -> Any:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
     return strengthen(tiny_text_model(tokenizer(), tie_word_embeddings=True, **sizes))
 
 
-def lora(model: Any, *targets: str, **options: Any) -> Any:
+def wrap_lora(model: Any, *targets: str, **options: Any) -> Any:
     config = peft.LoraConfig(
         r=options.pop("r", 3), target_modules=list(targets) or None, task_type="CAUSAL_LM",
         lora_alpha=options.pop("lora_alpha", 8), **options,
@@ -48,31 +50,23 @@ def lora(model: Any, *targets: str, **options: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def stirred(model: Any) -> Any:
-    """Every trained weight changed from its initial value."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += 0.05 * noise.to(parameter.dtype)
-    return model
-
-
 HEADS = {
-    "lora": lambda: lora(text_model(), "q_proj", "lm_head"),
-    "lora-alone": lambda: lora(text_model(), "lm_head", use_rslora=True),
-    "lora-tied": lambda: lora(tied_model(), "v_proj", "lm_head"),
-    "lora-both-tied": lambda: lora(tied_model(), "embed_tokens", "lm_head"),
-    "lora-images": lambda: lora(vision_language_model(), "q_proj", "lm_head"),
-    "saved": lambda: lora(text_model(), "q_proj", modules_to_save=["lm_head"]),
-    "saved-tied": lambda: lora(tied_model(), "q_proj", modules_to_save=["lm_head"]),
-    "tokens": lambda: lora(text_model(), "q_proj", trainable_token_indices=[3, 300]),
-    "tokens-tied": lambda: lora(tied_model(), "q_proj", trainable_token_indices=[3, 300]),
-    "dora-below": lambda: lora(text_model(), "q_proj", "o_proj", use_dora=True),
+    "lora": lambda: wrap_lora(text_model(), "q_proj", "lm_head"),
+    "lora-alone": lambda: wrap_lora(text_model(), "lm_head", use_rslora=True),
+    "lora-tied": lambda: wrap_lora(build_tied_model(), "v_proj", "lm_head"),
+    "lora-both-tied": lambda: wrap_lora(build_tied_model(), "embed_tokens", "lm_head"),
+    "lora-images": lambda: wrap_lora(vision_language_model(), "q_proj", "lm_head"),
+    "saved": lambda: wrap_lora(text_model(), "q_proj", modules_to_save=["lm_head"]),
+    "saved-tied": lambda: wrap_lora(build_tied_model(), "q_proj", modules_to_save=["lm_head"]),
+    "tokens": lambda: wrap_lora(text_model(), "q_proj", trainable_token_indices=[3, 300]),
+    "tokens-tied": lambda: wrap_lora(
+        build_tied_model(), "q_proj", trainable_token_indices=[3, 300]
+    ),
+    "dora-below": lambda: wrap_lora(text_model(), "q_proj", "o_proj", use_dora=True),
 }
 
 
-def scores(packed: PackedModel, batch: Any, *, reference: bool = False) -> torch.Tensor:
+def score(packed: PackedModel, batch: Any, *, reference: bool = False) -> torch.Tensor:
     weight, bias = packed.head(reference=reference)
     hidden = packed.hidden(batch, reference=reference)
     if reference:
@@ -81,8 +75,8 @@ def scores(packed: PackedModel, batch: Any, *, reference: bool = False) -> torch
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_pack_scores_with_the_output_layer_that_peft_computes(name: str) -> None:
-    model = stirred(HEADS[name]()).double().eval()
+def test_scores_with_an_adapted_output_layer_equal_peft(name: str) -> None:
+    model = perturb(HEADS[name]()).double().eval()
     groups = groups_of(TEXTS[:2])
     batch = pack_of(groups)
     with torch.no_grad():
@@ -91,25 +85,25 @@ def test_a_pack_scores_with_the_output_layer_that_peft_computes(name: str) -> No
             untuned = separate_logps(model, groups, batch)
     assert (want - untuned).abs().max() > 0.01
     packed = PackedModel(model)
-    got = scores(packed, batch)
+    got = score(packed, batch)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores(packed, batch, reference=True), untuned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(score(packed, batch, reference=True), untuned, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-tied", "saved", "tokens-tied"])
-def test_gradients_of_the_output_layer_are_pefts(name: str) -> None:
-    model = stirred(HEADS[name]()).double().eval()
+def test_gradients_of_the_output_layer_equal_peft(name: str) -> None:
+    model = perturb(HEADS[name]()).double().eval()
     groups = groups_of(TEXTS[:2])
     batch = pack_of(groups)
     factors = torch.linspace(0.5, 1.5, len(batch.labels), dtype=torch.float64)
-    (scores(PackedModel(model), batch) * factors).sum().backward()
+    (score(PackedModel(model), batch) * factors).sum().backward()
     got = trainable_grads(model)
     (separate_logps(model, groups, batch) * factors).sum().backward()
     assert_same_grads(got, trainable_grads(model), rtol=1e-4)
 
 
-def test_loras_dropout_acts_on_the_output_layer_too() -> None:
-    model = stirred(lora(text_model(), "lm_head", lora_dropout=0.5)).train()
+def test_lora_dropout_acts_on_the_output_layer() -> None:
+    model = perturb(wrap_lora(text_model(), "lm_head", lora_dropout=0.5)).train()
     packed, hidden = PackedModel(model), torch.randn(5, 64)
     torch.manual_seed(3)
     want = model.base_model.model.lm_head(hidden)
@@ -121,7 +115,7 @@ def test_loras_dropout_acts_on_the_output_layer_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "saved", "saved-tied"])
-def test_the_loss_begins_at_log_two_and_moves_the_output_layer(name: str) -> None:
+def test_loss_starts_at_log_two_and_falls(name: str) -> None:
     model = HEADS[name]()
     objective = CPOObjective(PackedModel(model.train()), impl="reference")
     batch = pack_of(groups_of(TEXTS[:2]))
@@ -135,8 +129,8 @@ def test_the_loss_begins_at_log_two_and_moves_the_output_layer(name: str) -> Non
     torch.testing.assert_close(after.ref_logps, out.ref_logps, rtol=0, atol=1e-4)
 
 
-def test_the_tree_of_continuations_uses_the_adapted_output_layer() -> None:
-    model = stirred(HEADS["lora"]()).eval()
+def test_token_tree_uses_the_adapted_output_layer() -> None:
+    model = perturb(HEADS["lora"]()).eval()
     prompt, trunk, continuations = [300, 301], [302, 303], [[304], [305, 306]]
     whole = [trunk + continuation for continuation in continuations]
     found = score_tree(PackedModel(model), Prompt(tuple(prompt)), whole, trunk=trunk)
@@ -148,26 +142,26 @@ def test_the_tree_of_continuations_uses_the_adapted_output_layer() -> None:
         assert value.item() == pytest.approx(float(want), abs=1e-4)
 
 
-def ia3(model: Any) -> Any:
+def wrap_ia3(model: Any) -> Any:
     names = {"target_modules": ["k_proj", "lm_head"], "feedforward_modules": []}
     return peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM", **names))
 
 
-def prompts(kind: Any) -> Any:
+def wrap_prompts(kind: Any) -> Any:
     return peft.get_peft_model(text_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lora(text_model(), "lm_head", use_dora=True), "use_dora"),
-        (lambda: lora(text_model(), "lm_head", lora_bias=True), "lora_bias"),
-        (lambda: ia3(text_model()), "type ia3 on the output layer"),
-        (lambda: prompts(peft.PromptTuningConfig), "PROMPT_TUNING is not supported"),
-        (lambda: prompts(peft.PrefixTuningConfig), "PREFIX_TUNING is not supported"),
+        (lambda: wrap_lora(text_model(), "lm_head", use_dora=True), "use_dora"),
+        (lambda: wrap_lora(text_model(), "lm_head", lora_bias=True), "lora_bias"),
+        (lambda: wrap_ia3(text_model()), "type ia3 on the output layer"),
+        (lambda: wrap_prompts(peft.PromptTuningConfig), "PROMPT_TUNING is not supported"),
+        (lambda: wrap_prompts(peft.PrefixTuningConfig), "PREFIX_TUNING is not supported"),
     ],
 )
-def test_adapters_that_a_pack_cannot_run_are_refused_by_name(make: Any, message: str) -> None:
+def test_unsupported_adapters_are_named(make: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         PackedModel(make())
 
@@ -181,7 +175,7 @@ def test_adapters_that_a_pack_cannot_run_are_refused_by_name(make: Any, message:
         ([], "is empty"),
     ],
 )
-def test_a_target_that_matches_nothing_is_named(targets: list[str], message: str) -> None:
+def test_unmatched_target_is_named(targets: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         add_lora(vision_language_model(), target_modules=targets)
 
@@ -192,41 +186,37 @@ def test_targets_match_as_in_peft() -> None:
     check_targets(model, "all-linear")
 
 
-def logits(model: Any) -> torch.Tensor:
+def compute_logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(300, 320)[None]).logits
 
 
 @pytest.mark.parametrize("name", ["lora-tied", "lora-both-tied", "saved-tied", "tokens-tied"])
-def test_merging_into_tied_weights_keeps_what_the_adapter_computed(
-    name: str, tmp_path: Path
-) -> None:
+def test_merging_into_tied_weights_preserves_the_logits(name: str, tmp_path: Path) -> None:
     """peft also adds an output layer's adapter to the embeddings if both are one tensor."""
-    model = stirred(HEADS[name]())
-    want = logits(model)
+    model = perturb(HEADS[name]())
+    want = compute_logits(model)
     save_model(merge(model), tmp_path, tokenizer=tokenizer())
-    torch.testing.assert_close(logits(load_model(tmp_path)), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(compute_logits(load_model(tmp_path)), want, rtol=0, atol=1e-4)
 
 
-def on_disk(folder: Path) -> Path:
-    """folder/base and folder/adapter, an adapter with a B that is not zero."""
+def save_adapter(folder: Path) -> Path:
+    """Save folder/base and folder/adapter, whose B is not zero."""
     save_model(text_model(), folder / "base", tokenizer=tokenizer())
-    tuned = stirred(add_lora(load_model(folder / "base"), r=4))
+    tuned = perturb(add_lora(load_model(folder / "base"), r=4))
     save_model(tuned, folder / "adapter", tokenizer=tokenizer())
     return folder / "adapter"
 
 
 def name_base(adapter: Path, base: str) -> None:
-    import json
-
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"base_model_name_or_path": base}))
 
 
-def test_the_base_of_an_adapter_is_found_or_named(tmp_path: Path, monkeypatch: Any) -> None:
-    adapter, base = on_disk(tmp_path), tmp_path / "base"
-    want = logits(load_model(adapter))
+def test_base_of_an_adapter_is_found_or_named(tmp_path: Path, monkeypatch: Any) -> None:
+    adapter, base = save_adapter(tmp_path), tmp_path / "base"
+    want = compute_logits(load_model(adapter))
     assert base_of_adapter(adapter) == base
     for named, folder in (("../base", "/"), ("base", tmp_path)):
         name_base(adapter, named)
@@ -237,26 +227,26 @@ def test_the_base_of_an_adapter_is_found_or_named(tmp_path: Path, monkeypatch: A
         name_base(adapter, named)
         with pytest.raises(UsageError, match=f"is not there: {named}. .*adapter_config.json"):
             load_model(adapter)
-        assert torch.equal(logits(load_model(adapter, base_model=moved)), want)
+        assert torch.equal(compute_logits(load_model(adapter, base_model=moved)), want)
     with pytest.raises(UsageError, match=r"base_model .*nowhere: no such model folder"):
         load_model(adapter, base_model=tmp_path / "nowhere")
 
 
-def test_an_adapter_on_an_adapter_has_the_merged_one_below_it(tmp_path: Path) -> None:
-    first = on_disk(tmp_path)
-    below = logits(load_model(first))
-    second = stirred(add_lora(merge(load_model(first)), r=2, target_modules=["o_proj"]))
-    want = logits(second)
+def test_adapter_on_an_adapter_merges_the_lower_one(tmp_path: Path) -> None:
+    first = save_adapter(tmp_path)
+    below = compute_logits(load_model(first))
+    second = perturb(add_lora(merge(load_model(first)), r=2, target_modules=["o_proj"]))
+    want = compute_logits(second)
     save_model(second, tmp_path / "second")
     name_base(tmp_path / "second", "../adapter")
     loaded = load_model(tmp_path / "second")
-    torch.testing.assert_close(logits(loaded), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(compute_logits(loaded), want, rtol=0, atol=1e-5)
     with loaded.disable_adapter():
-        torch.testing.assert_close(logits(loaded), below, rtol=0, atol=1e-5)
+        torch.testing.assert_close(compute_logits(loaded), below, rtol=0, atol=1e-5)
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    adapter = on_disk(tmp_path)
+def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path)
     save_model(vision_language_model(), tmp_path / "other", images=images())
     with pytest.raises(UsageError, match="does not fit its base model"):
         load_model(adapter, base_model=tmp_path / "other")

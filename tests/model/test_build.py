@@ -1,4 +1,4 @@
-"""Tokenizer, images, checkpoints: deterministic, and loadable by transformers and peft."""
+"""Tokenizer, images and checkpoints are deterministic and loadable by transformers and peft."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cpo_fast.testing.samples import (
 from cpo_fast.types import ImageRef
 
 
-def test_tokenizer_is_qwens_in_form(tmp_path):
+def test_tokenizer_has_the_form_of_qwens(tmp_path):
     tok = tokenizer()
     size = len(tok)
     ids = tok.convert_tokens_to_ids(list(SPECIAL_TOKENS))
@@ -68,13 +68,13 @@ def test_tokenizer_is_the_same_in_another_process(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(100, 80), (56, 56), (1000, 700), (30, 200), (2000, 20)])
-def test_grid_from_the_header_is_the_grid_of_the_pixels(size):
+def test_grid_of_the_header_equals_the_pixels(size):
     ref = image(*size)
     values, grid = images().pixels(ref)
     assert tuple(grid.tolist()) == images().grid(ref)
     assert values.shape == (int(grid.prod()), 1176) and values.dtype == torch.float32
     assert not (grid[1:] % 2).any()
-    if max(size) < 50 * min(size):  # a very thin image keeps its aspect ratio instead
+    if max(size) < 50 * min(size):  # very thin images keep their aspect ratio
         assert grid[1] * grid[2] * 14 * 14 <= 112 * 112
 
 
@@ -112,8 +112,8 @@ OWN = {
     ],
 )
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_the_checkpoints_own_preprocessing_is_transformers(tmp_path, file, changed):
-    """Bit-equal, from either file, also after saving again."""
+def test_checkpoint_preprocessing_equals_transformers(tmp_path, file, changed):
+    """Bit-equal from either file, also after saving."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -137,7 +137,7 @@ def test_the_checkpoints_own_preprocessing_is_transformers(tmp_path, file, chang
     )
 
 
-def test_processor_config_counts_before_preprocessor_config(tmp_path):
+def test_processor_config_precedes_preprocessor_config(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.1, 0.1]}))
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": OWN}))
     assert list(ImageProcessor.load(tmp_path).processor.image_mean) == OWN["image_mean"]
@@ -158,15 +158,15 @@ def test_processor_config_counts_before_preprocessor_config(tmp_path):
         ({"image_processor_type": "SiglipImageProcessor"}, "SiglipImageProcessor is not supported"),
     ],
 )
-def test_preprocessing_that_is_not_supported_is_refused(tmp_path, changed, message):
+def test_unsupported_preprocessing_is_refused(tmp_path, changed, message):
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(OWN | changed))
     with pytest.raises(UsageError, match=f"{file.name}: .*{message}"):
         ImageProcessor.load(tmp_path)
 
 
-def test_who_takes_images_is_said_by_the_configuration(tmp_path):
-    """transformers 5 writes only processor_config.json; a tower without either file is refused."""
+def test_configuration_decides_whether_images_are_read(tmp_path):
+    """transformers 5 writes only processor_config.json; a tower needs one of both files."""
     model = vision_language_model()
     assert ImageProcessor.find(tmp_path, text_model().config) is None
     with pytest.raises(UsageError, match=r"no preprocessor_config.json or processor_config.json"):
@@ -189,7 +189,7 @@ def test_bad_images_are_record_errors():
         images().grid(image(6000, 20))
 
 
-def test_tiny_models_depend_on_the_seed_alone():
+def test_tiny_models_depend_only_on_the_seed():
     state = torch.random.get_rng_state()
     a, b, c = (tiny_model(tokenizer(), seed=seed, num_hidden_layers=1) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -199,7 +199,7 @@ def test_tiny_models_depend_on_the_seed_alone():
         tiny_model(tokenizer(), hidden_size=100, num_attention_heads=3)
 
 
-def logits(model):
+def compute_logits(model):
     ids = torch.arange(300, 320)[None]
     with torch.no_grad():
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -207,45 +207,47 @@ def logits(model):
 
 @pytest.mark.parametrize("build", [vision_language_model, text_model])
 def test_checkpoints_round_trip(build, tmp_path):
-    """Whole model, adapter and merged model, by our loader and by the libraries' loaders."""
+    """Whole model, adapter and merged model, loaded by cpo_fast, transformers and peft."""
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
     model = build()
-    plain = logits(model)
+    plain = compute_logits(model)
     save_model(model, base, tokenizer=tokenizer(), images=images())
     assert stat.S_IMODE(base.stat().st_mode) == 0o700
-    assert torch.equal(logits(load_model(base)), plain)
+    assert torch.equal(compute_logits(load_model(base)), plain)
     assert load_model(base, dtype=torch.bfloat16).dtype == torch.bfloat16
 
     tuned = add_lora(load_model(base), r=4)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    want = logits(tuned)
+    want = compute_logits(tuned)
     assert (want - plain).abs().max() > 0.01
     save_model(tuned, adapter, tokenizer=tokenizer(), images=images())
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         file.name for file in adapter.iterdir()
     }
     assert not [f for folder in (base, adapter) for f in folder.iterdir() if f.suffix == ".bin"]
-    assert torch.equal(logits(load_model(adapter)), want)
+    assert torch.equal(compute_logits(load_model(adapter)), want)
     kind = AutoModelForImageTextToText if hasattr(model.model, "visual") else AutoModelForCausalLM
     theirs = PeftModel.from_pretrained(kind.from_pretrained(str(base)), str(adapter))
-    assert torch.equal(logits(theirs), want)
+    assert torch.equal(compute_logits(theirs), want)
     if kind is AutoModelForCausalLM:
-        assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(str(adapter))), want)
+        assert torch.equal(
+            compute_logits(AutoPeftModelForCausalLM.from_pretrained(str(adapter))), want
+        )
 
     whole = merge(tuned)
     save_model(whole, merged, tokenizer=tokenizer())
-    torch.testing.assert_close(logits(load_model(merged)), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(compute_logits(load_model(merged)), want, rtol=0, atol=1e-4)
     again = AutoTokenizer.from_pretrained(str(merged))
     assert again("The heart.")["input_ids"] == tokenizer()("The heart.")["input_ids"]
     assert load_tokenizer(adapter).chat_template == tokenizer().chat_template
 
 
-def test_what_lora_adapts():
+def test_lora_adapts_the_linear_layers():
     def adapted(**options):
         model = add_lora(vision_language_model(), **options)
         names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -267,7 +269,7 @@ def test_what_lora_adapts():
             add_lora(vision_language_model(), **options)
 
 
-def test_a_adapter_depends_on_its_seed():
+def test_adapter_depends_on_its_seed():
     def first(seed):
         model = add_lora(text_model(), seed=seed)
         return next(p for n, p in model.named_parameters() if "lora_A" in n)
@@ -275,7 +277,7 @@ def test_a_adapter_depends_on_its_seed():
     assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_unloadable_folders_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')

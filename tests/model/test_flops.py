@@ -1,4 +1,4 @@
-"""Counted FLOPs against torch's counter over the executed operations."""
+"""Computed FLOPs against torch's counter of executed operations."""
 
 from __future__ import annotations
 
@@ -20,57 +20,57 @@ from cpo_fast.testing.samples import (
 )
 
 
-def pack(*samples):
+def build_pack(*samples):
     groups = encode_all(samples, tokenizer(), images().grid, max_length=4000).groups
     every = tuple((i, tuple(range(len(group.rejected)))) for i, group in enumerate(groups))
     pad = image_token_id(tokenizer())
     return collate(groups, every, pixels=images().pixels, image_token_id=pad)
 
 
-def counted(run) -> float:
+def count_flops(run) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_linear_layers_and_head(lora):
-    """Without attention, which the counter counts as full squares."""
+def test_flops_of_linear_layers_and_head(lora):
+    """Without attention: torch counts full squares of it."""
     model = text_model()
     model.train()
     if lora:
         model = add_lora(model, r=1)
     packed = PackedModel(model)
-    batch = pack(preference("a", 3), preference("b", 1, words=9))
+    batch = build_pack(preference("a", 3), preference("b", 1, words=9))
     got = FlopCounter(packed)(batch, reference=False)
 
-    def attended_away(module, query, key, value, *args, **kwargs):
+    def skip_attention(module, query, key, value, *args, **kwargs):
         return query.transpose(1, 2), None
 
     from transformers import AttentionInterface
 
     from cpo_fast.model.attention import BRANCHES, branch_attention
 
-    AttentionInterface.register(BRANCHES, attended_away)
+    AttentionInterface.register(BRANCHES, skip_attention)
     try:
 
         def step():
             weight, _ = packed.head()
             (packed.hidden(batch) @ weight.T).sum().backward()
 
-        want = counted(step)
+        want = count_flops(step)
     finally:
         AttentionInterface.register(BRANCHES, branch_attention)
-    # The counter sees rank-1 adapters, and no gradient for the first layer's input.
+    # torch also counts rank-1 adapters, but no input gradient of the first layer.
     assert got.trunk + got.head == pytest.approx(want, rel=0.1)
     assert got.vision == 0
     more = FlopCounter(packed)(batch)
     assert more.trunk - got.trunk == pytest.approx(got.trunk / (2 if lora else 3))
 
 
-def test_attention_counts_what_is_seen():
+def test_attention_counts_visible_pairs():
     packed = PackedModel(text_model())
-    one = pack(preference("a", 1))
+    one = build_pack(preference("a", 1))
     config = packed.trunk.config
     n = [int((one.branch_index == b).sum()) for b in range(3)]
     seen = sum(x * (x + 1) // 2 for x in n) + n[0] * (n[1] + n[2])
@@ -78,17 +78,17 @@ def test_attention_counts_what_is_seen():
     assert FlopCounter(packed)(one, reference=False).attention == seen * per_pair
 
 
-def test_the_tower_runs_once_when_frozen():
-    batch = pack(preference("a", 2, image(100, 80)))
+def test_frozen_tower_is_counted_once():
+    batch = build_pack(preference("a", 2, image(100, 80)))
     frozen = PackedModel(add_lora(vision_language_model(), r=1))
     once = FlopCounter(frozen)(batch).vision
     assert once == FlopCounter(frozen)(batch, reference=False).vision > 0
-    want = counted(lambda: frozen._image_features(batch))
+    want = count_flops(lambda: frozen._image_features(batch))
     assert once == pytest.approx(want, rel=0.15)  # without the tower's attention
     trained = PackedModel(vision_language_model())
     assert FlopCounter(trained)(batch, reference=False).vision == pytest.approx(3 * once)
 
 
-def test_share_of_the_peak():
+def test_mfu_is_the_share_of_the_peak():
     assert mfu(3e12, 2.0, 6e12) == 0.25
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8

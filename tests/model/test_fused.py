@@ -1,4 +1,4 @@
-"""Which layers are fused; the kernels are tested in tests/kernels/test_triton_layers.py."""
+"""The choice of fused layers; tests/kernels/test_triton_layers.py tests the kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpo_fast.errors import UsageError
 from cpo_fast.model import fused
 
 
-def config(**changes: Any) -> Any:
+def build_config(**changes: Any) -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 21, "hidden_act": "silu", "mlp_bias": False}
     return SimpleNamespace(**sizes | {"hidden_activation": "gelu_pytorch_tanh"} | changes)
 
@@ -36,7 +36,7 @@ def config(**changes: Any) -> Any:
         (nn.Linear(16, 16, bias=False), False),
     ],
 )
-def test_norms_are_told_by_what_they_compute(
+def test_norms_are_recognised_by_their_output(
     layer: nn.Module, found: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -53,27 +53,27 @@ class TwiceUp(Qwen3MLP):
 @pytest.mark.parametrize(
     ("layer", "found"),
     [
-        (Qwen3MLP(config()), True),
-        (Qwen2_5_VLMLP(config(), bias=True), True),
-        (TwiceUp(config()), False),
-        (Qwen3MLP(config(hidden_act="gelu")), False),
-        (Gemma3MLP(config()), False),
+        (Qwen3MLP(build_config()), True),
+        (Qwen2_5_VLMLP(build_config(), bias=True), True),
+        (TwiceUp(build_config()), False),
+        (Qwen3MLP(build_config(hidden_act="gelu")), False),
+        (Gemma3MLP(build_config()), False),
         (nn.Sequential(nn.Linear(16, 16)), False),
     ],
 )
-def test_gated_mlps_are_told_by_what_they_compute(layer: nn.Module, found: bool) -> None:
+def test_gated_mlps_are_recognised_by_their_output(layer: nn.Module, found: bool) -> None:
     layer.train()
     assert fused.is_gated_mlp(layer) is found
     assert all(module.training for module in layer.modules())
 
 
-def test_a_hook_is_not_passed_over() -> None:
-    layer = Qwen3MLP(config())
+def test_layer_with_a_hook_is_not_fused() -> None:
+    layer = Qwen3MLP(build_config())
     layer.register_forward_hook(lambda *_: None)
     assert not fused.is_gated_mlp(layer)
 
 
-def test_only_whole_heads_turned_by_halves_are_replaced() -> None:
+def test_only_half_rotations_of_whole_heads_are_replaced() -> None:
     qwen, glm = (m.apply_rotary_pos_emb for m in (modeling_qwen2_5_vl, modeling_glm4))
     assert fused._is_rotation("apply_rotary_pos_emb", qwen)
     assert not fused._is_rotation("apply_rotary_pos_emb", glm)  # rotates neighbours
@@ -81,14 +81,14 @@ def test_only_whole_heads_turned_by_halves_are_replaced() -> None:
     assert fused._is_rotation("apply_rotary_pos_emb_vision", vision)
 
 
-def test_functions_leave_other_tensors_alone_and_are_put_back() -> None:
+def test_replaced_functions_are_exact_on_the_cpu_and_restored() -> None:
     before = modeling_qwen2_5_vl.apply_rotary_pos_emb
     home = modeling_qwen2_5_vl.__name__
     try:
         fused._replace(home, "apply_rotary_pos_emb", fused._fused_rotary)
         now = modeling_qwen2_5_vl.apply_rotary_pos_emb
         assert now is not before and now.__module__ == fused.__name__
-        fused._replace(home, "apply_rotary_pos_emb", fused._fused_rotary)  # once is enough
+        fused._replace(home, "apply_rotary_pos_emb", fused._fused_rotary)  # changes nothing
         assert modeling_qwen2_5_vl.apply_rotary_pos_emb is now
         q, k, cos, sin = (torch.randn(shape) for shape in [(1, 4, 3, 8)] * 2 + [(1, 3, 8)] * 2)
         for a, b in zip(now(q, k, cos, sin), before(q, k, cos, sin), strict=True):
@@ -98,7 +98,7 @@ def test_functions_leave_other_tensors_alone_and_are_put_back() -> None:
     assert modeling_qwen2_5_vl.apply_rotary_pos_emb is before
 
 
-def test_a_towers_mlp_computes_with_columns_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_tower_mlp_is_padded_with_zero_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     pytest.importorskip("triton")
     from cpo_fast.kernels import decoder_layer
@@ -110,20 +110,20 @@ def test_a_towers_mlp_computes_with_columns_of_zeros(monkeypatch: pytest.MonkeyP
         return silu(gate) * up
 
     monkeypatch.setattr(decoder_layer, "swiglu", swiglu)
-    tower = nn.Sequential(Qwen2_5_VLMLP(config(), bias=True)).requires_grad_(False)
+    tower = nn.Sequential(Qwen2_5_VLMLP(build_config(), bias=True)).requires_grad_(False)
     x = torch.randn(5, 16)
     expected, state = tower(x), {k: v.clone() for k, v in tower.state_dict().items()}
     fused.use_fused_layers(tower, tower)
     assert torch.allclose(tower(x), expected, atol=1e-6) and sizes == [24]
     assert tower.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in tower.state_dict().items())
-    # Weights modified later are used.
+    # Later changes of the weights are used.
     tower.load_state_dict({k: 2 * v for k, v in state.items()})
     assert torch.allclose(tower(x), Qwen2_5_VLMLP.forward(tower[0], x)) and sizes == [24, 21]
 
 
-def test_a_trained_towers_mlp_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    tower = nn.Sequential(Qwen2_5_VLMLP(config(), bias=True))
+def test_trained_tower_mlp_keeps_its_size() -> None:
+    tower = nn.Sequential(Qwen2_5_VLMLP(build_config(), bias=True))
     fused.use_fused_layers(tower, tower)
     assert type(tower[0]).forward is fused._mlp_forward
     assert isinstance(tower[0], Qwen2_5_VLMLP)
@@ -137,14 +137,14 @@ def test_a_trained_towers_mlp_keeps_its_size(monkeypatch: pytest.MonkeyPatch) ->
         ("cuda", torch.bfloat16, True, "either fused or compile"),
     ],
 )
-def test_where_layers_are_not_fused_is_said(
+def test_unsupported_fusion_is_named(
     device: str, dtype: torch.dtype, compile: bool, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         fused.check_fused(device, dtype, compile=compile)
 
 
-def test_layers_are_fused_only_when_asked_for() -> None:
+def test_layers_are_not_fused_by_default() -> None:
     from cpo_fast.model.packed import PackedModel
 
     assert inspect.signature(PackedModel).parameters["fused"].default is False

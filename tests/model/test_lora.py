@@ -1,4 +1,4 @@
-"""The fused LoRA layer equals peft's, in the dtype of the base model."""
+"""The fused LoRA layer equals that of peft in the dtype of the base model."""
 
 from __future__ import annotations
 
@@ -32,79 +32,68 @@ from tests.model.lora_layers import (
     OUT,
     TOKENS,
     WIDE,
-    assert_pefts,
-    inputs,
-    layer_of,
-    results,
-    small,
-    stirred,
+    assert_equals_peft,
+    build_layer,
+    compute_results,
+    draw_inputs,
+    get_layer,
+    perturb,
 )
 
 MODELS = {"qwen2": (text_model, TEXTS[:2]), "qwen2.5-vl": (vision_language_model, mixed())}
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
-def test_gradients_are_those_of_the_function(shape: tuple[int, ...]) -> None:
+def test_value_and_gradients_equal_the_formula(shape: tuple[int, ...], dropout: bool) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
-    leaves = [torch.randn(size).double().requires_grad_() for size in ((*shape, 4), (2, 4), (5, 2))]
-
-    def fused(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, weight, bias, down, up, 1.7)
-
-    x, down, up = leaves
-    want = linear(x, weight, bias) + 1.7 * linear(linear(x, down), up)
-    torch.testing.assert_close(fused(*leaves), want, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(fused, leaves)
-    assert torch.autograd.gradcheck(lambda *rest: fused(x.detach(), *rest), leaves[1:])
-    for i, leaf in enumerate(leaves):  # a single one
-        rest = [other.detach() for other in leaves]
-        assert torch.autograd.gradcheck(lambda t, i=i, r=rest: fused(*r[:i], t, *r[i + 1 :]), leaf)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (0,)])
-def test_gradients_with_dropout_are_those_of_the_function(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
-    sizes = ((*shape, 4), (*shape, 4), (2, 4), (5, 2))
+    sizes = ((2, 4), (5, 2), (*shape, 4), *[(*shape, 4)] * dropout)
     leaves = [torch.randn(size).double().requires_grad_() for size in sizes]
 
-    def fused(x: torch.Tensor, dropped: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, weight, bias, *adapter, 1.7, dropped)
+    def fused(
+        down: torch.Tensor, up: torch.Tensor, x: torch.Tensor, *dropped: torch.Tensor
+    ) -> torch.Tensor:
+        return lora_linear(x, weight, bias, down, up, 1.7, *dropped)
 
-    x, dropped, down, up = leaves
-    want = linear(x, weight, bias) + 1.7 * linear(linear(dropped, down), up)
+    down, up, x = leaves[:3]
+    want = linear(x, weight, bias) + 1.7 * linear(linear(leaves[-1], down), up)
     torch.testing.assert_close(fused(*leaves), want, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(fused, leaves)
-    for i, leaf in enumerate(leaves):  # a single one
+    assert torch.autograd.gradcheck(
+        lambda down, up: fused(down, up, *(leaf.detach() for leaf in leaves[2:])), (down, up)
+    )
+    for i, leaf in enumerate(leaves):  # one gradient at a time
         rest = [other.detach() for other in leaves]
         assert torch.autograd.gradcheck(lambda t, i=i, r=rest: fused(*r[:i], t, *r[i + 1 :]), leaf)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", ["plain", "rslora"])
-def test_a_layer_in_fp32_gives_pefts_numbers(bias: bool, rank: str) -> None:
-    model = small(bias=bias, use_rslora=rank == "rslora")
-    assert_pefts(model, inputs(), fused=True, rtol=1e-5)
+def test_float32_layer_equals_peft(bias: bool, rank: str) -> None:
+    model = build_layer(bias=bias, use_rslora=rank == "rslora")
+    assert_equals_peft(model, draw_inputs(), fused=True, rtol=1e-5)
 
 
-def test_an_input_that_is_not_contiguous() -> None:
-    x = inputs().transpose(0, 1)
-    assert_pefts(small(), x, fused=True, rtol=1e-5)
-    assert_pefts(small(), x[:1].expand(9, -1, -1), fused=True, rtol=1e-5)
+def test_non_contiguous_input_equals_peft() -> None:
+    x = draw_inputs().transpose(0, 1)
+    assert_equals_peft(build_layer(), x, fused=True, rtol=1e-5)
+    assert_equals_peft(build_layer(), x[:1].expand(9, -1, -1), fused=True, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dropout_in_full_precision_drops_what_peft_drops(dtype: torch.dtype) -> None:
-    model = small(dtype, lora_dropout=0.4).train()
-    first, second = model(inputs(dtype)), model(inputs(dtype))
-    assert not torch.equal(first, second)  # it is active
-    assert_pefts(model, inputs(dtype), fused=True, rtol=1e-5 if dtype == torch.float32 else 1e-13)
-    assert_pefts(model, inputs(dtype).transpose(0, 1), fused=True, rtol=1e-5)
+def test_dropout_in_full_precision_equals_peft(dtype: torch.dtype) -> None:
+    model = build_layer(dtype, lora_dropout=0.4).train()
+    first, second = model(draw_inputs(dtype)), model(draw_inputs(dtype))
+    assert not torch.equal(first, second)  # dropout is active
+    assert_equals_peft(
+        model, draw_inputs(dtype), fused=True, rtol=1e-5 if dtype == torch.float32 else 1e-13
+    )
+    assert_equals_peft(model, draw_inputs(dtype).transpose(0, 1), fused=True, rtol=1e-5)
 
 
 class FixedDropout(nn.Dropout):
-    """Drops the same half of the elements each time, in any dtype; counts its calls."""
+    """Drops the same half of the elements in every call and dtype; counts its calls."""
 
     calls = 0
 
@@ -114,30 +103,30 @@ class FixedDropout(nn.Dropout):
         return x * torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2
 
 
-def with_fixed_dropout(model: Any) -> Any:
-    layer_of(model).lora_dropout["default"] = FixedDropout(0.5)
+def fix_dropout(model: Any) -> Any:
+    get_layer(model).lora_dropout["default"] = FixedDropout(0.5)
     return model.train()
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_no_more_than_autocast(dtype: torch.dtype, dropout: bool) -> None:
-    model, x = small(dtype), inputs(dtype)
+def test_half_precision_is_as_exact_as_autocast(dtype: torch.dtype, dropout: bool) -> None:
+    model, x = build_layer(dtype), draw_inputs(dtype)
     if dropout:
-        model = with_fixed_dropout(model)
+        model = fix_dropout(model)
 
     def autocast(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype):
             return model(x)
 
     exact = copy.deepcopy(model).double()
-    want = results(exact, x.double())
-    usual = results(model, x, autocast)
+    want = compute_results(exact, x.double())
+    usual = compute_results(model, x, autocast)
     use_fused_lora(model)
-    assert lora.fused_adapter(layer_of(model), x) == "default"
-    got = results(model, x)
+    assert lora.fused_adapter(get_layer(model), x) == "default"
+    got = compute_results(model, x)
     if dropout:
-        assert layer_of(model).lora_dropout["default"].calls == 2  # usual, and once here
+        assert get_layer(model).lora_dropout["default"].calls == 2  # under autocast and fused
     assert got["y"].dtype == got["x"].dtype == dtype
     for name, expected in want.items():
         if name not in ("y", "x"):
@@ -146,9 +135,11 @@ def test_half_precision_errs_no_more_than_autocast(dtype: torch.dtype, dropout: 
         assert 0 < error <= 1.2 * bound, name
 
 
-def test_dropout_in_bfloat16_drops_the_share_asked_for() -> None:
-    model = small(torch.bfloat16, bias=False, r=WIDE, lora_alpha=WIDE, lora_dropout=0.25).train()
-    layer = layer_of(model)
+def test_dropout_in_bfloat16_drops_the_given_share() -> None:
+    model = build_layer(
+        torch.bfloat16, bias=False, r=WIDE, lora_alpha=WIDE, lora_dropout=0.25
+    ).train()
+    layer = get_layer(model)
     use_fused_lora(model)
     with torch.no_grad():
         layer.base_layer.weight.zero_()
@@ -159,13 +150,13 @@ def test_dropout_in_bfloat16_drops_the_share_asked_for() -> None:
         dropped, base = model(x)[:, :WIDE].float(), model(x)[:, WIDE:]
     assert not base.any()
     kept = dropped > 0
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)  # six deviations: 0.0084
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)  # 6 sigma: 0.0084
     assert kept.float().mean(0) == pytest.approx(0.75 * torch.ones(WIDE), abs=0.06)
     assert dropped[kept].tolist() == pytest.approx([1 / 0.75] * int(kept.sum()), rel=2**-8)
 
 
 class Results(TorchDispatchMode):
-    """Collects (dtype, number of elements) of all that operators return."""
+    """Records (dtype, number of elements) of every tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,30 +170,30 @@ class Results(TorchDispatchMode):
         return out
 
 
-def float32_sizes(model: Any) -> list[int]:
-    x = inputs(torch.bfloat16)
+def list_float32_sizes(model: Any) -> list[int]:
+    x = draw_inputs(torch.bfloat16)
     with Results() as seen:
-        results(model, x)
-    drawn = TOKENS * OUT  # the gradient of y, which `results` draws in float32
+        compute_results(model, x)
+    drawn = TOKENS * OUT  # the gradient of y, drawn in float32
     sizes = [size for dtype, size in seen.made if dtype == torch.float32]
     sizes.remove(drawn)
     return sizes
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_nothing_as_large_as_an_activation_is_float32(dropout: float) -> None:
-    model = small(torch.bfloat16, lora_dropout=dropout).train()
-    assert max(float32_sizes(model)) >= TOKENS * OUT
+def test_no_float32_tensor_is_as_large_as_an_activation(dropout: float) -> None:
+    model = build_layer(torch.bfloat16, lora_dropout=dropout).train()
+    assert max(list_float32_sizes(model)) >= TOKENS * OUT
     use_fused_lora(model)
-    assert max(float32_sizes(model)) < TOKENS * WIDE
+    assert max(list_float32_sizes(model)) < TOKENS * WIDE
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_backward_keeps_x_and_its_reduction_only(dropout: float) -> None:
-    model = small(torch.bfloat16, lora_dropout=dropout).train()
+def test_backward_keeps_only_x_and_its_reduction(dropout: float) -> None:
+    model = build_layer(torch.bfloat16, lora_dropout=dropout).train()
     use_fused_lora(model)
     weights = {p.data_ptr() for p in model.parameters()}
-    x, kept = inputs(torch.bfloat16).requires_grad_(), []
+    x, kept = draw_inputs(torch.bfloat16).requires_grad_(), []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.data_ptr() not in weights:
@@ -215,7 +206,7 @@ def test_the_backward_keeps_x_and_its_reduction_only(dropout: float) -> None:
     assert kept == [*mask, (torch.bfloat16, x.numel()), (torch.bfloat16, TOKENS * 4)]
 
 
-def test_without_its_adapters_the_model_is_the_base() -> None:
+def test_disabled_adapters_give_the_base_model() -> None:
     base = text_model().bfloat16()
     ids = torch.arange(40)[None]
     want = base(ids).logits.clone()
@@ -229,7 +220,7 @@ def test_without_its_adapters_the_model_is_the_base() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_model_gives_pefts_numbers(
+def test_model_equals_peft(
     name: str, checkpointing: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, samples = MODELS[name]
@@ -259,7 +250,7 @@ def test_a_model_gives_pefts_numbers(
     assert_same_grads(grads, want_grads)
 
 
-def test_a_packed_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_model_uses_fused_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = add_lora(text_model().bfloat16()), pack_of(groups_of(TEXTS[:1]))
     calls: list[torch.dtype] = []
 
@@ -275,7 +266,7 @@ def test_a_packed_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [torch.bfloat16] * 7 * model.config.num_hidden_layers
 
 
-def test_the_output_layer_is_left_alone() -> None:
+def test_output_layer_is_not_fused() -> None:
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(text_model(), config)
     use_fused_lora(model)
@@ -284,21 +275,21 @@ def test_the_output_layer_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_of_a_layer_is_bit_by_bit(dropout: float) -> None:
-    model = small(torch.bfloat16, lora_dropout=dropout).train()
+def test_checkpointing_of_a_layer_is_exact(dropout: float) -> None:
+    model = build_layer(torch.bfloat16, lora_dropout=dropout).train()
     use_fused_lora(model)
     torch.manual_seed(6)
-    want = results(model, inputs(torch.bfloat16))
+    want = compute_results(model, draw_inputs(torch.bfloat16))
     torch.manual_seed(6)
-    got = results(
-        model, inputs(torch.bfloat16), lambda x: checkpoint(model, x, use_reentrant=False)
+    got = compute_results(
+        model, draw_inputs(torch.bfloat16), lambda x: checkpoint(model, x, use_reentrant=False)
     )
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_compiled_layers_are_one_graph(dropout: float) -> None:
-    block = stirred(add_lora(text_model().bfloat16(), dropout=dropout)).train()
+    block = perturb(add_lora(text_model().bfloat16(), dropout=dropout)).train()
     use_fused_lora(block)
     mlp = block.get_base_model().model.layers[0].mlp
     width = mlp.down_proj.out_features
@@ -331,8 +322,8 @@ def test_compiled_layers_are_one_graph(dropout: float) -> None:
     torch.testing.assert_close(grads, want_grads)
 
 
-def test_state_copies_pickles_and_merging_are_as_before() -> None:
-    model, x = small(), inputs()
+def test_state_copy_pickle_and_merge_of_a_fused_layer() -> None:
+    model, x = build_layer(), draw_inputs()
     want, names = model(x), list(model.state_dict())
     use_fused_lora(model)
     use_fused_lora(model)
@@ -341,8 +332,8 @@ def test_state_copies_pickles_and_merging_are_as_before() -> None:
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert isinstance(layer_of(other), FusedLinear)
-        assert layer_of(other).lora_A["default"] is not layer_of(model).lora_A["default"]
+        assert isinstance(get_layer(other), FusedLinear)
+        assert get_layer(other).lora_A["default"] is not get_layer(model).lora_A["default"]
         torch.testing.assert_close(other(x), want, rtol=1e-5, atol=1e-5)
     model.merge_adapter()
     torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)

@@ -37,7 +37,7 @@ from cpo_fast.types import ImageRef
 RADIOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "cxr_images" / "png"
 
 
-def test_a_frozen_tower_runs_once_and_a_trainable_one_per_model():
+def test_frozen_tower_runs_once_and_a_trained_one_twice():
     batch = pack_of(groups_of(mixed()))
     for freeze_vit, runs in ((True, 1), (False, 2)):
         model = add_lora(vision_language_model(), freeze_vit=freeze_vit)
@@ -50,8 +50,8 @@ def test_a_frozen_tower_runs_once_and_a_trainable_one_per_model():
         assert len(calls) == runs
 
 
-def test_steps_of_many_packs_equal_one_pack():
-    """A step split into small packs, with split groups, has the same summed gradient."""
+def test_step_of_many_packs_equals_one_pack():
+    """Small packs with split groups have the same summed gradient."""
     model, groups = adapted(vision_language_model()), groups_of(mixed())
     packed = PackedModel(model)
     total = sum(len(g.rejected) for g in groups)
@@ -73,7 +73,7 @@ def test_steps_of_many_packs_equal_one_pack():
     assert_same_grads(got, want)
 
 
-def test_prompts_shared_and_copied_agree():
+def test_shared_and_copied_prompts_agree():
     model, groups = adapted(vision_language_model()), groups_of(mixed())
     packed = PackedModel(model)
     shared, copied = pack_of(groups), pack_of(groups, share_prompt=False)
@@ -84,8 +84,8 @@ def test_prompts_shared_and_copied_agree():
         )
 
 
-def saved_bytes(model, compute) -> int:
-    """Bytes saved by `compute` for its backward, without weights."""
+def count_saved_bytes(model, compute) -> int:
+    """Bytes that `compute` saves for its backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -101,7 +101,7 @@ def saved_bytes(model, compute) -> int:
 
 
 def test_memory_grows_with_the_row_not_with_prompts_times_responses():
-    """Except the prompt's K and V, copied by every branch; their share is about 7B's here."""
+    """Except K and V of the prompt, copied per branch; their share is about that of a 7B model."""
     sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 1}
     model = add_lora(tiny_model(tokenizer(), intermediate_size=640, **sizes))
     packed = PackedModel(model)
@@ -117,7 +117,7 @@ def test_memory_grows_with_the_row_not_with_prompts_times_responses():
         assert len(shared.input_ids) == prompt + responses
         assert len(copied.input_ids) == (rejected + 1) * prompt + responses
         found[rejected] = {
-            name: (len(batch.input_ids), saved_bytes(model, lambda b=batch: packed.hidden(b)))
+            name: (len(batch.input_ids), count_saved_bytes(model, lambda b=batch: packed.hidden(b)))
             for name, batch in (("shared", shared), ("copied", copied))
         }
     tokens, size = found[1]["shared"]
@@ -161,7 +161,7 @@ def test_checkpointing_with_adapters():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_say_the_same_without_compiling_anew(checkpointing):
+def test_compiled_layers_equal_eager_without_recompiling(checkpointing):
     from torch._dynamo.utils import counters
 
     model = adapted(vision_language_model()).train()
@@ -186,11 +186,11 @@ def test_compiled_layers_say_the_same_without_compiling_anew(checkpointing):
         assert got == pytest.approx(loss, abs=1e-5)
         assert_same_grads(got_grads, grads)
         graphs.append(counters["stats"]["unique_graphs"])
-    # Five pieces of a layer around its attention, with gradients and without, for all layers.
+    # Five parts of a layer around its attention, with and without gradients, for all layers.
     assert graphs == [10, 10, 10]
 
 
-def test_bfloat16():
+def test_bfloat16_is_close_to_float32():
     model, batch = adapted(vision_language_model().bfloat16()), pack_of(groups_of(mixed()))
     exact = adapted(vision_language_model())
     with torch.no_grad():
@@ -200,8 +200,8 @@ def test_bfloat16():
     assert (got.float() - want).abs().mean() < 0.1 * want.abs().mean()
 
 
-def test_generation_still_works():
-    """The registered attention is plain SDPA without a pack's layout."""
+def test_generation_is_unchanged():
+    """Without the layout of a pack, the registered attention is plain SDPA."""
     model, groups = vision_language_model(), groups_of([preference("a", 0)])
     ids = torch.tensor([groups[0].prompt.input_ids])
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -211,7 +211,7 @@ def test_generation_still_works():
     assert "cpo_fast" not in model.config.to_json_string()  # not written to a checkpoint
 
 
-def test_bad_models_and_batches():
+def test_bad_models_and_batches_are_refused():
     with pytest.raises(UsageError, match="attention="):
         PackedModel(text_model(), attention="flash")
     with pytest.raises(UsageError, match=r"CUDA|torch 2\.12"):
@@ -227,9 +227,9 @@ def test_bad_models_and_batches():
         PackedModel(sliding)
 
 
-@pytest.mark.skipif(not RADIOGRAPHS.is_dir(), reason="the radiographs are not at hand")
+@pytest.mark.skipif(not RADIOGRAPHS.is_dir(), reason="the radiographs are missing")
 def test_real_radiographs():
-    """640 pixels wide, of different heights; with synthetic texts."""
+    """Images 640 pixels wide, of different heights, with synthetic texts."""
     from cpo_fast.model.images import ImageProcessor
 
     processor = ImageProcessor.create(max_pixels=280 * 280)

@@ -1,4 +1,4 @@
-"""With Qwen's vocabulary, rebuilt from a wheel, `encode` gives the ids of the real processor."""
+"""With Qwen's vocabulary, rebuilt from a wheel, ids equal those of the real processor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADDED = (  # at 151643 and after, as in Qwen2.5
 )
 
 
-def ranks_file() -> Path | None:
+def find_ranks() -> Path | None:
     found = importlib.util.find_spec("dashscope")
     if found is None or found.origin is None:
         return None
@@ -30,8 +30,8 @@ def ranks_file() -> Path | None:
     return file if file.is_file() else None
 
 
-def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens of lower rank in the last BPE merge of this one."""
+def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens of lower rank that the last BPE merge joins to this token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = (ranks.get(a + b, len(ranks)) for a, b in pairwise(parts))
@@ -42,7 +42,7 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 @pytest.fixture(scope="module")
 def qwen():
-    if (file := ranks_file()) is None:
+    if (file := find_ranks()) is None:
         pytest.skip("the dashscope wheel with Qwen's vocabulary is not installed")
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -52,14 +52,14 @@ def qwen():
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     letters = bytes_to_unicode()
 
-    def written(token: bytes) -> str:
+    def to_letters(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    merges = [merge_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [find_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     bpe = Tokenizer(
         models.BPE(
-            vocab={written(token): rank for token, rank in ranks.items()},
-            merges=[(written(a), written(b)) for a, b in merges],
+            vocab={to_letters(token): rank for token, rank in ranks.items()},
+            merges=[(to_letters(a), to_letters(b)) for a, b in merges],
         )
     )
     bpe.normalizer = normalizers.NFC()
@@ -79,8 +79,8 @@ def qwen():
 
 
 @pytest.mark.slow
-def test_ids_are_those_of_the_real_processor(qwen):
-    """The example row in trl's documentation for Qwen2.5-VL, with four visual tokens."""
+def test_ids_equal_the_real_processor(qwen):
+    """The Qwen2.5-VL example of trl's documentation, with four visual tokens."""
     assert image_token_id(qwen) == 151655
     system = {"role": "system", "content": "You are a helpful assistant."}
     text = {"type": "text", "text": "What is this?"}
@@ -111,7 +111,7 @@ def test_ids_are_those_of_the_real_processor(qwen):
 
 
 @pytest.mark.slow
-def test_text_survives(qwen):
+def test_text_round_trips(qwen):
     for text in ("<think> 12 mm é — opacity.\n\n  </think> Edema", "FINDINGS: XXXX\r\n\tclear"):
         assert qwen.decode(qwen(text)["input_ids"]) == text
     assert len(qwen("<think>")["input_ids"]) > 1

@@ -1,4 +1,4 @@
-"""Unsupported models are refused with class and reason, before data is read."""
+"""Unsupported models are refused with class and reason before data is read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_config(folder: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_class_that_packs_cannot_run_is_named(name: str, tmp_path: Path) -> None:
+def test_unsupported_class_is_named(name: str, tmp_path: Path) -> None:
     config = getattr(transformers, name)()
     for layers in ("num_hidden_layers", "n_layer"):
         if hasattr(config, layers) and name not in ("JambaConfig", "LlavaConfig"):
@@ -65,7 +65,7 @@ def test_a_class_that_packs_cannot_run_is_named(name: str, tmp_path: Path) -> No
         check_model(empty_model(tmp_path), attention="gathered")
 
 
-def test_code_from_a_checkpoint_and_unknown_types_are_named(tmp_path: Path) -> None:
+def test_checkpoint_code_and_unknown_types_are_named(tmp_path: Path) -> None:
     own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
     cases = {
         "'own' has its own code": {"model_type": "own", **own},
@@ -88,7 +88,7 @@ def test_code_from_a_checkpoint_and_unknown_types_are_named(tmp_path: Path) -> N
         (lambda f: transformers.Qwen2Config().save_pretrained(f), "no tokenizer in"),
     ],
 )
-def test_training_refuses_a_model_before_it_looks_at_the_data(
+def test_training_refuses_a_model_before_reading_data(
     make: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "model")
@@ -103,7 +103,7 @@ def test_training_refuses_a_model_before_it_looks_at_the_data(
     assert not out.exists()
 
 
-def test_training_refuses_targets_and_small_vocabularies_early(
+def test_training_refuses_targets_and_small_vocabularies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "model"
@@ -120,11 +120,11 @@ def test_training_refuses_targets_and_small_vocabularies_early(
     assert f"ids go up to {last}, but the model has 395 tokens" in capsys.readouterr().err
 
 
-def test_a_vocabulary_as_large_as_the_embeddings_is_enough() -> None:
+def test_vocabulary_can_be_as_large_as_the_embeddings() -> None:
     check_vocabulary(Path("here"), tokenizer(), text_model())
 
 
-def decoder(name: str, **values: Any) -> Any:
+def build_decoder(name: str, **values: Any) -> Any:
     config = getattr(transformers, f"{name}Config")(
         vocab_size=len(tokenizer()), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=96, pad_token_id=tokenizer().pad_token_id,
@@ -135,8 +135,8 @@ def decoder(name: str, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["StableLm", "Nemotron"])
-def test_sdpa_is_right_where_gathered_is_refused(name: str) -> None:
-    model, groups = adapted(decoder(name)), groups_of(TEXTS[:2])
+def test_sdpa_is_exact_where_gathered_is_refused(name: str) -> None:
+    model, groups = adapted(build_decoder(name)), groups_of(TEXTS[:2])
     batch = pack_of(groups)
     if not getattr(model.base_model.model, "_supports_attention_backend", False):
         with pytest.raises(UsageError, match="use sdpa"):
@@ -148,7 +148,7 @@ def test_sdpa_is_right_where_gathered_is_refused(name: str) -> None:
 
 def test_layers_that_cannot_be_compiled_are_named() -> None:
     with pytest.raises(UsageError, match=r"layers of OPTForCausalLM .*torch_compile"):
-        PackedModel(opt(), compile=True)
+        PackedModel(build_opt(), compile=True)
 
 
 RATES = {
@@ -159,7 +159,7 @@ RATES = {
 }
 
 
-def opt() -> Any:
+def build_opt() -> Any:
     config = transformers.OPTConfig(
         vocab_size=len(tokenizer()), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         ffn_dim=96, dropout=0.4, layerdrop=0.3, attention_dropout=0.3, word_embed_proj_dim=64,
@@ -169,8 +169,8 @@ def opt() -> Any:
 
 
 @pytest.mark.parametrize("name", ["Opt", *RATES])
-def test_dropout_of_the_base_model_is_off_and_loras_is_on(name: str, tmp_path: Path) -> None:
-    model = opt() if name == "Opt" else decoder(name, **RATES[name])
+def test_only_lora_has_dropout_in_training(name: str, tmp_path: Path) -> None:
+    model = build_opt() if name == "Opt" else build_decoder(name, **RATES[name])
     save_model(model, tmp_path, tokenizer=tokenizer())
     tuned = add_lora(load_model(tmp_path), r=4, dropout=0.5, target_modules=["q_proj", "v_proj"]
                      if name != "Persimmon" else ["query_key_value"]).train()  # fmt: skip
@@ -188,7 +188,7 @@ def test_dropout_of_the_base_model_is_off_and_loras_is_on(name: str, tmp_path: P
     assert torch.equal(first.ref_logps, second.ref_logps)
 
 
-def test_a_checkpoint_without_some_weights_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_without_some_weights_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_model(text_model(), tmp_path, tokenizer=tokenizer())

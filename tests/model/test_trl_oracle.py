@@ -1,4 +1,4 @@
-"""One step against trl's DPOTrainer on the same pairs: loss and adapter gradients."""
+"""Loss and adapter gradients of one step equal trl's DPOTrainer on the same pairs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True], ids=["first-step", "later"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_trls(case, trained, tmp_path):
+def test_step_equals_trl(case, trained, tmp_path):
     from cpo_fast.testing.trl_oracle import trainer
 
     build, samples = CASES[case]
