@@ -42,13 +42,13 @@ import contextlib, io, json, sys
 from cpo_fast.cli import main
 found = []
 for words in json.loads({json.dumps(json.dumps(cases))}):
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(output):
         try:
             status = main(words)
         except SystemExit as stopped:
             status = stopped.code
-    found.append((words, status, sorted({HEAVY!r} & set(sys.modules)), said.getvalue()))
+    found.append((words, status, sorted({HEAVY!r} & set(sys.modules)), output.getvalue()))
 print(json.dumps(found))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -126,8 +126,8 @@ def test_wrong_paths_are_rejected_before_torch_is_imported(tmp_path: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     found = run_all([words.split() for words in WRONG_PATHS], tmp_path)
     assert all((status, modules) == (2, []) for _, status, modules, _ in found), found
-    messages = {" ".join(words): said for words, _, _, said in found}
-    assert {w: said for w, said in messages.items() if WRONG_PATHS[w] not in said} == {}
+    messages = {" ".join(words): output for words, _, _, output in found}
+    assert {w: output for w, output in messages.items() if WRONG_PATHS[w] not in output} == {}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -137,9 +137,9 @@ def read_error_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str
         status: object = main(words)
     except SystemExit as stopped:
         status = stopped.code
-    said = capsys.readouterr()
-    assert status == 2 and said.out == "", said
-    (line,) = said.err.splitlines()
+    output = capsys.readouterr()
+    assert status == 2 and output.out == "", output
+    (line,) = output.err.splitlines()
     return line
 
 

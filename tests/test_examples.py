@@ -151,14 +151,14 @@ def test_fsdp2_puts_no_bos_into_answers(framing: Any, folder: Path, adds_marks: 
 
 def test_grpo_weighs_answer_tokens_only(framing: Any) -> None:
     grpo = runpy.run_path(str(EXAMPLES / "grpo.py"))
-    said = tokenizer()(" effusion")["input_ids"]
+    answer = tokenizer()(" effusion")["input_ids"]
     rollout = SimpleNamespace(
-        labels=torch.zeros(5 + len(said)),
-        rows=torch.zeros(5 + len(said), dtype=torch.long),
+        labels=torch.zeros(5 + len(answer)),
+        rows=torch.zeros(5 + len(answer), dtype=torch.long),
         texts=["a </think> effusion"],
     )
     weights = grpo["token_weights"](rollout, AutoTokenizer.from_pretrained(framing[0]), 2.0)
-    assert weights.tolist() == [1.0] * 4 + [2.0] * (len(said) + 1)  # with the end-of-text token
+    assert weights.tolist() == [1.0] * 4 + [2.0] * (len(answer) + 1)  # with the end-of-text token
 
 
 def run_refused(capsys: Any, monkeypatch: Any, name: str, *arguments: object) -> str:

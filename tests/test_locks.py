@@ -289,7 +289,7 @@ def test_all_ranks_of_a_locked_run_stop(tmp_path: Path) -> None:
                "--sft_max_steps", "1"]  # fmt: skip
     with hold_lock("folder", tmp_path / "run") as first:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    said = f"error: --output_dir {tmp_path / 'run'} is being written by process {first.pid} on"
-    assert done.returncode != 0 and done.stderr.count(said) == 1
+    message = f"error: --output_dir {tmp_path / 'run'} is being written by process {first.pid} on"
+    assert done.returncode != 0 and done.stderr.count(message) == 1
     assert "rank 1: python -m cpo_fast.train: error: rank 0 stopped" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -50,10 +50,10 @@ def test_records_have_the_documented_fields(dataset: Path, tmp_path: Path) -> No
 def test_failing_records_are_written_apart_with_a_reason(dataset: Path, tmp_path: Path) -> None:
     output = tmp_path / "cf.jsonl"
     assert run(dataset, output, "--targets", "Atelectasis,Emphysema") == 0
-    apart = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
-    assert {row["reason"] for row in apart} == {"target_absent"}
-    assert {row["target"] for row in apart} == {"Atelectasis", "Emphysema"}
-    assert not {row["id"] for row in apart} & {row["id"] for row in read_jsonl(output)}
+    rejected = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
+    assert {row["reason"] for row in rejected} == {"target_absent"}
+    assert {row["target"] for row in rejected} == {"Atelectasis", "Emphysema"}
+    assert not {row["id"] for row in rejected} & {row["id"] for row in read_jsonl(output)}
 
 
 def test_shards_equal_the_whole_run(dataset: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_text_that_a_format_cannot_represent_is_set_aside(tmp_path: Path) -> Non
     output = tmp_path / "cf.jsonl"
     assert run(dataset, output, "--format", "swift") == 0
     assert len(read_lines(output)) == 2
-    apart = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
-    assert [row["reason"] for row in apart] == ["image-tag-in-text"] * 2
+    rejected = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
+    assert [row["reason"] for row in rejected] == ["image-tag-in-text"] * 2
 
 
 @pytest.mark.parametrize(

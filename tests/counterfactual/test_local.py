@@ -52,10 +52,10 @@ def test_random_drafts_are_set_aside_with_a_reason(folder: Path, tmp_path: Path)
     main(["--dataset", str(dataset), "--output", str(tmp_path / "graph.jsonl")])
     assert run(folder, dataset, tmp_path / "cf.jsonl", "--batch_size", "4") == 1
     assert read_jsonl(tmp_path / "cf.jsonl") == []
-    apart = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
-    assert [r["id"] for r in apart] == [r["id"] for r in read_jsonl(tmp_path / "graph.jsonl")]
-    assert {row["generator"] for row in apart} == {"local"}
-    assert {row["reason"] for row in apart} <= {"answer-cut-short", "answer-sections"}
+    rejected = read_jsonl(tmp_path / "cf.jsonl.rejected.jsonl")
+    assert [r["id"] for r in rejected] == [r["id"] for r in read_jsonl(tmp_path / "graph.jsonl")]
+    assert {row["generator"] for row in rejected} == {"local"}
+    assert {row["reason"] for row in rejected} <= {"answer-cut-short", "answer-sections"}
 
 
 def test_record_does_not_depend_on_its_batch(folder: Path) -> None:
@@ -178,11 +178,11 @@ def failing_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_decided_records_are_written_and_survive_a_kill(failing_first: Any, tmp_path: Path) -> None:
     command, ids = failing_first
-    output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
+    output, rejected = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
     command(output, killed_at=3)
     assert [row["id"] for row in read_jsonl(output)] == ids[1:5]  # the first is still open
     rest = command(output)
-    assert [row["id"] for row in read_jsonl(apart)] == ids[:1]
+    assert [row["id"] for row in read_jsonl(rejected)] == ids[:1]
     assert sorted(row["id"] for row in read_jsonl(output)) == sorted(ids[1:])
     assert len(rest.prompts) == 4 + len(ids[5:])
     assert command(output).batches == []
@@ -213,10 +213,10 @@ def test_progress_counts_drafts_and_tokens_of_a_batch(
     monkeypatch.setattr("cpo_fast.counterfactual.progress.EVERY_SECONDS", 0.0)
     dataset = write_open_i(tmp_path / "reports", REPORTS[:2])
     run(folder, dataset, tmp_path / "cf.jsonl", "--batch_size", "4")
-    said = capsys.readouterr().err
-    assert "0 drafts, 0 passed, 0 set aside, 4 open, 2 studies, token 1 of at most 12" in said
-    assert "16 drafts, 0 passed, 4 set aside, 0 open, 2 studies" in said
-    assert not any(report.findings in said for report in REPORTS[:2])
+    printed = capsys.readouterr().err
+    assert "0 drafts, 0 passed, 0 set aside, 4 open, 2 studies, token 1 of at most 12" in printed
+    assert "16 drafts, 0 passed, 4 set aside, 0 open, 2 studies" in printed
+    assert not any(report.findings in printed for report in REPORTS[:2])
 
 
 def test_prompt_beyond_the_context_is_set_aside_without_a_call(folder: Path) -> None:

@@ -336,13 +336,13 @@ BAD = [  # (original, target, faulty counterfactual, failed checks)
 ASSERTION_CHECKS = ("assertions", "no_new_denial", "exemptions")
 
 
-@pytest.mark.parametrize(("before", "target", "after", "wanted"), BAD)
+@pytest.mark.parametrize(("before", "target", "after", "failed"), BAD)
 def test_lost_and_denied_findings_are_found_without_the_labeller(
-    before: str, target: str, after: str, wanted: set[str], monkeypatch: pytest.MonkeyPatch
+    before: str, target: str, after: str, failed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "find_mentions", lambda line: ())
     made = check(GRAPH, Report(before, ""), Report(after, ""), target)
-    assert {name for name in ASSERTION_CHECKS if not made[name]} == wanted
+    assert {name for name in ASSERTION_CHECKS if not made[name]} == failed
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_every_fault_is_counted_and_loses_no_record(
 def test_permanent_faults_are_set_aside_with_a_reason(
     host: Host, dataset: Path, tmp_path: Path
 ) -> None:
-    wanted = expect_ids(dataset, tmp_path)
+    expected = expect_ids(dataset, tmp_path)
     for rest, reason in (
         ("status:500", "server-status-500"),
         ("status:400", "server-status-400"),
@@ -111,10 +111,10 @@ def test_permanent_faults_are_set_aside_with_a_reason(
         host.rest = rest
         output = tmp_path / f"{rest}.jsonl".replace(":", "")
         assert run(dataset, output, host.url, "--max_retries", "1") == 1
-        apart = read_jsonl(output.with_name(output.name + ".rejected.jsonl"))
-        assert sorted(row["id"] for row in apart) == sorted(wanted)
-        assert {row["reason"] for row in apart} == {reason}
-        assert all(row["checks"] == {reason: False} for row in apart)
+        rejected = read_jsonl(output.with_name(output.name + ".rejected.jsonl"))
+        assert sorted(row["id"] for row in rejected) == sorted(expected)
+        assert {row["reason"] for row in rejected} == {reason}
+        assert all(row["checks"] == {reason: False} for row in rejected)
         assert read_jsonl(output) == []
 
 
@@ -140,17 +140,17 @@ def test_text_beyond_the_report_fails_its_check(host: Host) -> None:
 def test_rerun_retries_records_with_server_faults(
     host: Host, dataset: Path, tmp_path: Path
 ) -> None:
-    output, apart = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
+    output, rejected = tmp_path / "cf.jsonl", tmp_path / "cf.jsonl.rejected.jsonl"
     host.plan = ["good"] * 4 + ["status:500"] * 3
     run(dataset, output, host.url, "--max_retries", "0", "--concurrency", "1")
-    assert Counter(row["reason"] for row in read_jsonl(apart)) == {"server-status-500": 3}
-    asked = len(host.bodies)
+    assert Counter(row["reason"] for row in read_jsonl(rejected)) == {"server-status-500": 3}
+    requests = len(host.bodies)
     run(dataset, output, host.url, "--max_retries", "0")
-    assert len(host.bodies) == asked + 3
+    assert len(host.bodies) == requests + 3
     assert sorted(row["id"] for row in read_jsonl(output)) == sorted(expect_ids(dataset, tmp_path))
-    assert read_jsonl(apart) == []
+    assert read_jsonl(rejected) == []
     run(dataset, output, host.url)
-    assert len(host.bodies) == asked + 3
+    assert len(host.bodies) == requests + 3
 
 
 def test_killed_run_continues_and_shards_split_the_work(
@@ -161,10 +161,10 @@ def test_killed_run_continues_and_shards_split_the_work(
     text = whole.read_bytes()
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(text[: len(text) // 2])
-    asked = len(host.bodies)
+    requests = len(host.bodies)
     run(dataset, cut, host.url)
     assert sorted(cut.read_bytes().splitlines()) == sorted(text.splitlines())
-    assert len(host.bodies) < asked + len(read_jsonl(whole))
+    assert len(host.bodies) < requests + len(read_jsonl(whole))
     parts = []
     for index in range(3):
         run(dataset, tmp_path / f"{index}.jsonl", host.url, "--shard", f"{index}/3")
@@ -206,8 +206,8 @@ def test_retries_change_sampling_and_name_the_fault(host: Host) -> None:
     first, second = (json.loads(body) for body in host.bodies)
     assert (first["temperature"], second["temperature"]) == (0.0, 0.7)
     assert first["seed"] != second["seed"]
-    said = second["messages"][0]["content"]
-    assert "An earlier try was refused: " in said and "held more than the report" in said
+    prompt = second["messages"][0]["content"]
+    assert "An earlier try was refused: " in prompt and "held more than the report" in prompt
 
 
 def test_api_key_is_sent_only_in_the_header(

@@ -42,11 +42,11 @@ def test_rows_are_read_in_order(tmp_path: Path) -> None:
 
 def test_folders_that_datasets_itself_writes(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    said = [{"role": "assistant", "content": "x"}]
+    chosen = [{"role": "assistant", "content": "x"}]
     rows = [
         {
             "prompt": [{"role": "user", "content": f"Q{i}"}],
-            "chosen": said,
+            "chosen": chosen,
             "rejected": [{"role": "assistant", "content": "y"}],
             "images": [{"bytes": image_bytes(), "path": None}],
         }

@@ -323,8 +323,8 @@ def test_missing_pydicom_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_transfer_syntax_without_a_decoder_names_the_package(
     syntax: str, name: str, remedy: str | None
 ) -> None:
-    wanted = f"install {remedy}" if remedy else "convert the file to Explicit VR Little Endian"
-    detail = f"No decoder for this transfer syntax ({name}, {syntax}): {wanted}"
+    advice = f"install {remedy}" if remedy else "convert the file to Explicit VR Little Endian"
+    detail = f"No decoder for this transfer syntax ({name}, {syntax}): {advice}"
     if remedy and any(map(find_spec, ("libjpeg", "openjpeg", "gdcm", "jpeg_ls"))):
         pytest.skip("an installed decoder supports it")
     ref = dicom(TWELVE, syntax, BitsStored=12, HighBit=11)

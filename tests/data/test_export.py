@@ -66,7 +66,7 @@ def radiograph(tmp_path: Path) -> Preference:
     )
 
 
-def converse(root: Path) -> Preference:
+def build_turns(root: Path) -> Preference:
     turns = (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Look"}, IMAGE, IMAGE]},
@@ -92,7 +92,7 @@ def test_thinking_preferences_round_trip(tmp_path: Path, form: str, radiograph: 
 
 @pytest.mark.parametrize("form", ["jsonl", "trl", "swift"])
 def test_conversations_round_trip(tmp_path: Path, form: str) -> None:
-    one = converse(tmp_path)
+    one = build_turns(tmp_path)
     ((found,), _) = export_and_read(tmp_path, form, one)
     assert normalise(found) == normalise(one)
 
@@ -143,7 +143,7 @@ def test_answers_of_several_messages_round_trip(tmp_path: Path, form: str) -> No
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "ratio"}]}
     turns = (call, {"role": "tool", "content": "0.6"}, {"role": "assistant", "content": "Large."})
     template = {"tools": [{"name": "ratio"}], "mood": "calm"}
-    one = replace(converse(tmp_path), chosen=turns, rejected=("y", (call,)), template=template)
+    one = replace(build_turns(tmp_path), chosen=turns, rejected=("y", (call,)), template=template)
     ((found,), _) = export_and_read(tmp_path, form, one)
     assert normalise(found) == normalise(one)
     for bad, reason in ((one, "tools"), (replace(one, template={}), "several-turns")):
@@ -196,8 +196,8 @@ def test_note_on_image_paths_needs_images(tmp_path: Path, capsys: pytest.Capture
         path.write_text(json.dumps({**row, **more}) + "\n")
         flags = ["--dataset", str(path), "--format", "jsonl", "--output", str(tmp_path / name)]
         assert main(["export", *flags]) == 0
-        said = "image paths are relative" in capsys.readouterr().out
-        assert said == (name == "seen")
+        noted = "image paths are relative" in capsys.readouterr().out
+        assert noted == (name == "seen")
 
 
 def test_failed_export_keeps_the_old_file(tmp_path: Path, radiograph: Preference) -> None:

@@ -72,7 +72,7 @@ TEXT_ROWS: dict[str, dict[str, Any]] = {
         "chosen": [USER, *reply("Which?"), USER, *reply("Edema."), USER, *reply("Large.")],
         "rejected": [USER, *reply("Which?"), USER, *reply("Clear."), USER, *reply("Small.")],
     },
-    "go-on": {
+    "prefill": {
         "prompt": [USER, *reply("The")],
         "chosen": reply("heart"),
         "rejected": reply("lung"),
@@ -135,7 +135,7 @@ def test_text_ids_equal_trl(tmp_path: Path, name: str) -> None:
 def test_template_with_tools_and_rewritten_turns(tmp_path: Path) -> None:
     tok = copy.deepcopy(tokenizer())
     tok.chat_template = TEMPLATE
-    for name in ("tools", "several-messages", "go-on", "turns"):
+    for name in ("tools", "several-messages", "prefill", "turns"):
         row = TEXT_ROWS[name]
         assert encode_ours(tmp_path, row, tok) == encode_with_trl(row, tok), name
     _, chosen, _ = encode_ours(tmp_path, TEXT_ROWS["tools"], tok)
@@ -161,7 +161,7 @@ IMAGE_ROWS: dict[str, dict[str, Any]] = {
         "chosen": [*reply("Which view?"), USER, *reply("Cardiomegaly.")],
         "rejected": [*reply("Clear."), USER],
     },
-    "go-on": {
+    "prefill": {
         "prompt": [USER, *reply("The")],
         "chosen": reply("heart"),
         "rejected": reply("lung"),
@@ -196,7 +196,7 @@ def test_image_ids_equal_trl(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["conversation", "go-on", "new-line-first", "strings"])
+@pytest.mark.parametrize("name", ["conversation", "prefill", "new-line-first", "strings"])
 def test_row_without_images_in_a_file_with_images(tmp_path: Path, qwen: Any, name: str) -> None:
     assert_equals_trl(tmp_path, TEXT_ROWS[name], qwen, seen=False)
 

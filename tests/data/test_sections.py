@@ -59,8 +59,8 @@ def test_sections_of_every_layout(case: dict) -> None:
     right = case["right"]
     parsed = parse_report(case["report"])
     got = [parsed.findings, parsed.impression]
-    wanted = [right["findings"], right["impression"]]
-    assert got in ([wanted, wanted[::-1]] if right.get("either") else [wanted])
+    expected = [right["findings"], right["impression"]]
+    assert got in ([expected, expected[::-1]] if right.get("either") else [expected])
 
 
 @pytest.mark.parametrize(

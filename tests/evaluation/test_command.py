@@ -44,10 +44,10 @@ def force_thoughts(monkeypatch):
     def use(number):
         def generate(*parts):
             answers, kept = generate_answers(*parts)
-            said = [
+            output = [
                 f"<think> lungs {a.replace('<think>', '')} </think> x" for a in answers[number:]
             ]
-            return ["no thought"] * number + said, kept
+            return ["no thought"] * number + output, kept
 
         monkeypatch.setattr("cpo_fast.evaluation.run.generate_answers", generate)
 
@@ -171,8 +171,8 @@ def evaluate_pairs(model, folder, capsys, *flags):
     out = folder / "out"
     flags = ["--model", str(model), "--dataset", str(file), "--output_dir", str(out), *flags]
     status = main(flags)
-    said = capsys.readouterr()
-    assert status == 0, said.err
+    output = capsys.readouterr()
+    assert status == 0, output.err
     return json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
 
 

@@ -216,10 +216,10 @@ def test_bleu_agrees_with_nltk():
     from nltk.translate.bleu_score import corpus_bleu
 
     result = text.text_metrics(REFERENCES, CANDIDATES)
-    wanted = [[text.split_words(r)] for r in REFERENCES]
+    refs = [[text.split_words(r)] for r in REFERENCES]
     given = [text.split_words(r) for r in CANDIDATES]
     for n in range(1, 5):
-        expected = corpus_bleu(wanted, given, weights=tuple([1 / n] * n))
+        expected = corpus_bleu(refs, given, weights=tuple([1 / n] * n))
         assert result[f"bleu_{n}"] == pytest.approx(expected, abs=1e-12)
     assert result["bleu_1"] > result["bleu_4"] > 0
 
@@ -231,19 +231,19 @@ def test_text_metrics_agree_with_the_coco_package():
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    wanted = {i: [" ".join(text.split_words(r))] for i, r in enumerate(REFERENCES)}
+    refs = {i: [" ".join(text.split_words(r))] for i, r in enumerate(REFERENCES)}
     given = {i: [" ".join(text.split_words(r))] for i, r in enumerate(CANDIDATES)}
     result = text.text_metrics(REFERENCES, CANDIDATES)
-    scores, _ = Bleu(4).compute_score(wanted, given, verbose=0)
+    scores, _ = Bleu(4).compute_score(refs, given, verbose=0)
     for n, score in enumerate(scores, start=1):
         assert result[f"bleu_{n}"] == pytest.approx(score, abs=1e-9)
-    assert result["rouge_l"] == pytest.approx(Rouge().compute_score(wanted, given)[0], abs=1e-12)
-    score, own = Cider().compute_score(wanted, given)
+    assert result["rouge_l"] == pytest.approx(Rouge().compute_score(refs, given)[0], abs=1e-12)
+    score, own = Cider().compute_score(refs, given)
     assert result["cider"] == pytest.approx(score, abs=1e-9)
     assert min(own) <= result["intervals"]["cider"][0] <= result["cider"]
     if "meteor" in result["missing"]:
         return
-    assert result["meteor"] == pytest.approx(Meteor().compute_score(wanted, given)[0], abs=1e-9)
+    assert result["meteor"] == pytest.approx(Meteor().compute_score(refs, given)[0], abs=1e-9)
     low, high = result["intervals"]["meteor"]
     assert low <= result["meteor"] <= high
 
@@ -271,12 +271,17 @@ def test_common_subsequence_agrees_with_the_table():
 
 def test_text_intervals_equal_resampled_studies(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)  # METEOR's program is slow to start
-    wanted = [*REFERENCES, "Mild pulmonary edema.", "No pneumothorax. Stable cardiomegaly.", "Ok."]
+    refs = [
+        *REFERENCES,
+        "Mild pulmonary edema.",
+        "No pneumothorax. Stable cardiomegaly.",
+        "Ok.",
+    ]
     given = [*CANDIDATES, "Pulmonary edema is mild.", "Cardiomegaly.", ""]
-    found = text.text_metrics(wanted, given, bootstrap=40, seed=5)
-    weights = study_weights(len(wanted), 40, 5)
+    found = text.text_metrics(refs, given, bootstrap=40, seed=5)
+    weights = study_weights(len(refs), 40, 5)
     draws = [[i for i, n in enumerate(row) for _ in range(int(n))] for row in weights]
-    redrawn = [text.text_metrics([wanted[i] for i in draw], [given[i] for i in draw], bootstrap=1)
+    redrawn = [text.text_metrics([refs[i] for i in draw], [given[i] for i in draw], bootstrap=1)
                for draw in draws]  # fmt: skip
     for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "label_f1"):
         values = [one[name] for one in redrawn if one[name] is not None]
@@ -298,11 +303,11 @@ def test_equal_texts_score_one():
 
 
 def test_label_f1_and_missing_metrics(monkeypatch):
-    said = "There is pulmonary edema. Cardiomegaly. No pneumothorax."
-    assert text.text_metrics([said], ["Cardiomegaly."])["label_f1"] == pytest.approx(2 / (2 + 1))
+    report = "There is pulmonary edema. Cardiomegaly. No pneumothorax."
+    assert text.text_metrics([report], ["Cardiomegaly."])["label_f1"] == pytest.approx(2 / (2 + 1))
     silent = text.text_metrics(["Lines."], ["Lines."])
     assert silent["label_f1"] is None and silent["intervals"]["label_f1"] is None
     monkeypatch.setattr("shutil.which", lambda name: None)
-    found = text.text_metrics([said], [said])
+    found = text.text_metrics([report], [report])
     assert "meteor" in found["missing"] and "meteor" not in found
     assert found["label_f1"] == 1.0

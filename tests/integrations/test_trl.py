@@ -125,9 +125,9 @@ def test_every_loss_equals_trl(options: dict[str, Any], tmp_path: Any) -> None:
         loss.backward()
         grads = [p.grad.clone() for p in one.model.parameters() if p.requires_grad]
         gradients.append((loss.detach(), grads))
-    (want, wanted), (got, found) = gradients
+    (want, expected), (got, found) = gradients
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    for one, other in zip(wanted, found, strict=True):
+    for one, other in zip(expected, found, strict=True):
         assert (other - one).abs().max() <= 1e-4 * one.abs().max() + 1e-7
 
 

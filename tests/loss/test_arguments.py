@@ -259,7 +259,7 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_cuda_is_preferred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_preferred_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, `impl=None` prefers Triton to the CUDA kernels."""
     everything = {
         name: SimpleNamespace(obstacle=lambda device: None) for name in implementations._IMPLS

@@ -98,7 +98,7 @@ def parse_table() -> dict[str, tuple[str, list[str]]]:
     (rows,) = re.findall(r"\| passed \| answer \| message \|\n\|[-|]+\n((?:\|.*\n)+)", text)
     cells = [line.strip("| \n").split(" | ") for line in rows.splitlines()]
     assert all(len(row) == 3 for row in cells), cells
-    return {name: (kind, re.findall(r"`([^`]+)`", said)) for name, kind, said in cells}
+    return {name: (kind, re.findall(r"`([^`]+)`", message)) for name, kind, message in cells}
 
 
 def test_page_lists_every_mistake() -> None:

@@ -84,11 +84,11 @@ def test_snippet_of_the_page_equals_full_logits(left: bool) -> None:
     policy, reference = build_models()
     parts = build_batch(left)
     want = compute_plainly(policy, reference, parts, PAIRS[:2])
-    wanted = gradients(want, policy)
+    expected_grads = gradients(want, policy)
     got = run_snippet(policy, reference, parts)["out"].loss
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     assert abs(want.item() - 0.6931) > 0.01
-    for parameter, expected in zip(policy.parameters(), wanted, strict=True):
+    for parameter, expected in zip(policy.parameters(), expected_grads, strict=True):
         worst = (parameter.grad - expected).abs().max()
         assert worst <= 1e-4 * expected.abs().max() + 1e-8
 

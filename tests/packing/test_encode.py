@@ -93,12 +93,12 @@ def test_plain_text_needs_no_chat_template():
     plain = Preference(
         "p", ({"role": "user", "content": "The heart"},), " is", (" was",), plain=True
     )
-    asked = replace(plain, id="m", plain=False)
-    done = encode_all([plain, asked], drop_template(), max_length=LONG)
+    chat = replace(plain, id="m", plain=False)
+    done = encode_all([plain, chat], drop_template(), max_length=LONG)
     assert done.groups == encode_all([plain], tokenizer(), max_length=LONG).groups
     assert [(r.id, r.reason) for r in done.rejected] == [("m", "no-chat-template")]
     with pytest.raises(UsageError, match=r"no-chat-template: 1.*plain strings"):
-        encode_all([asked], drop_template(), max_length=LONG)
+        encode_all([chat], drop_template(), max_length=LONG)
 
 
 def test_images_need_a_vision_language_model():

@@ -341,10 +341,10 @@ def test_browser_renders_pages_without_errors(browser, run, comparison, which, w
     browser.open(page.as_uri(), width, dark=width == 390)
     complaints = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     assert [event for event in browser.events if event["method"] in complaints] == []
-    asked = [event["params"]["request"]["url"] for event in browser.events
+    requested = [event["params"]["request"]["url"] for event in browser.events
              if event["method"] == "Network.requestWillBeSent"]  # fmt: skip
-    assert {url.split(":", 1)[0] for url in asked} == {"file", "data"}
-    assert [url for url in asked if url.startswith("file")] == [page.as_uri()]
+    assert {url.split(":", 1)[0] for url in requested} == {"file", "data"}
+    assert [url for url in requested if url.startswith("file")] == [page.as_uri()]
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     drawn = "[...document.images].filter(i => i.complete && i.naturalWidth > 0).length"
     assert browser.evaluate(drawn) == browser.evaluate("document.images.length") > 5
