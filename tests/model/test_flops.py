@@ -9,22 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.flops import FlopCounter, mfu, peak_flops
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import collate, encode_all, image_token_id
-from cpo_fast.testing.samples import (
-    image,
-    images,
-    preference,
-    text_model,
-    tokenizer,
-    vision_language_model,
-)
-
-
-def build_pack(*samples):
-    groups = encode_all(samples, tokenizer(), images().grid, max_length=4000).groups
-    every = tuple((i, tuple(range(len(group.rejected)))) for i, group in enumerate(groups))
-    pad = image_token_id(tokenizer())
-    return collate(groups, every, pixels=images().pixels, image_token_id=pad)
+from cpo_fast.testing.packed_oracle import groups_of, pack_of
+from cpo_fast.testing.samples import image, preference, text_model, vision_language_model
 
 
 def count_flops(run) -> float:
@@ -41,7 +27,7 @@ def test_flops_of_linear_layers_and_head(lora):
     if lora:
         model = add_lora(model, r=1)
     packed = PackedModel(model)
-    batch = build_pack(preference("a", 3), preference("b", 1, words=9))
+    batch = pack_of(groups_of([preference("a", 3), preference("b", 1, words=9)]))
     got = FlopCounter(packed)(batch, reference=False)
 
     def skip_attention(module, query, key, value, *args, **kwargs):
@@ -70,7 +56,7 @@ def test_flops_of_linear_layers_and_head(lora):
 
 def test_attention_counts_visible_pairs():
     packed = PackedModel(text_model())
-    one = build_pack(preference("a", 1))
+    one = pack_of(groups_of([preference("a", 1)]))
     config = packed.trunk.config
     n = [int((one.branch_index == b).sum()) for b in range(3)]
     seen = sum(x * (x + 1) // 2 for x in n) + n[0] * (n[1] + n[2])
@@ -79,7 +65,7 @@ def test_attention_counts_visible_pairs():
 
 
 def test_frozen_tower_is_counted_once():
-    batch = build_pack(preference("a", 2, image(100, 80)))
+    batch = pack_of(groups_of([preference("a", 2, image(100, 80))]))
     frozen = PackedModel(add_lora(vision_language_model(), r=1))
     once = FlopCounter(frozen)(batch).vision
     assert once == FlopCounter(frozen)(batch, reference=False).vision > 0

@@ -8,7 +8,7 @@ import torch
 from cpo_fast.loss import cpo_loss
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.packed import PackedModel
-from cpo_fast.packing import collate, encode_all, image_token_id
+from cpo_fast.testing.packed_oracle import adapted, groups_of, pack_of
 from cpo_fast.testing.samples import (
     image,
     images,
@@ -38,12 +38,7 @@ def test_step_equals_trl(case, trained, tmp_path):
     from cpo_fast.testing.trl_oracle import trainer
 
     build, samples = CASES[case]
-    ours = add_lora(build(), r=4, alpha=8)
-    if trained:
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in ours.named_parameters():
-            if "lora_B" in name:
-                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    ours = adapted(build()) if trained else add_lora(build(), r=4, alpha=8)
     theirs = trainer(
         build(), samples, tokenizer(), images(), output_dir=str(tmp_path), r=4, alpha=8
     )
@@ -58,10 +53,7 @@ def test_step_equals_trl(case, trained, tmp_path):
     want = theirs.compute_loss(theirs.model, batch)
     want.backward()
 
-    groups = encode_all(samples, tokenizer(), images().grid, max_length=1000).groups
-    pack = tuple((i, tuple(range(len(g.rejected)))) for i, g in enumerate(groups))
-    pad = image_token_id(tokenizer())
-    packed = collate(groups, pack, pixels=images().pixels, image_token_id=pad)
+    packed = pack_of(groups_of(samples))
     model = PackedModel(ours)
     out = cpo_loss(
         model.hidden(packed),
