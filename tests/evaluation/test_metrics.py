@@ -87,7 +87,7 @@ def test_bootstrap_is_seeded_and_as_wide_as_theory_says():
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - half, abs=0.01)
     assert high == pytest.approx(0.75 + half, abs=0.01)
-    assert c.classification(truth, predicted, seed=4) != one
+    assert c.classification(truth, predicted, bootstrap=2000, seed=4) != one
 
 
 def test_difference_is_paired():

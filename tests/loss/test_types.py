@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -298,11 +297,3 @@ def test_module_equals_the_function() -> None:
     got = module(*tensors, ref_hidden=b.ref_hidden.flatten(0, 1))
     want = compute(b, "robust", 0.3, label_smoothing=0.1, softcap=5.0)
     torch.testing.assert_close(got.loss, want.loss)
-
-
-def test_log_two_when_policy_is_reference() -> None:
-    b = batch(10)
-    b.ref_hidden = b.hidden
-    out = compute(b, "sigmoid")
-    assert out.loss.item() == math.log(2)
-    assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
