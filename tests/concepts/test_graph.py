@@ -60,7 +60,7 @@ def test_every_pair_has_one_relation() -> None:
             assert find_relation(graph, name, key) == expected
 
 
-def test_compiled_phrases_match_every_phrase() -> None:
+def test_phrase_patterns_match_every_phrase() -> None:
     for attribute in load_graph().attributes.values():
         pattern = compile_phrases(attribute.phrases)
         for phrase in attribute.phrases:
