@@ -1,4 +1,4 @@
-"""A stand-in for an OpenAI-compatible server, with every kind of fault."""
+"""A fake OpenAI-compatible server with every kind of fault."""
 
 from __future__ import annotations
 
