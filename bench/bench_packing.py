@@ -27,12 +27,12 @@ PACKING_LENGTHS = (4096, 7424, 8192, 16384)
 def make_groups(count: int) -> list[PreferenceGroup]:
     rng = random.Random(0)
 
-    def ids(low: int, high: int) -> tuple[int, ...]:
+    def draw(low: int, high: int) -> tuple[int, ...]:
         return (0,) * rng.randint(low, high)
 
     return [
         PreferenceGroup(
-            str(i), Prompt(ids(350, 400)), ids(100, 250), (ids(100, 250), ids(100, 250))
+            str(i), Prompt(draw(350, 400)), draw(100, 250), (draw(100, 250), draw(100, 250))
         )
         for i in range(count)
     ]

@@ -176,7 +176,7 @@ def measure_lse(
     T, D, V = shape
     logits = allocate_outputs(shape, device, False, choose_floor_rows(shape))[0]
 
-    def bare() -> None:
+    def run_bare() -> None:
         for part in hidden.split(len(logits)):
             torch.mm(part, weight.t(), out=logits[: len(part)])
 
@@ -185,7 +185,7 @@ def measure_lse(
         impl = stack.enter_context(force_variant(provider))
         run = functools.partial(linear_logprobs, hidden, weight, labels, impl=impl)
         work = 2 * T * V * D
-        figures = time_beside_floor(bare, run, work, device, rounds)
+        figures = time_beside_floor(run_bare, run, work, device, rounds)
         memory = measure_extra_bytes(run, device)
     return {
         "provider": provider,

@@ -162,10 +162,10 @@ def test_a_device_error_is_assigned_to_the_unit_that_caused_it(
     def synchronize() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    def launcher() -> dict[str, Any]:
+    def launch() -> dict[str, Any]:
         raise RuntimeError("row kernel: an illegal memory access was encountered")
 
-    unit, failing = Unit("a", lambda: {"figure": 1}), Unit("b", launcher)
+    unit, failing = Unit("a", lambda: {"figure": 1}), Unit("b", launch)
     assert worker.run_unit(unit) == ("ok", {"figure": 1}, False)
     assert worker.run_unit(failing)[::2] == ("error", False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
