@@ -337,7 +337,7 @@ def test_rule_of_the_authors_is_passed_on(tmp_path: Path) -> None:
     assert reasons == {"no-findings-or-impression": 1}
 
 
-def test_mimic_reader_reads_the_phantom(tmp_path: Path) -> None:
+def test_phantom_without_its_files_has_missing_reports(tmp_path: Path) -> None:
     from cpo_fast.phantom import write_phantom
 
     root = write_phantom(tmp_path / "phantom", num_studies=12, seed=3)
