@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -32,11 +33,16 @@ def pixels_as_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.node.nodeid.startswith(TRAINING):
         yield
         return
+    with pytest.MonkeyPatch.context() as patch:
+        draw_pixels(patch.setattr)
+        yield
+
+
+def draw_pixels(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let every figure of a report be one pixel."""
     from cpo_fast.report.figures import Panel
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Panel, "render", lambda panel, *themes: [PIXEL] * len(themes))
-        yield
+    replace(Panel, "render", lambda panel, *themes: [PIXEL] * len(themes))
 
 
 LONGEST = (

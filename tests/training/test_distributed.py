@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,10 @@ from cpo_fast.run.image_check import digest_image
 from cpo_fast.testing.runs import read_rows
 from cpo_fast.train import main
 from cpo_fast.training.checkpoint import find_latest_checkpoint
+from cpo_fast.training.interrupt import EXIT_STATUS
 from cpo_fast.types import ImageRef
 from tests.samples import write_pairs
+from tests.training.forks import Ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,21 +53,15 @@ def one(data: Path, folder: Path, *flags: str) -> int:
     return main(["--dataset", str(data), "--output_dir", str(folder), *FLAGS, *ONE, *flags])
 
 
-def start(data: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, "--dataset", str(data), "--output_dir", str(folder), *FLAGS, *TWO]
-    return subprocess.Popen(
-        [*command, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start(data: Path, folder: Path, *flags: str) -> Ranks:
+    command = ["--dataset", str(data), "--output_dir", str(folder), *FLAGS, *TWO, *flags]
+    return Ranks(command, folder.with_name(f"{folder.name}-rank"))
 
 
-def two(data: Path, folder: Path, *flags: str) -> tuple[int, str, str]:
-    process = start(data, folder, *flags)
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+def two(data: Path, folder: Path, *flags: str) -> Ranks:
+    ranks = start(data, folder, *flags)
+    assert ranks.wait() == [0, 0], ranks.read_errors()
+    return ranks
 
 
 SAME = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch", "rewards/margins", "nll_loss",
@@ -101,8 +96,7 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def double(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("double") / "run"
-    status, out, err = two(data, folder)
-    assert status == 0, err
+    out = two(data, folder).read_output()
     assert out.count("report: ") == 1 and out.count("data: trl at") == 1  # only rank 0 prints
     return folder
 
@@ -122,8 +116,7 @@ def full(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded") / "run"
-    status, _, err = two(data, folder, *FULL, "--fsdp", "true")
-    assert status == 0, err
+    two(data, folder, *FULL, "--fsdp", "true")
     return folder
 
 
@@ -138,8 +131,7 @@ def test_sharded_run_resumes_with_one_process_and_vice_versa(
     resume = [*FULL, "--resume_from_checkpoint", "auto"]
     assert one(data, half(sharded, tmp_path / "one"), *resume) == 0
     assert_same(full, tmp_path / "one")
-    status, _, err = two(data, half(full, tmp_path / "two"), *resume, "--fsdp", "true")
-    assert status == 0, err
+    two(data, half(full, tmp_path / "two"), *resume, "--fsdp", "true")
     assert_same(full, tmp_path / "two")
 
 
@@ -157,8 +149,7 @@ def test_run_of_two_processes_resumes_with_one_and_vice_versa(
     resume = ["--resume_from_checkpoint", "auto"]
     assert one(data, half(double, tmp_path / "one"), *resume) == 0
     assert_same(single, tmp_path / "one")
-    status, _, err = two(data, half(single, tmp_path / "two"), *resume)
-    assert status == 0, err
+    two(data, half(single, tmp_path / "two"), *resume)
     assert_same(single, tmp_path / "two")
 
 
@@ -170,32 +161,20 @@ def test_resume_rejects_another_batch_size(
     assert "x processes (6, now 12)" in capsys.readouterr().err
 
 
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The process ids of torchrun's workers, rank 0 first."""
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return sorted(int(pid) for pid in path.read_text().split())
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    while not path.exists() and process.poll() is None:
+def wait_for(path: Path, ranks: Ranks) -> None:
+    while ranks.is_running() and not (path.exists() and path.stat().st_size):
         time.sleep(0.01)
-    assert path.exists()
-
-
-def wait_for_rows(folder: Path, process: subprocess.Popen[str]) -> None:
-    path = folder / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
-        time.sleep(0.01)
+    assert path.exists(), ranks.read_errors()
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     long = ["--sft_max_steps", "2000", "--save_steps", "0", "--eval_steps", "0"]
-    process = start(data, folder, *long)
-    wait_for_rows(folder, process)
-    os.kill(workers(process)[-1], signal.SIGTERM)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode != 0
+    ranks = start(data, folder, *long)
+    wait_for(folder / "metrics.jsonl", ranks)
+    ranks.runs[-1].send_signal(signal.SIGTERM)
+    assert ranks.wait() == [EXIT_STATUS, EXIT_STATUS]
+    err = ranks.read_errors()
     assert "stopped by SIGTERM after sft step" in err and "rank 1: stopped by SIGTERM" in err
     (saved,) = (folder / "sft").glob("checkpoint-*")
     state = json.loads((saved / "trainer_state.json").read_text())
@@ -206,19 +185,21 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: Pat
 def test_death_of_a_rank_ends_the_others_with_a_message(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     long = ["--sft_max_steps", "2000", "--save_steps", "10", "--save_total_limit", "2"]
-    process = start(data, folder, *long)
-    wait_for(folder / "sft" / "checkpoint-10", process)
-    os.kill(workers(process)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode != 0
-    assert "lost contact with the other processes" in err
+    ranks = start(data, folder, *long)
+    wait_for(folder / "sft" / "checkpoint-10", ranks)
+    ranks.runs[-1].send_signal(signal.SIGKILL)
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "lost contact with the other processes" in ranks.read_errors()
     assert find_latest_checkpoint(folder / "sft") is not None
 
 
-def test_wrong_flag_ends_all_ranks(data: Path, tmp_path: Path) -> None:
-    status, _, err = two(data, tmp_path / "run", "--model_name_or_path", "/nowhere")
-    assert status != 0
-    assert "/nowhere: no such model folder" in err
+def test_wrong_flag_ends_all_ranks_of_torchrun(data: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--dataset", str(data), "--output_dir", str(tmp_path / "run"), *FLAGS]
+    done = subprocess.run(
+        [*command, "--model_name_or_path", "/nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "/nowhere: no such model folder" in done.stderr
 
 
 @pytest.mark.complete
@@ -236,8 +217,7 @@ def test_sharded_sft_and_adapters_with_images_equal_one_process(tmp_path: Path) 
         known = [digest_image(ImageRef(str(path), str(phantom))) for path in broken]
         (tmp_path / name / "checked_images.txt").write_text("".join(f"{k}\n" for k in known))
     assert one(phantom, tmp_path / "one", *flags) == 0
-    status, _, err = two(phantom, tmp_path / "two", *flags, "--fsdp", "true")
-    assert status == 0, err
+    two(phantom, tmp_path / "two", *flags, "--fsdp", "true")
     assert_same(tmp_path / "one", tmp_path / "two")
     first, second = (
         sorted((tmp_path / name / "rejected_records.jsonl").read_text().splitlines())

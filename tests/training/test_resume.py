@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -36,6 +34,7 @@ from cpo_fast.training.loop import Trainer
 from cpo_fast.training.objectives import CPOObjective
 from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 from tests.samples import write_pairs
+from tests.training.forks import Run
 
 pytestmark = pytest.mark.slow
 
@@ -78,36 +77,19 @@ def outcome(folder: Path) -> tuple[bytes, bytes, list[dict[str, Any]]]:
     )
 
 
-KILLED_AT_RENAME = """
-import os, pathlib, signal, sys
-from cpo_fast.train import main
-place, rename = sys.argv.pop(1), pathlib.Path.rename
-def killed(path, target):
-    if str(path).endswith(place):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(path, target)
-pathlib.Path.rename = killed
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def start(data: Path, folder: Path, *program: str) -> subprocess.Popen[bytes]:
+def start(data: Path, folder: Path, killed_at: str = "") -> Run:
     arguments = command(data, folder, "--resume_from_checkpoint", "auto")
-    return subprocess.Popen(
-        [sys.executable, *(program or ("-m", "cpo_fast.train")), *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    return Run(arguments, folder.with_name(f"{folder.name}-output"), killed_at=killed_at)
 
 
-def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool], sign: int) -> int:
+def kill_when(run: Run, moment: Callable[[], bool], sign: int) -> int | None:
     """Send `sign` at `moment`, unless the run ends first; returns the exit status."""
-    while process.poll() is None:
+    while run.is_running():
         if moment():
-            process.send_signal(sign)
+            run.send_signal(sign)
             break
         time.sleep(0.002)
-    return process.wait(timeout=600)
+    return run.wait()
 
 
 def rows(folder: Path) -> int:
@@ -139,8 +121,7 @@ def test_repeatedly_killed_run_ends_with_the_same_weights(
     folder = tmp_path / "killed"
     places = ("sft/.partial-6", "cpo/.partial-8")
     for place in places:
-        process = start(data, folder, "-c", KILLED_AT_RENAME, place)
-        assert process.wait(timeout=600) == -signal.SIGKILL
+        assert start(data, folder, killed_at=place).wait() == -signal.SIGKILL
         assert (folder / place).is_dir()
     killed, runs, chance = len(places), 1, random.Random(7)
     while killed < KILLS:
@@ -159,11 +140,10 @@ def test_repeatedly_killed_run_ends_with_the_same_weights(
 @pytest.mark.complete
 def test_sigterm_saves_and_exits_with_status_3(data: Path, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
-    process = start(data, folder)
-    status = kill_when(process, lambda: (folder / "sft" / "checkpoint-2").is_dir(), signal.SIGTERM)
+    run = start(data, folder)
+    status = kill_when(run, lambda: (folder / "sft" / "checkpoint-2").is_dir(), signal.SIGTERM)
     assert status == EXIT_STATUS
-    assert process.stderr is not None
-    assert b"--resume_from_checkpoint auto" in process.stderr.read()
+    assert "--resume_from_checkpoint auto" in run.read_errors()
     assert main(command(data, folder, "--resume_from_checkpoint", "auto")) == 0
     assert outcome(folder) == outcome(straight)
 
