@@ -8,6 +8,7 @@ dynamic shared memory; one instruction, ex2, becomes a function call.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -85,8 +86,8 @@ def translate(source: str) -> str:
     )
 
 
-def build_emulated(folder: Path, include: Path, *macros: str) -> Any:
-    """cpo_fast._cuda from csrc/cuda, for the CPU; `macros` such as "-DCPO_LAG=1"."""
+def build_emulated(folder: Path, include: Path, *macros: str) -> Path:
+    """The library cpo_fast._cuda from csrc/cuda, for the CPU; `macros` such as "-DCPO_LAG=1"."""
     for path in (ROOT / "csrc" / "cuda").iterdir():
         if path.name not in REPLACED:
             name = f"{path.stem}_cu.cpp" if path.suffix == ".cu" else path.name
@@ -103,6 +104,10 @@ def build_emulated(folder: Path, include: Path, *macros: str) -> Any:
         objects = list(pool.map(compile_one, [*folder.glob("*.cpp"), EMULATOR / "emulator.cpp"]))
     library = folder / "_cuda.so"
     subprocess.run(["g++", "-shared", *objects, "-o", str(library), "-lpthread"], check=True)
+    return library
+
+
+def load_emulated(library: Path) -> Any:
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
     spec = importlib.util.spec_from_file_location("_cuda", library, loader=loader)
     assert spec is not None
@@ -126,17 +131,20 @@ GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 NAN = float("nan")
 
 
-_built: list[Any] = []  # once for all modules that import the fixture
-
-
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulated(shared_folder: Path) -> Any:
     include = toolkit_include()
     if shutil.which("g++") is None or include is None:
         pytest.skip("the emulator needs g++ and CUDA's headers (a toolkit's or triton's)")
-    if not _built:
-        _built.append(build_emulated(tmp_path_factory.mktemp("emulated"), include))
-    return _built[0]
+    folder = shared_folder / "emulated"
+    with (shared_folder / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "_cuda.so"
+        if not library.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build_emulated(folder, include)
+    return load_emulated(library)
 
 
 def the_gpu() -> Place:

@@ -28,6 +28,7 @@ from tests.kernels.cuda_places import (
     emulated_log,
     everywhere,
     labels_for,
+    load_emulated,
     needs_hopper,
     normal,
     on_hopper,
@@ -221,7 +222,7 @@ def test_variants_for_tuning_give_the_same(tmp_path: Path) -> None:
     if shutil.which("g++") is None or include is None:
         pytest.skip("the emulator needs g++ and CUDA's headers (a toolkit's or triton's)")
     macros = {macro for variant in VARIANTS for macro in variant} - {"-DCPO_LAG=0"}
-    module = build_emulated(tmp_path, include, *macros)
+    module = load_emulated(build_emulated(tmp_path, include, *macros))
     place = Place(module, torch.device("cpu"), {"device": 0, "stream": 0})
     for T, V, D in [(1, 1, 8), (300, 1700, 136), (700, 257, 24)]:
         offsets = check_linear(place, T, V, D)["lse"] + normal(place, T, seed=2)
