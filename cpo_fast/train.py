@@ -123,11 +123,17 @@ def run_stages(args: TrainArguments, tracker_names: list[str], locks: ExitStack)
 
 def prepare_run(args: TrainArguments, world: World) -> tuple[RunContext, Corpus, Texts, Samples]:
     """Context, corpus, texts and samples; rank 0 creates the files that the other ranks read."""
+    from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.run.corpus import build_texts
     from cpo_fast.run.image_check import ImageCheck, reject_samples, reject_studies
     from cpo_fast.run.samples import check_samples, tokenise
-    from cpo_fast.run.start import open_start
+    from cpo_fast.run.start import find_start, open_start
 
+    if args.bf16 and world.is_main:
+        warn_of_slow_bfloat16()
+    if args.sft_checkpoint and args.model_name_or_path != TINY and world.is_main:
+        print("note: CPO starts from --sft_checkpoint; --model_name_or_path is not used")
+    start = world.on_main(lambda: find_start(args))
     run, corpus = world.main_first(lambda: read_data(args, world))
     stages = run.folder.summary["stages"]
     images = ImageCheck(run)
@@ -140,7 +146,7 @@ def prepare_run(args: TrainArguments, world: World) -> tuple[RunContext, Corpus,
         stages["images"] = images.summary()
 
     def encode() -> Samples:
-        run.checkpoint = open_start(run, texts)
+        run.checkpoint = open_start(run, texts, start)
         samples = tokenise(run, texts)
         check_samples(args, samples)
         return samples
@@ -150,17 +156,10 @@ def prepare_run(args: TrainArguments, world: World) -> tuple[RunContext, Corpus,
 
 def read_data(args: TrainArguments, world: World) -> tuple[RunContext, Corpus]:
     """Open the run's folder and read its data set."""
-    from cpo_fast.loss.processor import warn_of_slow_bfloat16
     from cpo_fast.phantom import write_phantom
     from cpo_fast.run.context import RunContext
     from cpo_fast.run.corpus import read_corpus
-    from cpo_fast.run.start import check_start
 
-    if args.bf16 and world.is_main:
-        warn_of_slow_bfloat16()
-    if args.sft_checkpoint and args.model_name_or_path != TINY and world.is_main:
-        print("note: CPO starts from --sft_checkpoint; --model_name_or_path is not used")
-    check_start(args)
     run = RunContext(args, world)
     if args.dataset == "phantom":
         home = run.folder.scratch_dir / "data"

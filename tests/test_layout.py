@@ -121,6 +121,20 @@ def test_files_stay_short_and_bench_imports_no_tests() -> None:
             assert not re.search(r"^\s*(from|import) tests\b", text, flags=re.M), name
 
 
+def test_tests_that_import_bench_are_listed() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    sentence = re.search(r"Only\s([^.]*(?:\.py[^.]*)*) import `bench`\.", page)
+    assert sentence
+    listed = re.findall(r"`(tests/[\w./]+)`", sentence[1])
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if "bench" in imports_of(path)
+    }
+    covered = {name: {one for one in importers if one.startswith(name)} for name in listed}
+    assert importers == set().union(*covered.values()) and all(covered.values())
+
+
 def test_number_and_noun_agree() -> None:
     assert counted(1, "step") == "1 step" and counted(0, "step") == "0 steps"
     assert counted(1, "study", "studies") == "1 study"

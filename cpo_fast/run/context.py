@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,8 @@ class RunContext:
     world: World = field(default_factory=World)
     stop: StopRequest = field(default_factory=StopRequest)
     checkpoint: Checkpoint = field(init=False)  # the start of the first stage, set when it is open
+    folder: RunFolder = field(init=False)
+    results: dict[Path, Path] = field(default_factory=dict, init=False)  # by folder of the stage
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.args, self.world)

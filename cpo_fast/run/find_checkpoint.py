@@ -31,7 +31,7 @@ def find_checkpoint(named: str | Path, flag: str, *, adapter: bool = False) -> P
     path = _check_exists(named, flag)
     if not _holds_model(path):
         _check_stage(path, flag)
-        path = _find_stage_result(path, flag, adapter=adapter)
+        return _find_stage_result(path, flag, adapter=adapter)
     if (path / MANIFEST).is_file() and (damage := find_damage(path)):
         raise UsageError(f"{flag} {path} is damaged ({damage}); use another checkpoint")
     return path

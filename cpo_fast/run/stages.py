@@ -194,9 +194,13 @@ def find_sft_result(run: RunContext) -> Path:
 
 
 def find_stage_result(run: RunContext, stage_dir: Path) -> Path | None:
-    """`find_result_checkpoint` under the run's flags; only rank 0 reads its files."""
-    best = run.args.load_best_model_at_end
-    return _find_on_main(run, lambda: find_result_checkpoint(stage_dir, best=best))
+    """`find_result_checkpoint` under the run's flags; only rank 0 hashes its files, and once."""
+    if (found := run.results.get(stage_dir)) is None:
+        best = run.args.load_best_model_at_end
+        found = _find_on_main(run, lambda: find_result_checkpoint(stage_dir, best=best))
+        if found is not None:
+            run.results[stage_dir] = found
+    return found
 
 
 def _find_on_main(run: RunContext, find: Callable[[], Path | None]) -> Path | None:

@@ -32,14 +32,15 @@ ORIGIN = "merged_from.json"
 """In that folder: digests of the adapter and its base."""
 
 
-def check_start(args: TrainArguments) -> None:
-    """UsageError for a starting model that the run cannot use, before data and weights are read.
+def find_start(args: TrainArguments) -> str | None:
+    """The folder of the starting model; None for the tiny one, which the run makes.
 
-    The tiny model needs no check.
+    Raises UsageError for a model that the run cannot use, before data and weights are read. A
+    checkpoint is hashed as a whole: call it on one rank.
     """
     named, flag = _named_start(args)
     if named == TINY:
-        return
+        return None
     path = find_checkpoint(named, flag)
     model = empty_model(lineage(path)[-1])
     try:
@@ -53,22 +54,24 @@ def check_start(args: TrainArguments) -> None:
         if peft:
             frozen = frozen_modules(model, freeze_vit=freeze_vit)
             check_targets(model, lora_targets(args), excluded=frozen)
+    return str(path)
 
 
-def open_start(run: RunContext, texts: Texts) -> Checkpoint:
-    """`sft_checkpoint`, `model_name_or_path`, or a tiny random model in output_dir/base.
+def open_start(run: RunContext, texts: Texts, found: str | None) -> Checkpoint:
+    """The model that `find_start` found, or a tiny random model in output_dir/base.
 
     An adapter is merged into its base, in output_dir/start.
     """
     args, folder = run.args, run.folder
-    named, flag = _named_start(args)
-    if named == TINY:
+    if found is not None:
+        path = Path(found)
+    else:
         path = folder.path / "base"
         made_new = "sft" in args.stage_names and args.resume_from_checkpoint is None
         if folder.prepares_inputs and (made_new or not (path / "tokenizer.json").is_file()):
             path = folder.scratch_dir / "base"
             write_tiny_model(args, path, texts)
-    path = find_checkpoint(path if named == TINY else named, flag)
+        path = find_checkpoint(path, _named_start(args)[1])
     if is_adapter(path):
         adapter, path = path, folder.path / START
         if folder.prepares_inputs:

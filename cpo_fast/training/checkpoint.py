@@ -58,7 +58,7 @@ def find_result_checkpoint(stage_dir: Path, *, best: bool) -> Path | None:
         return newest
     state = read_state(newest)
     named = stage_dir / f"checkpoint-{state.get('best_global_step')}"
-    return named if find_damage(named) is None else newest
+    return named if named != newest and find_damage(named) is None else newest
 
 
 def find_damage(path: Path) -> str | None:

@@ -20,11 +20,12 @@ from cpo_fast.model.build import add_lora, load_model, save_model
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts
 from cpo_fast.run.find_checkpoint import find_checkpoint
-from cpo_fast.run.start import open_start
+from cpo_fast.run.stages import find_sft_result
+from cpo_fast.run.start import find_start, open_start
 from cpo_fast.testing import samples
 from cpo_fast.testing.runs import parse_arguments
-from cpo_fast.train import main
-from cpo_fast.training.checkpoint import write_checkpoint
+from cpo_fast.train import main, prepare_run
+from cpo_fast.training.checkpoint import find_damage, write_checkpoint
 from cpo_fast.training.distributed import World
 
 TOKENS = torch.arange(300, 320)[None]
@@ -58,7 +59,7 @@ def base(tmp_path: Path) -> Path:
 def start(tmp_path: Path, *flags: str) -> Any:
     args = parse_arguments(["--dataset", "d", "--output_dir", str(tmp_path / "out"), *flags])
     args.overwrite_output_dir = True
-    return open_start(RunContext(args, World()), Texts({}, {}))
+    return open_start(RunContext(args, World()), Texts({}, {}), find_start(args))
 
 
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--sft_checkpoint"])
@@ -130,6 +131,42 @@ def test_model_path_errors_name_the_flag(base: Path, tmp_path: Path) -> None:
     for path, message in errors.items():
         with pytest.raises(UsageError, match=message):
             find_checkpoint(path, "--sft_checkpoint")
+
+
+@pytest.mark.parametrize(("best", "step"), [(False, 2), (True, 1)])
+def test_checkpoints_are_hashed_once_and_by_rank_0(
+    best: bool, step: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft, rows = stage(tmp_path / "run", base), tmp_path / "rows.jsonl"
+    (sft / "base").symlink_to(base)  # the adapters name ../base
+    rows.write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n')
+    hashed: list[str] = []
+
+    def count(path: Path) -> str | None:
+        hashed.append(path.name)
+        return find_damage(path)
+
+    for module in ("training.checkpoint", "run.find_checkpoint"):
+        monkeypatch.setattr(f"cpo_fast.{module}.find_damage", count)
+    given = ["--dataset", str(rows), "--stages", "cpo", "--output_dir"]
+    flags = ["--load_best_model_at_end", str(best).lower()]
+    run = RunContext(parse_arguments([*given, str(tmp_path / "run"), *flags]))
+    found = {find_sft_result(run).name for _ in range(3)}
+    assert found == {f"checkpoint-{step}"} and set(hashed) == {"checkpoint-2", *found}
+    assert len(hashed) == len(set(hashed))
+    hashed.clear()
+    args = parse_arguments([*given, str(tmp_path / "out"), "--sft_checkpoint", str(sft)])
+    start = prepare_run(args, World())[0].checkpoint.path
+    assert set(hashed) == {"checkpoint-2", *found} and len(hashed) == len(set(hashed))
+    hashed.clear()
+    results = [str(sft / f"checkpoint-{step}")]  # of rank 0; the later ones are None
+
+    class Rank1(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [{"result": results.pop() if results else None}, value]
+
+    assert prepare_run(args, Rank1(rank=1, size=2))[0].checkpoint.path == start
+    assert not hashed
 
 
 def test_commands_accept_stage_folders_and_report_moved_bases(
