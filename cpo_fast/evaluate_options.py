@@ -10,10 +10,12 @@ from typing import Any
 
 from cpo_fast.command_line import Parser, program
 from cpo_fast.data import DATASET_FORMATS, is_preference_file
+from cpo_fast.data.labels import UNCERTAIN_POLICIES
 from cpo_fast.errors import UsageError
 from cpo_fast.evaluation.settings import IMAGES, OF_SUITES, PAIRS, STUDIES, UNUSED
 from cpo_fast.flags import COUNT, POSITIVE, SEED, Choices, Number, split
 from cpo_fast.folders import TRAINING, contents_of, read_object
+from cpo_fast.types import SPLITS
 
 SUITES = ("classification", "report", "zero_shot", "drift")
 DEFAULT_SUITE = "classification,report"
@@ -103,12 +105,12 @@ def _parser(**settings: Any) -> Parser:
     add("--dataset", required=True, help="MIMIC-CXR folder, open-i, a CSV, or a preference file")
     add("--output_dir", required=True, type=Path, help="folder of the results (mode 0700)")
     add("--suite", help=f"for studies: of {','.join(SUITES)} (default: {DEFAULT_SUITE})")
-    add("--split", default="test", choices=("train", "validate", "test"),
+    add("--split", default="test", choices=SPLITS,
         help="for studies: which ones")  # fmt: skip
     add("--dataset_format", default="auto", choices=DATASET_FORMATS, metavar="NAME",
         help=f"format (auto: detected automatically): {', '.join(DATASET_FORMATS)}")  # fmt: skip
     add("--image_root", help="folder of the images if not in the data set")
-    add("--uncertain_labels", default="negative", choices=("negative", "positive"),
+    add("--uncertain_labels", default="negative", choices=tuple(UNCERTAIN_POLICIES),
         help="how uncertain labels count")  # fmt: skip
     add("--max_samples", type=POSITIVE, help="limit of studies, images or records")
     add("--max_length", type=POSITIVE, default=4096, help="longest prompt + report in tokens")

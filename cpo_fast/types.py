@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import networkx
@@ -45,6 +45,10 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 ATTENTIONS = ("auto", "gathered", "sdpa", "varlen", "flex")
 """Attention implementations over a pack (`cpo_fast.model.packed`)."""
+
+OverLong = Literal["drop", "truncate_response", "error"]
+OVER_LONG: tuple[OverLong, ...] = get_args(OverLong)
+"""Policies for a sample over the maximum length (`cpo_fast.packing.encode`)."""
 
 
 # --- files -> Study ------------------------------------------------------------------------------

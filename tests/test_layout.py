@@ -32,6 +32,8 @@ def list_loaded_modules(statement: str) -> set[str]:
 
 def test_importing_the_package_does_not_load_torch() -> None:
     assert not list_loaded_modules("import cpo_fast") & {"torch", "transformers", "triton", "peft"}
+    flags = "import cpo_fast.run.settings, cpo_fast.evaluate_options"
+    assert not list_loaded_modules(flags) & {"torch", "transformers", "numpy", "tqdm"}
 
 
 def test_loss_op_loads_neither_transformers_nor_peft() -> None:
@@ -123,9 +125,9 @@ def test_files_stay_short_and_bench_imports_no_tests() -> None:
 
 def test_tests_that_import_bench_are_listed() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    sentence = re.search(r"Only\s([^.]*(?:\.py[^.]*)*) import `bench`\.", page)
+    sentence = re.search(r"Only\s([^.]*) import `bench`\.", page)
     assert sentence
-    listed = re.findall(r"`(tests/[\w./]+)`", sentence[1])
+    listed = re.findall(r"`(tests/\w+/)`", sentence[1])
     importers = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("*.py")

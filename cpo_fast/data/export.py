@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from cpo_fast.data.labels import ANSWER
 from cpo_fast.data.lengths import as_preference
 from cpo_fast.data.preference_values import IMAGE_TAG, parts_of
 from cpo_fast.data.source import Source
@@ -28,7 +29,6 @@ from cpo_fast.types import Answer, ImageRef, Preference
 Row = dict[str, Any]
 
 _THOUGHT = re.compile(r"<think> (.*) </think> (.*)", re.DOTALL)
-_ANSWER = re.compile(r"The disease of this patient is ([^\n]+)\.")
 _PLACE = re.compile(r"(?:.*/)?p(1\d{7})/s(5\d{7})/([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+")
 _OWN = ("rejected_images", "rejected_prompt")
 _ALL_IMAGES = 1_000
@@ -191,7 +191,7 @@ def ccf_rows(one: Preference) -> list[Row]:
     reports: dict[str, str] = {}
     for text in answers[1:]:
         found = _THOUGHT.fullmatch(text)
-        named = found and _ANSWER.fullmatch(found[2])
+        named = found and ANSWER.fullmatch(found[2])
         if found is None or not named or named[1] in reports:
             raise RecordError("not-a-thought", "a rejected answer names no disease, or one twice")
         reports[named[1]] = found[1]

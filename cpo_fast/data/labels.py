@@ -31,7 +31,8 @@ UNCERTAIN_POLICIES: dict[str, frozenset[int]] = {
 """Label values that count as present. "negative" (default): asserted findings only."""
 
 _KNOWN = frozenset(LABEL_NAMES)
-_ANSWER = re.compile(r"\s*The disease of this patient is ([^\n]+)\.\s*")
+ANSWER = re.compile(r"The disease of this patient is ([^\n]+)\.")
+"""The sentence of `answer` and the names in it."""
 
 
 def diagnosis(labels: Labels, *, uncertain: str = "negative") -> tuple[str, ...]:
@@ -80,7 +81,7 @@ def parse_answer(text: str) -> tuple[str, ...]:
     _, closed, tail = text.rpartition("</think>")
     if not closed and "<think>" in text:
         return ()
-    match = _ANSWER.fullmatch(tail)
+    match = ANSWER.fullmatch(tail.strip())
     if match is None:
         return ()
     names = tuple(match[1].split(", "))

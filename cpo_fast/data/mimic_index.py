@@ -14,17 +14,18 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from cpo_fast.data.files import csv_rows
 from cpo_fast.errors import DataError
 from cpo_fast.folders import replace_private
 from cpo_fast.types import FINDINGS, SPLITS, RejectedRecord
+
+if TYPE_CHECKING:  # the flags are parsed without numpy
+    import numpy as np
 
 FRONTAL_VIEWS = frozenset({"AP", "PA"})
 
@@ -87,12 +88,18 @@ def _id(cell: str, pattern: re.Pattern[str]) -> str:
     return bare if pattern.fullmatch(bare) else ""
 
 
+def _read_rows(path: str, columns: Sequence[str], name: str) -> Iterable[tuple[int, list[str]]]:
+    """`csv_rows` of the table, with a progress bar."""
+    from tqdm import tqdm
+
+    return tqdm(csv_rows(path, columns, _REMEDY), name, disable=None, leave=False)
+
+
 def _read_split(path: str, bad: _Bad) -> _Studies:
     studies: _Studies = {}
     seen: set[str] = set()
     columns = ("dicom_id", "study_id", "subject_id", "split")
-    rows = tqdm(csv_rows(path, columns, _REMEDY), "split", disable=None, leave=False)
-    for line, (*cells, split) in rows:
+    for line, (*cells, split) in _read_rows(path, columns, "split"):
         # Paths are built from these ids, so anything else is refused.
         dicom, study, patient = map(_id, cells, (_DICOM, _STUDY, _SUBJECT))
 
@@ -117,9 +124,8 @@ def _read_split(path: str, bad: _Bad) -> _Studies:
 
 def _read_metadata(path: str, bad: _Bad) -> _Metadata:
     columns = ("dicom_id", "ViewPosition", "StudyDate", "StudyTime")
-    rows = tqdm(csv_rows(path, columns, _REMEDY), "metadata", disable=None, leave=False)
     known: _Metadata = {}
-    for line, (cell, view, date, time) in rows:
+    for line, (cell, view, date, time) in _read_rows(path, columns, "metadata"):
         dicom = _id(cell, _DICOM)
         if not dicom:
             bad.append(RejectedRecord(path, line, "", "bad-id", "dicom_id is malformed"))
@@ -134,10 +140,8 @@ def _read_metadata(path: str, bad: _Bad) -> _Metadata:
 
 def _read_labels(path: str, bad: _Bad) -> dict[str, tuple[int, ...]]:
     """Study id -> values in the order of FINDINGS; () for a row with any other value."""
-    columns = ("study_id", *FINDINGS)
-    rows = tqdm(csv_rows(path, columns, _REMEDY), "labels", disable=None, leave=False)
     labels: dict[str, tuple[int, ...]] = {}
-    for line, (cell, *values) in rows:
+    for line, (cell, *values) in _read_rows(path, ("study_id", *FINDINGS), "labels"):
         study = _id(cell, _STUDY)
         if not study:
             bad.append(RejectedRecord(path, line, "", "bad-id", "study_id is malformed"))
@@ -179,6 +183,8 @@ def _check_matched(path: str, named: Collection[str], wanted: Iterable[str], bad
 def build_index(split: str, metadata: str, labels: str) -> MimicIndex:
     """Read the three tables. Raises DataError as `csv_rows`, and for a table that matches no
     study."""
+    import numpy as np
+
     bad: _Bad = []
     images = _read_metadata(metadata, bad)
     values = _read_labels(labels, bad)
@@ -231,6 +237,8 @@ def cache_file(split: str) -> Path:
 
 def _load_cached(file: Path, key: str) -> MimicIndex | None:
     """The index in `file` if its key matches and it is complete."""
+    import numpy as np
+
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
@@ -252,6 +260,8 @@ def _load_cached(file: Path, key: str) -> MimicIndex | None:
 
 def _store(file: Path, key: str, index: MimicIndex) -> None:
     """Write the index for the next run; an unwritable cache is ignored."""
+    import numpy as np
+
     arrays = {f.name: getattr(index, f.name) for f in fields(MimicIndex) if f.name != "bad"}
     bad = json.dumps([record.to_json() for record in index.bad])
     with contextlib.suppress(OSError):

@@ -10,11 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from cpo_fast.errors import RecordError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the flags are parsed without numpy
+    import numpy as np
     from PIL import Image
 
 PATCH = 14
@@ -64,6 +63,8 @@ def visual_tokens(width: int, height: int, *, min_pixels: int, max_pixels: int) 
 def _tables(mean: Sequence[float], std: Sequence[float], scale: float) -> np.ndarray:
     """[3, 256] float32: 8-bit value -> normalised value, in the processor's steps and
     precisions."""
+    import numpy as np
+
     values = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
     shift, spread = (np.array(part, dtype=np.float32)[:, None] for part in (mean, std))
     return (values - shift) / spread
@@ -83,6 +84,7 @@ def pixel_values(
     Returns ([h * w, 3 * FRAMES * PATCH * PATCH] float32, (1, h, w)), where h x w is the grid of
     patches; the patches of a visual token are adjacent. Raises RecordError as `resized_size`.
     """
+    import numpy as np
     from PIL.Image import Resampling
 
     width, height = resized_size(*image.size, min_pixels=min_pixels, max_pixels=max_pixels)

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In ascending order of preference. For heads in `cpo_fast.loss.cuda.MEASURED`, "cuda" precedes
-# "triton".
-_IMPLS = ("reference", "cuda", "triton", "cpu")
+from cpo_fast.loss.options import IMPLS
 
 _modules: dict[str, Any] = {}  # the imported modules, or their ImportErrors
 
@@ -31,7 +29,7 @@ def impl_obstacles(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Every implementation, the preferred one last, and why it is unavailable for tensors on
     `device` (None: it is available)."""
     device = torch.device(device)
-    modules = {name: _load(name) for name in _IMPLS}
+    modules = {name: _load(name) for name in IMPLS}
     return {
         name: f"cannot be imported: {module}"
         if isinstance(module, ImportError)
@@ -47,7 +45,7 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 def choose(impl: str | None, hidden: Tensor, weight: Tensor) -> ModuleType:
     """The implementation that a call uses: the one that was measured to be the fastest for such a
-    head [V, D], else the preferred one.
+    head [V, D] (`cpo_fast.loss.cuda.MEASURED`), else the preferred one.
 
     An explicit `impl` is used or refused (ValueError, TypeError), never replaced.
     """

@@ -1,6 +1,6 @@
-"""The loss types and the options of the loss op. Needs no torch.
+"""The loss types, implementations and options of the loss op. Needs no torch.
 
-Flags and reports read `LOSS_TYPES` without importing torch; `losses.py` holds the formulas.
+Flags and reports read the names without importing torch; `losses.py` holds the formulas.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ LOSS_TYPES: dict[str, LossType] = {
     "plackett_luce": LossType(),
 }
 """By name; `cpo_fast.loss.losses` has the formula and source of each."""
+
+IMPLS = ("reference", "cuda", "triton", "cpu")
+"""The implementations (`cpo_fast.loss.implementations`), in ascending order of preference."""
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cpo_fast.counting import counted
 from cpo_fast.data.pixels import MERGE
 from cpo_fast.data.preference_values import answer_text, same_answer
 from cpo_fast.data.tokens import image_token_id, no_image_support, token_ids
 from cpo_fast.errors import DataError, RecordError, UsageError
-from cpo_fast.types import ImageRef, Preference, PreferenceGroup, Prompt, RejectedRecord
+from cpo_fast.types import (
+    OVER_LONG,
+    ImageRef,
+    OverLong,
+    Preference,
+    PreferenceGroup,
+    Prompt,
+    RejectedRecord,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Grid = tuple[int, int, int]
 """(t, h, w) of an image in patches; it has t * h * w / MERGE**2 visual tokens."""
-
-OverLong = Literal["drop", "truncate_response", "error"]
 
 
 def encode(
@@ -123,10 +129,8 @@ def _encode(
     over_long: OverLong,
 ) -> tuple[PreferenceGroup, bool]:
     """The group, and whether a response was truncated."""
-    if over_long not in ("drop", "truncate_response", "error"):
-        raise UsageError(
-            f"over_long={over_long!r} is unknown: use drop, truncate_response or error"
-        )
+    if over_long not in OVER_LONG:
+        raise UsageError(f"over_long={over_long!r} is unknown: use one of {', '.join(OVER_LONG)}")
     replaced = preference.rejected_images or (None,) * len(preference.rejected)
     if len(replaced) != len(preference.rejected):
         raise RecordError(

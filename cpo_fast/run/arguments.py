@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cpo_fast.data.pixels import MAX_PIXELS, MIN_PIXELS
 from cpo_fast.errors import UsageError
 from cpo_fast.flags import Number, Switch, near, split
 from cpo_fast.run.config_file import read_entries
@@ -59,8 +60,8 @@ class TrainArguments:
     sections: str = _flag("careful", "parser of report sections (authors: the paper's rule)")
     uncertain_labels: str = _flag("negative", "how uncertain labels count")
     max_images: int = _flag(1, "images per study, frontal views first")
-    max_pixels: int = _flag(1003520, "largest image area after resizing, in pixels")
-    min_pixels: int = _flag(3136, "smallest image area after resizing, in pixels")
+    max_pixels: int = _flag(MAX_PIXELS, "largest image area after resizing, in pixels")
+    min_pixels: int = _flag(MIN_PIXELS, "smallest image area after resizing, in pixels")
     num_studies: int = _flag(2000, "studies in the phantom data set")
     eval_fraction: float = _flag(0.05, "share of a preference file held out for evaluation")
     max_train_samples: int | None = _flag(None, "limit of training studies or records")

@@ -21,6 +21,7 @@ from cpo_fast.run.digests import (
     image_bytes,
     json_bytes,
     list_images,
+    processor_settings,
 )
 from cpo_fast.run.same_flags import check_flags
 from cpo_fast.training.checkpoint import BEGUN_WITH, read_state
@@ -56,7 +57,7 @@ def check_beginning(
             "held-out data": digest_data(held_out),
             "starting model": {"path": str(model[0]), "digest": digest_models(model)},
             "tokenizer": {"digest": _digest_tokenizer(checkpoint)},
-            "image processor": {"digest": _digest_processor(checkpoint)},
+            "image processor": {"digest": digest([json_bytes(processor_settings(checkpoint))])},
             "flags": dict(flags),
             "changes": [],
         }
@@ -138,9 +139,3 @@ def _digest_tokenizer(checkpoint: Checkpoint) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest([json_bytes([whole, tokenizer.chat_template])])
-
-
-def _digest_processor(checkpoint: Checkpoint) -> str:
-    return digest(
-        [json_bytes(checkpoint.images.processor.to_dict() if checkpoint.images else None)]
-    )

@@ -20,6 +20,7 @@ from cpo_fast.types import ImageRef, PreferenceGroup, Prompt
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
 
+    from cpo_fast.model.checkpoint import Checkpoint
     from cpo_fast.model.packed import PackedModel
 
 IMAGE_HEAD = 65536  # bytes of an image file that are hashed, besides its size
@@ -100,6 +101,11 @@ def model_bytes(model: PackedModel, adapters_off: bool) -> Iterator[Buffer]:
         yield f"{plain} {parameter.dtype} {list(parameter.shape)}\n".encode()
         flat = parameter.detach().cpu().contiguous().flatten()
         yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def processor_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The settings of the image processor; None for a model without images."""
+    return checkpoint.images.processor.to_dict() if checkpoint.images else None
 
 
 def drop_incidental(config: Any) -> Any:

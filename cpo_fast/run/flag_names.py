@@ -1,21 +1,12 @@
-"""The names that flags accept, as tables that need no library.
+"""Names that flags accept and whose source needs torch or transformers, as tables without them.
 
-Parsing flags imports neither torch nor transformers. tests/run/test_flag_names.py compares every
-table with the code that uses the names.
+tests/run/test_flag_names.py compares the schedules with transformers.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-DATASET_FORMATS = (
-    "auto", "mimic-cxr", "open-i", "trl", "ms-swift", "llama-factory", "alpaca", "ranked", "ccf",
-    "preferences", "counterfactuals",
-)  # fmt: skip
-SECTION_RULES = ("careful", "authors")
-LABEL_POLICIES = ("negative", "positive")
-TRUNCATIONS = ("drop", "truncate_response", "error")
-LOSS_IMPLS = ("reference", "cuda", "triton", "cpu")
 METRICS = (
     "loss",
     "rewards/chosen",

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpo_fast.data import DATASET_FORMATS
+from cpo_fast.data.labels import UNCERTAIN_POLICIES
+from cpo_fast.data.sections import RULES
 from cpo_fast.flags import (
     COUNT,
     POSITIVE,
@@ -22,18 +25,10 @@ from cpo_fast.flags import (
     Text,
     whole,
 )
-from cpo_fast.loss.options import LOSS_TYPES
-from cpo_fast.run.flag_names import (
-    DATASET_FORMATS,
-    LABEL_POLICIES,
-    LOSS_IMPLS,
-    METRICS,
-    SCHEDULES,
-    SECTION_RULES,
-    TRUNCATIONS,
-)
+from cpo_fast.loss.options import IMPLS, LOSS_TYPES
+from cpo_fast.run.flag_names import METRICS, SCHEDULES
 from cpo_fast.run.report_to import TRACKERS
-from cpo_fast.types import ATTENTIONS
+from cpo_fast.types import ATTENTIONS, OVER_LONG
 
 STAGES = ("graph", "counterfactual", "sft", "cpo", "evaluate")
 SOURCES = ("thinking", "perception")  # of counterfactuals, as CPO++ names them
@@ -59,8 +54,8 @@ RANGES: dict[str, Allowed] = {
     "dataset": Text("a path or a name; check_machine checks it"),
     "dataset_format": Choice(DATASET_FORMATS),
     "image_root": Text("a path; check_machine checks it"),
-    "sections": Choice(SECTION_RULES),
-    "uncertain_labels": Choice(LABEL_POLICIES),
+    "sections": Choice(RULES),
+    "uncertain_labels": Choice(tuple(UNCERTAIN_POLICIES)),
     "max_images": POSITIVE,
     "eval_fraction": Number(low=0, below=1),
     "num_studies": POSITIVE,
@@ -68,7 +63,7 @@ RANGES: dict[str, Allowed] = {
     "max_eval_samples": POSITIVE,
     "max_bad_fraction": SHARE,
     "max_length": POSITIVE,
-    "truncation": Choice(TRUNCATIONS),
+    "truncation": Choice(OVER_LONG),
     "max_pixels": POSITIVE,
     "min_pixels": POSITIVE,
     "dataloader_num_workers": COUNT,
@@ -102,7 +97,7 @@ RANGES: dict[str, Allowed] = {
     "normalize_source_weights": SWITCH,
     "rpo_alpha": Number(low=0),
     "precompute_ref_log_probs": SWITCH,
-    "loss_impl": Choice(LOSS_IMPLS),
+    "loss_impl": Choice(IMPLS),
     # --- packing
     "packing": SWITCH,
     "packing_length": POSITIVE,

@@ -2,9 +2,8 @@
 
 `reference_log_probs.safetensors` in the run folder holds one float32 sum per response, in the order
 of the groups: chosen, rejected_1 .. rejected_K. Its metadata is the key: digests of data, reference
-model, tokenizer and the settings that change a value.
-A file with another key is not used. It is computed in parts, each complete or absent, so that a
-killed run continues where it stopped.
+model and the settings that change a value. A file with another key is not used. It is computed in
+parts, each complete or absent, so that a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from cpo_fast.loss.segments import segment_sums
 from cpo_fast.model.checkpoint import Checkpoint
 from cpo_fast.model.packed import PackedModel
 from cpo_fast.packing import Step, plan_epoch
-from cpo_fast.run.digests import data_bytes, digest, json_bytes, model_bytes
+from cpo_fast.run.digests import data_bytes, digest, json_bytes, model_bytes, processor_settings
 from cpo_fast.training.checkpoint import RESUME
 from cpo_fast.training.feed import StepFeed, load_steps
 from cpo_fast.training.interrupt import Interrupted, StopRequest
@@ -208,22 +207,20 @@ def build_cache_key(
     *,
     adapters_off: bool,
 ) -> dict[str, str]:
-    """SHA-256 digests of "data", "model", "tokenizer" and "settings".
+    """SHA-256 digests of "data", "model" and "settings".
 
+    The data are token ids, so the tokenizer counts only through them.
     An image counts by its path, its size and its first bytes (reading 200,000 radiographs whole
     takes longer than starting a run should), together with the image processor's settings.
     """
-    tokenizer = checkpoint.tokenizer
     settings = {
         "attention": model.attention,
         "dtype": str(model.model.dtype),
         "device": model.model.device.type,
-        "images": checkpoint.images.processor.to_dict() if checkpoint.images else None,
+        "images": processor_settings(checkpoint),
     }
-    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
     return {
         "data": digest(data_bytes(groups)),
         "model": digest(model_bytes(model, adapters_off)),
-        "tokenizer": digest([json_bytes(vocabulary)]),
         "settings": digest([json_bytes(settings)]),
     }

@@ -14,13 +14,12 @@ from cpo_fast.data.preference_values import answer_text, message_text
 from cpo_fast.data.tokens import control_tokens
 from cpo_fast.errors import DataError
 from cpo_fast.packing import encode_all
-from cpo_fast.packing.encode import OverLong
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.context import RunContext
 from cpo_fast.run.corpus import Texts
 from cpo_fast.run.flag_ranges import SOURCES
 from cpo_fast.training.stage_settings import TRAINING_STAGES
-from cpo_fast.types import Origin, PreferenceGroup, RejectedRecord
+from cpo_fast.types import Origin, OverLong, PreferenceGroup, RejectedRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

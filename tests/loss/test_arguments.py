@@ -262,7 +262,7 @@ else:
 def test_triton_is_preferred_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, `impl=None` prefers Triton to the CUDA kernels."""
     everything = {
-        name: SimpleNamespace(obstacle=lambda device: None) for name in implementations._IMPLS
+        name: SimpleNamespace(obstacle=lambda device: None) for name in implementations.IMPLS
     }
     monkeypatch.setattr(implementations, "_modules", everything)
     names = available_impls("cuda")

@@ -7,14 +7,12 @@ import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
 from cpo_fast.errors import DataError, UsageError
 from cpo_fast.flags import Number, Text
-from cpo_fast.packing.encode import OverLong
 from cpo_fast.run.arguments import TrainArguments, find_fault
 from cpo_fast.run.flag_ranges import RANGES, find_range
 from cpo_fast.run.flag_rules import check_machine
@@ -244,11 +242,6 @@ def test_out_of_range_values_are_rejected_in_flags_and_files(
 def test_range_errors_list_allowed_values(argv: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         parse_arguments(argv.split())
-
-
-@pytest.mark.parametrize("kind", get_args(OverLong))
-def test_choices_match_the_code(kind: str) -> None:
-    assert parse_arguments(["--truncation", kind]).truncation == kind
 
 
 def test_range_bounds_are_allowed() -> None:

@@ -1,26 +1,20 @@
-"""The names in flag parsing match the code that uses them."""
+"""Schedules, their options and the rules of the losses match transformers and the loss op."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import replace
 from itertools import product
-from typing import get_args
 
 import pytest
 import torch
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from cpo_fast.data import DATASET_FORMATS
-from cpo_fast.data.labels import UNCERTAIN_POLICIES
-from cpo_fast.data.sections import RULES
 from cpo_fast.errors import UsageError
 from cpo_fast.loss import checks
-from cpo_fast.loss.api import impl_obstacles
 from cpo_fast.loss.losses import FORMULAS
 from cpo_fast.loss.options import LOSS_TYPES, LossOptions
-from cpo_fast.packing.encode import OverLong
 from cpo_fast.run import flag_names
 from cpo_fast.run.arguments import TrainArguments
 from cpo_fast.run.flag_ranges import find_range
@@ -32,14 +26,6 @@ GIVEN_BY_TRAINING = {"optimizer", "num_warmup_steps", "num_training_steps", "las
 VALUES = {"num_decay_steps": 2, "num_stable_steps": 2, "warmup_type": "linear", "timescale": 9,
           "decay_type": "linear", "num_cycles": 1, "power": 2.0, "min_lr_rate": 0.1,
           "warmup_lr_rate": 0.1, "min_lr_ratio": 0.1}  # fmt: skip
-
-
-def test_flag_names_match_the_code() -> None:
-    assert DATASET_FORMATS == flag_names.DATASET_FORMATS
-    assert RULES == flag_names.SECTION_RULES
-    assert sorted(UNCERTAIN_POLICIES) == list(flag_names.LABEL_POLICIES)
-    assert get_args(OverLong) == flag_names.TRUNCATIONS
-    assert tuple(impl_obstacles()) == flag_names.LOSS_IMPLS
 
 
 def test_schedules_and_options_match_transformers() -> None:

@@ -133,12 +133,20 @@ def test_model_path_errors_name_the_flag(base: Path, tmp_path: Path) -> None:
             find_checkpoint(path, "--sft_checkpoint")
 
 
-@pytest.mark.parametrize(("best", "step"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(("best", "newest", "result"), [(False, 2, 2), (True, 2, 1), (True, 1, 1)])
 def test_checkpoints_are_hashed_once_and_by_rank_0(
-    best: bool, step: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    best: bool,
+    newest: int,
+    result: int,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sft, rows = stage(tmp_path / "run", base), tmp_path / "rows.jsonl"
     (sft / "base").symlink_to(base)  # the adapters name ../base
+    if newest == 1:
+        shutil.rmtree(sft / "checkpoint-2")
+    expected = sorted({f"checkpoint-{newest}", f"checkpoint-{result}"})
     rows.write_text('{"prompt": "Q", "chosen": "a", "rejected": "b"}\n')
     hashed: list[str] = []
 
@@ -151,15 +159,14 @@ def test_checkpoints_are_hashed_once_and_by_rank_0(
     given = ["--dataset", str(rows), "--stages", "cpo", "--output_dir"]
     flags = ["--load_best_model_at_end", str(best).lower()]
     run = RunContext(parse_arguments([*given, str(tmp_path / "run"), *flags]))
-    found = {find_sft_result(run).name for _ in range(3)}
-    assert found == {f"checkpoint-{step}"} and set(hashed) == {"checkpoint-2", *found}
-    assert len(hashed) == len(set(hashed))
+    assert {find_sft_result(run).name for _ in range(3)} == {f"checkpoint-{result}"}
+    assert sorted(hashed) == expected
     hashed.clear()
     args = parse_arguments([*given, str(tmp_path / "out"), "--sft_checkpoint", str(sft)])
     start = prepare_run(args, World())[0].checkpoint.path
-    assert set(hashed) == {"checkpoint-2", *found} and len(hashed) == len(set(hashed))
+    assert sorted(hashed) == expected
     hashed.clear()
-    results = [str(sft / f"checkpoint-{step}")]  # of rank 0; the later ones are None
+    results = [str(sft / f"checkpoint-{result}")]  # of rank 0; the later ones are None
 
     class Rank1(World):
         def gather(self, value: Any) -> list[Any]:
