@@ -2,8 +2,8 @@
 
 The loss op is public and stands alone; its names are loaded on first use, so that the stages which
 need no torch (data, concepts, counterfactual) start without it. The stages of the pipeline are the
-subpackages, in the order of the pipeline: data, concepts, counterfactual, packing,
-model, loss, training, evaluation, report; `python -m cpo_fast.train` wires them.
+subpackages, in the order of the pipeline: data, concepts, counterfactual, packing, model, loss,
+training, evaluation, report, run; `python -m cpo_fast.train` wires them.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -10,8 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cpo_fast.command_line import failed
-from cpo_fast.console import piped
+from cpo_fast.command_line import report_error
+from cpo_fast.console import run_command
 from cpo_fast.errors import UsageError
 from cpo_fast.flags import near
 from cpo_fast.version import __version__
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[0] not in COMMANDS:
         meant = near(given[0], COMMANDS)
         hint = f"did you mean {meant}?" if meant else "see cpo-fast --help"
-        return failed("cpo-fast", UsageError(f"{given[0]} is not a command; {hint}"))
+        return report_error("cpo-fast", UsageError(f"{given[0]} is not a command; {hint}"))
     name = ELSEWHERE.get(given[0], f"cpo_fast.{given[0]}")
     try:  # a package has its command in __main__
         module = importlib.import_module(f"{name}.__main__")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name != f"{name}.__main__":
             raise
         module = importlib.import_module(name)
-    return piped(lambda: module.main(given[1:]))
+    return run_command(lambda: module.main(given[1:]))
 
 
 def usage() -> str:

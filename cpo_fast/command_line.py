@@ -1,7 +1,7 @@
 """The parser of all commands: short help in groups, one-line usage errors.
 
 A wrong flag ends the program with status 2 and `PROGRAM: error: --name value: allowed values`;
-other errors of a command have the same form (`failed`).
+other errors of a command have the same form (`report_error`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def program(command: str) -> str:
     return f"python -m {name}" if name == f"cpo_fast.{command}" else f"cpo-fast {command}"
 
 
-def failed(prog: str, error: Exception, *, flags: Iterable[str] = ()) -> int:
+def report_error(prog: str, error: Exception, *, flags: Iterable[str] = ()) -> int:
     """Print `PROGRAM: error: message`; returns the exit status, 2 for usage errors, else 1.
 
     Library code names settings; those in `flags` are printed as flags.
@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         missing = "the following arguments are required: "
         if message.startswith(missing):
             message = f"missing {message.removeprefix(missing)}; see {self.prog} --help"
-        self.exit(failed(self.prog, UsageError(message)))
+        self.exit(report_error(self.prog, UsageError(message)))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and (

@@ -18,7 +18,7 @@ def _reader_is_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def piped(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit status; `READER_GONE`, without a message, if standard
     output is a closed pipe. Other broken pipes are raised."""
     try:

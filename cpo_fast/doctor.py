@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cpo_fast.command_line import Parser, program
-from cpo_fast.console import piped
+from cpo_fast.console import run_command
 from cpo_fast.version import __version__
 
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "flash-attn": "flash_attn"}
@@ -215,4 +215,4 @@ SECTIONS = {
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

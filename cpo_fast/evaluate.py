@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.command_line import failed, program
-from cpo_fast.console import piped
+from cpo_fast.command_line import program, report_error
+from cpo_fast.console import run_command
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.evaluate_options import EvaluateArguments, parse_arguments, resolve_model
 from cpo_fast.evaluation.settings import IMAGES, PAIRS, STUDIES
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(f"report: {run(parse_arguments(argv))}")
     except CpoFastError as error:
-        return failed(program("evaluate"), error, flags=EvaluateArguments.__dataclass_fields__)
+        return report_error(
+            program("evaluate"), error, flags=EvaluateArguments.__dataclass_fields__
+        )
     return 0
 
 
@@ -191,4 +193,4 @@ def open_model(args: EvaluateArguments) -> tuple[str, Checkpoint, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

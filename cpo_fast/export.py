@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, failed, program
-from cpo_fast.console import piped
+from cpo_fast.command_line import Parser, program, report_error
+from cpo_fast.console import run_command
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.locks import check_folder, lock_file
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         with lock_file(args.output_dir.resolve(), "--output_dir"):
             export_merged(args.merge, args.output_dir, dtype=args.dtype, base_model=args.base_model)
     except (CpoFastError, OSError) as error:
-        return failed(program("export"), error)
+        return report_error(program("export"), error)
     print(f"{args.output_dir}: {args.merge} merged into its base")
     return 0
 
@@ -102,4 +102,4 @@ def check_paths(checkpoint: Path, output_dir: Path, base_model: Path | None) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.command_line import failed, program, show_flags
-from cpo_fast.console import piped
+from cpo_fast.command_line import program, report_error, show_flags
+from cpo_fast.console import run_command
 from cpo_fast.errors import CpoFastError, DataError, UsageError
 from cpo_fast.locks import lock_folder
 from cpo_fast.run.arguments import TrainArguments
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = read_settings(argv)
     except UsageError as error:
-        return failed(name, error)
+        return report_error(name, error)
     if not who:
         print(*settings.describe(), sep="\n", flush=True)
     try:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{who}{show_flags(str(stopped), FLAGS)}", file=sys.stderr)
         return EXIT_STATUS
     except CpoFastError as error:
-        return failed(name, error, flags=FLAGS)
+        return report_error(name, error, flags=FLAGS)
     return 0
 
 
@@ -169,4 +169,4 @@ def read_data(args: TrainArguments, world: World) -> tuple[RunContext, Corpus]:
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

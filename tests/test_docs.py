@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+import cpo_fast
 from tests.docs_blocks import CODE, NO_CODE, ROOT, blocks, check_data, find_pages, parse_block
+from tests.test_layout import STAGES
 
 PARSED_ONLY = {
     "README.md": 4,
@@ -132,9 +134,13 @@ def test_readme_map_equals_the_tree() -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The map")[1]
     _, listing, rest = section.split("```")[:3]
     mapped: set[str] = set()
+    stages: dict[str, None] = {}
     for line in listing.splitlines()[1:]:
+        stages |= {name: None for name in line.split(" ")[0].split("/")[1:2] if name in STAGES}
         first, *others = re.split(r" {2,}", line)[0].split(" ")
         mapped |= {str(Path(first)), *(str(Path(first).parent / name) for name in others)}
+    assert tuple(stages) == STAGES
+    assert f"pipeline: {', '.join(STAGES)};" in " ".join(str(cpo_fast.__doc__).split())
     for path in mapped:
         assert (ROOT / path).exists(), f"README.md, the map: {path} does not exist"
     helpers = rest.split("## ")[0]
@@ -155,12 +161,16 @@ def test_ledger_names_commits_commands_and_records() -> None:
     assert len(rows) > 10
     dates = [row[0].removeprefix("| ") for row in rows]
     assert dates == sorted(dates, reverse=True)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for date, commits, *_, command in rows:
         assert re.fullmatch(r"\| \d{4}-\d\d-\d\d", date)
         assert all(re.fullmatch(r"[0-9a-f]{7}", commit) for commit in commits.split(", ")), commits
         files = re.findall(r"(?:bench|tests)/[\w./-]+\.(?:py|json)", command)
         files += [f"{name.replace('.', '/')}.py" for name in re.findall(r"bench\.\w+", command)]
-        assert files and all((ROOT / name).is_file() for name in files), command
+        targets = re.findall(r"\bmake ([\w-]+)", command)
+        assert files or targets, command
+        assert all((ROOT / name).is_file() for name in files), command
+        assert all(f"\n{target}:" in makefile for target in targets), command
 
 
 @pytest.mark.complete

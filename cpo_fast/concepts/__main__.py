@@ -13,10 +13,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cpo_fast.command_line import Parser, failed, program
+from cpo_fast.command_line import Parser, program, report_error
 from cpo_fast.concepts.graph import graph_from_json, load_graph, read_graph_json
 from cpo_fast.concepts.labeller import label_report
-from cpo_fast.console import piped
+from cpo_fast.console import run_command
 from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError, DataError, RecordError, UsageError
 from cpo_fast.flags import POSITIVE
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except CpoFastError as error:
-        return failed(program("concepts"), error)
+        return report_error(program("concepts"), error)
     return 0
 
 
@@ -249,4 +249,4 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cpo_fast.command_line import Parser, failed, program
+from cpo_fast.command_line import Parser, program, report_error
 from cpo_fast.concepts import load_graph
-from cpo_fast.console import piped
+from cpo_fast.console import run_command
 from cpo_fast.counterfactual.formats import FORMATS, format_rows
 from cpo_fast.counterfactual.generate import balance, generate_decided, place_images
 from cpo_fast.counterfactual.local import load_local
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args)
     except CpoFastError as error:
-        return failed(program("counterfactual"), error)
+        return report_error(program("counterfactual"), error)
 
 
 def _parser() -> Parser:
@@ -333,4 +333,4 @@ def _print_summary(path: Path, passed: int, failed: Counter[str], before: int, s
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, failed, program
-from cpo_fast.console import piped
+from cpo_fast.command_line import Parser, program, report_error
+from cpo_fast.console import run_command
 from cpo_fast.counting import counted
 from cpo_fast.data import DATASET_FORMATS, is_preference_file, open_preferences, open_studies
 from cpo_fast.data.check import IMAGE_CHECKS, check, table, write
@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace) -> int:
     print(table(checked))
     if checked.facts["used"] == 0 or checked.bad_fraction > args.max_bad_fraction:
         allowed = f"more than --max_bad_fraction {args.max_bad_fraction} allows"
-        failed(
+        report_error(
             f"{program('data')} check",
             DataError(
                 f"{len(checked.rejected)} of {counted(checked.facts['read'], 'record')} set aside, "
@@ -154,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _check(args) if args.command == "check" else _export(args)
     except CpoFastError as error:
-        failed(f"{program('data')} {args.command}", error)
+        report_error(f"{program('data')} {args.command}", error)
         return UNREADABLE
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

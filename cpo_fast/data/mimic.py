@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".dcm")
 """MIMIC-CXR-JPG's format, a common format of downscaled copies, and MIMIC-CXR's DICOM."""
 
 
-def table(folder: str, name: str) -> str | None:
+def find_table(folder: str, name: str) -> str | None:
     """The path of `mimic-cxr-2.x.x-{name}.csv[.gz]` in `folder`, or None."""
     # An exact match: mimic-cxr-2.1.0-test-set-labeled.csv is a different table.
     wanted = re.compile(rf"mimic-cxr-2\.\d+\.\d+-{name}\.csv(\.gz)?")
@@ -36,12 +36,12 @@ def table(folder: str, name: str) -> str | None:
 
 def looks_like(folder: str) -> bool:
     """Whether `folder` has any table of MIMIC-CXR-JPG."""
-    return any(table(folder, name) for name in ("split", "metadata", *LABELLERS))
+    return any(find_table(folder, name) for name in ("split", "metadata", *LABELLERS))
 
 
 def _required(folder: str, *names: str) -> str:
     for name in names:
-        if path := table(folder, name):
+        if path := find_table(folder, name):
             return path
     listed = " or ".join(f"mimic-cxr-2.0.0-{name}.csv.gz" for name in names)
     raise DataError(f"{folder}: no {listed}; MIMIC-CXR-JPG puts it beside the folder files/")

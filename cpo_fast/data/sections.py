@@ -205,8 +205,8 @@ def _sections(part: str) -> list[tuple[str, str, str]]:
 
 
 def _text_after(body: str, *, by_sentences: bool) -> str:
-    """The text after the own text of a header within the findings: the paragraphs after its first
-    and, with `by_sentences`, the sentences of the first after the header's own."""
+    """What follows the text that belongs to a header within the findings: all paragraphs but the
+    first; with `by_sentences` also the first paragraph's sentences after the header's own."""
     own, *rest = _PARAGRAPH.split(body.strip())
     if not by_sentences:
         return "\n\n".join(rest)

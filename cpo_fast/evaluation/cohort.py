@@ -51,7 +51,9 @@ class Cohort:
 
         Raises DataError if none is kept.
         """
-        self.rejected += [self.reject(index, error, self.stage) for index, error in failed.items()]
+        self.rejected += [
+            self.make_rejected_record(index, error, self.stage) for index, error in failed.items()
+        ]
         if failed and len(failed) == len(self.studies):
             raise DataError(
                 "no sample could be read: an image fails in each of "
@@ -64,7 +66,9 @@ class Cohort:
         self.truth = [self.truth[i] for i in kept]
         return kept
 
-    def reject(self, index: int, error: RecordError, stage: str = "") -> RejectedRecord:
+    def make_rejected_record(
+        self, index: int, error: RecordError, stage: str = ""
+    ) -> RejectedRecord:
         """The `RejectedRecord` of a study that fails in `stage`."""
         study = self.studies[index]
         return RejectedRecord.of(study.study_id, study.origin, error, stage=stage)

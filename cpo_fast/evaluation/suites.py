@@ -100,7 +100,9 @@ def score_zero_shot(
         packing_length=options.packing_length,
         failed=failed,
     )
-    cohort.rejected += [cohort.reject(i, error, "zero_shot") for i, error in failed.items()]
+    cohort.rejected += [
+        cohort.make_rejected_record(i, error, "zero_shot") for i, error in failed.items()
+    ]
     read = [i for i in range(len(prompts)) if i not in failed]
     if not read:
         raise DataError(
@@ -153,7 +155,7 @@ def probe_drift(
             moved = probe(*about, checkpoint.pixels, image_token_id=image)
             end, found = swap_effects(*about, swaps, checkpoint.pixels, image_token_id=image)
         except RecordError as error:  # the image was readable when the answers were generated
-            cohort.rejected.append(cohort.reject(index, error, "drift"))
+            cohort.rejected.append(cohort.make_rejected_record(index, error, "drift"))
             continue
         drifts.append(moved)
         effects += found

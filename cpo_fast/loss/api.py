@@ -61,7 +61,10 @@ def linear_logprobs(
     ignore_index: int = -100,
     impl: str | None = None,
 ) -> Tensor:
-    """Log-probability of every label under a linear head, without storing the logits.
+    """Log-probability of every label under a linear head.
+
+    Not all logits are stored at a time (the eager reference does; a trained head can keep its
+    residuals).
 
     - `hidden` [T, D]: the states after the final norm, before the output layer; bfloat16, float16
       or float32 (float64 with the reference implementation only).
@@ -81,14 +84,14 @@ def linear_logprobs(
     the message names the argument and says what to pass. Label values are checked on CPU tensors;
     on CUDA tensors only with `CPO_FAST_CHECKS=1`, because the check waits for the device.
     """
-    weight, bias = checks.gathered("weight", weight), checks.gathered("bias", bias)
-    checks.head(hidden, weight, bias)
+    weight, bias = checks.gather_full("weight", weight), checks.gather_full("bias", bias)
+    checks.check_head(hidden, weight, bias)
     options = LossOptions(
         softcap=softcap, temperature=temperature, ignore_index=ignore_index, impl=impl
     )
-    checks.options(options)
-    checks.indices("labels", labels, (hidden.shape[0],), hidden.device)
-    checks.label_range(labels, weight.shape[0], ignore_index)
+    checks.check_options(options)
+    checks.check_indices("labels", labels, (hidden.shape[0],), hidden.device)
+    checks.check_label_range(labels, weight.shape[0], ignore_index)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
     module = implementations.choose(impl, hidden, weight)
     logps, _ = module.token_logps(hidden, weight, labels, bias, None, options)
@@ -162,10 +165,10 @@ def cpo_loss(
     where `ref_logps` are positive. Values are checked on CPU tensors; on CUDA tensors only with
     `CPO_FAST_CHECKS=1`, because the check waits for the device.
     """
-    weight, bias = checks.gathered("weight", weight), checks.gathered("bias", bias)
-    ref_weight = checks.gathered("ref_weight", ref_weight, trained=False)
-    ref_bias = checks.gathered("ref_bias", ref_bias, trained=False)
-    checks.head(hidden, weight, bias)
+    weight, bias = checks.gather_full("weight", weight), checks.gather_full("bias", bias)
+    ref_weight = checks.gather_full("ref_weight", ref_weight, trained=False)
+    ref_bias = checks.gather_full("ref_bias", ref_bias, trained=False)
+    checks.check_head(hidden, weight, bias)
     options = LossOptions(
         beta=beta,
         loss_type=loss_type,
@@ -177,29 +180,29 @@ def cpo_loss(
         ignore_index=ignore_index,
         impl=impl,
     )
-    checks.options(options)
-    checks.references(loss_type, ref_hidden, ref_logps, ref_weight, ref_bias)
+    checks.check_options(options)
+    checks.check_references(loss_type, ref_hidden, ref_logps, ref_weight, ref_bias)
     T, V, device = hidden.shape[0], weight.shape[0], hidden.device
     wide = (torch.float32, torch.float64)
-    checks.indices("labels", labels, (T,), device)
-    checks.indices("segment_ids", segment_ids, (T,), device)
-    checks.indices("pairs", pairs, ("P", 2), device)
+    checks.check_indices("labels", labels, (T,), device)
+    checks.check_indices("segment_ids", segment_ids, (T,), device)
+    checks.check_indices("pairs", pairs, ("P", 2), device)
     if pair_weights is not None:
-        checks.tensor("pair_weights", pair_weights, (pairs.shape[0],), wide, device)
-        checks.weights_of_pairs(pair_weights)
+        checks.check_tensor("pair_weights", pair_weights, (pairs.shape[0],), wide, device)
+        checks.check_pair_weights(pair_weights)
     if num_segments is None:
         S = int(segment_ids.max()) + 1 if T else 0
     else:
-        checks.integer("num_segments", num_segments, at_least=0)
+        checks.check_integer("num_segments", num_segments, at_least=0)
         S = num_segments
     if ref_logps is not None:
-        checks.tensor("ref_logps", ref_logps, (S,), wide, device)
-        checks.sums_of_logps(ref_logps)
+        checks.check_tensor("ref_logps", ref_logps, (S,), wide, device)
+        checks.check_ref_logps(ref_logps)
     if ref_hidden is not None:
-        checks.reference_head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        checks.frozen_reference(weight, bias, ref_weight, ref_bias)
-    checks.token_values(labels, segment_ids, V, S, ignore_index)
-    checks.pair_values(pairs, S)
+        checks.check_reference_head(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        checks.warn_of_trained_head(weight, bias, ref_weight, ref_bias)
+    checks.check_token_values(labels, segment_ids, V, S, ignore_index)
+    checks.check_pairs(pairs, S)
 
     # Tokens without a segment are not scored.
     labels = labels.where(segment_ids >= 0, ignore_index)

@@ -28,7 +28,7 @@ def looks_at_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("CPO_FAST_CHECKS") == "1"
 
 
-def tensor(
+def check_tensor(
     name: str,
     value: object,
     shape: tuple[int | str, ...],
@@ -64,7 +64,7 @@ def tensor(
     return value
 
 
-def gathered(name: str, value: MaybeTensor, trained: bool = True) -> MaybeTensor:
+def gather_full(name: str, value: MaybeTensor, trained: bool = True) -> MaybeTensor:
     """The full tensor of a DTensor, by a collective; other values unchanged.
 
     Raises ValueError where a gradient would flow back (`trained`): ranks with different tokens must
@@ -81,7 +81,7 @@ def gathered(name: str, value: MaybeTensor, trained: bool = True) -> MaybeTensor
     return value.detach().full_tensor()
 
 
-def head(
+def check_head(
     hidden: object,
     weight: object,
     bias: object | None,
@@ -93,13 +93,13 @@ def head(
 ) -> None:
     """hidden [T, D], weight [V, D] and bias [V] on one device and of one dtype (any dtypes under
     autocast); `names` are the caller's argument names."""
-    h = tensor(names[0], hidden, (rows, "D"), FLOATS, device)
+    h = check_tensor(names[0], hidden, (rows, "D"), FLOATS, device)
     dtypes = _beside(h)
     if isinstance(weight, Tensor) and weight.dim() == 2:
         message = advice.on_head(h, weight, names[:2])
         if message is not None:
             raise ValueError(message)
-    w = tensor(names[1], weight, (vocabulary, h.shape[1]), dtypes, h.device, like=names[0])
+    w = check_tensor(names[1], weight, (vocabulary, h.shape[1]), dtypes, h.device, like=names[0])
     if not w.is_contiguous():
         raise ValueError(
             f"{names[1]} must be contiguous [V, D], got strides {w.stride()}: pass "
@@ -108,10 +108,10 @@ def head(
     if w.shape[0] == 0 or w.shape[1] == 0:
         raise ValueError(f"{names[1]} must have V >= 1 and D >= 1, got {list(w.shape)}")
     if bias is not None:
-        tensor(names[2], bias, (w.shape[0],), dtypes, h.device, like=names[0])
+        check_tensor(names[2], bias, (w.shape[0],), dtypes, h.device, like=names[0])
 
 
-def reference_head(
+def check_reference_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -124,13 +124,13 @@ def reference_head(
     shared = ref_weight is None
     narrow = FLOATS if hidden.dtype == torch.float64 else FLOATS[:3]
     dtypes, like = (_beside(hidden), "hidden") if shared else (narrow, "")
-    states = tensor("ref_hidden", ref_hidden, (T, "D"), dtypes, hidden.device, like=like)
+    states = check_tensor("ref_hidden", ref_hidden, (T, "D"), dtypes, hidden.device, like=like)
     if shared and states.shape[1] not in weight.shape:
         raise ValueError(
             f"ref_hidden must have D = {D} as hidden has, got {list(states.shape)}: pass the "
             "ref_weight [V, D] of a reference of another size"
         )
-    head(
+    check_head(
         ref_hidden,
         weight if shared else ref_weight,
         bias if ref_bias is None else ref_bias,
@@ -151,7 +151,7 @@ def _beside(hidden: Tensor) -> tuple[torch.dtype, ...]:
     return FLOATS[:3] if mixed else (hidden.dtype,)
 
 
-def frozen_reference(
+def warn_of_trained_head(
     weight: Tensor, bias: Tensor | None, ref_weight: object | None, ref_bias: object | None
 ) -> None:
     """Warn where a trained head also scores the reference and was not passed for it."""
@@ -170,11 +170,13 @@ def frozen_reference(
             )
 
 
-def indices(name: str, value: object, shape: tuple[int | str, ...], device: torch.device) -> Tensor:
-    return tensor(name, value, shape, (torch.int64,), device)
+def check_indices(
+    name: str, value: object, shape: tuple[int | str, ...], device: torch.device
+) -> Tensor:
+    return check_tensor(name, value, shape, (torch.int64,), device)
 
 
-def index_range(
+def check_index_range(
     name: str, value: Tensor, low: int, high: int, also: int | None = None, hint: str = ""
 ) -> None:
     """Every entry is in low..high-1 or equal to `also`."""
@@ -190,17 +192,17 @@ def index_range(
         raise ValueError(f"{name} must be {allowed}, {got}" + (hint and f": {hint}"))
 
 
-def label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     hint = "weight has one row for each token id; mark tokens not to score with ignore_index"
-    index_range("labels", labels, 0, vocabulary, ignore_index, hint)
+    check_index_range("labels", labels, 0, vocabulary, ignore_index, hint)
 
 
-def token_values(
+def check_token_values(
     labels: Tensor, segment_ids: Tensor, vocabulary: int, segments: int, ignore_index: int
 ) -> None:
     """labels and segment_ids are in range; warns where they leave no token to score."""
-    label_range(labels, vocabulary, ignore_index)
-    index_range("segment_ids", segment_ids, 0, segments, also=-1)
+    check_label_range(labels, vocabulary, ignore_index)
+    check_index_range("segment_ids", segment_ids, 0, segments, also=-1)
     if not (looks_at_values(labels) and looks_at_values(segment_ids)) or not labels.numel():
         return
     if not ((labels != ignore_index) & (segment_ids >= 0)).any():
@@ -212,13 +214,13 @@ def token_values(
         )
 
 
-def pair_values(
+def check_pairs(
     pairs: Tensor,
     segments: int,
     hint: str = "without num_segments the segments end at segment_ids.max()",
 ) -> None:
     """Each row names two different segments."""
-    index_range("pairs", pairs, 0, segments, hint=hint)
+    check_index_range("pairs", pairs, 0, segments, hint=hint)
     if not looks_at_values(pairs):
         return
     same = pairs[:, 0] == pairs[:, 1]
@@ -231,7 +233,7 @@ def pair_values(
         )
 
 
-def sums_of_logps(ref_logps: Tensor) -> None:
+def check_ref_logps(ref_logps: Tensor) -> None:
     """ref_logps are finite; warns where positive values show that they are not log-probs."""
     if not looks_at_values(ref_logps):
         return
@@ -246,12 +248,12 @@ def sums_of_logps(ref_logps: Tensor) -> None:
         )
 
 
-def weights_of_pairs(pair_weights: Tensor) -> None:
+def check_pair_weights(pair_weights: Tensor) -> None:
     if looks_at_values(pair_weights) and not (pair_weights.isfinite() & (pair_weights >= 0)).all():
         raise ValueError("pair_weights must be finite and >= 0")
 
 
-def number(
+def check_number(
     name: str, value: object, *, above: float | None = None, at_least: float | None = None
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -265,19 +267,19 @@ def number(
         raise ValueError(f"{name} must be >= {at_least:g}, got {value}")
 
 
-def integer(name: str, value: object, at_least: int | None = None) -> None:
+def check_integer(name: str, value: object, at_least: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")
 
 
-def options(given: LossOptions) -> None:
+def check_options(given: LossOptions) -> None:
     """Options have the right type and range, and `loss_type` uses those that are not default."""
     if given.softcap is not None:
-        number("softcap", given.softcap, above=0)
-    number("temperature", given.temperature, above=0)
-    integer("ignore_index", given.ignore_index)
+        check_number("softcap", given.softcap, above=0)
+    check_number("temperature", given.temperature, above=0)
+    check_integer("ignore_index", given.ignore_index)
     loss_type, smoothing = given.loss_type, given.label_smoothing
     if not isinstance(loss_type, str):
         raise TypeError(
@@ -290,10 +292,10 @@ def options(given: LossOptions) -> None:
             f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}{hint}"
         )
     kind = LOSS_TYPES[loss_type]
-    number("beta", given.beta, above=0)
-    number("rpo_alpha", given.rpo_alpha, at_least=0)
-    number("simpo_gamma", given.simpo_gamma)
-    number("label_smoothing", smoothing)
+    check_number("beta", given.beta, above=0)
+    check_number("rpo_alpha", given.rpo_alpha, at_least=0)
+    check_number("simpo_gamma", given.simpo_gamma)
+    check_number("label_smoothing", smoothing)
     if kind.smoothing is None:
         if smoothing != 0:
             raise ValueError(f"label_smoothing must be 0: loss_type {loss_type!r} does not use it")
@@ -312,7 +314,7 @@ def options(given: LossOptions) -> None:
         raise ValueError(f"simpo_gamma must be left at 0.5: {loss_type!r} does not use it")
 
 
-def references(
+def check_references(
     loss_type: str, ref_hidden: object, ref_logps: object, ref_weight: object, ref_bias: object
 ) -> None:
     """Exactly one source of reference log-probs for a loss with a reference, else none."""

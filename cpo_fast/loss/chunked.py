@@ -18,7 +18,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def padded(V: int) -> int:
+def padded_columns(V: int) -> int:
     """Columns of a buffer for V logits."""
     return (V + _PAD - 1) // _PAD * _PAD
 
@@ -26,7 +26,7 @@ def padded(V: int) -> int:
 def logits_buffer(like: Tensor, rows: int, V: int) -> Tensor:
     """[rows, padded V]. The padding is 0: a GEMM can read a vector past V (oneDNN does) and
     multiply it by 0, which must not give NaN."""
-    buffer = like.new_empty(rows, padded(V))
+    buffer = like.new_empty(rows, padded_columns(V))
     buffer[:, V:].zero_()
     return buffer
 
@@ -42,7 +42,7 @@ def chunk_rows(
     the tile slots in chunks of 2048 rows, 95 % in chunks of 1152. A wave of the first GEMM sums D
     terms per element, a wave of the second V.
     """
-    most = max(1, room // (padded(V) * itemsize))
+    most = max(1, room // (padded_columns(V) * itemsize))
     if most >= T or most < step:
         return min(T, most)
 
@@ -84,7 +84,7 @@ def slope_bytes(hidden: Tensor, weight: Tensor) -> int:
     With them, the backward pass does not compute the logits again: one GEMM less. Without them it
     sums dW over chunks in float32; the 4 V D bytes of that sum count as available here.
     """
-    needed = hidden.shape[0] * padded(weight.shape[0]) * hidden.element_size()
+    needed = hidden.shape[0] * padded_columns(weight.shape[0]) * hidden.element_size()
     return needed - (4 * weight.numel() if weight.requires_grad else 0)
 
 

@@ -36,7 +36,7 @@ from cpo_fast.loss.chunked import (
     chunks,
     fp32_sums,
     logits_buffer,
-    padded,
+    padded_columns,
     slope_bytes,
 )
 from cpo_fast.loss.cuda_launch import Head, scale_rows, sum_segments
@@ -179,7 +179,7 @@ def _outputs(
         hidden.new_empty(T if plan.want_hidden else 0, D),
         floats(T),
         floats(T),
-        hidden.new_empty(T if plan.keep else 0, padded(weight.shape[0])),
+        hidden.new_empty(T if plan.keep else 0, padded_columns(weight.shape[0])),
     )
 
 

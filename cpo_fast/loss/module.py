@@ -31,7 +31,7 @@ class CPOLoss(nn.Module):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _OPTIONS}
         super().__init__()
-        checks.options(LossOptions(**given))
+        checks.check_options(LossOptions(**given))
         self.__dict__.update(given)
 
     def extra_repr(self) -> str:

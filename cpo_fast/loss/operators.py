@@ -107,7 +107,7 @@ class Operator:
 
 def _flattened(function: Function, model: Function | None = None) -> Function:
     """`function` with the fields of its last argument, a Plan, as separate arguments; `model` is
-    the function whose annotations count, if another one."""
+    a function whose annotations are used instead."""
     hints = get_type_hints(model or function)
     returns, _ = hints.pop("return"), hints.pop("plan")
     count = len(hints)

@@ -48,7 +48,7 @@ IMPLS = ("reference", "cuda", "triton", "cpu")
 class LossOptions:
     """The options of `cpo_loss` and `linear_logprobs`, which document them.
 
-    `checks.options` validates them.
+    `checks.check_options` validates them.
     """
 
     beta: float = 0.1

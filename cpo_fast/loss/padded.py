@@ -52,12 +52,12 @@ def from_padded(
     Raises TypeError or ValueError, which name the argument and say what to pass.
     """
     whole = "from_padded shifts: pass the states and the labels of all positions of the batch"
-    checks.tensor("hidden", hidden, ("B", "L", "D"), checks.FLOATS, shape_hint=whole)
+    checks.check_tensor("hidden", hidden, ("B", "L", "D"), checks.FLOATS, shape_hint=whole)
     B, L, _ = hidden.shape
-    checks.tensor("labels", labels, (B, L), (torch.int64,), hidden.device, shape_hint=whole)
-    checks.integer("ignore_index", ignore_index)
+    checks.check_tensor("labels", labels, (B, L), (torch.int64,), hidden.device, shape_hint=whole)
+    checks.check_integer("ignore_index", ignore_index)
     if ref_hidden is not None:
-        checks.tensor(
+        checks.check_tensor(
             "ref_hidden", ref_hidden, (B, L, "D"), checks.FLOATS, hidden.device, shape_hint=whole
         )
     rows = torch.arange(B, device=hidden.device)
@@ -69,8 +69,8 @@ def from_padded(
             )
         pairs = torch.stack(rows.chunk(2), 1) if B else rows.new_zeros(0, 2)
     else:
-        checks.indices("pairs", pairs, ("P", 2), hidden.device)
-        checks.pair_values(pairs, B, hint="pairs name rows of the batch")
+        checks.check_indices("pairs", pairs, ("P", 2), hidden.device)
+        checks.check_pairs(pairs, B, hint="pairs name rows of the batch")
     shifted = torch.cat([labels[:, 1:], labels.new_full((B, 1), ignore_index)], 1)
     states = hidden.flatten(0, 1)
     targets = shifted.flatten()

@@ -30,7 +30,7 @@ from cpo_fast.loss.chunked import (
     chunks,
     fp32_sums,
     logits_buffer,
-    padded,
+    padded_columns,
     slope_bytes,
 )
 from cpo_fast.loss.operators import Plan, token_operator
@@ -116,7 +116,7 @@ def _outputs(
         hidden.new_empty(T, dtype=torch.float32),
         hidden.new_empty(0 if ref_hidden is None else T, dtype=torch.float32),
         hidden.new_empty(T if plan.want_hidden else 0, D),
-        hidden.new_empty(T if plan.keep else 0, padded(weight.shape[0])),
+        hidden.new_empty(T if plan.keep else 0, padded_columns(weight.shape[0])),
     )
 
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpo_fast.command_line import Parser, failed, program
-from cpo_fast.console import piped
+from cpo_fast.command_line import Parser, program, report_error
+from cpo_fast.console import run_command
 from cpo_fast.counting import counted
 from cpo_fast.errors import CpoFastError
 from cpo_fast.flags import SEED
@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 image_size=flags.image_size,
             )
     except (CpoFastError, OSError) as error:
-        failed(program("phantom"), error)
+        report_error(program("phantom"), error)
         return 2
     print(f"{counted(flags.num_studies, 'study', 'studies')} in {root}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

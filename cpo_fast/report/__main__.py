@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from cpo_fast.command_line import Parser, failed, program
-from cpo_fast.console import piped
+from cpo_fast.command_line import Parser, program, report_error
+from cpo_fast.console import run_command
 from cpo_fast.errors import CpoFastError
 from cpo_fast.report import write_comparison, write_report
 
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
             beside = Path(os.path.normpath(arguments.runs[0] / ".." / DEFAULT))
             path = write_comparison(arguments.runs, arguments.output or beside)
     except CpoFastError as error:
-        failed(program("report"), error)
+        report_error(program("report"), error)
         return 2
     print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))

@@ -62,7 +62,7 @@ def describe_stage(run: Run, stage: str) -> str:
 
 
 def describe_preference(run: Run) -> str:
-    """What CPO prefers to what, by the sources of the pairs."""
+    """The preferred and the rejected side of CPO's pairs, by source."""
     if not has_reports(run):
         return CHOSEN
     sources = counts(run.part("data", "counterfactual_sources")) or {"thinking": 1}

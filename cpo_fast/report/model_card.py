@@ -126,7 +126,7 @@ def model_card(folder: Path, run: Run, stage: str, *, merged: str = "") -> str:
 
 
 def _describe_merge(run: Run, stage: str, merged: str, *, evaluated: bool) -> list[str]:
-    """For a model merged after the run: which checkpoint it is from, and which one the figures."""
+    """For a model merged after the run: its checkpoint, and the one of the card's figures."""
     if not merged:
         return []
     named = run.part("stages", stage).get("checkpoint")

@@ -147,7 +147,7 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file. After the last, `notes` gets the number of other lines."""
+    """The JSON objects of a .jsonl file; at the end, `notes` gets the number of invalid lines."""
     if not path.is_file():
         return
     damaged = 0

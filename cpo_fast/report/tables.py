@@ -49,7 +49,7 @@ class Table:
     column_notes: tuple[str, ...] = ()  # one per column, or empty
 
     @property
-    def hidden(self) -> int | None:
+    def wide_only_column(self) -> int | None:
         """The column that a narrow page leaves out: the untrained model's, of five or more."""
         last = len(self.columns) - 1
         full = last + 1 >= NARROW_COLUMNS and self.columns[last] == NAMES["untrained"]
@@ -58,7 +58,7 @@ class Table:
     @property
     def stacked(self) -> bool:
         """Whether a narrow page shows each row as a list of its cells."""
-        shown = len(self.columns) - (self.hidden is not None)
+        shown = len(self.columns) - (self.wide_only_column is not None)
         return self.words or shown > NARROW_COLUMNS
 
 

@@ -215,7 +215,7 @@ class TrainArguments:
         """The training stages of this run."""
         return tuple(stage for stage in TRAINING_STAGES if stage in self.stage_names)
 
-    def adapts(self, stage: str) -> tuple[bool, bool]:
+    def tuning_of(self, stage: str) -> tuple[bool, bool]:
         """(trains LoRA adapters, freezes the vision tower) of "sft" or "cpo"."""
         if stage == "sft":
             return self.sft_use_peft, self.sft_freeze_vit

@@ -94,7 +94,6 @@ def read_corpus(run: RunContext) -> Corpus:
             print(f"data: {studies} left out by --max_train_samples")
         used = sum(map(len, corpus.studies.values()))
     corpus.read, corpus.rejected = source.read, len(source.rejected)
-    folder.summary.pop("data", None)
     folder.reject(source.rejected)
     folder.add_data(read=source.read, used=used, kind=corpus.kind, dataset=str(dataset))
     print(f"data: {corpus.kind} at {dataset}: {source.read} read, {used} used")

@@ -267,7 +267,7 @@ def _leave_out_answers(
     folder.reject(unreadable)
     if unreadable:
         print(f"counterfactuals: {len(unreadable)} left out: an image does not decode")
-        folder.summary["data"].get("counterfactuals", {})["unreadable"] = len(unreadable)
+        folder.add_data(counterfactuals={"unreadable": len(unreadable)})
 
 
 def _reject_records(

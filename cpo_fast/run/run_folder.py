@@ -58,6 +58,7 @@ class RunFolder:
         write_jsonl(self.path / "rejected_records.jsonl", [])
         if trained != TRAINING_STAGES and (self.path / "summary.json").is_file():
             self.summary |= json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            self.summary.pop("data", None)  # the data are read again
         self.summary["stages"] = {
             name: value for name, value in self.summary["stages"].items() if name not in trained
         }
@@ -128,13 +129,14 @@ class RunFolder:
             )
 
     def add_data(self, **facts: Any) -> None:
-        """Add facts to the `data` part of summary.json.
+        """Add facts to the `data` part of summary.json; a mapping extends an earlier one.
 
         For records, `read` = `used` + `rejected` + `left_out`; the last two are counted here.
         `samples_set_aside` counts the samples that a single stage left out.
         """
         data = self.summary.setdefault("data", {})
-        data |= facts
+        for name, value in facts.items():
+            data[name] = data.get(name, {}) | value if isinstance(value, dict) else value
         whole: Counter[str] = Counter()
         samples: dict[str, Counter[str]] = {}
         for record in self.rejected:

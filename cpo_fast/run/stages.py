@@ -121,7 +121,7 @@ def build_cpo_objective(
 def _load_trainable(run: RunContext, stage: str, start: Path, resume: Path | None) -> Any:
     """The model in `start` prepared for training, or as checkpoint `resume` left it."""
     args = run.args
-    peft, freeze_vit = args.adapts(stage)
+    peft, freeze_vit = args.tuning_of(stage)
     on = torch.device("cpu") if args.fsdp and not peft else None
     source = start if peft and resume else resume or start
     model = run.checkpoint.load(dtype=run.dtype, path=source, device=on)

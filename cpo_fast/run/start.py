@@ -50,7 +50,7 @@ def find_start(args: TrainArguments) -> str | None:
     tokenizer = Checkpoint.open(path, **_pixel_bounds(args)).tokenizer
     check_vocabulary(path, tokenizer, model)
     for stage in args.trained_stages:
-        peft, freeze_vit = args.adapts(stage)
+        peft, freeze_vit = args.tuning_of(stage)
         if peft:
             frozen = frozen_modules(model, freeze_vit=freeze_vit)
             check_targets(model, lora_targets(args), excluded=frozen)

@@ -1,8 +1,8 @@
 """The SFT and CPO objectives of a packed batch, as sums that a step divides once.
 
-Both score hidden states with the loss op, without logits. An optimiser step can have any number of
-packs: `weigh` gives the weight of a pack and the loop divides by the total of the step, so packing
-does not change the result.
+Both score hidden states with the loss op. An optimiser step can have any number of packs: `weigh`
+gives the weight of a pack and the loop divides by the total of the step, so packing does not change
+the result.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cpo_fast.console import piped
+from cpo_fast.console import run_command
 from cpo_fast.data import open_studies
 from cpo_fast.data.__main__ import main
 from cpo_fast.data.check import check, table
@@ -211,8 +211,8 @@ def test_other_broken_pipes_are_errors() -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        piped(command)
-    assert piped(lambda: 3) == 3
+        run_command(command)
+    assert run_command(lambda: 3) == 3
 
 
 def test_open_i(tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_chunk_plan(V: int, D: int) -> None:
     for T in (1, 127, 1000, 8192, 16384):
         rows = chunked.chunk_rows(T, V, D, 2, 132, 2**30)
         assert 1 <= rows <= T
-        assert rows * chunked.padded(V) * 2 <= 2**30
+        assert rows * chunked.padded_columns(V) * 2 <= 2**30
         assert rows == T or rows % 128 == 0
         assert (pairs := chunked.chunk_rows(T, V, D, 2, 132, 2**30, 256)) == T or pairs % 256 == 0
     assert chunked.chunk_rows(8192, 152064, 3584, 2, 132, 1) == 1
@@ -393,6 +393,6 @@ def test_chunk_plan(V: int, D: int) -> None:
         return work / slots
 
     chosen = chunked.chunk_rows(T, V, D, 2, 132, room)
-    fits = range(128, min(T, room // (2 * chunked.padded(V))) + 1, 128)
+    fits = range(128, min(T, room // (2 * chunked.padded_columns(V))) + 1, 128)
     assert busy(chosen) >= max(map(busy, fits)) - 1e-12
-    assert chunked.padded(V) % 64 == 0 and 0 <= chunked.padded(V) - V < 64
+    assert chunked.padded_columns(V) % 64 == 0 and 0 <= chunked.padded_columns(V) - V < 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpo_fast.loss.chunked import chunk_rows, padded
+from cpo_fast.loss.chunked import chunk_rows, padded_columns
 from cpo_fast.loss.workspace import limit
 
 HEADS = {"7B": (3584, 152064), "3B": (2048, 151936), "0.5B": (896, 151936)}  # D, V
@@ -46,5 +46,5 @@ def test_workspace_stays_within_the_documented_memory(
     """At T = 8192, logits, unscaled gradient and gradient take at most 1.2 GiB."""
     monkeypatch.delenv("CPO_FAST_WORKSPACE_MIB", raising=False)
     D, V = HEADS[name]
-    logits = max(split_rows(8192, D, V)) * padded(V) * 2
+    logits = max(split_rows(8192, D, V)) * padded_columns(V) * 2
     assert logits + 2 * 8192 * D * 2 <= 1.2 * 2**30

@@ -69,7 +69,7 @@ def test_paper_preset_equals_the_paper_table() -> None:
     ):
         assert (getattr(sft, name), getattr(cpo, name)) == (of_sft, of_cpo), name
     assert (args.max_length_of("sft"), args.max_length_of("cpo")) == (2048, 4096)
-    assert (args.adapts("sft"), args.adapts("cpo")) == ((True, False), (True, True))
+    assert (args.tuning_of("sft"), args.tuning_of("cpo")) == ((True, False), (True, True))
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.98, 0.05)
     assert (args.lora_r, args.lora_alpha, args.lora_dropout) == (8, 32, 0.1)
     assert (args.beta, args.loss_type, args.max_pixels) == (0.1, "sigmoid", 512 * 512)

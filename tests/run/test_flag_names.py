@@ -54,7 +54,7 @@ def test_accepted_schedules_can_be_built(name: str) -> None:
 def test_loss_rules_match_the_loss_op() -> None:
     for name, smoothing, beta, alpha in product(LOSS_TYPES, (0.0, 0.3), (0.1, 0.0), (0.0, -1.0)):
         try:
-            checks.options(LossOptions(beta, name, smoothing, rpo_alpha=alpha))
+            checks.check_options(LossOptions(beta, name, smoothing, rpo_alpha=alpha))
             usable = True
         except ValueError:
             usable = False

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,11 +139,19 @@ def test_second_run_does_not_overwrite_checkpoints(
 
 @pytest.mark.parametrize(("stages", "kept"), [("cpo", False), ("evaluate", True)])
 def test_figures_of_retrained_models_are_removed(tmp_path: Path, stages: str, kept: bool) -> None:
-    before = {"stages": {"sft": {}, "evaluate": {}}, "evaluation": {"preference": {}}}
+    before: dict[str, Any] = {"stages": {"sft": {}, "evaluate": {}}}
+    before |= {
+        "evaluation": {"preference": {}},
+        "data": {"read": 3, "counterfactuals": {"made": 2}},
+    }
     (tmp_path / "summary.json").write_text(json.dumps(before))
     (tmp_path / "evaluation.json").write_text("{}")
     flags = ["--dataset", "phantom", "--output_dir", str(tmp_path), "--stages", stages]
     folder = RunFolder(parse_arguments(flags))
+    folder.add_data(counterfactuals={"read": 1})
+    folder.add_data(counterfactuals={"unreadable": 1})
+    assert folder.summary["data"]["counterfactuals"] == {"read": 1, "unreadable": 1}
+    assert "read" not in folder.summary["data"]  # of the earlier run
     assert ("evaluation" in folder.summary) is kept
     assert ("evaluate" in folder.summary["stages"]) is kept and "sft" in folder.summary["stages"]
     assert (tmp_path / "evaluation.json").exists() is kept

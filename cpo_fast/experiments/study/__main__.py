@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.command_line import Parser, failed, program
-from cpo_fast.console import piped
+from cpo_fast.command_line import Parser, program, report_error
+from cpo_fast.console import run_command
 from cpo_fast.errors import CpoFastError, UsageError
 from cpo_fast.flags import POSITIVE, SEED, Number
 from cpo_fast.folders import make_private, write_json, write_private
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(f"study: {run_study(parse_arguments(argv))}")
     except CpoFastError as error:
-        return failed(program("study"), error)
+        return report_error(program("study"), error)
     return 0
 
 
@@ -237,4 +237,4 @@ def make_train_arguments(
 
 
 if __name__ == "__main__":
-    sys.exit(piped(main))
+    sys.exit(run_command(main))
