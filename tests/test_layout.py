@@ -131,7 +131,7 @@ def test_tests_that_import_bench_are_listed() -> None:
     importers = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("*.py")
-        if "bench" in imports_of(path)
+        if "bench" in find_imports(path)
     }
     covered = {name: {one for one in importers if one.startswith(name)} for name in listed}
     assert importers == set().union(*covered.values()) and all(covered.values())
