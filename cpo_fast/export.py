@@ -62,7 +62,7 @@ def export_merged(
     from cpo_fast.model.adapters import merge
     from cpo_fast.model.checkpoint import Checkpoint
     from cpo_fast.model.lineage import is_adapter, lineage
-    from cpo_fast.model.supported import read_config
+    from cpo_fast.model.supported import read_model_config
     from cpo_fast.report.model_card import card_of_export
     from cpo_fast.run.find_checkpoint import find_checkpoint
 
@@ -74,7 +74,7 @@ def export_merged(
         )
     model = Checkpoint.open(checkpoint, base_model=base_model)
     if dtype == "auto":
-        written = read_config(lineage(checkpoint, base_model)[-1]).dtype or torch.float32
+        written = read_model_config(lineage(checkpoint, base_model)[-1]).dtype or torch.float32
     else:
         written = getattr(torch, dtype)
     partial = output_dir.with_name(f".{output_dir.name}.partial")

@@ -184,8 +184,8 @@ def check_data(block: Block, folder: Path) -> None:
     if block.language == "json":
         json.loads(block.text)
     elif block.language == "yaml":
-        from cpo_fast.run.arguments import read_config
+        from cpo_fast.run.arguments import read_flags_file
 
         path = folder / "block.yaml"
         path.write_text(block.text)
-        read_config(path)
+        read_flags_file(path)

@@ -24,7 +24,7 @@ def build_sft_preference(
     )
 
 
-def build_preference(
+def pair_with_counterfactuals(
     study: Study,
     cfs: Sequence[Counterfactual],
     *,

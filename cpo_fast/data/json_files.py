@@ -54,7 +54,7 @@ def _depth(data: bytes) -> int:
     return deepest
 
 
-def decode(data: bytes) -> dict[str, Any] | RecordError:
+def decode_json(data: bytes) -> dict[str, Any] | RecordError:
     """The JSON object in `data`, or a RecordError, which never quotes the data."""
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
         return RecordError("json-too-deep", f"more than {MAX_DEPTH} levels")
@@ -92,7 +92,7 @@ def _json_lines(file: IO[bytes], path: str) -> Iterator[Record]:
         if line is None:
             yield number, RecordError("record-too-long", f"over {MAX_RECORD_BYTES} bytes")
         elif line.strip():
-            yield number, decode(line)
+            yield number, decode_json(line)
 
 
 def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
@@ -120,7 +120,7 @@ def _array_items(read: Callable[[int], bytes], path: str) -> Iterator[Record]:
                 begin = start + len(item) - len(item.lstrip())
                 line, counted = line + buffer.count(b"\n", counted, begin), begin
                 if item.strip():
-                    yield line, decode(item)
+                    yield line, decode_json(item)
                 elif not skipped and (mark == b"," or items):
                     yield line, RecordError("json-invalid", "a comma without a record")
                 items, start, skipped = items + 1, at, False

@@ -35,7 +35,7 @@ def quantiles(values: array[int]) -> dict[str, int]:
     return {name: ranked[max(place, 1) - 1] for name, place in places.items()}
 
 
-def _pixel_bounds(folder: str) -> tuple[int, int]:
+def _read_pixel_bounds(folder: str) -> tuple[int, int]:
     """The bounds of the image processor in `folder`, else Qwen2.5-VL's."""
     try:
         found = image_processor_settings(folder)
@@ -116,7 +116,7 @@ class Lengths:
         cls, folder: str, *, max_length: int | None = None, max_images: int = 1
     ) -> Lengths:
         """Tokenizer and image bounds of a model's folder. Raises UsageError."""
-        low, high = _pixel_bounds(folder)
+        low, high = _read_pixel_bounds(folder)
         tokenizer = load_tokenizer(folder, local=True)
         return cls(tokenizer, max_length, max_images, low, high, _takes_images(folder))
 

@@ -40,7 +40,7 @@ _SCORES = (
 )
 
 
-def number(value: Any) -> float | None:
+def read_number(value: Any) -> float | None:
     """The value of a field as a finite float, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -74,7 +74,7 @@ def refuse_marked(row: Row, paired: bool) -> None:
         if mark != 1:
             raise RecordError("unclear-label", f"{name} should be true or false, or rename it")
     for chosen, rejected in _SCORES:
-        high, low = number(row.get(chosen)), number(row.get(rejected))
+        high, low = read_number(row.get(chosen)), read_number(row.get(rejected))
         if paired and high is not None and low is not None and high < low:
             raise RecordError("scores-contradict", f"{chosen} is below {rejected}")
 
@@ -89,7 +89,7 @@ def _texts(prompts: Sequence[Sequence[Message] | None], answers: Sequence[Answer
     yield from map(answer_text, answers)
 
 
-def build_preference(
+def assemble_preference(
     row: Row,
     id: str,
     prompt: tuple[Message, ...],
@@ -118,7 +118,7 @@ def build_preference(
             f"{counted(len(rejected_images or ()), 'rejected image')} for "
             f"{counted(len(images), 'image')}",
         )
-    weight = 1.0 if row.get("weight") is None else number(row["weight"])
+    weight = 1.0 if row.get("weight") is None else read_number(row["weight"])
     if weight is None or weight <= 0:
         raise RecordError("bad-weight", "weight should be a positive number")
     given = row.get("id")

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from cpo_fast.data.labels import NO_FINDING, question, thought
-from cpo_fast.data.preference_build import Row, build_preference
+from cpo_fast.data.preference_build import Row, assemble_preference
 from cpo_fast.data.preference_values import image_refs, list_of, object_of, text_of
 from cpo_fast.errors import RecordError
 from cpo_fast.types import ImageRef, Preference
@@ -58,7 +58,7 @@ def parse_ccf(row: Row, root: str, id: str) -> Preference:
     ]
     chosen = f"<think> {report} </think> {diagnose}"
     known = {**row, "patient_id": _ccf_ids(row)[1] or row.get("pid")}
-    return build_preference(known, id, question(len(images)), chosen, rejected, images)
+    return assemble_preference(known, id, question(len(images)), chosen, rejected, images)
 
 
 def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
@@ -83,6 +83,6 @@ def parse_counterfactual(row: Row, root: str, id: str) -> Preference:
         target = text_of(row.get("target"), "target")
         rejected = thought(_nonempty(row.get("counterfactual"), "counterfactual"), (target,))
     study = text_of(row.get("study_id"), "study_id")
-    return build_preference(
+    return assemble_preference(
         {**row, "id": study}, id, question(len(images)), chosen, (rejected,), images, own
     )

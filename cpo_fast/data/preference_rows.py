@@ -12,9 +12,9 @@ from typing import Any
 
 from cpo_fast.data.preference_build import (
     Row,
-    build_preference,
+    assemble_preference,
     no_rejected,
-    number,
+    read_number,
     refuse_marked,
     row_images,
 )
@@ -119,7 +119,7 @@ def parse_trl(row: Row, root: str, id: str) -> Preference:
         plain = IMAGE_TOKEN in str(said)
         if plain and str(said).count(IMAGE_TOKEN) != len(images):
             raise RecordError("image-placeholder-mismatch", "the text has too few or many")
-    return build_preference(
+    return assemble_preference(
         row,
         id,
         tuple(prompt)
@@ -168,7 +168,7 @@ def parse_swift(row: Row, root: str, id: str) -> Preference:
             count = len(images if own_images is None else own_images)
             others = split_tags(add_system(row, others[:-1]))
             own_prompt = add_images(others, count, insert=True)
-    return build_preference(
+    return assemble_preference(
         row,
         id,
         add_images(split_tags(add_system(row, turns[:-1])), len(images), insert=True),
@@ -200,7 +200,7 @@ def parse_llama_factory(row: Row, root: str, id: str) -> Preference:
     )
     images = row_images(row, root)
     prompt = add_images(split_tags(turns), len(images), insert=False)
-    return build_preference(row, id, prompt, chosen, rejected, images)
+    return assemble_preference(row, id, prompt, chosen, rejected, images)
 
 
 def parse_alpaca(row: Row, root: str, id: str) -> Preference:
@@ -237,7 +237,7 @@ def parse_alpaca(row: Row, root: str, id: str) -> Preference:
         raise no_rejected()
     images = row_images(row, root)
     prompt = split_tags(add_system(row, turns))
-    return build_preference(
+    return assemble_preference(
         row,
         id,
         add_images(prompt, len(images), insert=not count_placeholders(prompt)),
@@ -268,7 +268,7 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
     field, name = ("completions", "completion") if "completions" in row else ("answers", "answer")
     listed = []
     for entry in list_of(row.get(field), field):
-        rank = number(object_of(entry, field).get("rank"))
+        rank = read_number(object_of(entry, field).get("rank"))
         if rank is None or rank < 0:
             raise RecordError("bad-rank", f"{field} has a rank that is not a number >= 0")
         listed.append((rank, read_answer(entry.get(name), field), entry))
@@ -285,7 +285,7 @@ def parse_ranked(row: Row, root: str, id: str) -> Preference:
         prompt = _nectar_prompt(text_of(row.get("prompt"), "prompt"))
     images = row_images(row, root)
     prompt = add_system(row, prompt)
-    return build_preference(
+    return assemble_preference(
         row,
         id,
         add_images(prompt, len(images), insert=not count_placeholders(prompt)),

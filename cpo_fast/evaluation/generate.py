@@ -47,7 +47,7 @@ def diagnose(
     import torch
     from tqdm import tqdm
 
-    from cpo_fast.packing.readable import decode
+    from cpo_fast.packing.readable import decode_images
 
     if batch_size < 1 or max_new_tokens < 1:
         raise UsageError("batch_size and max_new_tokens must be at least 1")
@@ -68,7 +68,7 @@ def diagnose(
             chosen = []
             for i in asked:
                 try:
-                    decode([prompts[i]], pixels, decoded, image)
+                    decode_images([prompts[i]], pixels, decoded, image)
                     chosen.append(i)
                 except RecordError as error:
                     if failed is None:

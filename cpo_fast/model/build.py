@@ -12,7 +12,7 @@ from cpo_fast.errors import UsageError, first_line
 from cpo_fast.model.adapters import check_targets, load_adapter, merge
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.lineage import base_of_adapter, is_adapter
-from cpo_fast.model.supported import model_class, read_config
+from cpo_fast.model.supported import model_class, read_model_config
 from cpo_fast.model.tokenizer import SPECIAL_TOKENS
 from cpo_fast.types import IMAGE_TOKEN
 
@@ -162,7 +162,7 @@ def load_model(
     if is_adapter(folder):
         base: Any = load_model(base_of_adapter(folder, base_model), dtype=dtype)
         return load_adapter(merge(base) if hasattr(base, "peft_config") else base, folder)
-    config = read_config(path)
+    config = read_model_config(path)
     kind = model_class(config, path)
     disable_dropout(config)
     try:

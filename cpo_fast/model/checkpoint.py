@@ -12,9 +12,9 @@ from cpo_fast.data.lengths import has_tokenizer, load_tokenizer
 from cpo_fast.model.build import load_model, save_model
 from cpo_fast.model.images import ImageProcessor
 from cpo_fast.model.lineage import lineage
-from cpo_fast.model.supported import read_config
+from cpo_fast.model.supported import read_model_config
 from cpo_fast.packing import encode, image_token_id
-from cpo_fast.packing.readable import decode
+from cpo_fast.packing.readable import decode_images
 from cpo_fast.types import Pixels, Preference, Prompt
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Checkpoint:
         own = base if base == folder or not has_tokenizer(folder) else folder
         beside = folder if base != folder else None
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        images = ImageProcessor.find(base, read_config(base), beside=beside, **bounds)
+        images = ImageProcessor.find(base, read_model_config(base), beside=beside, **bounds)
         tokenizer = load_tokenizer(own)
         return cls(folder, tokenizer, images, Path(base_model) if base_model else None)
 
@@ -88,7 +88,7 @@ class Checkpoint:
         """
         grid = self.images.grid if self.images else None
         prompt = encode(asked, self.tokenizer, grid, max_length=max_length).prompt
-        decode([prompt], self.pixels, {})
+        decode_images([prompt], self.pixels, {})
         return prompt
 
 

@@ -32,7 +32,7 @@ PEFT_REASONS = {
 }
 
 
-def read_config(path: str | Path) -> PreTrainedConfig:
+def read_model_config(path: str | Path) -> PreTrainedConfig:
     """The configuration of a checkpoint; UsageError if transformers alone cannot create it."""
     import transformers
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -88,7 +88,7 @@ def model_class(config: PreTrainedConfig, path: str | Path) -> Any:
 
 def empty_model(path: str | Path) -> PreTrainedModel:
     """The model of a checkpoint's config.json on the device "meta": structure without weights."""
-    config = read_config(path)
+    config = read_model_config(path)
     kind = model_class(config, path)
     try:
         with torch.device("meta"):

@@ -39,14 +39,14 @@ def readable(
     for index, which in pack:
         group = groups[index]
         try:
-            decode(group.prompts, pixels, decoded, image_token_id)
+            decode_images(group.prompts, pixels, decoded, image_token_id)
             usable.append((index, which))
         except RecordError as error:
             failed.append((index, error))
     return DecodedPack(tuple(usable), decoded, tuple(failed))
 
 
-def decode(
+def decode_images(
     prompts: Iterable[Prompt],
     pixels: Pixels | None,
     decoded: Decoded,

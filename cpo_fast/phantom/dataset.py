@@ -20,7 +20,7 @@ from cpo_fast.flags import SEED, whole
 from cpo_fast.folders import write_json, write_private
 from cpo_fast.phantom.cases import Exam, draw_exams
 from cpo_fast.phantom.radiograph import draw_frontal, draw_lateral
-from cpo_fast.phantom.reports import DRIFTS, Written, write_report
+from cpo_fast.phantom.reports import DRIFTS, Written, write_study_report
 from cpo_fast.types import FINDINGS
 
 MARKER = "phantom.json"
@@ -72,7 +72,7 @@ def write_phantom(
     found = draw_exams(num_studies, seed)
     reports = []
     for exam in tqdm(found, desc="phantom", unit="study", disable=None):
-        report = write_report(exam, np.random.default_rng([seed, 2, exam.number]))
+        report = write_study_report(exam, np.random.default_rng([seed, 2, exam.number]))
         folder = root / study_path(exam)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(folder.with_name(folder.name + ".txt"), report.text.encode())

@@ -66,7 +66,7 @@ class Written:
     drifted: tuple[DriftedWord, ...]
 
 
-def write_report(exam: Exam, rng: np.random.Generator) -> Written:
+def write_study_report(exam: Exam, rng: np.random.Generator) -> Written:
     """Write the report of `exam`: FINDINGS of 3 to 6 sentences, IMPRESSION of 1 or 2."""
     labels: Labels = {}
     drifted = _choose_drifted_words(exam, rng)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cpo_fast.counting import counted
 from cpo_fast.report.figures import Panel, show_percent
 from cpo_fast.report.read import is_number, strings
-from cpo_fast.report.tables import Cell, Row, Table, name_of, number, percent, shorten
+from cpo_fast.report.tables import Cell, Row, Table, format_number, format_percent, name_of, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,8 +72,8 @@ def prepare_drift(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
         Row(
             f"{swap.get('before')} → {swap.get('after')}",
             (
-                Cell(number(swap["variation"])),
-                Cell(number(swap.get("divergence"))),
+                Cell(format_number(swap["variation"])),
+                Cell(format_number(swap.get("divergence"))),
                 Cell(_likeliest(findings, numbers(swap["distribution"]))),
             ),
             KINDS.get(str(swap.get("kind")), str(swap.get("kind"))),
@@ -86,7 +86,7 @@ def prepare_drift(entry: Mapping[str, Any], place: int) -> DriftStudy | None:
         study_id=str(entry.get("study_id") or "without id"),
         model=model,
         tokens=[
-            Token(text, f"{value / largest:.3f}", f"variation {number(value)}")
+            Token(text, f"{value / largest:.3f}", f"variation {format_number(value)}")
             for text, value in zip(tokens, variation, strict=True)
         ],
         panels=panels,
@@ -145,7 +145,7 @@ def curve(
     j = ranked[0]
     alt = (
         f"Change of the diagnosis per token over {counted(len(tokens), 'token')}. The largest "
-        f"total variation, {number(variation[j])}, is at token {j + 1}."
+        f"total variation, {format_number(variation[j])}, is at token {j + 1}."
     )
     return Panel(slug, "Change of the diagnosis per token", alt, draw)
 
@@ -171,7 +171,7 @@ def bars(
         axes.set_yticks(rows, [findings[i] for i in shown], color=theme.ink, fontsize=8.5)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         if len(shown) < len(findings):
-            others = " before, ".join(map(percent, rest))
+            others = " before, ".join(map(format_percent, rest))
             axes.set_xlabel(f"all others together: {others} after", fontsize=8)
         axes.grid(visible=False, axis="y")
         show_percent(axes.xaxis)

@@ -12,12 +12,12 @@ from cpo_fast.report.tables import (
     Row,
     Table,
     bounds,
+    format_interval,
+    format_number,
+    format_percent,
+    format_points,
     in_order,
-    interval,
     name_of,
-    number,
-    percent,
-    points,
     significant,
 )
 
@@ -43,13 +43,14 @@ Find = Callable[[Mapping[str, Any]], Figure]
 def figure_row(
     head: str,
     figures: Sequence[Figure],
-    show: Callable[[Any], str] = percent,
+    show: Callable[[Any], str] = format_percent,
     note: str = "",
     best: int | None = None,
 ) -> Row:
     """One metric across models; the figure at index `best` is marked."""
     cells = tuple(
-        Cell(show(f.get("value")), interval(f, show), i == best) for i, f in enumerate(figures)
+        Cell(show(f.get("value")), format_interval(f, show), i == best)
+        for i, f in enumerate(figures)
     )
     return Row(head, cells, note)
 
@@ -123,7 +124,7 @@ def _classification(evaluation: Mapping[str, Any]) -> list[Table]:
     ]
     rows.append(row("F1, pooled", _first(("micro", "f1"), ("micro_f1",))))
     rows.append(row("All findings right", _first(("exact_match",))))
-    not_parsed = tuple(Cell(number(m.get("unparsable"))) for m in models.values())
+    not_parsed = tuple(Cell(format_number(m.get("unparsable"))) for m in models.values())
     rows.append(Row("Answers not parsed", not_parsed))
     guess = ", ".join(strings(evaluation.get("majority_guess"))) or "none"
     majority = f"Majority guess: the findings of more than half of the training studies ({guess})."
@@ -168,7 +169,7 @@ def unparsed_share(figures: Mapping[str, Any]) -> str:
     lost, studies = figures.get("unparsable"), figures.get("studies")
     if not is_number(lost) or not lost:
         return ""
-    return percent(lost / studies) if is_number(studies) and studies else number(lost)
+    return format_percent(lost / studies) if is_number(studies) and studies else format_number(lost)
 
 
 def findings_by_support(models: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -194,7 +195,13 @@ def _differences(
         for metric in ("accuracy", "f1", "exact_match"):
             figure = get(pairs[pair], metric)
             marked = bool(significant(figure))
-            cells.append(Cell(points(figure.get("value")), interval(figure, points), marked))
+            cells.append(
+                Cell(
+                    format_points(figure.get("value")),
+                    format_interval(figure, format_points),
+                    marked,
+                )
+            )
         lost = [
             f"{name_of(part)}: {share}" for part in parts[pair] if (share := unparsed(models[part]))
         ]
@@ -216,15 +223,15 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         for source, figures in ((None, model), *objects(model.get("sources")).items())
     }
     wanted = (
-        ("accuracy", "Reward accuracy", percent),
-        ("margin", "Reward margin", number),
-        ("policy_accuracy", "Chosen answer more likely", percent),
+        ("accuracy", "Reward accuracy", format_percent),
+        ("margin", "Reward margin", format_number),
+        ("policy_accuracy", "Chosen answer more likely", format_percent),
     )
     rows = [
         figure_row(label, [get(m, key) for m in shown.values()], show)
         for key, label, show in wanted
     ]
-    rows.append(Row("Pairs", tuple(Cell(number(m.get("pairs"))) for m in shown.values())))
+    rows.append(Row("Pairs", tuple(Cell(format_number(m.get("pairs"))) for m in shown.values())))
     splits = sorted({str(m["split"]) for m in models.values() if m.get("split")})
     notes = [
         "Held-out pairs." if split == "validate" else f"Pairs of the {split} split."
@@ -249,7 +256,7 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 def _betas(models: Mapping[str, Mapping[str, Any]]) -> str:
     found = sorted({m["beta"] for m in models.values() if is_number(m.get("beta"))})
-    return f" ({', '.join(map(number, found))})" if found else ""
+    return f" ({', '.join(map(format_number, found))})" if found else ""
 
 
 def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -278,7 +285,7 @@ def _text(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _marked_row(head: str, figures: Mapping[str, Figure]) -> Row:
-    return figure_row(head, list(figures.values()), number, best=clear_best(figures))
+    return figure_row(head, list(figures.values()), format_number, best=clear_best(figures))
 
 
 def _zero_shot(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
@@ -312,7 +319,7 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         ("largest_variation", "Largest variation in a thought, mean"),
     )
     rows = [
-        Row(label, tuple(Cell(number(m.get(key))) for m in models.values()))
+        Row(label, tuple(Cell(format_number(m.get(key))) for m in models.values()))
         for key, label in wanted
     ]
     kinds = dict.fromkeys(kind for m in models.values() for kind in objects(m.get("swaps")))
@@ -321,7 +328,8 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     for kind in kinds:
         found = [get(m, "swaps", kind) for m in models.values()]
         cells = tuple(
-            Cell(number(f.get("variation")), counted(f.get("swaps", 0), "swap")) for f in found
+            Cell(format_number(f.get("variation")), counted(f.get("swaps", 0), "swap"))
+            for f in found
         )
         rows.append(Row(f"Variation by {labels.get(kind, kind)}", cells))
     note = (
@@ -356,7 +364,7 @@ def _progression(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def _percent_cell(figure: Mapping[str, Any]) -> Cell:
-    return Cell(percent(figure.get("value")), interval(figure))
+    return Cell(format_percent(figure.get("value")), format_interval(figure))
 
 
 def known_rows(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.counting import counted
 from cpo_fast.report.read import is_number
-from cpo_fast.report.tables import bounds, number, shorten
+from cpo_fast.report.tables import bounds, format_number, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,7 +194,7 @@ def curves(
         if len(lines) > 1:
             axes.legend(loc="best", labelcolor=theme.ink)
 
-    last = ", ".join(f"{line.label}: last {number(line.values[-1])}" for line in lines)
+    last = ", ".join(f"{line.label}: last {format_number(line.values[-1])}" for line in lines)
     return Panel(slug, title, f"Curve over optimiser steps, {title}. {last}.", draw)
 
 

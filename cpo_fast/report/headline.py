@@ -30,11 +30,11 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         if other in models and other != last
     ]
     figure = get(models[last], "macro", "accuracy")
-    bounds = t.interval(figure)
+    bounds = t.format_interval(figure)
     interval = f" (95 % interval {bounds})" if bounds else ""
     studies, split = evaluation.get("studies", "?"), evaluation.get("split", "?")
     sentences.append(
-        f"{t.name_of(last)}: {t.percent(figure.get('value'))} accuracy{interval}, mean over "
+        f"{t.name_of(last)}: {t.format_percent(figure.get('value'))} accuracy{interval}, mean over "
         f"findings, {counted(studies, 'study', 'studies')} of the {split} split."
     )
     if share := unparsed_share(models[last]):
@@ -66,11 +66,11 @@ def describe_difference(metric: str, figure: Mapping[str, Any]) -> str:
         return ""
     significant = t.significant(figure)
     if significant is None:
-        return f"{metric} {t.points(value)} points, significance not tested"
+        return f"{metric} {t.format_points(value)} points, significance not tested"
     what = f"no significant difference in {metric}"
     if significant:
         what = f"significantly {'higher' if value > 0 else 'lower'} {metric}"
-    return f"{what}, {t.points(value)} points ({t.interval(figure, t.points)})"
+    return f"{what}, {t.format_points(value)} points ({t.format_interval(figure, t.format_points)})"
 
 
 def cards(run: Run) -> list[dict[str, str]]:
@@ -82,31 +82,37 @@ def cards(run: Run) -> list[dict[str, str]]:
     if last and unparsed(models[last]) != NONE_PARSED:
         for metric, label in (("accuracy", "Accuracy"), ("f1", "F1")):
             figure = get(models, last, "macro", metric)
-            note = f"{t.name_of(last)}, mean over findings, {t.interval(figure)}"
+            note = f"{t.name_of(last)}, mean over findings, {t.format_interval(figure)}"
             note += f"; {share}" if (share := unparsed(models[last])) else ""
             if last != "sft" and (against := _against_sft(evaluation, last, metric)):
                 note += f"; {against}"
-            cards.append({"label": label, "value": t.percent(figure.get("value")), "note": note})
+            cards.append(
+                {"label": label, "value": t.format_percent(figure.get("value")), "note": note}
+            )
     cards += _preference_card(objects(run.part("evaluation", "preference")))
     speed = run.part("stages", "cpo")
     if is_number(speed.get("pairs_per_second")):
-        note = f"CPO; {t.number(speed.get('logical_tokens_per_second'))} logical tokens/s"
-        value = t.number(speed["pairs_per_second"])
+        note = f"CPO; {t.format_number(speed.get('logical_tokens_per_second'))} logical tokens/s"
+        value = t.format_number(speed["pairs_per_second"])
         cards.append({"label": "Pairs per second", "value": value, "note": note})
     data = run.part("data")
     if is_number(data.get("used")):
         rejected = sum(counts(data.get("rejected")).values())
-        note = f"of {t.number(data.get('read'))} read, {t.number(rejected)} set aside"
+        note = f"of {t.format_number(data.get('read'))} read, {t.format_number(rejected)} set aside"
         what, used = "used", data["used"]
         if by_stage := records_by_stage(run):
             what, (used, held_out) = "trained on", list(by_stage.values())[-1]
-            note = "; ".join([*_other_stages(by_stage), f"{t.number(held_out)} held out", note])
+            note = "; ".join(
+                [*_other_stages(by_stage), f"{t.format_number(held_out)} held out", note]
+            )
         label = f"{'Studies' if has_reports(run) else 'Records'} {what}"
-        cards.append({"label": label, "value": t.number(used), "note": note})
+        cards.append({"label": label, "value": t.format_number(used), "note": note})
     times = {name: stage.get("seconds") for name, stage in objects(run.part("stages")).items()}
     if known := counts(times):
         note = ", ".join(map(t.name_of, known))
-        cards.append({"label": "Time", "value": t.seconds(sum(known.values())), "note": note})
+        cards.append(
+            {"label": "Time", "value": t.format_seconds(sum(known.values())), "note": note}
+        )
     return cards
 
 
@@ -119,11 +125,10 @@ def _preference_card(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
             if not (figure := get(models[name], key)):
                 continue
             what = "held-out pair" if name == "cpo" else "pair"
-            note = (
-                f"{t.name_of(name)}, {counted(models[name].get('pairs', 0), what, show=t.number)}"
-            )
-            note += f", {bounds}" if (bounds := t.interval(figure)) else ""
-            return [{"label": label, "value": t.percent(figure.get("value")), "note": note}]
+            pairs = counted(models[name].get("pairs", 0), what, show=t.format_number)
+            note = f"{t.name_of(name)}, {pairs}"
+            note += f", {bounds}" if (bounds := t.format_interval(figure)) else ""
+            return [{"label": label, "value": t.format_percent(figure.get("value")), "note": note}]
     return []
 
 
@@ -131,7 +136,7 @@ def _other_stages(by_stage: Mapping[str, tuple[int, int]]) -> list[str]:
     """The last stage, and the earlier stages that had other numbers of records."""
     *earlier, last = by_stage
     other = [name for name in earlier if by_stage[name] != by_stage[last]]
-    numbers = [f"{t.name_of(name)} {t.number(by_stage[name][0])}" for name in other]
+    numbers = [f"{t.name_of(name)} {t.format_number(by_stage[name][0])}" for name in other]
     return [f"{t.name_of(last)} ({', '.join(numbers)})"] if numbers else []
 
 
@@ -141,7 +146,7 @@ def _against_sft(evaluation: Mapping[str, Any], model: str, metric: str) -> str:
     significant = t.significant(found)
     if not is_number(value) or significant is None:
         return ""
-    return f"SFT {t.percent(value)}, {'a' if significant else 'no'} significant difference"
+    return f"SFT {t.format_percent(value)}, {'a' if significant else 'no'} significant difference"
 
 
 def list_inputs(run: Run) -> list[str]:

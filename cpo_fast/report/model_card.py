@@ -32,9 +32,9 @@ from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
+    format_number,
+    format_seconds,
     name_of,
-    number,
-    seconds,
     table_markdown,
 )
 from cpo_fast.training.stage_settings import TRAINING_STAGES
@@ -208,9 +208,9 @@ def _describe_data(run: Run, stage: str) -> str:
     if not kind:
         return "data of unknown kind."
     used = run.part("data").get("used")
-    count = f"; {number(used)} used" if is_number(used) else ""
+    count = f"; {format_number(used)} used" if is_number(used) else ""
     if stage in records_by_stage(run):
-        trained_on, held_out = map(number, records_by_stage(run)[stage])
+        trained_on, held_out = map(format_number, records_by_stage(run)[stage])
         count = f"; {trained_on} trained on, {held_out} held out"
     return f"preference rows of the format `{kind}`{count}."
 
@@ -299,7 +299,7 @@ def _settings_table(config: Mapping[str, Any], stage: str, adapter: bool) -> Tab
 def _training_table(run: Run, stage: str) -> Table:
     part = run.part("stages", stage)
     rows = [_row("Optimiser steps", part.get("steps"))]
-    rows.append(Row("Wall time", (Cell(seconds(part.get("seconds"))),)))
+    rows.append(Row("Wall time", (Cell(format_seconds(part.get("seconds"))),)))
     speed = speed_table(replace(run, summary={"stages": {stage: part}}))
     rows += [row for row in speed.rows if " per second" in row.head] if speed else []
     for name, value in run.part("stages", stage, "final").items():
@@ -313,4 +313,4 @@ def _training_table(run: Run, stage: str) -> Table:
 
 
 def _row(head: str, value: Any) -> Row:
-    return Row(head, (Cell(number(value)),))
+    return Row(head, (Cell(format_number(value)),))

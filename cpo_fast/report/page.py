@@ -254,7 +254,7 @@ def _time_bars(run: Run) -> list[dict[str, Any]]:
                     "name": name.replace("_", " "),
                     "percent": f"{100 * value / total:.0f}",
                     "weight": f"{value / total:.4f}",
-                    "detail": t.seconds(value) if absolute else "",
+                    "detail": t.format_seconds(value) if absolute else "",
                 }
                 for name, value in parts.items()
             ]

@@ -11,11 +11,11 @@ from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
+    format_number,
+    format_percent,
+    format_seconds,
     in_order,
     name_of,
-    number,
-    percent,
-    seconds,
 )
 
 SHOWN_RECORDS = 12
@@ -26,12 +26,12 @@ def speed_table(run: Run) -> Table | None:
     found = objects(run.part("stages"))
     stages = {name: found[name] for name in in_order(found)}
     rows_of = (
-        ("steps", "Optimiser steps", number),
-        ("seconds", "Wall time", seconds),
-        ("pairs_per_second", "Pairs (SFT: samples) per second", number),
-        ("physical_tokens_per_second", "Tokens computed per second", number),
-        ("logical_tokens_per_second", "Logical tokens per second", number),
-        ("packing_efficiency", "Share of packing_length filled", percent),
+        ("steps", "Optimiser steps", format_number),
+        ("seconds", "Wall time", format_seconds),
+        ("pairs_per_second", "Pairs (SFT: samples) per second", format_number),
+        ("physical_tokens_per_second", "Tokens computed per second", format_number),
+        ("logical_tokens_per_second", "Logical tokens per second", format_number),
+        ("packing_efficiency", "Share of packing_length filled", format_percent),
     )
     rows = tuple(
         Row(label, tuple(Cell(show(stage.get(key))) for stage in stages.values()))
@@ -55,18 +55,20 @@ def data_tables(run: Run) -> list[Table]:
     reasons = counts(data.get("rejected"))
     totals = counts(data)
     if totals or reasons:
-        rows = [Row(_label(k), (Cell(number(v)),)) for k, v in totals.items()]
-        rows += [Row(f"Set aside: {reason}", (Cell(number(n)),)) for reason, n in reasons.items()]
+        rows = [Row(_label(k), (Cell(format_number(v)),)) for k, v in totals.items()]
         rows += [
-            Row(f"{_label(k)}: {name_of(name)}", (Cell(number(n)),))
+            Row(f"Set aside: {reason}", (Cell(format_number(n)),)) for reason, n in reasons.items()
+        ]
+        rows += [
+            Row(f"{_label(k)}: {name_of(name)}", (Cell(format_number(n)),))
             for k, inner in data.items()
             if k != "rejected"
             for name, n in _nested_counts(inner)
         ]
         tables.append(Table("Records", ("", "Number"), tuple(rows)))
     if run.targets:
-        rows = [Row(name, (Cell(number(n)),)) for name, n in run.targets.most_common()]
-        total = f"{number(sum(run.targets.values()))} in all."
+        rows = [Row(name, (Cell(format_number(n)),)) for name, n in run.targets.most_common()]
+        total = f"{format_number(sum(run.targets.values()))} in all."
         tables.append(Table("Counterfactuals by target", ("", "Number"), tuple(rows), total))
     if run.rejected:
         rows = [
@@ -103,7 +105,9 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     preference = [objects(run.part("evaluation", "preference")) for run in runs]
     last = [models[in_order(models)[0]] if models else {} for models in preference]
     rows.append(figure_row("Held-out reward accuracy", [get(m, "accuracy") for m in last]))
-    rows.append(figure_row("Held-out reward margin", [get(m, "margin") for m in last], number))
+    rows.append(
+        figure_row("Held-out reward margin", [get(m, "margin") for m in last], format_number)
+    )
     note = "No run is marked as the best, because the runs can differ in their test studies."
     which = [
         ", ".join(filter(None, (name_of(name), unparsed(model))))
@@ -115,9 +119,13 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     speed = []
     for stage in dict.fromkeys(s for run in runs for s in objects(run.part("stages"))):
         for key, label, show in (
-            ("seconds", "wall time", seconds),
-            ("pairs_per_second", f"{'samples' if stage == 'sft' else 'pairs'} per second", number),
-            ("logical_tokens_per_second", "logical tokens per second", number),
+            ("seconds", "wall time", format_seconds),
+            (
+                "pairs_per_second",
+                f"{'samples' if stage == 'sft' else 'pairs'} per second",
+                format_number,
+            ),
+            ("logical_tokens_per_second", "logical tokens per second", format_number),
         ):
             cells = tuple(Cell(show(run.part("stages", stage).get(key))) for run in runs)
             speed.append(Row(f"{name_of(stage)}: {label}", cells))

@@ -77,7 +77,7 @@ def name_of(model: str) -> str:
     return NAMES.get(model, model)
 
 
-def number(value: Any) -> str:
+def format_number(value: Any) -> str:
     """Three significant digits and separated thousands; text unchanged; a dash for None."""
     if value is None:
         return "–"
@@ -88,16 +88,16 @@ def number(value: Any) -> str:
     return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
-def percent(value: Any) -> str:
+def format_percent(value: Any) -> str:
     return f"{100 * value:.1f}\u00a0%" if is_number(value) else "–"
 
 
-def points(value: Any) -> str:
+def format_points(value: Any) -> str:
     """A difference of shares in percentage points, with its sign."""
     return f"{100 * value:+.1f}".replace("-", "−") if is_number(value) else "–"
 
 
-def seconds(value: Any) -> str:
+def format_seconds(value: Any) -> str:
     if not is_number(value):
         return "–"
     if value < 120:
@@ -115,7 +115,7 @@ def bounds(figure: Mapping[str, Any]) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
-def interval(figure: Mapping[str, Any], show: Callable[[Any], str] = percent) -> str:
+def format_interval(figure: Mapping[str, Any], show: Callable[[Any], str] = format_percent) -> str:
     if (found := bounds(figure)) is None:
         return ""
     low, high = (show(bound).removesuffix("\u00a0%") for bound in found)

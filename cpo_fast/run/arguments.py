@@ -276,7 +276,7 @@ def find_fault(name: str, value: Any) -> str | None:
     return None if value is None and optional else find_range(name).fault(value)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_flags_file(path: Path) -> dict[str, Any]:
     """The flags that a YAML file sets.
 
     Raises UsageError with file, line and key when the file cannot be read or has a wrong form, an

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from cpo_fast.concepts import load_graph
 from cpo_fast.concepts.graph import DEFAULT_GRAPH
 from cpo_fast.counterfactual import (
-    build_preference,
     build_sft_preference,
     counterfactuals,
+    pair_with_counterfactuals,
     place_images,
     study_labels,
 )
@@ -173,7 +173,7 @@ def pair_study(
     is computed once. Image paths of the counterfactuals are relative to `home`."""
     thinking = [cf for cf in cfs if cf.kind == "thinking"]
     if thinking:
-        made = build_preference(
+        made = pair_with_counterfactuals(
             study, thinking, rejected_answer=args.rejected_answer, uncertain=args.uncertain_labels
         )
     else:

@@ -96,7 +96,7 @@ class ImageCheck:
         found = self.folder.world.on_main(lambda: self._find_failures(new))
         names = {name: RecordError(reason, detail) for name, reason, detail in found}
         self.failed |= {
-            ref: names[_image_key(ref)] for ref in new if names and _image_key(ref) in names
+            ref: names[key] for ref in new if names and (key := _make_image_key(ref)) in names
         }
 
     def find_error(self, refs: Iterable[ImageRef]) -> RecordError | None:
@@ -114,7 +114,7 @@ class ImageCheck:
         with kept.open("a", encoding="utf-8") if self.folder.is_writer else nowhere as file:
             for ref, outcome in zip(keys, self._decode_all(list(keys)), strict=True):
                 if outcome is not None:
-                    found.append((_image_key(ref), *outcome))
+                    found.append((_make_image_key(ref), *outcome))
                 elif keys[ref] is not None:
                     file.write(f"{keys[ref]}\n")
         seconds = time.perf_counter() - begun
@@ -136,7 +136,7 @@ class ImageCheck:
         return iter(tqdm(outcomes, desc="images", unit="image", total=len(refs), disable=None))
 
 
-def _image_key(ref: ImageRef) -> str:
+def _make_image_key(ref: ImageRef) -> str:
     """A key of the image, unique in the run and equal on every rank."""
     if ref.data is not None:
         return hashlib.sha256(ref.data).hexdigest()
@@ -146,7 +146,7 @@ def _image_key(ref: ImageRef) -> str:
 def digest_image(ref: ImageRef) -> str | None:
     """A digest that changes with the image; None if the file is missing."""
     if ref.data is not None:
-        return _image_key(ref)[:32]
+        return _make_image_key(ref)[:32]
     path = Path(ref.root, ref.path).absolute()
     try:
         stat = path.stat()

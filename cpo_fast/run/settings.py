@@ -18,7 +18,7 @@ from cpo_fast.run.arguments import (
     TrainArguments,
     find_fault,
     find_range,
-    read_config,
+    read_flags_file,
 )
 
 CHOOSES_BASE = ("dataset", "model_name_or_path")
@@ -102,7 +102,7 @@ def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Sett
     Raises UsageError for a wrong value or file.
     """
     given = dict(given)
-    in_file = read_config(config) if config is not None else {}
+    in_file = read_flags_file(config) if config is not None else {}
     if config is not None and not in_file:
         raise UsageError(f"--config {config}: sets no flag; expected lines like `beta: 0.1`")
     preset = (in_file | given).get("preset", "default")
@@ -112,7 +112,7 @@ def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Sett
         are = "are" if " and " in named else "is"
         base = f"the paper's (defaults of --help), because {named} {are} set"
     else:
-        of_base = read_config(EMBEDDED)
+        of_base = read_flags_file(EMBEDDED)
         base = (
             f"{EMBEDDED.name}, not the paper's (defaults of --help), because neither "
             f"--{' nor --'.join(CHOOSES_BASE)} is set"
@@ -121,7 +121,7 @@ def merge_settings(given: Mapping[str, Any], config: Path | None = None) -> Sett
             del of_base["overwrite_output_dir"]  # only for the embedded default's folder
     layers = (
         Layer(EMBEDDED.name, of_base),
-        Layer(f"--preset {preset}", read_config(PRESET_FOLDER / f"{preset}.yaml")),
+        Layer(f"--preset {preset}", read_flags_file(PRESET_FOLDER / f"{preset}.yaml")),
         Layer(f"--config {config}", in_file),
         Layer("command line", given),
     )

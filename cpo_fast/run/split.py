@@ -43,7 +43,7 @@ def _digest(kind: str, value: Any) -> bytes:
     return hashlib.blake2b(json.dumps([kind, value]).encode(), digest_size=16).digest()
 
 
-def _image_key(ref: ImageRef) -> str:
+def _identify_image(ref: ImageRef) -> str:
     """Identity of an image: its path, or a digest of its bytes."""
     if ref.data is not None:
         return hashlib.sha256(ref.data).hexdigest()
@@ -58,7 +58,7 @@ def _normalise(message: Mapping[str, Any]) -> list[str]:
 def question_key(one: Preference) -> bytes:
     """Equal for preferences with the same prompt (ignoring white space) and images."""
     return _digest(
-        "question", [list(map(_normalise, one.prompt)), list(map(_image_key, one.images))]
+        "question", [list(map(_normalise, one.prompt)), list(map(_identify_image, one.images))]
     )
 
 
@@ -68,7 +68,7 @@ def _find_keys(one: Preference) -> dict[str, list[bytes]]:
     "answer" is prompt and chosen answer as one text. It does not vary between rows whose prompt is
     the shared beginning of their answers, while the prompt does.
     """
-    images = list(map(_image_key, one.images))
+    images = list(map(_identify_image, one.images))
     messages = list(map(_normalise, one.prompt))
     text = "".join(text for _, text in messages) + answer_text(one.chosen)
     return {

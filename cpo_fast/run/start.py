@@ -47,7 +47,7 @@ def find_start(args: TrainArguments) -> str | None:
         check_model(model, attention=args.attn_implementation)
     except UsageError as error:
         raise UsageError(f"{flag} {path}: {error}") from None
-    tokenizer = Checkpoint.open(path, **_pixel_bounds(args)).tokenizer
+    tokenizer = Checkpoint.open(path, **_given_bounds(args)).tokenizer
     check_vocabulary(path, tokenizer, model)
     for stage in args.trained_stages:
         peft, freeze_vit = args.tuning_of(stage)
@@ -76,10 +76,10 @@ def open_start(run: RunContext, texts: Texts, found: str | None) -> Checkpoint:
         adapter, path = path, folder.path / START
         if folder.prepares_inputs:
             path = merge_adapter(adapter, folder.scratch_dir / START, dtype=run.dtype)
-    return Checkpoint.open(path.resolve(), **_pixel_bounds(args))
+    return Checkpoint.open(path.resolve(), **_given_bounds(args))
 
 
-def _pixel_bounds(args: TrainArguments) -> dict[str, Any]:
+def _given_bounds(args: TrainArguments) -> dict[str, Any]:
     return {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
 
 
@@ -100,7 +100,7 @@ def write_tiny_model(args: TrainArguments, path: Path, texts: Texts) -> None:
     """A random model of real classes, its tokenizer trained on the text of the training split."""
     tokenizer = train_tokenizer(texts.training_answers())
     if texts.has_images():
-        images = ImageProcessor.create(**_pixel_bounds(args))
+        images = ImageProcessor.create(**_given_bounds(args))
         save_model(tiny_model(tokenizer, seed=args.seed), path, tokenizer=tokenizer, images=images)
     else:
         save_model(tiny_text_model(tokenizer, seed=args.seed), path, tokenizer=tokenizer)

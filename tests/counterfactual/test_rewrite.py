@@ -16,10 +16,10 @@ from cpo_fast.concepts import label_report
 from cpo_fast.concepts.graph import graph_from_json, read_graph_json
 from cpo_fast.counterfactual import (
     DEFAULT_PROMPT,
-    build_preference,
     build_sft_preference,
     checks,
     counterfactuals,
+    pair_with_counterfactuals,
     study_labels,
 )
 from cpo_fast.counterfactual.checks import check
@@ -419,8 +419,8 @@ def test_preferences_have_prompt_answers_and_images() -> None:
         "The disease of this patient is Atelectasis, Support Devices."
     )
     cfs = list(counterfactuals([made], GRAPH, targets=["Edema", "Emphysema"]))
-    alone = build_preference(made, cfs)
-    everything = build_preference(made, cfs, rejected_answer="all", prompt="Read it.")
+    alone = pair_with_counterfactuals(made, cfs)
+    everything = pair_with_counterfactuals(made, cfs, rejected_answer="all", prompt="Read it.")
     assert alone.chosen == sft.chosen and alone.images == made.images and alone.id == "s0"
     assert [text.rsplit("</think> ")[1] for text in alone.rejected] == [
         "The disease of this patient is Edema.",
@@ -436,8 +436,8 @@ def test_preferences_have_prompt_answers_and_images() -> None:
 def test_preferences_refuse_bad_counterfactuals() -> None:
     cfs = list(counterfactuals([study(NORMAL)], GRAPH))
     with pytest.raises(ValueError, match="at least one"):
-        build_preference(study(NORMAL), [])
+        pair_with_counterfactuals(study(NORMAL), [])
     with pytest.raises(ValueError, match="rejected_answer"):
-        build_preference(study(NORMAL), cfs, rejected_answer="none")
+        pair_with_counterfactuals(study(NORMAL), cfs, rejected_answer="none")
     with pytest.raises(ValueError, match="s0/"):
-        build_preference(study(NORMAL, 1), cfs)
+        pair_with_counterfactuals(study(NORMAL, 1), cfs)

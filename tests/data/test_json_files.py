@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpo_fast.data import json_files
-from cpo_fast.data.json_files import MAX_DEPTH, decode, records
+from cpo_fast.data.json_files import MAX_DEPTH, decode_json, records
 from cpo_fast.errors import DataError, RecordError
 from tests.data.samples import SECRET, read_all
 
@@ -59,7 +59,7 @@ def test_any_text_gives_objects_or_reasons(text: str, size: int) -> None:
 
 @given(st.binary(max_size=60))
 def test_decode_never_fails(data: bytes) -> None:
-    assert isinstance(decode(data), dict | RecordError)
+    assert isinstance(decode_json(data), dict | RecordError)
 
 
 def test_lines_array_and_gzip_are_equal(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cpo_fast.counterfactual import build_preference
+from cpo_fast.counterfactual import pair_with_counterfactuals
 from cpo_fast.counterfactual.formats import FORMATS, format_rows
 from cpo_fast.data import open_preferences
 from cpo_fast.types import Counterfactual, ImageRef, Report, Study
@@ -52,7 +52,7 @@ def test_every_format_round_trips(tmp_path: Path, form: str, image: bool) -> Non
     (found,) = source
     kinds = {"jsonl": "counterfactuals", "ccf": "ccf", "trl": "trl", "swift": "ms-swift"}
     assert source.kind == kinds[form]
-    assert normalise(found) == normalise(build_preference(study, made))
+    assert normalise(found) == normalise(pair_with_counterfactuals(study, made))
     assert found.patients == (study.patient_id.removeprefix("p"),)
     if form in ("jsonl", "ccf"):
         assert found.id == study.study_id

@@ -10,7 +10,7 @@ import pytest
 
 from cpo_fast.phantom.cases import Body, Exam, Sign, draw_exams
 from cpo_fast.phantom.radiograph import draw_frontal, draw_lateral
-from cpo_fast.phantom.reports import DRIFTS, Drift, Written, write_report
+from cpo_fast.phantom.reports import DRIFTS, Drift, Written, write_study_report
 from cpo_fast.types import FINDINGS
 
 SIZE = 112
@@ -20,7 +20,7 @@ BODY = Body("man", width=1.0, height=1.0, heart=0.43, tissue=1.0, rib_phase=0.3,
 @pytest.fixture(scope="module")
 def corpus() -> list[tuple[Exam, Written]]:
     return [
-        (exam, write_report(exam, np.random.default_rng([42, 2, exam.number])))
+        (exam, write_study_report(exam, np.random.default_rng([42, 2, exam.number])))
         for exam in draw_exams(2500, 42)
     ]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.concepts import load_graph
-from cpo_fast.counterfactual import build_preference, study_labels
+from cpo_fast.counterfactual import pair_with_counterfactuals, study_labels
 from cpo_fast.counterfactual.perception import build_pool, perception_counterfactuals
 from cpo_fast.data.labels import DEFAULT_PROMPT, answer, diagnosis, question, thought
 from cpo_fast.errors import DataError
@@ -126,7 +126,7 @@ def _diagnose(study: Study) -> tuple[str, ...]:
 
 
 def _pair_counterfactuals(study: Study, cfs: Sequence[Counterfactual]) -> Sides:
-    both = build_preference(study, cfs)
+    both = pair_with_counterfactuals(study, cfs)
     return both.chosen, both.rejected
 
 

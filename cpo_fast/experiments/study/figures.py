@@ -18,10 +18,10 @@ from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
-    interval,
-    number,
-    percent,
-    points,
+    format_interval,
+    format_number,
+    format_percent,
+    format_points,
     significant,
     table_markdown,
 )
@@ -119,9 +119,9 @@ def build_tables(outcome: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _format_cell(figures: Mapping[str, Any], key: str, show: Any = percent) -> Cell:
+def _format_cell(figures: Mapping[str, Any], key: str, show: Any = format_percent) -> Cell:
     figure = figures.get(key, {})
-    return Cell(show(figure.get("value")), interval(figure, show))
+    return Cell(show(figure.get("value")), format_interval(figure, show))
 
 
 def _build_table_2(arms: Mapping[str, Any], note: str) -> Table:
@@ -130,7 +130,7 @@ def _build_table_2(arms: Mapping[str, Any], note: str) -> Table:
         keys = [*(f"accuracy/{name}" for name in PAPER_FINDINGS.values()), "accuracy/mean5"]
         rows.append(Row(NAMES[arm], tuple(_format_cell(figures, key) for key in keys), "phantom"))
         if arm in PAPER_TABLE_2:
-            cells = tuple(Cell(percent(value / 100)) for value in PAPER_TABLE_2[arm])
+            cells = tuple(Cell(format_percent(value / 100)) for value in PAPER_TABLE_2[arm])
             rows.append(Row(NAMES[arm], cells, "the paper, other data and scale"))
     return Table(
         "Accuracy per finding, as the paper's table 2",
@@ -145,8 +145,8 @@ def _build_table_2(arms: Mapping[str, Any], note: str) -> Table:
 def _build_table_5(arms: Mapping[str, Any]) -> Table:
     def row(arm: str, thought: str, cpo: str) -> Row:
         own = [_format_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
-        drift = _format_cell(arms[arm], "swap/synonym", number)
-        paper = Cell(percent(PAPER_TABLE_5[arm] / 100))
+        drift = _format_cell(arms[arm], "swap/synonym", format_number)
+        paper = Cell(format_percent(PAPER_TABLE_5[arm] / 100))
         return Row(NAMES[arm], (Cell(thought), Cell(cpo), *own, drift, paper))
 
     rows = (
@@ -165,19 +165,19 @@ def _build_table_5(arms: Mapping[str, Any]) -> Table:
 
 
 DRIFT_ROWS = (
-    ("drifted/accuracy", "Accuracy, reports with a drifting word", percent),
-    ("drifted/pairs", "Accuracy there, the drifting findings", percent),
-    ("accuracy/mean", "Accuracy, whole test split", percent),
-    ("exact", "All findings right", percent),
-    ("unparsable", "Answers not parsed", percent),
-    ("swap/synonym", "Variation by a near-synonym", number),
-    ("swap/drifting", "Variation by a drifting near-synonym", number),
-    ("swap/side", "Variation by the other side", number),
-    ("swap/negation", "Variation by a negation", number),
-    ("swap/hallmark", "Variation by another disease's hallmark", number),
-    ("flip/synonym", "Likeliest finding changed by a near-synonym", percent),
-    ("flip/negation", "Likeliest finding changed by a negation", percent),
-    ("flip/hallmark", "Likeliest finding changed by a hallmark", percent),
+    ("drifted/accuracy", "Accuracy, reports with a drifting word", format_percent),
+    ("drifted/pairs", "Accuracy there, the drifting findings", format_percent),
+    ("accuracy/mean", "Accuracy, whole test split", format_percent),
+    ("exact", "All findings right", format_percent),
+    ("unparsable", "Answers not parsed", format_percent),
+    ("swap/synonym", "Variation by a near-synonym", format_number),
+    ("swap/drifting", "Variation by a drifting near-synonym", format_number),
+    ("swap/side", "Variation by the other side", format_number),
+    ("swap/negation", "Variation by a negation", format_number),
+    ("swap/hallmark", "Variation by another disease's hallmark", format_number),
+    ("flip/synonym", "Likeliest finding changed by a near-synonym", format_percent),
+    ("flip/negation", "Likeliest finding changed by a negation", format_percent),
+    ("flip/hallmark", "Likeliest finding changed by a hallmark", format_percent),
 )
 
 
@@ -211,7 +211,7 @@ def _build_differences(pairs: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             " − ".join(NAMES[part] for part in pair.split(" - ")),
-            tuple(_format_cell(figures, key, points) for key in DIFFERENCE_COLUMNS),
+            tuple(_format_cell(figures, key, format_points) for key in DIFFERENCE_COLUMNS),
         )
         for pair, figures in pairs.items()
     ]
@@ -241,9 +241,11 @@ def summarise(outcome: Mapping[str, Any]) -> str:
             figure = outcome["differences"][f"{CPO} - {other}"][key]
             if figure["value"] is None:
                 continue
-            known = interval(figure, points) or "one seed"
+            known = format_interval(figure, format_points) or "one seed"
             word = "a difference" if significant(figure) else "no difference shown"
-            parts.append(f"{points(figure['value'])} against {NAMES[other]} ({known}: {word})")
+            parts.append(
+                f"{format_points(figure['value'])} against {NAMES[other]} ({known}: {word})"
+            )
         sentences.append(f"{label}: CPO {' and '.join(parts)}." if parts else "")
     return " ".join(sentence for sentence in sentences if sentence) + " In hundredths."
 
