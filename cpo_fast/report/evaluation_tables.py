@@ -12,12 +12,13 @@ from cpo_fast.report.tables import (
     Row,
     Table,
     bounds,
-    format_interval,
+    figure_cell,
     format_number,
     format_percent,
     format_points,
     in_order,
     name_of,
+    number_cell,
     significant,
 )
 
@@ -48,11 +49,8 @@ def figure_row(
     best: int | None = None,
 ) -> Row:
     """One metric across models; the figure at index `best` is marked."""
-    cells = tuple(
-        Cell(show(f.get("value")), format_interval(f, show), i == best)
-        for i, f in enumerate(figures)
-    )
-    return Row(head, cells, note)
+    cells = (figure_cell(figure, show, i == best) for i, figure in enumerate(figures))
+    return Row(head, tuple(cells), note)
 
 
 def clear_best(
@@ -124,7 +122,7 @@ def _classification(evaluation: Mapping[str, Any]) -> list[Table]:
     ]
     rows.append(row("F1, pooled", _first(("micro", "f1"), ("micro_f1",))))
     rows.append(row("All findings right", _first(("exact_match",))))
-    not_parsed = tuple(Cell(format_number(m.get("unparsable"))) for m in models.values())
+    not_parsed = tuple(number_cell(m.get("unparsable")) for m in models.values())
     rows.append(Row("Answers not parsed", not_parsed))
     guess = ", ".join(strings(evaluation.get("majority_guess"))) or "none"
     majority = f"Majority guess: the findings of more than half of the training studies ({guess})."
@@ -194,14 +192,7 @@ def _differences(
         cells = []
         for metric in ("accuracy", "f1", "exact_match"):
             figure = get(pairs[pair], metric)
-            marked = bool(significant(figure))
-            cells.append(
-                Cell(
-                    format_points(figure.get("value")),
-                    format_interval(figure, format_points),
-                    marked,
-                )
-            )
+            cells.append(figure_cell(figure, format_points, bool(significant(figure))))
         lost = [
             f"{name_of(part)}: {share}" for part in parts[pair] if (share := unparsed(models[part]))
         ]
@@ -231,7 +222,7 @@ def _preference(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         figure_row(label, [get(m, key) for m in shown.values()], show)
         for key, label, show in wanted
     ]
-    rows.append(Row("Pairs", tuple(Cell(format_number(m.get("pairs"))) for m in shown.values())))
+    rows.append(Row("Pairs", tuple(number_cell(m.get("pairs")) for m in shown.values())))
     splits = sorted({str(m["split"]) for m in models.values() if m.get("split")})
     notes = [
         "Held-out pairs." if split == "validate" else f"Pairs of the {split} split."
@@ -319,19 +310,16 @@ def _drift(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
         ("largest_variation", "Largest variation in a thought, mean"),
     )
     rows = [
-        Row(label, tuple(Cell(format_number(m.get(key))) for m in models.values()))
-        for key, label in wanted
+        Row(label, tuple(number_cell(m.get(key)) for m in models.values())) for key, label in wanted
     ]
     kinds = dict.fromkeys(kind for m in models.values() for kind in objects(m.get("swaps")))
     labels = {"synonym": "a near-synonym", "side": "the other side", "negation": "a negation"}
     labels["hallmark"] = "another disease's hallmark"
     for kind in kinds:
         found = [get(m, "swaps", kind) for m in models.values()]
-        cells = tuple(
-            Cell(format_number(f.get("variation")), counted(f.get("swaps", 0), "swap"))
-            for f in found
-        )
-        rows.append(Row(f"Variation by {labels.get(kind, kind)}", cells))
+        notes = (counted(f.get("swaps", 0), "swap") for f in found)
+        cells = map(Cell, (format_number(f.get("variation")) for f in found), notes)
+        rows.append(Row(f"Variation by {labels.get(kind, kind)}", tuple(cells)))
     note = (
         "Variation: total variation distance, 0 to 1, between the distributions over findings "
         "before and after the change. Change point: a token with a variation of 0.1 or more. "
@@ -354,17 +342,13 @@ def _progression(models: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     for name in in_order(models):
         a, b = get(models[name], "A"), get(models[name], "B")
         columns = ((a, "micro"), (a, "macro"), (b, "top_1"))
-        rows = [Row("Mean", tuple(_percent_cell(get(part, key)) for part, key in columns))]
+        rows = [Row("Mean", tuple(figure_cell(get(part, key)) for part, key in columns))]
         for finding, figures in objects(a.get("findings")).items():
-            cells = tuple(_percent_cell(get(p, "findings", finding, key)) for p, key in columns)
+            cells = tuple(figure_cell(get(p, "findings", finding, key)) for p, key in columns)
             rows.append(Row(finding, cells, counted(figures.get("cases", 0), "case")))
         heads = ("", "Progression, micro", "Progression, macro", "Presence")
         tables.append(Table(f"MS-CXR-T, {name_of(name)}", heads, tuple(rows), note))
     return tables
-
-
-def _percent_cell(figure: Mapping[str, Any]) -> Cell:
-    return Cell(format_percent(figure.get("value")), format_interval(figure))
 
 
 def known_rows(rows: Sequence[Row]) -> tuple[Row, ...]:

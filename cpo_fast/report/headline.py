@@ -86,9 +86,8 @@ def cards(run: Run) -> list[dict[str, str]]:
             note += f"; {share}" if (share := unparsed(models[last])) else ""
             if last != "sft" and (against := _against_sft(evaluation, last, metric)):
                 note += f"; {against}"
-            cards.append(
-                {"label": label, "value": t.format_percent(figure.get("value")), "note": note}
-            )
+            value = t.format_percent(figure.get("value"))
+            cards.append({"label": label, "value": value, "note": note})
     cards += _preference_card(objects(run.part("evaluation", "preference")))
     speed = run.part("stages", "cpo")
     if is_number(speed.get("pairs_per_second")):
@@ -102,17 +101,15 @@ def cards(run: Run) -> list[dict[str, str]]:
         what, used = "used", data["used"]
         if by_stage := records_by_stage(run):
             what, (used, held_out) = "trained on", list(by_stage.values())[-1]
-            note = "; ".join(
-                [*_other_stages(by_stage), f"{t.format_number(held_out)} held out", note]
-            )
+            held = f"{t.format_number(held_out)} held out"
+            note = "; ".join([*_other_stages(by_stage), held, note])
         label = f"{'Studies' if has_reports(run) else 'Records'} {what}"
         cards.append({"label": label, "value": t.format_number(used), "note": note})
     times = {name: stage.get("seconds") for name, stage in objects(run.part("stages")).items()}
     if known := counts(times):
         note = ", ".join(map(t.name_of, known))
-        cards.append(
-            {"label": "Time", "value": t.format_seconds(sum(known.values())), "note": note}
-        )
+        value = t.format_seconds(sum(known.values()))
+        cards.append({"label": "Time", "value": value, "note": note})
     return cards
 
 

@@ -35,6 +35,7 @@ from cpo_fast.report.tables import (
     format_number,
     format_seconds,
     name_of,
+    number_cell,
     table_markdown,
 )
 from cpo_fast.training.stage_settings import TRAINING_STAGES
@@ -313,4 +314,4 @@ def _training_table(run: Run, stage: str) -> Table:
 
 
 def _row(head: str, value: Any) -> Row:
-    return Row(head, (Cell(format_number(value)),))
+    return Row(head, (number_cell(value),))

@@ -16,6 +16,7 @@ from cpo_fast.report.tables import (
     format_seconds,
     in_order,
     name_of,
+    number_cell,
 )
 
 SHOWN_RECORDS = 12
@@ -55,19 +56,17 @@ def data_tables(run: Run) -> list[Table]:
     reasons = counts(data.get("rejected"))
     totals = counts(data)
     if totals or reasons:
-        rows = [Row(_label(k), (Cell(format_number(v)),)) for k, v in totals.items()]
+        rows = [Row(_label(k), (number_cell(v),)) for k, v in totals.items()]
+        rows += [Row(f"Set aside: {name}", (number_cell(n),)) for name, n in reasons.items()]
         rows += [
-            Row(f"Set aside: {reason}", (Cell(format_number(n)),)) for reason, n in reasons.items()
-        ]
-        rows += [
-            Row(f"{_label(k)}: {name_of(name)}", (Cell(format_number(n)),))
+            Row(f"{_label(k)}: {name_of(name)}", (number_cell(n),))
             for k, inner in data.items()
             if k != "rejected"
             for name, n in _nested_counts(inner)
         ]
         tables.append(Table("Records", ("", "Number"), tuple(rows)))
     if run.targets:
-        rows = [Row(name, (Cell(format_number(n)),)) for name, n in run.targets.most_common()]
+        rows = [Row(name, (number_cell(n),)) for name, n in run.targets.most_common()]
         total = f"{format_number(sum(run.targets.values()))} in all."
         tables.append(Table("Counterfactuals by target", ("", "Number"), tuple(rows), total))
     if run.rejected:
@@ -105,9 +104,8 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     preference = [objects(run.part("evaluation", "preference")) for run in runs]
     last = [models[in_order(models)[0]] if models else {} for models in preference]
     rows.append(figure_row("Held-out reward accuracy", [get(m, "accuracy") for m in last]))
-    rows.append(
-        figure_row("Held-out reward margin", [get(m, "margin") for m in last], format_number)
-    )
+    margins = [get(m, "margin") for m in last]
+    rows.append(figure_row("Held-out reward margin", margins, format_number))
     note = "No run is marked as the best, because the runs can differ in their test studies."
     which = [
         ", ".join(filter(None, (name_of(name), unparsed(model))))
@@ -118,13 +116,10 @@ def comparison_tables(runs: Sequence[Run], names: Sequence[str]) -> list[Table]:
     tables = [Table(caption, columns, known_rows(rows), note, column_notes=models)]
     speed = []
     for stage in dict.fromkeys(s for run in runs for s in objects(run.part("stages"))):
+        pairs = "samples" if stage == "sft" else "pairs"
         for key, label, show in (
             ("seconds", "wall time", format_seconds),
-            (
-                "pairs_per_second",
-                f"{'samples' if stage == 'sft' else 'pairs'} per second",
-                format_number,
-            ),
+            ("pairs_per_second", f"{pairs} per second", format_number),
             ("logical_tokens_per_second", "logical tokens per second", format_number),
         ):
             cells = tuple(Cell(show(run.part("stages", stage).get(key))) for run in runs)

@@ -122,6 +122,17 @@ def format_interval(figure: Mapping[str, Any], show: Callable[[Any], str] = form
     return f"{low} to {high}" if low[0] in "+−" else f"{low}–{high}"
 
 
+def number_cell(value: Any) -> Cell:
+    return Cell(format_number(value))
+
+
+def figure_cell(
+    figure: Mapping[str, Any], show: Callable[[Any], str] = format_percent, best: bool = False
+) -> Cell:
+    """The value of a figure and its 95 % interval."""
+    return Cell(show(figure.get("value")), format_interval(figure, show), best)
+
+
 def significant(figure: Mapping[str, Any]) -> bool | None:
     """Whether the 95 % interval of a difference excludes 0; None without an interval."""
     if (found := bounds(figure)) is None:

@@ -18,6 +18,7 @@ from cpo_fast.report.tables import (
     Cell,
     Row,
     Table,
+    figure_cell,
     format_interval,
     format_number,
     format_percent,
@@ -119,16 +120,13 @@ def build_tables(outcome: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def _format_cell(figures: Mapping[str, Any], key: str, show: Any = format_percent) -> Cell:
-    figure = figures.get(key, {})
-    return Cell(show(figure.get("value")), format_interval(figure, show))
-
-
 def _build_table_2(arms: Mapping[str, Any], note: str) -> Table:
     rows = []
     for arm, figures in arms.items():
         keys = [*(f"accuracy/{name}" for name in PAPER_FINDINGS.values()), "accuracy/mean5"]
-        rows.append(Row(NAMES[arm], tuple(_format_cell(figures, key) for key in keys), "phantom"))
+        rows.append(
+            Row(NAMES[arm], tuple(figure_cell(figures.get(key, {})) for key in keys), "phantom")
+        )
         if arm in PAPER_TABLE_2:
             cells = tuple(Cell(format_percent(value / 100)) for value in PAPER_TABLE_2[arm])
             rows.append(Row(NAMES[arm], cells, "the paper, other data and scale"))
@@ -144,8 +142,8 @@ def _build_table_2(arms: Mapping[str, Any], note: str) -> Table:
 
 def _build_table_5(arms: Mapping[str, Any]) -> Table:
     def row(arm: str, thought: str, cpo: str) -> Row:
-        own = [_format_cell(arms[arm], f"{metric}/mean5") for metric in ("accuracy", "f1")]
-        drift = _format_cell(arms[arm], "swap/synonym", format_number)
+        own = [figure_cell(arms[arm].get(f"{metric}/mean5", {})) for metric in ("accuracy", "f1")]
+        drift = figure_cell(arms[arm].get("swap/synonym", {}), format_number)
         paper = Cell(format_percent(PAPER_TABLE_5[arm] / 100))
         return Row(NAMES[arm], (Cell(thought), Cell(cpo), *own, drift, paper))
 
@@ -183,7 +181,7 @@ DRIFT_ROWS = (
 
 def _build_drift(arms: Mapping[str, Any], note: str) -> Table:
     rows = tuple(
-        Row(label, tuple(_format_cell(figures, key, show) for figures in arms.values()))
+        Row(label, tuple(figure_cell(figures.get(key, {}), show) for figures in arms.values()))
         for key, label, show in DRIFT_ROWS
     )
     return Table(
@@ -211,7 +209,7 @@ def _build_differences(pairs: Mapping[str, Any]) -> Table:
     rows = [
         Row(
             " − ".join(NAMES[part] for part in pair.split(" - ")),
-            tuple(_format_cell(figures, key, format_points) for key in DIFFERENCE_COLUMNS),
+            tuple(figure_cell(figures.get(key, {}), format_points) for key in DIFFERENCE_COLUMNS),
         )
         for pair, figures in pairs.items()
     ]
@@ -220,12 +218,12 @@ def _build_differences(pairs: Mapping[str, Any]) -> Table:
 
 
 def _build_per_finding(arms: Mapping[str, Any], metric: str, caption: str) -> Table:
-    names = [key.removeprefix(f"{metric}/") for key in arms[SFT] if key.startswith(f"{metric}/")]
-    rows = [
-        Row("Mean of the five" if name == "mean5" else name.capitalize() if name == "mean" else
-            name, tuple(_format_cell(figures, f"{metric}/{name}") for figures in arms.values()))
-        for name in names
-    ]  # fmt: skip
+    means = {"mean5": "Mean of the five", "mean": "Mean"}
+    rows = []
+    for key in (key for key in arms[SFT] if key.startswith(f"{metric}/")):
+        name = key.removeprefix(f"{metric}/")
+        cells = tuple(figure_cell(figures.get(key, {})) for figures in arms.values())
+        rows.append(Row(means.get(name, name), cells))
     return Table(caption, ("", *(NAMES[arm] for arm in arms)), tuple(rows))
 
 
