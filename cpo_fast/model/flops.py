@@ -84,14 +84,20 @@ def mfu(flops: float, seconds: float, peak: float) -> float:
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of `device`: from the data sheet for a known GPU in half precision, else measured
-    with a matrix product of that dtype (1024 x 1024, the best of four).
+    with a matrix product of that dtype: 1024 x 1024, or 256 x 256 where that would take over 0.1 s
+    (bfloat16 on a processor without instructions for it).
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for word, peak in PEAKS.items():
             if word in name:
                 return peak
-    size = 1024
+    small = _measure_product(256, device, dtype)
+    return small if 2 * 1024**3 / small > 0.1 else _measure_product(1024, device, dtype)
+
+
+def _measure_product(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two size x size matrices, the best of four."""
     square = torch.randn(size, size, device=device).to(dtype)
     best = 0.0
     for _ in range(4):

@@ -77,7 +77,10 @@ def test_the_folder_is_no_regular_package() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("place", ["root", "tests", "elsewhere"])
+@pytest.mark.parametrize(
+    "place",
+    ["root", *(pytest.param(p, marks=pytest.mark.complete) for p in ("tests", "elsewhere"))],
+)
 def test_kernels_import_from_any_folder(place: str, tmp_path: Path) -> None:
     folder = {"root": ROOT, "tests": ROOT / "tests", "elsewhere": tmp_path}[place]
     code = "import cpo_fast.kernels.lean_rows as module; print(module.__file__)"

@@ -157,6 +157,7 @@ def draw_row(length, heads, *, requires_grad=False):
 
 
 @pytest.mark.slow
+@pytest.mark.complete
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_flex_equals_the_dense_mask(monkeypatch):
     use_flex(compile_flex(), monkeypatch)

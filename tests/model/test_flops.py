@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cpo_fast.model import flops
 from cpo_fast.model.build import add_lora
 from cpo_fast.model.flops import FlopCounter, mfu, peak_flops
 from cpo_fast.model.packed import PackedModel
@@ -78,3 +79,13 @@ def test_frozen_tower_is_counted_once():
 def test_mfu_is_the_share_of_the_peak():
     assert mfu(3e12, 2.0, 6e12) == 0.25
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
+
+
+@pytest.mark.parametrize(("rate", "sizes"), [(1e9, [256]), (1e11, [256, 1024])])
+def test_slow_product_is_measured_small(monkeypatch, rate, sizes):
+    measured = []
+    monkeypatch.setattr(
+        flops, "_measure_product", lambda size, device, dtype: measured.append(size) or rate
+    )
+    assert peak_flops.__wrapped__(torch.device("cpu"), torch.bfloat16) == rate
+    assert measured == sizes

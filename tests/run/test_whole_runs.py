@@ -228,8 +228,7 @@ def test_undecodable_image_is_listed_and_left_out(finished: Path, tmp_path: Path
     images[3].write_bytes(b"not an image")
     folder = tmp_path / "g"
     status = main(["--dataset", str(data), "--output_dir", str(folder), *SMALL, "--stages",
-                   "graph,counterfactual,sft,cpo", "--max_bad_fraction", "0.2",
-                   "--sft_max_steps", "12", "--max_steps", "20"])  # fmt: skip
+                   "graph,counterfactual,sft,cpo", "--max_bad_fraction", "0.2"])  # fmt: skip
     assert status == 0
     listed = [json.loads(x) for x in (folder / "rejected_records.jsonl").read_text().splitlines()]
     reasons = {record["reason"] for record in listed}
