@@ -115,6 +115,7 @@ def test_transformers_from_the_root_without_the_package() -> None:
     assert python(USE_TRANSFORMERS, ROOT) == "False"
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_transformers_from_the_root_with_the_package(site: Path) -> None:
     assert python(USE_TRANSFORMERS, ROOT, site) == "True"

@@ -1,6 +1,7 @@
 #include "emulator.h"
 
 #include <cudaTypedefs.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <atomic>
@@ -24,10 +25,11 @@ constexpr int kLag = 40, kSteady = 40;  // rounds of the scheduler
 constexpr double kPatience = 60;  // seconds of waiting until a deadlock is assumed
 
 struct Run : Fiber {
-  ucontext_t context;
+  ucontext_t context;  // for the first entry; later switches are jumps, which need no system call
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
   cpo::Products products;
-  bool done = false;
+  bool begun = false, done = false;
 };
 
 struct Warp {
@@ -56,7 +58,7 @@ struct Cta {
   int arrived = 0;
   int turn = 0;
   int any[2] = {0, 0};  // of __syncthreads_or, by turn
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const std::function<void()>* body;
   std::chrono::steady_clock::time_point moved;
 };
@@ -100,7 +102,15 @@ void enter() {
   (*cta->body)();
   cta->runs[cta->current].done = true;
   cta->moved = std::chrono::steady_clock::now();
-  swapcontext(&cta->runs[cta->current].context, &cta->scheduler);
+  _longjmp(cta->scheduler, 1);
+}
+
+// Runs a thread until it yields or ends.
+__attribute__((noinline)) void resume(Run& run) {
+  if (_setjmp(cta->scheduler)) return;
+  if (run.begun) _longjmp(run.here, 1);
+  run.begun = true;
+  setcontext(&run.context);
 }
 
 void run_cta(Cluster& cluster, uint32_t rank, unsigned block, unsigned grid, unsigned threads,
@@ -146,7 +156,7 @@ void run_cta(Cluster& cluster, uint32_t rank, unsigned block, unsigned grid, uns
       if (mine.runs[mine.current].done) continue;
       alive = true;
       if (lag > 0 && mine.current / 32 == static_cast<int>(lagging)) continue;
-      swapcontext(&mine.scheduler, &mine.runs[mine.current].context);
+      resume(mine.runs[mine.current]);
     }
   }
 }
@@ -155,7 +165,9 @@ void run_cta(Cluster& cluster, uint32_t rank, unsigned block, unsigned grid, uns
 
 Fiber& fiber() { return cta->runs[cta->current]; }
 uint8_t* dynamic_shared() { return dynamic_memory; }
-void yield() { swapcontext(&cta->runs[cta->current].context, &cta->scheduler); }
+void yield() {
+  if (!_setjmp(cta->runs[cta->current].here)) _longjmp(cta->scheduler, 1);
+}
 
 void launch(const std::function<void()>& body, const char* name, unsigned grid, unsigned block,
             size_t shared, cudaStream_t) {
