@@ -93,7 +93,9 @@ def build_emulated(folder: Path, include: Path, *macros: str) -> Path:
             name = f"{path.stem}_cu.cpp" if path.suffix == ".cu" else path.name
             (folder / name).write_text(translate(path.read_text()))
     found = [folder, EMULATOR, include, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-w", *macros, *(f"-I{path}" for path in found)]
+    # Checked jumps would refuse to switch stacks.
+    flags = ["-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-w", *macros]
+    flags += [f"-I{path}" for path in found]
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.o"
