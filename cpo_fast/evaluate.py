@@ -145,6 +145,7 @@ def write_results(args: EvaluateArguments, cohort: Cohort, figures: dict[str, An
     """Write summary.json, config.json, rejected_records.jsonl and the page."""
     from cpo_fast.machine import hardware, versions
     from cpo_fast.report import write_report
+    from cpo_fast.report.headline import headline
 
     reasons: dict[str, int] = {}
     samples: dict[str, dict[str, int]] = {}
@@ -168,6 +169,8 @@ def write_results(args: EvaluateArguments, cohort: Cohort, figures: dict[str, An
     write_json(args.output_dir / "config.json", flags)
     rejected = (record.to_json() for record in cohort.rejected)
     write_jsonl(args.output_dir / "rejected_records.jsonl", rejected)
+    if found := headline(figures):
+        print(found)
     return write_report(args.output_dir)
 
 

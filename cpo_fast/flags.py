@@ -99,16 +99,21 @@ SEED = whole(0, 2**32 - 1)  # the range of all random generators
 
 @dataclass(frozen=True)
 class Choice:
-    """One of `names`."""
+    """One of `names`; `advice`: (name, hint) pairs for other names that people use."""
 
     names: Names
+    advice: tuple[tuple[str, str], ...] = ()
 
     def listed(self) -> list[str]:
         return _listed(self.names)
 
     def fault(self, value: Any) -> str | None:
         names = self.listed()
-        return None if value in names else f"choose from {', '.join(names)}{_near(value, names)}"
+        if value in names:
+            return None
+        hint = dict(self.advice).get(str(value))
+        hint = f" ({hint})" if hint else _near(value, names)
+        return f"choose from {', '.join(names)}{hint}"
 
     def read(self, text: str) -> str:
         return text

@@ -80,6 +80,7 @@ def run_stages(args: TrainArguments, tracker_names: list[str], locks: ExitStack)
     """
     from cpo_fast.machine import hardware, versions
     from cpo_fast.report import write_report
+    from cpo_fast.report.headline import headline
     from cpo_fast.report.model_card import write_cards
     from cpo_fast.run.dry_run import dry_run
     from cpo_fast.run.evaluation import evaluate_run
@@ -115,6 +116,8 @@ def run_stages(args: TrainArguments, tracker_names: list[str], locks: ExitStack)
     folder.summary["hardware"] = hardware(world.size)
     folder.finish(versions())
     write_cards(folder.path)
+    if found := headline(folder.summary.get("evaluation", {})):
+        print(found)
     print(f"report: {write_report(folder.path)}")
     if failure is not None:
         raise failure

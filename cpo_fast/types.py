@@ -232,8 +232,8 @@ class Preference:
     for the k-th rejected answer (a perception counterfactual), and `rejected_prompts[k]` its
     prompt. `plain`: the prompt is one text that the answers continue without a chat template, as in
     trl's string rows. `template` has the other arguments of the chat template (`tools` and the
-    row's `chat_template_kwargs`). `sighted`: no images, but a file with an images column, which trl
-    tokenises differently. `patients`: the patient ids of the row, if known.
+    row's `chat_template_kwargs`). `sighted`: a row without images in a file with an images column;
+    trl tokenises it differently. `patients`: the patient ids of the row, if known.
     """
 
     id: str

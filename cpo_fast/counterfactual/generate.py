@@ -35,8 +35,8 @@ def study_labels(study: Study) -> Labels:
     """The labels of a study from which its diagnosis is built.
 
     These are its own labels, or the labeller's if it has none (reports that Open-I's indexers
-    skipped). Labels that name Emphysema come from those indexers, who marked nine findings; the
-    labeller adds the others (fracture, lesion, devices, ...).
+    skipped). Open-I's indexers marked nine findings, among them Emphysema, which no other labels
+    have: labels with Emphysema are completed by the labeller (fracture, lesion, devices, ...).
     """
     return _fill_labels(study, label_report(study.report.text))
 
@@ -64,8 +64,8 @@ def counterfactuals(
 ) -> Iterator[Counterfactual]:
     """Yield `num_targets` counterfactuals of each study, including failed ones (`passed` False).
 
-    The order is that of decision (a draft passes, or all attempts failed). For "graph", which
-    writes one at a time, it is the order of the studies.
+    They come in the order in which they are decided (a draft passes, or all attempts failed). For
+    "graph", which writes one at a time, that is the order of the studies.
 
     `generator` is "graph" or a `Writer`. The first `num_targets` of `targets` are used if given;
     otherwise targets are chosen by score less `prices` (see `balance`). Ids in `skip` are omitted.
@@ -125,7 +125,7 @@ def generate_decided(
 def balance(
     studies: Iterable[Study], graph: ConceptGraph, *, num_targets: int = 2, seed: int = 42
 ) -> dict[str, float]:
-    """Prices for `counterfactuals` that make all diseases targets about equally often.
+    """Prices for `counterfactuals` with which each disease is a target about equally often.
 
     `studies` must be the whole data set, whatever shard is written.
     """

@@ -1,8 +1,8 @@
 """Perception counterfactuals: the study's answer with another patient's image, as in CPO++.
 
-The other study is the nearest in asserted attributes for whose image the answer is wrong: it lacks
-a disease of the study or, if the study has none, it has one. Method: arXiv 2604.15705. The pool
-holds all studies, whatever shard is written.
+The answer must be wrong for the other image: the other study lacks a disease of this one or, if
+this one has none, has a disease. Of such studies the nearest in asserted attributes is taken.
+Method: arXiv 2604.15705. The pool holds all studies, whatever shard is written.
 """
 
 from __future__ import annotations

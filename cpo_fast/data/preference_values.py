@@ -183,8 +183,9 @@ def read_answer(value: Any, field: str) -> Answer:
     given = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
     given = given if isinstance(given, list) else [given]
     if not all(isinstance(turn, dict) for turn in given):
-        reason = "missing-field" if value is None else "wrong-type"
-        raise RecordError(reason, f"{field} should be text, a message or a list of messages")
+        if value is None:
+            raise RecordError("missing-field", f"{field} is missing or null")
+        raise RecordError("wrong-type", f"{field} should be text, a message or a list of messages")
     turns = [read_message(turn, field) for turn in given]
     refuse_unlearned(given, field)
     if not turns:

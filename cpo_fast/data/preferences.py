@@ -7,6 +7,7 @@ the same images, prompt and chosen answer become one preference with several rej
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from cpo_fast.data.preference_values import Message, answer_text
 from cpo_fast.data.source import Source
 from cpo_fast.data.unread_fields import unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
+from cpo_fast.flags import near
 from cpo_fast.types import Origin, Preference
 
 PREFERENCE_FORMATS = ("auto", *PARSERS)
@@ -89,12 +91,17 @@ class PreferenceSource(Source[Preference]):
             self.kind = self._detect_kind()
 
     def _detect_kind(self) -> str:
+        meant: dict[str, str] = {}
         for _, row in islice(records(self.path), _PEEK):
-            if not isinstance(row, RecordError) and (kind := detect_format(row)) is not None:
-                return kind
+            if not isinstance(row, RecordError):
+                if (kind := detect_format(row)) is not None:
+                    return kind
+                known = re.findall(r"[a-z_]{5,}", _FIELDS)
+                meant |= {key: name for key in row if (name := near(key, known)) not in (None, key)}
+        hints = "".join(f"; {key}: did you mean {name}?" for key, name in meant.items())
         raise DataError(
-            f"{self.path}: unknown format: none of the first {_PEEK} records has the fields "
-            f"{_FIELDS}; name the format with --dataset_format"
+            f"{self.path}: unknown format: no record (of the first {_PEEK}) has the fields "
+            f"{_FIELDS}{hints or '; name the format with --dataset_format'}"
         )
 
     def _same_question(self, one: Preference, other: Preference) -> bool:

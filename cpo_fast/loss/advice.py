@@ -9,20 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpo_fast.flags import near
-
-# Loss names of other libraries and papers.
-_OTHER_NAMES = {
-    "dpo": "'sigmoid' is the DPO loss",
-    "cpo": "'sigmoid' is the loss of counterfactual preference optimisation",
-    "cdpo": "use 'sigmoid' with label_smoothing",
-    "slic": "use 'hinge'",
-    "rdpo": "use 'robust'",
-    "apo": "use 'apo_zero' or 'apo_down'",
-    "kto_pair": "use 'bco_pair' or 'apo_zero'",
-    "sigmoid_norm": "use 'sigmoid' with average_log_prob=True",
-    "pl": "use 'plackett_luce'",
-    "sft": "use linear_logprobs: the loss is -linear_logprobs(...).mean()",
-}
+from cpo_fast.loss.options import OTHER_NAMES
 
 # Arguments with one entry per token, and the likely cause of another length.
 _PER_TOKEN = {
@@ -112,8 +99,8 @@ def on_loss_type(value: str, known: tuple[str, ...]) -> str:
     name = value.lower().replace("-", "_").removesuffix("_loss")
     if name in known:
         return f": use {name!r}"
-    if name in _OTHER_NAMES:
-        return f": {_OTHER_NAMES[name]}"
+    if name in OTHER_NAMES:
+        return f": {OTHER_NAMES[name]}"
     close = [k for k in known if k.startswith(name) and name]
     if not close and (meant := near(name, known)):
         close = [meant]

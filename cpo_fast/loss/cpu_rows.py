@@ -24,7 +24,8 @@ def _fastest_engine() -> str:
 
 
 default_engine = _fastest_engine()
-_isa, _engine = "", default_engine  # isa "": the widest available; engine "": not fused
+_isa = ""  # "" selects the widest instruction set available
+_engine = default_engine  # "" selects the path that is not fused
 
 
 @contextmanager
@@ -202,9 +203,11 @@ class Rows:
         kept: Tensor | None,  # [V, n] bfloat16
         offsets: Tensor,  # [slots, n] float64
     ) -> tuple[Tensor, Tensor]:
-        """Final states of policy and reference by the fused kernel. Writes E W to the scored rows
-        of `grad`, and E to `kept`, under `offsets`, with minus the sum of the others at the
-        labels."""
+        """Final states of policy and reference by the fused kernel.
+
+        E holds exp(z - offset) with the offsets of `offsets`; at a label, minus the sum of the
+        row's other entries. Writes E W to the scored rows of `grad`, and E to `kept`.
+        """
         state, ref_state = self.new_state(), self.new_state()
         (V, D), slots = weight.shape, len(offsets)
         wanted = ref is not None, grad is not None, kept is not None

@@ -40,6 +40,20 @@ LOSS_TYPES: dict[str, LossType] = {
 }
 """By name; `cpo_fast.loss.losses` has the formula and source of each."""
 
+OTHER_NAMES = {
+    "dpo": "'sigmoid' is the DPO loss",
+    "cpo": "'sigmoid' is the loss of counterfactual preference optimisation",
+    "cdpo": "use 'sigmoid' with label_smoothing",
+    "slic": "use 'hinge'",
+    "rdpo": "use 'robust'",
+    "apo": "use 'apo_zero' or 'apo_down'",
+    "kto_pair": "use 'bco_pair' or 'apo_zero'",
+    "sigmoid_norm": "use 'sigmoid' with average_log_prob=True",
+    "pl": "use 'plackett_luce'",
+    "sft": "use linear_logprobs: the loss is -linear_logprobs(...).mean()",
+}
+"""Loss names of other libraries and papers, with advice."""
+
 IMPLS = ("reference", "cuda", "triton", "cpu")
 """The implementations (`cpo_fast.loss.implementations`), in ascending order of preference."""
 

@@ -24,7 +24,7 @@ WIDTH = 4.7  # inches; a phone 360 pixels wide shows 9 point letters at about 10
 DPI = 160
 ROW = 0.34  # inches per line of a chart with one line per finding
 SMOOTHED = 60  # curves with more points get a running mean
-LABEL_CHARACTERS = 34  # of an attribute of the concept graph
+LABEL_CHARACTERS = 44  # of an attribute of the concept graph
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,9 @@ def curves(
     log_scale: bool = False,
     share: bool = False,
     zero_line: bool = False,
+    smooth: bool = True,
 ) -> Panel:
-    """Curves over steps; with many points a thin line as logged and a thick running mean."""
+    """Curves over steps; with many points, if `smooth`, a thin line and a thick running mean."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -172,9 +173,10 @@ def curves(
                 axes.plot(line.steps, line.values, color=color, linewidth=0.8, linestyle=":")
                 axes.scatter(line.steps, line.values, s=22, color=color, edgecolors=theme.paper,
                              linewidths=0.8, label=line.label, zorder=3)  # fmt: skip
-            elif len(line.values) > SMOOTHED:
+            elif smooth and len(line.values) > SMOOTHED:
                 axes.plot(line.steps, line.values, color=color, linewidth=0.7, alpha=0.35)
-                axes.plot(line.steps, running_mean(line.values), color=color, label=line.label)
+                mean, label = running_mean(line.values), f"{line.label}, running mean"
+                axes.plot(line.steps, mean, color=color, label=label)
             else:
                 marker = "o" if len(line.values) == 1 else None
                 axes.plot(line.steps, line.values, color=color, label=line.label, marker=marker)
@@ -191,7 +193,7 @@ def curves(
             show_percent(axes.yaxis)
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        if len(lines) > 1:
+        if len(lines) > 1 or (smooth and len(lines[0].values) > SMOOTHED):
             axes.legend(loc="best", labelcolor=theme.ink)
 
     last = ", ".join(f"{line.label}: last {format_number(line.values[-1])}" for line in lines)

@@ -183,8 +183,8 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...], dict[str, bool]], ...
         {},
     ),
     ("grad_norm", "gradient norm", (("grad_norm", "gradient norm"),), {"log_scale": True}),
-    ("learning_rate", "learning rate", (("learning_rate", "learning rate"),), {}),
-    ("speed", "tokens per second and device", (("tokens_per_second_per_gpu", "tokens"),), {}),
+    ("learning_rate", "learning rate", (("learning_rate", "learning rate"),), {"smooth": False}),
+    ("speed", "tokens per second per device", (("tokens_per_second_per_gpu", "tokens"),), {}),
 )
 
 

@@ -55,7 +55,7 @@ def evaluate_run(run: RunContext, corpus: Corpus, texts: Texts, samples: Samples
             {"cpo": compare} if "cpo" in models and held_out else {},
         )
     finally:
-        run.folder.leave_out("evaluation", cohort.rejected)
+        run.folder.reject_unreadable("evaluation", cohort.rejected)
     if not cohort.studies:
         return result.figures or {"preference": {}}
     examples = choose_examples(
@@ -114,7 +114,7 @@ def compare_held_out(
         packing_length=args.packing_length,
         seed=args.seed,
     )
-    run.folder.leave_out("rewards", failed)
+    run.folder.reject_unreadable("rewards", failed)
     if not figures:
         raise DataError(
             f"evaluation: no held-out pair of {counted(len(groups), 'sample')} could be read"

@@ -25,7 +25,7 @@ from cpo_fast.flags import (
     Text,
     whole,
 )
-from cpo_fast.loss.options import IMPLS, LOSS_TYPES
+from cpo_fast.loss.options import IMPLS, LOSS_TYPES, OTHER_NAMES
 from cpo_fast.run.flag_names import METRICS, SCHEDULES
 from cpo_fast.run.report_to import TRACKERS
 from cpo_fast.types import ATTENTIONS, OVER_LONG
@@ -42,6 +42,11 @@ def _with_prefix(names: Sequence[str]) -> Sequence[str]:
 CPO_METRICS = [*METRICS, *(f"{name}/{source}" for source in SOURCES for name in METRICS)]
 SWITCH = Switch()
 STEPS = whole(1, also=-1)
+
+LOSS_ADVICE = tuple(
+    (name, hint) for name, hint in OTHER_NAMES.items() if name not in ("sft", "sigmoid_norm")
+)
+"""Without hints at arguments of the loss op."""
 
 RANGES: dict[str, Allowed] = {
     # --- the run
@@ -90,7 +95,7 @@ RANGES: dict[str, Allowed] = {
     "torch_compile": SWITCH,
     # --- loss
     "beta": Number(above=0),
-    "loss_type": Choice(tuple(LOSS_TYPES)),
+    "loss_type": Choice(tuple(LOSS_TYPES), LOSS_ADVICE),
     "label_smoothing": Number(low=0, below=0.5),
     "thinking_weight": Number(low=0),
     "perception_weight": Number(low=0),

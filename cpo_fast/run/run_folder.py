@@ -41,7 +41,7 @@ class RunFolder:
         self.path = Path(args.output_dir)
         self.flags = {"world_size": self.world.size, **asdict(args)}
         self.rejected: list[RejectedRecord] = []
-        self.left_out = 0  # records left out by --max_train_samples and --max_eval_samples
+        self.left_out = 0  # usable records beyond a limit or without pairs of the chosen sources
         self.summary: dict[str, Any] = {"stages": {}}
         trained: tuple[str, ...] = ()
         if args.resume_from_checkpoint is None:
@@ -112,7 +112,7 @@ class RunFolder:
                 self.rejected.append(record)
                 file.write(json.dumps(record.to_json()) + "\n")
 
-    def leave_out(self, what: str, records: Sequence[RejectedRecord]) -> None:
+    def reject_unreadable(self, what: str, records: Sequence[RejectedRecord]) -> None:
         """Reject samples whose image fails during `what`, and print how many."""
         self.reject(records)
         if records:

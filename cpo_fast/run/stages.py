@@ -66,7 +66,7 @@ def train_cpo(run: RunContext, samples: Samples) -> dict[str, Any]:
 
 def build_sft(run: RunContext, resume: Path | None) -> tuple[PackedModel, SFTObjective]:
     """The model that SFT trains, and its objective."""
-    packed = _pack(run, _load_trainable(run, "sft", run.checkpoint.path, resume))
+    packed = _wrap(run, _load_trainable(run, "sft", run.checkpoint.path, resume))
     return packed, SFTObjective(packed, impl=run.args.loss_impl)
 
 
@@ -81,7 +81,7 @@ def build_cpo_models(
     if not args.use_peft:
         shared = args.fsdp and not args.precompute_ref_log_probs
         reference = load_reference(run, start, shared=shared)
-    return _pack(run, model), reference
+    return _wrap(run, model), reference
 
 
 def load_reference(run: RunContext, start: Path, *, shared: bool = False) -> PackedModel:
@@ -144,7 +144,7 @@ def _load_trainable(run: RunContext, stage: str, start: Path, resume: Path | Non
     return shard(model, default_device()) if args.fsdp else model
 
 
-def _pack(run: RunContext, model: Any) -> PackedModel:
+def _wrap(run: RunContext, model: Any) -> PackedModel:
     if run.args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     attention = run.args.attn_implementation
@@ -171,7 +171,7 @@ def add_reference_logps(run: RunContext, reference: PackedModel, splits: Splits)
         overwrite=args.overwrite_output_dir or args.allow_changed_data,
     )
     filled = run.world.main_first(lambda: cache.fill([*train, *watched]))
-    run.folder.leave_out("reference", list(cache.rejected.values()))
+    run.folder.reject_unreadable("reference", list(cache.rejected.values()))
     parts = {"train": filled[: len(train)], "validate": filled[len(train) :]}
     for split, groups in parts.items():
         parts[split] = [group for group in groups if group.ref_logps]
@@ -290,7 +290,7 @@ def _summarize(
     run: RunContext, stage: str, result: StageResult, begun: dict[str, Any]
 ) -> dict[str, Any]:
     """The stage's part of summary.json; samples that it left out are rejected."""
-    run.folder.leave_out(stage, result.rejected)
+    run.folder.reject_unreadable(stage, result.rejected)
     changes = {"resumed_with_changes": begun["changes"]} if begun["changes"] else {}
     return {
         "steps": result.steps,

@@ -283,7 +283,7 @@ class Trainer:
                 break
             self._record_rejected(step.rejected)
             failed.update((record.id, record.line) for record in step.rejected)
-            for batch, counts in self.stepper.level(step.batches):
+            for batch, counts in self.stepper.add_fillers(step.batches):
                 values = self.objective.sum_losses(batch.to(self.device))[1]
                 if counts:
                     sums.add(values)

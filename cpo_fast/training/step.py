@@ -53,7 +53,7 @@ class Stepper:
     model: PackedModel
     objective: Objective
     optimizer: torch.optim.Optimizer
-    like: PreferenceGroup  # any sample of the stage; fillers have its shape
+    like: PreferenceGroup  # any sample of the stage, the pattern of fillers (`add_fillers`)
     device: torch.device
     clock: Clock
     max_grad_norm: float = 1.0
@@ -67,14 +67,14 @@ class Stepper:
     def sharded(self) -> bool:
         return is_sharded(list(self.model.model.parameters()))
 
-    def level(self, batches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, bool]]:
+    def add_fillers(self, batches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, bool]]:
         """(batch, counts) pairs: fillers that do not count are added, because sharded layers must
         compute equally often on all ranks."""
-        levelled = [(batch, True) for batch in batches]
+        padded = [(batch, True) for batch in batches]
         if self.sharded:
-            most = max(self.world.gather(len(levelled)))
-            levelled += [(make_filler(self.like), False)] * (most - len(levelled))
-        return levelled
+            most = max(self.world.gather(len(padded)))
+            padded += [(make_filler(self.like), False)] * (most - len(padded))
+        return padded
 
     def should_stop(self, *, together: bool) -> bool:
         """Whether a stop was requested: on any rank if `together`, else on this rank."""
@@ -125,7 +125,7 @@ class Stepper:
         requested before the last pack.
         """
         own = Sums()
-        batches = self.level(step.batches)
+        batches = self.add_fillers(step.batches)
         for index, (batch, counts) in enumerate(batches):
             if index and self.should_stop(together=self.sharded):
                 return None

@@ -88,6 +88,9 @@ def test_first_valid_record_or_flag_sets_the_format(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"unknown format.*counterfact") as caught:
         read(tmp_path, {SECRET: SECRET})
     assert SECRET not in str(caught.value)
+    with pytest.raises(DataError, match="rejeced: did you mean rejected") as caught:
+        read(tmp_path, {"prompt": "Q", "chosen": SECRET, "rejeced": "No."})
+    assert SECRET not in str(caught.value)
     with pytest.raises(UsageError, match="dataset_format"):
         read(tmp_path, GOOD, dataset_format="csv")
 

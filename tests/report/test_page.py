@@ -369,3 +369,17 @@ def test_browser_renders_pages_without_errors(browser, run, comparison, which, w
         if text := browser.evaluate(status):
             break
     assert text.startswith(("Copied", "Selected"))
+
+
+@pytest.mark.parametrize(("smooth", "names"), [(True, ["training, running mean"]), (False, [])])
+def test_smoothed_curves_say_so(smooth, names):
+    from matplotlib.figure import Figure
+
+    from cpo_fast.report.figures import LIGHT, Line, curves
+
+    axes = Figure().add_subplot()
+    line = Line("training", range(100), [float(i) for i in range(100)])
+    curves("loss", "loss", [line], smooth=smooth).draw(axes, LIGHT)
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names if smooth else legend is None
+    assert len(axes.lines) == (2 if smooth else 1)

@@ -220,6 +220,7 @@ def test_out_of_range_values_are_rejected_in_flags_and_files(
         ("--eval_fraction 1", "must be a finite number of at least 0 and below 1"),
         ("--max_steps 0", "--max_steps 0: must be a whole number of at least 1, or -1"),
         ("--loss_type sigmod", "did you mean sigmoid?"),
+        ("--loss_type dpo", "'sigmoid' is the DPO loss"),
         ("--lr_scheduler_type cosin", "did you mean cosine?"),
         ("--beta 0", "--beta 0: must be a finite number above 0"),
         ("--loss_type hinge --label_smoothing 0.1",
