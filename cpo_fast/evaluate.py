@@ -169,8 +169,8 @@ def write_results(args: EvaluateArguments, cohort: Cohort, figures: dict[str, An
     write_json(args.output_dir / "config.json", flags)
     rejected = (record.to_json() for record in cohort.rejected)
     write_jsonl(args.output_dir / "rejected_records.jsonl", rejected)
-    if found := headline(figures):
-        print(found)
+    if result := headline(figures):
+        print(result)
     return write_report(args.output_dir)
 
 

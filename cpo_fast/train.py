@@ -116,8 +116,8 @@ def run_stages(args: TrainArguments, tracker_names: list[str], locks: ExitStack)
     folder.summary["hardware"] = hardware(world.size)
     folder.finish(versions())
     write_cards(folder.path)
-    if found := headline(folder.summary.get("evaluation", {})):
-        print(found)
+    if result := headline(folder.summary.get("evaluation", {})):
+        print(result)
     print(f"report: {write_report(folder.path)}")
     if failure is not None:
         raise failure
