@@ -158,6 +158,7 @@ def named(kernels: list[Kernel], part: str) -> list[Kernel]:
     return found
 
 
+@pytest.mark.complete
 def test_nothing_spills(hopper: tuple[list[Kernel], str]) -> None:
     kernels, messages = hopper
     assert len(kernels) == 16
@@ -168,12 +169,14 @@ def test_nothing_spills(hopper: tuple[list[Kernel], str]) -> None:
     assert "warning" not in messages.lower() and "Potential Performance Loss" not in messages
 
 
+@pytest.mark.complete
 def test_registers_and_shared_memory_fit(hopper: tuple[list[Kernel], str]) -> None:
     for kernel in hopper[0]:
         assert 0 < kernel.registers <= REGISTERS // kernel.threads, kernel.name
         assert kernel.shared <= STATIC_SHARED * (3 if "segment_sums" in kernel.name else 1)
 
 
+@pytest.mark.complete
 def test_linear_kernel_uses_the_tensor_cores_and_the_copy_engine(
     hopper: tuple[list[Kernel], str],
 ) -> None:
@@ -189,6 +192,7 @@ def test_linear_kernel_uses_the_tensor_cores_and_the_copy_engine(
         assert kernel.sass.count("MEMBAR.ALL.GPU") <= 2
 
 
+@pytest.mark.complete
 def test_register_pool_covers_what_the_warpgroups_ask_for(
     hopper: tuple[list[Kernel], str],
 ) -> None:
@@ -205,6 +209,7 @@ def test_register_pool_covers_what_the_warpgroups_ask_for(
         assert at_launch * kernel.threads <= REGISTERS
 
 
+@pytest.mark.complete
 def test_row_kernel_copies_in_bulk_and_sends_to_its_peer(hopper: tuple[list[Kernel], str]) -> None:
     for kernel in named(hopper[0], "row_cluster"):
         assert "UBLKCP" in kernel.sass
@@ -219,6 +224,7 @@ def test_row_kernel_copies_in_bulk_and_sends_to_its_peer(hopper: tuple[list[Kern
 INSTRUCTIONS = {"row_portable": (90, 90), "row_cluster": (106, 98)}
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_row_kernels_take_few_instructions(hopper: tuple[list[Kernel], str], name: str) -> None:
     """Per 16 elements of a plain bfloat16 row: the pass that reads, and that of the gradient."""
@@ -235,6 +241,7 @@ def test_row_kernels_take_few_instructions(hopper: tuple[list[Kernel], str], nam
     assert 64 < write.per_16_elements <= most_write, write
 
 
+@pytest.mark.complete
 def test_exponentials_of_the_sum_serve_for_e(hopper: tuple[list[Kernel], str]) -> None:
     """128 per tile and thread, and one factor per row: as many with E as without."""
     kernels = [k for k in named(hopper[0], "linear_kernel") if "bfloat16" in k.name]
