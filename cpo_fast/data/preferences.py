@@ -7,7 +7,6 @@ the same images, prompt and chosen answer become one preference with several rej
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,9 +19,8 @@ from cpo_fast.data.json_files import records
 from cpo_fast.data.preference_rows import PARSERS, detect_format
 from cpo_fast.data.preference_values import Message, answer_text
 from cpo_fast.data.source import Source
-from cpo_fast.data.unread_fields import unread_fields
+from cpo_fast.data.unread_fields import find_misspelt, unread_fields
 from cpo_fast.errors import DataError, RecordError, UsageError
-from cpo_fast.flags import near
 from cpo_fast.types import Origin, Preference
 
 PREFERENCE_FORMATS = ("auto", *PARSERS)
@@ -91,14 +89,14 @@ class PreferenceSource(Source[Preference]):
             self.kind = self._detect_kind()
 
     def _detect_kind(self) -> str:
-        meant: dict[str, str] = {}
+        names: set[str] = set()
         for _, row in islice(records(self.path), _PEEK):
             if not isinstance(row, RecordError):
                 if (kind := detect_format(row)) is not None:
                     return kind
-                known = re.findall(r"[a-z_]{5,}", _FIELDS)
-                meant |= {key: name for key in row if (name := near(key, known)) not in (None, key)}
-        hints = "".join(f"; {key}: did you mean {name}?" for key, name in meant.items())
+                names |= row.keys()
+        misspelt = find_misspelt(sorted(names)).items()
+        hints = "".join(f"; {name}: did you mean {field}?" for name, field in misspelt)
         raise DataError(
             f"{self.path}: unknown format: no record (of the first {_PEEK}) has the fields "
             f"{_FIELDS}{hints or '; name the format with --dataset_format'}"

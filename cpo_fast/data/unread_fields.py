@@ -8,7 +8,8 @@ fields with text are counted by name. Text that the prompt or an answer also con
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from cpo_fast.data.patients import is_patient, names_patient
@@ -42,6 +43,15 @@ _READ: Mapping[str, frozenset[str]] = {
     ),
 }
 """Fields read by each parser, besides `_EVERYWHERE`."""
+
+
+def find_misspelt(names: Iterable[str]) -> dict[str, str]:
+    """The field that is probably meant, for each name that no format reads but nearly is one."""
+    known = sorted(_EVERYWHERE.union(*_READ.values()))
+    unknown = (name for name in names if name not in known)
+    close = {name: get_close_matches(name, known, n=1, cutoff=0.8) for name in unknown}
+    return {name: found[0] for name, found in close.items() if found}
+
 
 _QUESTION = frozenset(
     {"article", "background", "choices", "clinical_history", "comparison", "context", "contexts",

@@ -166,6 +166,9 @@ def curves(
     """Curves over steps; with many points, if `smooth`, a thin line and a thick running mean."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+    def is_smoothed(line: Line) -> bool:
+        return smooth and not line.dots and len(line.values) > SMOOTHED
+
     def draw(axes: Axes, theme: Theme) -> None:
         for line in lines:
             color = theme.series[line.color % len(theme.series)]
@@ -173,7 +176,7 @@ def curves(
                 axes.plot(line.steps, line.values, color=color, linewidth=0.8, linestyle=":")
                 axes.scatter(line.steps, line.values, s=22, color=color, edgecolors=theme.paper,
                              linewidths=0.8, label=line.label, zorder=3)  # fmt: skip
-            elif smooth and len(line.values) > SMOOTHED:
+            elif is_smoothed(line):
                 axes.plot(line.steps, line.values, color=color, linewidth=0.7, alpha=0.35)
                 mean, label = running_mean(line.values), f"{line.label}, running mean"
                 axes.plot(line.steps, mean, color=color, label=label)
@@ -193,7 +196,7 @@ def curves(
             show_percent(axes.yaxis)
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        if len(lines) > 1 or (smooth and len(lines[0].values) > SMOOTHED):
+        if len(lines) > 1 or any(map(is_smoothed, lines)):
             axes.legend(loc="best", labelcolor=theme.ink)
 
     last = ", ".join(f"{line.label}: last {format_number(line.values[-1])}" for line in lines)

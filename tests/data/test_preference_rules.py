@@ -89,8 +89,8 @@ def test_first_valid_record_or_flag_sets_the_format(tmp_path: Path) -> None:
         read(tmp_path, {SECRET: SECRET})
     assert SECRET not in str(caught.value)
     with pytest.raises(DataError, match="rejeced: did you mean rejected") as caught:
-        read(tmp_path, {"prompt": "Q", "chosen": SECRET, "rejeced": "No."})
-    assert SECRET not in str(caught.value)
+        read(tmp_path, {"prompt": "Q", "chosen": SECRET, "rejeced": "No.", "images": []})
+    assert SECRET not in str(caught.value) and str(caught.value).count("did you mean") == 1
     with pytest.raises(UsageError, match="dataset_format"):
         read(tmp_path, GOOD, dataset_format="csv")
 

@@ -195,15 +195,7 @@ def test_backward_twice_gives_the_same(frozen: bool) -> None:
 @pytest.mark.parametrize(
     ("T", "hidden_grad", "weight_grad", "bias_grad", "room", "forward", "backward"),
     [
-        (
-            14,
-            False,
-            False,
-            False,
-            2**30,
-            3,
-            0,
-        ),  # no gradients: a GEMM for each model
+        (14, False, False, False, 2**30, 3, 0),  # no gradients: a GEMM for each model
         (14, True, False, False, 2**30, 3, 0),  # frozen head: 2, and 1 for the reference
         (14, True, True, False, 2**30, 3, 1),  # all rows in one chunk: 3 + 1
         (14, True, True, False, ROOM, 6, 1),  # two chunks, kept: their room is that of dW's sum

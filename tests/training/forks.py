@@ -95,12 +95,17 @@ def train(argv: list[str], output: Path, environment: Mapping[str, str], killed_
             os.dup2(file.fileno(), number)
     os.environ |= environment
     draw_pixels()
+    if killed_at:
+        die_at_rename(killed_at)
+    sys.exit(main(argv))
+
+
+def die_at_rename(place: str) -> None:
     rename = Path.rename
 
     def rename_or_die(path: Path, target: Path) -> Path:
-        if killed_at and str(path).endswith(killed_at):
+        if str(path).endswith(place):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
 
     Path.rename = rename_or_die  # type: ignore[method-assign, assignment]
-    sys.exit(main(argv))

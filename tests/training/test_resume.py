@@ -49,7 +49,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
-KILLS = 20 if os.environ.get("CPO_FAST_LONG_TESTS") else 2
+KILLS = 20 if os.environ.get("CPO_FAST_LONG_TESTS") else 3
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_repeatedly_killed_run_ends_with_the_same_weights(
 ) -> None:
     """At the end of checkpoint writes; in the long mode at random moments after that."""
     folder = tmp_path / "killed"
-    places = ("sft/.partial-6", "cpo/.partial-8")
+    places = ("sft/.partial-6", "cpo/.partial-2", "cpo/.partial-8")
     for place in places:
         assert start(data, folder, killed_at=place).wait() == -signal.SIGKILL
         assert (folder / place).is_dir()
