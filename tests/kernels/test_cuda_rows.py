@@ -170,7 +170,8 @@ def shifted_truth(z: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor
 
 
 @everywhere
-@pytest.mark.parametrize(("V", "temperature"), [(65, 1.0), (20007, 0.7)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("V", [65, 20007])
 def test_row_kernel_on_logits_that_float32_can_hardly_scale(
     place: Place, V: int, temperature: float
 ) -> None:
@@ -244,7 +245,8 @@ def test_row_kernel_keeps_the_slope_where_the_soft_cap_is_reached(place: Place) 
 
 
 @everywhere
-@pytest.mark.parametrize(("V", "softcap"), [(131, 0.0), (20007, 9.0)])
+@pytest.mark.parametrize("V", [131, 20007])
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
 def test_policy_and_reference_rows_have_the_same_bits(place: Place, V: int, softcap: float) -> None:
     logits, labels = (3 * normal(place, 7, V)).bfloat16(), labels_for(place, 7, V)
     options = {"softcap": softcap, "temperature": 0.9}
